@@ -1,0 +1,98 @@
+"""
+Counter-based dropout masks: a pure function of (seed, position), whatever the tiling.
+
+A mask bit comes from Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the counter is the position.
+Nothing is stored between forward and backward; whoever needs a bit computes it again.
+
+Cost        7 rounds, the fewest that pass BigCrush in that paper, are about 70 integer
+            instructions and give 128 bits. One byte decides one element, so a call serves 16
+            elements, 4 to 5 instructions each; on a T4 a call per element (60 of them) would take
+            longer than moving the attention's bytes.
+Layout      A call is shared by 16 elements that one GPU thread holds anyway, so that a kernel
+            writes the formula for each element and the compiler merges the equal calls.
+            Attention: a tensor-core accumulator gives a thread rows r + 8i and columns c + 8j, in
+            a tile of scores and in its transpose (the backward's) alike. So a call serves the 4 x 4
+            elements (r + 8i, c + 8j) of a 32 x 32 tile.
+            Rows (dropout before a residual add): a thread holds neighbouring columns, so a call
+            serves columns 16j to 16j + 15 of a row.
+Rate        A byte gives probabilities in steps of 1/256: p is rounded (0.2 becomes 51/256 =
+            0.1992, and any p > 0 at least 1/256), and what is kept is scaled by the reciprocal of
+            the rate really used, so that the expectation is exact.
+
+| word of the counter | attention element (b, h, row, col) | row element (row, col) |
+|---|---|---|
+| c0 | 8 (row // 32) + row % 8 | col // 16 |
+| c1 | 8 (col // 32) + col % 8 | row, low 32 bits |
+| c2 | b H + h | row, high 32 bits |
+| c3 | 0 | 1 |
+| byte of the 16 | 4 (row // 8 % 4) + col // 8 % 4 | col % 16 |
+
+Byte k is bits 8 (k % 4) to 8 (k % 4) + 7 of output word k // 4. The key is the low and the high
+32 bits of the seed.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+_M32 = 0xFFFFFFFF
+
+
+def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, ...]:
+    """Philox4x32-7 of the counters (int64 tensors that broadcast, values below 2^32).
+
+    Returns the 4 output words as int64 tensors below 2^32. A product of two 32-bit words wraps
+    around in int64; the shift and the mask after it still take the right bits.
+    """
+    words = (c0, c1, c2, torch.as_tensor(c3, device=c0.device))
+    w0, w1, w2, w3 = torch.broadcast_tensors(*words)
+    k0, k1 = seed & _M32, (seed >> 32) & _M32
+    for _ in range(ROUNDS):
+        a, b = w0 * 0xD2511F53, w2 * 0xCD9E8D57
+        w0, w1 = ((b >> 32) & _M32) ^ w1 ^ k0, b & _M32
+        w2, w3 = ((a >> 32) & _M32) ^ w3 ^ k1, a & _M32
+        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
+    return w0, w1, w2, w3
+
+
+def threshold(p: float) -> int:
+    """Bytes below this are dropped: p in units of 1/256. Raises ValueError outside 0 <= p < 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+    return min(max(round(256 * p), 1), 255) if p > 0 else 0
+
+
+def keep_scale(p: float) -> float:
+    """The factor of what is kept: the reciprocal of the keep rate really used."""
+    return 256 / (256 - threshold(p))
+
+
+def attention_keep(
+    seed: int | Tensor, B: int, H: int, T: int, p: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The keep mask of attention weights: bool, (B, H, T, T), rows are queries."""
+    tiles = -(-T // 32)
+    i = torch.arange(8 * tiles, device=device)  # the counter's c0 or c1: one per 4 rows or columns
+    head = torch.arange(B * H, device=device)
+    words = philox(seed, i[:, None], i[None, :], head[:, None, None], 0)
+    bits = _bytes(words)  # (B H, c0, c1, 16)
+    bits = bits.view(B, H, tiles, 8, tiles, 8, 4, 4)  # row = 32 tile + 8 i + r, column likewise
+    bits = bits.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(B, H, 32 * tiles, 32 * tiles)
+    return bits[:, :, :T, :T] >= threshold(p)
+
+
+def row_keep(
+    seed: int | Tensor, M: int, N: int, p: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The keep mask of a matrix: bool, (M, N)."""
+    group = torch.arange(-(-N // 16), device=device)
+    row = torch.arange(M, device=device)[:, None]
+    words = philox(seed, group, row & _M32, row >> 32, 1)
+    return _bytes(words).view(M, -1)[:, :N] >= threshold(p)
+
+
+def _bytes(words: tuple[Tensor, ...]) -> Tensor:
+    """The 16 bytes of every 4 words, in a new last dimension, int64."""
+    shifts = torch.arange(0, 32, 8, device=words[0].device)
+    return ((torch.stack(words, -1)[..., None] >> shifts) & 0xFF).flatten(-2)

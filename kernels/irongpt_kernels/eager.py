@@ -1,0 +1,118 @@
+"""
+Every op in plain PyTorch: the specification, the eager path of the model, and, run in float64, the
+oracle that the other implementations are held to.
+
+Statistics and sums are taken in float32 (float64 for float64 inputs), results come in the dtype of
+the first argument unless said otherwise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from irongpt_kernels import dropout
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """dropout(softmax(scale q k^T, no row sees a later column)) v, after Vaswani et al. 2017.
+
+    q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout is on the weights.
+    Returns (B, H, T, D), a view whose (B, T, H, D) memory is contiguous.
+    """
+    B, H, T, D = q.shape
+    weights = softmax(
+        q @ k.transpose(-2, -1), scale=D**-0.5 if scale is None else scale, causal=True
+    )  # (B, H, T, T)
+    if dropout_p > 0:
+        keep = dropout.attention_keep(_need(seed), B, H, T, dropout_p, q.device)
+        weights = weights * keep * dropout.keep_scale(dropout_p)
+    out = weights.to(v.dtype) @ v
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
+
+    x: (..., N). weight, bias: (N,). The variance is the biased one, from centred values.
+    """
+    centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
+    """exp(scale x) over its sum, along the last dimension.
+
+    x: (..., N). causal: the last two dimensions are (T, T), and row i sees columns 0 to i.
+    """
+    scores = _wide(x) * scale
+    if causal:
+        T = x.shape[-1]
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean of -log softmax(logits)[target] over the rows whose target is not `ignore_index`.
+
+    logits: (M, V). targets: (M,) int64. Returns a 0-d tensor, float32 at least; NaN where every
+    row is ignored, as in PyTorch.
+    """
+    wide = _wide(logits)
+    counted = targets != ignore_index
+    target_logit = wide.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    loss = (wide.logsumexp(-1) - target_logit) * counted
+    return loss.sum() / counted.sum()
+
+
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias in the tanh approximation (Hendrycks and Gimpel 2016). x: (..., N)."""
+    z = _wide(x) if bias is None else _wide(x) + bias
+    y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return y.to(x.dtype)
+
+
+def dropout_add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The step between two branches of a pre-norm block: residual + dropout(branch), and its norm.
+
+    branch, residual: (..., N). weight, bias: (N,).
+    Returns the sum in the residual's dtype, and its layer norm in the branch's dtype.
+    """
+    if dropout_p > 0:
+        N = branch.shape[-1]
+        M = branch.numel() // N
+        keep = dropout.row_keep(_need(seed), M, N, dropout_p, branch.device).view(branch.shape)
+        branch = branch * keep * dropout.keep_scale(dropout_p)
+    total = (residual + branch).to(residual.dtype)
+    return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _need(seed: int | Tensor | None) -> int | Tensor:
+    if seed is None:
+        raise ValueError("dropout_p > 0 needs a seed")
+    return seed
