@@ -1,0 +1,208 @@
+"""What a user can set: the model, its training, its sampling, and the presets.
+
+A field made by `option` is a flag of the command line, its help the flag's help. The others belong
+to a preset and are read in config.json. Every value is checked when the object is made.
+"""
+
+import dataclasses
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from irongpt.errors import UserError
+
+Config = TypeVar("Config", "GPTConfig", "TrainConfig", "SampleConfig")
+
+
+def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that the command line offers as a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. Two of these that are equal take the same weights."""
+
+    vocab_size: int
+    n_layer: int = option("number of blocks")
+    n_head: int = option("attention heads per block")
+    n_embd: int = option("width: size of a token's vector, a multiple of the heads")
+    context: int = option("positions the model sees at once, in tokens")
+    dropout: float = option("probability of dropping, in [0, 1)")
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "context"):
+            check(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+        check(
+            self.n_embd % self.n_head == 0,
+            f"{flag('n_embd')} {self.n_embd} does not divide by {flag('n_head')} {self.n_head}",
+        )
+        check(0 <= self.dropout < 1, f"{flag('dropout')} must be in [0, 1), got {self.dropout}")
+        check(
+            self.n_params() <= 10**10,
+            f"a model of {self.n_params():,} parameters is too large: "
+            f"lower {flag('n_embd')}, {flag('n_layer')} or {flag('context')}",
+        )
+
+    def n_params(self) -> int:
+        """Number of parameters; the head shares the token embedding's."""
+        C, L = self.n_embd, self.n_layer
+        weights = 12 * C * C * L + (self.vocab_size + self.context) * C + (2 * L + 1) * C
+        biases = (9 * C + 2 * C) * L + C  # qkv 3C, two projections 2C, fc 4C, two norms 2C; last norm
+        return weights + (biases if self.bias else 0)
+
+    def flops_per_token(self) -> int:
+        """FLOPs of one training token, forward and backward, as PaLM's appendix B counts them.
+
+        6 for every weight that multiplies (the position embedding does not), and 12 C per layer
+        and position for the attention's two products over the full square.
+        """
+        C, T = self.n_embd, self.context
+        return 6 * (self.n_params() - T * C) + 12 * self.n_layer * C * T
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of a run and where it runs. The model's shape is in GPTConfig."""
+
+    iters: int = option("training steps")
+    batch_size: int = option("windows per forward pass")
+    lr: float = option("peak learning rate of AdamW")
+    warmup: int = option("steps of linear warmup")
+    decay: str = option("learning rate after the warmup", choices=("constant", "linear", "cosine"))
+    weight_decay: float = option("weight decay of the matrices (norms and biases have none)")
+    eval_every: int = option("steps between evaluations, each with a sample and a checkpoint")
+    grad_accum: int = option("forward passes per step; the batch is this many times larger", 1)
+    target_loss: float | None = option("stop as soon as the validation loss is this low", None)
+    seed: int = option("seed of the weights, the batches, the dropout and the samples", 1337)
+    ops: str = option("implementation of the ops", "builtin", ("eager", "builtin", "fused"))
+    device: str = option("cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto")
+    dtype: str = option(
+        "type of the matrix products; auto: float32 on a CPU, float16 with loss scaling below "
+        "compute capability 8.0, bfloat16 from there on",
+        "auto",
+        ("auto", "float32", "float16", "bfloat16"),
+    )
+    min_lr: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0
+    eval_windows: int = 1 << 30  # all of them
+    log_every: int = 10
+    sample_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows"):
+            check(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+        for name in ("warmup", "weight_decay", "min_lr", "sample_tokens"):
+            check(getattr(self, name) >= 0, f"{flag(name)} must not be negative")
+        for name in ("lr", "grad_clip", "log_every"):
+            check(getattr(self, name) > 0, f"{flag(name)} must be above 0")
+        for name in ("lr", "weight_decay", "target_loss"):
+            check(math.isfinite(getattr(self, name) or 0), f"{flag(name)} must be a finite number")
+        check(0 <= self.seed < 2**31, f"{flag('seed')} must be in [0, 2^31)")
+        check_choices(self)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to draw text from a model."""
+
+    tokens: int = option("how many tokens to write", 1000)
+    temperature: float = option("divides the logits; 0 always takes the likeliest token", 0.8)
+    top_k: int | None = option("draw from the K likeliest tokens only", None)
+    top_p: float | None = option("draw from the likeliest tokens that hold P of the mass", None)
+    seed: int = option("seed of the draws: the same seed, the same text", 1337)
+
+    def __post_init__(self) -> None:
+        check(self.tokens >= 0, f"{flag('tokens')} must not be negative")
+        check(
+            0 <= self.temperature < math.inf,
+            f"{flag('temperature')} must be a finite number, 0 or above",
+        )
+        check(self.top_k is None or self.top_k >= 1, f"{flag('top_k')} must be at least 1")
+        check(self.top_p is None or 0 < self.top_p <= 1, f"{flag('top_p')} must be in (0, 1]")
+        check(0 <= self.seed < 2**63, f"{flag('seed')} must be in [0, 2^63)")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and its recipe, all but what the corpus decides."""
+
+    summary: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+
+
+PRESETS = {
+    "iron": Preset(
+        "10.8 M parameters, 5,000 steps: for a GPU",
+        model=dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2),
+        train=dict(
+            iters=5000,
+            batch_size=64,
+            lr=3e-4,
+            warmup=0,
+            decay="constant",
+            weight_decay=0.01,
+            eval_every=500,
+        ),
+    ),
+    "nano": Preset(
+        "0.8 M parameters, about three minutes on two CPU cores",
+        model=dict(n_layer=4, n_head=4, n_embd=128, context=128, dropout=0.0),
+        train=dict(
+            iters=1200,
+            batch_size=16,
+            lr=4e-3,
+            warmup=50,
+            decay="linear",
+            weight_decay=0.1,
+            eval_every=100,
+            eval_windows=256,
+            beta2=0.99,
+        ),
+    ),
+}
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_choices(config: Any) -> None:
+    for f in fields(config):
+        choices, value = f.metadata.get("choices"), getattr(config, f.name)
+        check(
+            not choices or value in choices,
+            f"{flag(f.name)} must be one of {', '.join(choices or ())}, got {value!r}",
+        )
+
+
+def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type[Config], values: Any) -> Config:
+    """The config that `to_json` wrote. Raises UserError on a missing, unknown or mistyped field."""
+    known = {f.name: f for f in fields(cls)}
+    if not isinstance(values, dict) or set(values) != set(known):
+        raise UserError(f"the fields of a {cls.__name__} are {', '.join(known)}")
+    for name, value in values.items():
+        if not _has_type(value, known[name].type):
+            raise UserError(f"{name} of a {cls.__name__} cannot be {value!r}")
+    return cls(**values)
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    if value is None:
+        return type(None) in getattr(annotation, "__args__", ())
+    types = getattr(annotation, "__args__", (annotation,))
+    return type(value) in types or (float in types and type(value) is int)

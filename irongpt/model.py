@@ -1,0 +1,175 @@
+"""A GPT-2 style decoder (Radford et al. 2019), written once against the ops.
+
+B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vocabulary.
+"""
+
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irongpt.config import GPTConfig
+
+DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
+
+
+class LayerNorm(nn.Module):
+    """The parameters of a layer norm. The ops apply it, fused with what stands before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, ops: ModuleType, layer: int) -> None:
+        super().__init__()
+        self.config, self.ops, self.layer = config, ops, layer
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, dropout_p: float, seed: int | Tensor | None, cache: "KVCache | None"
+    ) -> Tensor:
+        B, T, C = x.shape
+        H, D = self.config.n_head, C // self.config.n_head
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, length + T, D)
+        if k.shape[2] == T:
+            y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed)
+        else:  # one new position, which sees all that came before it
+            y = self.ops.softmax(q @ k.transpose(-2, -1), scale=D**-0.5) @ v
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.ops = ops
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.ops.gelu(F.linear(x, self.fc.weight), self.fc.bias))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    An add and the norm that follows it are one op, so a block takes the residual stream with its
+    norm and hands both on, normed for whoever comes next.
+    """
+
+    def __init__(self, config: GPTConfig, ops: ModuleType, layer: int) -> None:
+        super().__init__()
+        self.ops, self.layer = ops, layer
+        self.ln_1 = LayerNorm(config)
+        self.attn = Attention(config, ops, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config, ops)
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        next_norm: LayerNorm,
+        dropout_p: float,
+        seed: int | Tensor | None,
+        cache: "KVCache | None",
+    ) -> tuple[Tensor, Tensor]:
+        # Every dropout of the model has a seed of its own, counted up from the step's.
+        seeds = [
+            None if seed is None else seed + DROPOUTS_PER_BLOCK * self.layer + i
+            for i in range(DROPOUTS_PER_BLOCK)
+        ]
+        add_norm, ln_2 = self.ops.dropout_add_layer_norm, self.ln_2
+        branch = self.attn(normed, dropout_p, seeds[0], cache)
+        x, normed = add_norm(
+            branch, x, ln_2.weight, ln_2.bias, dropout_p=dropout_p, seed=seeds[1]
+        )
+        branch = self.mlp(normed)
+        return add_norm(
+            branch, x, next_norm.weight, next_norm.bias, dropout_p=dropout_p, seed=seeds[2]
+        )
+
+
+class GPT(nn.Module):
+    """Token ids in, logits out. The output head is the token embedding's matrix.
+
+    `ops` is a module with the contract of irongpt_kernels. It holds no parameters: a state_dict
+    fits a model on any ops.
+    """
+
+    def __init__(self, config: GPTConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's: normal of 0.02, and the layers that write into the stream scaled by their count."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Attention | MLP):  # after its children: apply goes bottom-up
+            with torch.no_grad():
+                module.proj.weight /= math.sqrt(2 * self.config.n_layer)
+
+    def forward(
+        self, idx: Tensor, *, seed: int | Tensor | None = None, cache: "KVCache | None" = None
+    ) -> Tensor:
+        """idx (B, T) int64 -> logits (B, T, V) for the token after each.
+
+        In training mode dropout is on, and `seed` decides what eager and fused ops drop. With a
+        cache, idx continues what the cache holds: the prompt first, then one token at a time.
+        Raises ValueError past the context.
+        """
+        past = 0 if cache is None else cache.length
+        T = idx.shape[1]
+        if past + T > self.config.context:
+            raise ValueError(f"{past + T} positions, but the context is {self.config.context}")
+        if past and T > 1:
+            raise ValueError(f"a cache that has begun takes one token at a time, got {T}")
+        dropout_p = self.config.dropout if self.training else 0.0
+        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
+        first, *rest = [*(block.ln_1 for block in self.blocks), self.ln_f]
+        normed = self.ops.layer_norm(x, first.weight, first.bias)
+        for block, next_norm in zip(self.blocks, rest, strict=True):
+            x, normed = block(x, normed, next_norm, dropout_p, seed, cache)
+        if cache is not None:
+            cache.length += T
+        return F.linear(normed, self.wte.weight)  # (B, T, V)
+
+    def loss(self, idx: Tensor, targets: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32."""
+        logits = self(idx, seed=seed)
+        return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class KVCache:
+    """Keys and values of the positions that a model has seen, so that a new token costs one row."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.config = config
+        self.length = 0
+        self.kv: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, H, T, D) behind what the layer holds; returns all of it."""
+        if layer == len(self.kv):
+            B, H, _, D = k.shape
+            shape = (B, H, self.config.context, D)
+            self.kv.append((k.new_empty(shape), v.new_empty(shape)))
+        all_k, all_v = self.kv[layer]
+        end = self.length + k.shape[2]
+        all_k[:, :, self.length : end] = k
+        all_v[:, :, self.length : end] = v
+        return all_k[:, :, :end], all_v[:, :, :end]
