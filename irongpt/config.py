@@ -6,6 +6,8 @@ to a preset and are read in config.json. Every value is checked when the object 
 
 import dataclasses
 import math
+import reprlib
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -39,6 +41,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "context"):
             check(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+            check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
         check(
             self.n_embd % self.n_head == 0,
             f"{flag('n_embd')} {self.n_embd} does not divide by {flag('n_head')} {self.n_head}",
@@ -54,7 +57,9 @@ class GPTConfig:
         """Number of parameters; the head shares the token embedding's."""
         C, L = self.n_embd, self.n_layer
         weights = 12 * C * C * L + (self.vocab_size + self.context) * C + (2 * L + 1) * C
-        biases = (9 * C + 2 * C) * L + C  # qkv 3C, two projections 2C, fc 4C, two norms 2C; last norm
+        biases = (
+            9 * C + 2 * C
+        ) * L + C  # qkv 3C, two projections 2C, fc 4C, two norms 2C; last norm
         return weights + (biases if self.bias else 0)
 
     def flops_per_token(self) -> int:
@@ -104,8 +109,11 @@ class TrainConfig:
             check(getattr(self, name) >= 0, f"{flag(name)} must not be negative")
         for name in ("lr", "grad_clip", "log_every"):
             check(getattr(self, name) > 0, f"{flag(name)} must be above 0")
-        for name in ("lr", "weight_decay", "target_loss"):
-            check(math.isfinite(getattr(self, name) or 0), f"{flag(name)} must be a finite number")
+        for name in ("lr", "weight_decay", "min_lr", "target_loss"):
+            finite = abs(getattr(self, name) or 0) <= sys.float_info.max
+            check(finite, f"{flag(name)} must be a finite number")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1)")
         check(0 <= self.seed < 2**31, f"{flag('seed')} must be in [0, 2^31)")
         check_choices(self)
 
@@ -182,7 +190,7 @@ def check_choices(config: Any) -> None:
         choices, value = f.metadata.get("choices"), getattr(config, f.name)
         check(
             not choices or value in choices,
-            f"{flag(f.name)} must be one of {', '.join(choices or ())}, got {value!r}",
+            f"{flag(f.name)} must be one of {', '.join(choices or ())}, got {reprlib.repr(value)}",
         )
 
 
@@ -197,7 +205,7 @@ def from_json(cls: type[Config], values: Any) -> Config:
         raise UserError(f"the fields of a {cls.__name__} are {', '.join(known)}")
     for name, value in values.items():
         if not _has_type(value, known[name].type):
-            raise UserError(f"{name} of a {cls.__name__} cannot be {value!r}")
+            raise UserError(f"{name} of a {cls.__name__} cannot be {reprlib.repr(value)}")
     return cls(**values)
 
 

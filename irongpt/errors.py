@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a line on stderr and exit code 2."""
+"""The exceptions that the command line turns into one line on stderr and an exit code."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line: what is wrong, then what to do about it. `irongpt.cli` prints it as
     `irongpt: error: <message>` and leaves with exit code 2; a traceback never reaches the user.
     """
+
+
+class DivergenceError(Exception):
+    """The gradients stay non-finite. One line too, but no mistake of the user's: exit code 1."""

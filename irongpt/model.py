@@ -4,7 +4,9 @@ B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vo
 """
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +90,7 @@ class Block(nn.Module):
         ]
         add_norm, ln_2 = self.ops.dropout_add_layer_norm, self.ln_2
         branch = self.attn(normed, dropout_p, seeds[0], cache)
-        x, normed = add_norm(
-            branch, x, ln_2.weight, ln_2.bias, dropout_p=dropout_p, seed=seeds[1]
-        )
+        x, normed = add_norm(branch, x, ln_2.weight, ln_2.bias, dropout_p=dropout_p, seed=seeds[1])
         branch = self.mlp(normed)
         return add_norm(
             branch, x, next_norm.weight, next_norm.bias, dropout_p=dropout_p, seed=seeds[2]
@@ -114,7 +114,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's: normal of 0.02, and the layers that write into the stream scaled by their count."""
+        """GPT-2's: normal, std 0.02; what writes into the stream is scaled by their number."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -140,9 +140,10 @@ class GPT(nn.Module):
             raise ValueError(f"a cache that has begun takes one token at a time, got {T}")
         dropout_p = self.config.dropout if self.training else 0.0
         x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
-        first, *rest = [*(block.ln_1 for block in self.blocks), self.ln_f]
+        blocks = cast(Sequence[Block], self.blocks)
+        first, *rest = [*(block.ln_1 for block in blocks), self.ln_f]
         normed = self.ops.layer_norm(x, first.weight, first.bias)
-        for block, next_norm in zip(self.blocks, rest, strict=True):
+        for block, next_norm in zip(blocks, rest, strict=True):
             x, normed = block(x, normed, next_norm, dropout_p, seed, cache)
         if cache is not None:
             cache.length += T

@@ -26,7 +26,7 @@ def _load_fused(device: torch.device) -> ModuleType:
     if torch.cuda.get_device_capability(device) < (7, 5):
         raise UserError(f"--fused needs compute capability 7.5 or newer: {hint}")
     try:
-        from irongpt_kernels import fused
+        from irongpt_kernels import fused  # type: ignore[attr-defined]
     except ImportError as e:
         raise UserError(f"--fused cannot import its Triton kernels ({e}): {hint}") from e
     return fused

@@ -1,18 +1,18 @@
 """The operations of a GPT, in interchangeable implementations with one signature each.
 
     import irongpt_kernels.eager      plain PyTorch: the specification, and the oracle of every test
-    import irongpt_kernels.builtin    PyTorch's own fused functions (scaled_dot_product_attention, ...)
+    import irongpt_kernels.builtin    PyTorch's own fused functions: scaled_dot_product_attention...
 
 | op | inputs | result |
 |---|---|---|
-| `causal_attention(q, k, v, *, dropout_p, seed, scale)` | (B, H, T, D) each, any strides | (B, H, T, D) |
+| `causal_attention(q, k, v, *, dropout_p, seed, scale)` | (B, H, T, D) each | (B, H, T, D) |
 | `layer_norm(x, weight, bias, eps)` | (..., N), (N,), (N,) or None | (..., N) |
 | `softmax(x, *, scale, causal)` | (..., N); causal: (..., T, T) | like x |
 | `cross_entropy(logits, targets, ignore_index)` | (M, V), (M,) int64 | mean, 0-d |
 | `gelu(x, bias)` | (..., N), (N,) or None | (..., N) |
-| `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | (sum, norm) |
+| `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
 
-A caller takes one of the modules and uses it; nothing is chosen here. Importing this package, or
+The last returns the sum and its norm. A caller takes one of the modules and uses it; nothing is chosen here. Importing this package, or
 any of these modules, imports no Triton.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`

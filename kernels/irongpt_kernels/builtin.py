@@ -20,9 +20,7 @@ def causal_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See `eager.causal_attention`."""
-    out = F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale
-    )
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # copies only where a backend must
 
 

@@ -70,11 +70,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     logits: (M, V). targets: (M,) int64. Returns a 0-d tensor, float32 at least; NaN where every
     row is ignored, as in PyTorch.
     """
-    wide = _wide(logits)
     counted = targets != ignore_index
-    target_logit = wide.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    loss = (wide.logsumexp(-1) - target_logit) * counted
-    return loss.sum() / counted.sum()
+    log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit loses a confident class's digits
+    picked = log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+    return -picked.where(counted, 0).sum() / counted.sum()
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

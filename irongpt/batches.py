@@ -1,0 +1,88 @@
+"""Token ids -> windows for training and validation, as a pure function of (seed, step).
+
+Nothing here has a state: a run that is resumed asks for the next step's batch and gets it.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irongpt.config import check
+
+TRAIN_SHARE = 0.9
+
+
+def split(ids: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """The first 90 % of the ids for training, the rest for validation.
+
+    Raises UserError if one of them is too short for a window and its targets, context + 1.
+    """
+    cut = int(TRAIN_SHARE * len(ids))
+    train, val = ids[:cut], ids[cut:]
+    for name, part in (("training", train), ("validation", val)):
+        check(
+            len(part) > context,
+            f"the corpus has {len(ids):,} tokens, {len(part):,} of them for {name}, and a window "
+            f"needs {context + 1:,}: use a longer text or a shorter --context",
+        )
+    return train, val
+
+
+class TrainBatches:
+    """Windows without replacement: every token is a target once an epoch.
+
+    An epoch lays windows end to end from a random phase, so that over the epochs every position
+    starts a window, and deals them out in a random order.
+    """
+
+    def __init__(self, ids: Tensor, context: int, batch_size: int, seed: int) -> None:
+        """ids: (N,) int64 on the device that trains, N > context."""
+        self.ids, self.context, self.batch_size = ids, context, batch_size
+        self.windows = max(1, (len(ids) - 1) // context - 1)  # one less: room for the phase
+        self.starts = lru_cache(maxsize=2)(self._starts)
+        self.seed = seed
+        self.offsets = torch.arange(context + 1, device=ids.device)
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        phase = rng.integers(len(self.ids) - self.windows * self.context)
+        return rng.permutation(self.windows) * self.context + phase
+
+    def __call__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Batch `number`, counted from 0: inputs and targets, (B, T) int64 each."""
+        first = number * self.batch_size
+        starts = [
+            self.starts(i // self.windows)[i % self.windows]
+            for i in range(first, first + self.batch_size)
+        ]
+        return windows(self.ids, torch.tensor(starts, device=self.ids.device), self.offsets)
+
+
+class ValBatches:
+    """The same evenly spaced windows each time, in order, without overlap."""
+
+    def __init__(self, ids: Tensor, context: int, batch_size: int, max_windows: int) -> None:
+        """ids: (N,) int64 on the device that evaluates, N > context."""
+        count = (len(ids) - 1) // context
+        used = min(count, max_windows)
+        self.ids, self.batch_size = ids, batch_size
+        self.starts = torch.arange(used, device=ids.device) * count // used * context  # (W,)
+        self.offsets = torch.arange(context + 1, device=ids.device)
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Batch i: inputs and targets, (B, T) int64 each; the last may be smaller."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
+        return windows(self.ids, starts, self.offsets)
+
+
+def windows(ids: Tensor, starts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (N,), starts (B,), offsets 0 to T -> inputs and, one further, targets: (B, T) each."""
+    rows = ids[starts[:, None] + offsets]  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]

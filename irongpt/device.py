@@ -1,0 +1,144 @@
+"""What depends on the device: the type of the matrix products and why, and the peak for the MFU."""
+
+import contextlib
+import os
+import re
+import time
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from irongpt.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first
+# name found as whole words in the card's own name decides.
+PEAK_16_BIT = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "RTX A6000": 155e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "RTX 2080 Ti": 54e12,
+}
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def needs_loss_scaling(self) -> bool:
+        return self.dtype == torch.float16
+
+
+def pick(name: str) -> torch.device:
+    """`auto`: a GPU if there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no NVIDIA GPU here; use --device cpu")
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        raise UserError(f"--device {name}: there are {count} GPUs, counted from cuda:0")
+    return torch.device("cuda", int(index or torch.cuda.current_device()))
+
+
+def precision(name: str, device: torch.device) -> Precision:
+    """The type that `--dtype name` means on this device, and why.
+
+    Decided by compute capability: torch.cuda.is_bf16_supported() is true on a T4, where bfloat16
+    is emulated and slow.
+    """
+    if device.type == "cpu":
+        if name == "auto":
+            return Precision(torch.float32, "a CPU")
+        return Precision(DTYPES[name], "as asked")
+    major, minor = torch.cuda.get_device_capability(device)
+    card = f"compute capability {major}.{minor}"
+    if name == "bfloat16" and major < 8:
+        raise UserError(f"--dtype bfloat16 is only emulated on {card}: use float16 or auto")
+    if name != "auto":
+        return Precision(DTYPES[name], "as asked")
+    if major >= 8:
+        return Precision(torch.bfloat16, f"{card} computes it natively")
+    if major == 7:
+        return Precision(torch.float16, f"{card} has no bfloat16; with loss scaling")
+    return Precision(torch.float32, f"{card} has no tensor cores")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in `dtype`; weights, the residual stream and statistics stay float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def make_deterministic() -> None:
+    """The same bits on every run of one environment. Call before the first use of CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # It warns where PyTorch has no deterministic kernel; an error would stop SDPA on a T4.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid, and not free.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    warnings.filterwarnings("once", message=".*deterministic.*")
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"the CPU with {threads} thread{'s' if threads > 1 else ''}"
+    p = torch.cuda.get_device_properties(device)
+    return f"{p.name} ({device}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor})"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that count as 100 % MFU here, and where the figure is from.
+
+    The data sheet's for a known card's tensor cores, else the rate of a large matrix product.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for known, flops in PEAK_16_BIT.items():
+            if re.search(rf"\b{known}\b", name):
+                return flops, "data sheet"
+    return _gemm_flops(device, dtype), "measured matrix product"
+
+
+def _gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    n = 1024 if device.type == "cpu" else 8192
+    generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
+    a = torch.randn(n, n, generator=generator, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
