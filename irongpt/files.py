@@ -1,0 +1,88 @@
+"""Files that are whole or not there, and that show when they were changed."""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from irongpt.errors import UserError
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """JSON with a digest of its own, so that a changed or cut file is noticed."""
+    body = {k: v for k, v in values.items() if k != "sha256"}
+    seal = digest(json.dumps(body, sort_keys=True).encode())
+    return (json.dumps({**body, "sha256": seal}, indent=1) + "\n").encode()
+
+
+def unsealed(data: bytes, path: Path) -> dict[str, Any]:
+    """What `sealed` was given. Raises UserError, with `path`, if it is anything else."""
+    try:
+        values = json.loads(data)
+        if json.loads(sealed(values)) != values:
+            raise damaged(path)
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise damaged(path) from e
+    return {k: v for k, v in values.items() if k != "sha256"}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: it is cut off, or was changed after it was saved")
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file and flushes it to the disk."""
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Puts `data` at `path` in one instant: a reader sees the old file or the new one."""
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(fd)
+    try:
+        write(Path(temporary), data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries, where the system can: Windows and some network drives cannot."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders atomically: renameat2 with RENAME_EXCHANGE. False where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "renameat2"):
+        return False
+    cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return libc.renameat2(cwd, os.fsencode(a), cwd, os.fsencode(b), swap) == 0

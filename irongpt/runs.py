@@ -1,0 +1,157 @@
+"""A run's folder: what it was asked for (config.json) and what has happened (metrics.jsonl).
+
+Everything else in it is drawn from these (loss.png, sample.txt) or is a checkpoint (last, best).
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irongpt import __version__
+from irongpt.config import GPTConfig, TrainConfig, from_json, to_json
+from irongpt.errors import UserError
+from irongpt.files import read, replace_file, sealed, unsealed
+
+FORMAT = 1
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What decides a run, but for the text itself. `data` is a built-in name or a file's path."""
+
+    preset: str
+    data: str
+    data_sha256: str
+    model: GPTConfig
+    train: TrainConfig
+
+
+class Run:
+    """An existing run folder."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def append(self, record: Record) -> None:
+        """Adds a line to metrics.jsonl. A number that is not finite becomes null."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(finite) + "\n")
+
+    def records(self) -> list[Record]:
+        """The lines of metrics.jsonl; one that a kill cut short does not count."""
+        records = []
+        if self.metrics.exists():
+            for line in read(self.metrics).splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def resume(self, config: RunConfig, step: int) -> None:
+        """Forgets what is after `step` and what a killed save left; writes config.json anew."""
+        self.config = config
+        kept = [r for r in self.records() if r["step"] <= step]
+        replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        replace_file(self.path / "config.json", _encode(config))
+        for stray in self.path.glob(".*-*"):
+            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
+
+def open_run(path: Path) -> Run:
+    """The run in a folder. Raises UserError if it is no run, or its config.json is not as saved."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no run of IronGPT: it has no config.json")
+    values = unsealed(read(path / "config.json"), path / "config.json")
+    try:
+        if values["format"] != FORMAT:
+            raise UserError(f"format {values['format']!r} is not of this version, {__version__}")
+        texts = {name: values[name] for name in ("preset", "data", "data_sha256")}
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise UserError(f"{', '.join(texts)} must be strings")
+        model = from_json(GPTConfig, values["model"])
+        train = from_json(TrainConfig, values["train"])
+    except (UserError, KeyError) as e:
+        raise UserError(f"{path / 'config.json'} does not describe a run: {e}") from e
+    return Run(path, RunConfig(model=model, train=train, **texts))
+
+
+def create_run(
+    path: Path | None, config: RunConfig, save_first: Callable[[Path], None], name: str
+) -> Run:
+    """Makes a run folder with config.json and a first checkpoint, all of it or nothing.
+
+    path: where, or None for runs/<name>, with -2, -3, ... behind it if that is taken.
+    save_first: writes the checkpoint of step 0 into the folder it is given.
+    Raises UserError if the folder exists or cannot be written.
+    """
+    if path is not None and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
+    wanted = path or Path("runs") / name
+    missing = [p for p in wanted.parents if not p.exists()]
+    temporary = None
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=wanted.parent))
+        temporary.chmod(0o755)
+        replace_file(temporary / "config.json", _encode(config))
+        save_first(temporary / "last")
+        final, n = wanted, 1
+        while path is None and final.exists():
+            n += 1
+            final = wanted.with_name(f"{wanted.name}-{n}")
+        os.rename(temporary, final)
+        return Run(final, config)
+    except OSError as e:
+        _remove(temporary)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise UserError(f"cannot write a run at {wanted}: {e.strerror}") from e
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encode(config: RunConfig) -> bytes:
+    return sealed(
+        {
+            "format": FORMAT,
+            "irongpt": __version__,
+            "preset": config.preset,
+            "data": config.data,
+            "data_sha256": config.data_sha256,
+            "model": to_json(config.model),
+            "train": to_json(config.train),
+        }
+    )
