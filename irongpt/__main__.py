@@ -1,0 +1,5 @@
+import sys
+
+from irongpt.cli import main
+
+sys.exit(main())

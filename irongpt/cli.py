@@ -1,0 +1,208 @@
+"""The command line: its flags come from the dataclasses of `config`."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn
+
+from irongpt import __version__
+from irongpt.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, flag
+from irongpt.errors import DivergenceError, UserError
+
+START = time.perf_counter()
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code. A mistake is one line on stderr and code 2."""
+    try:
+        given = vars(build_parser().parse_args(argv))
+        return int(given.pop("run_command")(given))
+    except (UserError, DivergenceError) as e:
+        print("irongpt: error:", " ".join(str(e).split()), file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="irongpt", description="A GPT from scratch: train it, sample from it.")
+    parser.add_argument("--version", action="version", version=f"irongpt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model, or go on with a run")
+    train.set_defaults(run_command=train_command)
+    train.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default=argparse.SUPPRESS,
+        help="model and recipe. "
+        + "; ".join(f"{name}: {p.summary}" for name, p in PRESETS.items())
+        + " (iron on a GPU, else nano)",
+    )
+    train.add_argument(
+        "--data",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="war-and-peace, python-docs, python-code, or a text file (war-and-peace)",
+    )
+    where = train.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out",
+        metavar="RUN",
+        default=argparse.SUPPRESS,
+        help="folder of the new run (runs/TEXT-PRESET)",
+    )
+    where.add_argument(
+        "--resume",
+        metavar="RUN",
+        default=argparse.SUPPRESS,
+        help="go on with this run from its last checkpoint, as if it had never stopped",
+    )
+    add_options(train, GPTConfig, [p.model for p in PRESETS.values()])
+    add_options(train, TrainConfig, [p.train for p in PRESETS.values()])
+
+    generate = commands.add_parser("generate", help="write text with a trained model")
+    generate.set_defaults(run_command=generate_command)
+    generate.add_argument("run", metavar="RUN", help="folder of a run")
+    prompt = generate.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (a new line)")
+    prompt.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="file with the text to continue, - for standard input; a last line end is dropped",
+    )
+    add_options(generate, SampleConfig, [])
+    generate.add_argument(
+        "--checkpoint",
+        choices=["best", "last"],
+        default="best",
+        help="by validation loss, or the newest (best)",
+    )
+    by_name = {f.name: f for f in fields(TrainConfig)}
+    for name in ("ops", "device"):
+        add_option(generate, by_name[name], [])
+    for command in (train, generate):
+        command.add_argument(
+            "--fused", action="store_const", const="fused", dest="ops", default=argparse.SUPPRESS,
+            help="short for --ops fused",
+        )  # fmt: skip
+    return parser
+
+
+def add_options(parser: Parser, config: type, presets: list[dict[str, Any]]) -> None:
+    """A flag for every field that `config.option` made."""
+    for f in fields(config):
+        if "help" in f.metadata:
+            add_option(parser, f, presets)
+
+
+def add_option(parser: Parser, f: Any, presets: list[dict[str, Any]]) -> None:
+    values = [preset.get(f.name, f.default) for preset in presets] or [f.default]
+    shown = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+    if len(set(shown)) > 1:
+        shown = [f"{name} {value}" for name, value in zip(PRESETS, shown, strict=True)]
+    kind = f.type.__args__[0] if isinstance(f.type, UnionType) else f.type
+    parser.add_argument(
+        flag(f.name),
+        type=kind,
+        choices=f.metadata["choices"],
+        default=argparse.SUPPRESS,
+        metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
+        help=f"{f.metadata['help']} ({', '.join(dict.fromkeys(shown))})".replace("%", "%%"),
+    )
+
+
+def train_command(given: dict[str, Any]) -> int:
+    from irongpt.console import Clock, say
+    from irongpt.start import new_run, resumed_run
+
+    clock = Clock(START)
+    if "resume" in given:
+        fit, run = resumed_run(Path(given.pop("resume")), given, clock)
+    else:
+        fit, run = new_run(given, clock)
+    clock.parts["set-up"] = clock.total()
+    say(f"run       {run.path}, from step {fit.trainer.step:,}")
+    if fit.finished():
+        say(f"nothing to do: the run is finished; {flag('iters')} N makes it longer")
+        return 0
+    stopped_by = fit.fit(run)
+    fit.draw()
+    step = f"step {fit.trainer.step:,}"
+    if stopped_by is not None:
+        say(f"stopped at {step} and saved; go on with: irongpt train --resume {run.path}")
+    else:
+        reached = "target loss reached" if fit.reached_target() else "finished"
+        say(
+            f"{reached} at {step}: best validation loss {fit.best_val:.4f}, of step "
+            f"{fit.best_step:,}; write with: irongpt generate {run.path}"
+        )
+    say(f"time      {clock.summary()}")
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def generate_command(given: dict[str, Any]) -> int:
+    from irongpt.sample import generate, printable, start_ids
+    from irongpt.start import trained_model
+
+    run, checkpoint = Path(given.pop("run")), given.pop("checkpoint")
+    prompt, file = given.pop("prompt"), given.pop("prompt_file")
+    op_set, device = given.pop("ops", "builtin"), given.pop("device", "auto")
+    config = SampleConfig(**given)
+    if file is not None:
+        prompt = read_prompt(file)
+    model, tokenizer = trained_model(run, checkpoint, op_set, device)
+    ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
+    context = model.config.context
+    if len(ids) > context:
+        say_aside(f"the prompt has {len(ids):,} tokens: its last {context:,} count")
+
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    terminal = sys.stdout.isatty()
+    show = printable if terminal else str
+    sys.stdout.write(show(prompt or ""))
+    start = time.perf_counter()
+    piece = prompt or ""
+    for token in generate(model, ids, config):
+        piece = tokenizer.decode([token])
+        sys.stdout.write(show(piece))
+        sys.stdout.flush()
+    if terminal and not piece.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+    rate = config.tokens / (time.perf_counter() - start)
+    say_aside(f"{config.tokens:,} tokens, {rate:,.0f} a second")
+    return 0
+
+
+def read_prompt(file: str) -> str:
+    """The text of a prompt file, or of standard input for -, without the line end at its end."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as e:
+        raise UserError(f"cannot read the prompt file {file}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"the prompt file {file} is not UTF-8 text") from e
+    return text.removesuffix("\n")
+
+
+def say_aside(text: str) -> None:
+    """A line about the text, which is not of the text."""
+    print(f"irongpt: {text}", file=sys.stderr)

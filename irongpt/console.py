@@ -1,0 +1,106 @@
+"""What a run shows: a bar on a terminal, plain lines elsewhere, and where the time went."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def say(text: str) -> None:
+    """A line for the user, above the progress bar if there is one."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Clock:
+    """Where a process's seconds went, by what it did."""
+
+    def __init__(self, start: float) -> None:
+        """start: time.perf_counter() when the process began."""
+        self.start = start
+        self.parts: dict[str, float] = {}
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+
+    def summary(self) -> str:
+        """`1:02 in all: 50.1 s training, 8.2 s evaluation, ...`, with nothing left out."""
+        total = self.total()
+        parts = {**self.parts, "other": total - sum(self.parts.values())}
+        listed = [f"{duration(s)} {name}" for name, s in parts.items() if s >= 0.05]
+        return f"{duration(total)} in all: {', '.join(listed)}"
+
+
+class Progress:
+    """The state of a run: `tqdm`'s bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.bar: tqdm[Any] = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not self.terminal,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
+        )
+        self.steps, self.said = steps, time.monotonic()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, record: dict[str, Any]) -> None:
+        text = (
+            f"loss {record['train_loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s, "
+            f"MFU {record['mfu']:.1%}"
+        )
+        self.bar.set_postfix_str(text, refresh=False)
+        if not self.terminal and time.monotonic() - self.said >= PLAIN_EVERY:
+            say(f"step {record['step']:,} of {self.steps:,}: {text}")
+            self.said = time.monotonic()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a flag that the training loop looks at; the second one is final."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)

@@ -1,0 +1,205 @@
+"""The course of a run: steps, records, evaluations, samples, checkpoints, and how it ends."""
+
+import math
+import statistics
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irongpt import checkpoint, optim, report
+from irongpt.config import SampleConfig
+from irongpt.console import Clock, Interrupt, Progress, duration, say
+from irongpt.errors import DivergenceError, UserError
+from irongpt.runs import Record, Run
+from irongpt.sample import generate, printable, start_ids
+from irongpt.tokenizer import CharTokenizer
+from irongpt.train import Trainer
+
+PATIENCE = 30  # steps in a row whose gradients are not finite before a run gives up
+PLOT_EVERY = 30.0  # seconds
+
+
+class Fit:
+    """A trainer at work in a run's folder.
+
+    What a record needs beyond the trainer is state too, and is in the checkpoint: the losses since
+    the last record, the best validation loss, the last step evaluated.
+    """
+
+    def __init__(
+        self, trainer: Trainer, tokenizer: CharTokenizer, peak_flops: float, clock: Clock
+    ) -> None:
+        self.trainer, self.tokenizer = trainer, tokenizer
+        self.peak_flops, self.clock = peak_flops, clock
+        self.recent: list[Tensor] = []  # per step: loss, gradient norm, loss scale, on the device
+        self.rows: list[list[float]] = []  # the same of earlier steps that are in no record yet
+        self.bad_steps = 0  # the latest of them whose gradients were not finite, in a row
+        self.evaluated_at = 0
+        self.best_val: float | None = None
+        self.best_step = 0
+        self.seconds_before = 0.0  # of the processes that this one resumes
+        self.timed = (trainer.step, 0.0)  # step and training seconds at the last record
+        self.plotted = time.monotonic()
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint, or raises OSError and leaves the one that is there."""
+        self._collect()
+        trainer = self.trainer
+        state = {
+            "step": trainer.step,
+            "evaluated_at": self.evaluated_at,
+            "best_val": self.best_val,
+            "best_step": self.best_step,
+            "seconds": self.seconds_before + self.clock.total(),
+            "rows": self.rows,
+        }
+        checkpoint.save(
+            folder,
+            trainer.model.state_dict(),
+            trainer.optimizer_tensors(),
+            self.tokenizer.to_json(),
+            state,
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.evaluated_at, self.best_val = state["evaluated_at"], state["best_val"]
+        self.best_step, self.seconds_before = state["best_step"], state["seconds"]
+        self.rows = state["rows"]
+        self.timed = (self.trainer.step, 0.0)
+
+    def reached_target(self) -> bool:
+        target = self.trainer.config.target_loss
+        return target is not None and self.best_val is not None and self.best_val <= target
+
+    def finished(self) -> bool:
+        """Nothing is left to do: the last step is evaluated, or the target loss reached."""
+        trainer = self.trainer
+        done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
+        return done or self.reached_target()
+
+    def fit(self, run: Run) -> int | None:
+        """Trains in the run's folder until the end, the target loss, or a signal: returns that.
+
+        Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
+        written or the GPU's memory does not suffice; the last good checkpoint stays.
+        """
+        self.run = run
+        trainer, log_every = self.trainer, self.trainer.config.log_every
+        progress = Progress(trainer.config.iters, trainer.step)
+        try:
+            with Interrupt() as interrupt:
+                while not self.finished():
+                    if interrupt.signal is not None:
+                        with self.clock("saving"):
+                            self.save(self.run.last)
+                        return interrupt.signal
+                    if self._evaluation_is_due():
+                        self._evaluate(interrupt, progress)
+                        continue
+                    with self.clock("training"):
+                        self.recent.append(trainer.train_step())
+                        log = trainer.step % log_every == 0
+                        if log or self._evaluation_is_due():
+                            self._collect()
+                    progress.advance()
+                    if log and not self._evaluation_is_due():
+                        self._record(progress)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                "the GPU has too little memory: lower --batch-size and raise --grad-accum"
+            ) from e
+        except OSError as e:
+            raise UserError(
+                f"cannot write to {self.run.path}: {e.strerror}; the checkpoint saved before is "
+                f"whole, go on with --resume {self.run.path}"
+            ) from e
+        finally:
+            progress.close()
+        return None
+
+    def _evaluation_is_due(self) -> bool:
+        step, config = self.trainer.step, self.trainer.config
+        due = step % config.eval_every == 0 or step >= config.iters
+        return due and step > self.evaluated_at
+
+    def _collect(self) -> None:
+        """Reads back what the last steps gave."""
+        rows = torch.stack(self.recent).tolist() if self.recent else []
+        for _, norm, _ in rows:
+            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        self.rows += rows
+        self.recent = []
+
+    def _record(self, progress: Progress, **evaluation: Any) -> Record:
+        """Adds a line to the metrics, of the steps since the last one."""
+        trainer, config = self.trainer, self.trainer.config
+        if self.bad_steps >= PATIENCE:
+            raise DivergenceError(
+                f"the gradients of {self.bad_steps} steps up to step {trainer.step:,} were not "
+                f"finite; the first tensor that is not: {trainer.first_nonfinite()}; "
+                f"{self.run.last} is the last good checkpoint, a lower --lr may help"
+            )
+        seconds = self.clock.parts.get("training", 0.0)
+        tokens = (trainer.step - self.timed[0]) * trainer.tokens_per_step()
+        rate = tokens / max(seconds - self.timed[1], 1e-9)
+        record = {
+            "step": trainer.step,
+            "train_loss": statistics.fmean(row[0] for row in self.rows),
+            "val_loss": None,
+            "lr": optim.lr_at(trainer.step - 1, config),
+            "grad_norm": self.rows[-1][1],
+            "loss_scale": self.rows[-1][2],
+            "tokens_per_s": rate,
+            "mfu": rate * trainer.model.config.flops_per_token() / self.peak_flops,
+            "seconds": self.seconds_before + self.clock.total(),
+            **evaluation,
+        }
+        self.run.append(record)
+        self.rows, self.timed = [], (trainer.step, seconds)
+        progress.show(record)
+        return record
+
+    def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
+        """Evaluation, sample, record, checkpoints; nothing of it if a signal comes first."""
+        trainer, run = self.trainer, self.run
+        with self.clock("evaluation"):
+            val_loss = trainer.evaluate(lambda: interrupt.signal is None)
+        if val_loss is None:
+            return
+        with self.clock("samples"):
+            sample = self._sample()
+        record = self._record(progress, val_loss=val_loss, sample=sample)
+        self.evaluated_at = trainer.step
+        improved = math.isfinite(val_loss) and (self.best_val is None or val_loss < self.best_val)
+        if improved:
+            self.best_val, self.best_step = val_loss, trainer.step
+        with self.clock("saving"):
+            if improved:  # before `last`: a run killed in between does this step again, the same
+                self.save(run.best)
+            if math.isfinite(val_loss):
+                self.save(run.last)
+        say(
+            f"step {trainer.step:,}: train {record['train_loss']:.4f}, validation {val_loss:.4f}"
+            f"{' (best)' if improved else ''}, {duration(record['seconds'])}"
+        )
+        say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
+        if time.monotonic() - self.plotted > PLOT_EVERY:
+            self.draw()
+
+    def _sample(self) -> str:
+        """What the model writes now, from a new line on."""
+        trainer, config = self.trainer, self.trainer.config
+        sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
+        with trainer.autocast():
+            ids = generate(trainer.model, start_ids(self.tokenizer), sampling)
+            return self.tokenizer.decode(list(ids))
+
+    def draw(self) -> None:
+        """Brings loss.png and sample.txt up to the metrics."""
+        with self.clock("plots"):
+            report.draw(self.run)
+        self.plotted = time.monotonic()

@@ -1,0 +1,146 @@
+"""The training step, the evaluation, and all the state that they depend on."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from irongpt import device as devices
+from irongpt import optim
+from irongpt.batches import TrainBatches, ValBatches, split
+from irongpt.config import TrainConfig
+from irongpt.model import DROPOUTS_PER_BLOCK, GPT
+
+EVAL_TOKENS = 1 << 14  # tokens per forward pass of an evaluation: as fast as more, and less memory
+
+
+class Trainer:
+    """A model in training: after `step` steps, everything that the next one depends on."""
+
+    def __init__(
+        self, model: GPT, ids: Tensor, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """model: on `device`. ids: (N,) int64, the whole corpus, moved to `device`."""
+        self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        context = model.config.context
+        train_ids, val_ids = split(ids.to(device), context)
+        self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
+        eval_batch = max(1, EVAL_TOKENS // context)
+        self.val_batches = ValBatches(val_ids, context, eval_batch, config.eval_windows)
+        self.optimizer = optim.adamw(model, config)
+        self.scaler = optim.LossScaler(dtype == torch.float16, device)
+        self.step = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return devices.autocast(self.device, self.dtype)
+
+    def tokens_per_step(self) -> int:
+        config = self.config
+        return config.batch_size * config.grad_accum * self.model.config.context
+
+    def loss(self, batch: int) -> Tensor:
+        """Loss of training batch `batch`, counted from 0, with the dropout that belongs to it."""
+        x, y = self.train_batches(batch)
+        seed = (self.config.seed << 32) + batch * DROPOUTS_PER_BLOCK * self.model.config.n_layer
+        with self.autocast():
+            return self.model.loss(x, y, seed=seed)
+
+    def train_step(self) -> Tensor:
+        """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device."""
+        config = self.config
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        scale = self.scaler.scale.clone()
+        for i in range(config.grad_accum):
+            loss = self.loss(self.step * config.grad_accum + i) / config.grad_accum
+            (loss * scale).backward()
+            total += loss.detach()
+        lr = optim.lr_at(self.step, config)
+        norm = optim.step(self.optimizer, self.scaler, lr, config.grad_clip)
+        self.step += 1
+        return torch.stack((total, norm, scale))
+
+    def evaluate(self, go_on: Callable[[], bool] = lambda: True) -> float | None:
+        """Mean loss over the validation windows, without dropout; the training notices nothing.
+
+        `go_on` is asked before each batch; None if it says no.
+        """
+        self.model.eval()
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        try:
+            with torch.inference_mode(), self.autocast():
+                for i in range(len(self.val_batches)):
+                    if not go_on():
+                        return None
+                    x, y = self.val_batches[i]
+                    total += self.model.loss(x, y) * len(x)
+                    count += len(x)
+        finally:
+            self.model.train()
+        return float(total) / count
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's moments, the loss scale and the global generators' states."""
+        tensors = {}
+        if self.scaler.enabled:
+            tensors["scaler.scale"] = self.scaler.scale
+            tensors["scaler.good_steps"] = self.scaler.good_steps
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"{key}.{name}"] = value
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors
+
+    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Takes up where the trainer stood whose `optimizer_tensors` these are.
+
+        Raises KeyError or ValueError if they are not this model's.
+        """
+        self.step = step
+        for name, p in self.model.named_parameters() if step else ():
+            state = {key: tensors[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+            if any(value.shape != p.shape or value.dtype != p.dtype for value in state.values()):
+                raise ValueError(f"the moments of {name} have another shape than the weights")
+            state = {key: value.to(self.device) for key, value in state.items()}
+            self.optimizer.state[p] = {"step": tensors[f"step.{name}"].to(self.device), **state}
+        if self.scaler.enabled and "scaler.scale" in tensors:
+            self.scaler.scale.copy_(tensors["scaler.scale"])
+            self.scaler.good_steps.copy_(tensors["scaler.good_steps"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    def first_nonfinite(self) -> str:
+        """Names the next step's first tensor that is not finite: a weight, output or gradient."""
+        found: list[str] = []
+
+        def look(what: str, *tensors: Tensor | None) -> None:
+            if any(t is not None and not bool(t.isfinite().all()) for t in tensors):
+                found.append(what)
+
+        for name, p in self.model.named_parameters():
+            look(f"the weight {name}", p)
+        hooks = [
+            module.register_forward_hook(
+                lambda module, args, out, name=name: look(
+                    f"the output of {name or 'the model'}",
+                    *(out if isinstance(out, tuple) else (out,)),
+                )
+            )
+            for name, module in self.model.named_modules()
+        ]
+        try:
+            loss = self.loss(self.step * self.config.grad_accum)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        look("the loss", loss)
+        if not found:
+            self.optimizer.zero_grad()
+            (loss * self.scaler.scale).backward()
+            for name, p in reversed(list(self.model.named_parameters())):
+                look(f"the gradient of {name}", p.grad)
+        return found[0] if found else "none in the next step: the gradients' norm overflows"
