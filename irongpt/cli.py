@@ -14,8 +14,6 @@ from irongpt import __version__
 from irongpt.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, flag
 from irongpt.errors import DivergenceError, UserError
 
-START = time.perf_counter()
-
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
@@ -53,20 +51,20 @@ def build_parser() -> Parser:
         default=argparse.SUPPRESS,
         help="model and recipe. "
         + "; ".join(f"{name}: {p.summary}" for name, p in PRESETS.items())
-        + " (iron on a GPU, else nano)",
+        + " [iron on a GPU, else nano]",
     )
     train.add_argument(
         "--data",
         default=argparse.SUPPRESS,
         metavar="TEXT",
-        help="war-and-peace, python-docs, python-code, or a text file (war-and-peace)",
+        help="war-and-peace, python-docs, python-code, or a text file [war-and-peace]",
     )
     where = train.add_mutually_exclusive_group()
     where.add_argument(
         "--out",
         metavar="RUN",
         default=argparse.SUPPRESS,
-        help="folder of the new run (runs/TEXT-PRESET)",
+        help="folder of the new run [runs/TEXT-PRESET]",
     )
     where.add_argument(
         "--resume",
@@ -81,7 +79,7 @@ def build_parser() -> Parser:
     generate.set_defaults(run_command=generate_command)
     generate.add_argument("run", metavar="RUN", help="folder of a run")
     prompt = generate.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (a new line)")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a new line]")
     prompt.add_argument(
         "--prompt-file",
         metavar="FILE",
@@ -92,7 +90,7 @@ def build_parser() -> Parser:
         "--checkpoint",
         choices=["best", "last"],
         default="best",
-        help="by validation loss, or the newest (best)",
+        help="by validation loss, or the newest [best]",
     )
     by_name = {f.name: f for f in fields(TrainConfig)}
     for name in ("ops", "device"):
@@ -114,7 +112,7 @@ def add_options(parser: Parser, config: type, presets: list[dict[str, Any]]) -> 
 
 def add_option(parser: Parser, f: Any, presets: list[dict[str, Any]]) -> None:
     values = [preset.get(f.name, f.default) for preset in presets] or [f.default]
-    shown = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+    shown = ["none" if value is None else str(value) for value in values]
     if len(set(shown)) > 1:
         shown = [f"{name} {value}" for name, value in zip(PRESETS, shown, strict=True)]
     kind = f.type.__args__[0] if isinstance(f.type, UnionType) else f.type
@@ -124,15 +122,16 @@ def add_option(parser: Parser, f: Any, presets: list[dict[str, Any]]) -> None:
         choices=f.metadata["choices"],
         default=argparse.SUPPRESS,
         metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
-        help=f"{f.metadata['help']} ({', '.join(dict.fromkeys(shown))})".replace("%", "%%"),
+        help=f"{f.metadata['help']} [{', '.join(dict.fromkeys(shown))}]".replace("%", "%%"),
     )
 
 
 def train_command(given: dict[str, Any]) -> int:
+    start = time.perf_counter()  # importing torch takes seconds, which are set-up too
     from irongpt.console import Clock, say
     from irongpt.start import new_run, resumed_run
 
-    clock = Clock(START)
+    clock = Clock(start)
     if "resume" in given:
         fit, run = resumed_run(Path(given.pop("resume")), given, clock)
     else:

@@ -32,7 +32,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
         axes.annotate(
             f"{best:.3f}",
             (step, best),
-            xytext=(0, 10),
+            xytext=(0, -16),
             textcoords="offset points",
             ha="center",
             color="tab:orange",

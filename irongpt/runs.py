@@ -101,6 +101,16 @@ def open_run(path: Path) -> Run:
     return Run(path, RunConfig(model=model, train=train, **texts))
 
 
+def check_free(path: Path) -> None:
+    """Raises UserError unless a run can be made at `path`: it is not there, or an empty folder."""
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as e:
+        raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
+    if taken:
+        raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
+
+
 def create_run(
     path: Path | None, config: RunConfig, save_first: Callable[[Path], None], name: str
 ) -> Run:
@@ -108,39 +118,31 @@ def create_run(
 
     path: where, or None for runs/<name>, with -2, -3, ... behind it if that is taken.
     save_first: writes the checkpoint of step 0 into the folder it is given.
-    Raises UserError if the folder exists or cannot be written.
+    Raises UserError if it cannot be written.
     """
-    if path is not None and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
-    wanted = path or Path("runs") / name
-    missing = [p for p in wanted.parents if not p.exists()]
+    final, n = path or Path("runs") / name, 1
+    while path is None and final.exists():
+        n += 1
+        final = Path("runs") / f"{name}-{n}"
+    missing = [p for p in final.parents if not p.exists()]
     temporary = None
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=wanted.parent))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
         temporary.chmod(0o755)
         replace_file(temporary / "config.json", _encode(config))
         save_first(temporary / "last")
-        final, n = wanted, 1
-        while path is None and final.exists():
-            n += 1
-            final = wanted.with_name(f"{wanted.name}-{n}")
         os.rename(temporary, final)
-        return Run(final, config)
-    except OSError as e:
-        _remove(temporary)
+    except BaseException as e:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise UserError(f"cannot write a run at {wanted}: {e.strerror}") from e
-    except BaseException:
-        _remove(temporary)
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write a run at {final}: {e.strerror}") from e
         raise
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    return Run(final, config)
 
 
 def _encode(config: RunConfig) -> bytes:

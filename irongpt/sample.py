@@ -57,7 +57,8 @@ def pick(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> in
         raise UserError("the model's logits are not finite: its weights are of no use")
     if config.temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / config.temperature  # the largest is 0: nothing overflows
+    # In float64, which holds any temperature; the largest becomes 0, so that nothing overflows.
+    logits = (logits - logits.max()).double() / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         kept = logits.topk(config.top_k).indices
         logits = torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])

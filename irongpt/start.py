@@ -16,7 +16,7 @@ from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.fit import Fit
 from irongpt.model import GPT
-from irongpt.runs import Run, RunConfig, create_run, open_run
+from irongpt.runs import Run, RunConfig, check_free, create_run, open_run
 from irongpt.tokenizer import CharTokenizer
 from irongpt.train import Trainer
 
@@ -26,18 +26,20 @@ CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype")
 
 def new_run(given: dict[str, Any], clock: Clock) -> tuple[Fit, Run]:
     """given: the flags that the user gave, by their names in the configs, and preset, data, out."""
-    preset = given.get("preset")
-    if preset is None:
-        preset = "iron" if devices.pick(given.get("device", "auto")).type == "cuda" else "nano"
-        why = "a GPU is at hand" if preset == "iron" else "there is no GPU"
-        say(f"preset    {preset}, because {why} ({flag('preset')} decides otherwise)")
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None:
+        check_free(out)
+    device = devices.pick(given.get("device", "auto"))
+    preset = given.get("preset") or ("iron" if device.type == "cuda" else "nano")
     train = TrainConfig(**_choose(TrainConfig, PRESETS[preset].train, given))
     # Mistakes in the flags are told before a corpus is downloaded: any vocabulary does for that.
     shape = _choose(GPTConfig, PRESETS[preset].model, given)
     GPTConfig(vocab_size=1, **shape)
-    device = devices.pick(train.device)
     devices.precision(train.dtype, device)
     ops.load(train.ops, device)
+    if "preset" not in given:
+        why = "there is a GPU" if device.type == "cuda" else "this is for a CPU"
+        say(f"preset    {preset}, as {why}; {flag('preset')} chooses")
 
     data = given.get("data")
     text = corpus.load(data, say=say)
@@ -46,7 +48,6 @@ def new_run(given: dict[str, Any], clock: Clock) -> tuple[Fit, Run]:
     spec = text.name if data is None else _data_spec(data)
     config = RunConfig(preset, spec, text.sha256, model, train)
     fit = _prepare(config, text, tokenizer, clock)
-    out = Path(given["out"]) if "out" in given else None
     return fit, create_run(out, config, fit.save, f"{text.name}-{preset}")
 
 
@@ -73,9 +74,11 @@ def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> tuple[Fit, R
         fit.trainer.model.load_state_dict(weights)
         fit.trainer.restore(state["step"], optimizer)
         fit.restore(state)
+        run.resume(config, fit.trainer.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
-    run.resume(config, fit.trainer.step)
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {e.strerror}") from e
     return fit, run
 
 

@@ -101,11 +101,14 @@ class Trainer:
         """
         self.step = step
         for name, p in self.model.named_parameters() if step else ():
-            state = {key: tensors[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-            if any(value.shape != p.shape or value.dtype != p.dtype for value in state.values()):
+            # A copy: the optimizer writes into its state in place.
+            state = {
+                key: tensors[f"{key}.{name}"].to(self.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
                 raise ValueError(f"the moments of {name} have another shape than the weights")
-            state = {key: value.to(self.device) for key, value in state.items()}
-            self.optimizer.state[p] = {"step": tensors[f"step.{name}"].to(self.device), **state}
+            self.optimizer.state[p] = state
         if self.scaler.enabled and "scaler.scale" in tensors:
             self.scaler.scale.copy_(tensors["scaler.scale"])
             self.scaler.good_steps.copy_(tensors["scaler.good_steps"])

@@ -1,0 +1,154 @@
+"""Configs: what is refused and by which flag's name, the presets, and JSON there and back."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from irongpt_kernels import eager
+
+from irongpt.config import (
+    PRESETS,
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    flag,
+    from_json,
+    to_json,
+)
+from irongpt.errors import UserError
+from irongpt.model import GPT
+
+MODEL = GPTConfig(vocab_size=65, n_layer=2, n_head=4, n_embd=32, context=16, dropout=0.1)
+TRAIN = TrainConfig(**PRESETS["nano"].train)
+SAMPLE = SampleConfig()
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        *[(MODEL, n, v) for n in ("vocab_size", "n_layer", "n_head", "n_embd") for v in (0, -1)],
+        *[(MODEL, n, 10**4000) for n in ("vocab_size", "n_layer", "n_embd", "context")],
+        (MODEL, "context", 0),
+        (MODEL, "n_embd", 33),  # 4 heads do not divide it
+        (MODEL, "n_head", 3),
+        (MODEL, "n_embd", 100_000),  # 240 billion parameters
+        *[(MODEL, "dropout", v) for v in (1.0, -0.1, NAN)],
+        *[(TRAIN, n, v) for n in ("iters", "batch_size", "eval_every") for v in (0, -1)],
+        (TRAIN, "grad_accum", 0),
+        (TRAIN, "eval_windows", 0),
+        *[(TRAIN, n, -1) for n in ("warmup", "weight_decay", "min_lr", "sample_tokens")],
+        *[(TRAIN, n, 0) for n in ("lr", "grad_clip", "log_every")],
+        *[(TRAIN, n, v) for n in ("lr", "weight_decay", "min_lr") for v in (NAN, INF, 10**400)],
+        *[(TRAIN, "target_loss", v) for v in (NAN, INF, -INF)],
+        *[(TRAIN, n, v) for n in ("beta1", "beta2") for v in (1.0, -0.1, NAN)],
+        *[(TRAIN, "seed", v) for v in (-1, 2**31)],
+        *[(TRAIN, n, "fast") for n in ("decay", "ops", "dtype")],
+        (SAMPLE, "tokens", -1),
+        *[(SAMPLE, "temperature", v) for v in (-0.1, NAN, INF)],
+        (SAMPLE, "top_k", 0),
+        *[(SAMPLE, "top_p", v) for v in (0.0, -0.1, 1.1, NAN)],
+        *[(SAMPLE, "seed", v) for v in (-1, 2**63)],
+    ],
+    ids=lambda x: str(x)[:12] if not isinstance(x, (GPTConfig, TrainConfig, SampleConfig)) else "",
+)
+def test_a_bad_value_is_refused_by_its_flags_name(config, name: str, value) -> None:
+    with pytest.raises(UserError, match=flag(name)) as error:
+        replace(config, **{name: value})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 200
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (MODEL, "dropout", 0.0),
+        (TRAIN, "warmup", 0),
+        (TRAIN, "target_loss", None),
+        (TRAIN, "seed", 2**31 - 1),
+        (SAMPLE, "tokens", 0),
+        (SAMPLE, "temperature", 0.0),
+        (SAMPLE, "top_k", 1),
+        (SAMPLE, "top_p", 1.0),
+        (SAMPLE, "seed", 2**63 - 1),
+    ],
+)
+def test_the_last_good_value_is_taken(config, name: str, value) -> None:
+    assert getattr(replace(config, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_and_survive_json(preset: str) -> None:
+    for config in (
+        GPTConfig(vocab_size=112, **PRESETS[preset].model),
+        TrainConfig(**PRESETS[preset].train),
+    ):
+        text = json.dumps(to_json(config), allow_nan=False)
+        assert from_json(type(config), json.loads(text)) == config
+
+
+def test_the_iron_preset_is_the_seeds_recipe() -> None:
+    model, train = PRESETS["iron"].model, PRESETS["iron"].train
+    assert model == {"n_layer": 6, "n_head": 6, "n_embd": 384, "context": 256, "dropout": 0.2}
+    assert (train["iters"], train["batch_size"], train["lr"]) == (5000, 64, 3e-4)
+
+
+def test_an_int_may_stand_for_a_float_but_nothing_else_changes_its_type() -> None:
+    assert from_json(GPTConfig, to_json(MODEL) | {"dropout": 0}).dropout == 0
+    assert from_json(TrainConfig, to_json(TRAIN) | {"target_loss": 2}).target_loss == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        pytest.param(MODEL, {"n_layer": "2"}, id="text for an int"),
+        pytest.param(MODEL, {"n_layer": 2.0}, id="float for an int"),
+        pytest.param(MODEL, {"n_layer": True}, id="bool for an int"),
+        pytest.param(MODEL, {"n_layer": None}, id="null for an int"),
+        pytest.param(MODEL, {"bias": 1}, id="int for a bool"),
+        pytest.param(MODEL, {"dropout": True}, id="bool for a float"),
+        pytest.param(MODEL, {"n_layers": 2}, id="unknown field"),
+        pytest.param(MODEL, {"n_layer": [2]}, id="list"),
+        pytest.param(MODEL, {"n_embd": -32}, id="bad value"),
+        pytest.param(TRAIN, {"lr": None}, id="null where none is allowed"),
+        pytest.param(TRAIN, {"decay": "x" * 10_000}, id="long and wrong"),
+        pytest.param(TRAIN, {"iters": "x" * 10_000}, id="long and mistyped"),
+        pytest.param(TRAIN, {"target_loss": "low"}, id="text for an optional float"),
+    ],
+)
+def test_json_with_a_wrong_field_is_refused(config, change: dict) -> None:
+    with pytest.raises(UserError) as error:
+        from_json(type(config), to_json(config) | change)
+    assert len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize("config", [MODEL, TRAIN], ids=["model", "train"])
+def test_json_without_one_of_its_fields_is_refused(config) -> None:
+    for name in asdict(config):
+        values = to_json(config)
+        del values[name]
+        with pytest.raises(UserError, match="fields"):
+            from_json(type(config), values)
+
+
+@pytest.mark.parametrize("values", [None, [], "config", 3])
+def test_json_that_is_no_object_is_refused(values) -> None:
+    with pytest.raises(UserError, match="fields"):
+        from_json(GPTConfig, values)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_n_params_counts_the_models_parameters(bias: bool) -> None:
+    config = replace(MODEL, bias=bias)
+    assert config.n_params() == sum(p.numel() for p in GPT(config, eager).parameters())
+
+
+def test_iron_on_war_and_peace_has_10_8_million_parameters() -> None:
+    assert 10_600_000 < GPTConfig(vocab_size=112, **PRESETS["iron"].model).n_params() < 10_900_000
+
+
+def test_flops_are_6_a_weight_and_12_a_width_and_position() -> None:
+    config = replace(MODEL, n_layer=1, vocab_size=7)
+    C, T = config.n_embd, config.context
+    multiplied = 12 * C * C + 7 * C + 3 * C  # the block, the head, three norms
+    assert config.flops_per_token() == 6 * multiplied + 12 * C * T

@@ -1,0 +1,141 @@
+"""`irongpt generate` as a user meets it: terminal, pipe, file, standard input."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY, Cli
+
+COMMAND = [sys.executable, "-m", "irongpt", "generate"]
+
+
+def test_the_prompt_stands_before_the_text_and_nothing_but_text_on_stdout(cli: Cli, run):
+    result = cli("generate", run, "--prompt", "all happy", "--tokens", 50)
+    assert result.code == 0
+    assert result.out.startswith("all happy")
+    assert len(result.out) == len("all happy") + 50
+    assert result.err.startswith("irongpt: 50 tokens")
+
+
+def test_the_same_seed_writes_the_same(cli, run):
+    texts = [cli("generate", run, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(texts[0]) == 1000
+
+
+def test_greedy_and_top_k_one_agree(cli, run):
+    greedy = cli("generate", run, "--temperature", 0, "--tokens", 60).out
+    assert greedy == cli("generate", run, "--top-k", 1, "--tokens", 60).out
+    assert greedy == cli("generate", run, "--top-p", 1e-9, "--tokens", 60, "--seed", 5).out
+
+
+def test_eager_ops_write_the_same_as_builtin(cli, run):
+    texts = [cli("generate", run, "--ops", ops, "--tokens", 60).out for ops in ("eager", "builtin")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "prompt"),
+    [
+        (b"all", "all"),
+        (b"all\n", "all"),
+        (b"all\r\n", "all"),
+        (b"all\n\n", "all\n"),
+        (b"\xef\xbb\xbfall", "all"),
+        (b"", ""),
+    ],
+)
+def test_prompts_from_a_file_and_from_standard_input(
+    cli, run, tmp_path, monkeypatch, stored, prompt
+):
+    (tmp_path / "prompt").write_bytes(stored)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stored)))
+    expected = cli("generate", run, "--prompt", prompt, "--tokens", 9).out
+    for file in ("prompt", "-"):
+        assert cli("generate", run, "--prompt-file", file, "--tokens", 9).out == expected
+
+
+def test_a_prompt_longer_than_the_context_is_told_of(cli, run):
+    result = cli("generate", run, "--prompt", "happy " * 20, "--tokens", 9)
+    assert result.out.startswith("happy " * 20)
+    assert "the prompt has 120 tokens: its last 16 count" in result.err
+    assert "its last" not in cli("generate", run, "--prompt", "happy", "--tokens", 9).err
+
+
+def test_best_and_last_are_two_checkpoints(cli, tmp_path):
+    flags = [*TINY, "--lr", "0.01", "--warmup", "0"]
+    assert cli("train", *flags, "--iters", 10, "--decay", "constant", "--out", "run").code == 0
+    assert cli("train", "--resume", "run", "--iters", 12).code == 0
+    best, last = (tmp_path / "run" / name / "state.json" for name in ("best", "last"))
+    for state in (best, last):
+        assert state.exists()
+    for which in ("best", "last"):
+        assert cli("generate", "run", "--checkpoint", which, "--tokens", 5).code == 0
+    (tmp_path / "run/best/model.safetensors").unlink()
+    assert cli("generate", "run", "--tokens", 5).code == 2
+    assert cli("generate", "run", "--checkpoint", "last", "--tokens", 5).code == 0
+
+
+def on_a_terminal(command: list[str]) -> bytes:
+    """What a terminal gets from a command's stdout."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    out = b""
+    try:
+        while data := os.read(ours, 4096):
+            out += data
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert child.wait() == 0
+    return out
+
+
+@pytest.fixture
+def run_with_controls(cli, tmp_path) -> str:
+    """A run whose vocabulary is full of control characters, and writes them."""
+    text = "".join(map(chr, [*range(1, 32), 127, 0x9B, 0x202E])) * 3 + "plain words here. " * 600
+    (tmp_path / "text.txt").write_text(text)
+    result = cli("train", *TINY, "--iters", 1, "--lr", "0.0001", "--out", "run")
+    assert result.code == 0, result.err
+    return "run"
+
+
+def test_a_terminal_gets_controls_escaped_and_a_pipe_gets_them_as_they_are(run_with_controls):
+    command = [*COMMAND, run_with_controls, "--tokens", "300", "--prompt", "\x1b", "--seed", "1"]
+    shown = on_a_terminal(command)
+    assert b"\x1b" not in shown
+    assert shown.startswith(rb"\x1b")
+    assert shown.endswith(b"\n")
+    text = shown.replace(b"\r\n", b"\n").decode()
+    assert all(c == "\n" or c == "\t" or c.isprintable() for c in text)
+    piped = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    assert piped.startswith("\x1b")
+    assert len(piped) == 301
+
+
+def test_text_is_utf_8_in_any_locale_and_streams(run_with_controls):
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [*COMMAND, run_with_controls, "--tokens", "400", "--prompt", "\u202e"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, bufsize=0
+    )
+    first = os.read(child.stdout.fileno(), 3)  # written and flushed while the rest is to come
+    assert first == "\u202e".encode()
+    rest = child.stdout.read()
+    assert len((first + rest).decode()) == 401
+    assert child.wait() == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error(run):
+    child = subprocess.Popen(
+        [*COMMAND, run, "--tokens", "3000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.read(10)
+    child.stdout.close()
+    assert b"Traceback" not in child.stderr.read()
+    assert child.wait() == 0

@@ -1,0 +1,281 @@
+"""The model: against transformers' GPT-2, and what every GPT owes: causality, a cache, a seed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from irongpt_kernels import builtin, eager
+from numerics import OUTPUTS, assert_exact, assert_rule
+from torch import Tensor
+
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.model import GPT, Attention, KVCache
+
+CONFIG = GPTConfig(
+    vocab_size=65, n_layer=3, n_head=2, n_embd=32, context=24, dropout=0.0, bias=True
+)
+DROPPING = replace(CONFIG, dropout=0.3)
+both_ops = pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "builtin"])
+with_and_without_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+
+
+def build(config: GPTConfig = CONFIG, ops=eager) -> GPT:
+    """A model whose every parameter matters: norms about 1, biases off 0, weights large."""
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(config, ops)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+            p += ".ln_" in "." + name and name.endswith("weight")
+    return model
+
+
+def tokens(B: int = 2, T: int = CONFIG.context, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(CONFIG.vocab_size, (B, T), generator=generator)
+
+
+def as_transformers(model: GPT) -> torch.nn.Module:
+    """The same weights in the GPT-2 that is not ours. Its Conv1D keeps weights transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.context,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            activation_function="gelu_new",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="eager",
+        )
+    )
+    names = {
+        "blocks.": "h.",
+        "attn.qkv": "attn.c_attn",
+        "attn.proj": "attn.c_proj",
+        "mlp.fc": "mlp.c_fc",
+        "mlp.proj": "mlp.c_proj",
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        conv = any(x in name for x in ("qkv.weight", "proj.weight", "fc.weight"))
+        for ours, other in names.items():
+            name = name.replace(ours, other)
+        state["transformer." + name] = value.T if conv else value
+    state["lm_head.weight"] = model.wte.weight
+    theirs.load_state_dict(state)
+    return theirs.to(model.wte.weight.dtype).eval()
+
+
+@both_ops
+def test_logits_and_gradients_are_transformers(ops) -> None:
+    model = build(ops=ops).double().eval()
+    theirs = as_transformers(model)
+    idx, targets = tokens(), tokens(seed=2)
+    logits = theirs(idx).logits
+    assert_exact(model(idx), logits)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    model.loss(idx, targets).backward()
+    assert_exact(model.wte.weight.grad, theirs.transformer.wte.weight.grad)
+    assert_exact(model.wpe.weight.grad, theirs.transformer.wpe.weight.grad)
+    first = theirs.transformer.h[0].attn.c_attn
+    assert_exact(model.blocks[0].attn.qkv.weight.grad, first.weight.grad.T)
+    assert_exact(model.blocks[0].attn.qkv.bias.grad, first.bias.grad)
+
+
+@both_ops
+@with_and_without_bias
+def test_float32_logits_keep_to_the_rule(ops, bias: bool) -> None:
+    config = replace(CONFIG, bias=bias)
+    with torch.no_grad():
+        candidate, baseline = (build(config, x)(tokens()) for x in (ops, eager))
+        assert_rule(OUTPUTS, candidate, baseline, build(config).double()(tokens()))
+
+
+def test_the_iron_preset_has_10_8_million_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=112, **PRESETS["iron"].model), builtin)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == model.config.n_params()
+    assert 10_600_000 < count < 10_900_000
+
+
+def test_the_head_is_the_token_embedding() -> None:
+    model = build().double()
+    names = [name for name, p in model.named_parameters() if p.shape[0] == CONFIG.vocab_size]
+    assert names == ["wte.weight"]
+    before = model(tokens())
+    with torch.no_grad():
+        model.wte.weight[64] += 1  # a token that the input is made not to hold
+    changed = (model(tokens().clamp(max=63)) - before).abs().amax((0, 1)) > 0
+    assert changed[64]
+
+
+def test_init_is_gpt_2s() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, n_layer=8, n_embd=128, vocab_size=500, context=100)
+    model = GPT(config, eager)
+    for name, p in model.state_dict().items():
+        if p.dim() == 1:
+            norm = ".ln_" in "." + name and name.endswith("weight")
+            assert torch.equal(p, torch.full_like(p, float(norm))), name
+            continue
+        std = 0.02 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.02
+        sigma = 1 / math.sqrt(2 * p.numel())  # of a standard deviation, relative
+        assert abs(float(p.std()) / std - 1) < 5 * sigma, name
+        assert abs(float(p.mean())) < 5 * std / math.sqrt(p.numel()), name
+
+
+@both_ops
+@pytest.mark.parametrize("training", [False, True])
+def test_a_later_token_changes_no_earlier_logit(ops, training: bool) -> None:
+    model = build(DROPPING, ops).train(training)
+    idx = tokens()
+    for cut in (1, 7, CONFIG.context - 1):
+        changed = idx.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % CONFIG.vocab_size
+        torch.manual_seed(0)
+        one = model(idx, seed=4)
+        torch.manual_seed(0)
+        other = model(changed, seed=4)
+        torch.testing.assert_close(one[:, :cut], other[:, :cut], rtol=0, atol=0)
+        assert (one[:, cut] != other[:, cut]).any()
+
+
+@both_ops
+@with_and_without_bias
+@pytest.mark.parametrize("prompt", [1, 5, CONFIG.context], ids=lambda n: f"prompt of {n}")
+def test_a_cache_changes_no_logit_at_any_length(ops, bias: bool, prompt: int) -> None:
+    config = replace(CONFIG, bias=bias)
+    model, idx, cache = build(config, ops).eval(), tokens(), KVCache(config)
+    pieces = [idx[:, :prompt], *idx[:, prompt:].split(1, dim=1)]
+    with torch.no_grad():
+        cached = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+        baseline, oracle = build(config)(idx), build(config).double()(idx)
+    assert cache.length == CONFIG.context
+    assert_rule(OUTPUTS, cached, baseline, oracle)  # over all positions
+
+
+@both_ops
+def test_a_cache_in_float64_is_exact(ops) -> None:
+    model, idx, cache = build(ops=ops).double().eval(), tokens(), KVCache(CONFIG)
+    with torch.no_grad():
+        cached = [model(piece, cache=cache) for piece in idx.split([3] + [1] * 21, dim=1)]
+        assert_exact(torch.cat(cached, dim=1), model(idx))
+
+
+def test_positions_past_the_context_are_refused() -> None:
+    model, cache = build().eval(), KVCache(CONFIG)
+    with pytest.raises(ValueError, match="25 positions, but the context is 24"):
+        model(tokens(T=25))
+    with torch.no_grad():
+        model(tokens(), cache=cache)
+        with pytest.raises(ValueError, match="context"):
+            model(tokens(T=1), cache=cache)
+    assert cache.length == CONFIG.context
+
+
+def test_a_begun_cache_takes_one_token_at_a_time() -> None:
+    model, cache = build().eval(), KVCache(CONFIG)
+    with torch.no_grad():
+        model(tokens(T=3), cache=cache)
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(tokens(T=2), cache=cache)
+    assert cache.length == 3
+
+
+def test_a_seed_decides_what_is_dropped() -> None:
+    model, idx = build(DROPPING), tokens()
+    first = model(idx, seed=5)
+    torch.manual_seed(99)
+    assert torch.equal(first, model(idx, seed=5))
+    assert torch.equal(first, model(idx, seed=torch.tensor(5)))
+    assert not torch.equal(first, model(idx, seed=6))
+    with pytest.raises(ValueError, match="seed"):
+        model(idx)
+
+
+@both_ops
+def test_evaluation_drops_nothing(ops) -> None:
+    model, idx = build(DROPPING, ops).eval(), tokens()
+    assert torch.equal(model(idx, seed=5), model(idx))
+    assert torch.equal(model(idx), build(CONFIG, ops)(idx))
+    assert not torch.equal(model(idx), model.train()(idx, seed=5))
+
+
+def test_every_dropout_of_the_model_has_its_own_seed(monkeypatch) -> None:
+    seeds, rates = [], []
+
+    def recorded(op):
+        def record(*args, **kwargs):
+            seeds.append(kwargs["seed"])
+            rates.append(kwargs["dropout_p"])
+            return op(*args, **kwargs)
+
+        return record
+
+    for name in ("causal_attention", "dropout_add_layer_norm"):
+        monkeypatch.setattr(eager, name, recorded(getattr(eager, name)))
+    build(DROPPING)(tokens(), seed=1000)
+    assert seeds == list(range(1000, 1000 + 3 * CONFIG.n_layer))
+    assert rates == [0.3] * 3 * CONFIG.n_layer
+
+
+@both_ops
+def test_loss_is_the_cross_entropy_of_the_logits(ops) -> None:
+    model, idx, targets = build(ops=ops).double(), tokens(), tokens(seed=2)
+    targets[0, :5] = -100
+    wanted = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    assert_exact(model.loss(idx, targets), wanted)
+    assert model.loss(idx, targets).shape == ()
+    dropping = build(DROPPING).double()
+    logits = dropping(idx, seed=3).flatten(0, 1)
+    assert_exact(dropping.loss(idx, targets, seed=3), F.cross_entropy(logits, targets.flatten()))
+
+
+@with_and_without_bias
+def test_one_state_dict_fits_any_ops(bias: bool) -> None:
+    config = replace(CONFIG, bias=bias)
+    one, other = build(config, eager).double(), GPT(config, builtin).double()
+    assert list(one.state_dict()) == list(other.state_dict())
+    assert any("bias" in name for name in one.state_dict()) == bias
+    other.load_state_dict(one.state_dict())
+    assert_exact(one(tokens()), other(tokens()))
+
+
+@with_and_without_bias
+def test_gradients_of_the_loss_are_its_finite_differences(bias: bool) -> None:
+    """Dropout on, every parameter at once along one random direction."""
+    model = build(replace(DROPPING, n_layer=2, n_embd=8, bias=bias)).double()
+    names, values = zip(*model.named_parameters(), strict=True)
+    idx, targets = tokens(T=9), tokens(T=9, seed=2)
+
+    def loss(*params: Tensor) -> Tensor:
+        logits = torch.func.functional_call(
+            model, dict(zip(names, params, strict=True)), (idx,), {"seed": 7}
+        )
+        return eager.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    leaves = [p.detach().clone().requires_grad_() for p in values]
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+def test_attention_hands_its_ops_views_without_copies(monkeypatch) -> None:
+    taken = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+        taken.extend((q, k, v))
+        return eager_attention(q, k, v, **kwargs)
+
+    eager_attention = eager.causal_attention
+    monkeypatch.setattr(eager, "causal_attention", record)
+    Attention(CONFIG, eager, 0)(torch.randn(2, 24, 32), 0.0, None, None)
+    assert len({x.untyped_storage().data_ptr() for x in taken}) == 1
+    assert [x.shape for x in taken] == [(2, 2, 24, 16)] * 3
