@@ -12,8 +12,8 @@
 | `gelu(x, bias)` | (..., N), (N,) or None | (..., N) |
 | `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
 
-The last returns the sum and its norm. A caller takes one of the modules and uses it; nothing is chosen here. Importing this package, or
-any of these modules, imports no Triton.
+The last returns the sum and its norm. A caller takes one of the modules and uses it; nothing is
+chosen here. Importing this package, or any of these modules, imports no Triton.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`
 drops are a pure function of the seed and the position (see `dropout`). `builtin` alone drops by
