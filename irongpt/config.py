@@ -83,6 +83,7 @@ class TrainConfig:
     decay: str = option("learning rate after the warmup", choices=("constant", "linear", "cosine"))
     weight_decay: float = option("weight decay of the matrices (norms and biases have none)")
     eval_every: int = option("steps between evaluations, each with a sample and a checkpoint")
+    optimizer: str = option("muon: for the blocks' matrices", "adamw", ("adamw", "muon"))
     grad_accum: int = option("forward passes per step; the batch is this many times larger", 1)
     target_loss: float | None = option("stop as soon as the validation loss is this low", None)
     seed: int = option("seed of the weights, the batches, the dropout and the samples", 1337)
@@ -97,6 +98,7 @@ class TrainConfig:
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    momentum: float = 0.95  # of muon
     grad_clip: float = 1.0
     eval_windows: int = 1 << 30  # all of them
     log_every: int = 10

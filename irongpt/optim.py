@@ -1,8 +1,8 @@
-"""AdamW as the training step drives it: parameter groups, schedule, loss scale, clipping.
+"""The optimizer as the training step drives it: AdamW, Muon, schedule, loss scale, clipping.
 
-One pass over the gradients takes their norm; one fused pass unscales them, clips them, and updates
-weights and moments, or leaves everything as it is if the norm is not finite. The host never waits
-for the device, and float32, bfloat16 and float16 go the same way.
+One pass over the gradients takes their norm; then they are unscaled, clipped and applied, or, if
+the norm is not finite, weights and moments stay as they are. The host never waits for the device,
+and float32, bfloat16 and float16 go the same way.
 """
 
 import math
@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
-
-
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019): the matrices decay, norms and biases do not."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+from irongpt.muon import Muon
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -65,21 +56,70 @@ class LossScaler:
         self.good_steps.copy_(torch.where(grow, 0, good_steps))
 
 
-def step(optimizer: torch.optim.AdamW, scaler: LossScaler, lr: float, max_norm: float) -> Tensor:
-    """Updates the weights from gradients of scale * loss, clipped to a global norm of max_norm.
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) for all, or Muon for the blocks' matrices."""
 
-    A step whose gradients are not finite changes neither weights nor moments. Returns the norm of
-    the unscaled gradients before clipping, 0-d.
-    """
-    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads, foreach=True) / scaler.scale
-    overflow = (~norm.isfinite()).float()
-    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    # As torch.amp.GradScaler tells a fused optimizer: divide by the one, skip where the other is 1.
-    optimizer.grad_scale = scaler.scale / clip  # type: ignore[attr-defined]
-    optimizer.found_inf = overflow  # type: ignore[attr-defined]
-    optimizer.step()
-    scaler.update(overflow)
-    return norm
+    def __init__(self, model: nn.Module, config: TrainConfig, scaler: LossScaler) -> None:
+        self.config, self.scaler = config, scaler
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.muon = Muon(
+            [
+                p
+                for p, name in self.names.items()
+                if config.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2
+            ],
+            config.momentum,
+            config.weight_decay,
+        )
+        rest = [p for p in self.names if p not in self.muon.momentum]
+        decayed, kept = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": kept, "weight_decay": 0.0},  # norms and biases
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+
+    def step(self, lr: float) -> Tensor:
+        """Updates the weights from the gradients of scale * loss, clipped to a global norm.
+
+        A step whose gradients are not finite changes neither weights nor moments. Returns the
+        norm of the unscaled gradients before clipping, 0-d.
+        """
+        grads = [p.grad for p in self.names if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads, foreach=True) / self.scaler.scale
+        overflow = (~norm.isfinite()).float()
+        divisor = self.scaler.scale * ((norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        # As torch.amp.GradScaler tells a fused optimizer: divide by one, skip if the other is 1.
+        self.adamw.grad_scale = divisor  # type: ignore[attr-defined]
+        self.adamw.found_inf = overflow  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.muon.step(lr, divisor, overflow)
+        self.scaler.update(overflow)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments, by the names of the moment and of the parameter."""
+        state = {**self.adamw.state, **{p: {"momentum": m} for p, m in self.muon.momentum.items()}}
+        return {f"{key}.{self.names[p]}": t for p in state for key, t in state[p].items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over a copy of what `tensors` gave. Raises KeyError or ValueError if it is not."""
+
+        def moment(key: str, p: Tensor) -> Tensor:
+            value = tensors[f"{key}.{self.names[p]}"]
+            if value.shape != (() if key == "step" else p.shape):
+                raise ValueError(f"the {key} of {self.names[p]} has another shape")
+            return value.to(p.device, copy=True)
+
+        for p in self.names:
+            if p in self.muon.momentum:
+                self.muon.momentum[p] = moment("momentum", p)
+            else:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.adamw.state[p] = {key: moment(key, p) for key in keys}

@@ -28,8 +28,8 @@ class Trainer:
         self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
         eval_batch = max(1, EVAL_TOKENS // context)
         self.val_batches = ValBatches(val_ids, context, eval_batch, config.eval_windows)
-        self.optimizer = optim.adamw(model, config)
         self.scaler = optim.LossScaler(dtype == torch.float16, device)
+        self.optimizer = optim.Optimizer(model, config, self.scaler)
         self.step = 0
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -49,15 +49,14 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device."""
         config = self.config
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         total = torch.zeros((), device=self.device)
         scale = self.scaler.scale.clone()
         for i in range(config.grad_accum):
             loss = self.loss(self.step * config.grad_accum + i) / config.grad_accum
             (loss * scale).backward()
             total += loss.detach()
-        lr = optim.lr_at(self.step, config)
-        norm = optim.step(self.optimizer, self.scaler, lr, config.grad_clip)
+        norm = self.optimizer.step(optim.lr_at(self.step, config))
         self.step += 1
         return torch.stack((total, norm, scale))
 
@@ -82,13 +81,10 @@ class Trainer:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's moments, the loss scale and the global generators' states."""
-        tensors = {}
+        tensors = self.optimizer.tensors()
         if self.scaler.enabled:
             tensors["scaler.scale"] = self.scaler.scale
             tensors["scaler.good_steps"] = self.scaler.good_steps
-        for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state[p].items():
-                tensors[f"{key}.{name}"] = value
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -100,15 +96,8 @@ class Trainer:
         Raises KeyError or ValueError if they are not this model's.
         """
         self.step = step
-        for name, p in self.model.named_parameters() if step else ():
-            # A copy: the optimizer writes into its state in place.
-            state = {
-                key: tensors[f"{key}.{name}"].to(self.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
-                raise ValueError(f"the moments of {name} have another shape than the weights")
-            self.optimizer.state[p] = state
+        if step:
+            self.optimizer.restore(tensors)
         if self.scaler.enabled and "scaler.scale" in tensors:
             self.scaler.scale.copy_(tensors["scaler.scale"])
             self.scaler.good_steps.copy_(tensors["scaler.good_steps"])
@@ -142,7 +131,7 @@ class Trainer:
                 hook.remove()
         look("the loss", loss)
         if not found:
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             (loss * self.scaler.scale).backward()
             for name, p in reversed(list(self.model.named_parameters())):
                 look(f"the gradient of {name}", p.grad)

@@ -5,16 +5,28 @@ import torch
 from numerics import OUTPUTS, assert_rule
 from torch import nn
 
-from irongpt import optim
+from irongpt import muon, optim
 from irongpt.config import PRESETS, TrainConfig
 
 CONFIG = TrainConfig(**{**PRESETS["nano"].train, "lr": 1e-2, "grad_clip": 1.0})
 CPU = torch.device("cpu")
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+class Net(nn.Module):
+    """Matrices in blocks, twice of one shape, and some parameters beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7)])
+        self.head = nn.Linear(7, 3)
+
+
+def optimizer_of(net: nn.Module, loss_scale: float | None = None, name: str = "adamw"):
+    """Without a loss scale; or, where one is given, in float16's way, from that scale on."""
+    scaler = optim.LossScaler(loss_scale is not None, CPU)
+    scaler.scale.fill_(loss_scale or 1.0)
+    return optim.Optimizer(net, replace(CONFIG, optimizer=name), scaler)
 
 
 def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
@@ -23,9 +35,8 @@ def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
         p.grad = scale * torch.randn(p.shape, generator=generator)
 
 
-def snapshot(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    state = [t for p in net.parameters() for t in optimizer.state[p].values()]
-    return [t.detach().clone() for t in [*net.parameters(), *state]]
+def snapshot(net: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in [*net.parameters(), *optimizer.tensors().values()]]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +59,8 @@ def test_cosine_is_above_the_line_first_and_below_it_later():
 
 
 def test_only_matrices_decay():
-    net = model()
-    decayed, kept = optim.adamw(net, CONFIG).param_groups
+    net = Net()
+    decayed, kept = optimizer_of(net).adamw.param_groups
     assert {p.dim() for p in decayed["params"]} == {2}
     assert {p.dim() for p in kept["params"]} == {1}
     assert decayed["weight_decay"] == CONFIG.weight_decay
@@ -69,20 +80,18 @@ def reference_step(params, moments, grads, t: int) -> None:
         p.sub_(CONFIG.lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("scale", [None, 65536.0])
 def test_fifty_steps_are_adamw_on_clipped_gradients_whatever_the_loss_scale(scale):
-    net, baseline = model(), model()
+    net, baseline = Net(), Net()
     params = [p.detach().double() for p in net.parameters()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    optimizer, scaler = optim.adamw(net, CONFIG), optim.LossScaler(False, CPU)
-    plain = optim.adamw(baseline, CONFIG)
-    scaler.scale.fill_(scale)
+    optimizer, plain = optimizer_of(net, scale), optimizer_of(baseline).adamw
     for t in range(1, 51):
         size = 10.0 if t % 2 else 0.01  # every other step is clipped
-        give_gradients(net, t, size * scale)
+        give_gradients(net, t, size * (scale or 1))
         give_gradients(baseline, t, size)
         grads = [p.grad.double() for p in baseline.parameters()]
-        norm = optim.step(optimizer, scaler, CONFIG.lr, CONFIG.grad_clip)
+        norm = optimizer.step(CONFIG.lr)
         expected = nn.utils.clip_grad_norm_(baseline.parameters(), CONFIG.grad_clip)
         torch.testing.assert_close(norm, expected)
         plain.step()
@@ -91,24 +100,66 @@ def test_fifty_steps_are_adamw_on_clipped_gradients_whatever_the_loss_scale(scal
         assert_rule(OUTPUTS, ours.detach(), theirs.detach(), oracle)
 
 
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    net = Net()
+    optimizer = optimizer_of(net, name="muon")
+    assert set(optimizer.muon.momentum) == {block.weight for block in net.blocks}
+    rest = {p for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert rest == set(net.parameters()) - set(optimizer.muon.momentum)
+    assert optimizer.adamw.param_groups[0]["params"] == [net.head.weight]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (1, 24, 6), (1, 1, 5)])
+def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    even = muon.orthogonal(1e-3 * x)
+    # In x's own directions even is diagonal, with what the iteration makes of singular values.
+    diagonal = u.mT @ even @ vt.mT
+    sizes = diagonal.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, torch.diag_embed(sizes), atol=1e-9, rtol=0)
+    high = s > 0.05 * s.amax(dim=1, keepdim=True)
+    assert 0.6 < sizes[high].min() <= sizes.max() < 1.25
+
+
+def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
+    net = Net()
+    optimizer = optimizer_of(net, 1024.0, "muon")
+    before = [block.weight.detach().double() for block in net.blocks]
+    momentum = [torch.zeros_like(w) for w in before]
+    for t in (1, 2, 3):
+        give_gradients(net, t, 1024.0)
+        grads = [block.weight.grad.double() / 1024 for block in net.blocks]
+        norm = optimizer.step(0.1).double()
+        for i, (g, w) in enumerate(zip(grads, before, strict=True)):
+            g = g / (norm + 1e-6).clamp(min=1)
+            momentum[i] = 0.95 * momentum[i] + 0.05 * g
+            update = muon.orthogonal((0.05 * g + 0.95 * momentum[i])[None])[0]
+            before[i] = w * (1 - 0.1 * CONFIG.weight_decay) - 0.1 * 0.2 * 7**0.5 * update
+    for block, w in zip(net.blocks, before, strict=True):
+        torch.testing.assert_close(block.weight.detach().double(), w, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("enabled", [False, True])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, enabled):
-    net = model()
-    optimizer, scaler = optim.adamw(net, CONFIG), optim.LossScaler(enabled, CPU)
+@pytest.mark.parametrize("scale", [None, 65536.0])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, name):
+    net = Net()
+    optimizer = optimizer_of(net, scale, name)
     give_gradients(net, 1)
-    optim.step(optimizer, scaler, CONFIG.lr, 1.0)
+    optimizer.step(CONFIG.lr)
     before = snapshot(net, optimizer)
     give_gradients(net, 2)
-    list(net.parameters())[2].grad[0] = bad
-    norm = optim.step(optimizer, scaler, CONFIG.lr, 1.0)
+    net.blocks[1].weight.grad[0] = bad
+    norm = optimizer.step(CONFIG.lr)
     assert not norm.isfinite()
     after = snapshot(net, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert scaler.scale == (32768 if enabled else 1)
+    assert optimizer.scaler.scale == (32768 if scale else 1)
     give_gradients(net, 3)
-    optim.step(optimizer, scaler, CONFIG.lr, 1.0)
-    assert not torch.equal(before[0], snapshot(net, optimizer)[0])
+    optimizer.step(CONFIG.lr)
+    after = snapshot(net, optimizer)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_the_scale_doubles_after_a_calm_and_only_then(monkeypatch):

@@ -41,7 +41,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
     given = []
     for t in (trainer(), trainer(batch_size=batch_size, grad_accum=grad_accum)):
         t.model.double()
-        monkeypatch.setattr(t.optimizer, "step", lambda: None)
+        monkeypatch.setattr(t.optimizer.adamw, "step", lambda: None)
         row = t.train_step()
         given.append([row[0], row[1], *(p.grad for p in t.model.parameters())])
     for whole, accumulated in zip(*given, strict=True):
@@ -120,28 +120,32 @@ def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("ops", [eager, builtin])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_restored_state_goes_on_bitwise(ops, dtype):
-    whole = trainer(ops, dtype, dropout=0.1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_state_goes_on_bitwise(ops, dtype, optimizer):
+    whole = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
     rows = train(whole, 10)
-    first = trainer(ops, dtype, dropout=0.1)
+    first = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
     train(first, 6)
     weights = {k: v.clone() for k, v in first.model.state_dict().items()}
     tensors = {k: v.clone() for k, v in first.optimizer_tensors().items()}
     for _ in range(2):  # the second load must see what the first one saw
-        second = trainer(ops, dtype, dropout=0.1)
+        second = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
         second.model.load_state_dict(weights)
         second.restore(6, tensors)
         assert torch.equal(train(second, 4), rows[6:])
 
 
-def test_every_part_of_the_state_is_needed():
-    t = trainer(dropout=0.1, dtype=torch.float16)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_part_of_the_state_is_needed(optimizer):
+    t = trainer(dropout=0.1, dtype=torch.float16, optimizer=optimizer)
     train(t, 3)
     tensors = t.optimizer_tensors()
     for name in tensors:
         if not name.startswith("scaler."):
             with pytest.raises(KeyError):
-                trainer(dropout=0.1).restore(3, {k: v for k, v in tensors.items() if k != name})
+                trainer(optimizer=optimizer).restore(
+                    3, {k: v for k, v in tensors.items() if k != name}
+                )
 
 
 def test_a_run_can_change_its_type():
