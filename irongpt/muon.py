@@ -38,9 +38,8 @@ class Muon:
             update = orthogonal(grads.lerp(new, self.beta))  # Nesterov's look ahead
             size = RMS * max(shape) ** 0.5  # an orthogonal matrix has a mean square of 1/max(shape)
             moved = weights * (1 - lr * self.weight_decay) - lr * size * update
-            for p, m, w in zip(
-                params, old.where(keep, new), weights.where(keep, moved), strict=True
-            ):
+            new, moved = old.where(keep, new), weights.where(keep, moved)
+            for p, m, w in zip(params, new, moved, strict=True):
                 self.momentum[p].copy_(m)
                 p.copy_(w)
 
@@ -48,7 +47,7 @@ class Muon:
 def orthogonal(x: Tensor) -> Tensor:
     """U V^T of matrices U S V^T, roughly: singular values end between 0.7 and 1.2.
 
-    x: (n, rows, columns). The coefficients of the odd polynomial, of fifth order, are Jordan's: they
+    x: (n, rows, columns). The polynomial, odd and of fifth order, has Jordan's coefficients, which
     grow small singular values fastest. Those far below the largest stay small.
     """
     tall = x.shape[1] > x.shape[2]
