@@ -27,7 +27,7 @@ bench: .venv/dev
 
 .venv/run: pyproject.toml constraints.txt
 	@echo "setting up .venv with torch and what else a run needs: minutes the first time"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(PIP) --editable .
 	touch $@
 

@@ -45,19 +45,21 @@ class TrainBatches:
         self.seed = seed
         self.offsets = torch.arange(context + 1, device=ids.device)
 
-    def _starts(self, epoch: int) -> np.ndarray:
+    def _starts(self, epoch: int) -> Tensor:  # (W,) int64; goes to the device once an epoch
         rng = np.random.default_rng([self.seed, epoch])
         phase = rng.integers(len(self.ids) - self.windows * self.context)
-        return rng.permutation(self.windows) * self.context + phase
+        starts = rng.permutation(self.windows) * self.context + phase
+        return torch.from_numpy(starts).to(self.ids.device)
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
         """Batch `number`, counted from 0: inputs and targets, (B, T) int64 each."""
-        first = number * self.batch_size
-        starts = [
-            self.starts(i // self.windows)[i % self.windows]
-            for i in range(first, first + self.batch_size)
-        ]
-        return windows(self.ids, torch.tensor(starts, device=self.ids.device), self.offsets)
+        parts = []
+        at, end = number * self.batch_size, (number + 1) * self.batch_size
+        while at < end:
+            epoch, first = divmod(at, self.windows)
+            parts.append(self.starts(epoch)[first : first + end - at])
+            at += len(parts[-1])
+        return windows(self.ids, torch.cat(parts), self.offsets)
 
 
 class ValBatches:

@@ -12,7 +12,6 @@ one rename. Nothing is ever unpickled, and nothing is read before its digest is 
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,17 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from irongpt.files import damaged, digest, exchange, read, sealed, sync_folder, unsealed, write
+from irongpt.files import (
+    beside,
+    damaged,
+    digest,
+    exchange,
+    read,
+    sealed,
+    sync_folder,
+    unsealed,
+    write,
+)
 
 FILES = ("model.safetensors", "optimizer.safetensors", "tokenizer.json")
 
@@ -42,9 +51,9 @@ def save(
     }
     state = {**state, "files": {name: digest(data) for name, data in contents.items()}}
     contents["state.json"] = sealed(state)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = beside(folder)
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir()
         for name, data in contents.items():
             write(temporary / name, data)
         sync_folder(temporary)

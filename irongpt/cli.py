@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code. A mistake is one line on stderr and code 2."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         given = vars(build_parser().parse_args(argv))
         return int(given.pop("run_command")(given))
@@ -36,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search(
+            "out of memory|allocate memory", str(e)
+        ):
+            raise
+        hint = "a smaller --batch-size with a larger --grad-accum needs less"
+        print(f"irongpt: error: the memory does not suffice: {hint}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> Parser:
@@ -133,25 +145,21 @@ def train_command(given: dict[str, Any]) -> int:
 
     clock = Clock(start)
     if "resume" in given:
-        fit, run = resumed_run(Path(given.pop("resume")), given, clock)
+        training = resumed_run(Path(given.pop("resume")), given, clock)
     else:
-        fit, run = new_run(given, clock)
+        training = new_run(given, clock)
     clock.parts["set-up"] = clock.total()
-    say(f"run       {run.path}, from step {fit.trainer.step:,}")
-    if fit.finished():
-        say(f"nothing to do: the run is finished; {flag('iters')} N makes it longer")
-        return 0
-    stopped_by = fit.fit(run)
-    fit.draw()
-    step = f"step {fit.trainer.step:,}"
+    path, trainer = training.run.path, training.trainer
+    say(f"run       {path}, from step {trainer.step:,}")
+    idle = training.finished()
+    stopped_by = training.fit()
     if stopped_by is not None:
-        say(f"stopped at {step} and saved; go on with: irongpt train --resume {run.path}")
+        say(f"stopped at step {trainer.step:,} and saved: irongpt train --resume {path} goes on")
+    elif idle:
+        longer = "a lower --target-loss" if training.reached_target() else "--iters N"
+        say(f"nothing to do: the run is finished; {longer} takes it further")
     else:
-        reached = "target loss reached" if fit.reached_target() else "finished"
-        say(
-            f"{reached} at {step}: best validation loss {fit.best_val:.4f}, of step "
-            f"{fit.best_step:,}; write with: irongpt generate {run.path}"
-        )
+        say(f"{training.outcome()}; irongpt generate {path} writes with it")
     say(f"time      {clock.summary()}")
     return 0 if stopped_by is None else 128 + stopped_by
 
@@ -166,6 +174,9 @@ def generate_command(given: dict[str, Any]) -> int:
     config = SampleConfig(**given)
     if file is not None:
         prompt = read_prompt(file)
+    if checkpoint == "best" and (run / "last").is_dir() and not (run / "best").exists():
+        say_aside("the run has not been evaluated yet: its last checkpoint writes")
+        checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
     ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
     context = model.config.context
@@ -193,6 +204,8 @@ def generate_command(given: dict[str, Any]) -> int:
 def read_prompt(file: str) -> str:
     """The text of a prompt file, or of standard input for -, without the line end at its end."""
     try:
+        if file == "-" and sys.stdin is None:
+            raise UserError("there is no standard input to read a prompt from")
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:

@@ -57,9 +57,7 @@ class GPTConfig:
         """Number of parameters; the head shares the token embedding's."""
         C, L = self.n_embd, self.n_layer
         weights = 12 * C * C * L + (self.vocab_size + self.context) * C + (2 * L + 1) * C
-        biases = (
-            9 * C + 2 * C
-        ) * L + C  # qkv 3C, two projections 2C, fc 4C, two norms 2C; last norm
+        biases = 11 * C * L + C  # qkv 3, projections 2, fc 4, norms 2 in a block; the last norm
         return weights + (biases if self.bias else 0)
 
     def flops_per_token(self) -> int:
@@ -90,8 +88,8 @@ class TrainConfig:
     ops: str = option("implementation of the ops", "builtin", ("eager", "builtin", "fused"))
     device: str = option("cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto")
     dtype: str = option(
-        "type of the matrix products; auto: float32 on a CPU, float16 with loss scaling below "
-        "compute capability 8.0, bfloat16 from there on",
+        "type of the matrix products; auto: float32 on a CPU, on a GPU bfloat16 from compute "
+        "capability 8.0 on, float16 with loss scaling at 7.0 and 7.5",
         "auto",
         ("auto", "float32", "float16", "bfloat16"),
     )
@@ -107,6 +105,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows"):
             check(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+        for name in ("iters", "batch_size", "eval_every", "grad_accum", "warmup"):
+            check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
         for name in ("warmup", "weight_decay", "min_lr", "sample_tokens"):
             check(getattr(self, name) >= 0, f"{flag(name)} must not be negative")
         for name in ("lr", "grad_clip", "log_every"):
@@ -114,7 +114,7 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "min_lr", "target_loss"):
             finite = abs(getattr(self, name) or 0) <= sys.float_info.max
             check(finite, f"{flag(name)} must be a finite number")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             check(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1)")
         check(0 <= self.seed < 2**31, f"{flag('seed')} must be in [0, 2^31)")
         check_choices(self)
@@ -166,17 +166,18 @@ PRESETS = {
     ),
     "nano": Preset(
         "0.8 M parameters, about three minutes on two CPU cores",
-        model=dict(n_layer=4, n_head=4, n_embd=128, context=128, dropout=0.0),
+        model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
         train=dict(
-            iters=1200,
+            iters=1700,
             batch_size=16,
-            lr=4e-3,
-            warmup=50,
+            lr=6e-3,
+            warmup=20,
             decay="linear",
             weight_decay=0.1,
             eval_every=100,
-            eval_windows=256,
+            optimizer="muon",
             beta2=0.99,
+            eval_windows=512,
         ),
     ),
 }

@@ -1,6 +1,7 @@
 """What a run shows: a bar on a terminal, plain lines elsewhere, and where the time went."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -15,8 +16,11 @@ PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no termin
 
 def say(text: str) -> None:
     """A line for the user, above the progress bar if there is one."""
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(text, flush=True)
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    except BrokenPipeError:  # whoever read it has seen enough; what says it goes on
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def duration(seconds: float) -> str:
@@ -69,8 +73,10 @@ class Progress:
         )
         self.steps, self.said = steps, time.monotonic()
 
-    def advance(self) -> None:
+    def advance(self, step: int) -> None:
         self.bar.update()
+        if not self.terminal and time.monotonic() - self.said >= 3 * PLAIN_EVERY:  # slow steps
+            self._say(f"step {step:,} of {self.steps:,}")
 
     def show(self, record: dict[str, Any]) -> None:
         text = (
@@ -79,21 +85,29 @@ class Progress:
         )
         self.bar.set_postfix_str(text, refresh=False)
         if not self.terminal and time.monotonic() - self.said >= PLAIN_EVERY:
-            say(f"step {record['step']:,} of {self.steps:,}: {text}")
-            self.said = time.monotonic()
+            self._say(f"step {record['step']:,} of {self.steps:,}: {text}")
+
+    def _say(self, text: str) -> None:
+        say(text)
+        self.said = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a flag that the training loop looks at; the second one is final."""
+    """Ctrl-C, SIGTERM and a closed terminal as a flag that the training loop looks at.
+
+    The second signal is final.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> "Interrupt":
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._note) for s in self.signals}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -102,5 +116,5 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in self.signals:
             signal.signal(s, signal.SIG_DFL)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import time
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -41,10 +40,6 @@ PEAK_16_BIT = {
 class Precision(NamedTuple):
     dtype: torch.dtype
     reason: str
-
-    @property
-    def needs_loss_scaling(self) -> bool:
-        return self.dtype == torch.float16
 
 
 def pick(name: str) -> torch.device:
@@ -95,13 +90,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 def make_deterministic() -> None:
-    """The same bits on every run of one environment. Call before the first use of CUDA."""
+    """The same bits on every run of one environment. Call before the first matrix product.
+
+    Not with warn_only: PyTorch's attention then keeps its atomics on a GPU.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # It warns where PyTorch has no deterministic kernel; an error would stop SDPA on a T4.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     # A debugging aid, and not free.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    warnings.filterwarnings("once", message=".*deterministic.*")
 
 
 def describe(device: torch.device) -> str:
@@ -126,7 +122,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
-    n = 1024 if device.type == "cpu" else 8192
+    n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
     generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
     a = torch.randn(n, n, generator=generator, device=device, dtype=dtype)
     best = float("inf")

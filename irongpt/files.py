@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ from irongpt.errors import UserError
 
 def sealed(values: dict[str, Any]) -> bytes:
     """JSON with a digest of its own, so that a changed or cut file is noticed."""
-    body = {k: v for k, v in values.items() if k != "sha256"}
-    seal = digest(json.dumps(body, sort_keys=True).encode())
-    return (json.dumps({**body, "sha256": seal}, indent=1) + "\n").encode()
+    return (json.dumps({**values, "sha256": _seal(values)}, indent=1) + "\n").encode()
 
 
 def unsealed(data: bytes, path: Path) -> dict[str, Any]:
     """What `sealed` was given. Raises UserError, with `path`, if it is anything else."""
     try:
-        values = json.loads(data)
-        if json.loads(sealed(values)) != values:
+        values: dict[str, Any] = json.loads(data)
+        if values.pop("sha256") != _seal(values):
             raise damaged(path)
-    except (ValueError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise damaged(path) from e
-    return {k: v for k, v in values.items() if k != "sha256"}
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return digest(json.dumps(values, sort_keys=True).encode())
 
 
 def digest(data: bytes) -> str:
@@ -54,17 +56,20 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
+def beside(path: Path) -> Path:
+    """A name for what is to take the place of `path`: in the same folder, and not there yet."""
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path` in one instant: a reader sees the old file or the new one."""
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(fd)
+    temporary = beside(path)
     try:
-        write(Path(temporary), data)
-        os.chmod(temporary, 0o644)
+        write(temporary, data)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ PATIENCE = 30  # steps in a row whose gradients are not finite before a run give
 PLOT_EVERY = 30.0  # seconds
 
 
-class Fit:
+class Training:
     """A trainer at work in a run's folder.
 
     What a record needs beyond the trainer is state too, and is in the checkpoint: the losses since
@@ -31,9 +31,9 @@ class Fit:
     """
 
     def __init__(
-        self, trainer: Trainer, tokenizer: CharTokenizer, peak_flops: float, clock: Clock
+        self, run: Run, trainer: Trainer, tokenizer: CharTokenizer, peak_flops: float, clock: Clock
     ) -> None:
-        self.trainer, self.tokenizer = trainer, tokenizer
+        self.run, self.trainer, self.tokenizer = run, trainer, tokenizer
         self.peak_flops, self.clock = peak_flops, clock
         self.recent: list[Tensor] = []  # per step: loss, gradient norm, loss scale, on the device
         self.rows: list[list[float]] = []  # the same of earlier steps that are in no record yet
@@ -54,6 +54,7 @@ class Fit:
             "evaluated_at": self.evaluated_at,
             "best_val": self.best_val,
             "best_step": self.best_step,
+            "bad_steps": self.bad_steps,
             "seconds": self.seconds_before + self.clock.total(),
             "rows": self.rows,
         }
@@ -68,7 +69,7 @@ class Fit:
     def restore(self, state: dict[str, Any]) -> None:
         self.evaluated_at, self.best_val = state["evaluated_at"], state["best_val"]
         self.best_step, self.seconds_before = state["best_step"], state["seconds"]
-        self.rows = state["rows"]
+        self.bad_steps, self.rows = state["bad_steps"], state["rows"]
         self.timed = (self.trainer.step, 0.0)
 
     def reached_target(self) -> bool:
@@ -81,37 +82,31 @@ class Fit:
         done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
         return done or self.reached_target()
 
-    def fit(self, run: Run) -> int | None:
-        """Trains in the run's folder until the end, the target loss, or a signal: returns that.
+    def outcome(self) -> str:
+        step = f"{'target loss reached' if self.reached_target() else 'finished'} at step "
+        best = "no validation loss was finite"
+        if self.best_val is not None:
+            best = f"best validation loss {self.best_val:.4f}, of step {self.best_step:,}"
+        return f"{step}{self.trainer.step:,}: {best}"
+
+    def fit(self) -> int | None:
+        """Trains until the end, the target loss, or a signal, which it returns.
 
         Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
-        written or the GPU's memory does not suffice; the last good checkpoint stays.
+        written; the last good checkpoint stays.
         """
-        self.run = run
-        trainer, log_every = self.trainer, self.trainer.config.log_every
-        progress = Progress(trainer.config.iters, trainer.step)
+        progress = Progress(self.trainer.config.iters, self.trainer.step)
         try:
             with Interrupt() as interrupt:
-                while not self.finished():
-                    if interrupt.signal is not None:
-                        with self.clock("saving"):
-                            self.save(self.run.last)
-                        return interrupt.signal
+                while not self.finished() and interrupt.signal is None:
                     if self._evaluation_is_due():
                         self._evaluate(interrupt, progress)
-                        continue
-                    with self.clock("training"):
-                        self.recent.append(trainer.train_step())
-                        log = trainer.step % log_every == 0
-                        if log or self._evaluation_is_due():
-                            self._collect()
-                    progress.advance()
-                    if log and not self._evaluation_is_due():
-                        self._record(progress)
-        except torch.OutOfMemoryError as e:
-            raise UserError(
-                "the GPU has too little memory: lower --batch-size and raise --grad-accum"
-            ) from e
+                    else:
+                        self._step(progress)
+                if not self.finished():
+                    with self.clock("saving"):
+                        self.save(self.run.last)
+            self._draw()
         except OSError as e:
             raise UserError(
                 f"cannot write to {self.run.path}: {e.strerror}; the checkpoint saved before is "
@@ -119,7 +114,19 @@ class Fit:
             ) from e
         finally:
             progress.close()
-        return None
+        return None if self.finished() else interrupt.signal
+
+    def _step(self, progress: Progress) -> None:
+        """A step, and a record every so often. An evaluation makes its own."""
+        with self.clock("training"):
+            self.recent.append(self.trainer.train_step())
+            log = self.trainer.step % self.trainer.config.log_every == 0
+            evaluation = self._evaluation_is_due()
+            if log or evaluation:
+                self._collect()
+        progress.advance(self.trainer.step)
+        if log and not evaluation:
+            self._record(progress)
 
     def _evaluation_is_due(self) -> bool:
         step, config = self.trainer.step, self.trainer.config
@@ -127,7 +134,7 @@ class Fit:
         return due and step > self.evaluated_at
 
     def _collect(self) -> None:
-        """Reads back what the last steps gave."""
+        """Reads back what the last steps gave: here the host waits for the device."""
         rows = torch.stack(self.recent).tolist() if self.recent else []
         for _, norm, _ in rows:
             self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
@@ -135,7 +142,10 @@ class Fit:
         self.recent = []
 
     def _record(self, progress: Progress, **evaluation: Any) -> Record:
-        """Adds a line to the metrics, of the steps since the last one."""
+        """Adds a line to the metrics, of the steps since the last one.
+
+        There are none where a resumed run evaluates a step that has a line already.
+        """
         trainer, config = self.trainer, self.trainer.config
         if self.bad_steps >= PATIENCE:
             raise DivergenceError(
@@ -143,16 +153,18 @@ class Fit:
                 f"finite; the first tensor that is not: {trainer.first_nonfinite()}; "
                 f"{self.run.last} is the last good checkpoint, a lower --lr may help"
             )
+        losses = [row[0] for row in self.rows]
+        norm, scale = self.rows[-1][1:] if self.rows else (math.nan, math.nan)
         seconds = self.clock.parts.get("training", 0.0)
         tokens = (trainer.step - self.timed[0]) * trainer.tokens_per_step()
-        rate = tokens / max(seconds - self.timed[1], 1e-9)
+        rate = tokens / (seconds - self.timed[1]) if tokens else math.nan
         record = {
             "step": trainer.step,
-            "train_loss": statistics.fmean(row[0] for row in self.rows),
+            "train_loss": statistics.fmean(losses) if losses else math.nan,
             "val_loss": None,
             "lr": optim.lr_at(trainer.step - 1, config),
-            "grad_norm": self.rows[-1][1],
-            "loss_scale": self.rows[-1][2],
+            "grad_norm": norm,
+            "loss_scale": scale,
             "tokens_per_s": rate,
             "mfu": rate * trainer.model.config.flops_per_token() / self.peak_flops,
             "seconds": self.seconds_before + self.clock.total(),
@@ -170,17 +182,18 @@ class Fit:
             val_loss = trainer.evaluate(lambda: interrupt.signal is None)
         if val_loss is None:
             return
+        finite = math.isfinite(val_loss)  # if not, the model is of no use now, and is not saved
         with self.clock("samples"):
-            sample = self._sample()
+            sample = self._sample() if finite else ""
         record = self._record(progress, val_loss=val_loss, sample=sample)
         self.evaluated_at = trainer.step
-        improved = math.isfinite(val_loss) and (self.best_val is None or val_loss < self.best_val)
+        improved = finite and (self.best_val is None or val_loss < self.best_val)
         if improved:
             self.best_val, self.best_step = val_loss, trainer.step
         with self.clock("saving"):
             if improved:  # before `last`: a run killed in between does this step again, the same
                 self.save(run.best)
-            if math.isfinite(val_loss):
+            if finite:
                 self.save(run.last)
         say(
             f"step {trainer.step:,}: train {record['train_loss']:.4f}, validation {val_loss:.4f}"
@@ -188,7 +201,7 @@ class Fit:
         )
         say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
         if time.monotonic() - self.plotted > PLOT_EVERY:
-            self.draw()
+            self._draw()
 
     def _sample(self) -> str:
         """What the model writes now, from a new line on."""
@@ -198,7 +211,7 @@ class Fit:
             ids = generate(trainer.model, start_ids(self.tokenizer), sampling)
             return self.tokenizer.decode(list(ids))
 
-    def draw(self) -> None:
+    def _draw(self) -> None:
         """Brings loss.png and sample.txt up to the metrics."""
         with self.clock("plots"):
             report.draw(self.run)

@@ -15,7 +15,9 @@ def draw(run: Run) -> None:
     records = run.records()
     if not records:
         return
-    replace_file(run.path / "loss.png", loss_png(records, run.path.name))
+    replace_file(
+        run.path / "loss.png", loss_png(records, run.path.name.encode(errors="replace").decode())
+    )
     replace_file(run.path / "sample.txt", samples(records).encode())
 
 
@@ -40,7 +42,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

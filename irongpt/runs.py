@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 from irongpt import __version__
 from irongpt.config import GPTConfig, TrainConfig, from_json, to_json
 from irongpt.errors import UserError
-from irongpt.files import read, replace_file, sealed, unsealed
+from irongpt.files import beside, read, replace_file, sealed, unsealed
 
 FORMAT = 1
+RECORD_KEYS = {"step", "train_loss", "val_loss"}  # what is read back; a record has more
 
 Record = dict[str, Any]
 
@@ -36,7 +36,7 @@ class RunConfig:
 
 
 class Run:
-    """An existing run folder."""
+    """A run's folder, which `create` makes."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -53,6 +53,39 @@ class Run:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def create(self, save_first: Callable[[Path], None]) -> None:
+        """Makes the folder with config.json and a first checkpoint, all of it or nothing.
+
+        save_first: writes the checkpoint of step 0 into the folder it is given.
+        Raises UserError if the folder is taken or cannot be written.
+        """
+        check_free(self.path)
+        missing = [p for p in self.path.parents if not p.exists()]
+        temporary = beside(self.path)
+        try:
+            temporary.mkdir(parents=True)
+            replace_file(temporary / "config.json", _encode(self.config))
+            save_first(temporary / "last")
+            os.rename(temporary, self.path)
+        except BaseException as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if isinstance(e, OSError):
+                raise UserError(f"cannot write a run at {self.path}: {e.strerror}") from e
+            raise
+
+    def resume(self, config: RunConfig, step: int) -> None:
+        """Forgets what is after `step` and what a killed save left; writes config.json anew."""
+        self.config = config
+        kept = [r for r in self.records() if r["step"] <= step]
+        replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        replace_file(self.path / "config.json", _encode(config))
+        for name in ("last", "best", "config.json", "metrics.jsonl", "loss.png", "sample.txt"):
+            for stray in self.path.glob(f".{name}-????????"):
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
     def append(self, record: Record) -> None:
         """Adds a line to metrics.jsonl. A number that is not finite becomes null."""
         finite = {
@@ -63,30 +96,35 @@ class Run:
             f.write(json.dumps(finite) + "\n")
 
     def records(self) -> list[Record]:
-        """The lines of metrics.jsonl; one that a kill cut short does not count."""
+        """The lines of metrics.jsonl, up to one that a kill has cut short."""
         records = []
-        if self.metrics.exists():
-            for line in read(self.metrics).splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
+        for line in read(self.metrics).splitlines() if self.metrics.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
+                raise UserError(f"{self.metrics} has a line that is no record: {line[:60]!r}")
+            records.append(record)
         return records
 
-    def resume(self, config: RunConfig, step: int) -> None:
-        """Forgets what is after `step` and what a killed save left; writes config.json anew."""
-        self.config = config
-        kept = [r for r in self.records() if r["step"] <= step]
-        replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        replace_file(self.path / "config.json", _encode(config))
-        for stray in self.path.glob(".*-*"):
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
+def default_path(name: str) -> Path:
+    """runs/<name>, with -2, -3, ... behind it if that is taken."""
+    path, n = Path("runs") / name, 1
+    while path.exists():
+        n += 1
+        path = Path("runs") / f"{name}-{n}"
+    return path
 
 
 def open_run(path: Path) -> Run:
     """The run in a folder. Raises UserError if it is no run, or its config.json is not as saved."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is no run of IronGPT: it has no config.json")
+    try:
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is no run of IronGPT: it has no config.json")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
     values = unsealed(read(path / "config.json"), path / "config.json")
     try:
         if values["format"] != FORMAT:
@@ -109,40 +147,6 @@ def check_free(path: Path) -> None:
         raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
     if taken:
         raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
-
-
-def create_run(
-    path: Path | None, config: RunConfig, save_first: Callable[[Path], None], name: str
-) -> Run:
-    """Makes a run folder with config.json and a first checkpoint, all of it or nothing.
-
-    path: where, or None for runs/<name>, with -2, -3, ... behind it if that is taken.
-    save_first: writes the checkpoint of step 0 into the folder it is given.
-    Raises UserError if it cannot be written.
-    """
-    final, n = path or Path("runs") / name, 1
-    while path is None and final.exists():
-        n += 1
-        final = Path("runs") / f"{name}-{n}"
-    missing = [p for p in final.parents if not p.exists()]
-    temporary = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
-        temporary.chmod(0o755)
-        replace_file(temporary / "config.json", _encode(config))
-        save_first(temporary / "last")
-        os.rename(temporary, final)
-    except BaseException as e:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write a run at {final}: {e.strerror}") from e
-        raise
-    return Run(final, config)
 
 
 def _encode(config: RunConfig) -> bytes:

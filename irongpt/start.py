@@ -1,4 +1,4 @@
-"""From what the user asked for to a Fit that is ready to run: a new run, or one taken up again."""
+"""From what the user asked for to a Training that is ready: a new run, or one taken up again."""
 
 import dataclasses
 from dataclasses import replace
@@ -9,14 +9,15 @@ import torch
 
 from irongpt import checkpoint, corpus, ops
 from irongpt import device as devices
+from irongpt.batches import split
 from irongpt.config import PRESETS, GPTConfig, TrainConfig, check, flag, to_json
 from irongpt.console import Clock, say
 from irongpt.corpus import Corpus
 from irongpt.errors import UserError
 from irongpt.files import damaged
-from irongpt.fit import Fit
+from irongpt.fit import Training
 from irongpt.model import GPT
-from irongpt.runs import Run, RunConfig, check_free, create_run, open_run
+from irongpt.runs import Run, RunConfig, check_free, default_path, open_run
 from irongpt.tokenizer import CharTokenizer
 from irongpt.train import Trainer
 
@@ -24,7 +25,7 @@ from irongpt.train import Trainer
 CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype")
 
 
-def new_run(given: dict[str, Any], clock: Clock) -> tuple[Fit, Run]:
+def new_run(given: dict[str, Any], clock: Clock) -> Training:
     """given: the flags that the user gave, by their names in the configs, and preset, data, out."""
     out = Path(given["out"]) if "out" in given else None
     if out is not None:
@@ -47,11 +48,13 @@ def new_run(given: dict[str, Any], clock: Clock) -> tuple[Fit, Run]:
     model = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
     spec = text.name if data is None else _data_spec(data)
     config = RunConfig(preset, spec, text.sha256, model, train)
-    fit = _prepare(config, text, tokenizer, clock)
-    return fit, create_run(out, config, fit.save, f"{text.name}-{preset}")
+    run = Run(out or default_path(f"{text.name}-{preset}"), config)
+    training = _prepare(run, config, text, tokenizer, clock)
+    run.create(training.save)
+    return training
 
 
-def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> tuple[Fit, Run]:
+def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> Training:
     """Takes up a run where its last checkpoint stands. `given` may hold what is in CHANGEABLE."""
     run = open_run(path)
     stored = {**to_json(run.config.model), **to_json(run.config.train), "preset": run.config.preset}
@@ -69,17 +72,17 @@ def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> tuple[Fit, R
         f"{data} is not the text that {path} is trained on: name that text with {flag('data')}",
     )
     config = replace(run.config, train=train, data=_data_spec(data))
-    fit = _prepare(config, text, tokenizer, clock)
+    training = _prepare(run, config, text, tokenizer, clock)
     try:
-        fit.trainer.model.load_state_dict(weights)
-        fit.trainer.restore(state["step"], optimizer)
-        fit.restore(state)
-        run.resume(config, fit.trainer.step)
+        training.trainer.model.load_state_dict(weights)
+        training.trainer.restore(state["step"], optimizer)
+        training.restore(state)
+        run.resume(config, training.trainer.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
     except OSError as e:
         raise UserError(f"cannot write to {path}: {e.strerror}") from e
-    return fit, run
+    return training
 
 
 def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, CharTokenizer]:
@@ -93,7 +96,7 @@ def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT
         model.load_state_dict(weights)
     except RuntimeError as e:
         raise damaged(path / which) from e
-    return model.to(target).eval(), tokenizer
+    return model.to(target), tokenizer
 
 
 def _load(
@@ -120,15 +123,19 @@ def _load(
     return weights, optimizer, tokenizer, state
 
 
-def _prepare(config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: Clock) -> Fit:
+def _prepare(
+    run: Run, config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: Clock
+) -> Training:
     """A model with fresh weights, on its device, with its batches; and says what they are."""
     train = config.train
     device = devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     devices.make_deterministic()
     torch.manual_seed(train.seed)
+    ids = tokenizer.encode(text.text)
+    split(ids, config.model.context)  # a text too short is told of before a model is made
     model = GPT(config.model, ops.load(train.ops, device)).to(device)
-    trainer = Trainer(model, tokenizer.encode(text.text), train, device, precision.dtype)
+    trainer = Trainer(model, ids, train, device, precision.dtype)
     peak, source = devices.peak_flops(device, precision.dtype)
 
     m, tokens = config.model, trainer.tokens_per_step()
@@ -146,7 +153,7 @@ def _prepare(config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: C
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
         f"seed {train.seed}"
     )
-    return Fit(trainer, tokenizer, peak, clock)
+    return Training(run, trainer, tokenizer, peak, clock)
 
 
 def _choose(cls: type, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from irongpt.batches import TrainBatches, ValBatches, split
 from irongpt.config import TrainConfig
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 
-EVAL_TOKENS = 1 << 14  # tokens per forward pass of an evaluation: as fast as more, and less memory
+EVAL_TOKENS = 1 << 13  # tokens per forward pass of an evaluation: as fast as more, and less memory
 
 
 class Trainer:

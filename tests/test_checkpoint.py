@@ -148,6 +148,25 @@ def test_without_an_atomic_swap_a_kill_between_the_renames_loses_nothing(tmp_pat
     assert not (tmp_path / ".last.old").exists()
 
 
+def test_what_was_set_aside_is_not_read_where_a_checkpoint_is(tmp_path):
+    save(tmp_path / "last", 2.0, 2)
+    save(tmp_path / ".last.old", 1.0, 1)
+    assert step_of(tmp_path / "last") == 2
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_rights_that_the_user_wants(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "last")
+        files.replace_file(tmp_path / "config.json", b"{}")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "last", tmp_path / "last/state.json", tmp_path / "config.json"):
+        full = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == full & ~mask
+
+
 def test_the_swap_is_one_system_call_on_linux(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):

@@ -1,10 +1,14 @@
 """A run that is stopped, however, and taken up again is the run that was left alone, to the bit."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,11 @@ from conftest import TINY, Cli, write_text
 
 from irongpt.cli import main
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["irongpt.start", "torch._dynamo", "matplotlib.figure"])
+
 # With dropout of both kinds of ops, windows of several epochs, and the state between two records.
-FLAGS = [*TINY, "--dropout", "0.1", "--iters", "120", "--eval-every", "8"]
+FLAGS = [*TINY, "--dropout", "0.1", "--iters", "240", "--eval-every", "8"]
 SECONDS = ("seconds", "tokens_per_s", "mfu")  # what two runs need not share
 
 
@@ -42,34 +49,23 @@ def assert_same(a: Path, b: Path) -> None:
     assert (a / "sample.txt").read_text() == (b / "sample.txt").read_text()
 
 
-def start(*args: object) -> int:
-    """The command in a process of its own, forked so that it need not import torch again."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = 70
-        try:
-            code = main([str(arg) for arg in args])
-        finally:
-            os._exit(code)
-    return child
+def start(folder: Path, *args: object) -> ForkServerProcess:
+    """The command in a process of its own, forked from one that has imported torch and no more."""
+    process = SERVER.Process(target=command, args=(folder, [str(arg) for arg in args]))
+    process.start()
+    return process
 
 
-def wait_for(condition, child: int) -> int | None:
-    """Until the condition holds (None), or the process is gone (its exit code)."""
-    while not condition():
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
+def command(folder: Path, args: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    os._exit(main(args))
 
 
-def code_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def wait_until(condition: Callable[[], bool], process: ForkServerProcess) -> None:
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module", params=["builtin", "eager"])
@@ -77,10 +73,9 @@ def alone(request, tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone")
     write_text(folder / "text.txt")
-    before = os.getcwd()
-    os.chdir(folder)
-    assert code_of(start("train", *FLAGS, "--ops", request.param, "--out", "run")) == 0
-    os.chdir(before)
+    process = start(folder, "train", *FLAGS, "--ops", request.param, "--out", "run")
+    process.join()
+    assert process.exitcode == 0
     return folder / "run"
 
 
@@ -89,51 +84,69 @@ def flags_of(run: Path) -> list[str]:
     return [*FLAGS, "--ops", ops, "--out", "run"]
 
 
+def begun(run: Path) -> Callable[[], bool]:
+    """Says whether the process started next has begun to train: it rewrites the metrics then."""
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_ino if metrics.exists() else None
+    return lambda: metrics.exists() and metrics.stat().st_ino != before
+
+
 def test_twenty_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, alone):
-    """SIGKILL at any moment from the start of the process on, so in the midst of saves too."""
-    run = tmp_path / "run"
-    rng = random.Random(2026)
-    kills = 0
-    while True:
-        command = ["--resume", "run"] if run.exists() else flags_of(alone)
-        begun = time.monotonic()
-        child = start("train", *command)
-        if kills < 20:
-            # Some moments in the set-up, most between the first steps and the third checkpoint.
-            end = begun + rng.uniform(0, 1.5)
-            code = wait_for(lambda end=end: time.monotonic() > end, child)
-            if code is None:
-                os.kill(child, signal.SIGKILL)
-                code = code_of(child)
-                kills += code == -signal.SIGKILL
-        else:
-            code = code_of(child)
-        assert code in (0, -signal.SIGKILL)
-        if code == 0:
-            break
+    """SIGKILL in the set-up, in steps, evaluations and saves, by the clock alone."""
+    run, rng = tmp_path / "run", random.Random(2026)
+    steps = []
+    for kill in range(20):
+        flags = ["--resume", "run"] if run.exists() else flags_of(alone)
+        has_begun = begun(run)
+        process = start(tmp_path, "train", *flags)
+        if kill % 5:
+            wait_until(has_begun, process)
+        end = time.monotonic() + rng.uniform(0, 0.25 if kill % 5 else 1)
+        wait_until(lambda end=end: time.monotonic() > end, process)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        steps.append(state(run)["step"] if run.exists() else None)
+    assert len(set(steps)) > 3, "most kills fell before the first checkpoint"
+    assert cli("train", "--resume", "run").code == 0
     assert_same(run, alone)
     assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, alone, number):
     """Five times in a row, wherever between two records or evaluations it strikes."""
     run, rng = tmp_path / "run", random.Random(int(number))
-    stops = []
+    steps = []
     for stop in range(5):
-        command = ["--resume", "run"] if stop else flags_of(alone)
         seen = len(history(run))
-        child = start("train", *command)
-        code = wait_for(lambda seen=seen: len(history(run)) > seen, child)
-        assert code is None
+        process = start(tmp_path, "train", *(["--resume", "run"] if stop else flags_of(alone)))
+        wait_until(lambda seen=seen: len(history(run)) > seen, process)
         time.sleep(rng.uniform(0, 0.05))
-        os.kill(child, number)
-        assert code_of(child) == 128 + number
-        stops.append(state(run)["step"])
-    assert stops == sorted(stops)
-    assert len(set(stops)) >= 3
-    assert main(["train", "--resume", "run"]) == 0
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == 128 + number
+        steps.append(state(run)["step"])
+    assert steps == sorted(steps)
+    assert len(set(steps)) >= 3
+    assert cli("train", "--resume", "run").code == 0
     assert_same(run, alone)
+
+
+def test_a_second_signal_does_not_wait(tmp_path, alone):
+    """Between two evaluations of a run whose first one takes long."""
+    (tmp_path / "text.txt").write_bytes((alone.parent / "text.txt").read_bytes())
+    slow = ["--batch-size", "1000", "--grad-accum", "1000"]  # a step of minutes
+    process = start(tmp_path, "train", *flags_of(alone), *slow)
+    wait_until((tmp_path / "run").exists, process)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
+    assert state(tmp_path / "run")["step"] == 0
 
 
 def test_ops_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):

@@ -11,7 +11,14 @@ from irongpt.train import Trainer
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(vocab_size=11, n_layer=2, n_head=2, n_embd=16, context=16, dropout=0.0)
 RECIPE = TrainConfig(
-    **{**PRESETS["nano"].train, "iters": 40, "batch_size": 8, "warmup": 2, "lr": 0.01}
+    **{
+        **PRESETS["nano"].train,
+        "iters": 40,
+        "batch_size": 8,
+        "warmup": 2,
+        "lr": 0.01,
+        "optimizer": "adamw",
+    }
 )
 IDS = torch.arange(3000) ** 2 // 5 % 11
 

@@ -47,7 +47,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `eager.gelu`."""
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+    return F.gelu(x if bias is None else x + bias, approximate="tanh").to(x.dtype)
 
 
 def dropout_add_layer_norm(

@@ -39,14 +39,15 @@ ROUNDS = 7
 _M32 = 0xFFFFFFFF
 
 
-def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, ...]:
+def philox(
+    seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, ...]:
     """Philox4x32-7 of the counters (int64 tensors that broadcast, values below 2^32).
 
     Returns the 4 output words as int64 tensors below 2^32. A product of two 32-bit words wraps
     around in int64; the shift and the mask after it still take the right bits.
     """
-    words = (c0, c1, c2, torch.as_tensor(c3, device=c0.device))
-    w0, w1, w2, w3 = torch.broadcast_tensors(*words)
+    w0, w1, w2, w3 = torch.broadcast_tensors(c0, c1, c2, c3)
     k0, k1 = seed & _M32, (seed >> 32) & _M32
     for _ in range(ROUNDS):
         a, b = w0 * 0xD2511F53, w2 * 0xCD9E8D57
@@ -75,7 +76,7 @@ def attention_keep(
     tiles = -(-T // 32)
     i = torch.arange(8 * tiles, device=device)  # the counter's c0 or c1: one per 4 rows or columns
     head = torch.arange(B * H, device=device)
-    words = philox(seed, i[:, None], i[None, :], head[:, None, None], 0)
+    words = philox(seed, i[:, None], i[None, :], head[:, None, None], head.new_zeros(()))
     bits = _bytes(words)  # (B H, c0, c1, 16)
     bits = bits.view(B, H, tiles, 8, tiles, 8, 4, 4)  # row = 32 tile + 8 i + r, column likewise
     bits = bits.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(B, H, 32 * tiles, 32 * tiles)
@@ -88,7 +89,7 @@ def row_keep(
     """The keep mask of a matrix: bool, (M, N)."""
     group = torch.arange(-(-N // 16), device=device)
     row = torch.arange(M, device=device)[:, None]
-    words = philox(seed, group, row & _M32, row >> 32, 1)
+    words = philox(seed, group, row & _M32, row >> 32, row.new_ones(()))
     return _bytes(words).view(M, -1)[:, :N] >= threshold(p)
 
 
