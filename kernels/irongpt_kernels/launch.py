@@ -1,0 +1,51 @@
+"""Everything that depends on the GPU: which one, how many programs, which tiles.
+
+In Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) kernels run on CPU
+tensors, program after program, and stand in for a small GPU.
+"""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
+    if device.type != "cuda":
+        return 75
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the GPU; in the interpreter 2, so that programs share rows."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of the tensors, whatever the current one is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def block(n: int) -> int:
+    """The power of two that covers n, and 16 at least."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def warps(elements: int) -> int:
+    """Warps for a program that holds `elements` of a row in registers: 8 to 16 elements a thread."""
+    return min(16, max(1, elements // 512))
+
+
+def seed_tensor(seed: "int | Tensor | None", device: torch.device) -> Tensor:
+    """The seed as kernels read it: 0-d int64 on the device. None, where nothing drops, is 0."""
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), 0 if seed is None else seed, dtype=torch.int64, device=device)
