@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -6,6 +7,9 @@ import pytest
 import torch
 
 from irongpt.cli import main
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 # A run of a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = [
