@@ -107,6 +107,23 @@ def build_parser() -> Parser:
     by_name = {f.name: f for f in fields(TrainConfig)}
     for name in ("ops", "device"):
         add_option(generate, by_name[name], [])
+    compare = commands.add_parser("compare", help="hold the kernels against eager PyTorch")
+    compare.set_defaults(run_command=compare_command)
+    compare.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N [auto]"
+    )
+    compare.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "float16", "bfloat16"],
+        help="may be given several times [all that the device computes]",
+    )
+    compare.add_argument(
+        "--ops", choices=["fused", "builtin"], default="fused", help="what is compared [fused]"
+    )
+    compare.add_argument("--json", metavar="FILE", help="writes every number there")
+    compare.add_argument("--plot", metavar="FILE", help="draws error ratios and loss curves there")
+
     for command in (train, generate):
         command.add_argument(
             "--fused", action="store_const", const="fused", dest="ops", default=argparse.SUPPRESS,
@@ -165,6 +182,7 @@ def train_command(given: dict[str, Any]) -> int:
 
 
 def generate_command(given: dict[str, Any]) -> int:
+    from irongpt import ops
     from irongpt.sample import generate, printable, start_ids
     from irongpt.start import trained_model
 
@@ -178,6 +196,8 @@ def generate_command(given: dict[str, Any]) -> int:
         say_aside("the run has not been evaluated yet: its last checkpoint writes")
         checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
+    if note := ops.slow_note(op_set, model.wte.weight.device):
+        say_aside(note)
     ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
     context = model.config.context
     if len(ids) > context:
@@ -199,6 +219,13 @@ def generate_command(given: dict[str, Any]) -> int:
     rate = config.tokens / (time.perf_counter() - start)
     say_aside(f"{config.tokens:,} tokens, {rate:,.0f} a second")
     return 0
+
+
+def compare_command(given: dict[str, Any]) -> int:
+    from irongpt.compare import compare
+
+    json_file, plot = (Path(f) if f else None for f in (given["json"], given["plot"]))
+    return compare(given["device"], given["dtype"] or [], json_file, plot, given["ops"])
 
 
 def read_prompt(file: str) -> str:

@@ -4,14 +4,22 @@ from types import ModuleType
 
 import torch
 
+from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError
 
 
-def load(name: str, device: torch.device) -> ModuleType:
-    """The module of ops called `name`: eager, builtin or fused.
+def load(name: str, device: torch.device, config: GPTConfig | None = None) -> ModuleType:
+    """The module of ops called `name`: eager, builtin or fused. config: the model that it is for.
 
     Raises UserError where fused cannot run: it never falls back on another one.
     """
+    if name == "fused" and config is not None:
+        head = config.n_embd // config.n_head
+        check(
+            head in range(16, 129, 16),
+            f"--fused takes heads of 16, 32, ... or 128, and --n-embd {config.n_embd} over "
+            f"--n-head {config.n_head} is {head}",
+        )
     if name == "fused":
         return _load_fused(device)
     from irongpt_kernels import builtin, eager
@@ -21,12 +29,23 @@ def load(name: str, device: torch.device) -> ModuleType:
 
 def _load_fused(device: torch.device) -> ModuleType:
     hint = "train without --fused to use PyTorch's own fused ops"
-    if device.type != "cuda":
-        raise UserError(f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}")
-    if torch.cuda.get_device_capability(device) < (7, 5):
-        raise UserError(f"--fused needs compute capability 7.5 or newer: {hint}")
     try:
-        from irongpt_kernels import fused  # type: ignore[attr-defined]
+        from irongpt_kernels import fused, launch
     except ImportError as e:
-        raise UserError(f"--fused cannot import its Triton kernels ({e}): {hint}") from e
+        raise UserError(f"--fused needs Triton, which is not here ({e}): {hint}") from e
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 5):
+            raise UserError(f"--fused needs compute capability 7.5 or newer: {hint}")
+    elif not launch.INTERPRETED:
+        raise UserError(
+            f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "
+            "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
+        )
     return fused
+
+
+def slow_note(name: str, device: torch.device) -> str | None:
+    """What to tell a user whose kernels run in Triton's interpreter."""
+    if name == "fused" and device.type == "cpu":
+        return "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
+    return None

@@ -35,9 +35,8 @@ def new_run(given: dict[str, Any], clock: Clock) -> Training:
     train = TrainConfig(**_choose(TrainConfig, PRESETS[preset].train, given))
     # Mistakes in the flags are told before a corpus is downloaded: any vocabulary does for that.
     shape = _choose(GPTConfig, PRESETS[preset].model, given)
-    GPTConfig(vocab_size=1, **shape)
     devices.precision(train.dtype, device)
-    ops.load(train.ops, device)
+    ops.load(train.ops, device, GPTConfig(vocab_size=1, **shape))
     if "preset" not in given:
         why = "there is a GPU" if device.type == "cuda" else "this is for a CPU"
         say(f"preset    {preset}, as {why}; {flag('preset')} chooses")
@@ -89,7 +88,7 @@ def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT
     """The model of a run's best or last checkpoint, ready to sample from, and its vocabulary."""
     run = open_run(path)
     target = devices.pick(device)
-    op_module = ops.load(op_set, target)
+    op_module = ops.load(op_set, target, run.config.model)
     weights, _, tokenizer, _ = _load(run, which)
     model = GPT(run.config.model, op_module)
     try:
@@ -134,7 +133,7 @@ def _prepare(
     torch.manual_seed(train.seed)
     ids = tokenizer.encode(text.text)
     split(ids, config.model.context)  # a text too short is told of before a model is made
-    model = GPT(config.model, ops.load(train.ops, device)).to(device)
+    model = GPT(config.model, ops.load(train.ops, device, config.model)).to(device)
     trainer = Trainer(model, ids, train, device, precision.dtype)
     peak, source = devices.peak_flops(device, precision.dtype)
 
@@ -149,6 +148,8 @@ def _prepare(
         f"device    {devices.describe(device)}; {str(precision.dtype)[6:]} ({precision.reason}); "
         f"{train.ops} ops; MFU 100% is {peak / 1e12:,.3g} TFLOP/s ({source})"
     )
+    if note := ops.slow_note(train.ops, device):
+        say(f"kernels   {note}")
     say(
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
         f"seed {train.seed}"

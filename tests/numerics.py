@@ -1,10 +1,4 @@
-"""The one tolerance of the suite, and the inputs it is tried on.
-
-The oracle is `eager` in float64 on the very values that the candidate got. With
-e(x) = max |x - oracle|, and likewise the root mean square,
-
-    e(candidate) <= 2 e(eager in the same dtype) + floor    for outputs,
-    e(candidate) <= 3 e(eager in the same dtype) + floor    for gradients.
+"""The rule of `irongpt_kernels.tolerance` as an assertion, and the inputs it is tried on.
 
 `eager` itself is held in float64 against other formulas, to `EXACT`.
 """
@@ -15,23 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from irongpt_kernels import eager
+from irongpt_kernels import eager, tolerance
+from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
-
-OUTPUTS, GRADIENTS = 2, 3
 
 # Two float64 formulas of one function differ by the rounding of some thousand operations.
 EXACT = 1e-12
-
-
-def floor(dtype: torch.dtype, size: Tensor) -> Tensor:
-    """One rounding of a value of the oracle's size, and below fp16's normal range one step.
-
-    Eager can be exact by luck (one position, equal rows), and whoever rounds a result once cannot
-    be held to less. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
-    """
-    info = torch.finfo(dtype)
-    return info.eps * size + info.smallest_normal * info.eps
 
 
 def assert_rule(
@@ -53,17 +36,9 @@ def assert_rule(
     for x in (candidate, baseline):
         torch.testing.assert_close(x[~finite].double(), oracle[~finite], equal_nan=True)
         assert x[finite].isfinite().all(), "not finite where the oracle is"
-    norms: dict[str, Callable[[Tensor], Tensor]] = {
-        "max": lambda x: x.abs().amax(),
-        "rms": lambda x: x.square().mean().sqrt(),
-    }
-    for name, norm in norms.items():
-        e, e_baseline = (
-            norm((x.double() - oracle).where(finite, 0.0)) for x in (candidate, baseline)
-        )
-        size = norm(oracle.where(finite, 0.0) if terms is None else terms)
-        bound = factor * e_baseline + floor(candidate.dtype, size)
-        assert e <= bound, f"{name} error {e:.3g}, eager's {e_baseline:.3g}, bound {bound:.3g}"
+    for name, e in tolerance.errors(factor, candidate, baseline, oracle, terms).items():
+        found = f"{name} error {e.candidate:.3g}, eager's {e.eager:.3g}, bound {e.bound:.3g}"
+        assert e.ok, found
 
 
 def assert_exact(x: Any, y: Any) -> None:

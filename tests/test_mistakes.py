@@ -5,6 +5,7 @@ import os
 
 import pytest
 from conftest import TINY, assert_mistake
+from irongpt_kernels import launch
 
 from irongpt import checkpoint
 from irongpt.files import sealed
@@ -33,7 +34,7 @@ BAD_FLAGS = [
     (["--device", "tpu"], "--device must be"),
     (["--device", "cuda:7"], "--device"),
     (["--ops", "magic"], "--ops"),
-    (["--fused"], "--fused needs an NVIDIA GPU"),
+    (["--fused", "--n-head", "1"], "--fused needs an NVIDIA GPU"),
     (["--preset", "giant"], "--preset"),
     (["--frobnicate"], "--frobnicate"),
     (["--ite", "5"], "--ite"),
@@ -51,7 +52,8 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda v: " ".join(v)[:30])
-def test_a_mistake_is_one_line_and_leaves_nothing(cli, tmp_path, flags, message):
+def test_a_mistake_is_one_line_and_leaves_nothing(cli, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("to be or not")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 50)
@@ -154,11 +156,12 @@ def test_what_a_resumed_run_cannot_change(cli, tmp_path, run, flags):
         (["--tokens", "-1"], "--tokens"),
         (["--seed", "-1"], "--seed"),
         (["--checkpoint", "first"], "--checkpoint"),
-        (["--fused"], "--fused needs"),
+        (["--fused"], "--fused"),
     ],
     ids=lambda v: " ".join(v)[:30],
 )
-def test_a_mistake_in_generate(cli, tmp_path, run, flags, message):
+def test_a_mistake_in_generate(cli, tmp_path, monkeypatch, run, flags, message):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert_mistake(cli("generate", run, *flags), message)
 

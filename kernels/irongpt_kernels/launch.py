@@ -40,7 +40,7 @@ def block(n: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """Warps for a program that holds `elements` of a row in registers: 8 to 16 elements a thread."""
+    """Warps for a program that holds `elements` in registers: 8 to 16 a thread."""
     return min(16, max(1, elements // 512))
 
 

@@ -1,0 +1,71 @@
+"""What the attention kernels share: tiles of (B, H, T, D) tensors in any strides, their sizes."""
+
+import torch
+import triton
+import triton.language as tl
+
+from irongpt_kernels import launch
+
+
+@triton.jit
+def load_tile(
+    ptr, strides, b, h, start, T,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Rows start to start + BLOCK_T of head (b, h): (BLOCK_T, BLOCK_D), 0 beyond column D.
+
+    BOUNDED: the tile may reach beyond row T, and is 0 there.
+    """
+    rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+    ptrs, cols = _pointers(ptr, strides, b, h, rows, BLOCK_D)
+    if BOUNDED:
+        tile = tl.load(ptrs, mask=(rows < T)[:, None] & (cols < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    tile, ptr, strides, b, h, start, T,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes what `load_tile` would read, in the dtype of the memory."""
+    rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+    ptrs, cols = _pointers(ptr, strides, b, h, rows, BLOCK_D)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
+    # int64 throughout: in a transposed layout any of the four strides may be the big one.
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    base = ptr + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
+
+
+def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
+    """The launch of a kernel: BLOCK_M queries, BLOCK_N keys, and its warps and stages.
+
+    kernel: forward, query (delta, dQ) or key (dK, dV).
+    """
+    if launch.INTERPRETED:  # many small tiles: every boundary case, on short inputs
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+    return table(kernel, launch.architecture(device), launch.block(D), itemsize)
+
+
+def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
+    """The launch for a GPU: what fits its registers and shared memory, chosen by compiling."""
+    if itemsize == 4:  # products of float32 are no work for tensor cores, and fill the registers
+        BLOCK_M, BLOCK_N, num_warps = 32, 32, 4
+    elif kernel == "key":
+        BLOCK_M, BLOCK_N, num_warps = 32, 64, 4
+    elif BLOCK_D > 64 or kernel == "query":
+        BLOCK_M, BLOCK_N, num_warps = 64, 32, 4
+    else:
+        BLOCK_M, BLOCK_N, num_warps = 64, 64, 4
+    # Below sm_80 nothing is copied asynchronously, and a second stage is memory for nothing.
+    num_stages = 1 if arch < 80 else 2
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)

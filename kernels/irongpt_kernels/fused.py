@@ -1,0 +1,21 @@
+"""Every op by a Triton kernel of its own: the contract of `eager`, and its dropout masks.
+
+Each kernel stands in the module that bears its name, with its formulas and what they cost.
+Importing this module imports Triton.
+"""
+
+from irongpt_kernels.attention import causal_attention
+from irongpt_kernels.cross_entropy import cross_entropy
+from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm
+from irongpt_kernels.gelu import gelu
+from irongpt_kernels.layer_norm import layer_norm
+from irongpt_kernels.softmax import softmax
+
+__all__ = [
+    "causal_attention",
+    "cross_entropy",
+    "dropout_add_layer_norm",
+    "gelu",
+    "layer_norm",
+    "softmax",
+]

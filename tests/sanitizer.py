@@ -1,0 +1,247 @@
+"""
+What a GPU would not tell: a sanitizer for Triton kernels, over Triton's interpreter.
+
+    with sanitize() as report:
+        fused.layer_norm(x, weight)
+
+runs every launch inside on copies of its tensors with guard bands between them, and raises
+`Violation` on
+
+- a load or store that is not on an element of one of the launch's tensors: a view of a wider tensor
+  counts as the view only, and what lies between its elements is out of bounds,
+- int32 arithmetic that overflows, which strides near 2^30 provoke without a large tensor,
+- two programs of a launch that write one address, one that reads what another writes, and one store
+  with two lanes on an address,
+- an atomic operation: the kernels are to be deterministic.
+
+`order` shuffles the programs of each launch by that seed; two orders must give the same bits.
+
+Reads of memory that nobody wrote are the business of `poison`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+GUARD = 1 << 16  # bytes around every storage: more than the tiles of a test reach over
+NOBODY, SEVERAL = -1, -2
+
+
+class Violation(AssertionError):  # noqa: N818
+    pass
+
+
+@dataclasses.dataclass
+class Report:
+    """What a block of `sanitize` has seen: kernel names in launch order."""
+
+    kernels: list[str] = dataclasses.field(default_factory=list)
+
+
+class Arena:
+    """One launch's storages, copied into one block of memory with guard bands, byte by byte."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        self.regions: list[tuple[int, torch.UntypedStorage]] = []
+        end = GUARD
+        for storage in storages.values():
+            self.regions.append((end, storage))
+            end += -(-storage.nbytes() // 64) * 64 + GUARD
+        self.starts = {s.data_ptr(): start for start, s in self.regions}
+        self.memory = torch.full((end,), 0xFF, dtype=torch.uint8)  # NaN, -1
+        self.base = self.memory.data_ptr()
+        for start, storage in self.regions:
+            self.memory[start : start + storage.nbytes()] = _bytes(storage)
+        self.legal = np.zeros(end, dtype=bool)
+        for t in tensors:
+            self._allow(t)
+        self.writer = np.full(end, NOBODY, dtype=np.int64)
+        self.reader = np.full(end, NOBODY, dtype=np.int64)
+
+    def _allow(self, t: Tensor) -> None:
+        start, size = self.starts[t.untyped_storage().data_ptr()], t.untyped_storage().nbytes()
+        cells = torch.zeros(size // t.itemsize, dtype=torch.bool)
+        cells.as_strided(t.size(), t.stride(), t.storage_offset()).fill_(True)
+        region = self.legal[start : start + cells.numel() * t.itemsize]
+        region |= np.repeat(cells.numpy(), t.itemsize)
+
+    def copy(self, t: Tensor) -> Tensor:
+        """The tensor's twin in the arena."""
+        start = self.starts[t.untyped_storage().data_ptr()] // t.itemsize
+        storage, at = self.memory.untyped_storage(), start + t.storage_offset()
+        return torch.empty(0, dtype=t.dtype).set_(storage, at, t.size(), t.stride())
+
+    def write_back(self) -> None:
+        for start, storage in self.regions:
+            _bytes(storage).copy_(self.memory[start : start + storage.nbytes()])
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class _Launch:
+    """The hooks' memory: the arena and the order of the launch that runs."""
+
+    def __init__(self, order: int | None) -> None:
+        self.shuffle = None if order is None else random.Random(order)
+        self.arena: Arena | None = None
+        self.kernel = ""
+        self.programs: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self.violation: Violation | None = None
+
+    def set_grid(self, grid: tuple[int, ...]) -> None:
+        programs = list(itertools.product(*map(range, grid)))
+        shuffled = list(programs)
+        if self.shuffle:
+            self.shuffle.shuffle(shuffled)
+        self.programs = dict(zip(programs, shuffled, strict=True))
+
+    def fail(self, what: str) -> NoReturn:
+        at = getattr(interpreter.interpreter_builder, "grid_idx", None)
+        self.violation = Violation(f"{self.kernel}, program {at}: {what}")
+        raise self.violation
+
+    def access(self, kind: str, ptrs: Any, mask: Any) -> None:
+        arena = self.arena
+        assert arena is not None, "an access outside a launch"
+        addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
+        first = addresses[live.astype(bool)].astype(np.int64) - arena.base
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        inside = (first >= 0) & (first <= arena.legal.size - size)
+        inside[inside] = arena.legal[first[inside]] & arena.legal[first[inside] + size - 1]
+        if not inside.all():
+            self.fail(f"{kind} out of bounds in {int((~inside).sum())} of {first.size} lanes")
+        me = self._program()
+        others = (NOBODY, me)
+        if not np.isin(arena.writer[first], others).all():
+            self.fail(f"{kind} of what another program writes")
+        if kind == "store":
+            if np.unique(first).size != first.size:
+                self.fail("store with two lanes on one address")
+            if not np.isin(arena.reader[first], others).all():
+                self.fail("store to what another program reads")
+            for byte in range(size):
+                arena.writer[first + byte] = me
+            return
+        alone = np.isin(arena.reader[first], others)
+        for byte in range(size):
+            arena.reader[first + byte] = np.where(alone, me, SEVERAL)
+
+    def _program(self) -> int:
+        builder = interpreter.interpreter_builder
+        return int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim))
+
+
+@contextlib.contextmanager
+def sanitize(order: int | None = None) -> Iterator[Report]:
+    """See the module. Only launches that the interpreter runs are seen."""
+    launch, report = _Launch(order), Report()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def to_arena(self: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        launch.arena = arena = Arena(_tensors(args, kwargs))
+        return _replaced(args, kwargs, arena.copy)
+
+    def from_arena(self: Any, *_: Any) -> None:
+        assert launch.arena is not None
+        launch.arena.write_back()
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        launch.access("load", ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launch.access("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def dim(self: Any, *grid: int) -> None:
+        set_dim(self, *grid)
+        launch.set_grid(grid)
+
+    with _hooks(launch, report) as hook:
+        hook(executor, "_init_args_hst", to_arena)
+        hook(executor, "_restore_args_dev", from_arena)
+        hook(builder, "create_masked_load", checked_load)
+        hook(builder, "create_masked_store", checked_store)
+        hook(builder, "set_grid_dim", dim)
+        hook(builder, "set_grid_idx", lambda self, *at: set_idx(self, *launch.programs[at]))
+        yield report
+
+
+@contextlib.contextmanager
+def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any], Any]]:
+    """What both kinds of run share. Yields a function that replaces an attribute till the end."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    shared, call = interpreter.interpreter_builder, executor.__call__
+
+    def checked_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        launch.kernel, launch.violation = self.fn.__name__, None
+        report.kernels.append(launch.kernel)
+        try:
+            call(self, *args, **kwargs)
+        except InterpreterError:
+            if launch.violation is not None:
+                raise launch.violation from None
+            raise
+        finally:
+            launch.arena = None
+
+    def no_atomics(self: Any, *_: Any) -> NoReturn:
+        launch.fail("an atomic operation")
+
+    def checked_assert(self: Any, condition: Any, message: str) -> None:
+        if not condition:
+            launch.fail(message)
+
+    with contextlib.ExitStack() as stack:
+
+        def hook(owner: Any, name: str, replacement: Any) -> Any:
+            return stack.enter_context(patch.object(owner, name, replacement))
+
+        hook(executor, "__call__", checked_call)
+        hook(builder, "create_atomic_rmw", no_atomics)
+        hook(builder, "create_atomic_cas", no_atomics)
+        hook(builder, "create_assert", checked_assert)
+        hook(shared, "options", dataclasses.replace(shared.options, debug=True))
+        yield hook
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Tensor)]
+
+
+def _replaced(
+    args: Any, kwargs: dict[str, Any], twin: Callable[[Tensor], Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a launch with every tensor replaced, those in tuples too."""
+
+    def replace(x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return tuple(map(replace, x))
+        return twin(x) if isinstance(x, Tensor) else x
+
+    return [replace(x) for x in args], {name: replace(x) for name, x in kwargs.items()}
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for x in values:
+        if isinstance(x, tuple | list):
+            yield from _flat(x)
+        elif isinstance(x, Tensor) or not hasattr(x, "data_ptr"):
+            yield x
+        else:
+            raise TypeError(f"the sanitizer knows tensors only, not {type(x).__name__}")
