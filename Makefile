@@ -15,7 +15,7 @@ train: .venv/run
 	$(BIN)/irongpt train $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
