@@ -15,7 +15,7 @@ train: .venv/run
 	$(BIN)/irongpt train $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -27,14 +27,14 @@ bench: .venv/dev
 
 .venv/run: pyproject.toml constraints.txt
 	@echo "setting up .venv with torch and what else a run needs: minutes the first time"
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(PIP) --editable .
-	touch $@
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(PIP) --editable .
+	@touch $@
 
 .venv/dev: .venv/run
 	@echo "setting up .venv for the tests"
-	$(PIP) --editable '.[dev]'
-	touch $@
+	@$(PIP) --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv

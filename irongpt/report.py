@@ -34,7 +34,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
         axes.annotate(
             f"{best:.3f}",
             (step, best),
-            xytext=(0, -16),
+            xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             color="tab:orange",

@@ -75,6 +75,18 @@ def as_transformers(model: GPT) -> torch.nn.Module:
 
 
 @both_ops
+def test_float32_logits_of_the_iron_model_are_transformers_to_1e_4(ops) -> None:
+    config = GPTConfig(vocab_size=104, bias=True, **{**PRESETS["iron"].model, "dropout": 0.0})
+    torch.manual_seed(1)
+    model = GPT(config, ops).eval()
+    idx = torch.randint(104, (1, config.context), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, theirs = model(idx), as_transformers(model)(idx).logits
+    assert logits.std() > 0.1  # so that 1e-4 is small
+    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)
+
+
+@both_ops
 def test_logits_and_gradients_are_transformers(ops) -> None:
     model = build(ops=ops).double().eval()
     theirs = as_transformers(model)
