@@ -2,6 +2,7 @@
 
     import irongpt_kernels.eager      plain PyTorch: the specification, and the oracle of every test
     import irongpt_kernels.builtin    PyTorch's own fused functions: scaled_dot_product_attention...
+    import irongpt_kernels.fused      Triton kernels, each in the file of its name
 
 | op | inputs | result |
 |---|---|---|
@@ -13,7 +14,7 @@
 | `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
 
 The last returns the sum and its norm. A caller takes one of the modules and uses it; nothing is
-chosen here. Importing this package, or any of these modules, imports no Triton.
+chosen here. Importing this package, eager or builtin imports no Triton.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`
 drops are a pure function of the seed and the position (see `dropout`). `builtin` alone drops by
