@@ -26,18 +26,20 @@ def floating(**tensors: Tensor | None) -> None:
 
 
 def shape(name: str, t: Tensor | None, wanted: tuple[int, ...]) -> None:
+    """Raises ValueError unless t, where there is one, has the shape `wanted`."""
     if t is not None and tuple(t.shape) != wanted:
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(t.shape)}")
 
 
 def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
-    """low: least number of dimensions; high: most, low unless given."""
+    """Raises ValueError unless t has `low` to `high` dimensions; just `low` if no high is given."""
     if not low <= t.dim() <= (high or low):
         wanted = f"{low} dimensions" if high is None else f"{low} to {high} dimensions"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(t.shape)}")
 
 
 def dropout(p: float, seed: "int | Tensor | None") -> None:
+    """Raises ValueError for a probability that is none, TypeError for a seed that is none."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
