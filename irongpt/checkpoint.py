@@ -15,8 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from irongpt.files import (
@@ -45,8 +46,8 @@ def save(
 ) -> None:
     """Writes the checkpoint `folder`; or raises OSError and leaves the one that is there."""
     contents = {
-        "model.safetensors": safetensors.torch.save(_portable(model)),
-        "optimizer.safetensors": safetensors.torch.save(_portable(optimizer)),
+        "model.safetensors": to_bytes(_portable(model)),
+        "optimizer.safetensors": to_bytes(_portable(optimizer)),
         "tokenizer.json": json.dumps(tokenizer).encode(),
     }
     state = {**state, "files": {name: digest(data) for name, data in contents.items()}}
@@ -77,7 +78,7 @@ def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]
         if state.get("files", {}).get(name) != digest(data):
             raise damaged(folder / name)
     try:
-        model, optimizer = (safetensors.torch.load(contents[name]) for name in FILES[:2])
+        model, optimizer = (from_bytes(contents[name]) for name in FILES[:2])
         tokenizer = json.loads(contents["tokenizer.json"])
     except (SafetensorError, ValueError) as e:
         raise damaged(folder) from e

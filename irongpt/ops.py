@@ -28,7 +28,7 @@ def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Mo
 
 
 def _load_fused(device: torch.device) -> ModuleType:
-    hint = "train without --fused to use PyTorch's own fused ops"
+    hint = "--ops builtin takes PyTorch's own fused ops"
     try:
         from irongpt_kernels import fused, launch
     except ImportError as e:
