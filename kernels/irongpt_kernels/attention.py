@@ -176,7 +176,7 @@ def causal_attention(
     checks.rank("q", q, 4)
     for name, x in dict(k=k, v=v).items():
         checks.shape(name, x, tuple(q.shape))
-    checks.dropout(dropout_p, seed)
+    checks.dropout(dropout_p, seed, q=q)
     D = q.shape[-1]
     if D not in range(16, 129, 16):
         raise ValueError(f"D, the last dimension of q, must be 16, 32, ... or 128, got {D}")
@@ -184,8 +184,6 @@ def causal_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     device = q.device
-    if isinstance(seed, Tensor) and seed.device != device:
-        raise ValueError(f"seed is on {seed.device}, and q on {device}")
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -6,23 +6,27 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def floating(**tensors: Tensor | None) -> None:
+def floating(*, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
     """Every argument is a tensor of a float type that kernels take, on the first one's device.
 
-    Raises TypeError for another type, ValueError for another device.
+    optional: those that may be None. Raises TypeError for another type, ValueError for another
+    device.
     """
-    devices = []
+    tensors |= {name: t for name, t in (optional or {}).items() if t is not None}
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
-        devices.append((name, t.device))
-    for name, device in devices:
-        if device != devices[0][1]:
-            raise ValueError(f"{name} is on {device}, and {devices[0][0]} on {devices[0][1]}")
+    same_device(**tensors)
+
+
+def same_device(**tensors: Tensor) -> None:
+    """Raises ValueError unless all are on the first one's device."""
+    (first, device), *others = ((name, t.device) for name, t in tensors.items())
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name} is on {other}, and {first} on {device}")
 
 
 def shape(name: str, t: Tensor | None, wanted: tuple[int, ...]) -> None:
@@ -38,11 +42,17 @@ def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(t.shape)}")
 
 
-def dropout(p: float, seed: "int | Tensor | None") -> None:
-    """Raises ValueError for a probability that is none, TypeError for a seed that is none."""
+def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
+    """Raises ValueError for a probability that is none or a seed on another device than `tensor`,
+    one argument of the op by its name; TypeError for a seed that is none."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
         raise ValueError("dropout_p > 0 needs a seed")
-    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
+    if seed is None or isinstance(seed, int):
+        return
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {seed!r}")
+    if seed.dim() != 0 or seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {seed.dtype} {seed.shape}")
+    same_device(**tensor, seed=seed)

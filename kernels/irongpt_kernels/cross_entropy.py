@@ -213,8 +213,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
         raise TypeError(f"targets must be an int64 tensor, got {got}")
     checks.rank("logits", logits, 2)
     checks.shape("targets", targets, (logits.shape[0],))
-    if targets.device != logits.device:
-        raise ValueError(f"targets is on {targets.device}, and logits on {logits.device}")
+    checks.same_device(logits=logits, targets=targets)
     if logits.shape[1] == 0:
         raise ValueError(f"logits must have a class, got shape {tuple(logits.shape)}")
     return _cross_entropy(logits, targets, ignore_index)[0]

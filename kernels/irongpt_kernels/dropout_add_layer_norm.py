@@ -282,10 +282,10 @@ def dropout_add_layer_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """See `eager.dropout_add_layer_norm`. Raises ValueError where N is above 16384."""
-    checks.floating(branch=branch, residual=residual, weight=weight, bias=bias)
+    checks.floating(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
     ln.check(branch, weight, bias, "branch")
     checks.shape("residual", residual, tuple(branch.shape))
-    checks.dropout(dropout_p, seed)
+    checks.dropout(dropout_p, seed, branch=branch)
     drops = launch.seed_tensor(seed, branch.device) if dropout_p > 0 else None
     total, norm, _, _ = _op(branch, residual, weight, bias, drops, dropout_p, eps)
     return total, norm

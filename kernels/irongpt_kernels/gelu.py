@@ -173,7 +173,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises TypeError for what is no floating tensor, ValueError for shapes and devices.
     """
-    checks.floating(x=x, bias=bias)
+    checks.floating(x=x, optional=dict(bias=bias))
     checks.rank("x", x, 1, 64)
     checks.shape("bias", bias, (x.shape[-1],))
     return _gelu(x, bias)

@@ -284,7 +284,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """See `eager.layer_norm`. Raises ValueError where N is above 16384."""
-    checks.floating(x=x, weight=weight, bias=bias)
+    checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check(x, weight, bias, "x")
     return _op(x, weight, bias, eps)[0]
 
