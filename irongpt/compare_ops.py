@@ -109,6 +109,12 @@ def cases(shape: str, s: Sizes, p: float) -> Iterator[Case]:
     heads: Leaves = dict.fromkeys("qkv", (s.B, s.H, s.T, s.D))
     packed: Leaves = {"qkv": (s.B, s.T, 3, s.H, s.D)}
     yield Case("causal_attention", shape, packed if strided else heads, attention)
+    yield Case(
+        "causal_attention_packed",
+        shape,
+        packed,
+        lambda ops, x: ops.causal_attention_packed(x["qkv"], **drop),
+    )
     norm: Leaves = dict(weight=(s.N,), bias=(s.N,))
     rows = (s.M, s.N + margin)
     yield Case(
@@ -219,7 +225,7 @@ def _wrongly_dropped(case: Case, ops: ModuleType, leaves: Tensors) -> list[str] 
     x = next(iter(leaves.values()))
     if case.op == "dropout_add_layer_norm":
         return _wrong_rows(ops, x)
-    if case.op == "causal_attention":
+    if case.op == "causal_attention":  # the packed op runs the same kernels
         shape = x.permute(2, 0, 3, 1, 4)[0].shape if "qkv" in leaves else x.shape
         return _wrong_weights(ops, x.new_zeros(shape))
     return None

@@ -38,14 +38,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
-        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.qkv(x).view(B, T, 3, H, D)
         if cache is not None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
             k, v = cache.append(self.layer, k, v)  # (B, H, length + T, D)
-        if k.shape[2] == T:
-            y = self.ops.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed)
+        if cache is None or cache.length == 0:
+            y = self.ops.causal_attention_packed(qkv, dropout_p=dropout_p, seed=seed)
         else:  # one new position, which sees all that came before it
-            y = self.ops.softmax(q @ k.transpose(-2, -1), scale=D**-0.5) @ v
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+            y = (self.ops.softmax(q @ k.transpose(-2, -1), scale=D**-0.5) @ v).transpose(1, 2)
+        return self.proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):

@@ -114,12 +114,16 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
     targets = torch.tensor([3, -100, 18, 0, 7])
     return {
         "causal_attention": {"q": q, "k": k, "v": v},
+        "causal_attention_packed": {"qkv": torch.stack([q, k, v], 2).transpose(1, 3)},
         "layer_norm": {"x": x, "weight": weight, "bias": bias},
         "softmax": {"x": x},
         "cross_entropy": {"logits": x[0], "targets": targets},
         "gelu": {"x": x, "bias": bias},
         "dropout_add_layer_norm": {"branch": x, "residual": y, "weight": weight, "bias": bias},
     }
+
+
+OPS = list(small_inputs())
 
 
 def _between_nans(x: Tensor) -> Tensor:

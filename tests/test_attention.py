@@ -53,26 +53,10 @@ def inputs(B: int, H: int, T: int, D: int, dtype=torch.float32, factor: float = 
     return dict(q=q, k=k, v=v)
 
 
-def terms_of(x: dict[str, Tensor], dout: Tensor, scale: float | None = None) -> dict[str, Tensor]:
-    """The sizes of what cancels in dS = P (dP - delta), carried on to dQ and dK, in float64.
-
-    Where one column takes all of a row, dP is delta. Eager has both from the same products, and
-    its rest is exactly 0; delta = dot(dO, O) is a sum of its own, and leaves a rounding.
-    """
-    q, k, v, dout = (t.double() for t in [*x.values(), dout])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = eager.softmax(q @ k.mT, scale=scale, causal=True)
-    dp = dout.abs() @ v.abs().mT
-    ds = abs(scale) * p * (dp + (p * dp).sum(-1, keepdim=True))
-    return dict(q=ds @ k.abs(), k=ds.mT @ q.abs())
-
-
-def check(x: dict[str, Tensor], dout: Tensor | None = None, cancels: bool = False, **opt) -> None:
-    """The rule. cancels: rows there are that one column takes whole."""
+def check(x: dict[str, Tensor], dout: Tensor | None = None, **options) -> None:
     if dout is None:
         dout = randn(*x["q"].shape, seed=90).to(x["q"])
-    terms = terms_of(x, dout, opt.get("scale")) if cancels else None
-    assert_op(attention, "causal_attention", x, (dout,), terms, **opt)
+    assert_op(attention, "causal_attention", x, (dout,), **options)
 
 
 @each_dtype
@@ -81,7 +65,7 @@ def check(x: dict[str, Tensor], dout: Tensor | None = None, cancels: bool = Fals
 def test_every_end_of_a_sequence_in_a_tile(tiling, tiles: str, T: int, dtype) -> None:
     tiling(tiles)
     options = dict(dropout_p=0.3, seed=5) if dtype == torch.float32 else {}
-    check(inputs(1, 2, T, 16, dtype), cancels=T < 16, **options)
+    check(inputs(1, 2, T, 16, dtype), **options)
 
 
 @pytest.mark.parametrize(("T", "dtype"), [(255, torch.float16), (1000, torch.float32)], ids=str)
@@ -100,7 +84,7 @@ def test_head_dimensions(D: int, dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("scale", [0.3, 1.0, 0.0, -0.5])
 def test_scale(scale: float, dtype) -> None:
-    check(inputs(1, 2, 40, 16, dtype), cancels=True, scale=scale)
+    check(inputs(1, 2, 40, 16, dtype), scale=scale)
 
 
 @each_dtype
@@ -147,22 +131,21 @@ def test_extreme_values(kind: str, dtype) -> None:
     elif kind == "equal":
         x = {n: torch.full_like(t, 1.5) for n, t in x.items()}
     elif kind == "one winner":  # scores to the edge of float16, one column far above the others
-        # float32 stays below exponents of a hundred, where log2(e) in the scale costs its rounding.
-        factor = 40 if dtype == torch.float16 else 6
+        factor = 40
         x["k"][:, :, 20] = x["q"][:, :, 30] * factor
         x["q"] *= factor
     elif kind == "large values":
         x["v"] *= 1e3
     else:
         x = {n: t * 1e-3 for n, t in x.items()}
-    check(x, cancels=True)
+    check(x)
 
 
 def test_float32_scores_of_any_size() -> None:
     """Scores of 1e30: every row takes one column, and no exponent overflows."""
     x = inputs(1, 2, 40, 16)
     x["q"], x["k"] = x["q"] * 1e15, x["k"] * 1e15
-    check(x, cancels=True)
+    check(x)
 
 
 @each_dtype
@@ -247,10 +230,10 @@ def test_registration() -> None:
     seed = launch.seed_tensor(3, x[0].device)
     torch.library.opcheck(torch.ops.irongpt.causal_attention.default, (*x, seed, 0.2, 0.25))
     x = [t.detach() for t in x]
-    out, lse = torch.ops.irongpt.causal_attention(*x, seed, 0.2, 0.25)
+    out, stats = torch.ops.irongpt.causal_attention(*x, seed, 0.2, 0.25)
     torch.library.opcheck(
         torch.ops.irongpt.causal_attention_backward.default,
-        (out, *x, seed, out, lse, 0.2, 0.25, True),
+        (out, *x, seed, out, stats, 0.2, 0.25, True),
     )
 
 

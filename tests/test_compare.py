@@ -8,20 +8,13 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
+from numerics import OPS
 
 from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
 from irongpt.compare_ops import SMALL, Check, Sizes, cases, compare_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = [
-    "causal_attention",
-    "layer_norm",
-    "softmax",
-    "cross_entropy",
-    "gelu",
-    "dropout_add_layer_norm",
-]
 
 
 class Nudge(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from irongpt_kernels import dropout, eager
 from numerics import (
     EXACT,
+    OPS,
     OUTPUTS,
     assert_exact,
     assert_rule,
@@ -18,7 +19,6 @@ from numerics import (
 )
 from torch import Tensor
 
-OPS = list(small_inputs())
 HALVES = [torch.float16, torch.bfloat16]
 
 

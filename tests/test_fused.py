@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import GRADIENTS, OUTPUTS, assert_rule
+from numerics import GRADIENTS, OPS, OUTPUTS, assert_rule
 
 from irongpt import device as devices
 from irongpt.config import GPTConfig, SampleConfig, TrainConfig
@@ -16,14 +16,6 @@ from irongpt.train import Trainer
 
 fused = importlib.import_module("irongpt_kernels.fused")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OPS = [
-    "causal_attention",
-    "layer_norm",
-    "softmax",
-    "cross_entropy",
-    "gelu",
-    "dropout_add_layer_norm",
-]
 V, T = 29, 32
 CLOSE = 2e-5  # Liger-Kernel's, for the relative gap of a float32 loss
 

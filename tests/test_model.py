@@ -233,7 +233,7 @@ def test_every_dropout_of_the_model_has_its_own_seed(monkeypatch) -> None:
 
         return record
 
-    for name in ("causal_attention", "dropout_add_layer_norm"):
+    for name in ("causal_attention_packed", "dropout_add_layer_norm"):
         monkeypatch.setattr(eager, name, recorded(getattr(eager, name)))
     build(DROPPING)(tokens(), seed=1000)
     assert seeds == list(range(1000, 1000 + 3 * CONFIG.n_layer))
@@ -279,15 +279,18 @@ def test_gradients_of_the_loss_are_its_finite_differences(bias: bool) -> None:
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
-def test_attention_hands_its_ops_views_without_copies(monkeypatch) -> None:
+def test_attention_hands_its_op_the_projection_without_a_copy(monkeypatch) -> None:
     taken = []
 
-    def record(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-        taken.extend((q, k, v))
-        return eager_attention(q, k, v, **kwargs)
+    def record(qkv: Tensor, **kwargs) -> Tensor:
+        taken.append(qkv)
+        return packed_attention(qkv, **kwargs)
 
-    eager_attention = eager.causal_attention
-    monkeypatch.setattr(eager, "causal_attention", record)
-    Attention(CONFIG, eager, 0)(torch.randn(2, 24, 32), 0.0, None, None)
-    assert len({x.untyped_storage().data_ptr() for x in taken}) == 1
-    assert [x.shape for x in taken] == [(2, 2, 24, 16)] * 3
+    packed_attention = eager.causal_attention_packed
+    monkeypatch.setattr(eager, "causal_attention_packed", record)
+    attention = Attention(CONFIG, eager, 0)
+    projections = []
+    attention.qkv.register_forward_hook(lambda _, __, y: projections.append(y))
+    attention(torch.randn(2, 24, 32), 0.0, None, None)
+    assert [x.shape for x in taken] == [(2, 24, 3, 2, 16)]
+    assert taken[0].data_ptr() == projections[0].data_ptr()

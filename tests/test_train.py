@@ -115,7 +115,7 @@ def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
 
             return (
                 op
-                if name in ("causal_attention", "dropout_add_layer_norm")
+                if name in ("causal_attention_packed", "dropout_add_layer_norm")
                 else getattr(builtin, name)
             )
 

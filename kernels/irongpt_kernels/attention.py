@@ -5,22 +5,24 @@ Causal self-attention, forward: exact, and without a T x T matrix in memory.
 
 Per row, over the columns that it sees:
 
-    S = scale q k^T     P = exp(S - lse)     lse = log sum exp(S)     out = (P * keep / (1 - p)) v
+    S = scale q k^T     m = max S     l = sum exp(S - m)     P = exp(S - m) / l
+    out = (P * keep / (1 - p)) v
 
 Forward     Online softmax (Milakov and Gimpelshein 2018; Dao, "FlashAttention-2", 2023): the keys
             come in tiles, and a row carries its maximum m, its sum l and its unnormalized output.
             When a tile raises m, what the row carries is rescaled by 2^(m_old - m_new).
-            Exponents are to base 2: log2(e) is folded into the scale. lse too is kept to base 2.
+            Exponents are to base 2: log2(e) is folded into the scale. m and log2(l) are kept.
             Dropout acts on the weights, not on l: the softmax is that of all columns.
-Backward    see `attention_backward`. It recomputes P from lse.
+Backward    see `attention_backward`. It recomputes P from m and log2(l).
 Diagonal    Tiles left of the diagonal are seen whole and take no mask; those that the diagonal
             crosses are peeled off into a second loop. Tiles right of it are never touched.
-Traffic     reads q, k, v, writes out: 4 B H T D elements, and lse, 4 bytes a row. k and v come
-            once per query tile, from L2: neighbouring programs share a head.
+Traffic     reads q, k, v, writes out: 4 B H T D elements, and m and log2(l), 8 bytes a row. k and
+            v come once per query tile, from L2: neighbouring programs share a head.
 Parallelism one program per (head, query tile), the longest rows of a head first.
 Precision   scores, softmax and accumulators in float32; P is rounded to the input dtype for its
             product with v. No fused multiply-add may join S and m: the exponent of the largest
-            score has to be exactly 0, or a row of huge scores overflows.
+            score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are two
+            numbers, for their sum is rounded to the last place of m, a relative error of P.
 Limits      D a multiple of 16, 16 to 128 (others than powers of two are padded in registers).
 Spec        irongpt_kernels/eager.py::causal_attention
 """
@@ -40,7 +42,7 @@ from irongpt_kernels.attention_tiles import load_tile, store_tile
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, H, T, scale_log2,
     THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -71,7 +73,9 @@ def _forward_kernel(
     out = acc * (keep_scale / l)[:, None]
     store_tile(out, out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+    stats = tl.cast(head, tl.int64) * T + rows
+    tl.store(m_ptr + stats, m, mask=rows < T)
+    tl.store(log_l_ptr + stats, tl.log2(l), mask=rows < T)
 
 
 @triton.jit
@@ -101,23 +105,23 @@ def _attend(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns out with (B, T, H, D) memory, as that shape, and lse to base 2, (B, H, T) float32."""
+    """Returns out, (B, T, H, D), and the stats m and log2(l) to base 2, (2, B, H, T) float32."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    stats = q.new_empty(2, B, H, T, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, stats
     config = attention_tiles.tiles("forward", q.device, D, q.element_size())
     grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
     with launch.on(q.device):
         _forward_kernel[grid](
-            q, k, v, out, lse, seed,
+            q, k, v, out, *stats, seed,
             q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),
             H, T, scale * math.log2(math.e),
             THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
             enable_fp_fusion=False, **config,
         )  # fmt: skip
-    return out, lse
+    return out, stats
 
 
 @torch.library.custom_op("irongpt::causal_attention", mutates_args=())
@@ -132,7 +136,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -145,10 +149,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
-    q, k, v, seed, out, lse = ctx.saved_tensors
+    q, k, v, seed, out, stats = ctx.saved_tensors
     wants_q, *wants_kv = ctx.needs_input_grad[:3]
     packed = causal_attention_backward(
-        dout, q, k, v, seed, out, lse, ctx.dropout_p, ctx.scale, any(wants_kv)
+        dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv)
     )
     gradients = packed.permute(2, 0, 3, 1, 4).unbind()
     wanted = (wants_q, *wants_kv)
@@ -156,6 +160,31 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_options(
+    name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
+) -> tuple[Tensor, float]:
+    """Seed and scale as the kernels take them. q: an argument, called `name`, whose last is D.
+
+    Raises ValueError for a D that no kernel takes and for options out of range.
+    """
+    checks.dropout(dropout_p, seed, **{name: q})
+    D = q.shape[-1]
+    if D not in range(16, 129, 16):
+        raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
+    scale = D**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return launch.seed_tensor(seed, q.device), scale
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast where it is on: so PyTorch's attention takes them."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def causal_attention(
@@ -176,27 +205,17 @@ def causal_attention(
     checks.rank("q", q, 4)
     for name, x in dict(k=k, v=v).items():
         checks.shape(name, x, tuple(q.shape))
-    checks.dropout(dropout_p, seed, q=q)
-    D = q.shape[-1]
-    if D not in range(16, 129, 16):
-        raise ValueError(f"D, the last dimension of q, must be 16, 32, ... or 128, got {D}")
-    scale = D**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    device = q.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    seed, scale = check_options("q", q, dropout_p, seed, scale)
+    q, k, v = autocast(q, k, v)
     for name, x in dict(k=k, v=v).items():
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-    out, _ = _op(q, k, v, launch.seed_tensor(seed, device), float(dropout_p), scale)
-    return out.transpose(1, 2)
+    return _op(q, k, v, seed, float(dropout_p), scale)[0].transpose(1, 2)
 
 
 def causal_attention_bytes(B: int, H: int, T: int, D: int, itemsize: int, mode: str) -> int:
-    """Least bytes that must cross DRAM: fwd q, k, v, out; bwd these, dout, dq, dk, dv; and lse."""
-    return B * H * T * ({"fwd": 4, "bwd": 8}[mode] * D * itemsize + 4)
+    """Least bytes across DRAM: fwd q, k, v, out and stats; bwd these, dout, dq, dk and dv."""
+    return B * H * T * ({"fwd": 4, "bwd": 8}[mode] * D * itemsize + 8)
 
 
 def causal_attention_flops(B: int, H: int, T: int, D: int, mode: str) -> int:

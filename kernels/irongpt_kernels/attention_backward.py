@@ -1,27 +1,31 @@
 """
 Causal self-attention, backward: dQ, dK and dV in one packed gradient, without atomics.
 
-With P, keep and lse as in `attention`, and for each row
+With P, keep, m and l as in `attention`, and for each row
 
     Z  = P * keep / (1 - p)            the weights that the forward used
     dV = Z^T dO                        dZ = dO V^T
     dS = P * (dZ * keep / (1 - p) - delta)
     dQ = scale dS K                    dK = scale dS^T Q
 
-where delta = sum_j Z_j dZ_j is also dot(dO, O), one number a row instead of a second pass.
+where delta = sum_j Z_j dZ_j is also dot(dO, O), one number a row instead of a pass of its own.
 
 Algorithm   Dao, "FlashAttention-2" (2023), with the loops split so that every gradient has one
             owner: a kernel over query tiles computes delta and dQ, then one over key tiles dK and
-            dV. Both recompute P = 2^(S - lse), and the dropout mask from its counter; that is two
+            dV. Both recompute P = 2^(S - m) / l, and the dropout mask from its counter; that is two
             products of scores more than one kernel with atomics, and the same bits on every run.
 Diagonal    as in the forward, tiles that it crosses are peeled off and masked.
-Traffic     reads q, k, v, out, dout, writes dq, dk, dv: 8 B H T D elements, and lse; a second
+Traffic     reads q, k, v, out, dout, writes dq, dk, dv: 8 B H T D elements, and m, l; a second
             read of q, k, v and dout. k and v, or q and dout, come from L2 once per tile.
             The three gradients lie as (B, T, 3, H, D), where a packed projection wants them.
 Precision   accumulators and dS in float32; Z and dS are rounded to the input dtype for their
             products. dS is rounded before it is scaled: |dS| is at most a quarter of the spread
             of dZ keep / (1 - p) over its row, so it does not overflow before dZ would, and small
             values keep the bits that a scale below 1 would push out of fp16's range.
+            A row of dS sums to 0, and where one key has nearly all of its weight, each dS is a
+            difference of nearly equal numbers. dot(dO, O) rounds apart from dZ and would leave its
+            rounding there; in float32, where that shows, a first pass sums dS, and delta takes
+            what is left. Row 0 sees one key: its dS is 0, in any dtype.
 Limits      those of `attention`. No second derivative.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """
@@ -34,12 +38,12 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import attention_tiles, dropout, launch, philox
-from irongpt_kernels.attention_tiles import load_tile, store_tile
+from irongpt_kernels.attention_tiles import load_tile, store_tile, weights
 
 
 @triton.jit
 def _query_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, dq_ptr, delta_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr, dq_ptr, delta_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, H, T,
     scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -51,54 +55,66 @@ def _query_kernel(
     b, h = head // H, head % H
     seed = tl.load(seed_ptr)
     rows = start_m + tl.arange(0, BLOCK_M)
-    stats = tl.cast(head, tl.int64) * T + rows  # where lse and delta lie
+    stats = tl.cast(head, tl.int64) * T + rows  # where m, log2(l) and delta lie
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     out = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
-    lse = tl.load(lse_ptr + stats, mask=rows < T, other=0.0)
+    m = tl.load(m_ptr + stats, mask=rows < T, other=0.0)
+    log_l = tl.load(log_l_ptr + stats, mask=rows < T, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    end = tl.minimum(start_m + BLOCK_M, T)
+    if q.dtype == tl.float32:  # see Precision
+        rest = tl.zeros((BLOCK_M,), tl.float32)
+        for start_n in range(0, end, BLOCK_N):
+            ds, _ = _ds_of_keys(
+                q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+                start_n, T, scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            rest += tl.sum(ds, 1)
+        delta += rest
     tl.store(delta_ptr + stats, delta, mask=rows < T)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     diagonal = start_m // BLOCK_N * BLOCK_N  # keys before this one are seen by every row
     for start_n in range(0, diagonal, BLOCK_N):
-        dq = _dq_of_keys(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+        ds, k = _ds_of_keys(
+            q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
             start_n, T, scale_log2, seed, False, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for start_n in range(diagonal, tl.minimum(start_m + BLOCK_M, T), BLOCK_N):
-        dq = _dq_of_keys(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    for start_n in range(diagonal, end, BLOCK_N):
+        ds, k = _ds_of_keys(
+            q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
             start_n, T, scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store_tile(scale * dq, dq_ptr, dq_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
-def _dq_of_keys(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+def _ds_of_keys(
+    q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
     start_n, T, scale_log2, seed, DIAGONAL: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ / scale, with what a tile of keys adds to it."""
+    """dS of a tile of keys, and its k."""
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
     k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-    p = tl.exp2(s - lse[:, None])
+    p = weights(s, m[:, None], log_l[:, None], q.dtype == tl.float32)
     if DIAGONAL:
-        p = tl.where(cols <= rows, p, 0.0)
+        p = tl.where((cols <= rows) & (rows > 0), p, 0.0)  # rows > 0: see Precision
     dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))
     if THRESHOLD > 0:
         dz = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), dz, 0.0)
-    ds = p * (dz - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return p * (dz - delta[:, None]), k
 
 
 @triton.jit
 def _key_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, seed_ptr, dk_ptr, dv_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, m_ptr, log_l_ptr, delta_ptr, seed_ptr, dk_ptr, dv_ptr,
     dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, H, T,
     scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -118,14 +134,14 @@ def _key_kernel(
     below = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M  # the first that sees all of them
     for start_m in range(diagonal, tl.minimum(below, T), BLOCK_M):
         dk, dv = _dkv_of_queries(
-            dk, dv, k, v, dout_ptr, q_ptr, lse_ptr, delta_ptr, dout_strides, q_strides, b, h, head,
-            start_m, start_n, T, scale_log2, seed, True, True, THRESHOLD, D,
+            dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+            b, h, head, start_m, start_n, T, scale_log2, seed, True, True, THRESHOLD, D,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start_m in range(below, T, BLOCK_M):
         dk, dv = _dkv_of_queries(
-            dk, dv, k, v, dout_ptr, q_ptr, lse_ptr, delta_ptr, dout_strides, q_strides, b, h, head,
-            start_m, start_n, T, scale_log2, seed, False, not WHOLE, THRESHOLD, D,
+            dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+            b, h, head, start_m, start_n, T, scale_log2, seed, False, not WHOLE, THRESHOLD, D,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     keep_scale = 256 / (256 - THRESHOLD)
@@ -135,9 +151,9 @@ def _key_kernel(
 
 @triton.jit
 def _dkv_of_queries(
-    dk, dv, k, v, dout_ptr, q_ptr, lse_ptr, delta_ptr, dout_strides, q_strides, b, h, head,
-    start_m, start_n, T, scale_log2, seed, DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr,
-    THRESHOLD: tl.constexpr, D: tl.constexpr,
+    dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+    b, h, head, start_m, start_n, T, scale_log2, seed,
+    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV / keep_scale, with what a tile of queries adds to them.
@@ -150,11 +166,12 @@ def _dkv_of_queries(
     stats = tl.cast(head, tl.int64) * T + rows
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
-    lse = tl.load(lse_ptr + stats, mask=rows < T, other=0.0)[None, :]
+    m = tl.load(m_ptr + stats, mask=rows < T, other=0.0)[None, :]
+    log_l = tl.load(log_l_ptr + stats, mask=rows < T, other=0.0)[None, :]
     delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)[None, :]
     rows = rows[None, :]
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # (BLOCK_N, BLOCK_M)
-    p = tl.exp2(s - lse)
+    p = weights(s, m, log_l, q.dtype == tl.float32)
     if DIAGONAL:
         p = tl.where(cols <= rows, p, 0.0)
     z = p
@@ -165,17 +182,19 @@ def _dkv_of_queries(
         dz = tl.where(keep, dz, 0.0)
     dv = tl.dot(z.to(dout.dtype), dout, dv, input_precision="ieee")
     ds = p * (dz - delta)
+    if DIAGONAL:
+        ds = tl.where(rows > 0, ds, 0.0)  # see Precision
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
     dropout_p: float, scale: float, with_kv: bool,
 ) -> Tensor:  # fmt: skip
     """The packed gradient, (B, T, 3, H, D); dK and dV are left unwritten unless `with_kv`.
 
-    dout, out: (B, T, H, D). q, k, v: (B, H, T, D). lse: (B, H, T).
+    dout, out: (B, T, H, D). q, k, v: (B, H, T, D). stats: (2, B, H, T).
     """
     B, H, T, D = q.shape
     packed = q.new_empty(B, T, 3, H, D)
@@ -183,7 +202,8 @@ def attention_backward(
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     dq, dk, dv = packed.permute(2, 0, 3, 1, 4).unbind()
-    delta = torch.empty_like(lse)
+    m, log_l = stats
+    delta = torch.empty_like(m)
     sizes = H, T, scale, scale * math.log2(math.e)
     options = dict(
         THRESHOLD=dropout.threshold(dropout_p),
@@ -194,7 +214,7 @@ def attention_backward(
     config = attention_tiles.tiles("query", q.device, D, q.element_size())
     with launch.on(q.device):
         _query_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
-            dout, q, k, v, out, lse, seed, dq, delta,
+            dout, q, k, v, out, m, log_l, seed, dq, delta,
             dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
             *sizes, **options, **config,
         )  # fmt: skip
@@ -202,7 +222,7 @@ def attention_backward(
             return packed
         config = attention_tiles.tiles("key", q.device, D, q.element_size())
         _key_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
-            dout, q, k, v, lse, delta, seed, dk, dv,
+            dout, q, k, v, m, log_l, delta, seed, dk, dv,
             dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),
             *sizes, WHOLE=T % config["BLOCK_M"] == 0, **options, **config,
         )  # fmt: skip
@@ -211,15 +231,15 @@ def attention_backward(
 
 @torch.library.custom_op("irongpt::causal_attention_backward", mutates_args=())
 def causal_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
     dropout_p: float, scale: float, with_kv: bool,
 ) -> Tensor:  # fmt: skip
-    return attention_backward(dout, q, k, v, seed, out, lse, dropout_p, scale, with_kv)
+    return attention_backward(dout, q, k, v, seed, out, stats, dropout_p, scale, with_kv)
 
 
 @causal_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
     dropout_p: float, scale: float, with_kv: bool,
 ) -> Tensor:  # fmt: skip
     B, H, T, D = q.shape

@@ -39,6 +39,12 @@ def store_tile(
 
 
 @triton.jit
+def weights(s, m, log_l, EXACT: tl.constexpr):
+    """P = 2^(s - m) / l, of scores to base 2. EXACT: without rounding m + log2(l) first."""
+    return tl.exp2((s - m) - log_l) if EXACT else tl.exp2(s - (m + log_l))
+
+
+@triton.jit
 def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     # int64 throughout: in a transposed layout any of the four strides may be the big one.
     cols = tl.arange(0, BLOCK_D).to(tl.int64)

@@ -24,6 +24,19 @@ def causal_attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # copies only where a backend must
 
 
+def causal_attention_packed(
+    qkv: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See `eager.causal_attention_packed`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+    return out.transpose(1, 2)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """See `eager.layer_norm`."""
     return F.layer_norm(x, weight.shape, weight, bias, eps).to(x.dtype)

@@ -39,6 +39,22 @@ def causal_attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def causal_attention_packed(
+    qkv: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`causal_attention` from a packed projection to the next one, in the layout of both.
+
+    qkv: (B, T, 3, H, D), any strides. Returns (B, T, H, D), contiguous.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+    return out.transpose(1, 2)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
 

@@ -5,6 +5,7 @@ Importing this module imports Triton.
 """
 
 from irongpt_kernels.attention import causal_attention
+from irongpt_kernels.attention_packed import causal_attention_packed
 from irongpt_kernels.cross_entropy import cross_entropy
 from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.gelu import gelu
@@ -13,6 +14,7 @@ from irongpt_kernels.softmax import softmax
 
 __all__ = [
     "causal_attention",
+    "causal_attention_packed",
     "cross_entropy",
     "dropout_add_layer_norm",
     "gelu",

@@ -26,14 +26,15 @@ ATTENTION: list[Bug] = [
         "seed, head, cols, rows, THRESHOLD), p,",
     ),
     ("no keep scale", "acc * (keep_scale / l)[:, None]", "acc * (1.0 / l)[:, None]"),
-    ("lse with a natural logarithm", "m + tl.log2(l)", "m + tl.log(l)"),
+    ("a natural logarithm is kept", "tl.log2(l)", "tl.log(l)"),
     ("exponents to base 2 of scores to base e", "scale * math.log2(math.e)", "scale"),
     (
-        "lse offset in int32",
-        "lse_ptr + tl.cast(head, tl.int64) * T + rows",
-        "lse_ptr + head * T + rows",
+        "statistics' offset in int32",
+        "stats = tl.cast(head, tl.int64) * T + rows",
+        "stats = head * T + rows",
     ),
-    ("lse written past the end", "m + tl.log2(l), mask=rows < T)", "m + tl.log2(l))"),
+    ("m written past the end", "m, mask=rows < T)", "m)"),
+    ("l written past the end", "tl.log2(l), mask=rows < T)", "tl.log2(l))"),
     ("heads and batches swapped", "b, h = head // H, head % H", "b, h = head % H, head // H"),
 ]
 
@@ -47,6 +48,13 @@ ATTENTION_TILES: list[Bug] = [
         "tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)",
     ),
     (
+        "weights are not normalized, exact",
+        "tl.exp2((s - m) - log_l)",
+        "tl.exp2(s - m)",
+    ),
+    ("weights are not normalized", "tl.exp2(s - (m + log_l))", "tl.exp2(s - m)"),
+    ("m and log2(l) are rounded together", "tl.exp2((s - m) - log_l)", "tl.exp2(s - (m + log_l))"),
+    (
         "padded columns are written",
         "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :]",
         "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None]",
@@ -54,7 +62,7 @@ ATTENTION_TILES: list[Bug] = [
 ]
 
 ATTENTION_BACKWARD: list[Bug] = [
-    ("delta dropped", "ds = p * (dz - delta[:, None])", "ds = p * dz"),
+    ("delta dropped", "return p * (dz - delta[:, None]), k", "return p * dz, k"),
     ("delta dropped for keys", "ds = p * (dz - delta)", "ds = p * dz"),
     ("scale missing in dq", "store_tile(scale * dq,", "store_tile(dq,"),
     ("scale missing in dk", "store_tile(scale * dk,", "store_tile(dk,"),
@@ -73,8 +81,8 @@ ATTENTION_BACKWARD: list[Bug] = [
     ),
     (
         "dq of what a row does not see",
-        "    if DIAGONAL:\n        p = tl.where(cols <= rows, p, 0.0)\n    dz = tl.dot(dout",
-        "    dz = tl.dot(dout",
+        "tl.where((cols <= rows) & (rows > 0), p, 0.0)",
+        "tl.where(rows > 0, p, 0.0)",
     ),
     (
         "the first query tile is skipped",
@@ -83,10 +91,13 @@ ATTENTION_BACKWARD: list[Bug] = [
     ),
     ("a ragged query tile is read whole", "False, not WHOLE, THRESHOLD", "False, False, THRESHOLD"),
     (
-        "lse read past the end",
-        "lse = tl.load(lse_ptr + stats, mask=rows < T, other=0.0)[None, :]",
-        "lse = tl.load(lse_ptr + stats)[None, :]",
+        "m read past the end",
+        "m = tl.load(m_ptr + stats, mask=rows < T, other=0.0)[None, :]",
+        "m = tl.load(m_ptr + stats)[None, :]",
     ),
+    ("float32's delta keeps its rounding", "        delta += rest\n", ""),
+    ("the first row has a gradient in dq", "(cols <= rows) & (rows > 0)", "cols <= rows"),
+    ("the first row has a gradient in dk", "ds = tl.where(rows > 0, ds, 0.0)", "ds = 1.0 * ds"),
     (
         "dout read at the strides of out",
         "dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),",
