@@ -1,10 +1,11 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from poison import poison
 
 from irongpt.cli import main
 
@@ -52,6 +53,13 @@ Cli = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # tensors here are small, and two processes may run at a time
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """What nobody has written is NaN, in every test: in the kernels' outputs, and in a KV cache."""
+    with poison():
+        yield
 
 
 @pytest.fixture
