@@ -157,25 +157,31 @@ DROPOUT_ADD_LAYER_NORM: list[Bug] = [
 
 SOFTMAX: list[Bug] = [
     ("no maximum subtracted", "e = tl.exp(a - tl.max(a, axis=1)[:, None])", "e = tl.exp(a)"),
-    ("the sum is not rescaled", "total = total * tl.exp(m - shift) +", "total = total +"),
+    ("the sum is not rescaled", "total = total * rescale + e", "total = total + e"),
+    ("delta is not rescaled", "weighted = weighted * rescale +", "weighted = weighted +"),
+    ("lanes meet without their maxima", "tl.sum(total * rescale, axis=0)", "tl.sum(total, axis=0)"),
     (
         "causal by the row of the matrix",
         "seen = seen & (cols <= rows % N)",
         "seen = seen & (cols <= rows)",
     ),
+    ("columns are loaded too late", "cols // 16 * 16 <= rows % N", "cols // 16 * 16 < rows % N"),
     ("a row does not see itself", "end = row % N + 1", "end = row % N"),
-    ("scale missing in dx", "dx = scale / total * y * dy\n", "dx = 1.0 / total * y * dy\n"),
-    (
-        "scale missing in dx of long rows",
-        "dx = scale / total * y * (dy.to(tl.float32) - delta - left)",
-        "dx = 1.0 / total * y * (dy.to(tl.float32) - delta - left)",
-    ),
+    ("scale missing in dx", "tl.where(seen, scale * y * dy, 0.0)", "tl.where(seen, y * dy, 0.0)"),
+    ("scale missing in dx of long rows", "scale * y * (dy - delta", "y * (dy - delta"),
     (
         "delta dropped",
-        "    dy -= tl.sum(dy * y, axis=1)[:, None] / total\n"
-        "    dy -= tl.sum(dy * y, axis=1)[:, None] / total ",
-        "    dy -= 0.0 ",
+        "    dy -= tl.sum(dy * y, axis=1)[:, None]\n"
+        "    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta\n",
+        "",
     ),
+    (
+        "delta taken off once",
+        "    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta\n",
+        "",
+    ),
+    ("delta of long rows taken off once", "(dy - delta - left_row)", "(dy - delta)"),
+    ("dy of the future counts", "tl.where(seen, dy.to(tl.float32), 0.0)", "dy.to(tl.float32)"),
     ("dy taken for contiguous", "dy_ptr + rows * dy_stride_m", "dy_ptr + rows * N"),
     (
         "offsets in int32",
@@ -187,11 +193,16 @@ SOFTMAX: list[Bug] = [
         "y, mask=(rows < M) & (cols < N))",
         "y, mask=(rows > -1) & (cols < N))",
     ),
-    ("the last block of a long row is left out", "for start in range(0, end, BLOCK_N):\n"
-     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n        x =",
-     "for start in range(0, end - BLOCK_N + 1, BLOCK_N):\n"
-     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n        x ="),
-]  # fmt: skip
+    (
+        "the last block of a long row is left out",
+        "for start in range(0, end, BLOCK_N):\n"
+        "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
+        "        x = tl.load(x_row + cols * x_stride,",
+        "for start in range(0, end - BLOCK_N + 1, BLOCK_N):\n"
+        "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
+        "        x = tl.load(x_row + cols * x_stride,",
+    ),
+]
 
 CROSS_ENTROPY: list[Bug] = [
     ("ignored rows lose", "tl.where(counted, loss, 0.0)", "loss"),
