@@ -7,7 +7,7 @@ import pytest
 import torch
 from irongpt_kernels import dropout, eager, launch
 from irongpt_kernels import dropout_add_layer_norm as fused
-from numerics import LAYOUTS, Inputs, assert_op, randn, run
+from numerics import LAYOUTS, OUTPUTS, Inputs, assert_op, assert_rule, randn, run
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,6 +148,18 @@ def test_layouts(name: str, layout: str) -> None:
 def test_sums_far_from_zero(mean: float, spread: float) -> None:
     inputs = given(8, 384)
     hold(inputs | dict(residual=(mean + spread * randn(8, 384)).float().to(DEVICE)))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e3, 3e4])
+def test_the_norm_is_that_of_the_sum_as_it_was_rounded(mean: float, half: torch.dtype) -> None:
+    """Far from zero a half type keeps little of the branch, and none at all in the end."""
+    inputs = given(8, 384, branch=half, residual=half)
+    inputs["residual"] = (mean + randn(8, 384, seed=1)).to(DEVICE, half)
+    total, norm = OP(**inputs, **DROP)
+    weight, bias = inputs["weight"], inputs["bias"]
+    oracle = eager.layer_norm(total.double(), weight.double(), bias.double())
+    assert_rule(OUTPUTS, norm, eager.layer_norm(total, weight, bias), oracle)
 
 
 def test_rows_of_equal_values() -> None:
