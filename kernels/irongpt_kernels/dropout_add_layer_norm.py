@@ -124,7 +124,7 @@ def _backward_kernel(
             total = tl.load(sum_ptrs, mask=valid, other=0.0).to(tl.float32)
             mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-            xhat = normalize_again(total, valid, mean, rstd)
+            xhat = normalize_again(total, valid, mean, rstd, N)
             dx += input_gradient(dnorm, xhat, weight, rstd, N)
             if dweight_ptr is not None:
                 dweight += tl.sum(dnorm * xhat, axis=0)

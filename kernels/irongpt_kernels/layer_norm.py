@@ -18,8 +18,8 @@ Parallelism A program holds BLOCK_M whole rows in registers, several where rows 
             over the blocks and keeps its own dweight and dbias, and the (P, N) partials are summed
             afterwards. No atomics: two runs give the same bits.
 Precision   Loads and stores in the tensors' own types, all between in float32. The variance comes
-            from centred values, and the mean is taken twice, the second time of x - mean: rows far
-            from zero keep the digits that they have.
+            from centred values, and the mean is taken twice, the second time of x - mean, in
+            forward and backward: rows far from zero keep the digits that they have.
 Limits      N <= 16384, one block. x and dy of any strides: read as they are if the last dimension
             is contiguous and the others collapse to one row stride, else copied first.
 Spec        irongpt_kernels/eager.py::layer_norm
@@ -40,21 +40,27 @@ MAX_N = 16384
 
 
 @triton.jit
+def _centred(x, valid, mean, N):
+    """x minus its mean, which is given but for its rounding; 0 outside `valid`."""
+    centred = tl.where(valid, x - mean[:, None], 0.0)
+    rest = tl.sum(centred, axis=1) / N  # what rounding took from the mean of large values
+    return tl.where(valid, centred - rest[:, None], 0.0)
+
+
+@triton.jit
 def normalize(x, valid, N, eps):
     """mean, rstd: (BLOCK_M,), and xhat: (BLOCK_M, BLOCK_N), of float32 rows that are 0 outside
     `valid`."""
     mean = tl.sum(x, axis=1) / N
-    centred = tl.where(valid, x - mean[:, None], 0.0)  # padding would add mean^2 to the variance
-    rest = tl.sum(centred, axis=1) / N  # what rounding took from the mean of large values
-    centred = tl.where(valid, centred - rest[:, None], 0.0)
+    centred = _centred(x, valid, mean, N)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return mean + rest, rstd, centred * rstd[:, None]
+    return mean, rstd, centred * rstd[:, None]
 
 
 @triton.jit
-def normalize_again(x, valid, mean, rstd):
+def normalize_again(x, valid, mean, rstd, N):
     """xhat from the saved statistics."""
-    return tl.where(valid, (x - mean[:, None]) * rstd[:, None], 0.0)
+    return _centred(x, valid, mean, N) * rstd[:, None]
 
 
 @triton.jit
@@ -135,7 +141,7 @@ def _backward_kernel(
         x = tl.load(x_ptrs, mask=valid, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        xhat = normalize_again(x, valid, mean, rstd)
+        xhat = normalize_again(x, valid, mean, rstd, N)
         if dx_ptr is not None:
             dx = input_gradient(dy, xhat, weight, rstd, N)
             tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx, mask=valid)

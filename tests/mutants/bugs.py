@@ -108,8 +108,8 @@ LAYER_NORM: list[Bug] = [
     ),
     (
         "padding counts in the variance",
-        "centred = tl.where(valid, centred - rest[:, None], 0.0)",
-        "centred = centred - tl.where(valid, 0.0, mean[:, None])",
+        "return tl.where(valid, centred - rest[:, None], 0.0)",
+        "return centred - rest[:, None]",
     ),
     (
         "variance as a difference of squares",
@@ -134,7 +134,12 @@ LAYER_NORM: list[Bug] = [
         "rstd_ptr + rows, rstd, mask=rows < M)",
         "rstd_ptr + rows, rstd)",
     ),
-    ("mean kept uncorrected", "return mean + rest, rstd", "return mean, rstd"),
+    (
+        "mean of the backward uncorrected",
+        "return _centred(x, valid, mean, N) * rstd[:, None]",
+        "return tl.where(valid, (x - mean[:, None]) * rstd[:, None], 0.0)",
+    ),
+    ("mean uncorrected", "rest = tl.sum(centred, axis=1) / N", "rest = 0.0 * mean"),
 ]
 
 DROPOUT_ADD_LAYER_NORM: list[Bug] = [
