@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
+from numerics import DEVICE
 
 from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
 from irongpt.compare_ops import SMALL, Check, Sizes, cases, compare_case
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = [
     "causal_attention",
     "layer_norm",

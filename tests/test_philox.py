@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 from irongpt_kernels import philox
+from numerics import DEVICE
 from test_dropout import attention_byte, row_byte
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED, THRESHOLD = -(2**40) - 7, 77
 
 

@@ -7,15 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import LAYOUTS, assert_op, randn, run
+from numerics import DEVICE, LAYOUTS, assert_op, each_dtype, run, values
 from torch import Tensor
 
 kernel = importlib.import_module("irongpt_kernels.softmax")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16]
 INF = math.inf
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.fixture(params=["registers", "online"])
@@ -25,10 +21,6 @@ def path(request, monkeypatch) -> str:
         monkeypatch.setattr(kernel, "MAX_BLOCK", 0)
         monkeypatch.setattr(kernel, "ONLINE_BLOCK", 16)
     return request.param
-
-
-def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def hold(x: Tensor, **options: object) -> None:
@@ -121,6 +113,12 @@ def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, p
     x = values(4, 256, dtype=dtype) * noise
     x[:, 3] = logit
     hold(x)
+
+
+def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
+    x = (torch.arange(2000.0) / 2).to(DEVICE)
+    dy = 1 + values(2000, dtype=torch.float32)
+    assert_op(kernel, "softmax", dict(x=x), (dy,))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
