@@ -11,6 +11,8 @@ from irongpt.cli import main
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+# cuBLAS reads it once, and a run in the command line's tests asks for determinism.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # A run of a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = [
@@ -48,6 +50,11 @@ class Result(NamedTuple):
 
 
 Cli = Callable[..., Result]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(autouse=True)
