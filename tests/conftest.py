@@ -63,6 +63,13 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
+def _determinism() -> Iterator[None]:
+    """A run asks for it, for the whole process, and other tests share this one."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """What nobody has written is NaN, in every test: in the kernels' outputs, and in a KV cache."""
     with poison():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
-from numerics import DEVICE
+from numerics import DEVICE, each_dtype
 
 from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
@@ -213,7 +213,7 @@ TINY = Sizes(1, 2, 17, 16, 5, 19, 21)
 
 
 @pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_dtype
 def test_the_kernels_pass(shape, dtype):
     device = torch.device(DEVICE)
     fused = ops.load("fused", device)

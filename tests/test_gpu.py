@@ -107,7 +107,6 @@ def test_the_host_never_waits_in_a_step(ops: ModuleType, dtype, optimizer: str) 
     assert row.isfinite().all()
 
 
-@pytest.mark.usefixtures("_determinism")
 @each_dtype
 def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
     devices.make_deterministic()
@@ -117,13 +116,6 @@ def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
         rows = torch.stack([t.train_step() for _ in range(3)])
         results.append([rows, *t.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.fixture
-def _determinism() -> Iterator[None]:
-    """`devices.make_deterministic` is for a process, and other tests share this one."""
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
