@@ -40,7 +40,6 @@ class Corpus:
 
     name: str
     text: str
-    source: str  # an address, the absolute path of a file, or the Python it belongs to
 
     @property
     def sha256(self) -> str:
@@ -170,7 +169,7 @@ def _verified(source: Source, raw: bytes) -> Corpus:
     text = _unix_lines(raw.decode("utf-8-sig"))
     if not _BOOK.search(text):
         raise ValueError("no START and END marker of Project Gutenberg")
-    return Corpus("war-and-peace", _without_license(text), source.url)
+    return Corpus("war-and-peace", _without_license(text))
 
 
 def _download(source: Source) -> bytes:
@@ -213,7 +212,7 @@ def _python_docs() -> Corpus:
     except ImportError:
         raise UserError("this Python has no pydoc_data.topics: use --data FILE") from None
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    return Corpus("python-docs", text, f"pydoc_data.topics of Python {sys.version.split()[0]}")
+    return Corpus("python-docs", text)
 
 
 # Tables, tests, an editor's data, and pydoc_data, which is the other corpus.
@@ -234,7 +233,7 @@ def _python_code() -> Corpus:
     text = "\n".join(_unix_lines(raw.decode()) for raw in files if raw.isascii())
     if not text:
         raise UserError(f"no source of the standard library in {str(root)!r}: use --data FILE")
-    return Corpus("python-code", text, f"the standard library of Python {sys.version.split()[0]}")
+    return Corpus("python-code", text)
 
 
 def _file(data: str, say: Say) -> Corpus:
@@ -258,7 +257,7 @@ def _file(data: str, say: Say) -> Corpus:
     if not text.strip():
         raise UserError(f"{data!r} is empty: give a file with text in it")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem)[:64].strip("-.")
-    return Corpus(name or "text", text, os.path.abspath(data))
+    return Corpus(name or "text", text)
 
 
 def _decoded(data: str, raw: bytes, say: Say) -> str:

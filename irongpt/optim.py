@@ -49,11 +49,12 @@ class LossScaler:
         if not self.enabled:
             return
         bad = overflow > 0
-        good_steps = torch.where(bad, 0, self.good_steps + 1)
+        # Not torch.where: it copies a number to the device, and the host waits for that.
+        good_steps = (self.good_steps + 1).masked_fill(bad, 0)
         grow = good_steps >= self.calm
-        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        factor = torch.ones_like(self.scale).masked_fill(grow, 2.0).masked_fill(bad, 0.5)
         self.scale.copy_((self.scale * factor).clamp(1.0, 2.0**24))
-        self.good_steps.copy_(torch.where(grow, 0, good_steps))
+        self.good_steps.copy_(good_steps.masked_fill(grow, 0))
 
 
 class Optimizer:

@@ -1,15 +1,18 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from poison import poison
 
 from irongpt.cli import main
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+# cuBLAS reads it once, and a run in the command line's tests asks for determinism.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # A run of a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = [
@@ -49,9 +52,28 @@ class Result(NamedTuple):
 Cli = Callable[..., Result]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # tensors here are small, and two processes may run at a time
+
+
+@pytest.fixture(autouse=True)
+def _determinism() -> Iterator[None]:
+    """A run asks for it, for the whole process, and other tests share this one."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """What nobody has written is NaN, in every test: in the kernels' outputs, and in a KV cache."""
+    with poison():
+        yield
 
 
 @pytest.fixture

@@ -7,11 +7,20 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import eager, tolerance
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter computes bfloat16 wrongly, and a T4 emulates it.
+HALVES = [torch.float16]
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    HALVES.append(torch.bfloat16)
+DTYPES = [torch.float32, *HALVES]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 # Two float64 formulas of one function differ by the rounding of some thousand operations.
 EXACT = 1e-12
@@ -102,6 +111,11 @@ def _is_float(x: Tensor | None) -> bool:
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """`randn` where kernels run."""
+    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:

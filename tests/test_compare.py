@@ -8,14 +8,11 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
-from numerics import OPS
+from numerics import DEVICE, OPS, each_dtype
 
 from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
 from irongpt.compare_ops import SMALL, Check, Sizes, cases, compare_case
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 class Nudge(torch.autograd.Function):
     """The identity, with a gradient that is 1e-2 too large."""
@@ -206,7 +203,7 @@ TINY = Sizes(1, 2, 17, 16, 5, 19, 21)
 
 
 @pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_dtype
 def test_the_kernels_pass(shape, dtype):
     device = torch.device(DEVICE)
     fused = ops.load("fused", device)

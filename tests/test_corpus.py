@@ -167,16 +167,14 @@ def test_a_single_marker_cuts_nothing(text: str) -> None:
         ("a" * 100, "a" * 64),
     ],
 )
-def test_a_files_corpus_has_a_name_fit_for_a_folder_and_an_absolute_source(
-    folder: Path, path: str, name: str
-) -> None:
+def test_a_files_corpus_has_a_name_fit_for_a_folder(folder: Path, path: str, name: str) -> None:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(b"text")
-    assert load(path, say=Lines()) == Corpus(name, "text", str(folder / path))
+    assert load(path, say=Lines()) == Corpus(name, "text")
 
 
 def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    book = Corpus("war-and-peace", "book", "")
+    book = Corpus("war-and-peace", "book")
     monkeypatch.setattr(corpus, "_war_and_peace", lambda say: book)
     for name in BUILT_IN:
         Path(name).write_bytes(b"mine")

@@ -6,15 +6,21 @@ import math
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import GRADIENTS, LAYOUTS, OUTPUTS, assert_op, assert_rule, randn, run
+from numerics import (
+    DEVICE,
+    GRADIENTS,
+    LAYOUTS,
+    OUTPUTS,
+    assert_op,
+    assert_rule,
+    each_dtype,
+    run,
+    values,
+)
 from torch import Tensor
 
 kernel = importlib.import_module("irongpt_kernels.cross_entropy")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16]
 INF = math.inf
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.fixture(params=["one block", "blocks"])
@@ -23,10 +29,6 @@ def path(request, monkeypatch) -> None:
     if request.param == "blocks":
         monkeypatch.setattr(kernel, "MAX_BLOCK", 16)
         monkeypatch.setattr(kernel, "TILE", 32)
-
-
-def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def hold(logits: Tensor, targets: Tensor, upstream: float = 1.7, **options: object) -> None:

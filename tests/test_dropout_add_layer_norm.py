@@ -7,11 +7,10 @@ import pytest
 import torch
 from irongpt_kernels import dropout, eager, launch
 from irongpt_kernels import dropout_add_layer_norm as fused
-from numerics import LAYOUTS, Inputs, assert_op, randn, run
+from irongpt_kernels.layer_norm_backward import layer_norm_backward
+from numerics import DEVICE, HALVES, LAYOUTS, OUTPUTS, Inputs, assert_op, assert_rule, run, values
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALVES = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 NAME = "dropout_add_layer_norm"
 OP = fused.dropout_add_layer_norm
 DROP = dict(dropout_p=0.3, seed=1337)
@@ -25,20 +24,16 @@ TYPES = [  # of branch, residual, parameters
 ROWS = {17: [1, 2, 3, 5, 16, 31, 32, 33, 100], 384: [1, 2, 3, 33]}
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
-
-
 def given(
     *shape: int,
     branch: torch.dtype = torch.float32,
     residual: torch.dtype = torch.float32,
     params: torch.dtype = torch.float32,
 ) -> Inputs:
-    weight, bias = (normal(shape[-1], dtype=params, seed=seed) for seed in (2, 3))
+    weight, bias = (values(shape[-1], dtype=params, seed=seed) for seed in (2, 3))
     return dict(
-        branch=normal(*shape, dtype=branch),
-        residual=normal(*shape, dtype=residual, seed=1),
+        branch=values(*shape, dtype=branch),
+        residual=values(*shape, dtype=residual, seed=1),
         weight=weight,
         bias=bias,
     )
@@ -48,7 +43,7 @@ def gradients_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Upstream: of the sum, and of the norm."""
     branch, residual = inputs["branch"], inputs["residual"]
     return tuple(
-        normal(*x.shape, dtype=x.dtype, seed=seed) for seed, x in enumerate([residual, branch], 4)
+        values(*x.shape, dtype=x.dtype, seed=seed) for seed, x in enumerate([residual, branch], 4)
     )
 
 
@@ -147,7 +142,19 @@ def test_layouts(name: str, layout: str) -> None:
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
 def test_sums_far_from_zero(mean: float, spread: float) -> None:
     inputs = given(8, 384)
-    hold(inputs | dict(residual=(mean + spread * randn(8, 384)).float().to(DEVICE)))
+    hold(inputs | dict(residual=mean + spread * values(8, 384)))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e3, 3e4])
+def test_the_norm_is_that_of_the_sum_as_it_was_rounded(mean: float, half: torch.dtype) -> None:
+    """Far from zero a half type keeps little of the branch, and none at all in the end."""
+    inputs = given(8, 384, branch=half, residual=half)
+    inputs["residual"] = (mean + values(8, 384, seed=1)).to(half)
+    total, norm = OP(**inputs, **DROP)
+    weight, bias = inputs["weight"], inputs["bias"]
+    oracle = eager.layer_norm(total.double(), weight.double(), bias.double())
+    assert_rule(OUTPUTS, norm, eager.layer_norm(total, weight, bias), oracle)
 
 
 def test_rows_of_equal_values() -> None:
@@ -230,7 +237,7 @@ def test_opcheck(branch, residual, params, p: float) -> None:
         (upstream[0], None, [True, False, False, False]),
         (None, upstream[1], [False, True, True, False]),
     ]:
-        torch.library.opcheck(fused._backward_op, (dsum, dnorm, *saved, wanted))
+        torch.library.opcheck(layer_norm_backward, (dsum, dnorm, *saved, wanted))
 
 
 @pytest.mark.parametrize("options", [{}, DROP], ids=["no dropout", "dropout"])

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 
+import numerics
 import pytest
 import torch
 from irongpt_kernels import eager
@@ -15,7 +16,7 @@ from irongpt.sample import generate
 from irongpt.train import Trainer
 
 fused = importlib.import_module("irongpt_kernels.fused")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(numerics.DEVICE)
 V, T = 29, 32
 CLOSE = 2e-5  # Liger-Kernel's, for the relative gap of a float32 loss
 

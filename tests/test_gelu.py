@@ -5,19 +5,23 @@ import math
 
 import pytest
 import torch
-from numerics import GRADIENTS, LAYOUTS, OUTPUTS, Inputs, assert_op, assert_rule, randn, run
+from numerics import (
+    DEVICE,
+    GRADIENTS,
+    LAYOUTS,
+    OUTPUTS,
+    Inputs,
+    assert_op,
+    assert_rule,
+    each_dtype,
+    run,
+    values,
+)
 from torch import Tensor
 
 kernel = importlib.import_module("irongpt_kernels.gelu")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16]
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 with_and_without = pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-
-
-def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def hold(x: Tensor, bias: Tensor | None = None) -> None:

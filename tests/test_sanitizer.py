@@ -195,13 +195,13 @@ def _run(case: str, inputs: Inputs, upstream: tuple[Tensor, ...] | None = None) 
 @pytest.mark.parametrize(
     ("dtype", "orders"), [(F32, (0, 1, 2)), (F16, (None,))], ids=["float32", "float16"]
 )
-def test_an_op_runs_clean_in_any_order_and_reads_nothing_that_nobody_wrote(
+def test_an_op_runs_clean_in_any_order(
     case: str, dtype: torch.dtype, orders: tuple[int | None, ...]
 ) -> None:
     plain = _run(case, _inputs(case, dtype))
     assert all(x.isfinite().all() for x in plain)
     for order in orders:
-        with sanitize(order) as report, poison():
+        with sanitize(order) as report:
             results = _run(case, _inputs(case, dtype))
         assert all(torch.equal(x, y) for x, y in zip(plain, results, strict=True))
         assert len(report.kernels) >= 2, "forward and backward are kernels"
@@ -212,7 +212,7 @@ def test_an_op_runs_clean_on_its_smallest_input(case: str) -> None:
     inputs = {name: _first_of_each(x) for name, x in _inputs(case, F32).items()}
     if "targets" in inputs:
         inputs["targets"] = torch.tensor([0])
-    with sanitize(), poison():
+    with sanitize():
         results = _run(case, inputs)
     assert all(x.isfinite().all() for x in results)
 

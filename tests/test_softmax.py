@@ -7,15 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import GRADIENTS, LAYOUTS, OUTPUTS, assert_op, assert_rule, randn, run
+from numerics import DEVICE, LAYOUTS, assert_op, each_dtype, run, values
 from torch import Tensor
 
 kernel = importlib.import_module("irongpt_kernels.softmax")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16]
 INF = math.inf
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.fixture(params=["registers", "online"])
@@ -25,10 +21,6 @@ def path(request, monkeypatch) -> str:
         monkeypatch.setattr(kernel, "MAX_BLOCK", 0)
         monkeypatch.setattr(kernel, "ONLINE_BLOCK", 16)
     return request.param
-
-
-def values(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def hold(x: Tensor, **options: object) -> None:
@@ -110,18 +102,23 @@ def test_the_future_of_a_causal_row_does_not_matter(path: str) -> None:
     assert (dx.where(past, 0) == dx).all()
 
 
-@pytest.mark.parametrize("logit", [2.0, 5.0, 8.0])
+@pytest.mark.parametrize("noise", [0.0, 0.25])
+@pytest.mark.parametrize("logit", [2.0, 5.0, 8.0, 11.0, 14.0, 20.0])
 @each_dtype
-def test_a_confident_row_keeps_its_gradient(dtype, logit: float, path: str) -> None:
-    """dy - delta cancels: 1 - p of its size is left, smaller than y's rounding in float16."""
-    x = values(4, 37, dtype=dtype) / 4
-    x[:, 3] = logit + 4
-    dy = values(4, 37, dtype=dtype, seed=1)
-    (y,), (dx,) = run(kernel.softmax, dict(x=x), (dy,))
-    oracle = run(eager.softmax, dict(x=x.double()), (dy.double(),))
-    baseline = run(eager.softmax, dict(x=x), (dy,))
-    assert_rule(OUTPUTS, y, baseline[0][0], oracle[0][0])
-    assert_rule(GRADIENTS, dx[:, 3], baseline[1][0][:, 3], oracle[1][0][:, 3])
+def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, path: str) -> None:
+    """dy - delta cancels: 1 - p of its size is left. In float16 most of y has few digits or none.
+
+    Errors of equal weights do not average out.
+    """
+    x = values(4, 256, dtype=dtype) * noise
+    x[:, 3] = logit
+    hold(x)
+
+
+def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
+    x = (torch.arange(2000.0) / 2).to(DEVICE)
+    dy = 1 + values(2000, dtype=torch.float32)
+    assert_op(kernel, "softmax", dict(x=x), (dy,))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,8 +151,8 @@ def test_the_custom_op_keeps_its_promises(causal: bool) -> None:
     x = values(2, 5, 5, dtype=torch.float32).requires_grad_()
     torch.library.opcheck(kernel._softmax, (x, 0.5, causal))
     torch.library.opcheck(kernel._softmax, (x.transpose(0, 2), 0.5, False))
-    y = x.detach().softmax(-1)
-    torch.library.opcheck(kernel._softmax_backward, (x.detach(), y, 0.5, causal))
+    dy = values(2, 5, 5, dtype=torch.float32, seed=1)
+    torch.library.opcheck(kernel._softmax_backward, (dy, x.detach(), 0.5, causal))
 
 
 def test_compiled_it_is_the_same() -> None:

@@ -7,9 +7,7 @@ and the layer norm of that sum.
 Forward, per row:   keep = 0 where the element's byte of the generator is below the threshold of p,
                     1 / (1 - p) elsewhere, p as `dropout` rounds it
                     sum = residual + keep branch        norm = layer_norm(sum), see `layer_norm`
-Backward, per row:  dresidual = dsum + dx, with dx the layer norm's gradient of dnorm at sum
-                    dbranch = keep dresidual
-        over rows:  dweight = sum(dnorm xhat)           dbias = sum(dnorm)
+Backward    in `layer_norm_backward`, the mask computed again.
 
 Traffic     Forward reads branch and residual, writes sum and norm: 4MN elements. Backward reads
             dsum, dnorm and sum, writes dresidual and dbranch: 5MN; 1MN less where one of the
@@ -23,7 +21,6 @@ Limits      As in `layer_norm`: N <= 16384, and copies of what has no contiguous
 Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,16 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels import checks, dropout, launch, philox
-from irongpt_kernels import layer_norm as ln
-from irongpt_kernels.layer_norm import affine, input_gradient, normalize, normalize_again
-
-
-@triton.jit
-def _keep(seed_ptr, rows, cols, threshold, scale):
-    """The factor of each element: 0 where dropped, else `scale`."""
-    seed = tl.load(seed_ptr)
-    return tl.where(philox.row_keep(seed, rows[:, None], cols[None, :], threshold), scale, 0.0)
+from irongpt_kernels import checks, dropout, launch
+from irongpt_kernels.layer_norm import affine, check, normalize
+from irongpt_kernels.layer_norm_backward import keep_factor, layer_norm_backward, matrix, tile
 
 
 @triton.jit
@@ -74,7 +64,7 @@ def _forward_kernel(
     residual_ptrs = residual_ptr + rows[:, None] * stride_rm + cols[None, :]
     residual = tl.load(residual_ptrs, mask=valid, other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        branch *= _keep(seed_ptr, rows, cols, threshold, scale)
+        branch *= keep_factor(seed_ptr, rows, cols, threshold, scale)
     total = (residual + branch).to(sum_ptr.dtype.element_ty)
     out = rows[:, None] * N + cols[None, :]
     tl.store(sum_ptr + out, total, mask=valid)
@@ -82,69 +72,6 @@ def _forward_kernel(
     tl.store(norm_ptr + out, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
     tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-
-
-@triton.jit
-def _backward_kernel(
-    dsum_ptr,
-    dnorm_ptr,
-    sum_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    seed_ptr,
-    dbranch_ptr,
-    dresidual_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    M,
-    N,
-    stride_dsm,
-    stride_dnm,
-    stride_sm,
-    threshold,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """None for an upstream gradient that is 0, and for a gradient that is not wanted."""
-    program = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_N)
-    weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for row_block in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        rows = tl.cast(row_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        valid = (rows < M)[:, None] & (cols < N)[None, :]
-        dx = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if dnorm_ptr is not None:
-            dnorm_ptrs = dnorm_ptr + rows[:, None] * stride_dnm + cols[None, :]
-            dnorm = tl.load(dnorm_ptrs, mask=valid, other=0.0).to(tl.float32)
-            sum_ptrs = sum_ptr + rows[:, None] * stride_sm + cols[None, :]
-            total = tl.load(sum_ptrs, mask=valid, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
-            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-            xhat = normalize_again(total, valid, mean, rstd)
-            dx += input_gradient(dnorm, xhat, weight, rstd, N)
-            if dweight_ptr is not None:
-                dweight += tl.sum(dnorm * xhat, axis=0)
-            if dbias_ptr is not None:
-                dbias += tl.sum(dnorm, axis=0)
-        if dsum_ptr is not None:
-            dsum_ptrs = dsum_ptr + rows[:, None] * stride_dsm + cols[None, :]
-            dx += tl.load(dsum_ptrs, mask=valid, other=0.0).to(tl.float32)
-        out = rows[:, None] * N + cols[None, :]
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + out, dx, mask=valid)
-        if dbranch_ptr is not None:
-            if seed_ptr is not None:
-                dx *= _keep(seed_ptr, rows, cols, threshold, scale)
-            tl.store(dbranch_ptr + out, dx, mask=valid)
-    partial = tl.cast(program, tl.int64) * N + cols
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, dweight, mask=cols < N)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, dbias, mask=cols < N)
 
 
 def _like(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -166,7 +93,7 @@ def forward(
 
     seed: None where dropout_p is 0.
     """
-    branch_rows, rows = ln.matrix(branch), ln.matrix(residual)
+    branch_rows, rows = matrix(branch), matrix(residual)
     M, N = rows.shape
     outputs = _like(branch, residual)
     if branch.numel():
@@ -175,70 +102,18 @@ def forward(
         strides = branch_rows.stride(0), rows.stride(0)
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.on(branch.device):
-            _forward_kernel[(triton.cdiv(M, ln.tile(N)["BLOCK_M"]),)](
-                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **ln.tile(N)
+            _forward_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
+                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **tile(N)
             )
     return outputs
 
 
-def backward(
-    dsum: Tensor | None,
-    dnorm: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    branch_dtype: torch.dtype,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dbranch in `branch_dtype` and dresidual like total, contiguous; dweight, dbias in float32.
-
-    An upstream gradient of None is 0. Gradients that are not wanted are of size 0.
-    """
-    dsum_rows, dnorm_rows = (None if d is None else ln.matrix(d) for d in (dsum, dnorm))
-    rows = ln.matrix(total)
-    M, N = rows.shape
-    dbranch = total.new_empty(total.shape, dtype=branch_dtype) if wanted[0] else None
-    dresidual = total.new_empty(total.shape) if wanted[1] else None
-    dweight, dbias = ln.partials(M, N, wanted[2:], total.device)
-    if total.numel():
-        inputs = dsum_rows, dnorm_rows, rows, weight.contiguous(), mean, rstd, seed
-        outputs = dbranch, dresidual, dweight, dbias
-        strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
-        drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
-        with launch.on(total.device):
-            _backward_kernel[(ln.programs(M, N, total.device),)](
-                *inputs, *outputs, M, N, *strides, *drop, **ln.tile(N)
-            )
-    return (
-        total.new_empty(0, dtype=branch_dtype) if dbranch is None else dbranch,
-        total.new_empty(0) if dresidual is None else dresidual,
-        ln.summed(dweight, total),
-        ln.summed(dbias, total),
-    )
-
-
-_NAME = "irongpt::dropout_add_layer_norm"
-_op = torch.library.custom_op(_NAME, forward, mutates_args=())
-_backward_op = torch.library.custom_op(_NAME + "_backward", backward, mutates_args=())
+_op = torch.library.custom_op("irongpt::dropout_add_layer_norm", forward, mutates_args=())
 
 
 @_op.register_fake
 def _(branch: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(branch, residual)
-
-
-@_backward_op.register_fake
-def _(dsum: Any, dnorm: Any, total: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    branch_dtype, wanted = rest[-2:]
-    like = [(total.shape, branch_dtype), (total.shape, total.dtype)]
-    like += [(weight.shape, torch.float32)] * 2
-    return tuple(
-        total.new_empty(shape if want else 0, dtype=dtype)
-        for want, (shape, dtype) in zip(wanted, like, strict=True)
-    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -260,7 +135,7 @@ def _backward(
     wanted = list(ctx.needs_input_grad[:4])
     if dnorm is None:
         wanted[2:] = [False, False]  # the parameters had no part in the sum
-    dbranch, dresidual, dweight, dbias = _backward_op(
+    dbranch, dresidual, dweight, dbias = layer_norm_backward(
         dsum, dnorm, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.branch_dtype, wanted
     )
     gradients = dbranch, dresidual, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
@@ -283,7 +158,7 @@ def dropout_add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `eager.dropout_add_layer_norm`. Raises ValueError where N is above 16384."""
     checks.floating(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
-    ln.check(branch, weight, bias, "branch")
+    check(branch, weight, bias, "branch")
     checks.shape("residual", residual, tuple(branch.shape))
     checks.dropout(dropout_p, seed, branch=branch)
     drops = launch.seed_tensor(seed, branch.device) if dropout_p > 0 else None

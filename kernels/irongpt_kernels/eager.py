@@ -88,8 +88,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     """
     counted = targets != ignore_index
     log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit loses a confident class's digits
-    picked = log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]
-    return -picked.where(counted, 0).sum() / counted.sum()
+    picked = log_p.gather(1, targets.masked_fill(~counted, 0)[:, None])[:, 0]
+    return -picked.masked_fill(~counted, 0.0).sum() / counted.sum()
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

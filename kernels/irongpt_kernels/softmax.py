@@ -5,20 +5,21 @@ Softmax of scaled scores along the last dimension, forward and backward, causal 
 
 Forward, per row:   a = s x, where row i of a causal T x T block sees only columns 0 to i
                     m = max(a)    y = exp(a - m) / sum(exp(a - m)), 0 where nothing is seen
-Backward, per row:  p = y / sum(y)    delta = sum(dy * p)    dx = s * p * (dy - delta)
+Backward, per row:  y again, in float32    delta = sum(dy * y)    dx = s * y * (dy - delta)
 
-Traffic     fwd reads x, writes y: 2MN elements. bwd reads y, dy, writes dx: 3MN. What a causal
-            row does not see is not read. Above MAX_BLOCK columns: 3MN and 7MN.
+Traffic     fwd reads x, writes y: 2MN elements. bwd reads x, dy, writes dx: 3MN. What a causal
+            row does not see is not read, but for the rest of 16 columns, so that a thread loads
+            several at once. Above MAX_BLOCK columns: 3MN and 7MN.
 Parallelism Rows that fit in registers: a program owns BLOCK_M whole rows. Longer ones: a program
-            walks its row twice, first for m and the sum (online: the sum is rescaled whenever m
-            grows; Milakov and Gimelshein 2018), then for y. bwd walks it three times.
-Precision   float32 between load and store. y alone is saved, in the dtype of x. A rounded y does
-            not sum to 1, and in a confident row, where dy - delta is all cancellation, that
-            would be an error of 100 %: so bwd divides by its sum, and takes delta off twice,
-            the second time what rounding left of it.
+            walks its row first for m, the sum and delta (online: what is summed is rescaled
+            whenever m grows; Milakov and Gimelshein 2018), last for y or dx, bwd once in between.
+            Each lane has a maximum and sums of its own, which meet at the end of the walk.
+Precision   float32 between load and store. x is saved, not y: a y rounded to float16 does not sum
+            to 1, has few digits below 6e-5 and none below 3e-8, and with it dx erred by up to 46
+            times eager's. In a confident row dy - delta is all cancellation: delta comes off
+            twice, the second time what rounding left of it.
 Limits      rows of x and dy are read through their strides; leading dimensions that no single
             stride describes are copied. A row that sees no finite score is NaN, as in PyTorch.
-            In float16 y loses digits below 6e-5, and dx loses them with it.
 Spec        irongpt_kernels/eager.py::softmax
 """
 
@@ -35,6 +36,20 @@ TILE = 1024  # elements of a program whose rows are short: 2 warps
 
 
 @triton.jit
+def _whole_rows(x_ptr, rows, cols, M, N, stride_m, stride_n, scale, CAUSAL: tl.constexpr):
+    """y in float32, and the masks (BLOCK_M, BLOCK_N) of what is seen and of what to load."""
+    seen = cols < N
+    load = seen & (rows < M)
+    if CAUSAL:
+        seen = seen & (cols <= rows % N)
+        load = load & (cols // 16 * 16 <= rows % N)  # one bit for 16 columns
+    x = tl.load(x_ptr + rows * stride_m + cols * stride_n, mask=load, other=0.0)
+    a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))
+    e = tl.exp(a - tl.max(a, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None], seen, load
+
+
+@triton.jit
 def _fwd_kernel(
     x_ptr, y_ptr, M, N, x_stride_m, x_stride_n, scale,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -42,36 +57,25 @@ def _fwd_kernel(
     row_tile = tl.program_id(0).to(tl.int64)  # int64: M N passes 2^31 on big batches
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
-    seen = cols < N
-    if CAUSAL:
-        seen = seen & (cols <= rows % N)
-    x = tl.load(x_ptr + rows * x_stride_m + cols * x_stride_n, mask=seen & (rows < M), other=0.0)
-    a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))  # (BLOCK_M, BLOCK_N)
-    e = tl.exp(a - tl.max(a, axis=1)[:, None])
-    y = e / tl.sum(e, axis=1)[:, None]
+    y, _, _ = _whole_rows(x_ptr, rows, cols, M, N, x_stride_m, x_stride_n, scale, CAUSAL)
     tl.store(y_ptr + rows * N + cols, y, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
 def _bwd_kernel(
-    y_ptr, dy_ptr, dx_ptr, M, N, dy_stride_m, dy_stride_n, scale,
+    x_ptr, dy_ptr, dx_ptr, M, N, x_stride_m, x_stride_n, dy_stride_m, dy_stride_n, scale,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tile = tl.program_id(0).to(tl.int64)
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
-    inside = (rows < M) & (cols < N)
-    seen = inside
-    if CAUSAL:
-        seen = inside & (cols <= rows % N)
-    y = tl.load(y_ptr + rows * N + cols, mask=seen, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + rows * dy_stride_m + cols * dy_stride_n, mask=seen, other=0.0)
-    dy = dy.to(tl.float32)
-    total = tl.where(rows < M, tl.sum(y, axis=1)[:, None], 1.0)  # no 0 / 0 in rows past the end
-    dy -= tl.sum(dy * y, axis=1)[:, None] / total
-    dy -= tl.sum(dy * y, axis=1)[:, None] / total  # what rounding left of delta
-    dx = scale / total * y * dy
-    tl.store(dx_ptr + rows * N + cols, dx, mask=inside)
+    y, seen, load = _whole_rows(x_ptr, rows, cols, M, N, x_stride_m, x_stride_n, scale, CAUSAL)
+    dy = tl.load(dy_ptr + rows * dy_stride_m + cols * dy_stride_n, mask=load, other=0.0)
+    dy = tl.where(seen, dy.to(tl.float32), 0.0)
+    dy -= tl.sum(dy * y, axis=1)[:, None]
+    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta
+    dx = tl.where(seen, scale * y * dy, 0.0)
+    tl.store(dx_ptr + rows * N + cols, dx, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
@@ -84,57 +88,70 @@ def _end(row, N, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _walk(x_row, dy_row, x_stride, dy_stride, end, scale, BLOCK_N: tl.constexpr):
+    """m, sum(exp(a - m)) and sum(dy exp(a - m)) of a row. dy_row: None in the forward."""
+    m = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, end, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        x = tl.load(x_row + cols * x_stride, mask=cols < end, other=0.0)
+        a = tl.where(cols < end, x.to(tl.float32) * scale, float("-inf"))
+        m_new = tl.maximum(m, a)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
+        e = tl.exp(a - shift)
+        rescale = tl.exp(m - shift)
+        total = total * rescale + e
+        if dy_row is not None:
+            dy = tl.load(dy_row + cols * dy_stride, mask=cols < end, other=0.0)
+            weighted = weighted * rescale + dy.to(tl.float32) * e
+        m = m_new
+    m_row = tl.max(m, axis=0)
+    rescale = tl.exp(m - m_row)
+    return m_row, tl.sum(total * rescale, axis=0), tl.sum(weighted * rescale, axis=0)
+
+
+@triton.jit
 def _fwd_online_kernel(
     x_ptr, y_ptr, N, x_stride_m, x_stride_n, scale,
     CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     end = _end(row, N, CAUSAL)
-    m = float("-inf")
-    total = 0.0
-    for start in range(0, end, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        x = tl.load(x_ptr + row * x_stride_m + cols * x_stride_n, mask=cols < end, other=0.0)
-        a = tl.where(cols < end, x.to(tl.float32) * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(a, axis=0))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
-        total = total * tl.exp(m - shift) + tl.sum(tl.exp(a - shift), axis=0)
-        m = m_new
+    x_row = x_ptr + row * x_stride_m
+    m, total, _ = _walk(x_row, None, x_stride_n, 0, end, scale, BLOCK_N)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        x = tl.load(x_ptr + row * x_stride_m + cols * x_stride_n, mask=cols < end, other=0.0)
+        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
         y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
         tl.store(y_ptr + row * N + cols, y, mask=cols < N)
 
 
 @triton.jit
 def _bwd_online_kernel(
-    y_ptr, dy_ptr, dx_ptr, N, dy_stride_m, dy_stride_n, scale,
+    x_ptr, dy_ptr, dx_ptr, N, x_stride_m, x_stride_n, dy_stride_m, dy_stride_n, scale,
     CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     end = _end(row, N, CAUSAL)
-    total = 0.0
-    delta = 0.0
+    x_row = x_ptr + row * x_stride_m
+    dy_row = dy_ptr + row * dy_stride_m
+    m, total, weighted = _walk(x_row, dy_row, x_stride_n, dy_stride_n, end, scale, BLOCK_N)
+    delta = weighted / total
+    left = tl.zeros((BLOCK_N,), dtype=tl.float32)  # what rounding left of delta
     for start in range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        y = tl.load(y_ptr + row * N + cols, mask=cols < end, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride_m + cols * dy_stride_n, mask=cols < end, other=0.0)
-        total += tl.sum(y, axis=0)
-        delta += tl.sum(dy.to(tl.float32) * y, axis=0)
-    delta = delta / total
-    left = 0.0  # what rounding left of delta
-    for start in range(0, end, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        y = tl.load(y_ptr + row * N + cols, mask=cols < end, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride_m + cols * dy_stride_n, mask=cols < end, other=0.0)
-        left += tl.sum((dy.to(tl.float32) - delta) * y, axis=0)
-    left = left / total
+        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
+        dy = tl.load(dy_row + cols * dy_stride_n, mask=cols < end, other=0.0).to(tl.float32)
+        y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
+        left += y * (dy - delta)
+    left_row = tl.sum(left, axis=0)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        y = tl.load(y_ptr + row * N + cols, mask=cols < end, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride_m + cols * dy_stride_n, mask=cols < end, other=0.0)
-        dx = scale / total * y * (dy.to(tl.float32) - delta - left)
+        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
+        dy = tl.load(dy_row + cols * dy_stride_n, mask=cols < end, other=0.0).to(tl.float32)
+        y = tl.exp(x.to(tl.float32) * scale - m) / total
+        dx = tl.where(cols < end, scale * y * (dy - delta - left_row), 0.0)
         tl.store(dx_ptr + row * N + cols, dx, mask=cols < N)
 
 
@@ -146,29 +163,30 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
         return y
     with launch.on(x.device):
         if N <= MAX_BLOCK:
-            grid, tile = _whole_rows(M, N)
+            grid, tile = _tile(M, N)
             _fwd_kernel[grid](x, y, M, N, *x.stride(), scale, CAUSAL=causal, **tile)
         else:
             _fwd_online_kernel[(M,)](x, y, N, *x.stride(), scale, CAUSAL=causal, **_blocks())
     return y
 
 
-def softmax_bwd(dy: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
-    """dy: (M, N), any strides. y: (M, N), contiguous. Returns a contiguous (M, N)."""
-    M, N = y.shape
-    dx = torch.empty_like(y)
-    if y.numel() == 0:
+def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
+    """dy, x: (M, N), any strides, x as the forward took it. Returns a contiguous (M, N)."""
+    M, N = x.shape
+    dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if dx.numel() == 0:
         return dx
-    with launch.on(y.device):
+    strides = *x.stride(), *dy.stride()
+    with launch.on(x.device):
         if N <= MAX_BLOCK:
-            grid, tile = _whole_rows(M, N)
-            _bwd_kernel[grid](y, dy, dx, M, N, *dy.stride(), scale, CAUSAL=causal, **tile)
+            grid, tile = _tile(M, N)
+            _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **tile)
         else:
-            _bwd_online_kernel[(M,)](y, dy, dx, N, *dy.stride(), scale, CAUSAL=causal, **_blocks())
+            _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_blocks())
     return dx
 
 
-def _whole_rows(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
+def _tile(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
     block_n = launch.block(N)
     block_m = max(1, TILE // block_n)
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=launch.warps(block_m * block_n))
@@ -191,8 +209,8 @@ def _softmax(x: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 @torch.library.custom_op("irongpt::softmax_backward", mutates_args=())
-def _softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_bwd(_matrix(dy), _matrix(y), scale, causal).view(y.shape)
+def _softmax_backward(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
+    return softmax_bwd(_matrix(dy), _matrix(x), scale, causal).view(x.shape)
 
 
 @_softmax.register_fake
@@ -201,18 +219,18 @@ def _(x: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 @_softmax_backward.register_fake
-def _(dy: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
-    return y.new_empty(y.shape)
+def _(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(output)
+    x, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(x)
 
 
 def _backward(ctx, dy):
-    (y,) = ctx.saved_tensors
-    return _softmax_backward(dy, y, ctx.scale, ctx.causal), None, None
+    (x,) = ctx.saved_tensors
+    return _softmax_backward(dy, x, ctx.scale, ctx.causal), None, None
 
 
 _softmax.register_autograd(_backward, setup_context=_setup_context)

@@ -3,7 +3,15 @@
 A bug is (name, old text, new text); the old text stands once in its file.
 """
 
-Bug = tuple[str, str, str]
+from tests.mutants.rows import (
+    CROSS_ENTROPY,
+    DROPOUT_ADD_LAYER_NORM,
+    GELU,
+    LAYER_NORM,
+    LAYER_NORM_BACKWARD,
+    SOFTMAX,
+    Bug,
+)
 
 ATTENTION: list[Bug] = [
     ("a row sees the next column", "cols <= rows, s,", "cols <= rows + 1, s,"),
@@ -111,136 +119,10 @@ ATTENTION_BACKWARD: list[Bug] = [
     ("delta left unwritten past the first tile", "delta, mask=rows < T)", "delta, mask=rows < 32)"),
 ]
 
-LAYER_NORM: list[Bug] = [
-    (
-        "padding counts in the mean's correction",
-        "centred = tl.where(valid, x - mean[:, None], 0.0)",
-        "centred = x - mean[:, None]",
-    ),
-    (
-        "padding counts in the variance",
-        "centred = tl.where(valid, centred - rest[:, None], 0.0)",
-        "centred = centred - tl.where(valid, 0.0, mean[:, None])",
-    ),
-    (
-        "variance as a difference of squares",
-        "tl.sum(centred * centred, axis=1) / N + eps",
-        "tl.sum(x * x, axis=1) / N - mean * mean + eps",
-    ),
-    ("eps forgotten", "centred, axis=1) / N + eps)", "centred, axis=1) / N)"),
-    ("projection on xhat missing", " - xhat * mean_gx[:, None])", ")"),
-    ("projection on 1 missing", "(g - mean_g[:, None] -", "(g -"),
-    ("weight missing in dx", "g = dy * weight[None, :]", "g = dy"),
-    ("dweight of the last rows only", "dweight += tl.sum(", "dweight = tl.sum("),
-    ("partials not all summed", "partial.sum(0)", "partial[0]"),
-    ("dy read at the stride of x", "rows[:, None] * stride_dym", "rows[:, None] * stride_xm"),
-    ("rows in int32", "tl.cast(row_block, tl.int64) * BLOCK_M", "row_block * BLOCK_M"),
-    (
-        "any layout taken for contiguous rows",
-        "return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()",
-        "return x",
-    ),
-    (
-        "rstd written past the end",
-        "rstd_ptr + rows, rstd, mask=rows < M)",
-        "rstd_ptr + rows, rstd)",
-    ),
-    ("mean kept uncorrected", "return mean + rest, rstd", "return mean, rstd"),
-]
-
-DROPOUT_ADD_LAYER_NORM: list[Bug] = [
-    ("no keep scale", "threshold), scale, 0.0)", "threshold), 1.0, 0.0)"),
-    ("gradient of the sum ignored", "dx += tl.load(dsum_ptrs", "dx += 0 * tl.load(dsum_ptrs"),
-    (
-        "gradient of what was dropped",
-        "dx *= _keep(seed_ptr, rows, cols, threshold, scale)",
-        "dx *= scale",
-    ),
-    (
-        "norm of the unrounded sum",
-        "normalize(total.to(tl.float32),",
-        "normalize(residual + branch,",
-    ),
-    ("residual at the branch's stride", "rows[:, None] * stride_rm", "rows[:, None] * stride_bm"),
-    ("dbias of the last rows only", "dbias += tl.sum(", "dbias = tl.sum("),
-    ("gradient of the norm replaces", "dx += input_gradient(", "dx = 2 * input_gradient("),
-]
-
-SOFTMAX: list[Bug] = [
-    ("no maximum subtracted", "e = tl.exp(a - tl.max(a, axis=1)[:, None])", "e = tl.exp(a)"),
-    ("the sum is not rescaled", "total = total * tl.exp(m - shift) +", "total = total +"),
-    (
-        "causal by the row of the matrix",
-        "seen = seen & (cols <= rows % N)",
-        "seen = seen & (cols <= rows)",
-    ),
-    ("a row does not see itself", "end = row % N + 1", "end = row % N"),
-    ("scale missing in dx", "dx = scale / total * y * dy\n", "dx = 1.0 / total * y * dy\n"),
-    (
-        "scale missing in dx of long rows",
-        "dx = scale / total * y * (dy.to(tl.float32) - delta - left)",
-        "dx = 1.0 / total * y * (dy.to(tl.float32) - delta - left)",
-    ),
-    (
-        "delta dropped",
-        "    dy -= tl.sum(dy * y, axis=1)[:, None] / total\n"
-        "    dy -= tl.sum(dy * y, axis=1)[:, None] / total ",
-        "    dy -= 0.0 ",
-    ),
-    ("dy taken for contiguous", "dy_ptr + rows * dy_stride_m", "dy_ptr + rows * N"),
-    (
-        "offsets in int32",
-        "tl.program_id(0).to(tl.int64)  # int64: M N passes 2^31 on big batches",
-        "tl.program_id(0)",
-    ),
-    (
-        "rows past the end are written",
-        "y, mask=(rows < M) & (cols < N))",
-        "y, mask=(rows > -1) & (cols < N))",
-    ),
-    ("the last block of a long row is left out", "for start in range(0, end, BLOCK_N):\n"
-     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n        x =",
-     "for start in range(0, end - BLOCK_N + 1, BLOCK_N):\n"
-     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n        x ="),
-]  # fmt: skip
-
-CROSS_ENTROPY: list[Bug] = [
-    ("ignored rows lose", "tl.where(counted, loss, 0.0)", "loss"),
-    ("ignored rows count", "n = (t != ignore_index).sum()", "n = (t == t).sum()"),
-    ("upstream gradient ignored", "tl.load(dloss_ptr) / tl.load", "1.0 / tl.load"),
-    ("the sum is not rescaled", "rest = rest * tl.exp(m - shift) +", "rest = rest +"),
-    ("no 1 taken from the true class", "tl.where(cols == t[:, None], -rest[:, None], e)", "e"),
-    ("ignored rows learn", "mask = counted[:, None] & (cols < V)\n    x = tl.load(x_rows",
-     "mask = (rows < M)[:, None] & (cols < V)\n    x = tl.load(x_rows"),
-    ("targets taken for contiguous", "t_ptr + rows * t_stride, mask=rows < M, other=0)\n"
-     "    counted = (rows < M) & (t != ignore_index)\n    x_rows = x_ptr + rows * x_stride_m\n\n",
-     "t_ptr + rows, mask=rows < M, other=0)\n"
-     "    counted = (rows < M) & (t != ignore_index)\n    x_rows = x_ptr + rows * x_stride_m\n\n"),
-    ("logits taken for contiguous", "x_rows = x_ptr + rows * x_stride_m\n    x_t",
-     "x_rows = x_ptr + rows * V\n    x_t"),
-    ("offsets in int32", "row_tile, col_tile = tl.program_id(0).to(tl.int64),",
-     "row_tile, col_tile = tl.program_id(0),"),
-    ("columns past the end are written",
-     "dx, mask=(rows < M)[:, None] & (cols < V))", "dx, mask=(rows < M)[:, None] & (cols > -1))"),
-    ("gradient not divided by the count", "tl.load(n_ptr).to(tl.float32) / total", "1.0 / total"),
-]  # fmt: skip
-
-GELU: list[Bug] = [
-    ("another constant", "(1.0 + 0.044715 * z * z)", "(1.0 + 0.04471 * z * z)"),
-    ("another constant in the slope", "0.134145", "0.044715"),
-    ("dbias of the last rows only", "db += dx", "db = dx"),
-    ("bias forgotten in the backward", "            z += b\n", "            z += 0 * b\n"),
-    ("partials not all summed", "db.sum(0)", "db[:1].sum(0)"),
-    ("rows past the end are written", "z * s, mask=mask)", "z * s, mask=cols < N)"),
-    ("dy taken for contiguous", "dy_ptr + rows * dy_stride_m", "dy_ptr + rows * N"),
-    ("slope without its sign", "tl.where(u2 >= 0.0, 1.0, e) * r", "1.0 * r"),
-    ("rows in int32", "tl.cast(row_tile, tl.int64) * BLOCK_M", "row_tile * BLOCK_M"),
-    ("two programs write one partial", "tl.cast(part, tl.int64) * N", "tl.cast(0, tl.int64) * N"),
-]
-
 PHILOX: list[Bug] = [
     ("fewer calls for a row's columns", "cols // 16, rows", "cols // 32, rows"),
     ("rows repeat after 2^32", "(row >> 32).to(tl.uint32)", "(row >> 40).to(tl.uint32)"),
+    ("every head drops alike", "zero + head, zero, 7)", "zero, zero, 7)"),
     ("one row in eight draws", "rows // 32 * 8 + rows % 8", "rows // 32 * 8 + rows // 8 % 4"),
 ]
 
@@ -258,6 +140,11 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
         "causal_attention",
     ),
     "layer_norm": (LAYER_NORM, "test_layer_norm.py", "layer_norm"),
+    "layer_norm_backward": (
+        LAYER_NORM_BACKWARD,
+        "test_layer_norm.py test_dropout_add_layer_norm.py",
+        "layer_norm",
+    ),
     "dropout_add_layer_norm": (
         DROPOUT_ADD_LAYER_NORM,
         "test_dropout_add_layer_norm.py",
@@ -268,7 +155,7 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "gelu": (GELU, "test_gelu.py", "gelu"),
     "philox": (
         PHILOX,
-        "test_dropout.py test_attention_dropout.py test_dropout_add_layer_norm.py",
+        "test_philox.py test_attention_dropout.py test_dropout_add_layer_norm.py",
         "dropout",
     ),
 }

@@ -1,0 +1,211 @@
+"""What training owes a GPU: it never waits for one, gives the same bits again, and spares memory.
+
+Where there is none, the tests that can run in Triton's interpreter.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Cli
+from irongpt_kernels import builtin, eager, fused
+from numerics import DEVICE, HALVES, Inputs, each_dtype, run, small_inputs, values
+from test_resume import assert_same
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from irongpt import device as devices
+from irongpt import fit
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.model import GPT
+from irongpt.train import Trainer
+
+SHAPE = GPTConfig(vocab_size=29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
+RECIPE = TrainConfig(
+    iters=10, batch_size=2, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
+)
+each_ops = pytest.mark.parametrize(
+    "ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"]
+)
+
+
+def trainer(
+    ops: ModuleType, dtype: torch.dtype, shape: GPTConfig = SHAPE, recipe: TrainConfig = RECIPE
+) -> Trainer:
+    torch.manual_seed(1)
+    ids = torch.arange(100 * shape.context) ** 2 // 5 % shape.vocab_size
+    device = torch.device(DEVICE)
+    return Trainer(GPT(shape, ops).to(device), ids, recipe, device, dtype)
+
+
+class _Looked(Exception):  # noqa: N818
+    pass
+
+
+class _NobodyLooks(TorchDispatchMode):
+    """Raises where the host looks at values of a tensor, for which it would wait on a GPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal):
+            raise _Looked(func)
+        return func(*args, **kwargs or {})
+
+
+class _NoNumberTravels(TorchFunctionMode):
+    """Raises where a number of the host's would be copied to a GPU: that waits too."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        numbers = any(isinstance(x, int | float) for x in args)
+        if func is torch.tensor or (func in (torch.where, Tensor.where) and numbers):
+            raise _Looked(func)
+        return func(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    if DEVICE == "cpu":
+        with _NobodyLooks(), _NoNumberTravels():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_who_waits_is_caught() -> None:
+    x = torch.ones(3, device=DEVICE)
+    with nothing_waits():
+        x += 1
+        for look in (x.sum().item, x.nonzero, lambda: x.where(x > 0, 0)):
+            with pytest.raises((RuntimeError, _Looked)):
+                look()
+    assert x.sum().item() == 6
+
+
+@each_ops
+@each_dtype
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_host_never_waits_in_a_step(ops: ModuleType, dtype, optimizer: str) -> None:
+    t = trainer(ops, dtype, recipe=replace(RECIPE, optimizer=optimizer, grad_accum=2))
+    t.train_step()  # the epoch's windows go to the device, and moments are made
+    with nothing_waits():
+        row = t.train_step()
+    assert row.isfinite().all()
+
+
+@each_dtype
+def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
+    devices.make_deterministic()
+    results = []
+    for _ in range(2):
+        t = trainer(fused, dtype)
+        rows = torch.stack([t.train_step() for _ in range(3)])
+        results.append([rows, *t.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
+def test_a_fused_run_that_is_resumed_is_the_one_left_alone(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if DEVICE == "cpu":  # samples take the interpreter a minute
+        monkeypatch.setattr(fit.Training, "_sample", lambda self: "")
+    flags = [*TINY, "--n-head", "1", "--dropout", "0.1", "--decay", "constant", "--fused"]
+    flags += ["--device", DEVICE, "--dtype", str(dtype)[6:], "--eval-every", "2"]
+    assert cli("train", *flags, "--iters", "4", "--out", "alone").code == 0
+    assert cli("train", *flags, "--iters", "2", "--out", "stopped").code == 0
+    assert cli("train", "--resume", "stopped", "--iters", "4").code == 0
+    assert_same(tmp_path / "stopped", tmp_path / "alone")
+
+
+def op_inputs(op: str) -> Inputs:
+    """On the device, in float32."""
+    if op == "causal_attention":
+        return {name: values(2, 3, 33, 16, seed=i) for i, name in enumerate("qkv")}
+    return {n: x.to(DEVICE) for n, x in small_inputs(torch.float32)[op].items() if x is not None}
+
+
+def outputs_and_gradients(op: str, inputs: Inputs) -> list[Tensor]:
+    """With dropout where there is one. Ready when the device is; nothing here waits for it."""
+    drops = op in ("causal_attention", "dropout_add_layer_norm")
+    options = dict(dropout_p=0.3, seed=5) if drops else {}
+    first = next(x for x in inputs.values() if x is not None)
+    y = first.new_zeros(()) if op == "cross_entropy" else first
+    upstream = tuple(
+        torch.full_like(y, 0.5 + i) for i in range(2 if op == "dropout_add_layer_norm" else 1)
+    )
+    outputs, gradients = run(getattr(fused, op), inputs, upstream, **options)
+    return [*outputs, *gradients]
+
+
+each_op = pytest.mark.parametrize("op", list(small_inputs()))
+
+
+@each_op
+def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
+    """Behind what makes its inputs there: until a long wait is over they are NaN."""
+    inputs = op_inputs(op)
+    wanted = outputs_and_gradients(op, inputs)
+    floats = {n: x for n, x in inputs.items() if x is not None and x.is_floating_point()}
+    late = {n: torch.full_like(x, float("nan")) for n, x in floats.items()}
+    if DEVICE == "cpu":
+        for n, x in floats.items():
+            late[n].copy_(x)
+        results = outputs_and_gradients(op, inputs | late)
+    else:
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+            for n, x in floats.items():
+                late[n].copy_(x)
+            results = outputs_and_gradients(op, inputs | late)
+        side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@each_op
+def test_an_op_runs_on_the_device_of_its_inputs(op: str) -> None:
+    wanted = outputs_and_gradients(op, op_inputs(op))
+    there = {n: x.to("cuda:1") for n, x in op_inputs(op).items() if x is not None}
+    assert torch.cuda.current_device() == 0
+    results = outputs_and_gradients(op, there)
+    assert {x.device for x in results} == {torch.device("cuda", 1)}
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, wanted, strict=True))
+
+
+def peak_bytes(ops: ModuleType) -> int:
+    """Of GPU memory, in the second step of the iron preset."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    shape = GPTConfig(vocab_size=112, **PRESETS["iron"].model)
+    recipe = TrainConfig(**PRESETS["iron"].train)
+    dtype = devices.precision("auto", torch.device(DEVICE)).dtype
+    t = trainer(ops, dtype, shape, recipe)
+    t.train_step()  # makes the optimizer's moments
+    torch.cuda.reset_peak_memory_stats()
+    t.train_step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+def test_fused_training_takes_a_third_of_eagers_memory() -> None:
+    ours, theirs = peak_bytes(fused), peak_bytes(eager)
+    assert ours <= theirs / 3, f"{ours / 2**20:.0f} MiB fused, {theirs / 2**20:.0f} MiB eager"
