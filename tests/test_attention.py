@@ -3,10 +3,9 @@
 import pytest
 import torch
 from irongpt_kernels import attention, attention_tiles, eager, launch
-from numerics import LAYOUTS, assert_op, randn, run
+from numerics import DEVICE, LAYOUTS, assert_op, each_dtype, randn, run
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Queries and keys of a tile: forward, dQ, dK and dV.
 TILINGS = {
     "one tiling": [(32, 32), (32, 32), (32, 32)],
@@ -14,10 +13,6 @@ TILINGS = {
     "three more": [(16, 64), (64, 32), (16, 32)],
 }
 LARGE = {"large, for the interpreter": [(128, 256), (256, 128), (128, 256)]}
-
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16], ids=["float32", "float16"]
-)
 
 
 @pytest.fixture
@@ -34,18 +29,6 @@ def tiling(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(attention_tiles, "tiles", tiles)
 
     return set_tiles
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written is NaN."""
-    empty, empty_like = Tensor.new_empty, torch.empty_like
-
-    def nan(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **kw: nan(empty(*a, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: nan(empty_like(*a, **kw)))
 
 
 def inputs(B: int, H: int, T: int, D: int, dtype=torch.float32, factor: float = 1) -> dict:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from irongpt_kernels import attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOOD = torch.zeros(2, 3, 8, 16)
 
 

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from irongpt_kernels import attention, dropout
-from numerics import run
+from numerics import DEVICE, run
 from torch import Tensor
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def kept(B: int, H: int, T: int, p: float, seed: int | Tensor, D: int = 48) -> Tensor:

@@ -3,14 +3,8 @@
 import pytest
 import torch
 from irongpt_kernels import attention_packed, builtin, eager, launch
-from numerics import assert_op, randn, run
+from numerics import DEVICE, assert_op, each_dtype, randn, run
 from torch import Tensor
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16], ids=["float32", "float16"]
-)
 
 
 def projection(B: int, T: int, H: int, D: int, dtype=torch.float32) -> Tensor:

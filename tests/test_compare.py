@@ -14,6 +14,7 @@ from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
 from irongpt.compare_ops import SMALL, Check, Sizes, cases, compare_case
 
+
 class Nudge(torch.autograd.Function):
     """The identity, with a gradient that is 1e-2 too large."""
 
