@@ -12,12 +12,11 @@ return is garbage then.
 |---|---|
 | regs, spill | registers a thread; bytes that it keeps in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory a program; warps that an SM holds at a time |
-| HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory \
-instructions in the innermost loop with most arithmetic, in the whole kernel where it has no loop |
-| MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the \
-op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
-| clk, by | sm_75 only, of kernels with dots: `sass.clocks` of that loop per program, and which unit \
-it is |
+| HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
+| | instructions in the innermost loop with most arithmetic; without a loop, in all |
+| MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the |
+| | op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
+| clk, by | sm_75, kernels with dots: `sass.clocks` of that loop per program, and which unit |
 """
 
 import argparse
@@ -134,7 +133,7 @@ def report(
 
     with warnings.catch_warnings(record=True) as said, compiling(arch, done, broken, stock):
         warnings.simplefilter("always")
-        for case in cases:  # noqa: B007: the functions above read it
+        for case in cases:  # the functions above read it
             clock = time.perf_counter()
             try:
                 case.run()
@@ -208,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
     parser.add_argument("--json", action="store_true", help="JSON in place of the table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
-    parser.add_argument("--only", default="", metavar="TEXT", help="ops whose name holds TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="op and shape, or a part")
+    parser.add_argument("--quick", action="store_true", help="the shapes that the tests compile")
     parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this type alone")
     parser.add_argument(
         "--stock", action="store_true", help="without tensor cores on sm_75, as Triton has it"
@@ -219,11 +219,11 @@ def main(argv: list[str] | None = None) -> int:
     arch = int(args.arch.removeprefix("sm_"))
     cases = [
         c
-        for c in shapes.every(arch)
-        if args.only in c.op and (args.dtype is None or c.dtype == args.dtype)
+        for c in (shapes.representative if args.quick else shapes.every)(arch)
+        if args.only in f"{c.op} {c.shape}" and (args.dtype is None or c.dtype == args.dtype)
     ]
     if not cases:
-        parser.error(f"no op for {args.arch} with {args.only!r} in its name and such a dtype")
+        parser.error(f"nothing for {args.arch} holds {args.only!r} and has such a dtype")
     made = report(arch, cases, args.stock, args.dump)
     if args.json:
         print(json.dumps(made, indent=1))

@@ -58,21 +58,19 @@ def every(arch: int) -> list[Case]:
 
 
 def representative(arch: int) -> list[Case]:
-    """Those that a test can afford: each kernel, dtype and tile once, attention in float32 (which
-    is scalar everywhere, and takes LLVM half a minute) for one head dimension on sm_75 alone."""
-    chosen = []
-    for case in every(arch):
-        attention = case.op == "causal_attention"
-        wanted = {"float16": (48, 64, 80, 96, 128), "bfloat16": (64,), "float32": (64,)}
-        sizes = wanted[case.dtype] if case.dtype != "float32" or arch == 75 else ()
-        if attention and not any(case.shape.startswith(f"D={D} p=0.2 T={CONTEXT} ") for D in sizes):
-            continue
-        if case.op in ("layer_norm", "dropout_add_layer_norm") and (
-            not any(f"N={N} " in case.shape for N in (384, 16384)) or "no bias" in case.shape
-        ):
-            continue
-        chosen.append(case)
-    return chosen
+    """Those that a test can afford: each kernel in each dtype, each tile of attention, and on sm_75
+    padded heads too. Scalar attention, which takes LLVM long, has small heads."""
+    T, heads = CONTEXT, (48, 64, 80, 96, 128) if arch == 75 else (64, 128)
+    attention = [f"D={D} p=0.2 T={T} float16" for D in heads]
+    attention += [f"D=64 p=0.0 T={T} float16", f"D=64 p=0.2 T={T} bfloat16"]
+    attention += [f"D=16 p=0.2 T={T} float32"] if arch == 75 else []
+    norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16", "N=16384 float16"]
+    chosen = {"causal_attention": attention, "layer_norm": norms, "dropout_add_layer_norm": norms}
+    return [
+        case
+        for case in every(arch)
+        if case.shape in chosen.get(case.op, [case.shape] if case.dtype == "float16" else [])
+    ]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
@@ -95,11 +93,10 @@ def _attention(dtype: str, zeros: Any) -> Iterator[Case]:
         # A context that no tile divides has masked loops throughout.
         shapes = [(CONTEXT, 0.2), (CONTEXT, 0.0)] + ([(250, 0.2)] if D == 64 else [])
         for T, p in shapes:
-            size = BATCH, HEADS, CONTEXT, D
 
-            def cost(mode: str, size: Any = size) -> tuple[float, float]:
-                itemsize = DTYPES[dtype].itemsize
-                bytes_ = causal_attention_bytes(*size, itemsize, mode)
+            def cost(mode: str, D: int = D) -> tuple[float, float]:
+                size = BATCH, HEADS, CONTEXT, D
+                bytes_ = causal_attention_bytes(*size, DTYPES[dtype].itemsize, mode)
                 return bytes_, causal_attention_flops(*size, mode)
 
             options = dict(dropout_p=p, seed=1)

@@ -2,9 +2,8 @@
 Tensor cores on Turing (sm_75: T4, RTX 20xx) from a stock Triton.
 
 Since Triton 3.3, `tl.dot` below compute capability 8.0 is scalar FMA (triton-lang/triton#5066,
-#10918): an eighth of a T4's speed at best, and tiles that were made for tensor cores spill. The
-hardware still has its instruction; only the lowering is gone. Triton lets a hook change how a
-kernel is compiled, and that is enough to put it back:
+#10918): an eighth of a T4's speed at best, and tiles made for tensor cores spill. The hardware
+still has its instruction. A hook of Triton's compiler is enough to put the lowering back:
 
     1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, in one stage
        (more would be cp.async, which sm_75 lacks);
@@ -197,8 +196,7 @@ def _tell(ttir: str, reason: str) -> None:
 
 
 class Hook:
-    """The hook, and the one that was there before it, if any. See Triton's
-    `knobs.runtime.add_stages_inspection_hook`."""
+    """For `knobs.runtime.add_stages_inspection_hook`; before: the hook that was there, if any."""
 
     def __init__(self, before: Callable[..., Any] | None = None) -> None:
         self.before = before
@@ -223,8 +221,8 @@ class Hook:
 def install() -> None:
     """From here on kernels that are compiled for sm_75 use its tensor cores.
 
-    Called at every launch there, and cheap when there is nothing to do. Raises RuntimeError where
-    this Triton does not let it: no hook, or a PTX of another shape.
+    Called at every launch there, and cheap when done. Raises RuntimeError where this Triton does
+    not let it: no hook, or a PTX of another shape.
     """
     if _proved and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
         return
@@ -274,8 +272,8 @@ def _probe_kernel(a_ptr, b_ptr, c_ptr):
 
 
 def probe() -> str:
-    """The PTX that Triton makes of a product of two 16 x 16 tiles of fp16 for sm_75, as it is set
-    up now. No GPU is needed. With tensor cores there are mma.sync instructions in it."""
+    """The PTX of a product of two 16 x 16 fp16 tiles for sm_75, as Triton is set up now. No GPU is
+    needed. With tensor cores there are mma.sync instructions in it."""
     pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(_probe_kernel, pointers, {}, aligned)
@@ -291,7 +289,6 @@ def prove() -> None:
         ptx = probe()
     if "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" not in ptx:
         uninstall()
-        _told.discard("_probe_kernel")
         raise RuntimeError(_unfit("compiles a dot of fp16 in a way that is not known here"))
     _proved = True
 
