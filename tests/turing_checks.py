@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from turing_kernels import (
     add_kernel,
     dot_kernel,
     half_kernel,
+    loop_kernel,
     made,
     ptx,
     saying,
@@ -63,7 +63,7 @@ def check_fp16_accumulators_too() -> None:
 
 def check_stages_of_an_option_are_one() -> None:
     with saying():
-        assert MMA in ptx(num_stages=3)
+        assert MMA in ptx(loop_kernel, num_stages=3)
 
 
 def check_float32_is_as_ever() -> None:
@@ -283,15 +283,14 @@ def main() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         knobs.cache.dir = folder  # what is in a cache compiles no more, and warns no more
         turing.install()
-        for name in re.findall(r"^def (check_\w+)", Path(__file__).read_text(), re.MULTILINE):
-            start = time.perf_counter()
+        every = re.findall(r"^def (check_\w+)", Path(__file__).read_text(), re.MULTILINE)
+        for name in sys.argv[1:] or every:
             try:
                 globals()[name]()
             except Exception:
                 found[name] = traceback.format_exc()[-2000:]
             else:
                 found[name] = ""
-            print(f"{name} {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return found
 
 

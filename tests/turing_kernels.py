@@ -39,6 +39,16 @@ def two_dots_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def loop_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    z = tl.zeros((N, N), tl.float32)
+    for k in range(0, 4096, N):
+        z = tl.dot(tl.load(x_ptr + at + k), tl.load(y_ptr + at + k * N), z)
+    tl.store(z_ptr + at, z)
+
+
+@triton.jit
 def staged_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, N)
     at = i[:, None] * N + i[None, :]

@@ -33,9 +33,9 @@ Why it is right
 
 What it touches
     Kernels for sm_75 with a dot of fp16 by fp16, nothing else. In them float32 dots stay IEEE FMA,
-    whatever precision they ask for, as stock Triton has it there. A kernel that this way cannot
-    serve (other dots that sm_80 gives to tensor cores, async copies asked for in the source, an
-    instruction that sm_75 lacks) compiles as Triton would, and a RuntimeWarning says so, once.
+    as stock Triton has it there. A kernel that cannot be served (other dots that sm_80 gives to
+    tensor cores, async copies asked for in the source, an instruction that sm_75 lacks) compiles
+    as Triton would, and a RuntimeWarning says so, once.
 
 Cache       Triton 3.7 and newer ask the hook for its part of a cache key. 3.6 does not: there the
             key of the backend for sm_75, which is in every cache key, gets the same part.
@@ -65,9 +65,7 @@ from triton.compiler import ASTSource
 ARCH = 75
 KEY = "irongpt-turing-1"  # in cache keys: to be raised when the lowering below changes
 
-_DOT = re.compile(
-    r"\btt\.dot\w* [^\n]*: tensor<(?:\d+x)+(\w+)> \* tensor<(?:\d+x)+(\w+)> -> [^\n]*"
-)
+_DOT = re.compile(r"\btt\.dot\w* .*: tensor<(?:\d+x)+(\w+)> \* tensor<(?:\d+x)+(\w+)> -> .*")
 _PRECISION = re.compile(r", inputPrecision = (\w+)")
 _MMA = re.compile(
     r"^([ \t]*)mma\.sync\.aligned\.m16n8k16\.row\.col\.(f32|f16)\.f16\.f16\.\2\s*"
@@ -182,8 +180,7 @@ class _Lowering:
 
 
 def _tell(ttir: str, reason: str) -> None:
-    name = re.search(r"tt\.func public @(\w+)", ttir)
-    kernel = name.group(1) if name else "a kernel"
+    kernel = re.findall(r"tt\.func public @(\w+)|$", ttir)[0] or "a kernel"
     with _lock:
         if kernel in _told:
             return
@@ -219,10 +216,9 @@ class Hook:
 
 
 def install() -> None:
-    """From here on kernels that are compiled for sm_75 use its tensor cores.
+    """Kernels compiled for sm_75 from here on use its tensor cores. Called at every launch there.
 
-    Called at every launch there, and cheap when done. Raises RuntimeError where this Triton does
-    not let it: no hook, or a PTX of another shape.
+    Raises RuntimeError where this Triton does not let it: no hook, or a PTX of another shape.
     """
     if _proved and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
         return
@@ -272,8 +268,8 @@ def _probe_kernel(a_ptr, b_ptr, c_ptr):
 
 
 def probe() -> str:
-    """The PTX of a product of two 16 x 16 fp16 tiles for sm_75, as Triton is set up now. No GPU is
-    needed. With tensor cores there are mma.sync instructions in it."""
+    """The PTX of a product of fp16 tiles for sm_75, as Triton is set up now. Needs no GPU. With
+    tensor cores there are mma.sync instructions in it."""
     pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(_probe_kernel, pointers, {}, aligned)
@@ -286,8 +282,12 @@ def prove() -> None:
     global _proved
     with warnings.catch_warnings():  # what a fallback would say, the error says
         warnings.simplefilter("ignore")
-        ptx = probe()
-    if "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" not in ptx:
+        try:
+            good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in probe()
+        except Exception as e:
+            uninstall()
+            raise RuntimeError(_unfit("does not compile the probe of them")) from e
+    if not good:
         uninstall()
         raise RuntimeError(_unfit("compiles a dot of fp16 in a way that is not known here"))
     _proved = True
