@@ -2,20 +2,30 @@
 #
 #     make train                        a GPT that writes like Tolstoy; ARGS="..." for its options
 #     make test                         the tests; ARGS="..." for pytest's
+#     make test-tritons                 what compiles for a T4, under each Triton that we support
 #     make lint                         style and types
 #     make bench NANOGPT=folder         nano against nanoGPT's CPU recipe; folder: its checkout
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 
-.PHONY: train test lint bench clean
+TRITONS := 3.6.0 3.7.1 3.9.0
+
+.PHONY: train test test-tritons lint bench clean
 
 train: .venv/run
 	$(BIN)/irongpt train $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+test-tritons: $(TRITONS:%=test-triton-%)
+
+test-triton-%: .venv-triton-%/ready
+	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/test_turing.py \
+		tests/test_compile.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -36,5 +46,14 @@ bench: .venv/dev
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+.PRECIOUS: .venv-triton-%/ready
+# A torch for CUDA brings its own Triton, which this one replaces: nothing runs on a GPU here.
+.venv-triton-%/ready: pyproject.toml constraints.txt
+	@echo "setting up .venv-triton-$*"
+	@$(PYTHON) -m venv --clear .venv-triton-$*
+	@.venv-triton-$*/bin/python -m pip install $(PIP_FLAGS) --editable . pytest
+	@.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
+	@touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-triton-*
