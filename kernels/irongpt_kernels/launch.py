@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from irongpt_kernels import turing
+
 INTERPRETED = bool(knobs.runtime.interpret)
 
 
@@ -30,8 +32,13 @@ def num_sms(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of the tensors, whatever the current one is."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Launches go to the device of the tensors, whatever the current one is, and use its tensor
+    cores. Raises RuntimeError where `turing` cannot make them do so."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    if architecture(device) == turing.ARCH:
+        turing.install()
+    return torch.cuda.device(device)
 
 
 def block(n: int) -> int:

@@ -1,0 +1,156 @@
+"""
+What a cubin holds: registers, spills, its instructions, its innermost loop; and what an SM makes
+of that. Read with the disassembler that Triton brings along. No GPU is needed.
+
+Occupancy and the rates of sm_75 are facts of the hardware (CUDA Programming Guide; Jia et al.,
+"Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019; instruction tables of TU102).
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from triton import knobs
+
+
+class Instruction(NamedTuple):
+    """One line of SASS. target: where it may jump, None for all but branches."""
+
+    address: int
+    name: str  # with its modifiers: HMMA.1688.F32
+    target: int | None
+
+
+class Binary(NamedTuple):
+    """A kernel as its cubin has it. stack: bytes a thread spills, or else keeps in local memory."""
+
+    registers: int
+    stack: int
+    instructions: list[Instruction]
+    text: str
+
+
+class SM(NamedTuple):
+    """What the programs of one multiprocessor share. shared: bytes, of which each program needs
+    `reserved` more than it asks for; program: bytes that one may have."""
+
+    warps: int
+    programs: int
+    shared: int
+    reserved: int
+    program: int
+
+
+SMS = {
+    75: SM(32, 16, 65_536, 0, 65_536),
+    80: SM(64, 32, 167_936, 1024, 166_912),
+    90: SM(64, 32, 233_472, 1024, 232_448),
+}
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_SPILLS = ("LDL", "STL")
+
+
+def read(cubin: bytes) -> Binary:
+    """Disassembles a cubin of one kernel. Raises RuntimeError where the tool fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = _cuobjdump("--dump-sass", path)
+        usage = _cuobjdump("--dump-resource-usage", path)
+    found = []
+    for address, name, rest in _LINE.findall(text):
+        jump = re.search(r"0x([0-9a-f]+)", rest) if name.split(".")[0] in ("BRA", "BRX") else None
+        found.append(Instruction(int(address, 16), name, int(jump[1], 16) if jump else None))
+    numbers = {n: int(x) for n, x in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return Binary(numbers["REG"], numbers["STACK"], found, text)
+
+
+def _cuobjdump(flag: str, path: Path) -> str:
+    command = [os.fspath(knobs.nvidia.cuobjdump.path), flag, os.fspath(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
+    """The bodies of the loops that hold no other loop, in order of address.
+
+    A loop is what lies between a branch backwards and its target; the endless one after a
+    kernel's EXIT is none.
+    """
+    spans = [(x.target, x.address) for x in instructions if x.target is not None]
+    spans = [(a, b) for a, b in spans if a < b]
+    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    return [[x for x in instructions if a <= x.address <= b] for a, b in sorted(inner)]
+
+
+def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The innermost loop with most arithmetic (HMMA, then FFMA, then all), without spills counted;
+    of equals the shortest: where a masked and an unmasked loop do the same, the unmasked one.
+    All instructions of a kernel without a loop.
+    """
+
+    def work(loop: list[Instruction]) -> tuple[int, int, int]:
+        n = count(loop)
+        return n["HMMA"], n["FFMA"] if not n["HMMA"] else 0, -len(loop)
+
+    return max(inner_loops(instructions), key=work, default=instructions)
+
+
+def count(instructions: Iterable[Instruction]) -> Counter[str]:
+    """How many of each opcode, without modifiers. HMMA counts every tensor-core instruction,
+    LOCAL every access to local memory, which is where registers spill to."""
+    n = Counter(x.name.split(".")[0] for x in instructions)
+    n["HMMA"] += n["HGMMA"] + n["IMMA"]
+    n["LOCAL"] = sum(n[x] for x in _SPILLS)
+    return n
+
+
+def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Warps that an SM holds at a time of a kernel with `warps` a program. 0: it does not fit."""
+    sm = SMS[arch]
+    if shared > sm.program:
+        return 0
+    a_warp = -(-registers * 32 // 256) * 256  # registers come to a warp in units of 256
+    by_registers = 16_384 // a_warp * 4 // warps  # each quarter of an SM has 16,384
+    by_shared = sm.shared // (shared + sm.reserved) if shared + sm.reserved else sm.programs
+    return warps * min(by_registers, by_shared, sm.programs, sm.warps // warps)
+
+
+def clocks(loop: Iterable[Instruction], warps: int) -> dict[str, float]:
+    """Least clocks that one pass through a loop keeps each unit of a T4's SM busy, for a program.
+
+    The units work side by side, so the greatest one is a bound from below. It knows no latency, no
+    bank conflicts, no dependences, and charges global memory for its issue alone.
+    """
+    busy = dict(tensor=0.0, shared=0.0, special=0.0, alu=0.0, fma=0.0, issue=0.0)
+    for x in loop:
+        name = x.name.split(".")[0]
+        busy["issue"] += 1 / 4
+        if name == "HMMA":
+            busy["tensor"] += 2 if "1688" in x.name else 4
+        elif name.startswith("HFMA2") or name in ("HADD2", "HMUL2", "HSET2", "HSETP2"):
+            busy["tensor"] += 0.5
+        elif name in ("LDS", "STS", "LDSM"):
+            busy["shared"] += _shared_bytes(x.name) / 64
+        elif name in ("SHFL", "MUFU", "F2F", "F2I", "I2F"):
+            busy["special" if name != "SHFL" else "shared"] += 2
+        elif name in ("FFMA", "FADD", "FMUL", "IMAD"):
+            busy["fma"] += 0.5
+        elif name not in ("LDG", "STG", "BRA", "BAR", "NOP", "EXIT", "LDL", "STL", "WARPSYNC"):
+            busy["alu"] += 0.5
+    return {unit: t * warps for unit, t in busy.items()}
+
+
+def _shared_bytes(name: str) -> int:
+    """What one warp moves by a shared-memory instruction."""
+    if name.startswith("LDSM"):
+        return 128 * int(name.rsplit(".", 1)[1])  # LDSM.16.M88.4: matrices of 128 bytes
+    bits = [int(x) for x in name.split(".") if x in ("64", "128")]
+    return 4 * (bits[0] if bits else 32)

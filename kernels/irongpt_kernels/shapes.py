@@ -1,0 +1,185 @@
+"""The shapes that `aot` compiles the kernels at: what decides tiles, warps and specializations."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+BATCH, HEADS, CONTEXT = 64, 6, 256  # of the iron model, at which costs are given
+TOKENS = BATCH * CONTEXT
+ROWS = 48  # of the tensors that stand in: a multiple of 16, like any row count of a real model
+WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192, 16384]  # of rows in registers
+Cost = Callable[[str], tuple[float, float]]  # fwd or bwd -> bytes, FLOPs (0: not counted)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op, forward and backward. shape: how a report names it."""
+
+    op: str
+    shape: str
+    dtype: str
+    make: Callable[[], dict[str, Any]]
+    options: dict[str, Any]
+    cost: Cost
+
+    def run(self) -> None:
+        """Calls the fused op on CPU tensors, and its gradient for every input that has one."""
+        from irongpt_kernels import fused
+
+        inputs = self.make()
+        leaves = [
+            x.detach().requires_grad_()
+            for x in inputs.values()
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        named = iter(leaves)
+        inputs = {
+            n: next(named) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for n, x in inputs.items()
+        }
+        out = getattr(fused, self.op)(**inputs, **self.options)
+        out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+        torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])
+
+
+def every(arch: int) -> list[Case]:
+    """All shapes for an architecture: every dtype that it computes in, every tile."""
+    names = [n for n in DTYPES if n != "bfloat16" or arch >= 80]
+    return [case for name in names for case in _cases(name)]
+
+
+def representative(arch: int) -> list[Case]:
+    """Those that a test can afford: each kernel, dtype and tile once, attention in float32 (which
+    is scalar everywhere, and takes LLVM half a minute) for one head dimension on sm_75 alone."""
+    chosen = []
+    for case in every(arch):
+        attention = case.op == "causal_attention"
+        wanted = {"float16": (48, 64, 80, 96, 128), "bfloat16": (64,), "float32": (64,)}
+        sizes = wanted[case.dtype] if case.dtype != "float32" or arch == 75 else ()
+        if attention and not any(case.shape.startswith(f"D={D} p=0.2 T={CONTEXT} ") for D in sizes):
+            continue
+        if case.op in ("layer_norm", "dropout_add_layer_norm") and (
+            not any(f"N={N} " in case.shape for N in (384, 16384)) or "no bias" in case.shape
+        ):
+            continue
+        chosen.append(case)
+    return chosen
+
+
+def _cases(dtype: str) -> Iterator[Case]:
+    zeros = partial(torch.zeros, dtype=DTYPES[dtype])
+    yield from _attention(dtype, zeros)
+    yield from _norms(dtype, zeros)
+    yield from _softmax(dtype, zeros)
+    yield from _cross_entropy(dtype, zeros)
+    yield from _gelu(dtype, zeros)
+
+
+def _attention(dtype: str, zeros: Any) -> Iterator[Case]:
+    from irongpt_kernels.attention import causal_attention_bytes, causal_attention_flops
+
+    def make(T: int, D: int) -> dict[str, Any]:
+        q, k, v = zeros(1, T, 3, 2, D).transpose(1, 3).unbind(2)  # views, as a projection gives
+        return dict(q=q, k=k, v=v)
+
+    for D in range(16, 129, 16):
+        # A context that no tile divides has masked loops throughout.
+        shapes = [(CONTEXT, 0.2), (CONTEXT, 0.0)] + ([(250, 0.2)] if D == 64 else [])
+        for T, p in shapes:
+            size = BATCH, HEADS, CONTEXT, D
+
+            def cost(mode: str, size: Any = size) -> tuple[float, float]:
+                itemsize = DTYPES[dtype].itemsize
+                bytes_ = causal_attention_bytes(*size, itemsize, mode)
+                return bytes_, causal_attention_flops(*size, mode)
+
+            options = dict(dropout_p=p, seed=1)
+            shape = f"D={D} p={p} T={T} {dtype}"
+            yield Case("causal_attention", shape, dtype, partial(make, T, D), options, cost)
+
+
+def _norms(dtype: str, zeros: Any) -> Iterator[Case]:
+    from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm_bytes
+    from irongpt_kernels.layer_norm import layer_norm_bytes
+
+    size = DTYPES[dtype].itemsize
+    for N in WIDTHS:
+        for bias in (True, False) if N == 384 else (True,):
+
+            def make(N: int = N, bias: bool = bias) -> dict[str, Any]:
+                return dict(x=zeros(ROWS, N), weight=zeros(N), bias=zeros(N) if bias else None)
+
+            def cost(mode: str, N: int = N) -> tuple[float, float]:
+                return layer_norm_bytes(TOKENS, N, size, mode == "bwd"), 0
+
+            shape = f"N={N} {dtype}" + ("" if bias else " no bias")
+            yield Case("layer_norm", shape, dtype, make, {}, cost)
+        for p in (0.0, 0.2):
+
+            def sums(N: int = N) -> dict[str, Any]:
+                residual = torch.zeros(ROWS, N)  # float32 throughout a training
+                vectors = dict(weight=zeros(N), bias=zeros(N))
+                return dict(branch=zeros(ROWS, N), residual=residual, **vectors)
+
+            def cost_(mode: str, N: int = N) -> tuple[float, float]:
+                return dropout_add_layer_norm_bytes(TOKENS, N, size, 4, mode == "bwd"), 0
+
+            options = dict(dropout_p=p, seed=1)
+            shape = f"N={N} p={p} {dtype}"
+            yield Case("dropout_add_layer_norm", shape, dtype, sums, options, cost_)
+
+
+def _softmax(dtype: str, zeros: Any) -> Iterator[Case]:
+    from irongpt_kernels.softmax import softmax_bytes
+
+    for N, causal in [(CONTEXT, True), (384, False), (16384, False), (20_000, False)]:
+
+        def cost(mode: str, N: int = N, causal: bool = causal) -> tuple[float, float]:
+            M = BATCH * HEADS * N if causal else TOKENS
+            return softmax_bytes(M, N, DTYPES[dtype].itemsize, mode, causal), 0
+
+        def make(N: int = N, causal: bool = causal) -> dict[str, Any]:
+            return dict(x=zeros(N, N) if causal else zeros(ROWS, N))
+
+        shape = f"N={N} {'causal ' if causal else ''}{dtype}"
+        yield Case("softmax", shape, dtype, make, dict(causal=causal), cost)
+
+
+def _cross_entropy(dtype: str, zeros: Any) -> Iterator[Case]:
+    from irongpt_kernels.cross_entropy import cross_entropy_bytes
+
+    for V in (109, 50257):
+
+        def cost(mode: str, V: int = V) -> tuple[float, float]:
+            return cross_entropy_bytes(TOKENS, V, DTYPES[dtype].itemsize, mode), 0
+
+        def make(V: int = V) -> dict[str, Any]:
+            return dict(logits=zeros(ROWS, V), targets=torch.arange(ROWS))
+
+        yield Case("cross_entropy", f"V={V} {dtype}", dtype, make, {}, cost)
+
+
+def _gelu(dtype: str, zeros: Any) -> Iterator[Case]:
+    from irongpt_kernels.gelu import gelu_bytes
+
+    N = 4 * 384
+
+    def cost(mode: str) -> tuple[float, float]:
+        return gelu_bytes(TOKENS, N, DTYPES[dtype].itemsize, mode), 0
+
+    for bias in (True, False):
+
+        def make(bias: bool = bias) -> dict[str, Any]:
+            return dict(x=zeros(ROWS, N), bias=zeros(N) if bias else None)
+
+        shape = f"N={N} {dtype}" + ("" if bias else " no bias")
+        yield Case("gelu", shape, dtype, make, {}, cost)

@@ -1,0 +1,303 @@
+"""
+Tensor cores on Turing (sm_75: T4, RTX 20xx) from a stock Triton.
+
+Since Triton 3.3, `tl.dot` below compute capability 8.0 is scalar FMA (triton-lang/triton#5066,
+#10918): an eighth of a T4's speed at best, and tiles that were made for tensor cores spill. The
+hardware still has its instruction; only the lowering is gone. Triton lets a hook change how a
+kernel is compiled, and that is enough to put it back:
+
+    1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, in one stage
+       (more would be cp.async, which sm_75 lacks);
+    2. LLVM IR, PTX and SASS are made for sm_75, as ever;
+    3. in the PTX each mma.m16n8k16, which needs sm_80, becomes two mma.m16n8k8, which sm_75 has:
+
+       mma.m16n8k16  d, {a0, a1, a2, a3}, {b0, b1}, c    =   mma.m16n8k8  d, {a0, a1}, {b0}, c
+                                                             mma.m16n8k8  d, {a2, a3}, {b1}, d
+
+Why it is right
+    D = A B + C, with A 16 x 16, B 16 x 8. Lane 4g + t of a warp holds, by the fragment tables of
+    the PTX ISA ("Matrix Fragments for mma.m16n8k8" and "... mma.m16n8k16", .f16):
+
+    | register | of m16n8k16 | of m16n8k8 |
+    |---|---|---|
+    | a0, a1 | A[g, 2t:2t+2], A[g+8, 2t:2t+2] | the same |
+    | a2, a3 | A[g, 8+2t:8+2t+2], A[g+8, 8+2t:8+2t+2] | |
+    | b0 | B[2t:2t+2, g] | the same |
+    | b1 | B[8+2t:8+2t+2, g] | |
+    | c0..c3, d0..d3 | rows g and g+8, columns 2t and 2t+1 | the same |
+
+    So (a0, a1), b0 are whole k8 fragments of columns 0 to 7 of A and rows 0 to 7 of B, (a2, a3),
+    b1 those of 8 to 15, and the sum over k falls into the two parts. No lane needs another's data.
+    What may differ is the rounding inside one accumulation: 8 + 8 products for 16.
+    The first product writes d before the second reads a2, a3, b1. Triton ties d to c, and c is
+    read by the same instruction as they, so no register is both, and a mma where one was is left.
+
+What it touches
+    Kernels for sm_75 with a dot of fp16 by fp16, nothing else. In them float32 dots stay IEEE FMA,
+    whatever precision they ask for, as stock Triton has it there. A kernel that this way cannot
+    serve (other dots that sm_80 gives to tensor cores, async copies asked for in the source, an
+    instruction that sm_75 lacks) compiles as Triton would, and a RuntimeWarning says so, once.
+
+Cache       Triton 3.7 and newer ask the hook for its part of a cache key. 3.6 does not: there the
+            key of the backend for sm_75, which is in every cache key, gets the same part.
+Company     A hook that somebody else installed is called first, and what it does to the stages is
+            kept: the lowering is changed below them, in the backend of this one compilation, so
+            that order does not matter. A hook that replaces this one is wrapped at the next launch.
+Threads     All state is that of one compilation; installing takes a lock.
+"""
+
+import dataclasses
+import inspect
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCH = 75
+KEY = "irongpt-turing-1"  # in cache keys: to be raised when the lowering below changes
+
+_DOT = re.compile(
+    r"\btt\.dot\w* [^\n]*: tensor<(?:\d+x)+(\w+)> \* tensor<(?:\d+x)+(\w+)> -> [^\n]*"
+)
+_PRECISION = re.compile(r", inputPrecision = (\w+)")
+_MMA = re.compile(
+    r"^([ \t]*)mma\.sync\.aligned\.m16n8k16\.row\.col\.(f32|f16)\.f16\.f16\.\2\s*"
+    r"\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*;",
+    re.MULTILINE,
+)
+# What the PTX must not hold for sm_75, beyond what Triton itself emits for it.
+_TOO_NEW = re.compile(
+    r"\b(mma\.sync\S*(?<!\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32)"
+    r"(?<!\.m16n8k8\.row\.col\.f16\.f16\.f16\.f16)(?=[\s{])|wgmma\S*|stmatrix\S*|cp\.async\S*)"
+)
+
+_lock = threading.Lock()
+_told: set[str] = set()  # kernels whose fallback was said
+_proved = False
+
+
+def _two_k8(mma: re.Match[str]) -> str:
+    """The two instructions of the docstring. One that reads what the first overwrote is left."""
+    indent, acc = mma.group(1, 2)
+    d, a, b, c = ([r.strip() for r in g.split(",")] for g in mma.group(3, 4, 5, 6))
+    if len(a) != 4 or len(b) != 2 or {*d} & {a[2], a[3], b[1]}:
+        return mma.group()
+    op = f"{indent}mma.sync.aligned.m16n8k8.row.col.{acc}.f16.f16.{acc}"
+    out, c_in = ", ".join(d), ", ".join(c)
+    return (
+        f"{op} {{{out}}}, {{{a[0]}, {a[1]}}}, {{{b[0]}}}, {{{c_in}}};\n"
+        f"{op} {{{out}}}, {{{a[2]}, {a[3]}}}, {{{b[1]}}}, {{{out}}};"
+    )
+
+
+def split_mma(ptx: str) -> str:
+    """PTX with every mma.m16n8k16 of fp16 as two mma.m16n8k8."""
+    return _MMA.sub(_two_k8, ptx)
+
+
+def _ieee(dot: re.Match[str]) -> str:
+    """A float32 dot as sm_75 does it: IEEE, where sm_80 would give it to tensor cores."""
+    return _PRECISION.sub("", dot.group()) if dot.group(1) == "f32" else dot.group()
+
+
+def _other_dots(ttir: str) -> str:
+    """Dots, if any, that sm_80 would give to tensor cores and sm_75 cannot."""
+    found = {f"{a} x {b}" for a, b in _DOT.findall(ttir)} - {"f16 x f16", "f32 x f32"}
+    found |= {"dot_scaled"} if "tt.dot_scaled" in ttir else set()
+    return ", ".join(sorted(found))
+
+
+def _parse(text: str, context: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.mlir")
+        path.write_text(text)
+        module = ir.parse_mlir_module(str(path), context)
+    module.context = context  # as Triton keeps it: the module does not own its context
+    return module
+
+
+class _Lowering:
+    """How one kernel for sm_75 becomes TTGIR, and then PTX."""
+
+    def __init__(self, backend: Any, stages: dict[str, Any]) -> None:
+        self.backend, self.stages = backend, stages
+        self.ttir = ""  # of a kernel that is lowered as for sm_80
+        self.given_up = False
+        # The stages call these methods of their backend, which serves this compilation alone.
+        backend.make_ttgir, backend.make_ptx = self.make_ttgir, self.make_ptx
+
+    def make_ttgir(self, module: Any, metadata: Any, options: Any, capability: int) -> Any:
+        stock = type(self.backend).make_ttgir
+        self.ttir = ""
+        text = str(module)
+        dots = {match.group(1, 2) for match in _DOT.finditer(text)}
+        if self.given_up or ("f16", "f16") not in dots:
+            return stock(module, metadata, options, capability)
+        context = module.context
+        reason = _other_dots(text)
+        if reason:
+            reason = f"it multiplies {reason} too"
+        else:
+            try:
+                if ("f32", "f32") in dots:
+                    module = _parse(_DOT.sub(_ieee, text), context)
+                one_stage = dataclasses.replace(options, num_stages=1)
+                lowered = stock(module, metadata, one_stage, 80)
+            except RuntimeError as e:
+                reason = f"Triton does not lower it as for sm_80 ({e})"
+            else:
+                if "async_copy" not in str(lowered):
+                    self.ttir = text
+                    return lowered
+                reason = "its source asks for loops in stages, with async copies"
+        _tell(text, reason)
+        return stock(_parse(text, context), metadata, options, capability)
+
+    def make_ptx(self, llir: Any, metadata: Any, options: Any, capability: int) -> str:
+        stock = type(self.backend).make_ptx
+        ptx = stock(self.backend, llir, metadata, options, capability)
+        if not self.ttir:
+            return ptx
+        ptx = split_mma(ptx)
+        left = _TOO_NEW.search(ptx)
+        if left is None:
+            return ptx
+        _tell(self.ttir, f"its PTX has {left.group()}, which sm_75 lacks")
+        self.given_up = True
+        context = ir.context()
+        ir.load_dialects(context)
+        self.backend.load_dialects(context)
+        module = _parse(self.ttir, context)
+        llir = self.stages["llir"](self.stages["ttgir"](module, metadata), metadata)
+        return stock(self.backend, llir, metadata, options, capability)
+
+
+def _tell(ttir: str, reason: str) -> None:
+    name = re.search(r"tt\.func public @(\w+)", ttir)
+    kernel = name.group(1) if name else "a kernel"
+    with _lock:
+        if kernel in _told:
+            return
+        _told.add(kernel)
+    warnings.warn(
+        f"{kernel} runs without the tensor cores of sm_75, slowly: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class Hook:
+    """The hook, and the one that was there before it, if any. See Triton's
+    `knobs.runtime.add_stages_inspection_hook`."""
+
+    def __init__(self, before: Callable[..., Any] | None = None) -> None:
+        self.before = before
+
+    def __call__(self, *args: Any) -> tuple[str, str] | None:
+        """No arguments: (part of the disk cache's key, part of the memory cache's).
+
+        (backend, stages, options, language, capability): changes how one kernel is compiled.
+        """
+        if not args:
+            key, hashed = self.before() if self.before else ("", "")
+            return f"{KEY}{key}", f"{KEY}{hashed}"
+        if self.before:
+            self.before(*args)
+        backend, stages = args[:2]
+        already = "make_ttgir" in vars(backend)
+        if backend.target.backend == "cuda" and backend.target.arch == ARCH and not already:
+            _Lowering(backend, stages)
+        return None
+
+
+def install() -> None:
+    """From here on kernels that are compiled for sm_75 use its tensor cores.
+
+    Called at every launch there, and cheap when there is nothing to do. Raises RuntimeError where
+    this Triton does not let it: no hook, or a PTX of another shape.
+    """
+    if _proved and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
+        return
+    with _lock:
+        if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
+            raise RuntimeError(_unfit("has no hook for the stages of its compiler"))
+        before = knobs.runtime.add_stages_inspection_hook
+        if not isinstance(before, Hook):
+            knobs.runtime.add_stages_inspection_hook = Hook(before)
+            _key_the_backend()
+    if not _proved:
+        prove()
+
+
+def uninstall() -> None:
+    """Gives the hook's place back to what was there before."""
+    with _lock:
+        hook = knobs.runtime.add_stages_inspection_hook
+        if isinstance(hook, Hook):
+            knobs.runtime.add_stages_inspection_hook = hook.before
+
+
+def _key_the_backend() -> None:
+    """Triton 3.6 asks no hook for a key: what the backend says of itself stands in its place."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import compiler
+
+    asked = "add_stages_inspection_hook" in inspect.getsource(compiler.compile)
+    if asked or hasattr(CUDABackend.hash, "__wrapped_by_turing__"):
+        return
+    stock = CUDABackend.hash
+
+    def keyed(self: Any) -> str:
+        key = stock(self)
+        hooked = isinstance(knobs.runtime.add_stages_inspection_hook, Hook)
+        return f"{key}-{KEY}" if hooked and self.target.arch == ARCH else key
+
+    keyed.__wrapped_by_turing__ = True  # type: ignore[attr-defined]
+    CUDABackend.hash = keyed
+
+
+@triton.jit
+def _probe_kernel(a_ptr, b_ptr, c_ptr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+def probe() -> str:
+    """The PTX that Triton makes of a product of two 16 x 16 tiles of fp16 for sm_75, as it is set
+    up now. No GPU is needed. With tensor cores there are mma.sync instructions in it."""
+    pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    source = ASTSource(_probe_kernel, pointers, {}, aligned)
+    target = GPUTarget("cuda", ARCH, 32)
+    return triton.compile(source, target=target, options=dict(num_warps=1)).asm["ptx"]
+
+
+def prove() -> None:
+    """Raises RuntimeError unless the probe comes out as the docstring says."""
+    global _proved
+    with warnings.catch_warnings():  # what a fallback would say, the error says
+        warnings.simplefilter("ignore")
+        ptx = probe()
+    if "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" not in ptx:
+        uninstall()
+        _told.discard("_probe_kernel")
+        raise RuntimeError(_unfit("compiles a dot of fp16 in a way that is not known here"))
+    _proved = True
+
+
+def _unfit(why: str) -> str:
+    return (
+        f"Triton {triton.__version__} {why}, so the tensor cores of this GPU (sm_75) are out of "
+        "reach: install a Triton from 3.6 to 3.9, or use the builtin ops"
+    )
