@@ -4,12 +4,13 @@ import json
 import platform
 import shutil
 import subprocess
+import textwrap
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from irongpt_kernels import builtin, emulate
+from irongpt_kernels import eager, emulate
 
 from irongpt import __version__, ops
 from irongpt import device as devices
@@ -20,6 +21,7 @@ from irongpt.memory import training_bytes
 
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 VOCABULARY = 109  # characters of War and Peace
+WIDTH = 96  # of what is printed
 HOT = 85  # degrees Celsius from which a T4 slows down
 CLOCKS = [  # nvidia-smi's names
     "driver_version",
@@ -42,14 +44,15 @@ class Report:
     advice: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"{name if i == 0 else '':<10}{line}"
-            for name, text in self.facts.items()
-            for i, line in enumerate(text.splitlines())
-        ]
-        lines += [f"{'amiss' if i == 0 else '':<10}{text}" for i, text in enumerate(self.amiss)]
-        lines += [f"{'advice' if i == 0 else '':<10}{text}" for i, text in enumerate(self.advice)]
-        return "\n".join(lines)
+        parts = {name: text.splitlines() for name, text in self.facts.items()}
+        parts |= {"amiss": self.amiss, "advice": self.advice}
+        return "\n".join(
+            textwrap.fill(
+                line, WIDTH, initial_indent=f"{'' if i else name:<10}", subsequent_indent=" " * 10
+            )
+            for name, lines in parts.items()
+            for i, line in enumerate(lines)
+        )
 
 
 def doctor(device: str, json_file: Path | None) -> int:
@@ -95,7 +98,7 @@ def _card(report: Report, device: torch.device) -> None:
     p = torch.cuda.get_device_properties(device)
     cores = f"{p.multi_processor_count} multiprocessors"
     report.facts["machine"] += f"\n{cores}, CUDA {torch.version.cuda}"
-    if p.multi_processor_count and (p.major, p.minor) < (7, 5):
+    if (p.major, p.minor) < (7, 5):
         report.amiss.append("the kernels need compute capability 7.5 or newer: use --ops builtin")
     now = _nvidia_smi(str(p.uuid))
     if now is None:
@@ -108,7 +111,9 @@ def _card(report: Report, device: torch.device) -> None:
     )
     limit, default = _number(now["power.limit"]), _number(now["power.default_limit"])
     if limit is not None and default is not None and limit < default:
-        report.advice.append(f"the power limit is {limit:g} W, below the card's {default:g}: slower")
+        report.advice.append(
+            f"the power limit is {limit:g} W, below the card's {default:g}: slower"
+        )
     heat = _number(now["temperature.gpu"])
     if heat is not None and heat >= HOT:
         report.advice.append(f"{heat:g} degrees C: the card lowers its clocks until it is cooler")
@@ -210,7 +215,7 @@ def _kernels(report: Report, device: torch.device) -> None:
 def _memory(report: Report, device: torch.device) -> None:
     config, batch = _iron(), int(PRESETS["iron"].train["batch_size"])
     dtype = torch.float16 if device.type == "cpu" else devices.precision("auto", device).dtype
-    needs = {"builtin": training_bytes(config, batch, builtin, dtype) / 2**30}
+    needs = {"eager": training_bytes(config, batch, eager, dtype) / 2**30}
     try:
         from irongpt_kernels import fused
     except ImportError:
@@ -219,7 +224,8 @@ def _memory(report: Report, device: torch.device) -> None:
         needs["fused"] = training_bytes(config, batch, fused, dtype) / 2**30
     listed = ", ".join(f"{gib:.1f} GiB with --ops {name}" for name, gib in needs.items())
     report.facts["memory"] = (
-        f"the iron preset keeps {listed} (computed, in {str(dtype).removeprefix('torch.')})"
+        f"the iron preset keeps {listed} (computed, in {str(dtype).removeprefix('torch.')}; "
+        "builtin is between)"
     )
     if device.type == "cuda":
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info(device))

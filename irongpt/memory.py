@@ -13,9 +13,7 @@ FLOAT32 = 4  # bytes
 COPIES = 4  # of every weight, in float32: itself, its gradient, AdamW's two moments
 
 
-def training_bytes(
-    config: GPTConfig, batch_size: int, ops: ModuleType, dtype: torch.dtype
-) -> int:
+def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: torch.dtype) -> int:
     """Weights, gradients, optimizer, and every tensor that the forward keeps for the backward.
 
     dtype: of the matrix products. What a kernel needs for a moment comes on top, so it is a bound
