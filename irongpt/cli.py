@@ -124,6 +124,13 @@ def build_parser() -> Parser:
     compare.add_argument("--json", metavar="FILE", help="writes every number there")
     compare.add_argument("--plot", metavar="FILE", help="draws error ratios and loss curves there")
 
+    doctor = commands.add_parser("doctor", help="what this machine will run, and why")
+    doctor.set_defaults(run_command=doctor_command)
+    doctor.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N [auto]"
+    )
+    doctor.add_argument("--json", metavar="FILE", help="writes the same there")
+
     for command in (train, generate):
         command.add_argument(
             "--fused", action="store_const", const="fused", dest="ops", default=argparse.SUPPRESS,
@@ -226,6 +233,12 @@ def compare_command(given: dict[str, Any]) -> int:
 
     json_file, plot = (Path(f) if f else None for f in (given["json"], given["plot"]))
     return compare(given["device"], given["dtype"] or [], json_file, plot, given["ops"])
+
+
+def doctor_command(given: dict[str, Any]) -> int:
+    from irongpt.doctor import doctor
+
+    return doctor(given["device"], Path(given["json"]) if given["json"] else None)
 
 
 def read_prompt(file: str) -> str:

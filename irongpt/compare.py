@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from irongpt_kernels import emulate
 
 from irongpt import __version__, ops
 from irongpt import compare_report as report
@@ -16,8 +17,7 @@ from irongpt.compare_model import Curve, Setting, compare_step, setting, train_b
 from irongpt.compare_ops import DROPOUT_P, FULL, SMALL, Check, Row, cases, compare_case
 from irongpt.config import check
 from irongpt.console import duration, say
-from irongpt.errors import UserError
-from irongpt.files import replace_file
+from irongpt.files import check_result, write_result
 
 
 def compare(
@@ -37,7 +37,7 @@ def compare(
     chosen = _dtypes(dtypes, target)
     for path in (json_file, plot):
         if path is not None:
-            _check_writable(path)
+            check_result(path)
     module = ops.load(candidate, target)
     devices.make_deterministic()
     full, drops = target.type == "cuda", candidate != "builtin"
@@ -81,10 +81,10 @@ def compare(
             "dtypes": [str(d)[6:] for d in chosen],
             "seconds": round(seconds, 1),
         }
-        _write(json_file, to_json(environment, rows, checks, curves))
+        write_result(json_file, to_json(environment, rows, checks, curves))
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
-        _write(plot, report.png(rows, curves, candidate, title))
+        write_result(plot, report.png(rows, curves, candidate, title))
     say("")
     for line in failures:
         say(line)
@@ -151,22 +151,9 @@ def _dtypes(names: list[str], device: torch.device) -> list[torch.dtype]:
         )
         names = names or ["float32", "float16"]
     if not names:
-        half = torch.cuda.get_device_capability(device) >= (8, 0)
+        half = emulate.capability(device) >= (8, 0)
         names = ["float32", "float16", *(["bfloat16"] if half else [])]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
-
-
-def _check_writable(path: Path) -> None:
-    """Before the work is done, and without writing anything."""
-    check(not path.is_dir(), f"{path} is a folder: name a file")
-    check(path.absolute().parent.is_dir(), f"cannot write {path}: its folder is not there")
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        replace_file(path.absolute(), data)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
 def _triton_version() -> str | None:

@@ -7,6 +7,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from irongpt_kernels import emulate
 
 from irongpt.errors import UserError
 
@@ -44,6 +45,10 @@ class Precision(NamedTuple):
 
 def pick(name: str) -> torch.device:
     """`auto`: a GPU if there is one. Raises UserError for a device that is not there."""
+    try:
+        emulate.on()
+    except ValueError as e:
+        raise UserError(str(e)) from e
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -69,8 +74,8 @@ def precision(name: str, device: torch.device) -> Precision:
         if name == "auto":
             return Precision(torch.float32, "a CPU")
         return Precision(DTYPES[name], "as asked")
-    major, minor = torch.cuda.get_device_capability(device)
-    card = f"compute capability {major}.{minor}"
+    major, minor = emulate.capability(device)
+    card = f"compute capability {major}.{minor}{' (emulated)' if emulate.on() else ''}"
     if name == "bfloat16" and major < 8:
         raise UserError(f"--dtype bfloat16 is only emulated on {card}: use float16 or auto")
     if name != "auto":

@@ -72,6 +72,22 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_result(path: Path) -> None:
+    """Before work is done whose result goes to `path`, and without writing anything."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: its folder is not there")
+
+
+def write_result(path: Path, data: bytes) -> None:
+    """`replace_file`, for a path that the user named."""
+    try:
+        replace_file(path.absolute(), data)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's entries, where the system can: Windows and some network drives cannot."""
     with contextlib.suppress(OSError):

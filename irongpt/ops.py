@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import torch
+from irongpt_kernels import emulate
 
 from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError
@@ -36,6 +37,10 @@ def _load_fused(device: torch.device) -> ModuleType:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (7, 5):
             raise UserError(f"--fused needs compute capability 7.5 or newer: {hint}")
+        try:
+            launch.prepare(device)
+        except RuntimeError as e:
+            raise UserError(f"--fused: {e}") from e
     elif not launch.INTERPRETED:
         raise UserError(
             f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "
@@ -45,7 +50,11 @@ def _load_fused(device: torch.device) -> ModuleType:
 
 
 def slow_note(name: str, device: torch.device) -> str | None:
-    """What to tell a user whose kernels run in Triton's interpreter."""
-    if name == "fused" and device.type == "cpu":
+    """What to tell a user whose kernels do not run as they would on the GPU they are for."""
+    if name != "fused":
+        return None
+    if device.type == "cpu":
         return "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
+    if emulate.on():
+        return f"{emulate.VARIABLE}=sm_{emulate.ARCH}: a T4's kernels; their timings are no T4's"
     return None

@@ -11,16 +11,16 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from irongpt_kernels import turing
+from irongpt_kernels import emulate, turing
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
+    """Compute capability as in sm_75: 75, 80, 90. A CPU, for the interpreter, counts as a T4."""
     if device.type != "cuda":
-        return 75
-    major, minor = torch.cuda.get_device_capability(device)
+        return turing.ARCH
+    major, minor = emulate.capability(device)
     return 10 * major + minor
 
 
@@ -28,17 +28,28 @@ def num_sms(device: torch.device) -> int:
     """Multiprocessors of the GPU; in the interpreter 2, so that programs share rows."""
     if device.type != "cuda":
         return 2
+    if emulate.on():
+        return emulate.NUM_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of the tensors, whatever the current one is, and use its tensor
-    cores. Raises RuntimeError where `turing` cannot make them do so."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
+def prepare(device: torch.device) -> None:
+    """From here on launches use the device's tensor cores. Cheap when it is done.
+
+    Raises RuntimeError where `turing` cannot make them do so.
+    """
+    if device.type != "cuda" or INTERPRETED:
+        return
+    if emulate.on():
+        emulate.install()
     if architecture(device) == turing.ARCH:
         turing.install()
-    return torch.cuda.device(device)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of the tensors, whatever the current one is. See `prepare`."""
+    prepare(device)
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def block(n: int) -> int:

@@ -1,0 +1,43 @@
+"""What a training step keeps, by fake tensors and by real ones."""
+
+import pytest
+import torch
+from irongpt_kernels import eager, fused
+
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.memory import training_bytes
+
+CONFIG = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
+C, T, B, V, LAYERS = 32, 16, 4, 29, 2
+
+
+def test_of_a_model_that_can_be_counted_by_hand() -> None:
+    """Float32, fused: per token, float32 numbers that a block's backward needs."""
+    got = training_bytes(CONFIG, B, fused, torch.float32)
+    tokens, heads = B * T, 2
+    parameters = V * C + T * C + LAYERS * (12 * C * C + 13 * C) + 2 * C
+    # into qkv, qkv, attention's output, m and l, sums of two norms, two norms, their statistics,
+    # fc without its bias, gelu; the stream and two norms are counted once each
+    block = C + 3 * C + C + 2 * heads + 2 * C + C + 4 + 4 * C + 4 * C
+    head = C + V + 2
+    by_hand = 4 * (4 * parameters + tokens * (LAYERS * block + head))
+    assert got == pytest.approx(by_hand, rel=0.1)
+
+
+def test_iron_with_fused_ops_keeps_less_than_a_third_of_eager() -> None:
+    config = GPTConfig(109, **PRESETS["iron"].model)
+    batch = int(PRESETS["iron"].train["batch_size"])
+    sizes = {ops: training_bytes(config, batch, ops, torch.float16) for ops in (eager, fused)}
+    assert sizes[fused] <= sizes[eager] / 3
+
+
+def test_only_eager_keeps_the_weights_of_attention() -> None:
+    """Four times the context keeps four times as much, but for a matrix of T x T."""
+
+    def activations(ops, context: int) -> int:
+        config = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=context, dropout=0.2)
+        both = [training_bytes(config, batch, ops, torch.float32) for batch in (1, 2)]
+        return both[1] - both[0]
+
+    assert activations(eager, 512) > 8 * activations(eager, 128)
+    assert activations(fused, 512) < 4.1 * activations(fused, 128)
