@@ -53,13 +53,21 @@ class TrainBatches:
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
         """Batch `number`, counted from 0: inputs and targets, (B, T) int64 each."""
+        return self.at(self.firsts(number))
+
+    def firsts(self, number: int) -> Tensor:
+        """Where the windows of batch `number` begin: (B,) int64."""
         parts = []
         at, end = number * self.batch_size, (number + 1) * self.batch_size
         while at < end:
             epoch, first = divmod(at, self.windows)
             parts.append(self.starts(epoch)[first : first + end - at])
             at += len(parts[-1])
-        return windows(self.ids, torch.cat(parts), self.offsets)
+        return torch.cat(parts)
+
+    def at(self, firsts: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the windows that begin there."""
+        return windows(self.ids, firsts, self.offsets)
 
 
 class ValBatches:

@@ -86,6 +86,13 @@ def build_parser() -> Parser:
     )
     add_options(train, GPTConfig, [p.model for p in PRESETS.values()])
     add_options(train, TrainConfig, [p.train for p in PRESETS.values()])
+    train.add_argument(
+        "--no-graph",
+        action="store_false",
+        dest="graph",
+        default=argparse.SUPPRESS,
+        help="launch the kernels of a step one by one, on a GPU: the same numbers, slower",
+    )
 
     generate = commands.add_parser("generate", help="write text with a trained model")
     generate.set_defaults(run_command=generate_command)

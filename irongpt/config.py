@@ -93,6 +93,7 @@ class TrainConfig:
         "auto",
         ("auto", "float32", "float16", "bfloat16"),
     )
+    graph: bool = True  # on a GPU the step is one CUDA graph
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999

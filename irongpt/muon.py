@@ -27,8 +27,8 @@ class Muon:
             self.by_shape[p.shape].append(p)
 
     @torch.no_grad()
-    def step(self, lr: float, divisor: Tensor, overflow: Tensor) -> None:
-        """Gradients are divided by `divisor`; nothing changes if `overflow` is 1. Both are 0-d."""
+    def step(self, lr: Tensor, divisor: Tensor, overflow: Tensor) -> None:
+        """Gradients are divided by `divisor`; nothing changes if `overflow` is 1. All are 0-d."""
         keep = overflow > 0
         for shape, params in self.by_shape.items():
             weights = torch.stack(params)  # (n, rows, columns), and so are the others

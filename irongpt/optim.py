@@ -60,8 +60,11 @@ class LossScaler:
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) for all, or Muon for the blocks' matrices."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, scaler: LossScaler) -> None:
-        self.config, self.scaler = config, scaler
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, scaler: LossScaler, lr: Tensor
+    ) -> None:
+        """lr: the learning rate, 0-d float32 on the weights' device; every step reads it."""
+        self.config, self.scaler, self.lr = config, scaler, lr
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.muon = Muon(
             [
@@ -79,12 +82,15 @@ class Optimizer:
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": kept, "weight_decay": 0.0},  # norms and biases
             ],
-            lr=config.lr,
+            lr=lr,
             betas=(config.beta1, config.beta2),
             fused=True,
+            capturable=lr.is_cuda,
         )
+        # It would warn of a step outside of a graph, which is what the first ones are.
+        self.adamw._warned_capturable_if_run_uncaptured = True
 
-    def step(self, lr: float) -> Tensor:
+    def step(self) -> Tensor:
         """Updates the weights from the gradients of scale * loss, clipped to a global norm.
 
         A step whose gradients are not finite changes neither weights nor moments. Returns the
@@ -94,13 +100,11 @@ class Optimizer:
         norm = nn.utils.get_total_norm(grads, foreach=True) / self.scaler.scale
         overflow = (~norm.isfinite()).float()
         divisor = self.scaler.scale * ((norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
         # As torch.amp.GradScaler tells a fused optimizer: divide by one, skip if the other is 1.
         self.adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self.adamw.found_inf = overflow  # type: ignore[attr-defined]
         self.adamw.step()
-        self.muon.step(lr, divisor, overflow)
+        self.muon.step(self.lr, divisor, overflow)
         self.scaler.update(overflow)
         return norm
 

@@ -22,7 +22,7 @@ from irongpt.tokenizer import CharTokenizer
 from irongpt.train import Trainer
 
 # What may change when a run is taken up: none of it belongs to what has been computed so far.
-CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype")
+CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype", "graph")
 
 
 def new_run(given: dict[str, Any], clock: Clock) -> Training:

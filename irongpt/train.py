@@ -10,6 +10,7 @@ from irongpt import device as devices
 from irongpt import optim
 from irongpt.batches import TrainBatches, ValBatches, split
 from irongpt.config import TrainConfig
+from irongpt.graph import Graph
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 
 EVAL_TOKENS = 1 << 13  # tokens per forward pass of an evaluation: as fast as more, and less memory
@@ -29,8 +30,16 @@ class Trainer:
         eval_batch = max(1, EVAL_TOKENS // context)
         self.val_batches = ValBatches(val_ids, context, eval_batch, config.eval_windows)
         self.scaler = optim.LossScaler(dtype == torch.float16, device)
-        self.optimizer = optim.Optimizer(model, config, self.scaler)
+        self.lr = torch.zeros((), device=device)
+        self.optimizer = optim.Optimizer(model, config, self.scaler, self.lr)
+        # What a step takes, a row for each of its forward passes. The host fills them in place.
+        self.firsts = torch.zeros(
+            config.grad_accum, config.batch_size, dtype=torch.int64, device=device
+        )
+        self.seeds = torch.zeros(config.grad_accum, dtype=torch.int64, device=device)
         self.step = 0
+        captured = device.type == "cuda" and config.graph
+        self.run_step = Graph(self._run_step, device) if captured else self._run_step
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return devices.autocast(self.device, self.dtype)
@@ -39,26 +48,41 @@ class Trainer:
         config = self.config
         return config.batch_size * config.grad_accum * self.model.config.context
 
-    def loss(self, batch: int) -> Tensor:
-        """Loss of training batch `batch`, counted from 0, with the dropout that belongs to it."""
-        x, y = self.train_batches(batch)
-        seed = (self.config.seed << 32) + batch * DROPOUTS_PER_BLOCK * self.model.config.n_layer
-        with self.autocast():
-            return self.model.loss(x, y, seed=seed)
-
     def train_step(self) -> Tensor:
         """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device."""
+        self._fill()
+        row = self.run_step()
+        self.step += 1
+        return row
+
+    def _fill(self) -> None:
+        """Writes what the step takes: pure functions of its number, so that nothing drifts."""
+        config = self.config
+        for i in range(config.grad_accum):
+            batch = self.step * config.grad_accum + i
+            self.firsts[i].copy_(self.train_batches.firsts(batch))
+            dropouts = batch * DROPOUTS_PER_BLOCK * self.model.config.n_layer
+            self.seeds[i].fill_((config.seed << 32) + dropouts)
+        self.lr.fill_(optim.lr_at(self.step, config))
+
+    def _run_step(self) -> Tensor:
+        """The step on what `_fill` wrote. All of it happens on the device; see `graph`."""
         config = self.config
         self.model.zero_grad()
         total = torch.zeros((), device=self.device)
         scale = self.scaler.scale.clone()
         for i in range(config.grad_accum):
-            loss = self.loss(self.step * config.grad_accum + i) / config.grad_accum
+            loss = self._loss(i) / config.grad_accum
             (loss * scale).backward()
             total += loss.detach()
-        norm = self.optimizer.step(optim.lr_at(self.step, config))
-        self.step += 1
+        norm = self.optimizer.step()
         return torch.stack((total, norm, scale))
+
+    def _loss(self, i: int) -> Tensor:
+        """Loss of the step's forward pass i, with the dropout that belongs to it."""
+        x, y = self.train_batches.at(self.firsts[i])
+        with self.autocast():
+            return self.model.loss(x, y, seed=self.seeds[i])
 
     def evaluate(self, go_on: Callable[[], bool] = lambda: True) -> float | None:
         """Mean loss over the validation windows, without dropout; the training notices nothing.
@@ -125,7 +149,8 @@ class Trainer:
             for name, module in self.model.named_modules()
         ]
         try:
-            loss = self.loss(self.step * self.config.grad_accum)
+            self._fill()
+            loss = self._loss(0)
         finally:
             for hook in hooks:
                 hook.remove()

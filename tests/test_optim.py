@@ -22,11 +22,13 @@ class Net(nn.Module):
         self.head = nn.Linear(7, 3)
 
 
-def optimizer_of(net: nn.Module, loss_scale: float | None = None, name: str = "adamw"):
+def optimizer_of(
+    net: nn.Module, loss_scale: float | None = None, name: str = "adamw", lr: float = CONFIG.lr
+) -> optim.Optimizer:
     """Without a loss scale; or, where one is given, in float16's way, from that scale on."""
     scaler = optim.LossScaler(loss_scale is not None, CPU)
     scaler.scale.fill_(loss_scale or 1.0)
-    return optim.Optimizer(net, replace(CONFIG, optimizer=name), scaler)
+    return optim.Optimizer(net, replace(CONFIG, optimizer=name), scaler, torch.tensor(lr))
 
 
 def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
@@ -91,7 +93,7 @@ def test_fifty_steps_are_adamw_on_clipped_gradients_whatever_the_loss_scale(scal
         give_gradients(net, t, size * (scale or 1))
         give_gradients(baseline, t, size)
         grads = [p.grad.double() for p in baseline.parameters()]
-        norm = optimizer.step(CONFIG.lr)
+        norm = optimizer.step()
         expected = nn.utils.clip_grad_norm_(baseline.parameters(), CONFIG.grad_clip)
         torch.testing.assert_close(norm, expected)
         plain.step()
@@ -124,13 +126,13 @@ def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
 
 def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
     net = Net()
-    optimizer = optimizer_of(net, 1024.0, "muon")
+    optimizer = optimizer_of(net, 1024.0, "muon", lr=0.1)
     before = [block.weight.detach().double() for block in net.blocks]
     momentum = [torch.zeros_like(w) for w in before]
     for t in (1, 2, 3):
         give_gradients(net, t, 1024.0)
         grads = [block.weight.grad.double() / 1024 for block in net.blocks]
-        norm = optimizer.step(0.1).double()
+        norm = optimizer.step().double()
         for i, (g, w) in enumerate(zip(grads, before, strict=True)):
             g = g / (norm + 1e-6).clamp(min=1)
             momentum[i] = 0.95 * momentum[i] + 0.05 * g
@@ -147,17 +149,17 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, n
     net = Net()
     optimizer = optimizer_of(net, scale, name)
     give_gradients(net, 1)
-    optimizer.step(CONFIG.lr)
+    optimizer.step()
     before = snapshot(net, optimizer)
     give_gradients(net, 2)
     net.blocks[1].weight.grad[0] = bad
-    norm = optimizer.step(CONFIG.lr)
+    norm = optimizer.step()
     assert not norm.isfinite()
     after = snapshot(net, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert optimizer.scaler.scale == (32768 if scale else 1)
     give_gradients(net, 3)
-    optimizer.step(CONFIG.lr)
+    optimizer.step()
     after = snapshot(net, optimizer)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
