@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import attention_tiles, dropout, launch, philox
-from irongpt_kernels.attention_tiles import load_tile, store_tile, weights
+from irongpt_kernels.attention_tiles import load_stats, load_tile, store_tile, weights
 
 
 @triton.jit
@@ -59,8 +59,7 @@ def _query_kernel(
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     out = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
-    m = tl.load(m_ptr + stats, mask=rows < T, other=0.0)
-    log_l = tl.load(log_l_ptr + stats, mask=rows < T, other=0.0)
+    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     end = tl.minimum(start_m + BLOCK_M, T)
     if q.dtype == tl.float32:  # see Precision
@@ -166,12 +165,11 @@ def _dkv_of_queries(
     stats = tl.cast(head, tl.int64) * T + rows
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
-    m = tl.load(m_ptr + stats, mask=rows < T, other=0.0)[None, :]
-    log_l = tl.load(log_l_ptr + stats, mask=rows < T, other=0.0)[None, :]
+    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
     delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)[None, :]
     rows = rows[None, :]
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # (BLOCK_N, BLOCK_M)
-    p = weights(s, m, log_l, q.dtype == tl.float32)
+    p = weights(s, m[None, :], log_l[None, :], q.dtype == tl.float32)
     if DIAGONAL:
         p = tl.where(cols <= rows, p, 0.0)
     z = p

@@ -39,9 +39,19 @@ def store_tile(
 
 
 @triton.jit
+def load_stats(m_ptr, log_l_ptr, at, seen, EXACT: tl.constexpr):
+    """m and log2(l) of rows. Unless EXACT, m is their rounded sum."""
+    m = tl.load(m_ptr + at, mask=seen, other=0.0)
+    log_l = tl.load(log_l_ptr + at, mask=seen, other=0.0)
+    if not EXACT:
+        m += log_l
+    return m, log_l
+
+
+@triton.jit
 def weights(s, m, log_l, EXACT: tl.constexpr):
-    """P = 2^(s - m) / l, of scores to base 2. EXACT: without rounding m + log2(l) first."""
-    return tl.exp2((s - m) - log_l) if EXACT else tl.exp2(s - (m + log_l))
+    """P = 2^(s - m) / l, of scores to base 2 and what `load_stats` gave."""
+    return tl.exp2((s - m) - log_l) if EXACT else tl.exp2(s - m)
 
 
 @triton.jit
@@ -71,8 +81,8 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     if itemsize == 4:  # products of float32 are no work for tensor cores, and fill the registers
         tile = (32, 32, 4)
     elif arch < 80 and BLOCK_D > 64:
-        tile = {"forward": (128, 32, 8), "query": (64, 64, 4), "key": (16, 32, 2)}[kernel]
-    elif arch < 80 and BLOCK_D == 64:
+        tile = {"forward": (128, 32, 8), "query": (32, 32, 2), "key": (16, 32, 2)}[kernel]
+    elif arch < 80:
         tile = {"forward": (64, 32, 2), "query": (64, 32, 4), "key": (32, 64, 4)}[kernel]
     elif kernel == "key":
         tile = (32, 64, 4)
