@@ -12,8 +12,6 @@ import irongpt_kernels
 import pytest
 
 SHARED_MEMORY = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes a program may have
-# Whole rows of this width, with two sums as wide, are more than the registers of an SM.
-TOO_WIDE = ("_norm._backward_kernel", "N=16384 ")
 
 
 def compiled(arch: int, *flags: str) -> dict[str, Any]:
@@ -53,10 +51,7 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
     assert names([r for r in rows if r["shared"] > SHARED_MEMORY[arch]]) == []
     assert names([r for r in rows if r["warps_per_sm"] == 0]) == []
 
-    fit = [r for r in rows if not all(x in f"{r['kernel']} {r['shape']}" for x in TOO_WIDE)]
-    scalar = [r for r in fit if r["dot"] and r["dtype"] == "float32"]
-    assert names([r for r in fit if r["LOCAL"]]) == []  # in its loop
-    assert names([r for r in scalar if r["stack"]]) == []
+    assert names([r for r in rows if r["LOCAL"]]) == []  # in its loop
 
     products = [r for r in rows if r["dot"] and r["dtype"] != "float32"]
     assert {r["kernel"] for r in products} == {
@@ -67,7 +62,7 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
     assert names([r for r in products if r["HMMA"] == 0]) == []
     assert {r["shape"].split()[0] for r in products} >= {"D=64", "D=128"}
     if arch == 75:
-        assert names([r for r in products if r["stack"]]) == []
+        assert names([r for r in rows if r["stack"] or r["kernel_LOCAL"]]) == []
         assert names([r for r in rows if r["bf16"]]) == []
         assert names([r for r in products if r["FFMA"] > r["HMMA"]]) == []
         assert names([r for r in products if r["warps_per_sm"] < 4]) == []

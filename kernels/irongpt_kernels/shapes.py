@@ -61,16 +61,13 @@ def representative(arch: int) -> list[Case]:
     """Those that a test can afford: each kernel in each dtype, each tile of attention, and on sm_75
     padded heads too. Scalar attention, which takes LLVM long, has small heads."""
     T, heads = CONTEXT, (48, 64, 80, 96, 128) if arch == 75 else (64, 128)
-    attention = [f"D={D} p=0.2 T={T} float16" for D in heads]
-    attention += [f"D=64 p=0.0 T={T} float16", f"D=64 p=0.2 T={T} bfloat16"]
-    attention += [f"D=16 p=0.2 T={T} float32"] if arch == 75 else []
-    norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16", "N=16384 float16"]
-    chosen = {"causal_attention": attention, "layer_norm": norms, "dropout_add_layer_norm": norms}
-    return [
-        case
-        for case in every(arch)
-        if case.shape in chosen.get(case.op, [case.shape] if case.dtype == "float16" else [])
-    ]
+    attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
+    if arch == 75:
+        attention += [f"D=64 p=0.0 T={T} float16", f"D=16 p=0.2 T={T} float32"]
+    norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
+    rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
+    chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
+    return [case for case in every(arch) if case.shape in chosen]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
