@@ -18,7 +18,7 @@ GPU = torch.device("cuda", 0)
 # A process of its own: Triton must not interpret, and what is installed stays.
 LAUNCH = """
 import torch, triton, triton.language as tl
-from irongpt_kernels import launch, probe
+from irongpt_kernels import launch, turing
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -50,7 +50,7 @@ x, y = torch.zeros(128, 256, dtype=torch.float16), torch.zeros(128, 128)
 if LARGE:
     large[(1,)](x, y, 256)
 else:
-    probe._product_kernel[(1,)](x, x, y)
+    turing.small_product[(1,)](x, x, y)
 """
 
 

@@ -1,21 +1,12 @@
 """Whether a GPU's tensor cores multiply, asked of the compiler: a small product for each dtype."""
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from irongpt_kernels import sass, turing
 
 TENSOR_CORES, SCALAR = "tensor cores", "scalar FMA"
-
-
-@triton.jit
-def _product_kernel(a_ptr, b_ptr, c_ptr):
-    i = tl.arange(0, 16)
-    at = i[:, None] * 16 + i[None, :]
-    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
-    tl.store(c_ptr + at, tl.dot(a, b, input_precision="ieee"))
 
 
 def products(arch: int) -> dict[str, str]:
@@ -33,7 +24,7 @@ def products(arch: int) -> dict[str, str]:
 def _product(arch: int, dtype: str) -> str:
     pointers = dict(a_ptr=f"*{dtype}", b_ptr=f"*{dtype}", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(_product_kernel, pointers, {}, aligned)
+    source = ASTSource(turing.small_product, pointers, {}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4))
     counted = sass.count(sass.read(made.asm["cubin"]).instructions)
     return TENSOR_CORES if counted["HMMA"] else SCALAR

@@ -261,10 +261,10 @@ def _key_the_backend() -> None:
 
 
 @triton.jit
-def _probe_kernel(a_ptr, b_ptr, c_ptr):
+def small_product(a_ptr, b_ptr, c_ptr):
     i = tl.arange(0, 16)
     at = i[:, None] * 16 + i[None, :]
-    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="ieee"))
 
 
 def probe() -> str:
@@ -272,7 +272,7 @@ def probe() -> str:
     tensor cores there are mma.sync instructions in it."""
     pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(_probe_kernel, pointers, {}, aligned)
+    source = ASTSource(small_product, pointers, {}, aligned)
     target = GPUTarget("cuda", ARCH, 32)
     return triton.compile(source, target=target, options=dict(num_warps=1)).asm["ptx"]
 
