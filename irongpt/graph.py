@@ -27,6 +27,7 @@ class Graph:
         """device: a GPU, on which all of the step happens, without a look at it by the host."""
         self.step, self.device = step, device
         self.calls = 0
+        self.stream: torch.cuda.Stream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
@@ -42,12 +43,13 @@ class Graph:
         return self.result.clone()
 
     def _aside(self) -> Tensor:
-        """On a stream of its own, as a capture is: what libraries keep by stream is there then."""
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """On another stream than the caller's, as PyTorch asks of what is captured later."""
+        self.stream = self.stream or torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             result = self.step()
-        current.wait_stream(stream)
+        current.wait_stream(self.stream)
         return result
 
     def _capture(self) -> None:

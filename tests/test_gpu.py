@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from irongpt import device as devices
 from irongpt import fit
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.graph import WARMUP
 from irongpt.model import GPT
 from irongpt.train import Trainer
 
@@ -132,19 +133,45 @@ def test_a_fused_run_that_is_resumed_is_the_one_left_alone(
     assert_same(tmp_path / "stopped", tmp_path / "alone")
 
 
+@pytest.mark.gpu
+@each_ops
+@each_dtype
+def test_a_graph_gives_the_bits_of_the_steps_it_stands_for(ops: ModuleType, dtype) -> None:
+    devices.make_deterministic()
+    results = []
+    for graph in (False, True):
+        t = trainer(ops, dtype, recipe=replace(RECIPE, graph=graph, grad_accum=2))
+        rows = torch.stack([t.train_step() for _ in range(8)])
+        results.append([rows, *t.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_a_replay() -> None:
+    t = trainer(fused, torch.float16)
+    for _ in range(WARMUP + 2):
+        t.train_step()
+    with nothing_waits():
+        row = t.train_step()
+    assert row.isfinite().all()
+
+
 def op_inputs(op: str) -> Inputs:
     """On the device, in float32."""
     if op == "causal_attention":
         return {name: values(2, 3, 33, 16, seed=i) for i, name in enumerate("qkv")}
+    if op == "causal_attention_packed":
+        return {"qkv": values(2, 33, 3, 3, 16)}
     return {n: x.to(DEVICE) for n, x in small_inputs(torch.float32)[op].items() if x is not None}
 
 
 def outputs_and_gradients(op: str, inputs: Inputs) -> list[Tensor]:
     """With dropout where there is one. Ready when the device is; nothing here waits for it."""
-    drops = op in ("causal_attention", "dropout_add_layer_norm")
+    drops = op.startswith("causal_attention") or op == "dropout_add_layer_norm"
     options = dict(dropout_p=0.3, seed=5) if drops else {}
     first = next(x for x in inputs.values() if x is not None)
     y = first.new_zeros(()) if op == "cross_entropy" else first
+    y = first[:, :, 0] if op == "causal_attention_packed" else y
     upstream = tuple(
         torch.full_like(y, 0.5 + i) for i in range(2 if op == "dropout_add_layer_norm" else 1)
     )

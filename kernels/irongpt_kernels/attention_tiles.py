@@ -83,7 +83,8 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     elif arch < 80 and BLOCK_D > 64:
         tile = {"forward": (128, 32, 8), "query": (32, 32, 2), "key": (16, 32, 2)}[kernel]
     elif arch < 80:
-        tile = {"forward": (64, 32, 2), "query": (64, 32, 4), "key": (32, 64, 4)}[kernel]
+        warps = 2 if BLOCK_D == 64 else 4
+        tile = {"forward": (64, 32, warps), "query": (64, 32, 4), "key": (32, 64, 4)}[kernel]
     elif kernel == "key":
         tile = (32, 64, 4)
     else:
