@@ -140,7 +140,13 @@ def report(
             except Exception:
                 failed[f"{case.op} {case.shape}: {traceback.format_exc()[-500:]}"] = None
     told = sorted({str(w.message) for w in said if "tensor cores" in str(w.message)})
-    return dict(arch=arch, kernels=list(rows.values()), failed=list(failed), warnings=told)
+    return dict(
+        arch=arch,
+        triton=triton.__version__,
+        kernels=list(rows.values()),
+        failed=list(failed),
+        warnings=told,
+    )
 
 
 def _pass(kernel: str) -> str:

@@ -78,8 +78,10 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     On sm_75 by `python -m irongpt_kernels.candidates`: no spills, then 8 warps an SM, then clocks.
     A warp of 32 rows reads each key half as often as two of 16, and shared memory is what binds.
     """
-    if itemsize == 4:  # products of float32 are no work for tensor cores, and fill the registers
-        tile = (32, 32, 4)
+    if itemsize == 4 and BLOCK_D > 64:  # products of float32 are scalar, and fill the registers
+        tile = {"forward": (32, 16, 4), "query": (16, 16, 8), "key": (16, 32, 4)}[kernel]
+    elif itemsize == 4:
+        tile = (32, 16, 4)
     elif arch < 80 and BLOCK_D > 64:
         tile = {"forward": (128, 32, 8), "query": (32, 32, 2), "key": (16, 32, 2)}[kernel]
     elif arch < 80:

@@ -59,11 +59,11 @@ def every(arch: int) -> list[Case]:
 
 def representative(arch: int) -> list[Case]:
     """Those that a test can afford: each kernel in each dtype, each tile of attention, and on sm_75
-    padded heads too. Scalar attention, which takes LLVM long, has small heads."""
+    padded heads too, and scalar attention, which takes LLVM long, at its largest."""
     T, heads = CONTEXT, (48, 64, 80, 96, 128) if arch == 75 else (64, 128)
     attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
     if arch == 75:
-        attention += [f"D=64 p=0.0 T={T} float16", f"D=16 p=0.2 T={T} float32"]
+        attention += [f"D=64 p=0.0 T={T} float16", f"D=128 p=0.2 T={T} float32"]
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
