@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path
     def refuse(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("irongpt.compare.replace_file", refuse)
+    monkeypatch.setattr("irongpt.files.replace_file", refuse)
     with pytest.raises(UserError, match=r"cannot write .*c\.json: Permission denied"):
         compare_planted(monkeypatch, capsys, candidate(), json_file=tmp_path / "c.json")
 
