@@ -49,7 +49,6 @@ class LossScaler:
         if not self.enabled:
             return
         bad = overflow > 0
-        # Not torch.where: it copies a number to the device, and the host waits for that.
         good_steps = (self.good_steps + 1).masked_fill(bad, 0)
         grow = good_steps >= self.calm
         factor = torch.ones_like(self.scale).masked_fill(grow, 2.0).masked_fill(bad, 0.5)

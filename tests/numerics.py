@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from irongpt_kernels import eager, tolerance
+from irongpt_kernels import eager, emulate, tolerance
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bfloat16 wrongly, and a T4 emulates it.
 HALVES = [torch.float16]
-if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+if DEVICE == "cuda" and emulate.capability(torch.device(DEVICE)) >= (8, 0):
     HALVES.append(torch.bfloat16)
 DTYPES = [torch.float32, *HALVES]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

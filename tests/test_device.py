@@ -1,10 +1,16 @@
 import pytest
 import torch
+from irongpt_kernels import emulate
 
 from irongpt import device
 from irongpt.errors import UserError
 
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(emulate.VARIABLE, raising=False)
 
 
 @pytest.fixture

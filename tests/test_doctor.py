@@ -9,10 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_mistake
+from irongpt_kernels import emulate
 
 from irongpt import doctor
 
 SMI = "550.54, 585, 1590, 5001, 28.1, 70.00, 70.00, 45"
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(emulate.VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -82,7 +88,10 @@ def test_a_newer_card(card) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (dict(smi=SMI.replace("70.00, 70.00", "50.00, 70.00")), "power limit is 50 W, below the card's 70"),
+        (
+            dict(smi=SMI.replace("70.00, 70.00", "50.00, 70.00")),
+            "power limit is 50 W, below the card's 70",
+        ),
         (dict(smi=SMI.replace(", 45", ", 91")), "91 degrees C: the card lowers"),
         (dict(smi=""), "nvidia-smi does not answer"),
         (dict(smi="550.54, 585"), "nvidia-smi does not answer"),

@@ -156,7 +156,7 @@ def test_what_a_resumed_run_cannot_change(cli, tmp_path, run, flags):
         (["--tokens", "-1"], "--tokens"),
         (["--seed", "-1"], "--seed"),
         (["--checkpoint", "first"], "--checkpoint"),
-        (["--fused"], "--fused"),
+        (["--fused", "--device", "cpu"], "--fused"),
     ],
     ids=lambda v: " ".join(v)[:30],
 )

@@ -194,7 +194,9 @@ def _tile(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def _blocks() -> dict[str, int]:
-    return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK))
+    """Of the kernels that walk a row. scale x - m must not be one fused operation: m is rounded,
+    and the exponent of the largest element has to be exactly 0."""
+    return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 
 def _matrix(x: Tensor) -> Tensor:
