@@ -24,6 +24,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 # Two float64 formulas of one function differ by the rounding of some thousand operations.
 EXACT = 1e-12
+EPS32 = 2.0**-23
 
 
 def assert_rule(
@@ -31,11 +32,12 @@ def assert_rule(
     candidate: Tensor,
     baseline: Tensor,
     oracle: Tensor,
-    terms: Tensor | None = None,
+    slack: Tensor | None = None,
 ) -> None:
     """e(candidate) <= factor e(baseline) + floor, by the maximum and by the root mean square.
 
-    `terms`, where the oracle is all cancellation: the sizes of what cancels, for the floor.
+    slack, where the baseline is not eager but the oracle itself, rounded: what float32 costs, such
+    as the error of an exponential, which is its argument in roundings.
     """
     assert candidate.shape == baseline.shape == oracle.shape
     assert candidate.dtype == baseline.dtype
@@ -45,9 +47,10 @@ def assert_rule(
     for x in (candidate, baseline):
         torch.testing.assert_close(x[~finite].double(), oracle[~finite], equal_nan=True)
         assert x[finite].isfinite().all(), "not finite where the oracle is"
-    for name, e in tolerance.errors(factor, candidate, baseline, oracle, terms).items():
-        found = f"{name} error {e.candidate:.3g}, eager's {e.eager:.3g}, bound {e.bound:.3g}"
-        assert e.ok, found
+    for name, e in tolerance.errors(factor, candidate, baseline, oracle).items():
+        bound = e.bound + (0.0 if slack is None else float(tolerance.NORMS[name](slack)))
+        found = f"{name} error {e.candidate:.3g}, eager's {e.eager:.3g}, bound {bound:.3g}"
+        assert e.candidate <= bound, found
 
 
 def assert_exact(x: Any, y: Any) -> None:

@@ -27,8 +27,9 @@ def test_none_for_a_tensor_is_named(op: str, name: str) -> None:
         (torch.tensor([1]), TypeError, "^seed must be an int or a 0-d int64 tensor, got torch.int"),
         (torch.tensor(1.0), TypeError, "^seed must be .*, got torch.float32"),
         (1.5, TypeError, "^seed must be .*, got 1.5$"),
+        (2**63, ValueError, "^seed must be a number of 64 bits, got 9223372036854775808$"),
     ],
-    ids=["another device", "not 0-d", "floating tensor", "floating number"],
+    ids=["another device", "not 0-d", "floating tensor", "floating number", "too large"],
 )
 def test_bad_seeds_are_named(op: str, seed: object, error: type[Exception], message: str) -> None:
     inputs = small_inputs(torch.float32)[op]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from addresses import addresses_only
-from irongpt_kernels import launch
+from irongpt_kernels import launch, softmax
 from numerics import OPS, Inputs, randn, run
 from poison import poison
 from sanitizer import Violation, sanitize
@@ -145,11 +145,23 @@ def _cases() -> dict[str, tuple[str, dict[str, Any]]]:
     for name in ("causal_attention", "dropout_add_layer_norm"):
         cases[f"{name} with dropout"] = name, dict(dropout_p=0.3, seed=5)
     cases["causal softmax"] = "softmax", dict(causal=True, scale=0.5)
+    cases["online softmax"] = "softmax", dict(scale=0.5)
+    cases["online causal softmax"] = "softmax", dict(causal=True, scale=0.5)
     return cases
 
 
 CASES = _cases()
 each_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(autouse=True)
+def _rows_longer_than_registers(request: pytest.FixtureRequest, monkeypatch) -> None:
+    """The online cases: every row is, and takes several blocks where it is short."""
+    if "online" in request.node.name:
+        monkeypatch.setattr(softmax, "MAX_BLOCK", 0)
+        if "2_to_the_31" not in request.node.name:
+            monkeypatch.setattr(softmax, "ONLINE_BLOCK", 16)
+
 
 # Where loads give 0, kernels divide by it.
 of_no_values = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -159,7 +171,7 @@ def _inputs(case: str, dtype: torch.dtype) -> Inputs:
     """Ragged, and so that several programs and several tiles take part."""
     rows, x = randn(11, 37, dtype=dtype), randn(3, 11, 37, dtype=dtype, seed=1)
     weight, bias = (randn(37, dtype=dtype, seed=seed) for seed in (2, 3))
-    if case == "causal softmax":
+    if "causal softmax" in case:
         return dict(x=randn(3, 37, 37, dtype=dtype))
     if CASES[case][0] == "causal_attention":
         T = 35 if CASES[case][1] else 67  # the generator is slow here: two tiles, else three
@@ -230,7 +242,7 @@ def _big(case: str) -> Inputs:
     def empty(*shape: int, dtype: torch.dtype = F16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if case == "causal softmax":
+    if "causal softmax" in case:
         return dict(x=empty(2**19 + 1, 65, 65))
     if CASES[case][0] == "causal_attention":
         packed = empty(2**24 + 1, 67, 3, 4, 16)  # and m has 2^32

@@ -49,7 +49,11 @@ def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
         raise ValueError("dropout_p > 0 needs a seed")
-    if seed is None or isinstance(seed, int):
+    if seed is None:
+        return
+    if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, got {seed}")
         return
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {seed!r}")

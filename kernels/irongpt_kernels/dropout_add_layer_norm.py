@@ -17,7 +17,7 @@ Parallelism As in `layer_norm`: whole rows in registers, partials of dweight and
 Precision   Loads and stores in the tensors' own types (in training, branch and norm in a half type,
             residual and sum in float32), all between in float32. The norm is that of the sum as it
             was rounded for the store: it is what backward reads.
-Limits      As in `layer_norm`: N <= 16384, and copies of what has no contiguous rows.
+Limits      As in `layer_norm`: N <= 8192, and copies of what has no contiguous rows.
 Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 """
 
@@ -156,7 +156,7 @@ def dropout_add_layer_norm(
     seed: int | Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """See `eager.dropout_add_layer_norm`. Raises ValueError where N is above 16384."""
+    """See `eager.dropout_add_layer_norm`. Raises ValueError where N is above 8192."""
     checks.floating(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
     check(branch, weight, bias, "branch")
     checks.shape("residual", residual, tuple(branch.shape))

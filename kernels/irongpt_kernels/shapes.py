@@ -16,7 +16,7 @@ DTYPES = {
 BATCH, HEADS, CONTEXT = 64, 6, 256  # of the iron model, at which costs are given
 TOKENS = BATCH * CONTEXT
 ROWS = 48  # of the tensors that stand in: a multiple of 16, like any row count of a real model
-WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192, 16384]  # of rows in registers
+WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 Cost = Callable[[str], tuple[float, float]]  # fwd or bwd -> bytes, FLOPs (0: not counted)
 
 
@@ -60,11 +60,13 @@ def every(arch: int) -> list[Case]:
 def representative(arch: int) -> list[Case]:
     """Those that a test can afford: each kernel in each dtype, each tile of attention, and on sm_75
     padded heads too, and scalar attention, which takes LLVM long, at its largest."""
-    T, heads = CONTEXT, (48, 64, 80, 96, 128) if arch == 75 else (64, 128)
+    T, heads = CONTEXT, (32, 48, 64, 80, 96, 128) if arch == 75 else (64, 128)
     attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
     if arch == 75:
-        attention += [f"D=64 p=0.0 T={T} float16", f"D=128 p=0.2 T={T} float32"]
+        attention += [f"D={D} p=0.0 T={T} float16" for D in (32, 64)] + ["D=64 p=0.2 T=250 float16"]
+        attention += [f"D={D} p=0.2 T={T} float32" for D in (16, 128)]
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
+    norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
     return [case for case in every(arch) if case.shape in chosen]

@@ -51,20 +51,17 @@ def floor(dtype: torch.dtype, size: Tensor) -> Tensor:
     return info.eps * size + info.smallest_normal * info.eps
 
 
-def errors(
-    factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor, terms: Tensor | None = None
-) -> dict[str, Errors]:
+def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Errors]:
     """By norm. The tensors have one shape and are not empty; where the oracle is not finite, they
     do not count.
 
-    factor: OUTPUTS or GRADIENTS. terms, where the oracle is all cancellation: the sizes of what
-    cancels, for the floor.
+    factor: OUTPUTS or GRADIENTS.
     """
     finite = oracle.isfinite()
     found = {}
     for name, norm in NORMS.items():
         e, e_eager = (norm((x.double() - oracle).where(finite, 0.0)) for x in (candidate, eager))
-        size = norm(oracle.where(finite, 0.0) if terms is None else terms)
+        size = norm(oracle.where(finite, 0.0))
         bound = factor * e_eager + floor(candidate.dtype, size)
         found[name] = Errors(float(e), float(e_eager), float(bound))
     return found
