@@ -82,7 +82,10 @@ def test_a_newer_card(card) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (dict(smi=SMI.replace("70.00, 70.00", "50.00, 70.00")), "power limit is 50 W, below 70"),
+        (
+            dict(smi=SMI.replace("70.00, 70.00", "50.00, 70.00")),
+            "power limit is 50 W, below the card's 70",
+        ),
         (dict(smi=SMI.replace(", 45", ", 91")), "91 degrees C: the card lowers"),
         (dict(smi=""), "nvidia-smi does not answer"),
         (dict(smi="550.54, 585"), "nvidia-smi does not answer"),
