@@ -72,11 +72,11 @@ def measure(
                 if turn:
                     samples[way].append(time.perf_counter() - start)
     rows = []
-    for (way, B), seconds in samples.items():
+    for (kind, B), seconds in samples.items():
         t = timing.Timing(seconds, False)
         rows.append(
             {
-                "way": way,
+                "way": kind,
                 "batch": B,
                 "tokens": tokens,
                 "tokens_per_s": B * tokens / t.median,

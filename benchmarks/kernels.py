@@ -201,7 +201,7 @@ def row(
     return values | {
         "seconds": t.median,
         "iqr": t.iqr,
-        "samples": len(t.samples),
+        "seconds_of_samples": t.samples,
         "graph": t.graph,
         "host_seconds": t.host,
         "peak_bytes": peak,

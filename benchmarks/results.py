@@ -52,17 +52,25 @@ def save(file: Path, section: str, values: Values) -> None:
     """Puts a section into a file that may hold others."""
     known = load(file) if file.exists() else {"format": FORMAT}
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(finite(known | {section: values}), indent=1, allow_nan=False)
-    replace_file(file, (text + "\n").encode())
+    replace_file(file, encode(known | {section: values}))
+
+
+def encode(values: Values) -> bytes:
+    """JSON to be read and compared by line: lists of numbers are one line each."""
+    text = json.dumps(finite(values), indent=1, allow_nan=False)
+    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: "[" + " ".join(m[0][1:-1].split()) + "]", text)
+    return (text + "\n").encode()
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+    """JSON has no infinity and no NaN: they become null. Six digits are more than is measured."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 class Section:

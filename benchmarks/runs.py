@@ -3,7 +3,7 @@
     python -m benchmarks.runs --iters 300         as far as that
     python -m benchmarks.runs --section target    until the validation loss is 1.38 (nano: 1.80)
 
-The same seed, text and order of batches; eager and fused drop the same elements too, builtin others.
+Seed, text and order of batches are the same; eager and fused drop the same elements too.
 Everything is as `irongpt train` has it, but for checkpoints and samples. Seconds are of training,
 without evaluations, which are told apart, and after a first step that compiles.
 """

@@ -9,7 +9,8 @@
     ... max-autotune         in that mode, which has CUDA graphs of its own
     ... graph                the whole step as one CUDA graph
     ... as trained           that, with deterministic algorithms: what `irongpt train` runs
-    nanoGPT                  its model and AdamW, on the same batches
+    nanoGPT                  its model and AdamW, on the same batches; beside it builtin AdamW,
+                             which does the same work where our preset has another optimizer
 
 A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, AdamW. The variants take
 turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
@@ -63,6 +64,7 @@ def variants(
     add("eager", eager)
     if checkout is not None:
         found.append(("nanoGPT", lambda s: nanogpt(s, checkout, dtype, device)))
+        add("builtin AdamW", builtin, optimizer="adamw")
     if gpu and GRAPHED:
         add("fused graph", None, graph=True)
         add("builtin graph", builtin, graph=True)

@@ -96,14 +96,17 @@ def trained(
     mode: str | None = None,
     deterministic: bool = False,
     graph: bool = False,
+    **recipe: Any,
 ) -> Variant:
     """setting: model, recipe, token ids. mode: of torch.compile; None compiles nothing.
 
-    graph: the whole step as one CUDA graph, where the trainer can do that.
+    graph: the whole step as one CUDA graph, where the trainer can do that. recipe: what of the
+    setting's is another value here.
     """
     model_config, train_config, ids = setting
     if GRAPHED:
-        train_config = dataclasses.replace(train_config, **{"graph": graph})
+        recipe["graph"] = graph
+    train_config = dataclasses.replace(train_config, **recipe)
     torch.manual_seed(train_config.seed)
     model = GPT(model_config, module).to(device)
     trainer = Trainer(model, ids, train_config, device, dtype)
@@ -117,7 +120,7 @@ def trained(
             made: Tensor = compiled(x, y, seed=at)
             return made
 
-        model.loss = loss  # type: ignore[method-assign]
+        setattr(model, "loss", loss)  # noqa: B010 (a method, for mypy)
     return Variant(trainer.train_step, device, deterministic)
 
 
@@ -140,7 +143,7 @@ def nanogpt(
     optimizer = model.configure_optimizers(
         train.weight_decay, train.lr, (train.beta1, train.beta2), device.type
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     train_ids, _ = split(ids.to(device), ours.context)
     batches = TrainBatches(train_ids, ours.context, train.batch_size, train.seed)
     count = iter(range(10**9))
