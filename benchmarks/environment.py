@@ -21,7 +21,7 @@ from irongpt import __version__, smi
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth
-PERIOD = 1.0  # seconds between two looks at the card
+PERIOD = 2.0  # seconds between two looks at the card
 
 # The bits of NVML's clock event reasons by which a card says that it runs slower than it could.
 THROTTLE = {
@@ -182,13 +182,15 @@ class Watch:
         self.stop.set()
         if self.before is not None:
             self.thread.join()
+        self.seen += [now] if (now := state(self.device)) is not None else []
         self.update()
 
     def update(self) -> dict[str, Any]:
-        """The report up to now."""
+        """The report up to now; `after` is what was seen last."""
         seconds = round(time.perf_counter() - self.began, 1)
-        self.report = {"seconds": seconds, "before": self.before, "after": state(self.device)}
         seen = list(self.seen)
+        after = seen[-1] if seen else self.before
+        self.report = {"seconds": seconds, "before": self.before, "after": after}
         for key in ("sm_mhz", "watt", "celsius"):
             values = [s[key] for s in seen if s[key] is not None]
             if values:
@@ -226,6 +228,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, i: int) -> torch.Tensor:
 
 def _seconds(call: timing.Call, device: torch.device) -> float:
     """Median of a call."""
-    found = timing.measure({"": call}, 1, device, rounds=10)[""]
+    with timing.stream(device):
+        found = timing.measure({"": call}, 1, device, rounds=10)[""]
     assert isinstance(found, timing.Timing), found
     return found.median

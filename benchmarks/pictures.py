@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
@@ -115,17 +116,16 @@ def roofline(section: Values) -> Figure | None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     ridge = rate / bandwidth
     span = [ridge / 30, ridge * 8]
-    left.plot(span, [min(rate, bandwidth * x) / 1e12 for x in span], color="0.3")
     corner = [span[0], ridge, span[1]]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
     left.text(ridge * 1.1, rate / 1e12 * 1.08, f"product {rate / 1e12:,.3g} TFLOP/s", fontsize=8)
-    left.text(
-        span[0], bandwidth * span[0] / 1e12 * 1.6, f"copy {bandwidth / 1e9:,.4g} GB/s", fontsize=8
-    )
+    under = bandwidth * span[0] / 1e12
+    left.text(1.5 * span[0], under, f"copy {bandwidth / 1e9:,.4g} GB/s", fontsize=8)
     swept = [
         (r, results.derive(r, roofs))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
+        if r["sweep"] in ("iron", "smoke", "T")
     ]
     for provider in dict.fromkeys(r["provider"] for r, _ in swept):
         points = [
@@ -141,7 +141,6 @@ def roofline(section: Values) -> Figure | None:
     left.set_xlabel("FLOP a byte, at least")
     left.set_ylabel("TFLOP/s")
     left.set_title(f"attention, forward and backward, {dtype}", fontsize=10)
-    left.legend(fontsize=7, loc="lower right")
     left.grid(alpha=0.25)
     _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
     return figure
@@ -171,7 +170,7 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     seen = list(dict.fromkeys(r["provider"] for r, _ in known))
     for provider in seen:
         axes.plot([], [], "o", color=COLORS[provider], label=provider)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None:
@@ -231,22 +230,24 @@ def step(section: Values) -> Figure | None:
         rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
         products = section["products"][dtype]
         alone = 1e3 * products["seconds"]
+        handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
         for y, r in enumerate(rows):
             ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
             axes.barh(y, min(alone, ms), color="#495057")
             axes.barh(y, max(0.0, ms - alone), left=min(alone, ms), color=color)
             axes.errorbar(ms, y, xerr=1e3 * r["iqr"] / 2, color="black", linewidth=1, capsize=2)
-            rate = f"  {ms:.3g} ms, {r['tokens_per_s']:,.0f} tokens/s"
+            k = r["tokens_per_s"] / 1e3
+            rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
             axes.text(ms + 0.5e3 * r["iqr"], y, rate, va="center", fontsize=8)
         if "computed_floor_seconds" in products:
             floor = 1e3 * products["computed_floor_seconds"]
-            axes.axvline(floor, color="black", linestyle=":", linewidth=1.2, label="computed floor")
-        axes.barh([], [], color="#495057", label="matrix products, timed alone")
+            line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")
+            handles.append(line)
         axes.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(right=1.35 * 1e3 * rows[-1]["seconds"])
         axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
         _plain(axes)
     return figure
 

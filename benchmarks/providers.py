@@ -10,13 +10,15 @@
     fused            the Triton kernels
     liger, flash-attn    those packages, where they are installed
 
-A provider takes the case's inputs and returns the op's output or outputs.
+A provider takes the inputs and returns the output or outputs; in 16 bits under autocast.
 """
 
+import contextlib
 import importlib.util
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.workloads import Case, Inputs
+from irongpt import device as devices
 from irongpt import ops
 from irongpt.errors import UserError
 
@@ -50,6 +53,17 @@ class Provider(NamedTuple):
 
     function: Function
     own_masks: bool = True
+
+    def under(
+        self, autocast: Callable[[], contextlib.AbstractContextManager[object]]
+    ) -> "Provider":
+        """The same, called as it is in a training."""
+
+        def function(x: Inputs) -> Outputs:
+            with autocast():
+                return self.function(x)
+
+        return Provider(function, self.own_masks)
 
 
 def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, str]:
@@ -94,7 +108,8 @@ def providers(
                 found[name] = Provider(_backend(case, BACKENDS[name]))
         elif name in PEERS and (function := PEERS[name][1](case)) is not None:
             found[name] = Provider(function)
-    return found
+    autocast = partial(devices.autocast, device, case.dtype)
+    return {name: provider.under(autocast) for name, provider in found.items()}
 
 
 def compiled(function: Function) -> Function:

@@ -10,6 +10,7 @@ on the same CPU slows all of them alike. Reported are the median of the samples 
 of their quartiles.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -56,6 +57,15 @@ class Sampler(Protocol):
     def host(self) -> float | None: ...
 
     def sample(self) -> float: ...
+
+
+def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where calls are prepared and measured: a graph cannot be captured on the default stream."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(aside)
 
 
 def copies(input_bytes: int, device: torch.device) -> int:
@@ -141,7 +151,7 @@ class Events:
 
 
 class Replay:
-    """A graph of calls. Call on a stream that is not the default one, as a capture needs."""
+    """A graph of calls, captured on the current stream; see `stream`."""
 
     graph = True
 

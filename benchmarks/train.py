@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     dtypes = list(dict.fromkeys([half, torch.float32]))
     if args.dtypes:
         dtypes = [devices.DTYPES[name] for name in args.dtypes]
-    until = time.perf_counter() + (args.budget or BUDGET[device.type])
+    budget, began = args.budget or BUDGET[device.type], time.perf_counter()
     with results.Section("train", device, args) as section:
         roofs = environment.roofs(device, dtypes)
         roofs["peak"] = {str(d)[6:]: devices.peak_flops(device, d)[0] for d in dtypes}
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
             products={},
             rows=[],
         )
-        for dtype in dtypes:
+        for i, dtype in enumerate(dtypes):
+            until = began + budget * (1.0 if i == len(dtypes) - 1 else 0.65)
             found = products.measure(setting[0], setting[1].batch_size, dtype, device)
             found |= products.floor(
                 setting[0], setting[1].batch_size, dtype, found["seconds"], roofs
