@@ -75,8 +75,7 @@ class Gpu:
         here = [str(ROOT), str(ROOT / "kernels"), self.env.get("PYTHONPATH", "")]
         self.env["PYTHONPATH"] = os.pathsep.join(p for p in here if p)
         self.env["PYTHONUNBUFFERED"] = "1"
-        if self.gpu:
-            self.env.pop("TRITON_INTERPRET", None)
+        self.env.pop("TRITON_INTERPRET", None)  # a time of the interpreter tells nothing
 
     def python(self, *command: object, limit: float, env: dict[str, str] | None = None) -> Done:
         words = [sys.executable, "-m", *map(str, command)]
