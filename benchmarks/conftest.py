@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import environment, kernels, results, workloads
-from benchmarks.providers import NAMES, missing
+from benchmarks.providers import NAMES, computes, missing
 from benchmarks.workloads import Case
 from irongpt import device as devices
 
@@ -38,15 +38,16 @@ class Session:
         without = missing(self.device, self.names)
         self.section.put(smoke=not gpu, missing=without, roofs=roofs, rows=[])
 
-    def row(self, case: Case, mode: str, provider: str) -> kernels.Row | None:
-        """The row, which may tell why it has no time; None if the op has no such provider."""
+    def row(self, case: Case, mode: str, provider: str) -> kernels.Row:
+        """The row, which may tell why it has no time."""
         if case != self.case:
             self.case, self.rows = case, kernels.measure_case(case, self.device, self.names)
             self.section.put(rows=self.section.values["rows"] + self.rows)
-        for row in self.rows:
-            if row["provider"] == provider and ("none_because" in row or row["mode"] == mode):
-                return row
-        return None
+        return next(
+            row
+            for row in self.rows
+            if row["provider"] == provider and ("none_because" in row or row["mode"] == mode)
+        )
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +71,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = config.getoption("providers").split(",")
     without = missing(device, tuple(names))
     here = [name for name in names if name not in without]
-    wanted = [(c, m, n) for c in cases for m in workloads.MODES for n in here]
-    ids = [f"{c.sweep}-{c.name}-{m}-{n}".replace(" ", "_") for c, m, n in wanted]
+    wanted = [
+        (c, mode, name)
+        for c in cases
+        for mode in workloads.MODES
+        for name in here
+        if computes(name, c.op) and (name != "compile" or kernels.compiled_here(c))
+    ]
+    ids = [f"{c.sweep}-{c.name}-{mode}-{name}".replace(" ", "_") for c, mode, name in wanted]
     metafunc.parametrize(("case", "mode", "provider"), wanted, ids=ids)

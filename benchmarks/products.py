@@ -102,6 +102,14 @@ def floor(
     return {"least_bytes": moved, "computed_floor_seconds": products_seconds + rest}
 
 
+def bound(config: GPTConfig, batch_size: int, dtype: torch.dtype, roofs: dict[str, Any]) -> float:
+    """Computed seconds of a step on a device of which no more is known than its roofs."""
+    work = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes(config, batch_size))
+    products = work / roofs["gemm_flops_per_s"][str(dtype)[6:]]
+    found = floor(config, batch_size, dtype, products, roofs)
+    return float(found.get("computed_floor_seconds", products))
+
+
 def line(dtype: str, found: dict[str, Any]) -> str:
     text = (
         f"{dtype:9} matrix products alone {found['seconds'] * 1e3:9.2f} ms, "

@@ -79,18 +79,26 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
             found[name] = f"{package} is not installed"
         elif name in names and device.type != "cuda":
             found[name] = "it needs a GPU"
-    return found
+    if device.type != "cuda":
+        found |= dict.fromkeys(("cudnn", "efficient"), "a CPU has no such backend")
+    return {name: why for name, why in found.items() if name in names}
+
+
+def computes(name: str, op: str) -> bool:
+    """Whether a provider has the op at all."""
+    if name in ("textbook", "flash-attn", *BACKENDS):
+        return op in ATTENTION
+    return op in ("layer_norm", "cross_entropy") if name == "liger" else True
 
 
 def providers(
     case: Case, device: torch.device, names: tuple[str, ...] = NAMES
 ) -> dict[str, Provider]:
-    """Those of `names` that the op has and that are not missing."""
-    attention = case.op in ATTENTION
+    """Those of `names` that compute the op and are not missing."""
     found: dict[str, Provider] = {}
     without = missing(device, names)
     for name in names:
-        if name in without:
+        if name in without or not computes(name, case.op):
             continue
         if name == "eager":
             found[name] = Provider(_by(eager, case), own_masks=False)
@@ -99,15 +107,14 @@ def providers(
         elif name == "fused":
             found[name] = Provider(_by(ops.load("fused", device), case), own_masks=False)
         elif name == "compile":
-            written = _textbook(case) if attention else _by(builtin, case)
+            written = _textbook(case) if case.op in ATTENTION else _by(builtin, case)
             found[name] = Provider(compiled(written))
-        elif attention and name == "textbook":
+        elif name == "textbook":
             found[name] = Provider(_textbook(case))
-        elif attention and name in BACKENDS:
-            if device.type == "cuda" or name in ("flash", "math"):  # what a CPU has
-                found[name] = Provider(_backend(case, BACKENDS[name]))
-        elif name in PEERS and (function := PEERS[name][1](case)) is not None:
-            found[name] = Provider(function)
+        elif name in BACKENDS:
+            found[name] = Provider(_backend(case, BACKENDS[name]))
+        else:
+            found[name] = Provider(PEERS[name][1](case))
     autocast = partial(devices.autocast, device, case.dtype)
     return {name: provider.under(autocast) for name, provider in found.items()}
 
@@ -177,7 +184,7 @@ def _backend(case: Case, backend: SDPBackend) -> Function:
     return function
 
 
-def _liger(case: Case) -> Function | None:
+def _liger(case: Case) -> Function:
     if case.op == "layer_norm":
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
@@ -189,17 +196,13 @@ def _liger(case: Case) -> Function | None:
             return out
 
         return norm
-    if case.op == "cross_entropy":
-        from liger_kernel.transformers.functional import liger_cross_entropy
+    from liger_kernel.transformers.functional import liger_cross_entropy
 
-        # It writes the gradient over its input: a copy, so that it can be run again.
-        return lambda x: liger_cross_entropy(x["logits"].clone(), x["targets"])
-    return None
+    # It writes the gradient over its input: a copy, so that it can be run again.
+    return lambda x: liger_cross_entropy(x["logits"].clone(), x["targets"])
 
 
-def _flash_attn(case: Case) -> Function | None:
-    if case.op not in ATTENTION or case.dtype == torch.float32:
-        return None
+def _flash_attn(case: Case) -> Function:
     from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 
     if case.op == "causal_attention_packed":
@@ -213,7 +216,7 @@ def _flash_attn(case: Case) -> Function | None:
     return function
 
 
-PEERS: dict[str, tuple[str, Callable[[Case], Function | None]]] = {
+PEERS: dict[str, tuple[str, Callable[[Case], Function]]] = {
     "liger": ("liger_kernel", _liger),
     "flash-attn": ("flash_attn", _flash_attn),
 }

@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import results, summary
+import torch
+
+from benchmarks import products, results, summary
+from benchmarks.workloads import Shape
+from irongpt.config import PRESETS, GPTConfig
 
 Values = dict[str, Any]
 
 # A T4 as it is known from others' measurements (its copies reach 72 to 82 % of 320 GB/s, cuBLAS 18
 # to 24 TFLOP/s in float16 under its 70 W). Bounds by these are computed, none of them is measured.
-T4 = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12}}
+T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12}}
 
 
 def environment(values: Values) -> Values:
@@ -79,7 +83,7 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if "kernels" in values:
         pictured = ("speedup", "roofline", "sweep-T", "memory-T")
         yield "Kernels", kernels(values["kernels"]), pictured
-        yield "A T4", t4(values["kernels"]), ()
+        yield "A T4", t4(values["kernels"], values.get("train")), ()
     if "runs" in values:
         yield "Runs from one seed", runs(values["runs"]), ("runs",)
     if "stages" in values:
@@ -93,7 +97,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def train(section: Values) -> str:
     parts = []
-    for dtype, products in section["products"].items():
+    for dtype, alone in section["products"].items():
         rows = [r for r in section["rows"] if r["dtype"] == dtype]
         base = next(
             (r["seconds"] for r in rows if r["variant"] == "builtin" and "seconds" in r), None
@@ -111,7 +115,7 @@ def train(section: Values) -> str:
                     f"{base / r['seconds']:.2f}" if base else "",
                     f"{r['tokens_per_s']:,.0f}",
                     f"{r['mfu']:.1%}",
-                    f"{products['seconds'] / r['seconds']:.0%}",
+                    f"{alone['seconds'] / r['seconds']:.0%}",
                     f"{r['peak_bytes'] / 2**30:.2f}" if r.get("peak_bytes") else "",
                     str(r.get("launches") or ""),
                     f"first call {r['first_seconds']:.0f} s",
@@ -123,13 +127,13 @@ def train(section: Values) -> str:
         text = (
             f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} windows of "
             f"{model['context']} a step. Its matrix products alone take "
-            f"{products['seconds'] * 1e3:.2f} ms, "
-            f"{products['flops'] / products['seconds'] / 1e12:.3g} TFLOP/s."
+            f"{alone['seconds'] * 1e3:.2f} ms, "
+            f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
         )
-        if "computed_floor_seconds" in products:
+        if "computed_floor_seconds" in alone:
             text += (
                 f" Computed floor, with the least bytes of all else at the copy's bandwidth: "
-                f"{products['computed_floor_seconds'] * 1e3:.2f} ms."
+                f"{alone['computed_floor_seconds'] * 1e3:.2f} ms."
             )
         parts += [text, table(head, body)]
     return "\n\n".join(parts)
@@ -228,21 +232,35 @@ def _op(key: tuple[Any, ...], rows: list[Values], roofs: Values) -> str:
     return text + ("\n\nNo time: " + "; ".join(without) if without else "")
 
 
-def t4(section: Values) -> str:
+def t4_step() -> float:
+    """Computed seconds of the iron preset's step in float16 on a T4, at the least."""
+    config = GPTConfig(vocab_size=Shape().V, **PRESETS["iron"].model)
+    return products.bound(config, PRESETS["iron"].train["batch_size"], torch.float16, T4)
+
+
+def is_t4(section: Values) -> bool:
+    return "T4" in section["environment"]["name"].split()
+
+
+def t4(section: Values, training: Values | None = None) -> str:
     """Measured nowhere but on a T4: elsewhere the column is empty, beside it what is computed."""
-    here = (
-        "T4" in section["environment"]["name"].split()
-        or "Tesla T4" in section["environment"]["name"]
-    )
+    here = is_t4(section)
     known: dict[tuple[str, str], Values] = {}
     for r in section["rows"]:
         if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] == "both":
             slot = known.setdefault((r["op"], r["size"]), dict(r, fused=None))
             if r["provider"] == "fused" and here:
                 slot["fused"] = r.get("seconds")
-    if not known:
-        return "No row of the iron model's shape in 16 bits here."
-    rows = []
+    steps = [
+        r["seconds"]
+        for r in (training or {}).get("rows", [])
+        if here
+        and r["variant"] == "fused as trained"
+        and r["dtype"] == "float16"
+        and "seconds" in r
+    ]
+    measured = f"{steps[0] * 1e6:,.0f}" if steps else ""
+    rows = [["a training step, iron", measured, f"{t4_step() * 1e6:,.0f}"]]
     for (op, size), r in known.items():
         if "least_bytes" not in r:
             continue
@@ -251,7 +269,7 @@ def t4(section: Values) -> str:
         rows.append([f"{op}, {size}", measured, f"{bound * 1e6:,.0f}"])
     text = (
         "Forward and backward in float16, microseconds. The bound is computed, not measured: least "
-        f"bytes at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "  # type: ignore[operator]
-        f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."  # type: ignore[index]
+        f"bytes at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
+        f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
     )
     return text + "\n\n" + table(["op", "fused on a T4, measured", "bound, computed"], rows)

@@ -130,6 +130,10 @@ def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
     assert "computed" in elsewhere
 
 
+def test_the_readme_has_the_bound_that_is_computed() -> None:
+    assert f"| T4 | | {tables.t4_step() * 1e3:.1f} ms |" in (ROOT / "README.md").read_text()
+
+
 def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
     """As make bench does, for one op."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
