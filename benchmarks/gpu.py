@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -163,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages [9.5]")
     results.add_options(parser)
     args = parser.parse_args(argv)
+    # A shell starts what is in the background deaf to interrupts; the stages have to hear theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gpu = Gpu(args)
     stages = [name for name in SHARES if args.only is None or name in args.only]
     end = time.perf_counter() + 60 * args.minutes

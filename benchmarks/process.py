@@ -108,7 +108,7 @@ def run_many(
                 statuses.append(done.status)
                 finished(name, done)
 
-    workers = [threading.Thread(target=work) for _ in range(at_once)]
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(at_once)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import changes, environment, kernels, products, results, timing, workloads
+from benchmarks import changes, environment, kernels, products, results, workloads
 from benchmarks.providers import NAMES, missing, providers
 from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
 from irongpt.config import PRESETS, GPTConfig
@@ -141,21 +141,6 @@ def test_sweeps_keep_the_tokens() -> None:
     assert {c.shape.T for c in swept} == {64, 128, 256, 512, 1024, 2048, 4096, 8192}
     assert {c.shape.B * c.shape.T for c in swept} == {16384}
     assert {c.p for c in swept} == {0.0, 0.2}
-
-
-def test_providers_take_turns() -> None:
-    order: list[str] = []
-    calls = {name: lambda i, name=name: order.append(name) for name in "abc"}
-    found = timing.measure(calls, 1, CPU, rounds=3)
-    turns = "".join(name for i, name in enumerate(order) if i == 0 or name != order[i - 1])
-    assert turns.endswith("abcbcacab")  # abc, bca, cab
-    assert [len(t.samples) for t in found.values()] == [3, 3, 3]
-
-
-def test_median_and_spread() -> None:
-    t = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0], False)
-    assert t.median == 3.0
-    assert t.iqr == pytest.approx(50.5)  # the quartiles are 1.5 and 52
 
 
 def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
