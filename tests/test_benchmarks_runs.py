@@ -147,7 +147,9 @@ def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
     assert "6 passed" in done.stdout
     (ours,) = tmp_path.glob("*/*.json")
     rows = {(r["provider"], r["mode"]): r for r in results.load(ours)["kernels"]["rows"]}
-    for b in json.loads(file.read_text())["benchmarks"]:
+    timed = json.loads(file.read_text())["benchmarks"]
+    assert {(b["name"], b["extra_info"]["mode"]) for b in timed} == set(rows)
+    for b in timed:
         row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
         assert b["stats"]["median"] == pytest.approx(row["seconds"], rel=1e-4)
         assert b["stats"]["rounds"] == len(row["seconds_of_samples"])
