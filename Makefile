@@ -4,7 +4,11 @@
 #     make test                         the tests; ARGS="..." for pytest's
 #     make test-tritons                 what compiles for a T4, under each Triton that we support
 #     make lint                         style and types
-#     make bench NANOGPT=folder         nano against nanoGPT's CPU recipe; folder: its checkout
+#     make bench                        every op by every provider; ARGS="--iron-only" for no sweeps
+#     make bench-train                  ms a training step, tokens/s, writing, seconds to a loss
+#     make bench-nano NANOGPT=folder    nano against nanoGPT's CPU recipe; folder: its checkout
+#     make gpu                          all that a GPU is asked for, in ten minutes; sets nothing up
+#     make report                       the page of the newest result
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +17,7 @@ PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 
 TRITONS := 3.6.0 3.7.1 3.9.0
 
-.PHONY: train test test-tritons lint bench clean
+.PHONY: train test test-tritons lint bench bench-train bench-nano gpu report clean
 
 train: .venv/run
 	$(BIN)/irongpt train $(ARGS)
@@ -33,7 +37,22 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 bench: .venv/dev
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
+
+bench-train: .venv/run
+	$(BIN)/python -m benchmarks.train $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(ARGS)
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.runs --section target
+
+bench-nano: .venv/dev
 	$(BIN)/python -m benchmarks.nano --nanogpt "$(NANOGPT)" $(ARGS)
+
+# With the packages of .venv if it is there, else with those of PYTHON.
+gpu:
+	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+report: .venv/run
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 .venv/run: pyproject.toml constraints.txt
 	@echo "setting up .venv with torch and what else a run needs: minutes the first time"

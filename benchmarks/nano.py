@@ -1,7 +1,7 @@
 """On a CPU: `irongpt train --preset nano` against nanoGPT's own CPU recipe, and iron's step.
 
     git clone https://github.com/karpathy/nanoGPT
-    make bench NANOGPT=nanoGPT
+    make bench-nano NANOGPT=nanoGPT
 
 Three runs on War and Peace, first nine tenths for training, last tenth for validation, one after
 the other, in seconds of wall time from the start of the process to its end:
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import pickle
-import platform
 import re
 import resource
 import statistics
@@ -35,6 +34,8 @@ from typing import Any
 import torch
 from irongpt_kernels import builtin
 
+from benchmarks import environment
+from benchmarks.results import slug
 from irongpt import corpus
 from irongpt.batches import split
 from irongpt.config import PRESETS, GPTConfig
@@ -60,7 +61,8 @@ def main() -> None:
     if not (checkout / "train.py").is_file():
         parser.error(f"{checkout} is no checkout of nanoGPT: it has no train.py")
     text = corpus.load("war-and-peace", say=print)
-    results: dict[str, Any] = {"environment": environment(), "rows": []}
+    machine = environment.describe(torch.device("cpu"))
+    results: dict[str, Any] = {"environment": machine, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
         for measure in (nanogpt, to_target, nano):
             row = measure(Path(scratch), checkout, text.text)
@@ -68,23 +70,11 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     results["iron_step"] = iron_step(checkout)
     print(json.dumps(results["iron_step"]))
-    folder = args.out / re.sub(r"[^A-Za-z0-9]+", "-", results["environment"]["cpu"]).strip("-")
+    folder = args.out / slug(machine["name"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"nano-{date.today()}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {file}")
-
-
-def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:

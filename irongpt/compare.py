@@ -38,6 +38,8 @@ def compare(
     for path in (json_file, plot):
         if path is not None:
             check_result(path)
+    if plot is not None:  # matplotlib is for the picture alone
+        from irongpt import compare_plot
     module = ops.load(candidate, target)
     devices.make_deterministic()
     full, drops = target.type == "cuda", candidate != "builtin"
@@ -84,7 +86,7 @@ def compare(
         write_result(json_file, to_json(environment, rows, checks, curves))
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
-        write_result(plot, report.png(rows, curves, candidate, title))
+        write_result(plot, compare_plot.png(rows, curves, candidate, title))
     say("")
     for line in failures:
         say(line)

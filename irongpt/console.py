@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
 def say(text: str) -> None:
     """A line for the user, above the progress bar if there is one."""
     try:
-        with tqdm.external_write_mode(file=sys.stdout):
+        bars = sys.modules.get("tqdm")  # loaded with the first bar, and not needed without one
+        above = bars.tqdm.external_write_mode(file=sys.stdout) if bars else contextlib.nullcontext()
+        with above:
             print(text, flush=True)
     except BrokenPipeError:  # whoever read it has seen enough; what says it goes on
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -62,6 +62,8 @@ class Progress:
     """The state of a run: `tqdm`'s bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, steps: int, start: int) -> None:
+        from tqdm import tqdm
+
         self.terminal = sys.stderr.isatty()
         self.bar: tqdm[Any] = tqdm(
             total=steps,

@@ -3,7 +3,6 @@
 import json
 import platform
 import shutil
-import subprocess
 import textwrap
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from irongpt_kernels import eager, emulate
 
-from irongpt import __version__, ops
+from irongpt import __version__, ops, smi
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig
 from irongpt.errors import UserError
@@ -100,7 +99,7 @@ def _card(report: Report, device: torch.device) -> None:
     report.facts["machine"] += f"\n{cores}, CUDA {torch.version.cuda}"
     if (p.major, p.minor) < (7, 5):
         report.amiss.append("the kernels need compute capability 7.5 or newer: use --ops builtin")
-    now = _nvidia_smi(str(p.uuid))
+    now = smi.query(str(p.uuid), CLOCKS)
     if now is None:
         report.advice.append("nvidia-smi does not answer: clocks, power and heat are not known")
         return
@@ -109,40 +108,14 @@ def _card(report: Report, device: torch.device) -> None:
         f"{now['clocks.sm']} of {now['clocks.max.sm']} MHz, memory {now['clocks.mem']} MHz, "
         f"{now['power.draw']} of {now['power.limit']} W, {now['temperature.gpu']} degrees C"
     )
-    limit, default = _number(now["power.limit"]), _number(now["power.default_limit"])
+    limit, default = smi.number(now["power.limit"]), smi.number(now["power.default_limit"])
     if limit is not None and default is not None and limit < default:
         report.advice.append(
             f"the power limit is {limit:g} W, below the card's {default:g}: slower"
         )
-    heat = _number(now["temperature.gpu"])
+    heat = smi.number(now["temperature.gpu"])
     if heat is not None and heat >= HOT:
         report.advice.append(f"{heat:g} degrees C: the card lowers its clocks until it is cooler")
-
-
-def _nvidia_smi(uuid: str) -> dict[str, str] | None:
-    """CLOCKS as nvidia-smi has them now; None where it does not answer."""
-    card = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    command = ["nvidia-smi", f"--id={card}", f"--query-gpu={','.join(CLOCKS)}"]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    values = [x.strip() for x in done.stdout.split(",")]
-    if done.returncode or len(values) != len(CLOCKS):
-        return None
-    return dict(zip(CLOCKS, values, strict=True))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # [N/A]
-        return None
 
 
 def _software(report: Report) -> None:

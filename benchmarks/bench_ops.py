@@ -1,0 +1,46 @@
+"""Every op by every provider as benchmarks of pytest-benchmark: `make bench`.
+
+The samples are those of `kernels.measure_case`, by CUDA events and with the providers in turns.
+pytest-benchmark times a function by a clock, and here the clock is one that each sample moves on:
+its tables, its comparisons and its JSON then hold the device's seconds, not Python's.
+"""
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import results
+from benchmarks.conftest import Session
+from benchmarks.workloads import Case
+
+
+class Clock:
+    """Seconds that have been measured already: `tick` lets the next sample pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.samples: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += self.samples.pop(0)
+
+
+CLOCK = Clock()
+
+
+@pytest.mark.benchmark(timer=CLOCK, disable_gc=False)
+def bench_op(
+    benchmark: BenchmarkFixture, session: Session, case: Case, mode: str, provider: str
+) -> None:
+    row = session.row(case, mode, provider)
+    if "none_because" in row:
+        gate = row["gate"]
+        assert gate is None or gate["ok"], row["none_because"]
+        pytest.skip(row["none_because"])
+    benchmark.group = f"{case.name}, {mode}"
+    benchmark.name = provider
+    benchmark.extra_info.update(row, **results.derive(row, session.section.values["roofs"]))
+    CLOCK.samples = list(row["seconds_of_samples"])
+    benchmark.pedantic(CLOCK.tick, rounds=len(CLOCK.samples), iterations=1)

@@ -1,0 +1,82 @@
+"""Options of `pytest benchmarks`, and the result file that its measurements go to."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import environment, kernels, results, workloads
+from benchmarks.providers import NAMES, computes, missing
+from benchmarks.workloads import Case
+from irongpt import device as devices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("irongpt")
+    group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.addoption("--iron-only", action="store_true", help="no sweeps")
+    group.addoption("--providers", default=",".join(NAMES), help="of these only")
+    group.addoption("--out", type=Path, default=results.FOLDER, help="folder of the results")
+    group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
+    group.addoption("--commit", help="of this source, where git is not there to tell")
+
+
+class Session:
+    """Measures a case when the first of its rows is asked for, all providers in turns."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = devices.pick(config.getoption("device"))
+        self.names = tuple(config.getoption("providers").split(","))
+        self.section = results.Section("kernels", self.device, config.option)
+        self.case: Case | None = None
+        self.rows: list[kernels.Row] = []
+
+    def begin(self) -> None:
+        gpu = self.device.type == "cuda"
+        types = kernels.dtypes_of(self.device, True) + kernels.dtypes_of(self.device, False)
+        roofs = environment.roofs(self.device, list(dict.fromkeys(types)))
+        without = missing(self.device, self.names)
+        self.section.put(smoke=not gpu, missing=without, roofs=roofs, rows=[])
+
+    def row(self, case: Case, mode: str, provider: str) -> kernels.Row:
+        """The row, which may tell why it has no time."""
+        if case != self.case:
+            self.case, self.rows = case, kernels.measure_case(case, self.device, self.names)
+            self.section.put(rows=self.section.values["rows"] + self.rows)
+        return next(
+            row
+            for row in self.rows
+            if row["provider"] == provider and ("none_because" in row or row["mode"] == mode)
+        )
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    made = Session(request.config)
+    with made.section:
+        made.begin()
+        yield made
+    print(f"\nwritten to {made.section.path}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    device = devices.pick(config.getoption("device"))
+    gpu = device.type == "cuda"
+    cases = workloads.iron_cases(gpu, kernels.dtypes_of(device, False))
+    if not config.getoption("iron_only"):
+        cases += workloads.sweep_cases(gpu, kernels.dtypes_of(device, True))
+    names = config.getoption("providers").split(",")
+    without = missing(device, tuple(names))
+    here = [name for name in names if name not in without]
+    wanted = [
+        (c, mode, name)
+        for c in cases
+        for mode in workloads.MODES
+        for name in here
+        if computes(name, c.op) and (name != "compile" or kernels.compiled_here(c))
+    ]
+    ids = [f"{c.sweep}-{c.name}-{mode}-{name}".replace(" ", "_") for c, mode, name in wanted]
+    metafunc.parametrize(("case", "mode", "provider"), wanted, ids=ids)

@@ -1,0 +1,269 @@
+"""Times every provider of an op, if what it computes is right.
+
+    python -m benchmarks.kernels                 the iron model's shape; without a GPU a small one
+    python -m benchmarks.kernels --sweeps        and along T, head dimension, batch and width
+
+First the gate: outputs and gradients are held against eager in float64 by the one rule of
+irongpt_kernels.tolerance. A provider beyond it gets no time. One that drops by a generator of its
+own is held to it without dropout.
+
+Backward is timed alone on the graph of a forward that has been run; `both` is a forward and its
+backward. The bytes and FLOPs of a row are the least that the op needs, not what a provider moved.
+"""
+
+import argparse
+import gc
+from dataclasses import replace
+from typing import Any
+
+import torch
+from irongpt_kernels import eager, tolerance
+from torch import Tensor
+
+from benchmarks import environment, results, timing, workloads
+from benchmarks.providers import NAMES, Outputs, Provider, missing, providers
+from benchmarks.workloads import MODES, Case, Inputs
+from irongpt import device as devices
+
+ROUNDS = {"cuda": 20, "cpu": 5}
+LARGE = 1 << 28  # elements of all T x T matrices, from which on their memory counts
+LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")
+Row = dict[str, Any]
+
+
+class Gate:
+    """Holds providers of a case to the rule. What they are held against is computed once."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case.small(), device
+        self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, make: Any, own_masks: bool) -> dict[str, Any]:
+        """make: from a case, its provider. `share` is of what the rule allows, the largest one."""
+        case = replace(self.case, p=0.0) if own_masks else self.case
+        baseline, oracle = self._wanted(case)
+        found = _run(make(case), case.inputs(self.device), case.dtype)
+        n_outputs = 2 if case.op == "dropout_add_layer_norm" else 1
+        share, ok = 0.0, True
+        for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
+            factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
+            for e in tolerance.errors(factor, *tensors).values():
+                ok &= e.ok
+                share = max(share, e.candidate / e.bound if e.bound else float(not e.ok))
+        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
+
+    def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+        if case.p not in self.known:
+            op = getattr(eager, case.op)
+            inputs = case.inputs(self.device)
+            wide = {
+                name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+                for name, x in inputs.items()
+            }
+
+            def run(x: Inputs) -> list[Tensor]:
+                return _run(lambda t: op(**t, **case.options), x, case.dtype)
+
+            self.known[case.p] = run(inputs), run(wide)
+        return self.known[case.p]
+
+
+def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are."""
+    outputs = _tuple(function(inputs))
+    upstream = [
+        g.to(dtype).to(x.dtype)
+        for g, x in zip(workloads.upstream(tuple(outputs)), outputs, strict=True)
+    ]
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def _tuple(out: Outputs) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def measure_case(
+    case: Case, device: torch.device, names: tuple[str, ...] = NAMES, rounds: int | None = None
+) -> list[Row]:
+    """A row for every provider and mode; one that has no time says why."""
+    with timing.stream(device):
+        rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def compiled_here(case: Case) -> bool:
+    """Compiling takes longer than all else, so it is done where it tells most."""
+    return case.sweep in ("iron", "T") or case.op == "gelu"
+
+
+def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
+    gate = Gate(case, device)
+    gates: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    here: dict[str, Provider] = {}
+    if not compiled_here(case):
+        names = tuple(name for name in names if name != "compile")
+    for name, provider in providers(case, device, names).items():
+
+        def make(small: Case, name: str = name) -> Any:
+            return providers(small, device, (name,))[name].function
+
+        try:
+            gates[name] = gate(make, provider.own_masks)
+        except Exception as e:  # a backend that does not take this case
+            refused[name] = timing.reason(e)
+            continue
+        if gates[name]["ok"]:
+            here[name] = provider
+        else:
+            refused[name] = f"wrong: {gates[name]['share']:.2g} x the error that the rule allows"
+    del gate
+    rows = []
+    for mode in MODES:
+        for name, found in _times(case, device, here, mode, rounds).items():
+            if isinstance(found, str):  # no other mode is tried
+                refused[name] = found
+                del here[name]
+            else:
+                rows.append(row(case, mode, name, found, gates[name]))
+    for name, why in refused.items():
+        rows.append(row(case, "both", name, why, gates.get(name)))
+    return rows
+
+
+def _times(
+    case: Case, device: torch.device, here: dict[str, Provider], mode: str, rounds: int
+) -> dict[str, tuple[timing.Timing, int | None] | str]:
+    inputs = [case.inputs(device)]
+    size = sum(x.nbytes for x in inputs[0].values())
+    sets = timing.copies(size, device)
+    if case.shape.B * case.shape.H * case.shape.T**2 > LARGE:
+        sets = min(sets, 2)
+    inputs += [case.inputs(device, seed) for seed in range(1, sets)]
+    leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
+    first = next(iter(here.values()), None)
+    if first is None:
+        return {}
+    upstream = [
+        workloads.upstream(tuple(x.detach() for x in _tuple(first.function(one)))) for one in inputs
+    ]
+
+    def call(provider: Provider) -> timing.Call:
+        function = provider.function
+        if mode == "forward":
+            return lambda i: function(inputs[i])
+        if mode == "both":
+            return lambda i: torch.autograd.grad(
+                _tuple(function(inputs[i])), leaves[i], upstream[i]
+            )
+        outputs = [_tuple(function(one)) for one in inputs]
+        return lambda i: torch.autograd.grad(outputs[i], leaves[i], upstream[i], retain_graph=True)
+
+    calls: dict[str, timing.Call] = {}
+    refused: dict[str, str] = {}
+    for name in sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN)):
+        try:  # those that need little memory first: what does not fit is what needs most
+            calls[name] = call(here[name])
+        except Exception as e:
+            refused[name] = timing.reason(e)
+    timings = timing.measure(calls, sets, device, rounds)
+    found: dict[str, tuple[timing.Timing, int | None] | str] = dict(refused)
+    for name, t in timings.items():
+        found[name] = t if isinstance(t, str) else (t, timing.peak_bytes(calls[name], device))
+    return {name: found[name] for name in here}
+
+
+def row(
+    case: Case,
+    mode: str,
+    provider: str,
+    found: tuple[timing.Timing, int | None] | str,
+    gate: dict[str, Any] | None,
+) -> Row:
+    """All that is known of a provider, as the results hold it. Times are in seconds."""
+    values: Row = {
+        "op": case.op,
+        "sweep": case.sweep,
+        "shape": vars(case.shape),
+        "size": case.size,
+        "dtype": str(case.dtype)[6:],
+        "dropout": case.p,
+        "mode": mode,
+        "provider": provider,
+        "gate": gate,
+    }
+    cost = case.cost(mode)
+    if cost is not None:
+        values |= {"least_bytes": cost[0], "least_flops": cost[1]}
+    if isinstance(found, str):
+        return values | {"none_because": found}
+    t, peak = found
+    return values | {
+        "seconds": t.median,
+        "iqr": t.iqr,
+        "seconds_of_samples": t.samples,
+        "graph": t.graph,
+        "host_seconds": t.host,
+        "peak_bytes": peak,
+    }
+
+
+def line(r: Row, roofs: dict[str, Any]) -> str:
+    """A row for a terminal."""
+    head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
+    if "seconds" not in r:
+        return f"{head} -  {r['none_because'][:90]}"
+    derived = results.derive(r, roofs)
+    share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
+    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {r['iqr'] * 1e6:6.1f}  {share}"
+
+
+def dtypes_of(device: torch.device, every: bool) -> list[torch.dtype]:
+    """float32 and the card's own 16-bit type; with `every`, both 16-bit types if it has them."""
+    if device.type != "cuda":
+        return [torch.float32]
+    half = devices.precision("auto", device).dtype
+    if not every or half != torch.bfloat16:
+        return list(dict.fromkeys([half, torch.float32]))
+    return [torch.bfloat16, torch.float16]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="every op by every provider")
+    parser.add_argument("--sweeps", action="store_true")
+    parser.add_argument("--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS)
+    parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--rounds", type=int, help="samples of each [20, 5 on a CPU]")
+    parser.add_argument("--quick", action="store_true", help="compile for one dtype only")
+    results.add_options(parser)
+    args = parser.parse_args(argv)
+    device = devices.pick(args.device)
+    gpu = device.type == "cuda"
+    cases = workloads.iron_cases(gpu, dtypes_of(device, False), tuple(args.ops))
+    if args.sweeps:
+        swept = workloads.sweep_cases(gpu, dtypes_of(device, True))
+        cases += [case for case in swept if case.op in args.ops]
+    with results.Section("kernels", device, args) as section:
+        types = list(dict.fromkeys([case.dtype for case in cases]))
+        without = missing(device, tuple(args.providers))
+        section.put(smoke=not gpu, missing=without, roofs=environment.roofs(device, types), rows=[])
+        for name, why in without.items():
+            print(f"no {name}: {why}")
+        for case in cases:
+            names = tuple(args.providers)
+            if args.quick and case.dtype != types[0]:
+                names = tuple(name for name in names if name != "compile")
+            rows = measure_case(case, device, names, args.rounds)
+            for r in rows:
+                print(line(r, section.values["roofs"]), flush=True)
+            section.put(rows=section.values["rows"] + rows)
+    print(f"written to {section.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The plots of the report, from nothing but a result file."""
+
+import io
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks import results
+
+Values = dict[str, Any]
+
+COLORS = {  # one for each provider, ours stands out
+    "fused": "#e8590c",
+    "builtin": "#1c7ed6",
+    "eager": "#868e96",
+    "textbook": "#adb5bd",
+    "compile": "#2b8a3e",
+    "flash": "#4dabf7",
+    "cudnn": "#1864ab",
+    "efficient": "#748ffc",
+    "math": "#ced4da",
+    "liger": "#9c36b5",
+    "flash-attn": "#c2255c",
+}
+
+
+def draw(values: Values) -> dict[str, bytes]:
+    """PNGs by name; none for what the file does not hold."""
+    figures: dict[str, Figure | None] = {}
+    if "kernels" in values:
+        section = values["kernels"]
+        figures["speedup"] = speedup(section)
+        figures["roofline"] = roofline(section)
+        figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
+        figures["memory-T"] = sweep(section, "peak_bytes", "MiB at the peak", 2**-20)
+    if "train" in values:
+        figures["step"] = step(values["train"])
+        figures["memory"] = memory(values["train"])
+    if "runs" in values:
+        figures["runs"] = losses(values["runs"], "curve", "training loss")
+    if "target" in values:
+        figures["target"] = losses(values["target"], "evaluated", "validation loss")
+    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _own(section: Values) -> tuple[str, list[Values]]:
+    """The rows of the model's own shape with a time, in the dtype that comes first."""
+    rows = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke") and r.get("seconds")]
+    dtype = rows[0]["dtype"] if rows else ""
+    return dtype, [r for r in rows if r["dtype"] == dtype]
+
+
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def speedup(section: Values) -> Figure | None:
+    """How many times as fast as builtin, forward and backward: a bar for every provider."""
+    dtype, rows = _own(section)
+    rows = [r for r in rows if r["mode"] == "both"]
+    ops = list(dict.fromkeys(r["op"] for r in rows))
+    base = {r["op"]: r["seconds"] for r in rows if r["provider"] == "builtin"}
+    ops = [op for op in ops if op in base]
+    if not ops:
+        return None
+    bars = {op: [r for r in rows if r["op"] == op] for op in ops}
+    count = sum(len(b) + 1 for b in bars.values())
+    figure = _figure(9, 1.2 + 0.24 * count)
+    axes = figure.add_subplot()
+    y, ticks, largest = 0.0, [], 1.0
+    for op in ops:
+        begin = y
+        for r in sorted(bars[op], key=lambda r: r["seconds"]):
+            ratio = base[op] / r["seconds"]
+            largest = max(largest, ratio)
+            axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
+            label = f" {r['provider']}  {ratio:.2f}"
+            weight = "bold" if r["provider"] == "fused" else "normal"
+            axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight)
+            y += 1
+        ticks.append(((begin + y - 1) / 2, op))
+        y += 1
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([t for t, _ in ticks], [op for _, op in ticks], fontsize=9)
+    axes.set_ylim(y - 1, -1)
+    axes.set_xlim(0, 1.25 * largest)
+    axes.set_xlabel(f"times as fast as builtin, forward and backward, {dtype}")
+    _plain(axes)
+    return figure
+
+
+def roofline(section: Values) -> Figure | None:
+    """Left, ops with products under the device's own roofs; right, how near each op is to them."""
+    dtype, rows = _own(section)
+    roofs = section["roofs"]
+    rate, bandwidth = roofs["gemm_flops_per_s"].get(dtype), roofs["copy_bytes_per_s"]
+    known = [(r, results.derive(r, roofs)) for r in rows if "least_bytes" in r]
+    if not known or rate is None:
+        return None
+    figure = _figure(12, 5)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    ridge = rate / bandwidth
+    span = [ridge / 30, ridge * 8]
+    corner = [span[0], ridge, span[1]]
+    left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
+    left.text(ridge * 1.1, rate / 1e12 * 1.08, f"product {rate / 1e12:,.3g} TFLOP/s", fontsize=8)
+    under = bandwidth * span[0] / 1e12
+    left.text(1.5 * span[0], under, f"copy {bandwidth / 1e9:,.4g} GB/s", fontsize=8)
+    swept = [
+        (r, results.derive(r, roofs))
+        for r in section["rows"]
+        if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
+        if r["sweep"] in ("iron", "smoke", "T")
+    ]
+    for provider in dict.fromkeys(r["provider"] for r, _ in swept):
+        points = [
+            (r["least_flops"] / r["least_bytes"], d["flops_per_s"] / 1e12)
+            for r, d in swept
+            if r["provider"] == provider and r["mode"] == "both"
+        ]
+        left.scatter(
+            *zip(*points, strict=True), s=22, color=COLORS[provider], label=provider, zorder=3
+        )
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("FLOP a byte, at least")
+    left.set_ylabel("TFLOP/s")
+    left.set_title(f"attention, forward and backward, {dtype}", fontsize=10)
+    left.grid(alpha=0.25)
+    _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
+    return figure
+
+
+def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
+    """A line for every op and direction, a point for every provider."""
+    labels = list(dict.fromkeys(f"{r['op']}, {r['mode']}" for r, _ in known))
+    for r, d in known:
+        y = labels.index(f"{r['op']}, {r['mode']}")
+        ours = r["provider"] == "fused"
+        axes.plot(
+            100 * d["share_of_roof"],
+            y,
+            "D" if ours else "o",
+            color=COLORS[r["provider"]],
+            markersize=8 if ours else 5,
+            zorder=4 if ours else 3,
+        )
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.axvline(100, color="0.3", linewidth=0.8)
+    axes.set_xlabel("percent of the nearer roof (least bytes or FLOPs)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.grid(axis="y", alpha=0.15)
+    seen = list(dict.fromkeys(r["provider"] for r, _ in known))
+    for provider in seen:
+        axes.plot([], [], "o", color=COLORS[provider], label=provider)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None:
+    """A quantity of attention over T at a constant number of tokens, with dropout and without."""
+    rows = [r for r in section["rows"] if r["sweep"] == "T" and r.get(key)]
+    if not rows:
+        return None
+    dtype = rows[0]["dtype"]
+    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "both"]
+    figure = _figure(12, 4.6)
+    for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):
+        part = [r for r in rows if r["dropout"] == p]
+        for provider in dict.fromkeys(r["provider"] for r in part):
+            points = sorted(
+                (r["shape"]["T"], r[key] * factor) for r in part if r["provider"] == provider
+            )
+            wide = 2.6 if provider == "fused" else 1.3
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=4,
+                linewidth=wide,
+                color=COLORS[provider],
+                label=provider,
+            )
+        if key == "seconds":
+            floors = sorted(
+                {(r["shape"]["T"], results.derive(r, section["roofs"])["floor_seconds"] * factor)
+                 for r in part if "least_bytes" in r}
+            )  # fmt: skip
+            if floors:
+                axes.plot(*zip(*floors, strict=True), "k:", linewidth=1.2, label="computed floor")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        tokens = part[0]["shape"]["B"] * part[0]["shape"]["T"] if part else 0
+        axes.set_title(f"attention, dropout {p:g}, {dtype}, {tokens:,} tokens", fontsize=10)
+        axes.set_xlabel("T")
+        axes.grid(alpha=0.25)
+        _plain(axes)
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel(f"{label}, forward and backward")
+    return figure
+
+
+def step(section: Values) -> Figure | None:
+    """Milliseconds a step: the matrix products, timed alone, and all else."""
+    dtypes = [d for d in section["products"] if any(_has(r, d) for r in section["rows"])]
+    if not dtypes:
+        return None
+    counts = [sum(_has(r, d) for r in section["rows"]) for d in dtypes]
+    figure = _figure(9, 0.9 * len(dtypes) + 0.36 * sum(counts))
+    grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
+    for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
+        rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
+        products = section["products"][dtype]
+        alone = 1e3 * products["seconds"]
+        handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
+        for y, r in enumerate(rows):
+            ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
+            axes.barh(y, min(alone, ms), color="#495057")
+            axes.barh(y, max(0.0, ms - alone), left=min(alone, ms), color=color)
+            axes.errorbar(ms, y, xerr=1e3 * r["iqr"] / 2, color="black", linewidth=1, capsize=2)
+            k = r["tokens_per_s"] / 1e3
+            rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
+            axes.text(ms + 0.5e3 * r["iqr"], y, rate, va="center", fontsize=8)
+        if "computed_floor_seconds" in products:
+            floor = 1e3 * products["computed_floor_seconds"]
+            line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")
+            handles.append(line)
+        axes.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(right=1.35 * 1e3 * rows[-1]["seconds"])
+        axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
+        axes.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
+        _plain(axes)
+    return figure
+
+
+def _has(row: Values, dtype: str) -> bool:
+    return bool(row["dtype"] == dtype and row.get("seconds"))
+
+
+def memory(section: Values) -> Figure | None:
+    rows = [r for r in section["rows"] if r.get("step_bytes")]
+    if not rows:
+        return None
+    figure = _figure(9, 0.9 + 0.28 * len(rows))
+    axes = figure.add_subplot()
+    rows.sort(key=lambda r: r["step_bytes"])
+    names = [f"{r['variant']}, {r['dtype']}" for r in rows]
+    colors = [COLORS.get(r["variant"].split()[0], "#f08c00") for r in rows]
+    sizes = [r["step_bytes"] / 2**30 for r in rows]
+    axes.barh(range(len(rows)), sizes, color=colors)
+    for y, size in enumerate(sizes):
+        axes.text(size, y, f" {size:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("GiB that a step needs at its peak, on top of weights and moments")
+    _plain(axes)
+    return figure
+
+
+def losses(section: Values, key: str, label: str) -> Figure | None:
+    """Loss over steps, and over seconds of training."""
+    rows = [r for r in section["rows"] if r.get(key)]
+    if not rows:
+        return None
+    figure = _figure(12, 4.2)
+    for axes, column, name in zip(
+        figure.subplots(1, 2, sharey=True), (0, 1), ("steps", "seconds"), strict=True
+    ):
+        for i, r in enumerate(rows):
+            x, y = [p[column] for p in r[key]], [p[2] for p in r[key]]
+            style = ["-", "--", ":"][i % 3]  # equal losses are seen as such
+            axes.plot(x, y, style, color=COLORS[r["ops"]], linewidth=2, label=r["ops"])
+        if rows[0]["target"] is not None:
+            axes.axhline(rows[0]["target"], color="black", linewidth=0.8)
+        axes.set_xlabel(name if column == 0 else "seconds of training")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+        _plain(axes)
+    figure.axes[0].set_ylabel(f"{label} (nats a token)")
+    return figure

@@ -1,0 +1,140 @@
+"""Whole trainings, one for each of the ops: the loss over steps and seconds.
+
+    python -m benchmarks.runs --iters 300         as far as that
+    python -m benchmarks.runs --section target    until the validation loss is 1.38 (nano: 1.80)
+
+Seed, text and order of batches are the same; eager and fused drop the same elements too.
+Everything is as `irongpt train` has it, but for checkpoints and samples. Seconds are of training,
+without evaluations, which are told apart, and after a first step that compiles.
+"""
+
+import argparse
+import math
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import results, timing
+from irongpt import corpus, ops
+from irongpt import device as devices
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.errors import UserError
+from irongpt.model import GPT
+from irongpt.tokenizer import CharTokenizer
+from irongpt.train import Trainer
+
+TARGETS = {"iron": 1.38, "nano": 1.80}
+LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds for each of the ops
+
+
+def train(
+    name: str,
+    setting: tuple[GPTConfig, TrainConfig, torch.Tensor],
+    device: torch.device,
+    target: float | None,
+    limit: float,
+) -> dict[str, Any]:
+    """Trains until the last step, the target or the limit of seconds, and says what happened."""
+    config, recipe, ids = setting
+    dtype = devices.precision("auto", device).dtype
+    module = ops.load(name, device, config)
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(GPT(config, module).to(device), ids, recipe, device, dtype)
+    recent: list[torch.Tensor] = []
+    curve: list[list[float]] = []  # step, seconds, mean training loss since the last one
+    evaluated: list[list[float]] = []  # step, seconds, validation loss
+    began = time.perf_counter()
+    recent.append(trainer.train_step())
+    _wait(device)
+    first = time.perf_counter() - began
+    seconds, evaluation, reached, finite = 0.0, 0.0, False, True
+    while trainer.step < recipe.iters and seconds + evaluation < limit and not reached and finite:
+        start = time.perf_counter()
+        until = min(recipe.iters, (trainer.step // recipe.log_every + 1) * recipe.log_every)
+        while trainer.step < until:
+            recent.append(trainer.train_step())
+        losses = torch.stack(recent)[:, 0].tolist()
+        seconds += time.perf_counter() - start
+        curve.append([trainer.step, seconds, sum(losses) / len(losses)])
+        recent, finite = [], math.isfinite(losses[-1])
+        if trainer.step % recipe.eval_every == 0 or trainer.step == recipe.iters:
+            start = time.perf_counter()
+            loss = trainer.evaluate()
+            evaluation += time.perf_counter() - start
+            assert loss is not None
+            evaluated.append([trainer.step, seconds, loss])
+            reached = target is not None and loss <= target
+    return {
+        "ops": name,
+        "dtype": str(dtype)[6:],
+        "steps": trainer.step,
+        "seconds": seconds,
+        "first_step_seconds": first,
+        "evaluation_seconds": evaluation,
+        "tokens_per_s": (trainer.step - 1) * trainer.tokens_per_step() / seconds,
+        "target": target,
+        "reached": reached,
+        "finite": finite,
+        "curve": curve,
+        "evaluated": evaluated,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def line(run: dict[str, Any]) -> str:
+    if "none_because" in run:
+        return f"{run['ops']:8} -  {run['none_because']}"
+    loss = f"training loss {run['curve'][-1][2]:.4f}" if run["curve"] else "no loss"
+    if run["evaluated"]:
+        loss += f", validation {run['evaluated'][-1][2]:.4f}"
+    text = f"{run['ops']:8} {run['steps']} steps in {run['seconds']:.1f} s: {loss}"
+    if run["target"] is not None:
+        text += f"; {run['target']} {'reached' if run['reached'] else 'not reached'}"
+    return text + ("" if run["finite"] else "; STOPPED: the loss is not finite")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="whole trainings")
+    parser.add_argument("--section", choices=["runs", "target"], default="runs")
+    parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
+    parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target: fused builtin]")
+    parser.add_argument("--iters", type=int, help="[300; target: the preset's]")
+    parser.add_argument("--data", help="as in irongpt train [war-and-peace]")
+    parser.add_argument("--target-loss", type=float)
+    parser.add_argument("--limit", type=float, help="seconds for each of the ops [600, CPU 100]")
+    results.add_options(parser)
+    args = parser.parse_args(argv)
+    device = devices.pick(args.device)
+    preset = args.preset or ("iron" if device.type == "cuda" else "nano")
+    to_target = args.section == "target"
+    recipe = dict(PRESETS[preset].train)
+    if args.iters or not to_target:
+        recipe["iters"] = args.iters or 300
+    recipe["eval_every"] = min(recipe["eval_every"], 250 if to_target else recipe["iters"])
+    text = corpus.load(args.data, say=print)
+    tokenizer = CharTokenizer.from_text(text.text)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
+    setting = config, TrainConfig(**recipe), tokenizer.encode(text.text)
+    target = (args.target_loss or TARGETS[preset]) if to_target else None
+    devices.make_deterministic()
+    with results.Section(args.section, device, args) as section:
+        section.put(preset=preset, text=text.name, text_sha256=text.sha256, rows=[])
+        for name in args.ops or ["fused", "builtin", *([] if to_target else ["eager"])]:
+            try:
+                run = train(name, setting, device, target, args.limit or LIMIT[device.type])
+            except UserError as e:
+                run = {"ops": name, "none_because": str(e)}
+            except Exception as e:  # the others go on
+                run = {"ops": name, "none_because": timing.reason(e)}
+            print(line(run), flush=True)
+            section.put(rows=[*section.values["rows"], run])
+    print(f"written to {section.path}")
+
+
+if __name__ == "__main__":
+    main()

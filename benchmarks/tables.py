@@ -1,0 +1,275 @@
+"""The words and tables of the report, as Markdown."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import products, results, summary
+from benchmarks.workloads import Shape
+from irongpt.config import PRESETS, GPTConfig
+
+Values = dict[str, Any]
+
+# A T4 as it is known from others' measurements (its copies reach 72 to 82 % of 320 GB/s, cuBLAS 18
+# to 24 TFLOP/s in float16 under its 70 W). Bounds by these are computed, none of them is measured.
+T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12}}
+
+
+def environment(values: Values) -> Values:
+    for name in ("kernels", "train", "decode", "runs", "target"):
+        if name in values:
+            return dict(values[name]["environment"])
+    return {}
+
+
+def title(values: Values) -> str:
+    return f"IronGPT on {environment(values).get('name', 'an unknown device')}"
+
+
+def about(values: Values, name: str) -> str:
+    """What it was measured on, and whether the card was held back."""
+    e = environment(values)
+    software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
+    card = f", driver {e['driver']}, CUDA {e['cuda']}" if e.get("driver") else ""
+    lines = [
+        f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
+        f"{e.get('cpu')}, {e.get('threads')} threads."
+    ]
+    if e.get("device") == "cpu":
+        lines.append(
+            "> No GPU: kernels in a small size, to try the suite out; the training step is a real "
+            "measurement of the CPU path."
+        )
+    if e.get("interpreted"):
+        lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
+    if e.get("emulated"):
+        lines.append("> A T4's code on a newer GPU: these times are no T4's.")
+    for section in ("kernels", "train"):
+        state = values.get(section, {}).get("state") or {}
+        if state.get("throttled_by"):
+            lines.append(
+                f"> {section}: the card was held back by {', '.join(state['throttled_by'])}."
+            )
+        if state.get("before"):
+            lines.append(f"- {section}: {_state(state)}")
+    roofs = (values.get("kernels") or values.get("train") or {}).get("roofs")
+    if roofs:
+        rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
+        lines.append(
+            f"- Measured roofs of this device: copy {roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s "
+            f"(read and written); large matrix product, TFLOP/s: {rates}."
+        )
+    return "\n\n".join(lines)
+
+
+def _state(state: Values) -> str:
+    parts = [f"{state['seconds']:.0f} s"]
+    for key, unit in (("sm_mhz", "MHz"), ("watt", "W"), ("celsius", "degrees C")):
+        before, after = ((state.get(w) or {}).get(key) for w in ("before", "after"))
+        low, high = state.get(f"{key}_from_to", (before, after))
+        parts.append(f"{low} to {high} {unit} ({before} before, {after} after)")
+    return ", ".join(parts)
+
+
+def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(heading, Markdown, names of the pictures that belong there)."""
+    if "train" in values:
+        yield "A training step", train(values["train"]), ("step", "memory")
+    if "target" in values:
+        yield "Seconds to a validation loss", runs(values["target"]), ("target",)
+    if "decode" in values:
+        yield "Writing", decode(values["decode"]), ()
+    if "kernels" in values:
+        pictured = ("speedup", "roofline", "sweep-T", "memory-T")
+        yield "Kernels", kernels(values["kernels"]), pictured
+        yield "A T4", t4(values["kernels"], values.get("train")), ()
+    if "runs" in values:
+        yield "Runs from one seed", runs(values["runs"]), ("runs",)
+    if "stages" in values:
+        yield "Stages", stages(values), ()
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def train(section: Values) -> str:
+    parts = []
+    for dtype, alone in section["products"].items():
+        rows = [r for r in section["rows"] if r["dtype"] == dtype]
+        base = next(
+            (r["seconds"] for r in rows if r["variant"] == "builtin" and "seconds" in r), None
+        )
+        body = []
+        for r in sorted(rows, key=lambda r: r.get("seconds") or 1e9):
+            if r.get("seconds") is None:
+                body.append([r["variant"], *["-"] * 8, r.get("none_because", "")[:60]])
+                continue
+            body.append(
+                [
+                    r["variant"],
+                    f"{r['seconds'] * 1e3:.2f}",
+                    f"{r['iqr'] * 1e3:.2f}",
+                    f"{base / r['seconds']:.2f}" if base else "",
+                    f"{r['tokens_per_s']:,.0f}",
+                    f"{r['mfu']:.1%}",
+                    f"{alone['seconds'] / r['seconds']:.0%}",
+                    f"{r['peak_bytes'] / 2**30:.2f}" if r.get("peak_bytes") else "",
+                    str(r.get("launches") or ""),
+                    f"first call {r['first_seconds']:.0f} s",
+                ]
+            )
+        head = ["variant", "ms", "± ms", "x builtin", "tokens/s", "MFU", "products", "GiB"]
+        head += ["launches", ""]
+        model = section["model"]
+        text = (
+            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} windows of "
+            f"{model['context']} a step. Its matrix products alone take "
+            f"{alone['seconds'] * 1e3:.2f} ms, "
+            f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
+        )
+        if "computed_floor_seconds" in alone:
+            text += (
+                f" Computed floor, with the least bytes of all else at the copy's bandwidth: "
+                f"{alone['computed_floor_seconds'] * 1e3:.2f} ms."
+            )
+        parts += [text, table(head, body)]
+    return "\n\n".join(parts)
+
+
+def decode(section: Values) -> str:
+    rows = [
+        [f"{r['ops']}, {r['way']}", str(r["batch"]), f"{r['tokens_per_s']:,.0f}",
+         f"{r['seconds_a_token'] * 1e6:,.0f}"]
+        for r in section["rows"]
+    ]  # fmt: skip
+    text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
+    return text + "\n\n" + table(["ops, way", "texts", "tokens/s", "us a step"], rows)
+
+
+def runs(section: Values) -> str:
+    rows = []
+    for r in section["rows"]:
+        if "none_because" in r:
+            rows.append([r["ops"], *["-"] * 5, r["none_because"][:60]])
+            continue
+        last = r["evaluated"][-1] if r["evaluated"] else None
+        note = "" if r["finite"] else "STOPPED: the loss is not finite"
+        if r["target"] is not None:
+            note = f"{r['target']} {'reached' if r['reached'] else 'not reached'}"
+        rows.append(
+            [
+                r["ops"],
+                str(r["steps"]),
+                f"{r['seconds']:.1f}",
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['curve'][-1][2]:.4f}" if r["curve"] else "",
+                f"{last[2]:.4f}" if last else "",
+                note,
+            ]
+        )
+    head = ["ops", "steps", "seconds", "tokens/s", "training loss", "validation loss", ""]
+    return f"The {section['preset']} preset on {section['text']}.\n\n" + table(head, rows)
+
+
+def stages(values: Values) -> str:
+    rows = [
+        [name, s["status"], f"{s['seconds']:.0f}", summary.stage(name, values) or s["says"]]
+        for name, s in values["stages"].items()
+    ]
+    return table(["stage", "", "seconds", ""], rows)
+
+
+def kernels(section: Values) -> str:
+    own = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke")]
+    parts = []
+    if section.get("missing"):
+        parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
+    parts.append(
+        "Microseconds, median of the samples; GB/s, TFLOP/s and shares are of the least bytes and "
+        "FLOPs that the op needs, forward and backward, against this device's measured roofs."
+    )
+    for key in dict.fromkeys((r["op"], r["size"], r["dtype"], r["dropout"]) for r in own):
+        rows = [r for r in own if (r["op"], r["size"], r["dtype"], r["dropout"]) == key]
+        parts.append(_op(key, rows, section["roofs"]))
+    return "\n\n".join(parts)
+
+
+def _op(key: tuple[Any, ...], rows: list[Values], roofs: Values) -> str:
+    op, size, dtype, p = key
+    by: dict[str, dict[str, Values]] = {}
+    for r in rows:
+        by.setdefault(r["provider"], {})[r["mode"]] = r
+    base = by.get("builtin", {}).get("both", {}).get("seconds")
+    body, without = [], []
+    for provider, modes in by.items():
+        both = modes["both"]
+        if both.get("seconds") is None:
+            without.append(f"{provider}: {both['none_because']}")
+            continue
+        d = results.derive(both, roofs)
+        body.append(
+            [
+                provider,
+                *(f"{modes[m]['seconds'] * 1e6:,.1f}" for m in ("forward", "backward", "both")),
+                f"{both['iqr'] * 1e6:,.1f}",
+                f"{base / both['seconds']:.2f}" if base else "",
+                f"{d['bytes_per_s'] / 1e9:,.3g}" if d else "",
+                f"{d['flops_per_s'] / 1e12:.3g}" if d and d["flops_per_s"] else "",
+                f"{d['share_of_copy']:.1%}" if d else "",
+                f"{d['share_of_gemm']:.1%}" if d and d["share_of_gemm"] else "",
+                f"{both['peak_bytes'] / 2**20:,.0f}" if both.get("peak_bytes") else "",
+                f"{both['host_seconds'] * 1e6:,.0f}" if both.get("host_seconds") else "",
+                f"{both['gate']['share']:.0%}",
+            ]
+        )
+    head = ["provider", "forward", "backward", "both", "±", "x builtin", "GB/s", "TFLOP/s"]
+    head += ["copy", "product", "MiB", "host us", "of the bound"]
+    dropout = f", dropout {p:g}" if p else ""
+    text = f"### {op}, {size}, {dtype}{dropout}\n\n" + table(head, body)
+    return text + ("\n\nNo time: " + "; ".join(without) if without else "")
+
+
+def t4_step() -> float:
+    """Computed seconds of the iron preset's step in float16 on a T4, at the least."""
+    config = GPTConfig(vocab_size=Shape().V, **PRESETS["iron"].model)
+    return products.bound(config, PRESETS["iron"].train["batch_size"], torch.float16, T4)
+
+
+def is_t4(section: Values) -> bool:
+    return "T4" in section["environment"]["name"].split()
+
+
+def t4(section: Values, training: Values | None = None) -> str:
+    """Measured nowhere but on a T4: elsewhere the column is empty, beside it what is computed."""
+    here = is_t4(section)
+    known: dict[tuple[str, str], Values] = {}
+    for r in section["rows"]:
+        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] == "both":
+            slot = known.setdefault((r["op"], r["size"]), dict(r, fused=None))
+            if r["provider"] == "fused" and here:
+                slot["fused"] = r.get("seconds")
+    steps = [
+        r["seconds"]
+        for r in (training or {}).get("rows", [])
+        if here
+        and r["variant"] == "fused as trained"
+        and r["dtype"] == "float16"
+        and "seconds" in r
+    ]
+    measured = f"{steps[0] * 1e6:,.0f}" if steps else ""
+    rows = [["a training step, iron", measured, f"{t4_step() * 1e6:,.0f}"]]
+    for (op, size), r in known.items():
+        if "least_bytes" not in r:
+            continue
+        bound = results.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)["floor_seconds"]
+        measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
+        rows.append([f"{op}, {size}", measured, f"{bound * 1e6:,.0f}"])
+    text = (
+        "Forward and backward in float16, microseconds. The bound is computed, not measured: least "
+        f"bytes at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
+        f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
+    )
+    return text + "\n\n" + table(["op", "fused on a T4, measured", "bound, computed"], rows)

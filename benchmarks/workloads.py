@@ -1,0 +1,202 @@
+"""What is timed: every op at the iron model's shape, then along sweeps, and what it costs at least.
+
+Weights are float32 and so is the residual stream, as in a training under autocast; all else is of
+the case's dtype. The sweep over T keeps the tokens: a longer context has a smaller batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODES = ("forward", "backward", "both")
+SEED = (5 << 32) + 7
+DROPS = ("causal_attention", "causal_attention_packed", "dropout_add_layer_norm")
+OPS = (
+    "causal_attention_packed",
+    "causal_attention",
+    "softmax",
+    "layer_norm",
+    "dropout_add_layer_norm",
+    "gelu",
+    "cross_entropy",
+)
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model and its batch. Rows are B T, their width is H D."""
+
+    B: int = 64
+    H: int = 6
+    T: int = 256
+    D: int = 64
+    V: int = 109  # characters of War and Peace
+
+    def __str__(self) -> str:
+        return f"B={self.B} H={self.H} T={self.T} D={self.D} V={self.V}"
+
+
+IRON = Shape()
+SMOKE = Shape(B=2, H=2, T=64, D=32, V=109)  # where there is no GPU
+GATE = 1 << 25  # elements of a T x T matrix, at most, at which an op is checked
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape. sweep: which series it belongs to, `iron` for the model's own shape."""
+
+    op: str
+    sweep: str
+    shape: Shape
+    dtype: torch.dtype
+    p: float = 0.0
+
+    @property
+    def name(self) -> str:
+        dropout = f" p={self.p:g}" if self.op in DROPS else ""
+        return f"{self.op} {self.size} {str(self.dtype)[6:]}{dropout}"
+
+    @property
+    def size(self) -> str:
+        s = self.shape
+        rows = f"{s.B * s.T}x"
+        return {
+            "causal_attention": f"B={s.B} H={s.H} T={s.T} D={s.D}",
+            "causal_attention_packed": f"B={s.B} H={s.H} T={s.T} D={s.D}",
+            "softmax": f"{s.B}x{s.H}x{s.T}x{s.T}",
+            "layer_norm": f"{rows}{s.H * s.D}",
+            "dropout_add_layer_norm": f"{rows}{s.H * s.D}",
+            "gelu": f"{rows}{4 * s.H * s.D}",
+            "cross_entropy": f"{rows}{s.V}",
+        }[self.op]
+
+    def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
+        """Standard normal, the weights around 1. Those that are floating want gradients."""
+        generator = torch.Generator(device).manual_seed(seed)
+        s = self.shape
+        M, N = s.B * s.T, s.H * s.D
+
+        def randn(*size: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            x = torch.randn(size, generator=generator, device=device)
+            return x.to(dtype).requires_grad_()
+
+        def weight() -> Tensor:
+            return (1 + 0.1 * randn(N, dtype=torch.float32)).detach().requires_grad_()
+
+        def targets() -> Tensor:
+            return torch.randint(s.V, (M,), generator=generator, device=device)
+
+        heads = (s.B, s.H, s.T, s.D)
+        make: dict[str, Callable[[], Inputs]] = {
+            "causal_attention": lambda: {name: randn(*heads) for name in "qkv"},
+            "causal_attention_packed": lambda: {"qkv": randn(s.B, s.T, 3, s.H, s.D)},
+            "softmax": lambda: {"x": randn(s.B, s.H, s.T, s.T)},
+            "layer_norm": lambda: {"x": randn(M, N), "weight": weight()},
+            "dropout_add_layer_norm": lambda: {
+                "branch": randn(M, N),
+                "residual": randn(M, N, dtype=torch.float32),
+                "weight": weight(),
+            },
+            "gelu": lambda: {"x": randn(M, 4 * N)},
+            "cross_entropy": lambda: {"logits": randn(M, s.V), "targets": targets()},
+        }
+        return make[self.op]()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the op that are no tensors."""
+        if self.op == "softmax":
+            return dict(scale=self.shape.D**-0.5, causal=True)
+        return dict(dropout_p=self.p, seed=SEED) if self.op in DROPS and self.p else {}
+
+    def small(self) -> "Case":
+        """The same op where float64 and T x T matrices fit: fewer heads and windows."""
+        s = self.shape
+        if self.op in ("causal_attention", "causal_attention_packed", "softmax"):
+            heads = max(1, min(s.B * s.H, GATE // s.T**2))
+            H = min(s.H, heads)
+            return replace(self, shape=replace(s, B=max(1, heads // H), H=H))
+        width = s.V if self.op == "cross_entropy" else 4 * s.H * s.D
+        return replace(self, shape=replace(s, B=max(1, min(s.B, GATE // (s.T * width)))))
+
+    def cost(self, mode: str) -> tuple[int, int] | None:
+        """Least bytes across DRAM and FLOPs, by the kernels' own cost functions.
+
+        None without Triton, which the kernels' modules import.
+        """
+        try:
+            one = {"forward": "fwd", "backward": "bwd"}
+            parts = [self._cost(one[m]) for m in (one if mode == "both" else [mode])]
+        except ImportError:
+            return None
+        return sum(p[0] for p in parts), sum(p[1] for p in parts)
+
+    def _cost(self, mode: str) -> tuple[int, int]:
+        from irongpt_kernels import attention, cross_entropy, gelu, layer_norm, softmax
+        from irongpt_kernels import dropout_add_layer_norm as add_norm
+
+        s, size = self.shape, self.dtype.itemsize
+        M, N, backward = s.B * s.T, s.H * s.D, mode == "bwd"
+        if self.op.startswith("causal_attention"):
+            flops = attention.causal_attention_flops(s.B, s.H, s.T, s.D, mode)
+            return attention.causal_attention_bytes(s.B, s.H, s.T, s.D, size, mode), flops
+        moved: dict[str, Callable[[], int]] = {
+            "softmax": lambda: softmax.softmax_bytes(s.B * s.H * s.T, s.T, size, mode, True),
+            "layer_norm": lambda: layer_norm.layer_norm_bytes(M, N, size, backward),
+            "dropout_add_layer_norm": lambda: add_norm.dropout_add_layer_norm_bytes(
+                M, N, size, 4, backward
+            ),
+            "gelu": lambda: gelu.gelu_bytes(M, 4 * N, size, mode),
+            "cross_entropy": lambda: cross_entropy.cross_entropy_bytes(M, s.V, size, mode),
+        }
+        return moved[self.op](), 0
+
+
+def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients from above: one for each output."""
+    found = []
+    for i, x in enumerate(outputs):
+        generator = torch.Generator(x.device).manual_seed(90 + i)
+        g = torch.randn(x.shape, generator=generator, device=x.device)
+        found.append(g.to(x.dtype))
+    return found
+
+
+def iron_cases(gpu: bool, dtypes: list[torch.dtype], ops: tuple[str, ...] = OPS) -> list[Case]:
+    """Every op at the model's own shape; the dropping ones with the model's dropout."""
+    shape = IRON if gpu else SMOKE
+    return [
+        Case(op, "iron" if gpu else "smoke", shape, dtype, 0.2 if op in DROPS else 0.0)
+        for dtype in dtypes
+        for op in ops
+    ]
+
+
+def sweep_cases(gpu: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    """Over T, head dimension, batch, dropout and width, one at a time."""
+    base = IRON if gpu else SMOKE
+    tokens = base.B * base.T
+    for dtype in dtypes:
+        attention = partial(Case, "causal_attention", dtype=dtype)
+        for p in (0.0, 0.2):
+            for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (64, 128):
+                shape = replace(base, T=T, B=max(1, tokens // T))
+                yield attention(sweep="T", shape=shape, p=p)
+        for D in (32, 64, 128) if gpu else (16,):
+            yield attention(sweep="D", shape=replace(base, D=D), p=0.2)
+        for B in (8, 16, 32, 128, 256) if gpu else (1,):
+            yield attention(sweep="batch", shape=replace(base, B=B), p=0.2)
+            for op in ("dropout_add_layer_norm", "gelu", "cross_entropy") if gpu else ():
+                p = 0.2 if op in DROPS else 0.0
+                yield Case(op, "batch", replace(base, B=B), dtype, p)
+        for heads in (12, 16, 32, 64) if gpu else (4,):  # width 768 to 4096
+            for op in ("layer_norm", "dropout_add_layer_norm"):
+                yield Case(op, "width", replace(base, H=heads), dtype)
+        for V in (1024, 8192, 50257) if gpu else (512,):
+            yield Case("cross_entropy", "V", replace(base, V=V), dtype)

@@ -1,0 +1,221 @@
+"""The benchmarks: what gets a time and what does not, what a row says, what a file holds."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from irongpt_kernels import builtin
+
+from benchmarks import changes, environment, kernels, products, results, workloads
+from benchmarks.providers import NAMES, missing, providers
+from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
+from irongpt.config import PRESETS, GPTConfig
+
+CPU = torch.device("cpu")
+TINY = Shape(B=1, H=2, T=16, D=16, V=13)
+PYTORCH = ("eager", "textbook", "builtin", "math")  # what a CPU has without compiling
+
+
+def case(op: str, dtype: torch.dtype = torch.float32, p: float = 0.0) -> Case:
+    return Case(op, "smoke", TINY, dtype, p)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_provider_gets_a_time_for_every_mode(op: str) -> None:
+    p = 0.2 if op in workloads.DROPS else 0.0
+    rows = kernels.measure_case(case(op, p=p), CPU, PYTORCH, rounds=2)
+    named = {(r["provider"], r["mode"]) for r in rows}
+    attention = op.startswith("causal_attention")
+    wanted = PYTORCH if attention else ("eager", "builtin")
+    assert named == {(name, mode) for name in wanted for mode in MODES}
+    for r in rows:
+        assert r["seconds"] > 0
+        assert len(r["seconds_of_samples"]) == 2
+        assert r["gate"]["ok"]
+        assert 0 <= r["gate"]["share"] <= 1
+        # eager and fused are checked with their dropout, which others draw at random
+        assert r["gate"]["dropout"] == (p if r["provider"] == "eager" else 0.0)
+        assert r["least_bytes"] > 0
+        assert (r["least_flops"] > 0) == attention
+
+
+def planted(
+    monkeypatch: pytest.MonkeyPatch, op: str, wrong: float = 1.0, slope: float = 1.0
+) -> None:
+    """builtin's op times `wrong`, or with gradients that are `slope` times too large."""
+    right = getattr(builtin, op)
+
+    def broken(*args: object, **options: object) -> torch.Tensor:
+        y = wrong * right(*args, **options)
+        return y.detach() + slope * (y - y.detach())
+
+    monkeypatch.setattr(builtin, op, broken)
+
+
+@pytest.mark.parametrize("mistake", [dict(wrong=1.01), dict(slope=1.01), dict(wrong=math.nan)])
+def test_a_red_gate_prints_no_speed(
+    monkeypatch: pytest.MonkeyPatch, mistake: dict[str, float]
+) -> None:
+    planted(monkeypatch, "gelu", **mistake)
+    rows = kernels.measure_case(case("gelu"), CPU, ("eager", "builtin"), rounds=2)
+    by = {r["provider"]: r for r in rows}
+    assert "seconds" in by["eager"]
+    assert "seconds" not in by["builtin"]
+    assert not by["builtin"]["gate"]["ok"]
+    assert "wrong" in by["builtin"]["none_because"]
+    assert "us +-" not in kernels.line(by["builtin"], {})
+    json.dumps(results.finite(by["builtin"]), allow_nan=False)
+
+
+def test_in_16_bits_too() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        rows = kernels.measure_case(case("causal_attention_packed", dtype), CPU, PYTORCH, 1)
+        assert {r["provider"] for r in rows if "seconds" in r} == set(PYTORCH)
+
+
+def test_the_kernels_are_held_to_the_gate_with_their_dropout() -> None:
+    """On a CPU in Triton's interpreter, which tests have on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = kernels.measure_case(case("dropout_add_layer_norm", p=0.2), device, ("fused",), 1)
+    assert [r["gate"]["dropout"] for r in rows] == [0.2] * 3
+    assert all(r["gate"]["ok"] for r in rows)
+
+
+def test_what_cannot_run_says_why_and_the_rest_has_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(x: torch.Tensor) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(builtin, "gelu", failing)
+    rows = kernels.measure_case(case("gelu"), CPU, ("eager", "builtin"), rounds=1)
+    refused = [r for r in rows if "none_because" in r]
+    assert [(r["provider"], r["none_because"]) for r in refused] == [("builtin", "out of memory")]
+    assert len(rows) == 1 + len(MODES)
+
+
+def test_providers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from irongpt_kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    found = missing(CPU)
+    assert "needs an NVIDIA GPU" in found["fused"]
+    assert set(found) >= {"fused", "liger", "flash-attn"}
+    assert "fused" not in providers(case("gelu"), CPU)
+    assert set(found) <= set(NAMES)
+
+
+def test_floors_are_the_kernels_own_cost_functions() -> None:
+    """Against counts by hand: the iron model, 16 bits."""
+    tokens, C = 16384, 384
+    q = tokens * C * 2  # bytes of one of q, k, v
+    stats = 8 * tokens * 6
+    attention = Case("causal_attention", "iron", IRON, torch.float16)
+    assert attention.cost("forward") == (4 * q + stats, 2 * 64 * 6 * 256 * 257 * 64)
+    assert attention.cost("both")[0] == 12 * q + 2 * stats
+    assert Case("gelu", "iron", IRON, torch.float16).cost("both") == (5 * 4 * q, 0)
+
+
+def test_what_follows_from_a_time() -> None:
+    row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
+    roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
+    d = results.derive(row, roofs)
+    assert d["bytes_per_s"] == 50
+    assert d["flops_per_s"] == 300
+    assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
+    assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
+    assert results.derive(dict(none_because="x", least_bytes=1), roofs) == {}
+
+
+def test_the_gate_is_at_a_size_that_float64_fits() -> None:
+    long = Case("causal_attention", "T", Shape(B=2, T=8192), torch.float16).small().shape
+    assert (long.B, long.H, long.T) == (1, 1, 8192)
+    assert Case("causal_attention", "iron", IRON, torch.float16).small().shape == IRON
+
+
+def test_sweeps_keep_the_tokens() -> None:
+    swept = [c for c in workloads.sweep_cases(True, [torch.float16]) if c.sweep == "T"]
+    assert {c.shape.T for c in swept} == {64, 128, 256, 512, 1024, 2048, 4096, 8192}
+    assert {c.shape.B * c.shape.T for c in swept} == {16384}
+    assert {c.p for c in swept} == {0.0, 0.2}
+
+
+def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
+    config = GPTConfig(vocab_size=109, **PRESETS["iron"].model)
+    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in products.shapes(config, 64))
+    C, T, tokens = config.n_embd, config.context, 64 * config.context
+    attention = 12 * config.n_layer * C * T * tokens
+    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
+    assert flops == tokens * config.flops_per_token() - attention - norms
+
+
+def options(folder: Path, **more: object) -> argparse.Namespace:
+    return argparse.Namespace(out=folder, result=None, commit="abc", **more)
+
+
+def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
+    for name in ("kernels", "train"):
+        with results.Section(name, CPU, options(tmp_path)) as section:
+            section.put(rows=[dict(x=math.inf, y=[1.0, 2.0])])
+    (file,) = tmp_path.glob("*/*.json")
+    assert file.name.endswith("-abc.json")
+    values = results.load(file)
+    assert set(values) == {"format", "kernels", "train"}
+    e = values["kernels"]["environment"]
+    assert e["commit"] == "abc"
+    assert e["torch"] == torch.__version__
+    assert values["train"]["rows"] == [dict(x=None, y=[1.0, 2.0])]
+    assert '"y": [1.0, 2.0]' in file.read_text()
+
+
+def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
+    section = results.Section("runs", CPU, options(tmp_path))
+
+    def measured() -> None:
+        with section:
+            section.put(rows=[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    values = results.load(section.path)["runs"]
+    assert values["rows"] == [1]
+    assert values["ended_by"].startswith("KeyboardInterrupt")
+
+
+def test_another_file_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="no result file"):
+        results.load(tmp_path / "a.json")
+
+
+def file_of(seconds: float, iqr: float, name: str = "T4") -> dict:
+    row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
+    return {"format": 1, "train": {"environment": {"name": name}, "rows": [row]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ((1.0, 0.01), (0.5, 0.01), "2.00x faster"),
+        ((1.0, 0.01), (1.5, 0.01), "1.50x slower"),
+        ((1.0, 0.01), (1.02, 0.0), "0 of 1 times differ"),  # less than 3 %
+        ((1.0, 0.3), (1.5, 0.3), "0 of 1 times differ"),  # within both spreads
+    ],
+)
+def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> None:
+    assert said in changes.text(file_of(*before), file_of(*after), "a", "b")
+
+
+def test_another_device_is_noted() -> None:
+    text = changes.text(file_of(1, 0), file_of(1, 0, "H200"), "a", "b")
+    assert "NOTE: another device: T4 and H200" in text
+
+
+def test_the_throttle_reasons_of_a_card() -> None:
+    state = environment._state(1590.0, 5000.0, 70.0, 70.0, 84.0, 0x1 | 0x4 | 0x20)
+    assert state["throttled_by"] == ["power cap", "heat (software)"]
+    assert environment._state(None, None, None, None, None, None)["throttled_by"] is None

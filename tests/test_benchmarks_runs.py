@@ -1,0 +1,215 @@
+"""The commands of the benchmarks, end to end at tiny size, and the page that is made of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks import decode, gpu, kernels, process, report, results, runs, summary, tables, train
+from irongpt.config import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result file with every section, of a model of some thousand weights."""
+    file = tmp_path_factory.mktemp("results") / "result.json"
+    options = ["--device", "cpu", "--result", str(file), "--commit", "abc"]
+    small = dict(n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.1)
+    recipe = {**PRESETS["nano"].train, "batch_size": 2, "eval_windows": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "nano", PRESETS["nano"].__class__("", small, recipe))
+        kernels.main([*options, "--providers", "eager", "builtin", "liger", "--rounds", "2"])
+        train.main([*options, "--variants", "builtin", "textbook", "eager", "--turns", "2"])
+        decode.main([*options, "--ops", "builtin"])
+        some = ["--ops", "builtin", "eager", "--data", "python-docs"]
+        runs.main([*options, *some, "--iters", "20"])
+        target = ["--section", "target", "--target-loss", "99", "--iters", "20"]
+        runs.main([*options, *some, *target])
+    return file
+
+
+def test_every_section_is_whole(result: Path) -> None:
+    values = results.load(result)
+    for name in ("kernels", "train", "decode", "runs", "target"):
+        assert values[name]["environment"]["commit"] == "abc"
+        assert values[name]["state"]["seconds"] >= 0
+        assert "ended_by" not in values[name]
+    assert values["kernels"]["smoke"] is True
+    assert list(values["kernels"]["missing"]) == ["liger"]
+    assert len(values["kernels"]["rows"]) == 7 * 2 * 3
+
+
+def test_a_step_is_measured(result: Path) -> None:
+    section = results.load(result)["train"]
+    assert {r["variant"] for r in section["rows"]} == {"builtin", "textbook", "eager"}
+    for r in section["rows"]:
+        assert r["samples"] == 2
+        assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["seconds"], rel=1e-4)
+    products = section["products"]["float32"]
+    assert 0 < products["seconds"] < products["computed_floor_seconds"]
+
+
+def test_writing_is_measured(result: Path) -> None:
+    rows = results.load(result)["decode"]["rows"]
+    assert [(r["way"], r["batch"]) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
+    assert all(r["tokens"] == 15 for r in rows)
+
+
+def test_whole_runs(result: Path) -> None:
+    values = results.load(result)
+    builtin, eager = values["runs"]["rows"]
+    assert builtin["steps"] == eager["steps"] == 20
+    assert [point[0] for point in builtin["curve"]] == [10, 20]
+    assert builtin["evaluated"][-1][0] == 20
+    assert builtin["target"] is None
+    reached = values["target"]["rows"][0]
+    assert reached["reached"]
+    assert reached["steps"] == reached["evaluated"][0][0]
+
+
+class Page(HTMLParser):
+    """Fails on a tag that is closed out of order; collects the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag not in ("meta", "html"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "html":
+            assert self.open.pop() == tag
+
+
+def test_the_page(result: Path, tmp_path: Path) -> None:
+    folder = report.write(result, tmp_path / "page")
+    text = (folder / "report.md").read_text()
+    assert "commit `abc`" in text
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert {p.stem for p in folder.glob("*.png")} >= {"speedup", "step", "runs", "target"}
+    html = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert len(page.pictures) == len(list(folder.glob("*.png")))
+    assert all(src.startswith("data:image/png;base64,") for src in page.pictures)
+    assert "http" not in html
+
+
+def test_every_number_of_a_step_is_the_files(result: Path) -> None:
+    section = results.load(result)["train"]
+    shown = tables.train(section)
+    for r in section["rows"]:
+        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
+        assert f"{r['tokens_per_s']:,.0f}" in shown
+
+
+def iron_row(name: str) -> dict:
+    row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="both")
+    row |= dict(provider="fused", seconds=1e-3, least_bytes=250_000_000, least_flops=0)
+    return {"environment": {"name": name}, "rows": [row]}
+
+
+def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
+    elsewhere, there = tables.t4(iron_row("NVIDIA H200")), tables.t4(iron_row("Tesla T4"))
+    assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
+    assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
+    assert "computed" in elsewhere
+
+
+def test_the_readme_has_the_bound_that_is_computed() -> None:
+    assert f"| T4 | | {tables.t4_step() * 1e3:.1f} ms |" in (ROOT / "README.md").read_text()
+
+
+def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
+    """As make bench does, for one op."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    file = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--iron-only", "--device", "cpu"]
+    command += ["--providers", "eager,builtin", "-k", "gelu", "-p", "no:cacheprovider"]
+    command += ["--out", str(tmp_path), f"--benchmark-json={file}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "6 passed" in done.stdout
+    (ours,) = tmp_path.glob("*/*.json")
+    rows = {(r["provider"], r["mode"]): r for r in results.load(ours)["kernels"]["rows"]}
+    timed = json.loads(file.read_text())["benchmarks"]
+    assert {(b["name"], b["extra_info"]["mode"]) for b in timed} == set(rows)
+    for b in timed:
+        row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
+        assert b["stats"]["median"] == pytest.approx(row["seconds"], rel=1e-4)
+        assert b["stats"]["rounds"] == len(row["seconds_of_samples"])
+
+
+def arguments(tmp_path: Path, *stages: str) -> list[str]:
+    return ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--only", *stages]
+
+
+def test_a_stage_survives_the_failure_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(self: gpu.Gpu, *command: object, limit: float) -> process.Done:
+        words = [sys.executable, "-c", "print('hello')"]
+        return process.run(words, self.env, limit, self.log, tmp_path)
+
+    def broken(self: gpu.Gpu, limit: float) -> process.Done:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(gpu.Gpu, "python", python)
+    monkeypatch.setattr(gpu.Gpu, "train", broken)
+    assert gpu.main(arguments(tmp_path, "train", "decode")) == 1
+    (file,) = tmp_path.glob("*/*.json")
+    stages = results.load(file)["stages"]
+    assert stages["train"]["status"] == "failed"
+    assert "no such thing" in stages["train"]["says"]
+    assert stages["decode"] == {**stages["decode"], "status": "ok", "says": "hello"}
+    assert re.search(r"decode +ok .*hello", capsys.readouterr().out)
+    assert "hello" in file.with_suffix(".log").read_text()
+
+
+def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    done = process.run(words, dict(os.environ), 1.5, tmp_path / "log", tmp_path)
+    assert done.status == "timed out"
+    assert done.seconds < 20
+    assert "begun" in done.lines
+
+
+def test_several_at_a_time(tmp_path: Path) -> None:
+    commands = {
+        str(i): [sys.executable, "-c", f"print({i}); raise SystemExit({i})"] for i in (0, 1)
+    }
+    found: dict[str, str] = {}
+    done = process.run_many(
+        commands, dict(os.environ), 60, tmp_path / "log", tmp_path, 2,
+        lambda name, done: found.__setitem__(name, done.status),
+    )  # fmt: skip
+    assert found == {"0": "ok", "1": "failed"}
+    assert done.status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("3 failed, 12 passed, 1 skipped in 4.20s", dict(failed=3, passed=12, skipped=1)),
+        ("28 passed in 62.10s (0:01:02)", dict(passed=28)),
+        ("1 passed, 2 errors in 0.50s", dict(passed=1, error=2)),
+        ("no tests ran", {}),
+    ],
+)
+def test_counts_of_pytest(line: str, counts: dict[str, int]) -> None:
+    assert summary.pytest_counts(["tests/x.py ....", line, ""]) == counts
