@@ -92,8 +92,8 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     else:
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
     # Below sm_80 nothing is copied asynchronously, and a second stage is memory for nothing. Two
-    # accumulators of wide heads leave no registers for its addresses.
-    one_stage = arch < 80 or (kernel == "key" and BLOCK_D > 64)
+    # accumulators of wide heads, or float32 ones, leave no registers for its addresses.
+    one_stage = arch < 80 or (BLOCK_D > 64 and (kernel == "key" or itemsize == 4))
     BLOCK_M, BLOCK_N, num_warps = tile
     num_stages = 1 if one_stage else 2
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
