@@ -72,3 +72,13 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
         assert names([r for r in rows if r["bf16"]]) == []
         assert names([r for r in products if r["FFMA"] > r["HMMA"]]) == []
         assert names([r for r in products if r["warps_per_sm"] < 4]) == []
+
+
+def test_what_was_compiled_can_be_looked_at(tmp_path: Path) -> None:
+    report = compiled(75, "--only", "gelu N=1536 float16", "--dump", str(tmp_path))
+    assert {r["op"] for r in report["kernels"]} == {"gelu"}
+    assert all(r["megabytes"] > 0 for r in report["kernels"])
+    suffixes = [file.suffix for file in tmp_path.iterdir()]
+    assert {s: suffixes.count(s) for s in suffixes} == dict.fromkeys(
+        (".cubin", ".ptx", ".sass"), len(report["kernels"])
+    )

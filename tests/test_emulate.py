@@ -1,9 +1,10 @@
 """IRONGPT_EMULATE=sm_75: what Triton is told, and what its loader gets. No GPU runs it here."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,17 @@ def test_another_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_80")
     with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):
         emulate.on()
+
+
+def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def device(d: torch.device) -> Iterator[None]:
+        entered.append(d)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with launch.on(torch.device("cuda", 1)), launch.on(torch.device("cpu")):
+        pass
+    assert entered == [torch.device("cuda", 1)]
