@@ -26,6 +26,8 @@ from torch import Tensor
 
 from irongpt_kernels import dropout, launch, philox
 
+WARPS_PER_SM = 8  # of a backward, in all its programs
+
 
 @triton.jit
 def centre(x, valid, mean, N):
@@ -110,10 +112,10 @@ def tile(N: int) -> dict[str, int]:
 
 
 def programs(M: int, N: int, device: torch.device) -> int:
-    """How many programs share the rows in a backward: 8 warps an SM cover the memory's latency,
-    and more would only write more partials."""
+    """How many programs share the rows in a backward: WARPS_PER_SM cover the memory's latency, and
+    more would only write more partials."""
     options = tile(N)
-    per_sm = max(1, 8 // options["num_warps"])
+    per_sm = max(1, WARPS_PER_SM // options["num_warps"])
     return min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(device))
 
 
@@ -149,7 +151,10 @@ def layer_norm_backward(
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.on(x.device):
-            _kernel[(P,)](*inputs, *outputs, M, N, *strides, *drop, **tile(N))
+            options = tile(N)
+            # All that `programs` leaves a thread. ptxas would spill some for more warps an SM.
+            registers = min(255, 65_536 // (32 * max(WARPS_PER_SM, options["num_warps"])))
+            _kernel[(P,)](*inputs, *outputs, M, N, *strides, *drop, **options, maxnreg=registers)
     return (
         x.new_empty(0, dtype=branch_dtype) if dbranch is None else dbranch,
         x.new_empty(0) if dresidual is None else dresidual,
