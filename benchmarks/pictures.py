@@ -257,15 +257,15 @@ def _has(row: Values, dtype: str) -> bool:
 
 
 def memory(section: Values) -> Figure | None:
-    rows = [r for r in section["rows"] if r.get("step_bytes")]
+    rows = [r for r in section["rows"] if r.get("peak_bytes")]
     if not rows:
         return None
     figure = _figure(9, 0.9 + 0.28 * len(rows))
     axes = figure.add_subplot()
-    rows.sort(key=lambda r: r["step_bytes"])
+    rows.sort(key=lambda r: r["peak_bytes"])
     names = [f"{r['variant']}, {r['dtype']}" for r in rows]
     colors = [COLORS.get(r["variant"].split()[0], "#f08c00") for r in rows]
-    sizes = [r["step_bytes"] / 2**30 for r in rows]
+    sizes = [r["peak_bytes"] / 2**30 for r in rows]
     axes.barh(range(len(rows)), sizes, color=colors)
     for y, size in enumerate(sizes):
         axes.text(size, y, f" {size:.2f}", va="center", fontsize=8)

@@ -20,6 +20,7 @@ from irongpt import corpus, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.errors import UserError
+from irongpt.graph import WARMUP
 from irongpt.model import GPT
 from irongpt.tokenizer import CharTokenizer
 from irongpt.train import Trainer
@@ -44,8 +45,11 @@ def train(
     recent: list[torch.Tensor] = []
     curve: list[list[float]] = []  # step, seconds, mean training loss since the last one
     evaluated: list[list[float]] = []  # step, seconds, validation loss
+    # Not timed: compilation, and on a GPU the capture of the step.
+    warm = min(recipe.iters, WARMUP + 2 if device.type == "cuda" else 1)
     began = time.perf_counter()
-    recent.append(trainer.train_step())
+    for _ in range(warm):
+        recent.append(trainer.train_step())
     _wait(device)
     first = time.perf_counter() - began
     seconds, evaluation, reached, finite = 0.0, 0.0, False, True
@@ -70,9 +74,10 @@ def train(
         "dtype": str(dtype)[6:],
         "steps": trainer.step,
         "seconds": seconds,
-        "first_step_seconds": first,
+        "warm_steps": warm,
+        "warm_seconds": first,
         "evaluation_seconds": evaluation,
-        "tokens_per_s": (trainer.step - 1) * trainer.tokens_per_step() / seconds,
+        "tokens_per_s": (trainer.step - warm) * trainer.tokens_per_step() / seconds,
         "target": target,
         "reached": reached,
         "finite": finite,

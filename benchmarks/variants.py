@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,11 @@ from torch import Tensor
 
 from irongpt import device as devices
 from irongpt.batches import TrainBatches, split
-from irongpt.config import TrainConfig
 from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.train import Trainer
 
 WARM = 5  # steps: a trainer that captures its step has done so by then
-GRAPHED = any(f.name == "graph" for f in dataclasses.fields(TrainConfig))
 
 
 class Variant:
@@ -43,30 +42,18 @@ class Variant:
     def warm_up(self) -> None:
         self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
 
-    def memory_and_launches(self) -> dict[str, Any]:
-        """Peak memory of a step, of all that is allocated for this variant, and its kernels."""
-        if self.device.type != "cuda":
-            return {}
-        torch.cuda.reset_peak_memory_stats(self.device)
-        held = torch.cuda.memory_allocated(self.device)
-        with self._algorithms():
-            self.step()
-            self._wait()
-            peak = torch.cuda.max_memory_allocated(self.device)
-            return {
-                "peak_bytes": peak,
-                "step_bytes": peak - held,
-                "reserved_bytes": torch.cuda.memory_reserved(self.device),
-                "launches": self._launches(),
-            }
-
-    def _launches(self) -> int | None:
+    def launches(self) -> int | None:
         """Kernels, copies and fills that run on the device in a step; None if nobody counts."""
+        if self.device.type != "cuda":
+            return None
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         try:
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+            with (
+                self._algorithms(),
+                profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
+            ):
                 self.step()
                 self._wait()
             events = trace.events() or []
@@ -89,6 +76,22 @@ class Variant:
             torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def peak_of(device: torch.device) -> Iterator[dict[str, int]]:
+    """peak_bytes: what is allocated at most beyond what there was before. A graph's pool counts
+    while it is captured, so what is made and warmed up within is counted whole."""
+    found: dict[str, int] = {}
+    gc.collect()  # a trainer and its graph hold each other
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+
+
 def trained(
     setting: tuple[Any, ...],
     module: Any,
@@ -105,14 +108,13 @@ def trained(
     setting's is another value here.
     """
     model_config, train_config, ids = setting
-    if GRAPHED:
-        recipe["graph"] = graph
-    train_config = dataclasses.replace(train_config, **recipe)
+    train_config = dataclasses.replace(train_config, graph=graph, **recipe)
     torch.manual_seed(train_config.seed)
     model = GPT(model_config, module).to(device)
     trainer = Trainer(model, ids, train_config, device, dtype)
     if mode is not None:
-        torch._dynamo.reset()
+        # Each variant's model is compiled anew, and those before it keep theirs.
+        torch._dynamo.config.recompile_limit = 64
         compiled = torch.compile(model.loss, mode=mode, dynamic=False)
 
         def loss(x: Tensor, y: Tensor, *, seed: Any = None) -> Tensor:
