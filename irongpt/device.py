@@ -94,12 +94,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
+def reserve_workspace() -> None:
+    """The cuBLAS workspace of products that repeat to the bit. PyTorch reads it once, at the first
+    matrix product of a process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def make_deterministic() -> None:
     """The same bits on every run of one environment. Call before the first matrix product.
 
     Not with warn_only: PyTorch's attention then keeps its atomics on a GPU.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    reserve_workspace()
     torch.use_deterministic_algorithms(True)
     # A debugging aid, and not free.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -8,11 +8,11 @@ import torch
 from poison import poison
 
 from irongpt.cli import main
+from irongpt.device import reserve_workspace
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-# cuBLAS reads it once, and a run in the command line's tests asks for determinism.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+reserve_workspace()  # a run in the command line's tests asks for determinism
 
 # A run of a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = [

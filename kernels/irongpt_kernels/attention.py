@@ -38,6 +38,7 @@ from torch import Tensor
 from irongpt_kernels import attention_tiles, checks, dropout, launch, philox
 from irongpt_kernels.attention_backward import causal_attention_backward
 from irongpt_kernels.attention_tiles import load_tile, store_tile
+from irongpt_kernels.layout import unpack
 
 
 @triton.jit
@@ -154,8 +155,7 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
     packed = causal_attention_backward(
         dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv)
     )
-    gradients = packed.permute(2, 0, 3, 1, 4).unbind()
-    wanted = (wants_q, *wants_kv)
+    gradients, wanted = unpack(packed), (wants_q, *wants_kv)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from irongpt_kernels import attention_tiles, dropout, launch, philox
 from irongpt_kernels.attention_tiles import load_stats, load_tile, store_tile, weights
+from irongpt_kernels.layout import unpack
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def attention_backward(
     if packed.numel() == 0:
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    dq, dk, dv = packed.permute(2, 0, 3, 1, 4).unbind()
+    dq, dk, dv = unpack(packed)
     m, log_l = stats
     delta = torch.empty_like(m)
     sizes = H, T, scale, scale * math.log2(math.e)

@@ -19,11 +19,7 @@ from torch import Tensor
 
 from irongpt_kernels import attention, checks
 from irongpt_kernels.attention_backward import causal_attention_backward
-
-
-def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, (B, H, T, D) each, as views."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
+from irongpt_kernels.layout import unpack
 
 
 @torch.library.custom_op("irongpt::causal_attention_packed", mutates_args=())

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import checks, launch
+from irongpt_kernels.layout import matrix
 
 BLOCK_N = 256
 BLOCK_M = 4
@@ -125,22 +126,16 @@ def _tile() -> dict[str, int]:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_M * BLOCK_N))
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """x as (M, N): a view where one stride leads from row to row, else a copy."""
-    N = x.shape[-1]
-    return x.reshape(x.numel() // N if N else 0, N)
-
-
 @torch.library.custom_op("irongpt::gelu", mutates_args=())
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    return gelu_fwd(_matrix(x), bias).view(x.shape)
+    return gelu_fwd(matrix(x), bias).view(x.shape)
 
 
 @torch.library.custom_op("irongpt::gelu_backward", mutates_args=())
 def _gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, db = gelu_bwd(_matrix(dy), _matrix(x), bias, bias_grad)
+    dx, db = gelu_bwd(matrix(dy), matrix(x), bias, bias_grad)
     return dx.view(x.shape), db
 
 

@@ -1,4 +1,4 @@
-"""Everything that depends on the GPU: which one, how many programs, which tiles.
+"""Everything that depends on the GPU: which one, how many programs, how they launch.
 
 In Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) kernels run on CPU
 tensors, program after program, and stand in for a small GPU.

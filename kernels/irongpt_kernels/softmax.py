@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import checks, launch
+from irongpt_kernels.layout import matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 ONLINE_BLOCK = 4096
@@ -199,20 +200,14 @@ def _blocks() -> dict[str, int]:
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """x as (M, N): a view where one stride leads from row to row, else a copy."""
-    N = x.shape[-1]
-    return x.reshape(x.numel() // N if N else 0, N)
-
-
 @torch.library.custom_op("irongpt::softmax", mutates_args=())
 def _softmax(x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_fwd(_matrix(x), scale, causal).view(x.shape)
+    return softmax_fwd(matrix(x), scale, causal).view(x.shape)
 
 
 @torch.library.custom_op("irongpt::softmax_backward", mutates_args=())
 def _softmax_backward(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_bwd(_matrix(dy), _matrix(x), scale, causal).view(x.shape)
+    return softmax_bwd(matrix(dy), matrix(x), scale, causal).view(x.shape)
 
 
 @_softmax.register_fake
