@@ -139,6 +139,7 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 
 
 OPS = list(small_inputs())
+UPDATES = ["unscale", "adamw"]  # ops of the optimizer, which have no gradient
 
 
 def _between_nans(x: Tensor) -> Tensor:

@@ -13,9 +13,12 @@
 | `cross_entropy(logits, targets, ignore_index)` | (M, V), (M,) int64 | mean, 0-d |
 | `gelu(x, bias)` | (..., N), (N,) or None | (..., N) |
 | `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
+| `unscale(grads, scale, good_steps, steps, *, max_norm, calm)` | lists | norm, divisor, overflow |
+| `adamw(params, copies, grads, exp_avgs, exp_avg_sqs, steps, lr, unscaled, *, ...)` | lists | |
 
-The last returns the sum and its norm. A caller takes one of the modules and uses it; nothing is
-chosen here. Importing this package, eager or builtin imports no Triton.
+`dropout_add_layer_norm` returns the sum and its norm; the last two are an optimizer's step. A
+caller takes one of the modules and uses it; nothing is chosen here. Importing this package, eager
+or builtin imports no Triton.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`
 drops are a pure function of the seed and the position (see `dropout`). `builtin` alone drops by

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irongpt_kernels import scaling
+
 
 def causal_attention(
     q: Tensor,
@@ -76,3 +78,72 @@ def dropout_add_layer_norm(
     """See `eager.dropout_add_layer_norm`."""
     total = (residual + F.dropout(branch, dropout_p)).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
+
+
+def unscale(
+    grads: list[Tensor],
+    scale: Tensor,
+    good_steps: Tensor,
+    steps: Tensor,
+    *,
+    max_norm: float,
+    calm: int = 0,
+) -> Tensor:
+    """See `eager.unscale`."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {g.dtype for g in grads}:  # a fused pass takes tensors of one dtype
+        at = [i for i, g in enumerate(grads) if g.dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms |= zip(at, torch._foreach_norm([grads[i] for i in at], 2.0, wide), strict=True)
+    norm = torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
+    return scaling.finish(norm, scale, good_steps, steps, max_norm, calm)
+
+
+def adamw(
+    params: list[Tensor],
+    copies: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decays: list[float],
+    eps: float = 1e-8,
+) -> None:
+    """See `eager.adamw`. Gradients of float32 end divided, as PyTorch leaves them."""
+    _, divisor, overflow = unscaled.unbind()
+    narrow = [i for i, (p, g) in enumerate(zip(params, grads, strict=True)) if g.dtype != p.dtype]
+    if narrow:  # the fused pass wants them in the type of the weights
+        wide = [torch.empty_like(params[i]) for i in narrow]
+        torch._foreach_copy_(wide, [grads[i] for i in narrow])
+        widened = dict(zip(narrow, wide, strict=True))
+        grads = [widened.get(i, g) for i, g in enumerate(grads)]
+    every_step = steps.unbind()
+    for decay in dict.fromkeys(weight_decays):
+        at = [i for i, d in enumerate(weight_decays) if d == decay]
+        weights, gradients, m, v = (
+            [tensors[i] for i in at] for tensors in (params, grads, exp_avgs, exp_avg_sqs)
+        )
+        torch._fused_adamw_(
+            weights,
+            gradients,
+            m,
+            v,
+            [],
+            [every_step[i] for i in at],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+            found_inf=overflow,
+        )
+    if copies:
+        torch._foreach_copy_(copies, params[: len(copies)])

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from irongpt_kernels import dropout
+from irongpt_kernels import dropout, scaling
 
 
 def causal_attention(
@@ -121,6 +121,65 @@ def dropout_add_layer_norm(
         branch = branch * keep * dropout.keep_scale(dropout_p)
     total = (residual + branch).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
+
+
+def unscale(
+    grads: list[Tensor],
+    scale: Tensor,
+    good_steps: Tensor,
+    steps: Tensor,
+    *,
+    max_norm: float,
+    calm: int = 0,
+) -> Tensor:
+    """What `adamw` has to know of the gradients of scale * loss before it uses any of them.
+
+    scale: 0-d float32. good_steps: 0-d int64, steps since the last change of the scale. steps:
+    (n,) float32, updates so far; one is added to each unless a gradient is not finite. calm: after
+    so many good steps the scale doubles, and halves after a bad one, between 1 and 2^24 (dynamic
+    loss scaling, Micikevicius et al. 2018); 0 leaves it. Returns (norm, divisor, overflow), (3,):
+    the norm of all unscaled gradients, what to divide gradients by so that it is `max_norm` at
+    most, and 1 if it is not finite, else 0.
+    """
+    total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
+    return scaling.finish(total.sqrt(), scale, good_steps, steps, max_norm, calm)
+
+
+def adamw(
+    params: list[Tensor],
+    copies: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decays: list[float],
+    eps: float = 1e-8,
+) -> None:
+    """AdamW (Loshchilov and Hutter 2019) in place, unless `unscaled` tells of an overflow.
+
+    params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
+    copies: of the first params, rounded to their own dtype. steps: (n,), with this one. lr: 0-d.
+    unscaled: what `unscale` returned.
+    """
+    _, divisor, overflow = unscaled.unbind()
+    keep = overflow > 0
+    corrections = [1 - beta ** steps.double() for beta in (beta1, beta2)]
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        bias1, bias2 = (c[i].to(p.dtype) for c in corrections)
+        g = g.to(p.dtype) / divisor
+        new_m = beta1 * m + (1 - beta1) * g
+        new_v = beta2 * v + (1 - beta2) * g.square()
+        new_p = p - lr * weight_decays[i] * p
+        new_p -= lr / bias1 * new_m / (new_v.sqrt() / bias2.sqrt() + eps)
+        for old, new in ((p, new_p), (m, new_m), (v, new_v)):
+            old.copy_(old.where(keep, new))
+    for copy, p in zip(copies, params, strict=False):
+        copy.copy_(p)
 
 
 def _wide(x: Tensor) -> Tensor:

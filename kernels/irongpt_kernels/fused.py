@@ -4,6 +4,7 @@ Each kernel stands in the module that bears its name, with its formulas and what
 Importing this module imports Triton.
 """
 
+from irongpt_kernels.adamw import adamw
 from irongpt_kernels.attention import causal_attention
 from irongpt_kernels.attention_packed import causal_attention_packed
 from irongpt_kernels.cross_entropy import cross_entropy
@@ -11,8 +12,10 @@ from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.gelu import gelu
 from irongpt_kernels.layer_norm import layer_norm
 from irongpt_kernels.softmax import softmax
+from irongpt_kernels.unscale import unscale
 
 __all__ = [
+    "adamw",
     "causal_attention",
     "causal_attention_packed",
     "cross_entropy",
@@ -20,4 +23,5 @@ __all__ = [
     "gelu",
     "layer_norm",
     "softmax",
+    "unscale",
 ]

@@ -51,6 +51,13 @@ class Case:
         torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])
 
 
+class Update(Case):
+    """Of the optimizer, which has no backward: `make` calls it."""
+
+    def run(self) -> None:
+        self.make()
+
+
 def every(arch: int) -> list[Case]:
     """All shapes for an architecture: every dtype that it computes in, every tile."""
     names = [n for n in DTYPES if n != "bfloat16" or arch >= 80]
@@ -68,6 +75,7 @@ def representative(arch: int) -> list[Case]:
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
+    rows += [f"N=384 {dtype} gradients" for dtype in DTYPES]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
     return [case for case in every(arch) if case.shape in chosen]
 
@@ -79,6 +87,7 @@ def _cases(dtype: str) -> Iterator[Case]:
     yield from _softmax(dtype, zeros)
     yield from _cross_entropy(dtype, zeros)
     yield from _gelu(dtype, zeros)
+    yield from _updates(dtype, zeros)
 
 
 def _attention(dtype: str, zeros: Any) -> Iterator[Case]:
@@ -179,3 +188,35 @@ def _gelu(dtype: str, zeros: Any) -> Iterator[Case]:
 
         shape = f"N={N} {dtype}" + ("" if bias else " no bias")
         yield Case("gelu", shape, dtype, make, {}, cost)
+
+
+def _updates(dtype: str, zeros: Any) -> Iterator[Case]:
+    """The weights of the iron model: those of its blocks have copies where `dtype` is 16-bit."""
+    from irongpt_kernels import adamw, unscale
+
+    C, size = 384, DTYPES[dtype].itemsize
+
+    def make(run: bool = True) -> int:
+        shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * 6 + [(109, C), (256, C)]
+        shapes += [(C,)] * 13  # type: ignore[list-item]
+        copies = 24 if size == 2 else 0
+        if run:
+            # Addresses and sizes of small tensors are specialized alike.
+            params, m, v, wide = ([torch.zeros(ROWS * len(s)) for s in shapes] for _ in range(4))
+            narrow = [p.to(DTYPES[dtype]) for p in params[:copies]]
+            numbers, one = torch.zeros(len(params)), torch.ones(())
+            grads = [*narrow, *wide[copies:]]
+            count = torch.zeros((), dtype=torch.int64)
+            calm = 2000 if dtype == "float16" else 0
+            unscaled = unscale.unscale(grads, one, count, numbers, max_norm=1.0, calm=calm)
+            lists = (params, narrow, grads, m, v)
+            decays = [0.1 * (len(s) - 1) for s in shapes]
+            adamw.adamw(
+                *lists, numbers, one, unscaled, beta1=0.9, beta2=0.999, weight_decays=decays
+            )
+        return sum(torch.Size(s).numel() for s in shapes)
+
+    def cost(mode: str) -> tuple[float, float]:
+        return adamw.adamw_bytes(make(False), size, 2 if size == 2 else 0), 0
+
+    yield Update("adamw", f"N={C} {dtype} gradients", dtype, make, {}, cost)  # type: ignore[arg-type]
