@@ -109,7 +109,9 @@ def _step(
         loss = ops.cross_entropy(logits.flatten(0, 1), y.flatten())
     scale = LOSS_SCALE if dtype == torch.float16 else 1.0
     (loss * scale).backward()
-    gradients = {f"d {n}": p.grad / scale for n, p in t.model.named_parameters()}  # type: ignore[operator]
+    gradients = {
+        f"d {n}": t.optimizer.gradient(p).to(p.dtype) / scale for n, p in t.model.named_parameters()
+    }
     return {"logits": logits.detach(), **gradients}
 
 

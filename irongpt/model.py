@@ -26,12 +26,29 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
 
+class Linear(nn.Linear):
+    """A linear layer whose matrix may have a 16-bit copy: see `GPT.copy_weights`.
+
+    The copy is no parameter: a state_dict holds `weight` alone, in float32.
+    """
+
+    copy: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """What to multiply by. Without a copy autocast casts the weight, at every use."""
+        return self.weight if self.copy is None else self.copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, ops: ModuleType, layer: int) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
         self, x: Tensor, dropout_p: float, seed: int | Tensor | None, cache: "KVCache | None"
@@ -53,11 +70,11 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, ops: ModuleType) -> None:
         super().__init__()
         self.ops = ops
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.ops.gelu(F.linear(x, self.fc.weight), self.fc.bias))
+        return self.proj(self.ops.gelu(F.linear(x, self.fc.matrix), self.fc.bias))
 
 
 class Block(nn.Module):
@@ -118,6 +135,25 @@ class GPT(nn.Module):
         if isinstance(module, Attention | MLP):  # after its children: apply goes bottom-up
             with torch.no_grad():
                 module.proj.weight /= math.sqrt(2 * self.config.n_layer)
+
+    def copy_weights(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+        """From here on the blocks multiply by copies of their matrices, of `dtype`.
+
+        The copies are leaves and get the gradients, in `dtype`; the weights stay as they are, for
+        an optimizer to update and to copy. So no cast stands in a step, forward or backward.
+        Returns the copy of each weight. Loading a state_dict copies anew.
+        """
+        linears = [m for m in self.modules() if isinstance(m, Linear)]
+        for m in linears:
+            m.copy = m.weight.detach().to(dtype, copy=True).requires_grad_()
+        copies = {m.weight: m.copy for m in linears if m.copy is not None}
+
+        @torch.no_grad()
+        def again(*_: object) -> None:
+            torch._foreach_copy_(list(copies.values()), list(copies))
+
+        self.register_load_state_dict_post_hook(again)
+        return copies
 
     def forward(
         self, idx: Tensor, *, seed: int | Tensor | None = None, cache: "KVCache | None" = None

@@ -7,7 +7,7 @@ together.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,12 +27,17 @@ class Muon:
             self.by_shape[p.shape].append(p)
 
     @torch.no_grad()
-    def step(self, lr: Tensor, divisor: Tensor, overflow: Tensor) -> None:
-        """Gradients are divided by `divisor`; nothing changes if `overflow` is 1. All are 0-d."""
+    def step(
+        self, lr: Tensor, divisor: Tensor, overflow: Tensor, gradients: Mapping[Tensor, Tensor]
+    ) -> None:
+        """Gradients are divided by `divisor`; nothing changes if `overflow` is 1. All are 0-d.
+
+        gradients: by their weights, of any type.
+        """
         keep = overflow > 0
         for shape, params in self.by_shape.items():
             weights = torch.stack(params)  # (n, rows, columns), and so are the others
-            grads = torch.stack([p.grad for p in params if p.grad is not None]) / divisor
+            grads = torch.stack([gradients[p] for p in params]).to(weights.dtype) / divisor
             old = torch.stack([self.momentum[p] for p in params])
             new = old.lerp(grads, 1 - self.beta)
             update = orthogonal(grads.lerp(new, self.beta))  # Nesterov's look ahead

@@ -1,13 +1,16 @@
 """The optimizer as the training step drives it: AdamW, Muon, schedule, loss scale, clipping.
 
-One pass over the gradients takes their norm; then they are unscaled, clipped and applied, or, if
-the norm is not finite, weights and moments stay as they are. The host never waits for the device,
-and float32, bfloat16 and float16 go the same way.
+One pass over the gradients takes their norm, the op `unscale`; in a second, the op `adamw`, they
+are unscaled, clipped and applied, or, if the norm is not finite, weights and moments stay as they
+are.
+The host never waits for the device, and float32, bfloat16 and float16 go the same way.
 """
 
 import math
+from types import ModuleType
 
 import torch
+from irongpt_kernels import builtin
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
@@ -34,7 +37,7 @@ class LossScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018): half after an overflow, double after a calm.
 
     A float16 gradient below 6e-8 is zero; multiplying the loss keeps them above. Without
-    `enabled` the scale stays 1.
+    `enabled` the scale stays 1. The op `unscale` updates both tensors.
     """
 
     calm = 2000  # steps without an overflow before the scale doubles
@@ -44,26 +47,29 @@ class LossScaler:
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
         self.good_steps = torch.tensor(0, device=device)
 
-    def update(self, overflow: Tensor) -> None:
-        """overflow: 0-d float, 1 if this step's gradients were not finite, else 0."""
-        if not self.enabled:
-            return
-        bad = overflow > 0
-        good_steps = (self.good_steps + 1).masked_fill(bad, 0)
-        grow = good_steps >= self.calm
-        factor = torch.ones_like(self.scale).masked_fill(grow, 2.0).masked_fill(bad, 0.5)
-        self.scale.copy_((self.scale * factor).clamp(1.0, 2.0**24))
-        self.good_steps.copy_(good_steps.masked_fill(grow, 0))
-
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) for all, or Muon for the blocks' matrices."""
+    """AdamW (Loshchilov and Hutter 2019) for all, or Muon for the blocks' matrices.
+
+    The weights are float32. Where a weight has a 16-bit copy, the copy has its gradient, and every
+    step writes the copy anew.
+    """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, scaler: LossScaler, lr: Tensor
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        scaler: LossScaler,
+        lr: Tensor,
+        ops: ModuleType = builtin,
+        copies: dict[Tensor, Tensor] | None = None,
     ) -> None:
-        """lr: the learning rate, 0-d float32 on the weights' device; every step reads it."""
-        self.config, self.scaler, self.lr = config, scaler, lr
+        """lr: the learning rate, 0-d float32 on the weights' device; every step reads it.
+
+        copies: of weights, leaves of a type of their own.
+        """
+        self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
+        self.copies = copies or {}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.muon = Muon(
             [
@@ -75,55 +81,92 @@ class Optimizer:
             config.weight_decay,
         )
         rest = [p for p in self.names if p not in self.muon.momentum]
-        decayed, kept = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": kept, "weight_decay": 0.0},  # norms and biases
-            ],
-            lr=lr,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-            capturable=lr.is_cuda,
+        self.adamw = sorted(rest, key=lambda p: p not in self.copies)  # as the op wants them
+        self.exp_avg, self.exp_avg_sq = (
+            {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw} for _ in range(2)
         )
-        # It would warn of a step outside of a graph, which is what the first ones are.
-        self.adamw._warned_capturable_if_run_uncaptured = True
+        self.steps = torch.zeros(len(self.adamw), device=lr.device)
 
+    def zero_grad(self) -> None:
+        for p in (*self.names, *self.copies.values()):
+            p.grad = None
+
+    def gradient(self, p: Tensor) -> Tensor:
+        """The weight's own, in float32, where it has one, else that of its copy."""
+        grad = self.copies[p].grad if p.grad is None and p in self.copies else p.grad
+        if grad is None:
+            raise ValueError(f"{self.names[p]} has no gradient")
+        return grad
+
+    def accumulate(self) -> None:
+        """Adds the gradients of the copies to the weights' own, in float32, and drops them."""
+        arrived = {p: c.grad for p, c in self.copies.items() if c.grad is not None}
+        fresh = {p: grad for p, grad in arrived.items() if p.grad is None}
+        for p, grad in arrived.items():
+            if p in fresh:
+                p.grad = torch.empty_like(p)
+            elif p.grad is not None:
+                p.grad += grad
+            self.copies[p].grad = None
+        if fresh:
+            wide = [p.grad for p in fresh if p.grad is not None]
+            torch._foreach_copy_(wide, list(fresh.values()))
+
+    @torch.no_grad()
     def step(self) -> Tensor:
         """Updates the weights from the gradients of scale * loss, clipped to a global norm.
 
         A step whose gradients are not finite changes neither weights nor moments. Returns the
         norm of the unscaled gradients before clipping, 0-d.
         """
-        grads = [p.grad for p in self.names if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads, foreach=True) / self.scaler.scale
-        overflow = (~norm.isfinite()).float()
-        divisor = self.scaler.scale * ((norm + 1e-6) / self.config.grad_clip).clamp(min=1.0)
-        # As torch.amp.GradScaler tells a fused optimizer: divide by one, skip if the other is 1.
-        self.adamw.grad_scale = divisor  # type: ignore[attr-defined]
-        self.adamw.found_inf = overflow  # type: ignore[attr-defined]
-        self.adamw.step()
-        self.muon.step(self.lr, divisor, overflow)
-        self.scaler.update(overflow)
+        config, scaler = self.config, self.scaler
+        grads = {p: self.gradient(p) for p in self.names}
+        unscaled = self.ops.unscale(
+            list(grads.values()),
+            scaler.scale,
+            scaler.good_steps,
+            self.steps,
+            max_norm=config.grad_clip,
+            calm=scaler.calm if scaler.enabled else 0,
+        )
+        norm, divisor, overflow = unscaled.unbind()
+        self.ops.adamw(
+            self.adamw,
+            [self.copies[p] for p in self.adamw if p in self.copies],
+            [grads[p] for p in self.adamw],
+            list(self.exp_avg.values()),
+            list(self.exp_avg_sq.values()),
+            self.steps,
+            self.lr,
+            unscaled,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw],
+        )
+        if self.muon.momentum:
+            self.muon.step(self.lr, divisor, overflow, grads)
+        written = [p for p in self.muon.momentum if p in self.copies]
+        if written:
+            torch._foreach_copy_([self.copies[p] for p in written], written)
         return norm
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}
+        for i, p in enumerate(self.adamw):
+            moments = self.steps[i], self.exp_avg[p], self.exp_avg_sq[p]
+            for key, t in zip(("step", "exp_avg", "exp_avg_sq"), moments, strict=True):
+                state[f"{key}.{self.names[p]}"] = t
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments, by the names of the moment and of the parameter."""
-        state = {**self.adamw.state, **{p: {"momentum": m} for p, m in self.muon.momentum.items()}}
-        return {f"{key}.{self.names[p]}": t for p in state for key, t in state[p].items()}
+        return {n: t.clone() if t.dim() == 0 else t for n, t in self._state().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over a copy of what `tensors` gave. Raises KeyError or ValueError if it is not."""
-
-        def moment(key: str, p: Tensor) -> Tensor:
-            value = tensors[f"{key}.{self.names[p]}"]
-            if value.shape != (() if key == "step" else p.shape):
-                raise ValueError(f"the {key} of {self.names[p]} has another shape")
-            return value.to(p.device, copy=True)
-
-        for p in self.names:
-            if p in self.muon.momentum:
-                self.muon.momentum[p] = moment("momentum", p)
-            else:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.adamw.state[p] = {key: moment(key, p) for key in keys}
+        state = self._state()
+        for name, t in state.items():
+            if tensors[name].shape != t.shape:
+                raise ValueError(f"{name} has another shape")
+        for name, t in state.items():
+            t.copy_(tensors[name])

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from irongpt_kernels import builtin, eager
 from torch import Tensor
 
 from irongpt import device as devices
@@ -31,7 +32,15 @@ class Trainer:
         self.val_batches = ValBatches(val_ids, context, eval_batch, config.eval_windows)
         self.scaler = optim.LossScaler(dtype == torch.float16, device)
         self.lr = torch.zeros((), device=device)
-        self.optimizer = optim.Optimizer(model, config, self.scaler, self.lr)
+        self.optimizer = optim.Optimizer(
+            model,
+            config,
+            self.scaler,
+            self.lr,
+            # Eager's plain loop is a specification, and a thousand launches: no way to train.
+            builtin if model.ops is eager else model.ops,
+            model.copy_weights(dtype) if dtype.itemsize == 2 else None,
+        )
         # What a step takes, a row for each of its forward passes. The host fills them in place.
         self.firsts = torch.zeros(
             config.grad_accum, config.batch_size, dtype=torch.int64, device=device
@@ -67,16 +76,22 @@ class Trainer:
 
     def _run_step(self) -> Tensor:
         """The step on what `_fill` wrote. All of it happens on the device; see `graph`."""
-        config = self.config
-        self.model.zero_grad()
-        total = torch.zeros((), device=self.device)
+        n = self.config.grad_accum
+        self.optimizer.zero_grad()
         scale = self.scaler.scale.clone()
-        for i in range(config.grad_accum):
-            loss = self._loss(i) / config.grad_accum
-            (loss * scale).backward()
-            total += loss.detach()
+        losses = [self._backward(i) for i in range(n)]
+        loss = torch.stack(losses).sum() / n if n > 1 else losses[0]
         norm = self.optimizer.step()
-        return torch.stack((total, norm, scale))
+        return torch.stack((loss, norm, scale))
+
+    def _backward(self, i: int) -> Tensor:
+        """Gradients of forward pass i, scaled, beside those of the passes before. Its loss."""
+        n = self.config.grad_accum
+        loss = self._loss(i)
+        loss.backward(self.scaler.scale / n if n > 1 else self.scaler.scale)
+        if n > 1:
+            self.optimizer.accumulate()
+        return loss.detach()
 
     def _loss(self, i: int) -> Tensor:
         """Loss of the step's forward pass i, with the dropout that belongs to it."""
@@ -156,8 +171,8 @@ class Trainer:
                 hook.remove()
         look("the loss", loss)
         if not found:
-            self.model.zero_grad()
+            self.optimizer.zero_grad()
             (loss * self.scaler.scale).backward()
             for name, p in reversed(list(self.model.named_parameters())):
-                look(f"the gradient of {name}", p.grad)
+                look(f"the gradient of {name}", self.optimizer.gradient(p))
         return found[0] if found else "none in the next step: the gradients' norm overflows"

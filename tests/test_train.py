@@ -41,6 +41,13 @@ def test_training_lowers_the_loss_of_both_splits():
     assert t.evaluate() < before - 0.1
 
 
+class Still:
+    """Ops of an optimizer that changes nothing."""
+
+    unscale = staticmethod(builtin.unscale)
+    adamw = staticmethod(lambda *args, **kwargs: None)
+
+
 @pytest.mark.parametrize("split", [(4, 2), (2, 4), (1, 8)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
     """In float64, by the gradients that the optimizer is given; the norm is taken of them too."""
@@ -48,7 +55,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
     given = []
     for t in (trainer(), trainer(batch_size=batch_size, grad_accum=grad_accum)):
         t.model.double()
-        monkeypatch.setattr(t.optimizer.adamw, "step", lambda: None)
+        monkeypatch.setattr(t.optimizer, "ops", Still)
         row = t.train_step()
         given.append([row[0], row[1], *(p.grad for p in t.model.parameters())])
     for whole, accumulated in zip(*given, strict=True):
@@ -63,6 +70,38 @@ def test_sixteen_bit_training_follows_float32(dtype):
     torch.testing.assert_close(rows[:, 0], losses, rtol=2**-7, atol=0)
     assert rows[0, 2] == (65536 if dtype == torch.float16 else 1)
     assert all(p.dtype == torch.float32 for p in narrow.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_accum", [1, 3])
+def test_copies_of_the_weights_give_the_bits_of_autocast(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, optimizer: str, grad_accum: int
+) -> None:
+    """Which casts every weight at its use, and its gradient back, to float32."""
+    options = dict(ops=eager, dtype=dtype, dropout=0.2, optimizer=optimizer, grad_accum=grad_accum)
+    copied = trainer(**options)
+    assert {c.dtype for c in copied.optimizer.copies.values()} == {dtype}
+    assert len(copied.optimizer.copies) == 4 * SHAPE.n_layer
+    rows = train(copied, 8)
+    with monkeypatch.context() as m:
+        m.setattr(GPT, "copy_weights", lambda self, dtype: {})
+        cast = trainer(**options)
+    assert torch.equal(train(cast, 8), rows)
+    assert copied.evaluate() == cast.evaluate()
+    for a, b in zip(copied.model.parameters(), cast.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for weight, copy in copied.optimizer.copies.items():
+        assert torch.equal(copy, weight.to(dtype))
+
+
+def test_weights_that_are_loaded_are_copied() -> None:
+    t, other = trainer(dtype=torch.float16), trainer(dtype=torch.float16)
+    train(t, 3)
+    other.model.load_state_dict(t.model.state_dict())
+    assert other.evaluate() == t.evaluate()
+    assert {w.dtype for w in t.model.state_dict().values()} == {torch.float32}
+    assert set(t.model.state_dict()) == set(trainer().model.state_dict())
 
 
 @pytest.mark.parametrize("ops", [eager, builtin])
