@@ -1,0 +1,232 @@
+"""Kernel launches and bytes of one training step, computed on tensors without memory.
+
+    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon] [--top 12]
+
+The step of a Trainer runs on fake tensors, and every operation that a GPU would launch kernels for
+is written down: how many, and the bytes of its operands, each read once and written once. Views and
+allocations launch nothing. Nothing is measured and no GPU is needed; a GPU's profiler has to
+confirm it. What a fake cannot know is in LAUNCHES. Autocast is the CPU's, whose list of operations
+agrees with CUDA's on those of the model. The attention of `builtin` counts as PyTorch's
+memory-efficient one, which a T4 runs.
+"""
+
+import argparse
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from irongpt_kernels import builtin, eager
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.device import DTYPES
+from irongpt.model import GPT
+from irongpt.train import Trainer
+
+VOCABULARY = 109  # of War and Peace
+
+# Kernels of the operations that launch several; all others launch one. Ours are what the launchers
+# do (a test runs them and counts); of PyTorch's CUDA code, read in its source, the least.
+LAUNCHES = {
+    "irongpt::causal_attention_backward": 2,  # queries; keys and values
+    "irongpt::unscale": 2,  # squares; their sum and what follows of it
+    "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
+    "irongpt::cross_entropy": 5,  # rows, compare, two sums, a quotient
+    "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
+    "aten::_index_put_impl_": 8,
+    "aten::native_layer_norm_backward": 2,
+    "aten::_scaled_dot_product_efficient_attention_backward": 3,  # dO O, its sum, the gradients
+}
+
+GROUPS = {  # by a part of the operation's name; the first that fits
+    "attention": ("attention",),
+    "norms": ("layer_norm",),
+    "optimizer": ("adamw", "unscale"),
+    "gelu": ("gelu", "tanh", "pow"),
+    "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
+    "batch, embedding": ("embedding", "index"),
+    "casts": ("_to_copy",),
+    "matrix products": ("mm",),
+    "copies, adds": ("copy_", "clone", "add", "stack", "cat"),
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what is dispatched within it. `phase`: "optimizer" books all on one page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+        self.launches: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.operations: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        moved = traffic(func, args, kwargs or {}, out)
+        if moved:
+            group = self.phase or group_of(name)
+            self.launches[group] += LAUNCHES.get(name, 1)
+            self.bytes[group] += moved
+            self.operations[group][name] += LAUNCHES.get(name, 1)
+        return out
+
+    @contextlib.contextmanager
+    def booking(self, phase: str) -> Iterator[None]:
+        self.phase, before = phase, self.phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+
+def group_of(name: str) -> str:
+    found = (group for group, parts in GROUPS.items() if any(part in name for part in parts))
+    return next(found, "rest")
+
+
+def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that an operation moves, each operand once; 0 for views and allocations."""
+    arguments = func._schema.arguments
+    named = {a.name: a for a in arguments}
+    given = [*zip(arguments, args, strict=False), *((named[n], x) for n, x in kwargs.items())]
+    short = func._schema.name.split("::")[1]
+    if short.startswith(("empty", "new_empty", "detach", "lift")):
+        return 0
+    overwrites = short in ("copy_", "fill_", "zero_", "_foreach_copy_")  # what they do not read
+    inputs: set[int] = set()
+    total = 0
+    for a, x in given:
+        for t in tensors(x):
+            written = a.alias_info is not None and a.alias_info.is_write
+            inputs.add(t.untyped_storage()._cdata)
+            total += size(t) * (1 if not written or overwrites or a.name == "copies" else 2)
+    made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
+    mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
+    if not mutates and not made:
+        return 0  # views of what there was
+    return total + sum(size(t) for t in made)
+
+
+def tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    return [t for item in x for t in tensors(item)] if isinstance(x, list | tuple) else []
+
+
+def size(t: Tensor) -> int:
+    """Bytes of the elements that are there: an expanded dimension counts once."""
+    count = 1
+    for n, stride in zip(t.shape, t.stride(), strict=True):
+        count *= n if stride or n == 0 else 1
+    return count * t.element_size()
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **_: Any) -> Tensor:
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    made: Tensor = attention(q, k, v, None, True, dropout_p, True)[0]
+    return made
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    made: Tensor = torch.native_dropout(x, p, True)[0]  # one kernel, as on a GPU
+    return made
+
+
+def step(
+    ops: ModuleType, dtype: torch.dtype, preset: str = "iron", **recipe: Any
+) -> tuple[Ledger, Trainer]:
+    """The ledger of one step, and its trainer, whose tensors have no memory."""
+    chosen = PRESETS[preset]
+    model = GPTConfig(VOCABULARY, **chosen.model)
+    train = TrainConfig(**{**chosen.train, "optimizer": "adamw", **recipe})
+    ledger = Ledger()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # as a run is
+    try:
+        with (
+            FakeTensorMode(),
+            patch.object(builtin.F, "scaled_dot_product_attention", _efficient),
+            patch.object(builtin.F, "dropout", _dropout),
+        ):
+            ids = torch.zeros(20 * train.batch_size * model.context, dtype=torch.int64)
+            trainer = Trainer(GPT(model, ops), ids, train, torch.device("cpu"), dtype)
+            optimizer_step = trainer.optimizer.step
+
+            def booked() -> Tensor:
+                with ledger.booking("optimizer"):
+                    return optimizer_step()
+
+            trainer._run_step()  # makes the moments
+            with patch.object(trainer.optimizer, "step", booked), ledger:
+                trainer._run_step()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return ledger, trainer
+
+
+def floor_bytes(model: GPTConfig, batch_size: int, itemsize: int) -> dict[str, int]:
+    """Least bytes of a step by group: every operand of the operations that remain, once.
+
+    The residual stream is float32, all else of `itemsize`; GELU is an operation of its own.
+    """
+    M, C, L, V = batch_size * model.context, model.n_embd, model.n_layer, model.vocab_size
+    matrices = 12 * C * C
+    # forward, gradient of the input, gradient of the weight: each of the three moves all three
+    products = 3 * L * ((4 + 2 + 5 + 5) * M * C + matrices) + 3 * (M * C + M * V + V * C)
+    row = M * C
+    return {
+        "matrix products": products * itemsize,
+        "attention": L * (4 + 8) * row * itemsize,
+        "norms": 2 * L * row * ((2 + 2) * itemsize + (2 + 3) * 4),
+        "gelu": L * (8 + 12) * row * itemsize,
+        "loss": 3 * M * V * itemsize,
+        "batch, embedding": 2 * row * 4,
+        "optimizer": model.n_params() * (24 + 2 * itemsize + 2),
+    }
+
+
+def show(name: str, ledger: Ledger, least: dict[str, int], top: int) -> None:
+    print(f"\n{name}: computed, not measured")
+    print(f"{'':18}{'launches':>9}{'MB':>10}{'least MB':>10}")
+    for group in sorted(ledger.bytes, key=lambda g: -ledger.bytes[g]):
+        known = f"{least[group] / 1e6:10.1f}" if group in least else ""
+        print(f"{group:18}{ledger.launches[group]:9}{ledger.bytes[group] / 1e6:10.1f}{known}")
+        if top:
+            most = ledger.operations[group].most_common(top)
+            print("    " + ", ".join(f"{n.split('::')[1]} {count}" for n, count in most))
+    launches, moved = sum(ledger.launches.values()), sum(ledger.bytes.values())
+    print(f"{'in all':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__)
+    parser.add_argument("--preset", choices=list(PRESETS), default="iron")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--top", type=int, default=0, help="name so many operations of a group")
+    args = parser.parse_args(argv)
+    modules = {"eager": eager, "builtin": builtin}
+    with contextlib.suppress(ImportError):
+        from irongpt_kernels import fused
+
+        modules["fused"] = fused
+    dtype = DTYPES[args.dtype]
+    for name, ops in modules.items():
+        ledger, trainer = step(ops, dtype, args.preset, optimizer=args.optimizer)
+        config, batch = trainer.model.config, trainer.config.batch_size
+        show(f"{name}, {args.dtype}", ledger, floor_bytes(config, batch, dtype.itemsize), args.top)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
