@@ -171,10 +171,13 @@ class GPT(nn.Module):
         if past and T > 1:
             raise ValueError(f"a cache that has begun takes one token at a time, got {T}")
         dropout_p = self.config.dropout if self.training else 0.0
-        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
+        whole = self.config.context == T  # a slice would cost its gradient two passes
+        positions = self.wpe.weight if whole else self.wpe.weight[past : past + T]
+        x = self.wte(idx) + positions  # (B, T, C)
         blocks = cast(Sequence[Block], self.blocks)
         first, *rest = [*(block.ln_1 for block in blocks), self.ln_f]
-        normed = self.ops.layer_norm(x, first.weight, first.bias)
+        dtype = blocks[0].attn.qkv.matrix.dtype
+        normed = self.ops.layer_norm(x, first.weight, first.bias, dtype=dtype)
         seeds = self._seeds(seed)
         for i, (block, next_norm) in enumerate(zip(blocks, rest, strict=True)):
             x, normed = block(x, normed, next_norm, dropout_p, seeds[i], cache)

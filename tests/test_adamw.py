@@ -1,5 +1,6 @@
 """The optimizer's ops, unscale and adamw: each implementation against eager in float64."""
 
+import contextlib
 from types import ModuleType
 
 import pytest
@@ -27,7 +28,7 @@ class State:
         self.narrow = dtype if narrow else torch.float32
         self.m = [0.1 * values(*s, seed=20 + i) for i, s in enumerate(shapes)]
         self.v = [0.01 * values(*s, seed=40 + i).square() for i, s in enumerate(shapes)]
-        self.steps = torch.zeros(len(shapes), device=DEVICE)
+        self.steps = 3.0 * torch.arange(len(shapes), device=DEVICE)  # a restored run's may differ
         self.scale = torch.tensor(64.0, device=DEVICE)
         self.good = torch.tensor(0, device=DEVICE)
         self.lr = torch.tensor(0.01, device=DEVICE)
@@ -75,7 +76,7 @@ def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: flo
                 assert_rule(OUTPUTS, *tensors)
     for copy, p in zip(ours.copies, ours.params, strict=False):
         assert torch.equal(copy, p.to(dtype))
-    assert torch.equal(ours.steps, torch.full_like(ours.steps, 5))
+    assert torch.equal(ours.steps, State(dtype, narrow).steps + 5)
     assert (ours.scale, ours.good) == (theirs.scale, theirs.good) == (128, 2)
 
 
@@ -173,3 +174,30 @@ def test_gradients_of_two_narrow_types_are_refused() -> None:
 def test_cost() -> None:
     assert kernel.adamw_bytes(10, 2, 2) == 300
     assert kernel.adamw_bytes(10, 4, 0) == 320
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the sanitizer works on Triton's interpreter")
+@pytest.mark.parametrize("order", [0, 1, None])
+def test_an_op_runs_clean_in_any_order(order: int | None) -> None:
+    from sanitizer import sanitize
+
+    shapes = [(30, 40), (1025,), (1,), (3, 5)]
+    results = []
+    for watched in (False, True):
+        state = State(torch.float16, True, shapes)
+        with sanitize(order) if watched else contextlib.nullcontext() as report:
+            rows = [state.step(fused, state.grads(i)) for i in range(2)]
+        results.append([*rows, *state.tensors()])
+    assert all(map(torch.equal, *results))
+    assert len(report.kernels) == 2 * 3
+
+
+def test_fakes_keep_the_ops_promises() -> None:
+    state = State(torch.float16, True, [(3, 5), (4,), (2,)])
+    grads = state.grads(0)
+    arguments = (grads, state.scale, state.good, state.steps, 1.0, 3)
+    torch.library.opcheck(norm_kernel._op, arguments)
+    unscaled = fused.unscale(*arguments[:4], max_norm=1.0)
+    lists = (state.params, state.copies, grads, state.m, state.v)
+    numbers = (state.steps, state.lr, unscaled, 0.9, 0.999, state.decays, 1e-8)
+    torch.library.opcheck(kernel._op, (*lists, *numbers))

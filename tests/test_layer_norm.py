@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from irongpt_kernels import eager, launch, layer_norm, layer_norm_backward
+from irongpt_kernels import builtin, eager, launch, layer_norm, layer_norm_backward
 from numerics import (
     DEVICE,
     DTYPES,
@@ -182,8 +182,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for bias in (inputs["bias"], None):
         args = [inputs["x"], inputs["weight"], bias]
         leaves = [None if x is None else x.clone().requires_grad_() for x in args]
-        torch.library.opcheck(layer_norm._op, (*leaves, 1e-5))
-    _, mean, rstd = layer_norm.forward(**inputs, eps=1e-5)
+        torch.library.opcheck(layer_norm._op, (*leaves, 1e-5, torch.float16))
+    _, mean, rstd = layer_norm.forward(**inputs, eps=1e-5, dtype=dtype)
     saved = inputs["x"], inputs["weight"], mean, rstd, None, 0.0, dtype
     for wanted in ([True, True, True], [True, False, False], [False, True, False]):
         arguments = None, values(3, 5, 19, dtype=dtype), *saved, [False, *wanted]
@@ -235,3 +235,15 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], message: 
 def test_least_bytes() -> None:
     assert layer_norm.layer_norm_bytes(10, 384, 2) == 10 * (2 * 384 * 2 + 8)
     assert layer_norm.layer_norm_bytes(10, 384, 4, backward=True) == 10 * (3 * 384 * 4 + 8)
+
+
+@pytest.mark.parametrize("ops", [builtin, layer_norm], ids=["builtin", "fused"])
+def test_a_result_of_another_type_is_the_float32_one_rounded(ops) -> None:
+    """And so is the gradient that of the rounded one, widened."""
+    x, weight, bias = (values(*s, seed=i) for i, s in enumerate([(9, 19), (19,), (19,)]))
+    dy = values(9, 19, dtype=torch.float16, seed=4)
+    inputs = dict(x=x, weight=weight, bias=bias)
+    (y,), gradients = run(ops.layer_norm, inputs, (dy,), dtype=torch.float16)
+    (wide,), wanted = run(ops.layer_norm, inputs, (dy.float(),))
+    assert torch.equal(y, wide.half())
+    assert all(map(torch.equal, gradients, wanted))

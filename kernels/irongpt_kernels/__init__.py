@@ -8,7 +8,7 @@
 |---|---|---|
 | `causal_attention(q, k, v, *, dropout_p, seed, scale)` | (B, H, T, D) each | (B, H, T, D) |
 | `causal_attention_packed(qkv, *, dropout_p, seed, scale)` | (B, T, 3, H, D) | (B, T, H, D) |
-| `layer_norm(x, weight, bias, eps)` | (..., N), (N,), (N,) or None | (..., N) |
+| `layer_norm(x, weight, bias, eps, dtype)` | (..., N), (N,), (N,) or None | (..., N) |
 | `softmax(x, *, scale, causal)` | (..., N); causal: (..., T, T) | like x |
 | `cross_entropy(logits, targets, ignore_index)` | (M, V), (M,) int64 | mean, 0-d |
 | `gelu(x, bias)` | (..., N), (N,) or None | (..., N) |

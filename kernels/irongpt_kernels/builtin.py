@@ -39,9 +39,15 @@ def causal_attention_packed(
     return out.transpose(1, 2)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """See `eager.layer_norm`."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype or x.dtype)
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:

@@ -192,9 +192,12 @@ def _setup_context(ctx, inputs, output) -> None:
     _, m, rest, n = output
     ctx.mark_non_differentiable(m, rest, n)
     ctx.save_for_backward(logits, targets, m, rest, n)
+    ctx.set_materialize_grads(False)  # zeros for each statistic otherwise
 
 
 def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return None, None, None
     return _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 

@@ -55,15 +55,22 @@ def causal_attention_packed(
     return out.transpose(1, 2)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
 
-    x: (..., N). weight, bias: (N,). The variance is the biased one, from centred values.
+    x: (..., N). weight, bias: (N,). dtype: of the result, x's own unless given. The
+    variance is the biased one, from centred values.
     """
     centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     y = centred * rstd * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype or x.dtype)
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:

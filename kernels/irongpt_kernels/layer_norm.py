@@ -79,19 +79,19 @@ def _forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
-def _like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for y, mean and rstd."""
+def _like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for y, of `dtype`, mean and rstd."""
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, contiguous; mean and rstd, float32, of x's leading shape."""
+    """y like x, in `dtype`, contiguous; mean and rstd, float32, of x's leading shape."""
     rows = matrix(x)
     M, N = rows.shape
-    y, mean, rstd = _like(x)
+    y, mean, rstd = _like(x, dtype)
     if x.numel():
         weight = weight.contiguous()
         bias = None if bias is None else bias.contiguous()
@@ -107,12 +107,12 @@ _op = torch.library.custom_op("irongpt::layer_norm", forward, mutates_args=())
 
 
 @_op.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x, rest[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
@@ -123,14 +123,14 @@ def _backward(
     ctx: Any, dy: Tensor | None, _mean: Tensor | None, _rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return None, None, None, None
+        return (None,) * 5
     x, weight, mean, rstd = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     _, dx, dweight, dbias = layer_norm_backward(
         None, dy, x, weight, mean, rstd, None, 0.0, x.dtype, [False, *wanted]
     )
     gradients = dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-    return *(d if want else None for d, want in zip(gradients, wanted, strict=True)), None
+    return *(d if want else None for d, want in zip(gradients, wanted, strict=True)), None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -146,11 +146,17 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
     checks.shape("bias", bias, (N,))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """See `eager.layer_norm`. Raises ValueError where N is above 8192."""
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check(x, weight, bias, "x")
-    return _op(x, weight, bias, eps)[0]
+    return _op(x, weight, bias, eps, dtype or x.dtype)[0]
 
 
 def layer_norm_bytes(M: int, N: int, itemsize: int, backward: bool = False) -> int:

@@ -3,6 +3,7 @@
 A bug is (name, old text, new text); the old text stands once in its file.
 """
 
+from tests.mutants.optimizer import ADAMW, UNSCALE
 from tests.mutants.rows import (
     CROSS_ENTROPY,
     DROPOUT_ADD_LAYER_NORM,
@@ -153,6 +154,8 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "softmax": (SOFTMAX, "test_softmax.py", "softmax"),
     "cross_entropy": (CROSS_ENTROPY, "test_cross_entropy.py", "cross_entropy"),
     "gelu": (GELU, "test_gelu.py", "gelu"),
+    "unscale": (UNSCALE, "test_adamw.py", "gelu"),
+    "adamw": (ADAMW, "test_adamw.py", "gelu"),
     "philox": (
         PHILOX,
         "test_philox.py test_attention_dropout.py test_dropout_add_layer_norm.py",
