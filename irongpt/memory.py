@@ -10,7 +10,7 @@ from irongpt.config import GPTConfig
 from irongpt.model import GPT
 
 FLOAT32 = 4  # bytes
-COPIES = 4  # of every weight, in float32: itself, its gradient, AdamW's two moments
+STATE = 3  # numbers of every weight in float32: itself, AdamW's two moments
 
 
 def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: torch.dtype) -> int:
@@ -30,10 +30,15 @@ def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: t
     alive: list[Tensor] = []
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model = GPT(config, ops)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        copies = model.copy_weights(dtype) if dtype.itemsize == 2 else {}
+        held = [*model.parameters(), *copies.values()]
+        weights = {p.untyped_storage()._cdata for p in held}
         idx = torch.zeros(batch_size, config.context, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model.loss(idx, idx, seed=torch.zeros((), dtype=torch.int64))
-        parameters = sum(p.numel() for p in model.parameters())
+        state = STATE * FLOAT32 * sum(p.numel() for p in model.parameters())
+        state += sum(c.nbytes for c in copies.values())
+        # A copy has the gradient of its weight, in its own type.
+        state += sum(copies.get(p, p).nbytes for p in model.parameters())
     activations = sum(n for key, n in kept.items() if key not in weights)
-    return COPIES * FLOAT32 * parameters + activations
+    return state + activations
