@@ -41,7 +41,14 @@ from irongpt import device as devices
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("test_attention*.py", "test_builtin.py", "test_cross_entropy.py", "test_dropout*.py"),
-    *("test_fused.py", "test_gelu.py", "test_layer_norm.py", "test_softmax.py", "test_compile.py"),
+    *(
+        "test_adamw.py",
+        "test_fused.py",
+        "test_gelu.py",
+        "test_layer_norm.py",
+        "test_softmax.py",
+        "test_compile.py",
+    ),
     *("test_turing*.py", "test_graph.py", "test_gpu.py"),
 )
 SMOKE_TESTS = ("test_checks.py",)  # make test has all of them on a CPU

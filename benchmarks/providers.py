@@ -149,6 +149,7 @@ class Textbook:
     softmax = staticmethod(builtin.softmax)
     layer_norm = staticmethod(builtin.layer_norm)
     dropout_add_layer_norm = staticmethod(builtin.dropout_add_layer_norm)
+    unscale, adamw = staticmethod(builtin.unscale), staticmethod(builtin.adamw)
     gelu = staticmethod(builtin.gelu)
     cross_entropy = staticmethod(builtin.cross_entropy)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
-from numerics import DEVICE, OPS, each_dtype
+from numerics import DEVICE, OPS, UPDATES, each_dtype
 
 from irongpt import compare_model, compare_ops, ops
 from irongpt.compare import compare
@@ -29,12 +29,12 @@ class Nudge(torch.autograd.Function):
 
 def candidate(**wrong) -> SimpleNamespace:
     """Eager, but for the ops that are given."""
-    return SimpleNamespace(**{name: getattr(eager, name) for name in OPS} | wrong)
+    return SimpleNamespace(**{name: getattr(eager, name) for name in (*OPS, *UPDATES)} | wrong)
 
 
 def nudged_weight_gradient():
-    def layer_norm(x, weight, bias=None, eps=1e-5):
-        return eager.layer_norm(x, Nudge.apply(weight), bias, eps)
+    def layer_norm(x, weight, bias=None, eps=1e-5, dtype=None):
+        return eager.layer_norm(x, Nudge.apply(weight), bias, eps, dtype)
 
     return candidate(layer_norm=layer_norm)
 
