@@ -1,10 +1,12 @@
 """What the attention kernels share: tiles of (B, H, T, D) tensors in any strides, their sizes."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from irongpt_kernels import launch
+from irongpt_kernels import launch, tuned
 
 
 @triton.jit
@@ -65,13 +67,15 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
 def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
     """The launch of a kernel: BLOCK_M queries, BLOCK_N keys, and its warps and stages.
 
-    kernel: forward, query (delta, dQ) or key (dK, dV).
+    kernel: forward, query (delta, dQ) or key (dK, dV). Measured on this GPU where `tuned` has it.
     """
     if launch.INTERPRETED:  # many small tiles: every boundary case, on short inputs
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    return table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    shipped = table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    return tuned.options(f"attention {kernel}", D, itemsize, device, shipped)
 
 
+@functools.cache  # a launch asks for it: nobody changes what it returns
 def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
     """The launch for a GPU: what fits its registers and shared memory, chosen by compiling.
 
