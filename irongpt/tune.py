@@ -84,8 +84,7 @@ def candidates(work: Work, quick: bool = False) -> list[tuned.Options]:
     """What may be launched in place of what is shipped."""
     from irongpt_kernels import candidates, launch
 
-    kernel, size, _ = work.key
-    found = candidates.launches(kernel, size, launch.architecture(work.device))
+    found = candidates.launches(work.key, launch.architecture(work.device))
     return found[::QUICK_EVERY] if quick else found
 
 
@@ -189,5 +188,7 @@ def table(work: Work, rows: list[Row]) -> str:
 def _named(row: Row) -> str:
     if row.options is None:
         return "as shipped"
-    short = dict(BLOCK_M="M", BLOCK_N="N", num_warps="warps", num_stages="stages")
+    short = dict(
+        BLOCK_M="M", BLOCK_N="N", num_warps="warps", num_stages="stages", maxnreg="registers"
+    )
     return ", ".join(f"{short.get(k, k)} {v}" for k, v in row.options.items())

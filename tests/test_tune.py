@@ -166,7 +166,7 @@ def test_entries_of_other_kernels_stay() -> None:
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) -> None:
     size = 64 if kernel.startswith("attention") else 1536 if kernel.startswith("gelu") else 384
-    found = candidates.launches(kernel, size, arch)
+    found = candidates.launches((kernel, size, 2), arch)
     assert 5 <= len(found) <= 80
     assert len({tuple(x.values()) for x in found}) == len(found)
     for options in found:
@@ -198,7 +198,7 @@ def card(monkeypatch, tmp_path) -> None:
 
 
 def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
-    best = candidates.launches("norm backward", 384, 90)[3]
+    best = candidates.launches(("norm backward", 384, 2), 90)[3]
 
     def measure(work: Work, module: Any, clock: Gpu, found: list, rounds: int) -> list[tune.Row]:
         assert (clock.calls, rounds) == (tune.QUICK_CALLS, tune.QUICK_ROUNDS)

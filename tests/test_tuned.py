@@ -18,7 +18,7 @@ from irongpt.errors import UserError
 from irongpt.files import sealed
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)
+TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=255)
 ENTRY: dict[str, Any] = dict(kernel="attention forward", size=64, itemsize=2, options=TILE)
 
 
@@ -121,7 +121,7 @@ DAMAGES = {
     "no size": lambda file: edited(file, entries=[ENTRY | dict(size=None)]),
     "no options": lambda file: edited(file, entries=[ENTRY | dict(options={})]),
     "another option": lambda file: edited(
-        file, entries=[ENTRY | dict(options=TILE | dict(maxnreg=9))]
+        file, entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]
     ),
     "no power": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
     "too small": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),

@@ -38,6 +38,7 @@ KERNELS = {
 PRODUCTS = {"forward": 2, "query": 3, "key": 4}
 OWN = {"forward": 2, "query": 4, "key": 4}  # tensors of which a program reads or writes its tile
 FEW_WARPS = 8
+REST = 64  # registers that what is in no tile takes at least
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
 L2 = {80: 5120 / 108, 90: 5120 / 132}
 DRAM = {80: 10.2, 90: 20.7}
@@ -50,40 +51,57 @@ class Tile(NamedTuple):
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int = 1
+    maxnreg: int = 0  # registers a thread may have; 0: as many as ptxas likes
 
     def __str__(self) -> str:
         return f"{self.BLOCK_M} x {self.BLOCK_N}"
 
+    def options(self) -> tuned.Options:
+        """As a launch takes them."""
+        return {name: value for name, value in self._asdict().items() if value}
 
-def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH) -> list[Tile]:
+
+def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
     """Candidates. A warp owns rows of the scores; of the key kernel's, rows are keys."""
+    if itemsize == 4:  # scalar products: what is larger takes minutes to compile, and spills
+        return [
+            Tile(M, N, num_warps)
+            for M, N, num_warps in itertools.product((16, 32), (16, 32), (2, 4, 8))
+        ]
     # By row and column of D: accumulators of 4 bytes, operands of 2 that stay for all tiles.
     wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
+    new = arch >= 80
     found = []
-    for num_warps, a_warp, stages in itertools.product((1, 2, 4, 8), (16, 32), (1, 2)):
+    for num_warps, a_warp in itertools.product((2, 4, 8) if new else (1, 2, 4, 8), (16, 32)):
         for columns in (16, 32, 64, 128):
             rows = num_warps * a_warp
-            if stages > 1 and (arch < 80 or num_warps == 1):
+            held = a_warp * (wide + scores * columns) / 32  # registers, without addresses and masks
+            if rows > 128 or held > 230:
                 continue
-            if rows <= 128 and a_warp * (wide + scores * columns) <= 32 * 230:
-                M, N = (columns, rows) if kernel == "key" else (rows, columns)
-                found.append(Tile(M, N, num_warps, stages))
+            M, N = (columns, rows) if kernel == "key" else (rows, columns)
+            found += [
+                Tile(M, N, num_warps, stages, limit)
+                for stages in ((1, 2) if new else (1,))
+                for limit in (0, 168, 128)
+                # Fewer registers are more programs an SM, if they are enough.
+                if not limit or (new and num_warps >= 4 and held + REST <= limit)
+            ]
     return found
 
 
-def launches(kernel: str, size: int, arch: int) -> list[tuned.Options]:
-    """Candidates of any kernel of `tuned.KNOBS`: what it may be launched with at a head dimension,
-    or a number of columns, `size`."""
+def launches(key: tuned.Key, arch: int) -> list[tuned.Options]:
+    """Candidates of any kernel of `tuned.KNOBS`: what it may be launched with."""
+    kernel, size, itemsize = key
     name = kernel.removeprefix("attention ")
     if name != kernel:
-        return [tile._asdict() for tile in tiles(name, launch.block(size), arch)]
+        return [tile.options() for tile in tiles(name, launch.block(size), arch, itemsize)]
     found = []
-    for M, N, num_warps in itertools.product((1, 2, 4, 8), (256, 512, 1024), (1, 2, 4, 8)):
-        columns = launch.block(size) if kernel.startswith("norm") else N
-        a_thread = M * columns // (32 * num_warps)
+    gelu = kernel.startswith("gelu")
+    for M, N, num_warps in itertools.product((1, 2, 4, 8), (256, 512), (1, 2, 4, 8)):
+        a_thread = M * (N if gelu else launch.block(size)) // (32 * num_warps)
         tile = dict(BLOCK_M=M, BLOCK_N=N, num_warps=num_warps)
-        if not 8 <= a_thread <= 32 or (kernel.startswith("gelu") and a_thread * num_warps > 64):
+        if not 8 <= a_thread <= (16 if gelu else 32):
             continue  # few loads in flight, or too many registers
         for more in (4, 8, 16) if kernel.endswith("backward") else (1,):
             tile |= dict(warps_per_sm=more, programs_per_sm=more)
@@ -127,7 +145,7 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
         tried = {kernel: found[min(i, len(found) - 1)] for kernel, found in lists.items()}
 
         def table(kernel: str, *_: Any, tried: dict[str, Tile] = tried) -> dict[str, int]:
-            return tried[kernel]._asdict()
+            return tried[kernel].options()
 
         with patch.object(attention_tiles, "table", table):
             made = aot.report(arch, [case])
@@ -135,7 +153,7 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
             for row in made["kernels"]:
                 if row["kernel"] == name and i < len(lists[kernel]):
                     tile, units = tried[kernel], row.get("units", {})
-                    row |= dict(D=D, tile=str(tile), stages=tile.num_stages)
+                    row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
                     row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
                     if arch >= 80:
                         row["head"] = of_a_head(kernel, tile, units, arch, D, size)

@@ -179,6 +179,7 @@ def _flops(name: str) -> int:
 def _shared_bytes(name: str) -> int:
     """What one warp moves by a shared-memory instruction."""
     if name.startswith("LDSM"):
-        return 128 * int(name.rsplit(".", 1)[1])  # LDSM.16.M88.4: matrices of 128 bytes
+        matrices = re.search(r"\.(\d)$", name)  # LDSM.16.M88.4, or LDSM.16.M88 for one
+        return 128 * int(matrices[1] if matrices else 1)
     bits = [int(x) for x in name.split(".") if x in ("64", "128")]
     return 4 * (bits[0] if bits else 32)
