@@ -103,7 +103,8 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
     # Below sm_80 nothing is copied asynchronously, and a second stage is memory for nothing. Two
     # accumulators of wide heads, or float32 ones, leave no registers for its addresses.
-    crowded = (BLOCK_D > 64) + (kernel == "key") + (itemsize == 4) >= 2
+    wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
+    crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
     num_stages = 1 if arch < 80 or crowded else 2
     BLOCK_M, BLOCK_N, num_warps = tile
     found = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
