@@ -30,7 +30,7 @@ def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) 
 def test_what_a_head_costs(kernel: str, tile: tuple[int, int], wanted: int) -> None:
     """Tiles of scores on and below the diagonal; bytes through L2 and DRAM by hand."""
     chosen = candidates.Tile(*tile, num_warps=4)
-    assert candidates.passes(kernel, chosen, 256) == wanted
+    assert candidates.passes(chosen, 256) == wanted
     found = candidates.of_a_head(kernel, chosen, dict(alu=10.0), 80, 64, 2)
     assert found["alu"] == 10 * wanted
     rows = {"forward": 4, "query": 6, "key": 6}[kernel] * 256 * 128  # bytes, each tensor once

@@ -109,12 +109,10 @@ def launches(key: tuned.Key, arch: int) -> list[tuned.Options]:
     return [x for i, x in enumerate(found) if x not in found[:i]]
 
 
-def passes(kernel: str, tile: Tile, T: int) -> int:
-    """How many tiles of scores the programs of one head go through."""
-    M, N = tile.BLOCK_M, tile.BLOCK_N
-    if kernel == "key":
-        return sum(-(-(T - n // M * M) // M) for n in range(0, T, N))
-    return sum(-(-min(m + M, T) // N) for m in range(0, T, M))
+def passes(tile: Tile, T: int) -> int:
+    """How many tiles of scores the programs of one head go through: those that the triangle
+    touches, whichever of the kernels owns its rows or its columns. T: a multiple of both sides."""
+    return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 
 def of_a_head(
@@ -125,7 +123,7 @@ def of_a_head(
     size: bytes of an element.
     """
     T = shapes.CONTEXT
-    n = passes(kernel, tile, T)
+    n = passes(tile, T)
     one = T * D * size  # bytes of a tensor of the head
     swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
     least = one * (4 if kernel == "forward" else 6)
