@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from irongpt_kernels import emulate
+from irongpt_kernels import emulate, tuned
 
 from benchmarks import timing
 from irongpt import __version__, smi
@@ -55,6 +55,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         facts |= {
             "capability": f"{p.major}.{p.minor}",
             "emulated": emulate.on(),
+            "tiles": tuned.digest(device),  # empty: as shipped
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
             "l2_bytes": p.L2_cache_size,

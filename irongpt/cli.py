@@ -138,6 +138,20 @@ def build_parser() -> Parser:
     )
     doctor.add_argument("--json", metavar="FILE", help="writes the same there")
 
+    tune = commands.add_parser("tune", help="measure the kernels' tiles on this GPU; never needed")
+    tune.set_defaults(run_command=tune_command)
+    tune.add_argument("--device", default="auto", metavar="NAME", help="cuda or cuda:N [auto]")
+    tune.add_argument(
+        "--preset", choices=list(PRESETS), default="iron", help="whose shapes are measured [iron]"
+    )
+    tune.add_argument(
+        "--dtype",
+        default="auto",
+        choices=by_name["dtype"].metadata["choices"],
+        help="type of the matrix products [auto: what a training would take]",
+    )
+    tune.add_argument("--quick", action="store_true", help="one candidate in three, fewer samples")
+
     for command in (train, generate):
         command.add_argument(
             "--fused", action="store_const", const="fused", dest="ops", default=argparse.SUPPRESS,
@@ -196,7 +210,7 @@ def train_command(given: dict[str, Any]) -> int:
 
 
 def generate_command(given: dict[str, Any]) -> int:
-    from irongpt import ops
+    from irongpt import ops, tuned
     from irongpt.sample import generate, printable, start_ids
     from irongpt.start import trained_model
 
@@ -211,6 +225,8 @@ def generate_command(given: dict[str, Any]) -> int:
         checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
     if note := ops.slow_note(op_set, model.wte.weight.device):
+        say_aside(note)
+    if note := tuned.note(op_set, model.wte.weight.device):
         say_aside(note)
     ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
     context = model.config.context
@@ -246,6 +262,12 @@ def doctor_command(given: dict[str, Any]) -> int:
     from irongpt.doctor import doctor
 
     return doctor(given["device"], Path(given["json"]) if given["json"] else None)
+
+
+def tune_command(given: dict[str, Any]) -> int:
+    from irongpt.tune import tune
+
+    return tune(given["device"], given["preset"], given["dtype"], given["quick"])
 
 
 def read_prompt(file: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from irongpt_kernels import emulate
+from irongpt_kernels import tuned as tiles
 
-from irongpt import __version__, ops
+from irongpt import __version__, ops, tuned
 from irongpt import compare_report as report
 from irongpt import device as devices
 from irongpt.compare_model import Curve, Setting, compare_step, setting, train_both
@@ -50,6 +51,8 @@ def compare(
     say(f"on {devices.describe(target)}")
     if note := ops.slow_note(candidate, target):
         say(note)
+    if note := tuned.note(candidate, target):
+        say(note)
     if not drops:
         say(f"no dropout: {candidate} drops by PyTorch's own generator, eager by the seed")
     say("")
@@ -80,6 +83,7 @@ def compare(
             "triton": _triton_version(),
             "device": devices.describe(target),
             "candidate": candidate,
+            "tiles": tiles.digest(target),
             "dtypes": [str(d)[6:] for d in chosen],
             "seconds": round(seconds, 1),
         }

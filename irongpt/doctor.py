@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from irongpt_kernels import eager, emulate
 
-from irongpt import __version__, ops, smi
+from irongpt import __version__, ops, smi, tuned
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig
 from irongpt.errors import UserError
@@ -181,8 +181,8 @@ def _kernels(report: Report, device: torch.device) -> None:
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")
     report.facts["kernels"] = f"--fused runs; attention tiles: {', '.join(lines)}"
-    if note := ops.slow_note("fused", device):
-        report.facts["kernels"] += f"\n{note}"
+    for note in (ops.slow_note("fused", device), tuned.note("fused", device)):
+        report.facts["kernels"] += f"\n{note}" if note else ""
 
 
 def _memory(report: Report, device: torch.device) -> None:

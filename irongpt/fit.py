@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from irongpt_kernels import tuned
 from torch import Tensor
 
 from irongpt import checkpoint, optim, report
@@ -57,6 +58,7 @@ class Training:
             "bad_steps": self.bad_steps,
             "seconds": self.seconds_before + self.clock.total(),
             "rows": self.rows,
+            "tiles": self._tiles(),
         }
         checkpoint.save(
             folder,
@@ -71,6 +73,17 @@ class Training:
         self.best_step, self.seconds_before = state["best_step"], state["seconds"]
         self.bad_steps, self.rows = state["bad_steps"], state["rows"]
         self.timed = (self.trainer.step, 0.0)
+        before, now = state.get("tiles"), self._tiles()
+        if before is not None and now is not None and before != now:
+            say(
+                f"kernels   saved with {_table(before)}, goes on with {_table(now)}: "
+                "not to the bit the run that was left alone"
+            )
+
+    def _tiles(self) -> str | None:
+        """Which launch options the sums depend on; None where none of ours add up."""
+        trainer = self.trainer
+        return tuned.digest(trainer.device) if trainer.config.ops == "fused" else None
 
     def reached_target(self) -> bool:
         target = self.trainer.config.target_loss
@@ -216,3 +229,7 @@ class Training:
         with self.clock("plots"):
             report.draw(self.run)
         self.plotted = time.monotonic()
+
+
+def _table(digest: str) -> str:
+    return f"the measured tiles {digest}" if digest else "the shipped tiles"

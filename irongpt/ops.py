@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from irongpt_kernels import emulate
 
+from irongpt import tuned
 from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError
 
@@ -41,6 +42,7 @@ def _load_fused(device: torch.device) -> ModuleType:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
+        tuned.load(device)
     elif not launch.INTERPRETED:
         raise UserError(
             f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from irongpt import checkpoint, corpus, ops
+from irongpt import checkpoint, corpus, ops, tuned
 from irongpt import device as devices
 from irongpt.batches import split
 from irongpt.config import PRESETS, GPTConfig, TrainConfig, check, flag, to_json
@@ -149,6 +149,8 @@ def _prepare(
         f"{train.ops} ops; MFU 100% is {peak / 1e12:,.3g} TFLOP/s ({source})"
     )
     if note := ops.slow_note(train.ops, device):
+        say(f"kernels   {note}")
+    if note := tuned.note(train.ops, device):
         say(f"kernels   {note}")
     say(
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "

@@ -12,6 +12,7 @@ from irongpt.device import reserve_workspace
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+os.environ["IRONGPT_TUNED"] = "off"  # what this user's GPU measured is no part of a test
 reserve_workspace()  # a run in the command line's tests asks for determinism
 
 # A run of a second: 2 layers, 30 steps, an evaluation every 10.

@@ -109,6 +109,23 @@ def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     assert ops.slow_note("fused", GPU) is None
 
 
+def test_a_launch_asks_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(emulate.VARIABLE)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    asked: list[torch.device] = []
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    for _ in range(3):
+        launch.prepare(GPU)
+        assert launch.architecture(GPU) == 90
+    assert launch.architecture(torch.device("cuda", 1)) == 90
+    assert asked == [GPU, torch.device("cuda", 1)]
+
+
 def test_another_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_80")
     with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):

@@ -16,7 +16,7 @@ return is garbage then.
 | | instructions in the innermost loop with most arithmetic; without a loop, in all |
 | MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the |
 | | op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
-| clk, by | sm_75, kernels with dots: `sass.clocks` of that loop per program, and which unit |
+| clk, by | kernels with dots: `sass.clocks` of that loop per program, and which unit |
 """
 
 import argparse
@@ -174,8 +174,8 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float]) -> dict[str, Any]:
         dot=dot,
         bf16="bf16" in kernel.asm["ttir"] or "bf16" in kernel.asm["ptx"],
     )
-    if arch == turing.ARCH and dot:
-        units = sass.clocks(loop, warps)
+    if dot:
+        units = sass.clocks(loop, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units)
     return facts

@@ -1,10 +1,12 @@
 """What the attention kernels share: tiles of (B, H, T, D) tensors in any strides, their sizes."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from irongpt_kernels import launch
+from irongpt_kernels import launch, tuned
 
 
 @triton.jit
@@ -65,21 +67,29 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
 def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
     """The launch of a kernel: BLOCK_M queries, BLOCK_N keys, and its warps and stages.
 
-    kernel: forward, query (delta, dQ) or key (dK, dV).
+    kernel: forward, query (delta, dQ) or key (dK, dV). Measured on this GPU where `tuned` has it.
     """
     if launch.INTERPRETED:  # many small tiles: every boundary case, on short inputs
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    return table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    shipped = table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    return tuned.options(f"attention {kernel}", D, itemsize, device, shipped)
 
 
+@functools.cache  # a launch asks for it: nobody changes what it returns
 def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
     """The launch for a GPU: what fits its registers and shared memory, chosen by compiling.
 
-    On sm_75 by `python -m irongpt_kernels.candidates`: no spills, then 8 warps an SM, then clocks.
-    A warp of 32 rows reads each key half as often as two of 16, and shared memory is what binds.
+    By `python -m irongpt_kernels.candidates`: no spills, then 8 warps an SM, then clocks. On sm_75
+    a warp of 32 rows reads each key half as often as two of 16, and shared memory is what binds.
+    From sm_80 on DRAM binds at short contexts, or on sm_90 the ALU that makes dropout's masks:
+    tiles of 128 rows read keys less often, but see more of the diagonal, a fifth more work at 256.
+
+    maxnreg: registers a thread may have, where a limit lets an SM hold half as many warps again, or
+    keeps ptxas from spilling a few for even more of them.
     """
     if itemsize == 4 and BLOCK_D > 64:  # products of float32 are scalar, and fill the registers
-        tile = {"forward": (32, 16, 4), "query": (16, 16, 8), "key": (16, 32, 4)}[kernel]
+        forward = (32, 16, 4 if arch < 80 else 8)
+        tile = {"forward": forward, "query": (16, 16, 8), "key": (16, 32, 4)}[kernel]
     elif itemsize == 4:
         tile = (32, 16, 4)
     elif arch < 80 and BLOCK_D > 64:
@@ -93,7 +103,12 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
     # Below sm_80 nothing is copied asynchronously, and a second stage is memory for nothing. Two
     # accumulators of wide heads, or float32 ones, leave no registers for its addresses.
-    one_stage = arch < 80 or (BLOCK_D > 64 and (kernel == "key" or itemsize == 4))
+    wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
+    crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
+    num_stages = 1 if arch < 80 or crowded else 2
     BLOCK_M, BLOCK_N, num_warps = tile
-    num_stages = 1 if one_stage else 2
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+    found = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+    three = (("forward", 64),) if arch == 90 else (("forward", 32), ("query", 64))
+    if arch >= 80 and itemsize == 2 and (kernel, BLOCK_D) in three:
+        found["maxnreg"] = 168  # three programs of 4 warps fit the 65,536 of an SM
+    return found

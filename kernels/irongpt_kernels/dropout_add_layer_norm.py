@@ -30,7 +30,12 @@ from torch import Tensor
 
 from irongpt_kernels import checks, dropout, launch
 from irongpt_kernels.layer_norm import affine, check, normalize
-from irongpt_kernels.layer_norm_backward import keep_factor, layer_norm_backward, matrix, tile
+from irongpt_kernels.layer_norm_backward import (
+    forward_tile,
+    keep_factor,
+    layer_norm_backward,
+    matrix,
+)
 
 
 @triton.jit
@@ -101,9 +106,10 @@ def forward(
         inputs = branch_rows, rows, weight.contiguous(), bias
         strides = branch_rows.stride(0), rows.stride(0)
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
+        tile = forward_tile(N, branch.element_size(), branch.device)
         with launch.on(branch.device):
-            _forward_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
-                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **tile(N)
+            _forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
+                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **tile
             )
     return outputs
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels import checks, launch
+from irongpt_kernels import checks, launch, tuned
 from irongpt_kernels.layout import matrix
 
 BLOCK_N = 256
@@ -95,25 +95,28 @@ def gelu_fwd(x: Tensor, b: Tensor | None) -> Tensor:
     M, N = x.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel():
-        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N))
+        tile = tuned.options("gelu forward", N, x.element_size(), x.device, _tile())
+        grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
         with launch.on(x.device):
-            _fwd_kernel[grid](x, b, y, M, N, *x.stride(), _stride(b), BIAS=b is not None, **_tile())
+            _fwd_kernel[grid](x, b, y, M, N, *x.stride(), _stride(b), BIAS=b is not None, **tile)
     return y
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, b: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """dy, x: (M, N), any strides. Returns dx, (M, N), and db, (N,), or (0,) if not asked for."""
     M, N = x.shape
-    col_tiles = triton.cdiv(N, BLOCK_N)
-    share = triton.cdiv(PROGRAMS_PER_SM * launch.num_sms(x.device), max(1, col_tiles))
-    P = min(triton.cdiv(M, BLOCK_M), share)
+    shipped = _tile() | dict(programs_per_sm=PROGRAMS_PER_SM)
+    tile = dict(tuned.options("gelu backward", N, x.element_size(), x.device, shipped))
+    col_tiles = triton.cdiv(N, tile["BLOCK_N"])
+    programs = tile.pop("programs_per_sm") * launch.num_sms(x.device)
+    P = min(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(programs, max(1, col_tiles)))
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     db = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)
     if dx.numel():
         with launch.on(x.device):
             _bwd_kernel[(P, col_tiles)](
                 dy, x, b, dx, db, M, N, *dy.stride(), *x.stride(), _stride(b),
-                BIAS=b is not None, SUM=bias_grad, **_tile(),
+                BIAS=b is not None, SUM=bias_grad, **tile,
             )  # fmt: skip
     return dx, db.sum(0).to(x.dtype if b is None else b.dtype)
 

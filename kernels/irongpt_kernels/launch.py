@@ -5,6 +5,9 @@ tensors, program after program, and stand in for a small GPU.
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +23,9 @@ def architecture(device: torch.device) -> int:
     """Compute capability as in sm_75: 75, 80, 90. A CPU, for the interpreter, counts as a T4."""
     if device.type != "cuda":
         return turing.ARCH
-    major, minor = emulate.capability(device)
+    if emulate.on():
+        return emulate.ARCH
+    major, minor = _asked(torch.cuda.get_device_capability, device)
     return 10 * major + minor
 
 
@@ -30,7 +35,14 @@ def num_sms(device: torch.device) -> int:
         return 2
     if emulate.on():
         return emulate.NUM_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(_asked(torch.cuda.get_device_properties, device).multi_processor_count)
+
+
+@functools.cache
+def _asked(torch_function: Callable[[torch.device], Any], device: torch.device) -> Any:
+    """What torch says of a device, asked once: each launch needs it. The function is a part of the
+    question, so that one which stands in for torch's is asked itself."""
+    return torch_function(device)
 
 
 def prepare(device: torch.device) -> None:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels import dropout, launch, philox
+from irongpt_kernels import dropout, launch, philox, tuned
 
 WARPS_PER_SM = 8  # of a backward, in all its programs
 
@@ -111,12 +111,18 @@ def tile(N: int) -> dict[str, int]:
     }
 
 
-def programs(M: int, N: int, device: torch.device) -> int:
-    """How many programs share the rows in a backward: WARPS_PER_SM cover the memory's latency, and
-    more would only write more partials."""
+def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Launch options of dropout-add-norm's forward. itemsize: of the branch."""
     options = tile(N)
-    per_sm = max(1, WARPS_PER_SM // options["num_warps"])
-    return min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(device))
+    return options | tuned.options("norm forward", N, itemsize, device, {})
+
+
+def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
+    """Launch options, and warps an SM in all programs: WARPS_PER_SM cover the memory's latency,
+    and more would only write more partials."""
+    options = tile(N) | dict(warps_per_sm=WARPS_PER_SM)
+    options |= tuned.options("norm backward", N, itemsize, device, {})
+    return options, max(options.pop("warps_per_sm"), options["num_warps"])
 
 
 @torch.library.custom_op("irongpt::layer_norm_backward", mutates_args=())
@@ -139,7 +145,9 @@ def layer_norm_backward(
     dsum_rows, dnorm_rows = (None if d is None else matrix(d) for d in (dsum, dnorm))
     rows = matrix(x)
     M, N = rows.shape
-    P = programs(M, N, x.device)
+    options, warps = backward_tile(N, branch_dtype.itemsize, x.device)
+    per_sm = warps // options["num_warps"]
+    P = min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(x.device))
     dbranch = x.new_empty(x.shape, dtype=branch_dtype) if wanted[0] else None
     dresidual = x.new_empty(x.shape) if wanted[1] else None
     dweight, dbias = (
@@ -151,9 +159,8 @@ def layer_norm_backward(
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.on(x.device):
-            options = tile(N)
-            # All that `programs` leaves a thread. ptxas would spill some for more warps an SM.
-            registers = min(255, 65_536 // (32 * max(WARPS_PER_SM, options["num_warps"])))
+            # All that so many warps leave a thread. ptxas would spill some for more of them.
+            registers = min(255, 65_536 // (32 * warps))
             _kernel[(P,)](*inputs, *outputs, M, N, *strides, *drop, **options, maxnreg=registers)
     return (
         x.new_empty(0, dtype=branch_dtype) if dbranch is None else dbranch,

@@ -2,8 +2,9 @@
 What a cubin holds: registers, spills, its instructions, its innermost loop; and what an SM makes
 of that. Read with the disassembler that Triton brings along. No GPU is needed.
 
-Occupancy and the rates of sm_75 are facts of the hardware (CUDA Programming Guide; Jia et al.,
-"Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019; instruction tables of TU102).
+Occupancy and the rates are facts of the hardware (CUDA Programming Guide, arithmetic instructions;
+for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019, and
+instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers).
 """
 
 import os
@@ -46,13 +47,29 @@ class SM(NamedTuple):
     program: int
 
 
+class Rates(NamedTuple):
+    """Of an SM. flops: of its tensor cores, a clock. shared: bytes a clock. float: clocks that a
+    warp's float32 instruction takes."""
+
+    flops: int
+    shared: int
+    float: float
+
+
 SMS = {
     75: SM(32, 16, 65_536, 0, 65_536),
     80: SM(64, 32, 167_936, 1024, 166_912),
     90: SM(64, 32, 233_472, 1024, 232_448),
 }
+RATES = {
+    75: Rates(1024, 64, 0.5),
+    80: Rates(2048, 128, 0.5),
+    90: Rates(4096, 128, 0.25),  # of HGMMA; HMMA is slower there, by how much is not published
+}
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _SPILLS = ("LDL", "STL")
+_NO_ALU = {"LDG", "STG", "BRA", "BAR", "NOP", "EXIT", "WARPSYNC", *_SPILLS}
+_NO_ALU |= {"LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "SYNCS", "FENCE"}
 
 
 def read(cubin: bytes) -> Binary:
@@ -123,34 +140,46 @@ def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     return warps * min(by_registers, by_shared, sm.programs, sm.warps // warps)
 
 
-def clocks(loop: Iterable[Instruction], warps: int) -> dict[str, float]:
-    """Least clocks that one pass through a loop keeps each unit of a T4's SM busy, for a program.
+def clocks(loop: Iterable[Instruction], warps: int, arch: int = 75) -> dict[str, float]:
+    """Least clocks that one pass through a loop keeps each unit of an SM busy, for a program.
 
     The units work side by side, so the greatest one is a bound from below. It knows no latency, no
     bank conflicts, no dependences, and charges global memory for its issue alone.
     """
+    rates = RATES[arch]
     busy = dict(tensor=0.0, shared=0.0, special=0.0, alu=0.0, fma=0.0, issue=0.0)
     for x in loop:
         name = x.name.split(".")[0]
         busy["issue"] += 1 / 4
-        if name == "HMMA":
-            busy["tensor"] += 2 if "1688" in x.name else 4
+        if name in ("HMMA", "HGMMA"):
+            busy["tensor"] += _flops(x.name) / rates.flops
         elif name.startswith("HFMA2") or name in ("HADD2", "HMUL2", "HSET2", "HSETP2"):
             busy["tensor"] += 0.5
-        elif name in ("LDS", "STS", "LDSM"):
-            busy["shared"] += _shared_bytes(x.name) / 64
+        elif name in ("LDS", "STS", "LDSM", "STSM"):
+            busy["shared"] += _shared_bytes(x.name) / rates.shared
         elif name in ("SHFL", "MUFU", "F2F", "F2I", "I2F"):
             busy["special" if name != "SHFL" else "shared"] += 2
-        elif name in ("FFMA", "FADD", "FMUL", "IMAD"):
+        elif name in ("FFMA", "FADD", "FMUL"):
+            busy["fma"] += rates.float
+        elif name == "IMAD":
             busy["fma"] += 0.5
-        elif name not in ("LDG", "STG", "BRA", "BAR", "NOP", "EXIT", "LDL", "STL", "WARPSYNC"):
+        elif name not in _NO_ALU:
             busy["alu"] += 0.5
     return {unit: t * warps for unit, t in busy.items()}
+
+
+def _flops(name: str) -> int:
+    """What one warp does of HMMA.1688, HMMA.16816, or HGMMA.64x32x16, which four warps share."""
+    if name.startswith("HGMMA"):
+        m, n, k = (int(x) for x in re.findall(r"\.(\d+)x(\d+)x(\d+)", name)[0])
+        return 2 * m * n * k // 4
+    return 2048 if "1688" in name else 4096
 
 
 def _shared_bytes(name: str) -> int:
     """What one warp moves by a shared-memory instruction."""
     if name.startswith("LDSM"):
-        return 128 * int(name.rsplit(".", 1)[1])  # LDSM.16.M88.4: matrices of 128 bytes
+        matrices = re.search(r"\.(\d)$", name)  # LDSM.16.M88.4, or LDSM.16.M88 for one
+        return 128 * int(matrices[1] if matrices else 1)
     bits = [int(x) for x in name.split(".") if x in ("64", "128")]
     return 4 * (bits[0] if bits else 32)

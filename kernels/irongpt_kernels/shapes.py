@@ -65,13 +65,15 @@ def every(arch: int) -> list[Case]:
 
 
 def representative(arch: int) -> list[Case]:
-    """Those that a test can afford: each kernel in each dtype, each tile of attention, and on sm_75
-    padded heads too, and scalar attention, which takes LLVM long, at its largest."""
+    """Those that a test can afford: each kernel in each dtype, each tile of attention, on sm_75
+    padded heads too, and scalar attention, which takes LLVM long, where it is most crowded."""
     T, heads = CONTEXT, (32, 48, 64, 80, 96, 128) if arch == 75 else (64, 128)
     attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
     if arch == 75:
         attention += [f"D={D} p=0.0 T={T} float16" for D in (32, 64)] + ["D=64 p=0.2 T=250 float16"]
         attention += [f"D={D} p=0.2 T={T} float32" for D in (16, 128)]
+    else:
+        attention += ["D=32 p=0.0 T=256 float16", "D=80 p=0.2 T=256 float32"]
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
