@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for c in cases
         for mode in workloads.MODES
         for name in here
-        if computes(name, c.op) and (name != "compile" or kernels.compiled_here(c))
+        if computes(name, c.op)
     ]
     ids = [f"{c.sweep}-{c.name}-{mode}-{name}".replace(" ", "_") for c, mode, name in wanted]
     metafunc.parametrize(("case", "mode", "provider"), wanted, ids=ids)
