@@ -143,7 +143,7 @@ class Gpu:
         return self.benchmark("kernels", limit, "--quick")
 
     def train(self, limit: float) -> Done:
-        return self.benchmark("train", limit, "--budget", 0.55 * limit)
+        return self.benchmark("train", limit, "--budget", 0.85 * limit)
 
     def decode(self, limit: float) -> Done:
         return self.benchmark("decode", limit)

@@ -12,15 +12,14 @@ backward. The bytes and FLOPs of a row are the least that the op needs, not what
 """
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 import torch
-from irongpt_kernels import eager, tolerance
 from torch import Tensor
 
 from benchmarks import environment, results, timing, workloads
-from benchmarks.providers import NAMES, Outputs, Provider, computes, missing, providers
+from benchmarks.gate import Gate, tensors_of
+from benchmarks.providers import NAMES, Provider, computes, missing, providers
 from benchmarks.work import Work, free, reason
 from benchmarks.workloads import MODES, Case, Inputs
 from irongpt import device as devices
@@ -32,66 +31,16 @@ LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger"
 Row = dict[str, Any]
 
 
-class Gate:
-    """Holds providers of a case to the rule. What they are held against is computed once."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case.small(), device
-        self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-
-    def __call__(self, name: str, own_masks: bool) -> dict[str, Any]:
-        """`share` is of what the rule allows, the largest one. Raises what the provider raises."""
-        case = replace(self.case, p=0.0) if own_masks else self.case
-        baseline, oracle = self._wanted(case)
-        provider = providers(case, self.device, (name,))[name]
-        with provider.around():
-            found = _run(provider.function, case.inputs(self.device), case.dtype)
-        n_outputs = 2 if case.op == "dropout_add_layer_norm" else 1
-        share, ok = 0.0, True
-        for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
-            factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
-            for e in tolerance.errors(factor, *tensors).values():
-                ok &= e.ok
-                share = max(share, e.candidate / e.bound if e.bound else float(not e.ok))
-        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
-
-    def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
-        if case.p not in self.known:
-            op = getattr(eager, case.op)
-            inputs = case.inputs(self.device)
-            wide = {
-                name: x.detach().double().requires_grad_() if x.is_floating_point() else x
-                for name, x in inputs.items()
-            }
-
-            def run(x: Inputs) -> list[Tensor]:
-                return _run(lambda t: op(**t, **case.options(self.device)), x, case.dtype)
-
-            self.known[case.p] = run(inputs), run(wide)
-        return self.known[case.p]
-
-
-def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are."""
-    outputs = _tuple(function(inputs))
-    upstream = [
-        g.to(dtype).to(x.dtype)
-        for g, x in zip(workloads.upstream(tuple(outputs)), outputs, strict=True)
-    ]
-    leaves = [x for x in inputs.values() if x.requires_grad]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
-
-
-def _tuple(out: Outputs) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
 def measure_case(
     case: Case, device: torch.device, names: tuple[str, ...] = NAMES, rounds: int | None = None
 ) -> list[Row]:
     """A row for every provider and mode; one that has no time says why."""
-    with timing.stream(device):
-        rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+    try:
+        with timing.stream(device):
+            rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+    except Exception as e:  # the next case goes on
+        here = [name for name in names if computes(name, case.op)]
+        rows = [row(case, "both", None, name, reason(e), None) for name in here]
     free(device)
     return rows
 
@@ -149,13 +98,12 @@ def _times(
     inputs += [case.inputs(device, seed) for seed in range(1, sets)]
     # Those that need little memory first: what does not fit is what needs most.
     names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
-    works: dict[str, Work] = {}
-    if names:
-        with here[names[0]].around():
-            like = [x.detach() for x in _tuple(here[names[0]].function(inputs[0]))]
-        upstream = [workloads.upstream(tuple(like)) for _ in inputs]
-        works = {name: work(here[name], mode, inputs, upstream) for name in names}
-        del like
+    outputs, refused = _outputs(here, names, inputs[0])
+    if outputs is None:
+        return {name: refused[name] for name in here}
+    upstream = [workloads.upstream(outputs) for _ in inputs]
+    del outputs
+    works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
     found: dict[str, tuple[timing.Timing, int | None] | str] = {}
     for name, t in timings.items():
@@ -163,12 +111,27 @@ def _times(
     return {name: found[name] for name in here}
 
 
+def _outputs(
+    here: dict[str, Provider], names: list[str], inputs: Inputs
+) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
+    """Of the first provider that runs; where none does, why. A gate without dropout lets pass who
+    refuses with it."""
+    refused = {}
+    for name in names:
+        try:
+            with here[name].around():
+                return tuple(x.detach() for x in tensors_of(here[name].function(inputs))), {}
+        except Exception as e:
+            refused[name] = reason(e)
+    return None, refused
+
+
 def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[list[Tensor]]) -> Work:
     """A provider's calls in a mode. They return what stays: outputs and gradients."""
     leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
 
     def forward(i: int) -> tuple[Tensor, ...]:
-        return _tuple(provider.function(inputs[i]))
+        return tensors_of(provider.function(inputs[i]))
 
     def backward(outputs: tuple[Tensor, ...], i: int, again: bool = True) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, leaves[i], upstream[i], retain_graph=again)
@@ -230,8 +193,9 @@ def line(r: Row, roofs: dict[str, Any]) -> str:
         return f"{head} -  {r['none_because'][:90]}"
     derived = results.derive(r, roofs)
     share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
+    spread = results.spread(r["iqr"], 1e6)
     plain = f"  NO GRAPH, Python's time: {r['plain_because'][:90]}" if r["plain_because"] else ""
-    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {r['iqr'] * 1e6:6.1f}  {share}{plain}"
+    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
 
 
 def dtypes_of(device: torch.device, every: bool) -> list[torch.dtype]:
@@ -279,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
             for r in rows:
                 print(line(r, section.values["roofs"]), flush=True)
             section.put(rows=section.values["rows"] + rows)
+        if gpu:  # a card that has become hot has other ones
+            section.put(roofs_after=environment.roofs(device, types))
     print(f"written to {section.path}")
 
 

@@ -235,10 +235,12 @@ def step(section: Values) -> Figure | None:
             ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
             axes.barh(y, min(alone, ms), color="#495057")
             axes.barh(y, max(0.0, ms - alone), left=min(alone, ms), color=color)
-            axes.errorbar(ms, y, xerr=1e3 * r["iqr"] / 2, color="black", linewidth=1, capsize=2)
+            axes.errorbar(
+                ms, y, xerr=0.5e3 * (r["iqr"] or 0.0), color="black", linewidth=1, capsize=2
+            )
             k = r["tokens_per_s"] / 1e3
             rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
-            axes.text(ms + 0.5e3 * r["iqr"], y, rate, va="center", fontsize=8)
+            axes.text(ms + 0.5e3 * (r["iqr"] or 0.0), y, rate, va="center", fontsize=8)
         if "computed_floor_seconds" in products:
             floor = 1e3 * products["computed_floor_seconds"]
             line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")

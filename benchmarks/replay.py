@@ -93,12 +93,13 @@ def capture(graph: Any) -> Iterator[None]:
         raise broken from None  # the end of a broken capture raises another error, and tells less
 
 
-def recover(pool: Any) -> None:
+def recover(pool: Any = None) -> None:
     """After a capture that broke. PyTorch then goes on allocating from the graph's pool, and the
-    default generator believes that it is captured and refuses to draw."""
+    default generator believes that it is captured and refuses to draw. pool: if it is known."""
     device = torch.cuda.current_device()
-    with contextlib.suppress(RuntimeError):  # where it has ended that itself
-        torch._C._cuda_endAllocateToPool(device, pool)
+    if pool is not None:
+        with contextlib.suppress(RuntimeError):  # where it has ended that itself
+            torch._C._cuda_endAllocateToPool(device, pool)
     fresh = torch.Generator(torch.device("cuda", device)).manual_seed(0)
     torch.cuda.default_generators[device].graphsafe_set_state(fresh)
 
