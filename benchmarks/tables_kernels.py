@@ -125,7 +125,7 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
         body.append([size, *cells, f"{d['share_of_roof']:.0%}" if d else ""])
     dropout = f", dropout {p:g}" if p else ""
     text = f"**{op} over {sweep}, {dtype}{dropout}**\n\n" + table(
-        ["size", *names, "of the roof"], body
+        ["size", *names, "fused: of the roof"], body
     )
     if any("*" in cell for row in body for cell in row):
         notes["* in no graph: Python's time too"] = None
