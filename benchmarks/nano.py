@@ -50,11 +50,11 @@ RECIPE = (
 IRON_BATCH = 4  # windows a step: a full batch of 64 takes a CPU half a minute
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="nano against nanoGPT's CPU recipe")
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of nanoGPT")
     results.add_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     checkout = args.nanogpt.resolve()
     if not (checkout / "train.py").is_file():
         parser.error(f"{checkout} is no checkout of nanoGPT: it has no train.py")
