@@ -181,9 +181,10 @@ class Watch:
         self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.set()
-        if self.before is not None:
-            self.thread.join()
-        self.seen += [now] if (now := state(self.device)) is not None else []
+        if e is None:  # else time is short, and the last look has to do: nvidia-smi may take long
+            if self.before is not None:
+                self.thread.join()
+            self.seen += [now] if (now := state(self.device)) is not None else []
         self.update()
 
     def update(self) -> dict[str, Any]:

@@ -147,16 +147,19 @@ class Gpu:
         return Done(done.status, done.seconds, summary.tests(found))
 
     def kernels(self, limit: float) -> Done:
-        return self.benchmark("kernels", limit, "--quick")
+        small = ["--rounds", 3, "--providers", "eager", "textbook", "builtin", "math"]
+        size = [] if self.gpu else small  # compiling is in make bench
+        return self.benchmark("kernels", limit, "--quick", *size)
 
     def train(self, limit: float) -> Done:
-        return self.benchmark("train", limit, "--budget", 0.55 * limit)
+        size = [] if self.gpu else ["--turns", 3, "--variants", "builtin", "textbook", "eager"]
+        return self.benchmark("train", limit, "--budget", 0.85 * limit, *size)
 
     def decode(self, limit: float) -> Done:
         return self.benchmark("decode", limit)
 
     def runs(self, limit: float) -> Done:
-        size = [] if self.gpu else ["--iters", 20, "--ops", "builtin", "eager"]
+        size = [] if self.gpu else ["--iters", 10, "--ops", "builtin", "eager"]
         return self.benchmark("runs", limit, "--limit", limit / 3, *size)
 
     def report(self, limit: float) -> Done:

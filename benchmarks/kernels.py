@@ -12,87 +12,36 @@ backward. The bytes and FLOPs of a row are the least that the op needs, not what
 """
 
 import argparse
-import gc
-from dataclasses import replace
 from typing import Any
 
 import torch
-from irongpt_kernels import eager, tolerance
 from torch import Tensor
 
 from benchmarks import environment, results, timing, workloads
-from benchmarks.providers import NAMES, Outputs, Provider, missing, providers
+from benchmarks.gate import Gate, tensors_of
+from benchmarks.providers import NAMES, Provider, computes, missing, providers
+from benchmarks.work import Work, free, reason
 from benchmarks.workloads import MODES, Case, Inputs
 from irongpt import device as devices
 
 ROUNDS = {"cuda": 20, "cpu": 5}
-LARGE = 1 << 28  # elements of all T x T matrices, from which on their memory counts
+LARGE = 1 << 28  # elements of all T x T matrices, from which on one copy of the inputs will do:
+# who has the matrices in memory moves many times the L2, for who has not, arithmetic decides
 LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")
 Row = dict[str, Any]
-
-
-class Gate:
-    """Holds providers of a case to the rule. What they are held against is computed once."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case.small(), device
-        self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-
-    def __call__(self, make: Any, own_masks: bool) -> dict[str, Any]:
-        """make: from a case, its provider. `share` is of what the rule allows, the largest one."""
-        case = replace(self.case, p=0.0) if own_masks else self.case
-        baseline, oracle = self._wanted(case)
-        found = _run(make(case), case.inputs(self.device), case.dtype)
-        n_outputs = 2 if case.op == "dropout_add_layer_norm" else 1
-        share, ok = 0.0, True
-        for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
-            factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
-            for e in tolerance.errors(factor, *tensors).values():
-                ok &= e.ok
-                share = max(share, e.candidate / e.bound if e.bound else float(not e.ok))
-        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
-
-    def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
-        if case.p not in self.known:
-            op = getattr(eager, case.op)
-            inputs = case.inputs(self.device)
-            wide = {
-                name: x.detach().double().requires_grad_() if x.is_floating_point() else x
-                for name, x in inputs.items()
-            }
-
-            def run(x: Inputs) -> list[Tensor]:
-                return _run(lambda t: op(**t, **case.options), x, case.dtype)
-
-            self.known[case.p] = run(inputs), run(wide)
-        return self.known[case.p]
-
-
-def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are."""
-    outputs = _tuple(function(inputs))
-    upstream = [
-        g.to(dtype).to(x.dtype)
-        for g, x in zip(workloads.upstream(tuple(outputs)), outputs, strict=True)
-    ]
-    leaves = [x for x in inputs.values() if x.requires_grad]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
-
-
-def _tuple(out: Outputs) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
 
 
 def measure_case(
     case: Case, device: torch.device, names: tuple[str, ...] = NAMES, rounds: int | None = None
 ) -> list[Row]:
     """A row for every provider and mode; one that has no time says why."""
-    with timing.stream(device):
-        rows = _measure(case, device, names, rounds or ROUNDS[device.type])
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        gc.collect()
-        torch.cuda.empty_cache()
+    try:
+        with timing.stream(device):
+            rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+    except Exception as e:  # the next case goes on
+        here = [name for name in names if computes(name, case.op)]
+        rows = [row(case, "both", None, name, reason(e), None) for name in here]
+    free(device)
     return rows
 
 
@@ -106,33 +55,36 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
     gates: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     here: dict[str, Provider] = {}
-    if not compiled_here(case):
+    if not compiled_here(case) and "compile" in names and computes("compile", case.op):
         names = tuple(name for name in names if name != "compile")
+        refused["compile"] = "not compiled in this sweep: it would take longer than all else"
     for name, provider in providers(case, device, names).items():
-
-        def make(small: Case, name: str = name) -> Any:
-            return providers(small, device, (name,))[name].function
-
         try:
-            gates[name] = gate(make, provider.own_masks)
+            gates[name] = gate(name, provider.own_masks)
         except Exception as e:  # a backend that does not take this case
-            refused[name] = timing.reason(e)
+            refused[name] = reason(e)
             continue
         if gates[name]["ok"]:
             here[name] = provider
         else:
             refused[name] = f"wrong: {gates[name]['share']:.2g} x the error that the rule allows"
     del gate
+    free(device)
     rows = []
+    times: dict[str, tuple[timing.Timing, int | None] | str]
     for mode in MODES:
-        for name, found in _times(case, device, here, mode, rounds).items():
+        try:
+            times = _times(case, device, here, mode, rounds)
+        except torch.cuda.OutOfMemoryError as e:
+            times = dict.fromkeys(here, f"{reason(e)}, by the inputs alone")
+        for name, found in times.items():
             if isinstance(found, str):  # no other mode is tried
                 refused[name] = found
                 del here[name]
             else:
-                rows.append(row(case, mode, name, found, gates[name]))
+                rows.append(row(case, mode, here[name], name, found, gates[name]))
     for name, why in refused.items():
-        rows.append(row(case, "both", name, why, gates.get(name)))
+        rows.append(row(case, "both", None, name, why, gates.get(name)))
     return rows
 
 
@@ -140,48 +92,66 @@ def _times(
     case: Case, device: torch.device, here: dict[str, Provider], mode: str, rounds: int
 ) -> dict[str, tuple[timing.Timing, int | None] | str]:
     inputs = [case.inputs(device)]
-    size = sum(x.nbytes for x in inputs[0].values())
-    sets = timing.copies(size, device)
+    sets = timing.copies(sum(x.nbytes for x in inputs[0].values()), device)
     if case.shape.B * case.shape.H * case.shape.T**2 > LARGE:
-        sets = min(sets, 2)
+        sets = 1
     inputs += [case.inputs(device, seed) for seed in range(1, sets)]
-    leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
-    first = next(iter(here.values()), None)
-    if first is None:
-        return {}
-    upstream = [
-        workloads.upstream(tuple(x.detach() for x in _tuple(first.function(one)))) for one in inputs
-    ]
-
-    def call(provider: Provider) -> timing.Call:
-        function = provider.function
-        if mode == "forward":
-            return lambda i: function(inputs[i])
-        if mode == "both":
-            return lambda i: torch.autograd.grad(
-                _tuple(function(inputs[i])), leaves[i], upstream[i]
-            )
-        outputs = [_tuple(function(one)) for one in inputs]
-        return lambda i: torch.autograd.grad(outputs[i], leaves[i], upstream[i], retain_graph=True)
-
-    calls: dict[str, timing.Call] = {}
-    refused: dict[str, str] = {}
-    for name in sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN)):
-        try:  # those that need little memory first: what does not fit is what needs most
-            calls[name] = call(here[name])
-        except Exception as e:
-            refused[name] = timing.reason(e)
-    timings = timing.measure(calls, sets, device, rounds)
-    found: dict[str, tuple[timing.Timing, int | None] | str] = dict(refused)
+    # Those that need little memory first: what does not fit is what needs most.
+    names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
+    outputs, refused = _outputs(here, names, inputs[0])
+    if outputs is None:
+        return {name: refused[name] for name in here}
+    upstream = [workloads.upstream(outputs) for _ in inputs]
+    del outputs
+    works = {name: work(here[name], mode, inputs, upstream) for name in names}
+    timings = timing.measure(works, sets, device, rounds)
+    found: dict[str, tuple[timing.Timing, int | None] | str] = {}
     for name, t in timings.items():
-        found[name] = t if isinstance(t, str) else (t, timing.peak_bytes(calls[name], device))
+        found[name] = t if isinstance(t, str) else (t, timing.peak_bytes(works[name], device))
     return {name: found[name] for name in here}
+
+
+def _outputs(
+    here: dict[str, Provider], names: list[str], inputs: Inputs
+) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
+    """Of the first provider that runs; where none does, why. A gate without dropout lets pass who
+    refuses with it."""
+    refused = {}
+    for name in names:
+        try:
+            with here[name].around():
+                return tuple(x.detach() for x in tensors_of(here[name].function(inputs))), {}
+        except Exception as e:
+            refused[name] = reason(e)
+    return None, refused
+
+
+def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[list[Tensor]]) -> Work:
+    """A provider's calls in a mode. They return what stays: outputs and gradients."""
+    leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
+
+    def forward(i: int) -> tuple[Tensor, ...]:
+        return tensors_of(provider.function(inputs[i]))
+
+    def backward(outputs: tuple[Tensor, ...], i: int, again: bool = True) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves[i], upstream[i], retain_graph=again)
+
+    def both(i: int) -> list[Tensor]:
+        outputs = forward(i)
+        return [*(x.detach() for x in outputs), *backward(outputs, i, again=False)]
+
+    if mode == "backward":
+        return Work(backward, forward, provider.around)
+    if mode == "both":
+        return Work(both, around=provider.around)
+    return Work(lambda i: [x.detach() for x in forward(i)], around=provider.around)
 
 
 def row(
     case: Case,
     mode: str,
-    provider: str,
+    provider: Provider | None,
+    name: str,
     found: tuple[timing.Timing, int | None] | str,
     gate: dict[str, Any] | None,
 ) -> Row:
@@ -194,7 +164,8 @@ def row(
         "dtype": str(case.dtype)[6:],
         "dropout": case.p,
         "mode": mode,
-        "provider": provider,
+        "provider": name,
+        "backend": provider.backend if provider else None,
         "gate": gate,
     }
     cost = case.cost(mode)
@@ -208,6 +179,8 @@ def row(
         "iqr": t.iqr,
         "seconds_of_samples": t.samples,
         "graph": t.graph,
+        "plain_because": t.plain_because,
+        "group": t.group,
         "host_seconds": t.host,
         "peak_bytes": peak,
     }
@@ -220,7 +193,9 @@ def line(r: Row, roofs: dict[str, Any]) -> str:
         return f"{head} -  {r['none_because'][:90]}"
     derived = results.derive(r, roofs)
     share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
-    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {r['iqr'] * 1e6:6.1f}  {share}"
+    spread = results.spread(r["iqr"], 1e6)
+    plain = f"  NO GRAPH, Python's time: {r['plain_because'][:90]}" if r["plain_because"] else ""
+    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
 
 
 def dtypes_of(device: torch.device, every: bool) -> list[torch.dtype]:
@@ -235,7 +210,9 @@ def dtypes_of(device: torch.device, every: bool) -> list[torch.dtype]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="every op by every provider")
-    parser.add_argument("--sweeps", action="store_true")
+    parser.add_argument(
+        "--sweeps", nargs="*", choices=workloads.SWEEPS, metavar="NAME", help="these, or all"
+    )
     parser.add_argument("--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS)
     parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--rounds", type=int, help="samples of each [20, 5 on a CPU]")
@@ -245,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     cases = workloads.iron_cases(gpu, dtypes_of(device, False), tuple(args.ops))
-    if args.sweeps:
-        swept = workloads.sweep_cases(gpu, dtypes_of(device, True))
+    if args.sweeps is not None:
+        names = tuple(args.sweeps) or workloads.SWEEPS
+        swept = workloads.sweep_cases(gpu, dtypes_of(device, True), names)
         cases += [case for case in swept if case.op in args.ops]
     with results.Section("kernels", device, args) as section:
         types = list(dict.fromkeys([case.dtype for case in cases]))
@@ -259,9 +237,14 @@ def main(argv: list[str] | None = None) -> None:
             if args.quick and case.dtype != types[0]:
                 names = tuple(name for name in names if name != "compile")
             rows = measure_case(case, device, names, args.rounds)
+            if "compile" in args.providers and "compile" not in names:
+                why = f"not compiled in {str(case.dtype)[6:]}: --quick"
+                rows.append(row(case, "both", None, "compile", why, None))
             for r in rows:
                 print(line(r, section.values["roofs"]), flush=True)
             section.put(rows=section.values["rows"] + rows)
+        if gpu:  # a card that has become hot has other ones
+            section.put(roofs_after=environment.roofs(device, types))
     print(f"written to {section.path}")
 
 

@@ -27,15 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import environment
-from benchmarks.results import slug
+from benchmarks import results
 from irongpt import corpus
 from irongpt.batches import split
 from irongpt.config import PRESETS, GPTConfig
@@ -52,29 +50,25 @@ RECIPE = (
 IRON_BATCH = 4  # windows a step: a full batch of 64 takes a CPU half a minute
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="nano against nanoGPT's CPU recipe")
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of nanoGPT")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
+    results.add_options(parser)
+    args = parser.parse_args(argv)
     checkout = args.nanogpt.resolve()
     if not (checkout / "train.py").is_file():
         parser.error(f"{checkout} is no checkout of nanoGPT: it has no train.py")
     text = corpus.load("war-and-peace", say=print)
-    machine = environment.describe(torch.device("cpu"))
-    results: dict[str, Any] = {"environment": machine, "rows": []}
-    with tempfile.TemporaryDirectory() as scratch:
+    device = torch.device("cpu")
+    with results.Section("nano", device, args) as section, tempfile.TemporaryDirectory() as scratch:
+        section.put(rows=[], iron_step=None)
         for measure in (nanogpt, to_target, nano):
             row = measure(Path(scratch), checkout, text.text)
-            results["rows"].append(row)
+            section.put(rows=[*section.values["rows"], row])
             print(json.dumps(row), flush=True)
-    results["iron_step"] = iron_step(checkout)
-    print(json.dumps(results["iron_step"]))
-    folder = args.out / slug(machine["name"])
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"nano-{date.today()}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {file}")
+        section.put(iron_step=iron_step(checkout))
+        print(json.dumps(section.values["iron_step"]))
+    print(f"written to {section.path}")
 
 
 def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:

@@ -6,26 +6,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
+from benchmarks.pictures_train import COLORS, figure_of, losses, memory, plain, step
 
 Values = dict[str, Any]
-
-COLORS = {  # one for each provider, ours stands out
-    "fused": "#e8590c",
-    "builtin": "#1c7ed6",
-    "eager": "#868e96",
-    "textbook": "#adb5bd",
-    "compile": "#2b8a3e",
-    "flash": "#4dabf7",
-    "cudnn": "#1864ab",
-    "efficient": "#748ffc",
-    "math": "#ced4da",
-    "liger": "#9c36b5",
-    "flash-attn": "#c2255c",
-}
 
 
 def draw(values: Values) -> dict[str, bytes]:
@@ -53,20 +39,11 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
 def _own(section: Values) -> tuple[str, list[Values]]:
     """The rows of the model's own shape with a time, in the dtype that comes first."""
     rows = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke") and r.get("seconds")]
     dtype = rows[0]["dtype"] if rows else ""
     return dtype, [r for r in rows if r["dtype"] == dtype]
-
-
-def _plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def speedup(section: Values) -> Figure | None:
@@ -80,7 +57,7 @@ def speedup(section: Values) -> Figure | None:
         return None
     bars = {op: [r for r in rows if r["op"] == op] for op in ops}
     count = sum(len(b) + 1 for b in bars.values())
-    figure = _figure(9, 1.2 + 0.24 * count)
+    figure = figure_of(9, 1.2 + 0.24 * count)
     axes = figure.add_subplot()
     y, ticks, largest = 0.0, [], 1.0
     for op in ops:
@@ -89,7 +66,8 @@ def speedup(section: Values) -> Figure | None:
             ratio = base[op] / r["seconds"]
             largest = max(largest, ratio)
             axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
-            label = f" {r['provider']}  {ratio:.2f}"
+            marked = "  (no graph)" if r.get("plain_because") else ""
+            label = f" {r['provider']}  {ratio:.2f}{marked}"
             weight = "bold" if r["provider"] == "fused" else "normal"
             axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight)
             y += 1
@@ -100,7 +78,7 @@ def speedup(section: Values) -> Figure | None:
     axes.set_ylim(y - 1, -1)
     axes.set_xlim(0, 1.25 * largest)
     axes.set_xlabel(f"times as fast as builtin, forward and backward, {dtype}")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -112,15 +90,11 @@ def roofline(section: Values) -> Figure | None:
     known = [(r, results.derive(r, roofs)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
-    figure = _figure(12, 5)
+    figure = figure_of(12, 5)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     ridge = rate / bandwidth
-    span = [ridge / 30, ridge * 8]
-    corner = [span[0], ridge, span[1]]
+    corner = [ridge / 30, ridge, ridge * 8]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
-    left.text(ridge * 1.1, rate / 1e12 * 1.08, f"product {rate / 1e12:,.3g} TFLOP/s", fontsize=8)
-    under = bandwidth * span[0] / 1e12
-    left.text(1.5 * span[0], under, f"copy {bandwidth / 1e9:,.4g} GB/s", fontsize=8)
     swept = [
         (r, results.derive(r, roofs))
         for r in section["rows"]
@@ -140,7 +114,9 @@ def roofline(section: Values) -> Figure | None:
     left.set_yscale("log")
     left.set_xlabel("FLOP a byte, at least")
     left.set_ylabel("TFLOP/s")
-    left.set_title(f"attention, forward and backward, {dtype}", fontsize=10)
+    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, product {rate / 1e12:,.3g} TFLOP/s"
+    title = f"attention, forward and backward, {dtype}\nmeasured roofs: {roof}"
+    left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
     _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
     return figure
@@ -175,12 +151,13 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
 
 def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None:
     """A quantity of attention over T at a constant number of tokens, with dropout and without."""
-    rows = [r for r in section["rows"] if r["sweep"] == "T" and r.get(key)]
+    rows = [r for r in section["rows"] if r["sweep"] == "T" and r["op"] == "causal_attention"]
+    rows = [r for r in rows if r.get(key)]
     if not rows:
         return None
     dtype = rows[0]["dtype"]
     rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "both"]
-    figure = _figure(12, 4.6)
+    figure = figure_of(12, 4.6)
     for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):
         part = [r for r in rows if r["dropout"] == p]
         for provider in dict.fromkeys(r["provider"] for r in part):
@@ -212,88 +189,7 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
         axes.set_title(f"attention, dropout {p:g}, {dtype}, {tokens:,} tokens", fontsize=10)
         axes.set_xlabel("T")
         axes.grid(alpha=0.25)
-        _plain(axes)
-        axes.legend(fontsize=7)
+        plain(axes)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.axes[0].set_ylabel(f"{label}, forward and backward")
-    return figure
-
-
-def step(section: Values) -> Figure | None:
-    """Milliseconds a step: the matrix products, timed alone, and all else."""
-    dtypes = [d for d in section["products"] if any(_has(r, d) for r in section["rows"])]
-    if not dtypes:
-        return None
-    counts = [sum(_has(r, d) for r in section["rows"]) for d in dtypes]
-    figure = _figure(9, 0.9 * len(dtypes) + 0.36 * sum(counts))
-    grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
-    for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
-        rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
-        products = section["products"][dtype]
-        alone = 1e3 * products["seconds"]
-        handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
-        for y, r in enumerate(rows):
-            ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
-            axes.barh(y, min(alone, ms), color="#495057")
-            axes.barh(y, max(0.0, ms - alone), left=min(alone, ms), color=color)
-            axes.errorbar(ms, y, xerr=1e3 * r["iqr"] / 2, color="black", linewidth=1, capsize=2)
-            k = r["tokens_per_s"] / 1e3
-            rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
-            axes.text(ms + 0.5e3 * r["iqr"], y, rate, va="center", fontsize=8)
-        if "computed_floor_seconds" in products:
-            floor = 1e3 * products["computed_floor_seconds"]
-            line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")
-            handles.append(line)
-        axes.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=9)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(right=1.35 * 1e3 * rows[-1]["seconds"])
-        axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
-        axes.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
-        _plain(axes)
-    return figure
-
-
-def _has(row: Values, dtype: str) -> bool:
-    return bool(row["dtype"] == dtype and row.get("seconds"))
-
-
-def memory(section: Values) -> Figure | None:
-    rows = [r for r in section["rows"] if r.get("peak_bytes")]
-    if not rows:
-        return None
-    figure = _figure(9, 0.9 + 0.28 * len(rows))
-    axes = figure.add_subplot()
-    rows.sort(key=lambda r: r["peak_bytes"])
-    names = [f"{r['variant']}, {r['dtype']}" for r in rows]
-    colors = [COLORS.get(r["variant"].split()[0], "#f08c00") for r in rows]
-    sizes = [r["peak_bytes"] / 2**30 for r in rows]
-    axes.barh(range(len(rows)), sizes, color=colors)
-    for y, size in enumerate(sizes):
-        axes.text(size, y, f" {size:.2f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("GiB that a step needs at its peak, on top of weights and moments")
-    _plain(axes)
-    return figure
-
-
-def losses(section: Values, key: str, label: str) -> Figure | None:
-    """Loss over steps, and over seconds of training."""
-    rows = [r for r in section["rows"] if r.get(key)]
-    if not rows:
-        return None
-    figure = _figure(12, 4.2)
-    for axes, column, name in zip(
-        figure.subplots(1, 2, sharey=True), (0, 1), ("steps", "seconds"), strict=True
-    ):
-        for i, r in enumerate(rows):
-            x, y = [p[column] for p in r[key]], [p[2] for p in r[key]]
-            style = ["-", "--", ":"][i % 3]  # equal losses are seen as such
-            axes.plot(x, y, style, color=COLORS[r["ops"]], linewidth=2, label=r["ops"])
-        if rows[0]["target"] is not None:
-            axes.axhline(rows[0]["target"], color="black", linewidth=0.8)
-        axes.set_xlabel(name if column == 0 else "seconds of training")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-        _plain(axes)
-    figure.axes[0].set_ylabel(f"{label} (nats a token)")
     return figure

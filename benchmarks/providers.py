@@ -17,7 +17,8 @@ import contextlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,10 +50,15 @@ NAMES = (
 
 
 class Provider(NamedTuple):
-    """own_masks: it drops by a generator of its own, so it is checked without dropout."""
+    """own_masks: it drops by a generator of its own, so it is checked without dropout.
+
+    around: entered once about many calls. backend: of attention, where PyTorch picks one.
+    """
 
     function: Function
     own_masks: bool = True
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    backend: str | None = None
 
     def under(
         self, autocast: Callable[[], contextlib.AbstractContextManager[object]]
@@ -63,7 +69,7 @@ class Provider(NamedTuple):
             with autocast():
                 return self.function(x)
 
-        return Provider(function, self.own_masks)
+        return self._replace(function=function)
 
 
 def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, str]:
@@ -101,18 +107,20 @@ def providers(
         if name in without or not computes(name, case.op):
             continue
         if name == "eager":
-            found[name] = Provider(_by(eager, case), own_masks=False)
+            found[name] = Provider(_by(eager, case, device), own_masks=False)
         elif name == "builtin":
-            found[name] = Provider(_by(builtin, case))
+            picked = backend(case, device) if case.op in ATTENTION else None
+            found[name] = Provider(_by(builtin, case, device), backend=picked)
         elif name == "fused":
-            found[name] = Provider(_by(ops.load("fused", device), case), own_masks=False)
+            module = ops.load("fused", device)
+            found[name] = Provider(_by(module, case, device), own_masks=False)
         elif name == "compile":
-            written = _textbook(case) if case.op in ATTENTION else _by(builtin, case)
+            written = _textbook(case) if case.op in ATTENTION else _by(builtin, case, device)
             found[name] = Provider(compiled(written))
         elif name == "textbook":
             found[name] = Provider(_textbook(case))
         elif name in BACKENDS:
-            found[name] = Provider(_backend(case, BACKENDS[name]))
+            found[name] = Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
         else:
             found[name] = Provider(PEERS[name][1](case))
     autocast = partial(devices.autocast, device, case.dtype)
@@ -154,8 +162,8 @@ class Textbook:
     cross_entropy = staticmethod(builtin.cross_entropy)
 
 
-def _by(module: Any, case: Case) -> Function:
-    op, options = getattr(module, case.op), case.options
+def _by(module: Any, case: Case, device: torch.device) -> Function:
+    op, options = getattr(module, case.op), case.options(device)
     return lambda x: op(**x, **options)
 
 
@@ -174,15 +182,30 @@ def _textbook(case: Case) -> Function:
     return lambda x: _packed_like(case, attention_textbook(*_unpacked(x), p=case.p))
 
 
-def _backend(case: Case, backend: SDPBackend) -> Function:
+def _sdpa(case: Case) -> Function:
     def function(x: Inputs) -> Tensor:
-        with sdpa_kernel([backend]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a backend refuses is told by its exception
-            q, k, v = _unpacked(x)
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=case.p, is_causal=True)
+        q, k, v = _unpacked(x)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=case.p, is_causal=True)
         return _packed_like(case, out)
 
     return function
+
+
+@contextlib.contextmanager
+def only(backend: SDPBackend) -> Iterator[None]:
+    """One backend of scaled_dot_product_attention; where it refuses, the call raises."""
+    with sdpa_kernel([backend]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why it refuses; told by the exception
+        yield
+
+
+def backend(case: Case, device: torch.device) -> str:
+    """The backend that PyTorch picks for `builtin`, by our name for it."""
+    small = replace(case, shape=replace(case.shape, B=1))
+    q, k, v = _unpacked(small.inputs(device))
+    picked = torch._fused_sdp_choice(q, k, v, None, case.p, True)
+    names = {int(value.value): name for name, value in BACKENDS.items()}
+    return names.get(picked, str(picked))
 
 
 def _liger(case: Case) -> Function:

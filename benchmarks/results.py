@@ -100,6 +100,11 @@ class Section:
         self.put()
 
 
+def spread(iqr: float | None, unit: float) -> str:
+    """An interquartile distance to be shown; ? where there were too few samples."""
+    return "?" if iqr is None or math.isnan(iqr) else f"{iqr * unit:,.2f}"
+
+
 def derive(row: Values, roofs: Values) -> Values:
     """What follows from a row's time: rates, and how far from the device's own roofs.
 

@@ -90,7 +90,7 @@ def _train(section: Values) -> str:
     for dtype in dict.fromkeys(r["dtype"] for r in section["rows"]):
         rows = [r for r in section["rows"] if r["dtype"] == dtype and "seconds" in r]
         rows.sort(key=lambda r: r["seconds"])
-        times = [f"{r['variant']} {r['seconds'] * 1e3:.3g} ms" for r in rows[:4]]
+        times = [f"{r['variant']} {r['seconds'] * 1e3:.3g} ms" for r in rows]
         parts.append(f"{dtype}: {', '.join(times)}")
     return "; ".join(parts)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks import products, results, summary
+from benchmarks.tables_kernels import kernels, table
 from benchmarks.workloads import Shape
 from irongpt.config import PRESETS, GPTConfig
 
@@ -17,7 +18,7 @@ T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, 
 
 
 def environment(values: Values) -> Values:
-    for name in ("kernels", "train", "decode", "runs", "target"):
+    for name in ("kernels", "train", "decode", "runs", "target", "nano"):
         if name in values:
             return dict(values[name]["environment"])
     return {}
@@ -53,13 +54,19 @@ def about(values: Values, name: str) -> str:
             )
         if state.get("before"):
             lines.append(f"- {section}: {_state(state)}")
-    roofs = (values.get("kernels") or values.get("train") or {}).get("roofs")
-    if roofs:
-        rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
-        lines.append(
-            f"- Measured roofs of this device: copy {roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s "
-            f"(read and written); large matrix product, TFLOP/s: {rates}."
-        )
+    for section, key, when in (
+        ("kernels", "roofs", "before the kernels"),
+        ("kernels", "roofs_after", "after the kernels"),
+        ("train", "roofs", "before the training steps"),
+    ):
+        roofs = values.get(section, {}).get(key)
+        if roofs:
+            rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
+            lines.append(
+                f"- Measured roofs of this device, {when}: copy "
+                f"{roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large matrix "
+                f"product, TFLOP/s: {rates}."
+            )
     return "\n\n".join(lines)
 
 
@@ -86,44 +93,51 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "A T4", t4(values["kernels"], values.get("train")), ()
     if "runs" in values:
         yield "Runs from one seed", runs(values["runs"]), ("runs",)
+    if "nano" in values:
+        yield "On a CPU, against nanoGPT's own recipe", nano(values["nano"]), ()
     if "stages" in values:
         yield "Stages", stages(values), ()
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+def alike(variant: str) -> str:
+    """Whom a variant is compared with: builtin, launched and compiled in the same way."""
+    if variant == "nanoGPT":
+        return "builtin AdamW"
+    return " ".join(["builtin", *variant.split()[1:]])
 
 
 def train(section: Values) -> str:
     parts = []
+    model, peaks = section["model"], section["roofs"]
     for dtype, alone in section["products"].items():
         rows = [r for r in section["rows"] if r["dtype"] == dtype]
-        base = next(
-            (r["seconds"] for r in rows if r["variant"] == "builtin" and "seconds" in r), None
-        )
+        times = {r["variant"]: r["seconds"] for r in rows if "seconds" in r}
         body = []
         for r in sorted(rows, key=lambda r: r.get("seconds") or 1e9):
             if r.get("seconds") is None:
-                body.append([r["variant"], *["-"] * 8, r.get("none_because", "")[:60]])
+                body.append([r["variant"], *["-"] * 9, r.get("none_because", "")[:60]])
                 continue
+            other = alike(r["variant"])
+            note = [f"first call {r['first_seconds']:.0f} s"]
+            note += ["not in turns with the first"] if r.get("group") else []
+            note += [f"stopped: {r['stopped_because'][:60]}"] if "stopped_because" in r else []
             body.append(
                 [
                     r["variant"],
                     f"{r['seconds'] * 1e3:.2f}",
-                    f"{r['iqr'] * 1e3:.2f}",
-                    f"{base / r['seconds']:.2f}" if base else "",
+                    results.spread(r["iqr"], 1e3),
+                    f"{times[other] / r['seconds']:.2f} {other}" if other in times else "",
                     f"{r['tokens_per_s']:,.0f}",
                     f"{r['mfu']:.1%}",
                     f"{alone['seconds'] / r['seconds']:.0%}",
                     f"{r['peak_bytes'] / 2**30:.2f}" if r.get("peak_bytes") else "",
+                    str(r.get("kernels") or ""),
                     str(r.get("launches") or ""),
-                    f"first call {r['first_seconds']:.0f} s",
+                    "; ".join(note),
                 ]
             )
-        head = ["variant", "ms", "± ms", "x builtin", "tokens/s", "MFU", "products", "GiB"]
-        head += ["launches", ""]
-        model = section["model"]
+        head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "products", "GiB"]
+        head += ["kernels", "launches", ""]
         text = (
             f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} windows of "
             f"{model['context']} a step. Its matrix products alone take "
@@ -135,8 +149,40 @@ def train(section: Values) -> str:
                 f" Computed floor, with the least bytes of all else at the copy's bandwidth: "
                 f"{alone['computed_floor_seconds'] * 1e3:.2f} ms."
             )
-        parts += [text, table(head, body)]
-    return "\n\n".join(parts)
+        text += (
+            f" MFU is of {peaks['peak'][dtype] / 1e12:.3g} TFLOP/s "
+            f"({peaks['peak_from'][dtype]}). Kernels, copies and fills run on the device in a "
+            "step; launches are the host's, where a CUDA graph is one."
+        )
+        parts += [text, figures(times, alone), table(head, body)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def figures(times: dict[str, float], alone: Values) -> str:
+    """What our step is to be measured by: our fastest against each way that others have."""
+    ours = {name: t for name, t in times.items() if name.startswith("fused")}
+    if not ours:
+        return ""
+    best = min(ours, key=lambda name: ours[name])
+    others = {
+        "naive": ("textbook", "eager"),
+        "PyTorch's fused functions": ("builtin",),
+        "the best of torch.compile": [
+            name for name in times
+            if not name.startswith("fused") and ("compiled" in name or "autotune" in name)
+        ],
+        "nanoGPT": ("nanoGPT", "nanoGPT compiled"),
+    }  # fmt: skip
+    said = []
+    for what, names in others.items():
+        known = [name for name in names if name in times]
+        if known:
+            fastest = min(known, key=lambda name: times[name])
+            said.append(f"{times[fastest] / ours[best]:.2f} times as fast as {what} ({fastest})")
+    if "computed_floor_seconds" in alone:
+        over = ours[best] / alone["computed_floor_seconds"]
+        said.append(f"{over:.2f} times the computed floor")
+    return f"Ours at its fastest, {best}, is " + ", ".join(said) + "."
 
 
 def decode(section: Values) -> str:
@@ -174,62 +220,25 @@ def runs(section: Values) -> str:
     return f"The {section['preset']} preset on {section['text']}.\n\n" + table(head, rows)
 
 
+def nano(section: Values) -> str:
+    step = section["iron_step"] or dict.fromkeys(("batch", "irongpt_ms", "nanogpt_ms"), "?")
+    rows = [
+        [r["name"], f"{r['seconds']:.1f}", f"{r['validation_loss']:.3f}", f"{r['peak_rss_mb']:.0f}"]
+        for r in section["rows"]
+    ]
+    text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
+    return f"{text}\n\n" + (
+        f"A step of the iron model, {step['batch']} windows: {step['irongpt_ms']} ms, nanoGPT's "
+        f"{step['nanogpt_ms']} ms."
+    )
+
+
 def stages(values: Values) -> str:
     rows = [
         [name, s["status"], f"{s['seconds']:.0f}", summary.stage(name, values) or s["says"]]
         for name, s in values["stages"].items()
     ]
     return table(["stage", "", "seconds", ""], rows)
-
-
-def kernels(section: Values) -> str:
-    own = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke")]
-    parts = []
-    if section.get("missing"):
-        parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
-    parts.append(
-        "Microseconds, median of the samples; GB/s, TFLOP/s and shares are of the least bytes and "
-        "FLOPs that the op needs, forward and backward, against this device's measured roofs."
-    )
-    for key in dict.fromkeys((r["op"], r["size"], r["dtype"], r["dropout"]) for r in own):
-        rows = [r for r in own if (r["op"], r["size"], r["dtype"], r["dropout"]) == key]
-        parts.append(_op(key, rows, section["roofs"]))
-    return "\n\n".join(parts)
-
-
-def _op(key: tuple[Any, ...], rows: list[Values], roofs: Values) -> str:
-    op, size, dtype, p = key
-    by: dict[str, dict[str, Values]] = {}
-    for r in rows:
-        by.setdefault(r["provider"], {})[r["mode"]] = r
-    base = by.get("builtin", {}).get("both", {}).get("seconds")
-    body, without = [], []
-    for provider, modes in by.items():
-        both = modes["both"]
-        if both.get("seconds") is None:
-            without.append(f"{provider}: {both['none_because']}")
-            continue
-        d = results.derive(both, roofs)
-        body.append(
-            [
-                provider,
-                *(f"{modes[m]['seconds'] * 1e6:,.1f}" for m in ("forward", "backward", "both")),
-                f"{both['iqr'] * 1e6:,.1f}",
-                f"{base / both['seconds']:.2f}" if base else "",
-                f"{d['bytes_per_s'] / 1e9:,.3g}" if d else "",
-                f"{d['flops_per_s'] / 1e12:.3g}" if d and d["flops_per_s"] else "",
-                f"{d['share_of_copy']:.1%}" if d else "",
-                f"{d['share_of_gemm']:.1%}" if d and d["share_of_gemm"] else "",
-                f"{both['peak_bytes'] / 2**20:,.0f}" if both.get("peak_bytes") else "",
-                f"{both['host_seconds'] * 1e6:,.0f}" if both.get("host_seconds") else "",
-                f"{both['gate']['share']:.0%}",
-            ]
-        )
-    head = ["provider", "forward", "backward", "both", "±", "x builtin", "GB/s", "TFLOP/s"]
-    head += ["copy", "product", "MiB", "host us", "of the bound"]
-    dropout = f", dropout {p:g}" if p else ""
-    text = f"### {op}, {size}, {dtype}{dropout}\n\n" + table(head, body)
-    return text + ("\n\nNo time: " + "; ".join(without) if without else "")
 
 
 def t4_step() -> float:

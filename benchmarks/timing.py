@@ -1,40 +1,50 @@
 """Seconds of a call, so that two of them can be compared.
 
-On a GPU a provider's calls are captured in a CUDA graph, and CUDA events time its replays: what is
-measured is the device's work, not Python's. Each call of a graph takes another copy of its inputs,
-so many that together they do not fit in the L2 cache; a training step finds its inputs cold too.
-What cannot be captured is timed by events around plain calls, and says so.
+On a GPU a provider's calls are captured in a CUDA graph (`replay`), and CUDA events time some
+replays of it: what is measured is the device's work, not Python's. A short wait on the device
+stands before them, so that all of them are queued when the first one begins. Each call of a graph
+takes another copy of its inputs and writes other outputs, so many that together they do not fit in
+the L2 cache; a training step finds its inputs cold too.
+What cannot be captured is timed by events around plain calls, and says why.
 
 Providers take turns, a sample each, in an order that rotates: a card that gets hot or a neighbour
-on the same CPU slows all of them alike. Reported are the median of the samples and the distance
-of their quartiles.
+on the same CPU slows all of them alike. Those that do not fit in memory together are measured in
+groups, one group after the other. Reported are the median of the samples and the distance of their
+quartiles.
 """
 
 import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-SAMPLE = 1e-3  # seconds that a sample takes at least
-CALLS = 200  # in a graph at most, but for the copies of the inputs
-COLD = 2  # inputs together are so many times the L2
-COPIES = 32  # of the inputs at most
-WARM = 3
+from benchmarks import replay
+from benchmarks.work import Call, Work, free, reason
 
-Call = Callable[[int], object]  # of copy i of the inputs
+SAMPLE = 1e-3  # seconds that a sample on a CPU takes at least; replay has a GPU's
+CALLS = 200  # in it at most
+COLD = 2  # inputs together are so many times the L2
+COPIES = 1024  # of the inputs at most
+WARM = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """samples: seconds a call. host: seconds that Python takes to issue one; None on a CPU."""
+    """samples: seconds a call. host: seconds that Python takes to issue one; None on a CPU.
+
+    plain_because: why there is no graph, on a GPU. group: of those that were measured together.
+    """
 
     samples: list[float]
     graph: bool
     host: float | None = None
+    plain_because: str | None = None
+    group: int = 0
 
     @property
     def median(self) -> float:
@@ -42,21 +52,34 @@ class Timing:
 
     @property
     def iqr(self) -> float:
-        """Distance of the quartiles; 0 where there are too few samples."""
-        if len(self.samples) < 4:
+        """Distance of the quartiles; of 3 samples the whole range. NaN, in a file null, for fewer:
+        nobody knows."""
+        if len(self.samples) < 3:
+            return math.nan
+        if len(self.samples) == 3:
             return max(self.samples) - min(self.samples)
         low, _, high = statistics.quantiles(self.samples, n=4)
         return high - low
 
 
 class Sampler(Protocol):
-    @property
-    def graph(self) -> bool: ...
-
-    @property
-    def host(self) -> float | None: ...
-
     def sample(self) -> float: ...
+
+
+@dataclass
+class Ready:
+    """A provider that can be sampled."""
+
+    work: Work
+    sampler: Sampler
+    graph: bool = False
+    host: float | None = None
+    plain_because: str | None = None
+    samples: list[float] = field(default_factory=list)
+
+    def take(self) -> None:
+        with self.work.around():
+            self.samples.append(self.sampler.sample())
 
 
 def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -77,54 +100,87 @@ def copies(input_bytes: int, device: torch.device) -> int:
 
 
 def measure(
-    calls: dict[str, Call], sets: int, device: torch.device, rounds: int
+    calls: Mapping[str, Call | Work], sets: int, device: torch.device, rounds: int
 ) -> dict[str, Timing | str]:
-    """Timings by provider; for one that cannot run, why."""
-    samplers: dict[str, Sampler] = {}
+    """Timings by provider; for one that cannot run, why.
+
+    calls: a Call or Work for each. sets: copies of the inputs.
+    """
+    works = {name: c if isinstance(c, Work) else Work(c) for name, c in calls.items()}
     results: dict[str, Timing | str] = {}
-    for name, call in calls.items():
-        try:
-            samplers[name] = prepare(call, sets, device)
-        except Exception as e:  # a provider that cannot run here is a result
-            results[name] = reason(e)
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
-    names = list(samplers)
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
-            samples[name].append(samplers[name].sample())
-    for name, s in samplers.items():
-        results[name] = Timing(samples[name], s.graph, s.host)
+    waiting, group = list(works), 0
+    while waiting:
+        ready, waiting = _together(works, waiting, sets, device, results)
+        names = list(ready)
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
+                try:
+                    ready[name].take()
+                except Exception as e:  # the others go on
+                    results[name] = reason(e)
+                    names.remove(name)
+                    break
+        for name in names:
+            one = ready[name]
+            results[name] = Timing(one.samples, one.graph, one.host, one.plain_because, group)
+        ready.clear()
+        free(device)
+        group += 1
     return {name: results[name] for name in calls}
 
 
-def reason(e: Exception) -> str:
-    if isinstance(e, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+def _together(
+    works: dict[str, Work],
+    waiting: list[str],
+    sets: int,
+    device: torch.device,
+    results: dict[str, Timing | str],
+) -> tuple[dict[str, Ready], list[str]]:
+    """As many as fit in memory, and who has to wait; one that cannot run goes to the results."""
+    ready: dict[str, Ready] = {}
+    for i, name in enumerate(waiting):
+        try:
+            with works[name].around():
+                ready[name] = prepare(works[name], sets, device)
+            continue
+        except Exception as e:  # a provider that cannot run here is a result
+            full = isinstance(e, torch.cuda.OutOfMemoryError)
+            if not (full and ready):
+                results[name] = reason(e)
+        free(device)
+        if full and ready:
+            return ready, waiting[i:]
+    return ready, []
 
 
-def prepare(call: Call, sets: int, device: torch.device) -> Sampler:
+def prepare(work: Work, sets: int, device: torch.device) -> Ready:
     """Warms a call up and makes it ready to be timed. Raises what the call raises."""
+    call = work.begin(sets)
     for i in range(WARM):
         call(i % sets)
     if device.type != "cuda":
-        return Wall(call, sets)
+        return Ready(work, Wall(call, sets))
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     for i in range(WARM):
         call(i % sets)
     host = (time.perf_counter() - start) / WARM
-    torch.cuda.synchronize(device)
-    events = Events(call, sets, host)
-    try:
-        return Replay(call, sets, host, events.sample())
-    except Exception:  # not every call can be captured
-        torch.cuda.synchronize(device)
-        return events
+    why = replay.waits(lambda: call(0), device)
+    if why is None:
+        del call  # its memory is for the graph
+        try:
+            return Ready(work, replay.Replay(work, sets), graph=True, host=host)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:  # not every call can be captured
+            why = reason(e)
+        free(device)
+        call = work.begin(sets)
+    return Ready(work, replay.Events(call, sets), host=host, plain_because=why)
 
 
 class Wall:
-    graph, host = False, None
+    """Plain calls by the host's clock."""
 
     def __init__(self, call: Call, sets: int) -> None:
         self.call, self.sets, self.n = call, sets, 1
@@ -137,55 +193,20 @@ class Wall:
         return (time.perf_counter() - start) / self.n
 
 
-class Events:
-    """Plain calls between two events: where Python is slower than the device, Python's time."""
-
-    graph = False
-
-    def __init__(self, call: Call, sets: int, host: float | None) -> None:
-        self.call, self.sets, self.host, self.n = call, sets, host, sets
-        self.n = sets * max(1, min(CALLS // sets, round(SAMPLE / (self.sample() * sets))))
-
-    def sample(self) -> float:
-        return _between(lambda: [self.call(i % self.sets) for i in range(self.n)]) / self.n
-
-
-class Replay:
-    """A graph of calls, captured on the current stream; see `stream`."""
-
-    graph = True
-
-    def __init__(self, call: Call, sets: int, host: float | None, seconds: float) -> None:
-        self.host = host
-        self.n = sets * max(1, min(CALLS // sets, round(SAMPLE / (seconds * sets))))
-        self.captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.captured, stream=torch.cuda.current_stream()):
-            for i in range(self.n):
-                call(i % sets)
-        for _ in range(2):
-            self.captured.replay()
-
-    def sample(self) -> float:
-        return _between(self.captured.replay) / self.n
-
-
-def _between(work: Callable[[], object]) -> float:
-    """Seconds of device time."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Memory that a call takes at its peak, on top of what is there; None on a CPU."""
+def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
+    """Memory that a call takes at its peak, on top of what is there; None on a CPU and where it
+    does not fit."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call(0)
-    torch.cuda.synchronize(device)
+    work = call if isinstance(call, Work) else Work(call)
+    try:
+        with work.around():
+            begun = work.begin(1)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            begun(0)
+            torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return None
     return torch.cuda.max_memory_allocated(device) - before

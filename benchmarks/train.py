@@ -9,8 +9,9 @@
     ... max-autotune         in that mode, which has CUDA graphs of its own
     ... graph                the whole step as one CUDA graph
     ... as trained           that, with deterministic algorithms: what `irongpt train` runs
-    nanoGPT                  its model and AdamW, on the same batches; beside it builtin AdamW,
-                             which does the same work where our preset has another optimizer
+    nanoGPT                  its model and AdamW, on the same batches, compiled too; beside it
+                             builtin AdamW, which does the same work where our preset has another
+                             optimizer
 
 A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, AdamW. The variants take
 turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
@@ -22,33 +23,33 @@ bandwidth.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from irongpt_kernels import builtin, eager
 
-from benchmarks import environment, products, results, timing
+from benchmarks import environment, products, results
 from benchmarks.providers import Textbook
-from benchmarks.variants import Variant, nanogpt, peak_of, trained
+from benchmarks.steps import Make, Steps
+from benchmarks.variants import Variant, nanogpt, trained
 from irongpt import corpus, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
-from irongpt.errors import UserError
 from irongpt.tokenizer import CharTokenizer
 
-STEPS = {"cuda": 10, "cpu": 2}  # in a turn of a variant
-TURNS = {"cuda": 8, "cpu": 4}
-BUDGET = {"cuda": 1200.0, "cpu": 150.0}  # seconds, after which no variant is added
+BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all
+# Who has had how much of them: 16 bits and float32 by what compiles in seconds, then by the rest.
+PARTS = (0.45, 0.75, 0.9, 1.0)
+SLOW = "max-autotune"  # it may compile for minutes
 
 
 def variants(
     dtype: torch.dtype, device: torch.device, only: list[str] | None, checkout: Path | None
-) -> Iterator[tuple[str, Callable[..., Variant]]]:
+) -> list[tuple[str, Make]]:
     """What is timed in one dtype: the cheap ones first, those that compile for minutes last."""
     gpu = device.type == "cuda"
-    found: list[tuple[str, Callable[..., Variant]]] = []
+    found: list[tuple[str, Make]] = []
 
     def add(name: str, module: Any, **options: Any) -> None:
         def make(setting: tuple[Any, ...]) -> Variant:
@@ -57,106 +58,30 @@ def variants(
 
         found.append((name, make))
 
-    if gpu or (only and "fused" in only):
-        add("fused", None)
-    add("builtin", builtin)
-    add("textbook", Textbook)
-    add("eager", eager)
+    modules = {"fused": None, "builtin": builtin, "textbook": Textbook, "eager": eager}
+    for name, module in modules.items():
+        if module is not None or gpu or (only and name in only):
+            add(name, module)
     if checkout is not None:
         found.append(("nanoGPT", lambda s: nanogpt(s, checkout, dtype, device)))
         add("builtin AdamW", builtin, optimizer="adamw")
     if gpu:
-        add("fused graph", None, graph=True)
-        add("builtin graph", builtin, graph=True)
-        add("textbook graph", Textbook, graph=True)
-    if gpu:
-        add("fused as trained", None, graph=True, deterministic=True)
-        add("builtin as trained", builtin, graph=True, deterministic=True)
+        for name in ("fused", "builtin", "textbook", "eager"):
+            add(f"{name} graph", modules[name], graph=True)
+        for name in ("fused", "builtin"):
+            add(f"{name} as trained", modules[name], graph=True, deterministic=True)
     add("builtin compiled", builtin, mode="default")
     if gpu:
-        add("textbook compiled", Textbook, mode="default")
-        add("fused compiled", None, mode="default")
         add("builtin compiled graph", builtin, mode="default", graph=True)
+        for name in ("textbook", "fused", "eager"):
+            add(f"{name} compiled", modules[name], mode="default")
         add("fused compiled graph", None, mode="default", graph=True)
-        add("builtin max-autotune", builtin, mode="max-autotune")
-        add("textbook max-autotune", Textbook, mode="max-autotune")
-    yield from (pair for pair in found if only is None or pair[0] in only)
-
-
-def measure(
-    section: results.Section,
-    setting: tuple[Any, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    args: argparse.Namespace,
-    until: float,
-) -> None:
-    """Adds a row for every variant: at once, then again with each turn."""
-    name_of = str(dtype)[6:]
-    ready: dict[str, Variant] = {}
-    samples: dict[str, list[float]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    before = list(section.values["rows"])
-    steps = args.steps or STEPS[device.type]
-
-    def take(name: str) -> None:
-        samples[name].append(ready[name].seconds_a_step(steps))
-        rows[name] |= summary(samples[name], setting, section.values["roofs"]["peak"][name_of])
-        section.put(rows=before + list(rows.values()))
-
-    for name, make in variants(dtype, device, args.variants, args.nanogpt):
-        rows[name] = {"variant": name, "dtype": name_of}
-        if time.perf_counter() > until:
-            rows[name]["none_because"] = "the time for this benchmark was over"
-            continue
-        start = time.perf_counter()
-        try:
-            with peak_of(device) as peak:
-                ready[name] = make(setting)
-                ready[name].warm_up()
-            samples[name] = []
-            rows[name]["first_seconds"] = time.perf_counter() - start
-            rows[name] |= peak | {"launches": ready[name].launches()}
-            take(name)
-        except UserError as e:
-            rows[name]["none_because"] = str(e)
-        except Exception as e:  # one that cannot run here is a result
-            rows[name]["none_because"] = timing.reason(e)
-            ready.pop(name, None)
-        print(line(rows[name]), flush=True)
-    names = [name for name in ready if samples.get(name)]
-    for turn in range(1, args.turns or TURNS[device.type]):
-        order = names[turn % len(names) :] + names[: turn % len(names)] if names else []
-        for name in order:
-            take(name)
-    section.put(rows=before + list(rows.values()))
-    for name in names:
-        print(line(rows[name]), flush=True)
-
-
-def summary(samples: list[float], setting: tuple[Any, ...], peak: float) -> dict[str, Any]:
-    model, train = setting[0], setting[1]
-    t = timing.Timing(samples, False)
-    tokens = train.batch_size * model.context
-    return {
-        "seconds": t.median,
-        "iqr": t.iqr,
-        "samples": len(samples),
-        "tokens_per_s": tokens / t.median,
-        "mfu": tokens / t.median * model.flops_per_token() / peak,
-    }
-
-
-def line(row: dict[str, Any]) -> str:
-    head = f"{row['dtype']:9} {row['variant']:22}"
-    if "seconds" not in row:
-        return f"{head} -  {row.get('none_because', '')[:90]}"
-    memory = f"{row['peak_bytes'] / 2**30:6.2f} GiB" if row.get("peak_bytes") else ""
-    launches = f"{row['launches']:5} launches" if row.get("launches") else ""
-    return (
-        f"{head} {row['seconds'] * 1e3:9.2f} ms +- {row['iqr'] * 1e3:6.2f} "
-        f"{row['tokens_per_s']:11,.0f} tokens/s  MFU {row['mfu']:6.1%} {memory} {launches}"
-    )
+    if checkout is not None:
+        found.append(("nanoGPT compiled", lambda s: nanogpt(s, checkout, dtype, device, True)))
+    if gpu:
+        for name in ("builtin", "textbook", "eager"):
+            add(f"{name} {SLOW}", modules[name], mode=SLOW)
+    return [pair for pair in found if only is None or pair[0] in only]
 
 
 def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainConfig, torch.Tensor]:
@@ -170,6 +95,16 @@ def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainCon
     return model, TrainConfig(**recipe), tokenizer.encode(text)
 
 
+def _products(
+    section: results.Section, setting: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    shape = setting[0], setting[1].batch_size, dtype
+    found = products.measure(*shape, device)
+    found |= products.floor(*shape, found["seconds"], section.values["roofs"])
+    section.put(products=section.values["products"] | {str(dtype)[6:]: found})
+    print(products.line(str(dtype)[6:], found), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="training steps of every variant")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
@@ -178,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="windows a step [the preset's]")
     parser.add_argument("--steps", type=int, help="in a turn [10, 2 on a CPU]")
     parser.add_argument("--turns", type=int, help="of each variant [8, 4 on a CPU]")
-    parser.add_argument("--budget", type=float, help="seconds after which no variant is added")
+    parser.add_argument("--budget", type=float, help="seconds for all [1200, 110 on a CPU]")
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
     results.add_options(parser)
     args = parser.parse_args(argv)
@@ -194,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     budget, began = args.budget or BUDGET[device.type], time.perf_counter()
     with results.Section("train", device, args) as section:
         roofs = environment.roofs(device, dtypes)
-        roofs["peak"] = {str(d)[6:]: devices.peak_flops(device, d)[0] for d in dtypes}
+        found = {str(d)[6:]: devices.peak_flops(device, d) for d in dtypes}
+        roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
+        roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
         section.put(
             preset=preset,
             model=vars(setting[0]),
@@ -203,15 +140,14 @@ def main(argv: list[str] | None = None) -> None:
             products={},
             rows=[],
         )
-        for i, dtype in enumerate(dtypes):
-            until = began + budget * (1.0 if i == len(dtypes) - 1 else 0.65)
-            found = products.measure(setting[0], setting[1].batch_size, dtype, device)
-            found |= products.floor(
-                setting[0], setting[1].batch_size, dtype, found["seconds"], roofs
-            )
-            section.put(products=section.values["products"] | {str(dtype)[6:]: found})
-            print(products.line(str(dtype)[6:], found), flush=True)
-            measure(section, setting, dtype, device, args, until)
+        for dtype in dtypes:
+            _products(section, setting, dtype, device)
+        parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]
+        for (slow, dtype), part in zip(parts, PARTS[-len(parts) :], strict=True):
+            chosen = variants(dtype, device, args.variants, args.nanogpt)
+            chosen = [pair for pair in chosen if (SLOW in pair[0]) == slow]
+            steps = Steps(section, setting, dtype, device, args)
+            steps.measure(chosen, began + part * budget)
     print(f"written to {section.path}")
 
 

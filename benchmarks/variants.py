@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.train import Trainer
 
+# The host's calls, by which work comes to a device.
+LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 WARM = 5  # steps: a trainer that captures its step has done so by then
 
 
@@ -42,25 +45,26 @@ class Variant:
     def warm_up(self) -> None:
         self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
 
-    def launches(self) -> int | None:
-        """Kernels, copies and fills that run on the device in a step; None if nobody counts."""
+    def counts(self) -> dict[str, int]:
+        """Of a step: `kernels`, with copies and fills, that run on the device, and `launches` of
+        them by the host, where a graph is one. Nothing if nobody counts."""
         if self.device.type != "cuda":
-            return None
+            return {}
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        try:
-            with (
-                self._algorithms(),
-                profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
-            ):
-                self.step()
-                self._wait()
-            events = trace.events() or []
-            ours = [e for e in events if not getattr(e, "is_user_annotation", False)]
-            return sum(e.device_type == DeviceType.CUDA for e in ours) or None
-        except RuntimeError:
-            return None
+        # PyTorch's own precaution with CUDA graphs: taking the profiler down may crash.
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
+        with (
+            self._algorithms(),
+            profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
+        ):
+            self.step()
+            self._wait()
+        ours = [e for e in trace.events() or [] if not getattr(e, "is_user_annotation", False)]
+        kernels = sum(e.device_type == DeviceType.CUDA for e in ours)
+        launches = sum(e.device_type == DeviceType.CPU and e.name.startswith(LAUNCH) for e in ours)
+        return {"kernels": kernels, "launches": launches} if kernels else {}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -128,9 +132,16 @@ def trained(
 
 
 def nanogpt(
-    setting: tuple[Any, ...], checkout: Path, dtype: torch.dtype, device: torch.device
+    setting: tuple[Any, ...],
+    checkout: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = False,
 ) -> Variant:
-    """nanoGPT's model of the same shape, on our batches, with its own optimizer and clipping."""
+    """nanoGPT's model of the same shape, on our batches, with its own optimizer and clipping.
+
+    compiled: as its train.py does unless told otherwise.
+    """
     if not (checkout / "model.py").is_file():
         raise UserError(f"{checkout} is no checkout of nanoGPT: it has no model.py")
     sys.path.insert(0, str(checkout.resolve()))
@@ -146,6 +157,7 @@ def nanogpt(
     optimizer = model.configure_optimizers(
         train.weight_decay, train.lr, (train.beta1, train.beta2), device.type
     )
+    called = torch.compile(model) if compiled else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     train_ids, _ = split(ids.to(device), ours.context)
     batches = TrainBatches(train_ids, ours.context, train.batch_size, train.seed)
@@ -154,7 +166,7 @@ def nanogpt(
     def step() -> None:
         x, y = (t.contiguous() for t in batches(next(count)))
         with devices.autocast(device, dtype):
-            _, loss = model(x, y)
+            _, loss = called(x, y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)

@@ -1,12 +1,12 @@
 """What is timed: every op at the iron model's shape, then along sweeps, and what it costs at least.
 
-Weights are float32 and so is the residual stream, as in a training under autocast; all else is of
-the case's dtype. The sweep over T keeps the tokens: a longer context has a smaller batch.
+Weights are float32 and so is the residual stream, which layer_norm and dropout_add_layer_norm take,
+as in a training under autocast; all else is of the case's dtype. The sweep over T keeps the tokens:
+a longer context has a smaller batch.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Case:
             "causal_attention": lambda: {name: randn(*heads) for name in "qkv"},
             "causal_attention_packed": lambda: {"qkv": randn(s.B, s.T, 3, s.H, s.D)},
             "softmax": lambda: {"x": randn(s.B, s.H, s.T, s.T)},
-            "layer_norm": lambda: {"x": randn(M, N), "weight": weight()},
+            "layer_norm": lambda: {"x": randn(M, N, dtype=torch.float32), "weight": weight()},
             "dropout_add_layer_norm": lambda: {
                 "branch": randn(M, N),
                 "residual": randn(M, N, dtype=torch.float32),
@@ -108,12 +108,13 @@ class Case:
         }
         return make[self.op]()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the op that are no tensors."""
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """The op's other arguments. The seed is on the device, as in a training step."""
         if self.op == "softmax":
             return dict(scale=self.shape.D**-0.5, causal=True)
-        return dict(dropout_p=self.p, seed=SEED) if self.op in DROPS and self.p else {}
+        if self.op not in DROPS:
+            return {}
+        return dict(dropout_p=self.p, seed=torch.full((), SEED, device=device))
 
     def small(self) -> "Case":
         """The same op where float64 and T x T matrices fit: fewer heads and windows."""
@@ -148,7 +149,7 @@ class Case:
             return attention.causal_attention_bytes(s.B, s.H, s.T, s.D, size, mode), flops
         moved: dict[str, Callable[[], int]] = {
             "softmax": lambda: softmax.softmax_bytes(s.B * s.H * s.T, s.T, size, mode, True),
-            "layer_norm": lambda: layer_norm.layer_norm_bytes(M, N, size, backward),
+            "layer_norm": lambda: layer_norm.layer_norm_bytes(M, N, 4, backward),
             "dropout_add_layer_norm": lambda: add_norm.dropout_add_layer_norm_bytes(
                 M, N, size, 4, backward
             ),
@@ -178,25 +179,59 @@ def iron_cases(gpu: bool, dtypes: list[torch.dtype], ops: tuple[str, ...] = OPS)
     ]
 
 
-def sweep_cases(gpu: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
-    """Over T, head dimension, batch, dropout and width, one at a time."""
+SWEEPS = ("T", "D", "batch", "width", "V")
+
+
+def sweep_cases(
+    gpu: bool, dtypes: list[torch.dtype], names: tuple[str, ...] = SWEEPS
+) -> Iterator[Case]:
+    """Over T, head dimension, batch, width and vocabulary, one at a time; attention with dropout
+    and without. Layer norm's rows are float32 in any training, so once. Without a GPU a few."""
     base = IRON if gpu else SMOKE
-    tokens = base.B * base.T
     for dtype in dtypes:
-        attention = partial(Case, "causal_attention", dtype=dtype)
-        for p in (0.0, 0.2):
-            for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (64, 128):
-                shape = replace(base, T=T, B=max(1, tokens // T))
-                yield attention(sweep="T", shape=shape, p=p)
-        for D in (32, 64, 128) if gpu else (16,):
-            yield attention(sweep="D", shape=replace(base, D=D), p=0.2)
-        for B in (8, 16, 32, 128, 256) if gpu else (1,):
-            yield attention(sweep="batch", shape=replace(base, B=B), p=0.2)
-            for op in ("dropout_add_layer_norm", "gelu", "cross_entropy") if gpu else ():
-                p = 0.2 if op in DROPS else 0.0
-                yield Case(op, "batch", replace(base, B=B), dtype, p)
-        for heads in (12, 16, 32, 64) if gpu else (4,):  # width 768 to 4096
-            for op in ("layer_norm", "dropout_add_layer_norm"):
-                yield Case(op, "width", replace(base, H=heads), dtype)
-        for V in (1024, 8192, 50257) if gpu else (512,):
-            yield Case("cross_entropy", "V", replace(base, V=V), dtype)
+        found = {
+            "T": _over_t(base, dtype, (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
+            "D": _attention("D", dtype, [replace(base, D=D) for D in (16, 32, 64, 96, 128)]),
+            "batch": _over_batch(base, dtype, (8, 16, 32, 128, 256)),
+            "width": [
+                Case(op, "width", replace(base, H=H), dtype, 0.2 if op in DROPS else 0.0)
+                for H in (12, 16, 32, 64)  # 768 to 4096 columns
+                for op in ("layer_norm", "dropout_add_layer_norm", "gelu")
+            ],
+            "V": [
+                Case("cross_entropy", "V", replace(base, V=V), dtype) for V in (1024, 8192, 50257)
+            ],
+        }
+        for name in names:
+            for case in found[name] if gpu else found[name][: 4 if name == "T" else 2]:
+                if case.op != "layer_norm" or dtype == dtypes[0]:
+                    yield case
+
+
+def _attention(sweep: str, dtype: torch.dtype, shapes: list[Shape]) -> list[Case]:
+    return [Case("causal_attention", sweep, s, dtype, p) for s in shapes for p in (0.0, 0.2)]
+
+
+def _over_t(base: Shape, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[Case]:
+    tokens = base.B * base.T
+    shapes = [replace(base, T=T, B=max(1, tokens // T)) for T in lengths]
+    packed = [Case("causal_attention_packed", "T", s, dtype, 0.2) for s in shapes]
+    return [
+        *_attention("T", dtype, shapes),
+        *packed,
+        *(Case("softmax", "T", s, dtype) for s in shapes),
+    ]
+
+
+def _over_batch(base: Shape, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Case]:
+    """All ops: what changes is the number of rows."""
+    shapes = [replace(base, B=B) for B in sizes]
+    others = [op for op in OPS if op != "causal_attention"]
+    return [
+        *_attention("batch", dtype, shapes),
+        *(
+            Case(op, "batch", s, dtype, 0.2 if op in DROPS else 0.0)
+            for op in others
+            for s in shapes
+        ),
+    ]

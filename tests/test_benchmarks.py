@@ -3,13 +3,14 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import changes, environment, kernels, products, results, workloads
+from benchmarks import changes, environment, kernels, products, results, tables, workloads
 from benchmarks.providers import NAMES, missing, providers
 from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
 from irongpt.config import PRESETS, GPTConfig
@@ -95,6 +96,60 @@ def test_what_cannot_run_says_why_and_the_rest_has_its_time(
     refused = [r for r in rows if "none_because" in r]
     assert [(r["provider"], r["none_because"]) for r in refused] == [("builtin", "out of memory")]
     assert len(rows) == 1 + len(MODES)
+
+
+def test_who_refuses_only_with_dropout_has_no_time_then() -> None:
+    """PyTorch's flash attention on a CPU: the gate is without dropout, so it passes that."""
+    rows = kernels.measure_case(case("causal_attention", p=0.2), CPU, ("flash", "builtin"), 1)
+    (refused,) = [r for r in rows if r["provider"] == "flash"]
+    assert "No available kernel" in refused["none_because"]
+    assert {r["mode"] for r in rows if r["provider"] == "builtin"} == set(MODES)
+    rows = kernels.measure_case(case("causal_attention", p=0.2), CPU, ("flash",), 1)
+    assert [r["provider"] for r in rows if "none_because" in r] == ["flash"]
+
+
+def test_the_backend_that_pytorch_picks_is_named() -> None:
+    rows = kernels.measure_case(case("causal_attention_packed"), CPU, ("builtin", "math"), 1)
+    assert {r["provider"]: r["backend"] for r in rows} == {"builtin": "flash", "math": None}
+    text = tables.kernels({"rows": rows, "roofs": dict(copy_bytes_per_s=1, gemm_flops_per_s={})})
+    assert "| builtin (flash) |" in text
+
+
+def test_a_row_without_a_graph_is_marked() -> None:
+    (row,) = kernels.measure_case(case("gelu"), CPU, ("builtin",), 3)[2:]
+    row |= dict(graph=False, plain_because="it waits for the device", forward=None)
+    rows = [row | dict(mode=mode) for mode in MODES]
+    roofs = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
+    assert "NO GRAPH" in kernels.line(row, roofs)
+    assert "it waits for the device" in tables.kernels({"rows": rows, "roofs": roofs})
+    swept = [r | dict(sweep="batch") for r in rows]
+    assert "* in no graph" in tables.kernels({"rows": swept, "roofs": roofs})
+
+
+def test_what_is_not_compiled_in_a_sweep_says_so() -> None:
+    wide = replace(case("layer_norm"), sweep="width")
+    rows = kernels.measure_case(wide, CPU, ("builtin", "compile"), 1)
+    (row,) = [r for r in rows if r["provider"] == "compile"]
+    assert "not compiled in this sweep" in row["none_because"]
+
+
+def test_layer_norm_takes_the_float32_residual_stream() -> None:
+    """As in the model, whose embeddings are float32 under autocast."""
+    x = case("layer_norm", torch.float16).inputs(CPU)["x"]
+    assert x.dtype == torch.float32
+    in_16, in_32 = (case("layer_norm", d).cost("both") for d in (torch.float16, torch.float32))
+    assert in_16 == in_32
+
+
+def test_every_op_is_swept_over_its_rows_and_columns() -> None:
+    swept = list(workloads.sweep_cases(True, [torch.float16, torch.bfloat16]))
+    assert {c.op for c in swept if c.sweep == "batch"} == set(OPS)
+    columns = {c.op for c in swept if c.sweep in ("T", "D", "width", "V")}
+    assert columns == set(OPS)
+    assert {c.dtype for c in swept} == {torch.float16, torch.bfloat16}
+    for sweep in ("T", "D", "batch"):
+        attention = [c.p for c in swept if c.op == "causal_attention" and c.sweep == sweep]
+        assert set(attention) == {0.0, 0.2}
 
 
 def test_providers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +247,7 @@ def test_another_file_is_no_result(tmp_path: Path) -> None:
         results.load(tmp_path / "a.json")
 
 
-def file_of(seconds: float, iqr: float, name: str = "T4") -> dict:
+def file_of(seconds: float, iqr: float | None, name: str = "T4") -> dict:
     row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
     return {"format": 1, "train": {"environment": {"name": name}, "rows": [row]}}
 
@@ -208,6 +263,12 @@ def file_of(seconds: float, iqr: float, name: str = "T4") -> dict:
 )
 def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> None:
     assert said in changes.text(file_of(*before), file_of(*after), "a", "b")
+
+
+def test_a_difference_without_a_known_noise_is_none() -> None:
+    text = changes.text(file_of(1.0, None), file_of(9.0, 0.01), "a", "b")
+    assert "0 of 1 times differ" in text
+    assert "of 1 times the noise is not known" in text
 
 
 def test_another_device_is_noted() -> None:

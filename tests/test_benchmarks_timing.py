@@ -1,18 +1,18 @@
-"""How seconds are measured: turns, graphs, copies of the inputs, and where no graph can be had."""
+"""How seconds are measured: turns, groups, copies of the inputs, and what is said of them."""
 
-import contextlib
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import results, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -27,67 +27,39 @@ def test_providers_take_turns() -> None:
     assert [len(t.samples) for t in found.values()] == [3, 3, 3]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """CUDA's events and graphs, played by a clock. Counts what is captured and replayed."""
-    count = {"captured": 0, "replayed": 0, "capturing": 0}
+def test_what_does_not_fit_together_is_measured_in_groups() -> None:
+    """There is memory for two units."""
+    held: weakref.WeakSet = weakref.WeakSet()
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            pass
+    class Held:
+        def __init__(self, size: int) -> None:
+            if size + sum(other.size for other in held) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            self.size = size
+            held.add(self)
 
-        def record(self) -> None:
-            self.at = time.perf_counter()
+    def provider(size: int) -> timing.Work:
+        return timing.Work(lambda made, i: None, lambda i: Held(size))
 
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, end: "Event") -> float:
-            return 1e3 * (end.at - self.at)
-
-    class Graph:
-        def replay(self) -> None:
-            count["replayed"] += 1
-
-    @contextlib.contextmanager
-    def graph(made: Graph, stream: object) -> Iterator[None]:
-        count["capturing"] = 1
-        try:
-            yield
-        finally:
-            count["capturing"] = 0
-
-    fakes = dict(Event=Event, CUDAGraph=Graph, graph=graph, current_stream=lambda: None)
-    fakes["synchronize"] = lambda device: None
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return count
+    works = {name: provider(size) for name, size in dict(a=1, b=1, c=1, huge=3, d=1).items()}
+    found = timing.measure(works, 1, CPU, rounds=2)
+    assert found.pop("huge") == "out of memory"
+    assert {name: t.group for name, t in found.items()} == dict(a=0, b=0, c=1, d=2)
+    assert all(len(t.samples) == 2 for t in found.values())
 
 
-def test_a_graph_takes_all_copies_of_the_inputs_in_turn(gpu: dict[str, int]) -> None:
-    captured: list[int] = []
-    plain: list[int] = []
+def test_one_that_fails_while_it_is_sampled_does_not_stop_the_others() -> None:
+    calls = iter(range(1000))
 
-    def call(i: int) -> None:
-        (captured if gpu["capturing"] else plain).append(i)
+    def failing(i: int) -> None:
+        if next(calls) > 20:
+            raise RuntimeError("no more")
+        time.sleep(1e-3)
 
-    found = timing.measure({"": call}, 3, torch.device("cuda"), rounds=4)[""]
-    assert found.graph
-    assert found.host >= 0
-    assert len(found.samples) == 4
-    assert gpu["replayed"] == 2 + 4
-    assert len(captured) % 3 == 0
-    assert captured == [i % 3 for i in range(len(captured))]
-
-
-def test_what_cannot_be_captured_is_timed_and_says_so(gpu: dict[str, int]) -> None:
-    def call(i: int) -> None:
-        if gpu["capturing"]:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    found = timing.measure({"": call}, 2, torch.device("cuda"), rounds=4)[""]
-    assert not found.graph
-    assert len(found.samples) == 4
+    works = {"a": failing, "b": lambda i: time.sleep(1e-3)}
+    found = timing.measure(works, 1, CPU, rounds=40)
+    assert found["a"] == "RuntimeError: no more"
+    assert len(found["b"].samples) >= 39
 
 
 def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +68,8 @@ def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     device = torch.device("cuda")
     assert timing.copies(38 << 20, device) == 4
     assert timing.copies(1 << 30, device) == 2
+    small = 2048 * 109 * 2  # logits of 8 windows: all of them together pass the cache too
+    assert timing.copies(small, device) * small > 2 * (60 << 20)
     assert timing.copies(1, device) == timing.COPIES
     assert timing.copies(1, CPU) == 1
 
@@ -116,3 +90,11 @@ def test_median_and_spread() -> None:
     t = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0], False)
     assert t.median == 3.0
     assert t.iqr == pytest.approx(50.5)  # the quartiles are 1.5 and 52
+    assert timing.Timing([1.0, 2.0, 4.0], False).iqr == 3.0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_spread_of_a_sample_or_two_is_unknown(n: int) -> None:
+    t = timing.Timing([1.0] * n, False)
+    assert math.isnan(t.iqr)
+    assert results.finite(t.iqr) is None

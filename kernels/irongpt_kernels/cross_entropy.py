@@ -223,5 +223,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
 
 def cross_entropy_bytes(M: int, V: int, itemsize: int, mode: str) -> int:
-    """Least bytes that must cross DRAM, mode fwd or bwd."""
-    return {"fwd": 1, "bwd": 2}[mode] * M * V * itemsize
+    """Least bytes that must cross DRAM, mode fwd or bwd: logits, targets, two statistics a row."""
+    return M * ({"fwd": 1, "bwd": 2}[mode] * V * itemsize + 8 + 8)

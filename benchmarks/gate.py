@@ -1,0 +1,66 @@
+"""What a provider computes is held to the numeric rule before it gets a time."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from irongpt_kernels import eager, tolerance
+from torch import Tensor
+
+from benchmarks import workloads
+from benchmarks.providers import Outputs, providers
+from benchmarks.workloads import Case, Inputs
+
+
+class Gate:
+    """Holds providers of a case to the rule. What they are held against is computed once."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case.small(), device
+        self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, name: str, own_masks: bool) -> dict[str, Any]:
+        """`share` is of what the rule allows, the largest one. Raises what the provider raises."""
+        case = replace(self.case, p=0.0) if own_masks else self.case
+        baseline, oracle = self._wanted(case)
+        provider = providers(case, self.device, (name,))[name]
+        with provider.around():
+            found = _run(provider.function, case.inputs(self.device), case.dtype)
+        n_outputs = 2 if case.op == "dropout_add_layer_norm" else 1
+        share, ok = 0.0, True
+        for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
+            factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
+            for e in tolerance.errors(factor, *tensors).values():
+                ok &= e.ok
+                share = max(share, e.candidate / e.bound if e.bound else float(not e.ok))
+        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
+
+    def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+        if case.p not in self.known:
+            op = getattr(eager, case.op)
+            inputs = case.inputs(self.device)
+            wide = {
+                name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+                for name, x in inputs.items()
+            }
+
+            def run(x: Inputs) -> list[Tensor]:
+                return _run(lambda t: op(**t, **case.options(self.device)), x, case.dtype)
+
+            self.known[case.p] = run(inputs), run(wide)
+        return self.known[case.p]
+
+
+def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are."""
+    outputs = tensors_of(function(inputs))
+    upstream = [
+        g.to(dtype).to(x.dtype)
+        for g, x in zip(workloads.upstream(tuple(outputs)), outputs, strict=True)
+    ]
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def tensors_of(out: Outputs) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
