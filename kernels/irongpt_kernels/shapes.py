@@ -69,16 +69,22 @@ def representative(arch: int) -> list[Case]:
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
+    chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
+    chosen += ["K=1536 N=384 float16", "V=109 draw 0 float16", "V=109 draw 2 float16"]
+    chosen += ["C=384 float32"]
     return [case for case in every(arch) if case.shape in chosen]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
+    from irongpt_kernels import shapes_decode
+
     zeros = partial(torch.zeros, dtype=DTYPES[dtype])
     yield from _attention(dtype, zeros)
     yield from _norms(dtype, zeros)
     yield from _softmax(dtype, zeros)
     yield from _cross_entropy(dtype, zeros)
     yield from _gelu(dtype, zeros)
+    yield from shapes_decode.cases(dtype, zeros)
 
 
 def _attention(dtype: str, zeros: Any) -> Iterator[Case]:
