@@ -73,9 +73,7 @@ def _cached_kernel(
 
 
 @torch.library.custom_op("irongpt::cached_attention", mutates_args=("cache_k", "cache_v"))
-def _op(
-    qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float
-) -> Tensor:
+def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
     B, _, _, H, D = qkv.shape
     N = cache_k.shape[2]
     out = qkv.new_empty(B, 1, H, D)

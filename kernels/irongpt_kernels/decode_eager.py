@@ -117,7 +117,7 @@ def draw_tokens(
     whose masses up to it exceed `uniform` times all, a pure function of (seed, text, n).
     Where a logit is not finite the token is -1.
     """
-    B, V = logits.shape
+    V = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
     inverse, keep = limits(V, temperature, top_k)

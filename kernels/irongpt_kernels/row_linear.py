@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import checks, launch
-from irongpt_kernels.gelu import _logistic, gelu as gelu_op
+from irongpt_kernels.gelu import _logistic
+from irongpt_kernels.gelu import gelu as gelu_op
 from irongpt_kernels.layer_norm import affine, layer_norm, normalize
 
 MAX_M, MAX_K = 4, 4096
@@ -45,7 +46,7 @@ def _row_kernel(
     inside = (n < N)[:, None] & (k < K)[None, :]
     weight_ptrs = weight_ptr + n[:, None] * weight_stride + k[None, :]
     weight = tl.load(weight_ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_K)
-    for row in range(0, M):
+    for row in range(M):
         at = tl.cast(row, tl.int64)
         x = tl.load(x_ptr + at * x_stride + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         if norm_weight_ptr is not None:
@@ -98,6 +99,8 @@ def _tile(N: int, K: int) -> dict[str, int]:
     """So small that a matrix of a small model keeps all SMs of a large GPU reading."""
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
+    if launch.INTERPRETED:  # where each program takes its time
+        BLOCK_N = 16
     return dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_N * BLOCK_K > 8192 else 4)
 
 
@@ -139,7 +142,7 @@ def norm_linear(
     """See `eager.norm_linear`. Raises TypeError and ValueError for what does not fit together."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
-    M, K, N = _sizes(x, weight, bias)
+    M, K, _ = _sizes(x, weight, bias)
     checks.shape("norm_weight", norm_weight, (K,))
     checks.shape("norm_bias", norm_bias, (K,))
     if M <= MAX_M and K <= MAX_K:

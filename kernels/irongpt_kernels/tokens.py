@@ -78,9 +78,7 @@ def _mass_of_key(key, greatest, inverse):
 
 
 @triton.jit
-def _from(
-    row_ptr, stride, V, greatest, inverse, least, MASSES: tl.constexpr, BLOCK: tl.constexpr
-):
+def _from(row_ptr, stride, V, greatest, inverse, least, MASSES: tl.constexpr, BLOCK: tl.constexpr):
     """How many tokens have a key of `least` or more, or with MASSES their mass."""
     total = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, V, BLOCK):
@@ -249,7 +247,9 @@ def draw_tokens(
     checks.dropout(0.0, seed, logits=logits)
     if not 1 <= logits.shape[1] <= MAX_V:
         raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {logits.shape[1]:,}")
-    _draw(logits, tokens, counts, launch.seed_tensor(seed, logits.device), temperature, top_k, top_p)
+    _draw(
+        logits, tokens, counts, launch.seed_tensor(seed, logits.device), temperature, top_k, top_p
+    )
 
 
 def _check(tokens: Tensor, counts: Tensor, **tensor: Tensor) -> None:
