@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from irongpt import device as devices
 from irongpt.config import SampleConfig
 from irongpt.errors import UserError
 from irongpt.graph import Graph
@@ -96,7 +95,8 @@ class Decoder:
         idx = torch.tensor([w[:-1] + [0] * (T + 1 - len(w)) for w in windows.values()])
         rows = slice(None) if len(windows) == len(counts) else torch.tensor(list(windows))
         self.cache.rows = rows if isinstance(rows, slice) else rows.to(device)
-        with devices.autocast(device, self.dtype):
+        lower = self.dtype != self.model.wte.weight.dtype
+        with torch.autocast(device.type, self.dtype if lower else None, enabled=lower):
             self.model(idx.to(device), cache=self.cache)
 
     def step(self) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
 SEED = (5 << 32) + 7
+# Where a row has no draw, or a temperature no float32, numpy says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 each = pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
 
 
@@ -30,11 +32,6 @@ def shares(ops, logits: Tensor, draws: int = 2000, **how) -> Tensor:
     return torch.bincount(torch.tensor(found), minlength=len(logits)) / draws
 
 
-@pytest.fixture(params=[16, 2048], ids=["many blocks", "one block"])
-def _blocks(request, monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "MAX_BLOCK", request.param)
-
-
 HOW = [
     {},
     dict(temperature=0.0),
@@ -52,11 +49,15 @@ HOW = [
 ]
 
 
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("how", HOW, ids=str)
 @each_dtype
-def test_the_kernel_draws_what_eager_draws(dtype, how: dict) -> None:
-    """Among them rows of equal logits, of a few values, of 0 and -0, and one sure one."""
+def test_the_kernel_draws_what_eager_draws(dtype, how: dict, monkeypatch) -> None:
+    """Among them rows of equal logits, of a few values, of 0 and -0, and one sure one.
+
+    In float32 a row takes several blocks.
+    """
+    if dtype == torch.float32:
+        monkeypatch.setattr(tokens, "MAX_BLOCK", 16)
     logits = values(6, 37, dtype=dtype) * 3
     logits[1] = 2.0
     logits[2] = logits[2].round()
@@ -64,23 +65,21 @@ def test_the_kernel_draws_what_eager_draws(dtype, how: dict) -> None:
     logits[3, ::2] = -0.0
     logits[4, 30] = 200.0
     logits[5] = -logits[5].abs() - 60000 if dtype == torch.float16 else logits[5] - 1e30
-    for number in (0, 2**33 + 1):
-        assert drawn(fused, logits, number, **how) == drawn(eager, logits, number, **how)
+    assert drawn(fused, logits, 2**33 + 1, **how) == drawn(eager, logits, 2**33 + 1, **how)
 
 
-@each
-def test_draws_follow_the_probabilities(ops) -> None:
+def test_draws_follow_the_probabilities() -> None:
     wanted = torch.tensor([0.4, 0.3, 0.2, 0.1])
     # Five standard deviations of a share of 2,000 draws are at most 0.056.
     torch.testing.assert_close(shares(eager, LOGITS), wanted, atol=0.056, rtol=0)
-    rows = LOGITS.expand(200, -1)  # as many as the interpreter has time for
-    assert drawn(ops, rows) == drawn(eager, rows)
+    rows = LOGITS.expand(40, -1)  # as many as the interpreter has time for
+    assert drawn(fused, rows) == drawn(eager, rows)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-8, 1e-300])
 @each
 def test_the_coldest_is_greedy(ops, temperature: float) -> None:
-    assert shares(ops, LOGITS, 50, temperature=temperature).tolist() == [1, 0, 0, 0]
+    assert shares(ops, LOGITS, 20, temperature=temperature).tolist() == [1, 0, 0, 0]
 
 
 def test_the_hottest_is_even() -> None:
@@ -105,16 +104,18 @@ def test_the_hottest_is_even() -> None:
         (2, 0.6, 2),
     ],
 )
-@each
-def test_what_top_k_and_top_p_keep(ops, top_k, top_p, kept: int) -> None:
-    share = shares(ops, LOGITS, 100, top_k=top_k, top_p=top_p)
+def test_what_top_k_and_top_p_keep(top_k, top_p, kept: int) -> None:
+    how = dict(top_k=top_k, top_p=top_p)
+    share = shares(eager, LOGITS, 100, **how)
     assert (share > 0).tolist() == [i < kept for i in range(4)]
+    rows = LOGITS.expand(4, -1)
+    assert drawn(fused, rows, 9, **how) == drawn(eager, rows, 9, **how)
 
 
 @each
 def test_of_equal_logits_the_first_are_kept(ops) -> None:
     for how in (dict(top_k=2), dict(top_p=0.3)):
-        assert (shares(ops, torch.zeros(6), 60, **how) > 0).tolist() == [True] * 2 + [False] * 4
+        assert (shares(ops, torch.zeros(6), 12, **how) > 0).tolist() == [True] * 2 + [False] * 4
     assert drawn(ops, torch.zeros(1, 6), temperature=0.0) == [0]
 
 

@@ -42,7 +42,7 @@ def _cached_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = d < D
     new_ptrs = qkv_ptr + b * qkv_strides[0] + h * qkv_strides[3] + d * qkv_strides[4]
-    q = tl.load(new_ptrs, mask=inside, other=0.0).to(tl.float32) * scale_log2
+    q = tl.load(new_ptrs, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(new_ptrs + qkv_strides[2], mask=inside, other=0.0)
     v = tl.load(new_ptrs + 2 * qkv_strides[2], mask=inside, other=0.0)
     k_ptrs = k_ptr + b * k_strides[0] + h * k_strides[1] + d * k_strides[3]
@@ -51,7 +51,7 @@ def _cached_kernel(
     tl.store(k_ptrs + position * k_strides[2], k, mask=room)
     tl.store(v_ptrs + position * v_strides[2], v, mask=room)
 
-    m = tl.sum(q * k.to(tl.float32), 0)
+    m = tl.sum(q * k.to(tl.float32), 0) * scale_log2
     l = 1.0  # noqa: E741
     acc = v.to(tl.float32)
     for start in range(0, tl.minimum(position, N), BLOCK_N):
@@ -60,7 +60,7 @@ def _cached_kernel(
         mask = seen[:, None] & inside[None, :]
         keys = tl.load(k_ptrs[None, :] + n[:, None] * k_strides[2], mask=mask, other=0.0)
         values = tl.load(v_ptrs[None, :] + n[:, None] * v_strides[2], mask=mask, other=0.0)
-        s = tl.sum(keys.to(tl.float32) * q[None, :], 1)
+        s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale_log2
         s = tl.where(seen, s, float("-inf"))  # (BLOCK_N,)
         m_new = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - m_new)
