@@ -80,10 +80,9 @@ def test_equal_prompts_give_different_texts(model):
 
 @pytest.mark.parametrize("ahead", [1, 3, 7, 32, 99])
 def test_how_far_the_device_writes_ahead_changes_nothing(model, ahead):
-    columns = generate_texts(model, [[1], [2, 3, 4]], replace(CONFIG, tokens=70), ahead=ahead)
-    assert list(columns) == list(
-        generate_texts(model, [[1], [2, 3, 4]], replace(CONFIG, tokens=70))
-    )
+    prompts, config = [[1], [2, 3, 4]], replace(CONFIG, tokens=70)
+    columns = generate_texts(model, prompts, config, ahead=ahead)
+    assert list(columns) == list(generate_texts(model, prompts, config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,13 +12,12 @@ Traffic     reads the p rows of both caches, q, k and v; writes k, v and out: 2 
 Parallelism one program per head. It keeps the new key and value in registers, from which its
             running softmax starts, so no program reads what it writes. Keys come in tiles of as
             many as registers hold, at the model's context in one: there is one wait for memory.
-Precision   products, softmax and sums in float32, exponents to base 2, as in `attention`.
+Precision   products, softmax and sums in float32. Exponents are to base e: there are few of them, and
+            a score is rounded once less.
 Limits      D a multiple of 16, 16 to 128. No gradient. What lies behind `position` is not read. A
             position outside the cache writes nothing: no kernel can raise.
 Spec        irongpt_kernels/decode_eager.py::cached_attention
 """
-
-import math
 
 import torch
 import triton
@@ -33,7 +32,7 @@ TILE = 16_384  # elements of a tile of keys: 64 a thread
 @triton.jit
 def _cached_kernel(
     qkv_ptr, k_ptr, v_ptr, position_ptr, out_ptr,
-    qkv_strides, k_strides, v_strides, position_stride, H, N, scale_log2,
+    qkv_strides, k_strides, v_strides, position_stride, H, N, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -51,7 +50,7 @@ def _cached_kernel(
     tl.store(k_ptrs + position * k_strides[2], k, mask=room)
     tl.store(v_ptrs + position * v_strides[2], v, mask=room)
 
-    m = tl.sum(q * k.to(tl.float32), 0) * scale_log2
+    m = tl.sum(q * k.to(tl.float32), 0) * scale
     l = 1.0  # noqa: E741
     acc = v.to(tl.float32)
     for start in range(0, tl.minimum(position, N), BLOCK_N):
@@ -60,11 +59,11 @@ def _cached_kernel(
         mask = seen[:, None] & inside[None, :]
         keys = tl.load(k_ptrs[None, :] + n[:, None] * k_strides[2], mask=mask, other=0.0)
         values = tl.load(v_ptrs[None, :] + n[:, None] * v_strides[2], mask=mask, other=0.0)
-        s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale_log2
+        s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
         s = tl.where(seen, s, float("-inf"))  # (BLOCK_N,)
         m_new = tl.maximum(m, tl.max(s, 0))
-        p = tl.exp2(s - m_new)
-        rescale = tl.exp2(m - m_new)
+        p = tl.exp(s - m_new)
+        rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 0)  # noqa: E741
         acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
         m = m_new
@@ -83,7 +82,7 @@ def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: 
         _cached_kernel[(B * H,)](
             qkv, cache_k, cache_v, position, out,
             qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
-            scale * math.log2(math.e), D=D, **_tile(N, D, qkv.element_size()),
+            scale, D=D, **_tile(N, D, qkv.element_size()),
         )  # fmt: skip
     return out
 
