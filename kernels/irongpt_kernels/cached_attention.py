@@ -12,8 +12,8 @@ Traffic     reads the p rows of both caches, q, k and v; writes k, v and out: 2 
 Parallelism one program per head. It keeps the new key and value in registers, from which its
             running softmax starts, so no program reads what it writes. Keys come in tiles of as
             many as registers hold, at the model's context in one: there is one wait for memory.
-Precision   products, softmax and sums in float32. Exponents are to base e: there are few of them, and
-            a score is rounded once less.
+Precision   products, softmax and sums in float32. Exponents are to base e: there are few of them,
+            and a score is rounded once less.
 Limits      D a multiple of 16, 16 to 128. No gradient. What lies behind `position` is not read. A
             position outside the cache writes nothing: no kernel can raise.
 Spec        irongpt_kernels/decode_eager.py::cached_attention
