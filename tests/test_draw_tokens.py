@@ -119,6 +119,15 @@ def test_of_equal_logits_the_first_are_kept(ops) -> None:
     assert drawn(ops, torch.zeros(1, 6), temperature=0.0) == [0]
 
 
+def test_equal_logits_before_a_likelier_one(monkeypatch) -> None:
+    """In several blocks: of the equal ones some are kept, and what is likelier stands behind."""
+    monkeypatch.setattr(tokens, "MAX_BLOCK", 16)
+    logits = torch.zeros(8, 40)
+    logits[:, 39] = 2.0
+    for how in (dict(top_k=3), dict(top_k=19), dict(top_p=0.5)):
+        assert drawn(fused, logits, **how) == drawn(eager, logits, **how)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.0), dict(top_k=2, top_p=0.5)], ids=str)
 @each

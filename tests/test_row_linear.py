@@ -76,6 +76,23 @@ def test_eager_rounds_as_autocast_does(dtype: torch.dtype) -> None:
     assert torch.equal(eager.linear_add(x.to(dtype), cast, x[:, :7], bias), z)
 
 
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "GELU"])
+def test_the_kernel_rounds_where_eager_rounds(gelu: bool) -> None:
+    """Sums of two, which float32 holds, so that nothing but the roundings can differ; hardly ever
+    does the norm's last bit decide one of them."""
+    x, weight = values(4, 64), torch.zeros(64, 64)
+    at = torch.arange(64)
+    weight[at, at] = weight[at, (at + 1) % 64] = 1.0
+    weight, norm = weight.half().to(x.device), values(64, seed=2)
+    same = [ops.norm_linear(x, weight, norm, gelu=gelu) for ops in (fused, eager)]
+    assert (same[0] == same[1]).float().mean() > 0.97
+    halves = values(4, 64).half()
+    zero = torch.zeros(4, 64, device=x.device)
+    sums = [ops.linear_add(halves, values(64, 64).half(), zero) for ops in (fused, eager)]
+    assert torch.equal(sums[0], sums[0].half().float())
+    assert torch.equal(sums[1], sums[1].half().float())
+
+
 def test_rows_far_from_zero_keep_their_digits() -> None:
     given = normed(2, 64, 16, torch.float32, False)
     given["x"] = given["x"] + 1000

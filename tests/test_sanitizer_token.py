@@ -45,7 +45,7 @@ def _token_inputs(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     counts = torch.tensor([[3, 0], [9, 33], [0, 20]])
     tokens = torch.tensor([[3, 4, 10, 7], [-1, 1, 2, 0], [5, 6, 0, 8]])
     x, weight, norm = randn(3, 37, dtype=F32), randn(21, 37, dtype=dtype), randn(37, dtype=F32)
-    cache = randn(2, 3, 2, 34, 48, dtype=dtype)
+    cache = randn(2, 3, 2, 34, 64, dtype=dtype)[..., 5:53]  # what lies beside is not to be read
     columns = randn(3, 2 * 21, dtype=dtype)[:, ::2]
     bias, residual = randn(21, dtype=F32), randn(3, 30, dtype=F32)[:, 4:25]
     return {
@@ -74,4 +74,22 @@ def test_an_op_of_a_token_addresses_strides_beyond_2_to_the_31(case: str) -> Non
     inputs = {n: x if n in own or not x.dim() else _far_apart(x, 1) for n, x in inputs.items()}
     with addresses_only() as report:
         getattr(fused, name)(**inputs, **options)
+    assert len(report.kernels) == 1
+
+
+@of_no_values
+@each_token
+def test_an_op_of_a_token_addresses_rows_that_an_int32_cannot_count(case: str) -> None:
+    """Strides of 2^30 fit into 32 bits, and their multiples do not."""
+    name, options = TOKENS[case]
+
+    def spread(x: Tensor) -> Tensor:
+        inner = x[0].contiguous().stride()
+        size = 2**30 * (len(x) - 1) + x[0].numel()
+        return torch.empty(size, dtype=x.dtype, device="meta").as_strided(x.shape, (2**30, *inner))
+
+    inputs = _token_inputs(name, F16)
+    laid = {n: spread(x) if x.dim() > 1 else x.to("meta") for n, x in inputs.items()}
+    with addresses_only() as report:
+        getattr(fused, name)(**laid, **options)
     assert len(report.kernels) == 1

@@ -73,16 +73,10 @@ TOKENS: list[Bug] = [
     ("all equals of the last are kept", "equals <= n)", "equals >= 0)"),
     ("equals of earlier blocks are forgotten", "            equals += tl.sum(equal, 0)\n", ""),
     ("masses of earlier blocks are forgotten", "        mass += tl.sum(each, 0)\n", ""),
-    ("the draw is one late", "+ mass <= target", "+ mass < target"),
     ("top-p of all, not of top-k", "        total += n * _mass_of_key(t, greatest, inverse)\n", ""),
     ("top-p keeps one too few", "(wanted - above + one - 1) // one", "(wanted - above) // one"),
     ("every text draws alike", "zero + text.to(tl.uint32)", "zero"),
     ("numbers repeat after 2^32", "zero + (number >> 32).to(tl.uint32)", "zero"),
-    (
-        "a draw of 32 bits",
-        "(w0.to(tl.int64) << 21) | (w1 >> 11).to(tl.int64)",
-        "w0.to(tl.int64) << 21",
-    ),
     ("logits of no use draw", "tl.where(useless > 0, -1, token)", "token"),
     (
         "the number is not counted",
