@@ -97,7 +97,9 @@ def _train(section: Values) -> str:
 
 def _decode(section: Values) -> str:
     return ", ".join(
-        f"{r['ops']} {r['way']} {r['batch']}: {r['tokens_per_s']:,.0f}/s" for r in section["rows"]
+        f"{r['ops']} {r['way']} {r['batch']}: "
+        + (f"{r['tokens_per_s']:,.0f}/s" if "tokens_per_s" in r else r["none_because"])
+        for r in section["rows"]
     )
 
 

@@ -186,13 +186,18 @@ def figures(times: dict[str, float], alone: Values) -> str:
 
 
 def decode(section: Values) -> str:
-    rows = [
-        [f"{r['ops']}, {r['way']}", str(r["batch"]), f"{r['tokens_per_s']:,.0f}",
-         f"{r['seconds_a_token'] * 1e6:,.0f}"]
-        for r in section["rows"]
-    ]  # fmt: skip
+    rows = []
+    for r in section["rows"]:
+        name = [f"{r['ops']}, {r['way']}", str(r["batch"])]
+        if "none_because" in r:
+            rows.append([*name, *["-"] * 3, r["none_because"][:60]])
+            continue
+        steady = r.get("steady_tokens_per_s")
+        rates = [f"{r['tokens_per_s']:,.0f}", f"{steady:,.0f}" if steady else ""]
+        rows.append([*name, *rates, f"{r['seconds_a_token'] * 1e6:,.0f}", str(r.get("nodes", ""))])
     text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
-    return text + "\n\n" + table(["ops, way", "texts", "tokens/s", "us a step"], rows)
+    head = ["ops, way", "texts", "tokens/s", "after the first", "us a token", "nodes a token"]
+    return text + "\n\n" + table(head, rows)
 
 
 def runs(section: Values) -> str:

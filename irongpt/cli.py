@@ -210,8 +210,9 @@ def train_command(given: dict[str, Any]) -> int:
 
 
 def generate_command(given: dict[str, Any]) -> int:
+    from irongpt import device as devices
     from irongpt import ops, tuned
-    from irongpt.sample import generate, printable, start_ids
+    from irongpt.sample import generate_texts, printable, start_ids
     from irongpt.start import trained_model
 
     run, checkpoint = Path(given.pop("run")), given.pop("checkpoint")
@@ -236,18 +237,26 @@ def generate_command(given: dict[str, Any]) -> int:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     terminal = sys.stdout.isatty()
     show = printable if terminal else str
-    sys.stdout.write(show(prompt or ""))
+    dtype = devices.precision("auto", model.wte.weight.device).dtype
     start = time.perf_counter()
-    piece = prompt or ""
-    for token in generate(model, ids, config):
-        piece = tokenizer.decode([token])
-        sys.stdout.write(show(piece))
-        sys.stdout.flush()
+    texts = generate_texts(model, [ids] * config.samples, config, dtype)
+    if config.samples == 1:
+        sys.stdout.write(show(prompt or ""))
+        piece = prompt or ""
+        for tokens in texts:
+            piece = tokenizer.decode(tokens)
+            sys.stdout.write(show(piece))
+            sys.stdout.flush()
+    else:
+        rows = zip(*texts, strict=True) if config.tokens else [()] * config.samples
+        whole = [(prompt or "") + tokenizer.decode(row) for row in rows]
+        piece = "\n---\n".join(map(show, whole))
+        sys.stdout.write(piece)
     if terminal and not piece.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
-    rate = config.tokens / (time.perf_counter() - start)
-    say_aside(f"{config.tokens:,} tokens, {rate:,.0f} a second")
+    count = config.samples * config.tokens
+    say_aside(f"{count:,} tokens, {count / (time.perf_counter() - start):,.0f} a second")
     return 0
 
 

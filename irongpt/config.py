@@ -127,12 +127,14 @@ class SampleConfig:
 
     tokens: int = option("how many tokens to write", 1000)
     temperature: float = option("divides the logits; 0 always takes the likeliest token", 0.8)
+    samples: int = option("how many texts to write, all at once, with a line --- between", 1)
     top_k: int | None = option("draw from the K likeliest tokens only", None)
     top_p: float | None = option("draw from the likeliest tokens that hold P of the mass", None)
     seed: int = option("seed of the draws: the same seed, the same text", 1337)
 
     def __post_init__(self) -> None:
         check(self.tokens >= 0, f"{flag('tokens')} must not be negative")
+        check(1 <= self.samples <= 10_000, f"{flag('samples')} must be from 1 to 10,000")
         check(
             0 <= self.temperature < math.inf,
             f"{flag('temperature')} must be a finite number, 0 or above",

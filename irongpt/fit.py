@@ -220,9 +220,9 @@ class Training:
         """What the model writes now, from a new line on."""
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
-        with trainer.autocast():
-            ids = generate(trainer.model, start_ids(self.tokenizer), sampling)
-            return self.tokenizer.decode(list(ids))
+        start = start_ids(self.tokenizer)
+        ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
+        return self.tokenizer.decode(list(ids))
 
     def _draw(self) -> None:
         """Brings loss.png and sample.txt up to the metrics."""

@@ -57,12 +57,8 @@ class Attention(nn.Module):
         H, D = self.config.n_head, C // self.config.n_head
         qkv = self.qkv(x).view(B, T, 3, H, D)
         if cache is not None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-            k, v = cache.append(self.layer, k, v)  # (B, H, length + T, D)
-        if cache is None or cache.length == 0:
-            y = self.ops.causal_attention_packed(qkv, dropout_p=dropout_p, seed=seed)
-        else:  # one new position, which sees all that came before it
-            y = (self.ops.softmax(q @ k.transpose(-2, -1), scale=D**-0.5) @ v).transpose(1, 2)
+            cache.write(self.layer, qkv)
+        y = self.ops.causal_attention_packed(qkv, dropout_p=dropout_p, seed=seed)
         return self.proj(y.reshape(B, T, C))
 
 
@@ -160,19 +156,16 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V) for the token after each.
 
-        In training mode dropout is on, and `seed` decides what eager and fused ops drop. With a
-        cache, idx continues what the cache holds: the prompt first, then one token at a time.
-        Raises ValueError past the context.
+        In training mode dropout is on, and `seed` decides what eager and fused ops drop. A cache
+        gets the keys and values of idx, at positions 0 to T - 1. Raises ValueError past the
+        context.
         """
-        past = 0 if cache is None else cache.length
-        T = idx.shape[1]
-        if past + T > self.config.context:
-            raise ValueError(f"{past + T} positions, but the context is {self.config.context}")
-        if past and T > 1:
-            raise ValueError(f"a cache that has begun takes one token at a time, got {T}")
+        T, context = idx.shape[1], self.config.context
+        if context < T:
+            raise ValueError(f"{T} positions, but the context is {context}")
         dropout_p = self.config.dropout if self.training else 0.0
-        whole = self.config.context == T  # a slice would cost its gradient two passes
-        positions = self.wpe.weight if whole else self.wpe.weight[past : past + T]
+        # A slice of all of it would cost its gradient two passes.
+        positions = self.wpe.weight if context == T else self.wpe.weight[:T]
         x = self.wte(idx) + positions  # (B, T, C)
         blocks = cast(Sequence[Block], self.blocks)
         first, *rest = [*(block.ln_1 for block in blocks), self.ln_f]
@@ -181,8 +174,6 @@ class GPT(nn.Module):
         seeds = self._seeds(seed)
         for i, (block, next_norm) in enumerate(zip(blocks, rest, strict=True)):
             x, normed = block(x, normed, next_norm, dropout_p, seeds[i], cache)
-        if cache is not None:
-            cache.length += T
         return F.linear(normed, self.wte.weight)  # (B, T, V)
 
     def _seeds(self, seed: int | Tensor | None) -> list[list[int | Tensor | None]]:
@@ -205,21 +196,22 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the positions that a model has seen, so that a new token costs one row."""
+    """Keys and values of what texts have read, so that a new token costs one row: see `decode`.
 
-    def __init__(self, config: GPTConfig) -> None:
-        self.config = config
-        self.length = 0
-        self.kv: list[tuple[Tensor, Tensor]] = []
+    k, v: (L, texts, H, context, D). `rows` says which of the texts a model's batch is.
+    """
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, H, T, D) behind what the layer holds; returns all of it."""
-        if layer == len(self.kv):
-            B, H, _, D = k.shape
-            shape = (B, H, self.config.context, D)
-            self.kv.append((k.new_empty(shape), v.new_empty(shape)))
-        all_k, all_v = self.kv[layer]
-        end = self.length + k.shape[2]
-        all_k[:, :, self.length : end] = k
-        all_v[:, :, self.length : end] = v
-        return all_k[:, :, :end], all_v[:, :, :end]
+    def __init__(
+        self, config: GPTConfig, texts: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        H, D = config.n_head, config.n_embd // config.n_head
+        shape = (config.n_layer, texts, H, config.context, D)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.rows: slice | Tensor = slice(None)
+
+    def write(self, layer: int, qkv: Tensor) -> None:
+        """qkv: (B, T, 3, H, D), of the texts `rows`, at positions 0 to T - 1."""
+        T = qkv.shape[1]
+        _, k, v = qkv.to(self.k.dtype).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        self.k[layer, self.rows, :, :T] = k
+        self.v[layer, self.rows, :, :T] = v

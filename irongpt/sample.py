@@ -9,65 +9,67 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from irongpt.config import SampleConfig
-from irongpt.errors import UserError
-from irongpt.model import GPT, KVCache
+from irongpt.decode import ROOM, Decoder
+from irongpt.model import GPT
 from irongpt.tokenizer import CharTokenizer
 
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-@torch.inference_mode()
-def generate(model: GPT, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
-    """Yields `config.tokens` token ids that continue the prompt (at least one id).
+def generate(
+    model: GPT,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    dtype: torch.dtype | None = None,
+    graph: bool = True,
+) -> Iterator[int]:
+    """Yields `config.tokens` token ids that continue the prompt: `generate_texts`, for one text."""
+    for (token,) in generate_texts(model, [prompt], config, dtype, graph):
+        yield token
 
-    Of a prompt longer than the context, the last `context` tokens count. Draws from a generator of
-    its own: the same seed gives the same text, and no other generator is touched.
+
+@torch.inference_mode()
+def generate_texts(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    dtype: torch.dtype | None = None,
+    graph: bool = True,
+    ahead: int | None = None,
+) -> Iterator[list[int]]:
+    """Yields, `config.tokens` times, the next token of every prompt's text.
+
+    prompts: at least one id each; of one longer than the context, the last `context` tokens count.
+    A draw is a pure function of the seed, the text's place among the prompts and the token's number
+    in it: the same seed gives the same texts, and no generator is touched.
+
+    dtype, graph: see `Decoder`. ahead: how many tokens a device writes before the host reads them,
+    32 on a GPU and 1 on a CPU unless given; never more than 32.
     """
     context, device = model.config.context, model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    window = list(prompt[-context:])
-    cache = KVCache(model.config)
+    ahead = min(ahead or (ROOM if device.type == "cuda" else 1), ROOM)
+    windows = [list(prompt[-context:]) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
-        fresh = window
-        for _ in range(config.tokens):
-            logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]  # (V,)
-            token = pick(logits.float(), config, generator)
-            yield token
-            window.append(token)
-            fresh = [token]
-            if cache.length == context:
-                window = fresh = window[-max(1, context // 2) :]
-                cache = KVCache(model.config)
+        decoder = Decoder(model, len(prompts), config, dtype, graph)
+        fresh, left = dict(enumerate(windows)), config.tokens
+        while left:
+            if fresh:
+                decoder.read(fresh)
+            n = min(ahead, left, *(context + 1 - len(window) for window in windows))
+            for tokens in decoder.write(n):
+                yield tokens
+                for window, token in zip(windows, tokens, strict=True):
+                    window.append(token)
+            left -= n
+            fresh = {text: window for text, window in enumerate(windows) if len(window) > context}
+            for window in fresh.values():
+                del window[: -max(1, context // 2)]
     finally:
         model.train(was_training)
-
-
-def pick(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
-    """The next token: the likeliest at temperature 0, else a draw. logits: (V,) float32.
-
-    top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020) the fewest likeliest ones that
-    hold p of what is left, one at least.
-    """
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are of no use")
-    if config.temperature == 0:
-        return int(logits.argmax())
-    # In float64, which holds any temperature; the largest becomes 0, so that nothing overflows.
-    logits = (logits - logits.max()).double() / config.temperature
-    if config.top_k is not None and config.top_k < len(logits):
-        kept = logits.topk(config.top_k).indices
-        logits = torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
-    probabilities = logits.softmax(-1)
-    if config.top_p is not None:
-        ordered, index = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens
-        probabilities[index[before >= config.top_p]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def start_ids(tokenizer: CharTokenizer) -> list[int]:

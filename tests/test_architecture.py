@@ -11,7 +11,7 @@ from pathlib import Path
 
 import irongpt_kernels
 import pytest
-from numerics import OPS, UPDATES
+from numerics import DECODING, OPS, UPDATES
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted([*ROOT.glob("irongpt/**/*.py"), *ROOT.glob("kernels/irongpt_kernels/**/*.py")])
@@ -128,7 +128,7 @@ def implementations() -> list[str]:
 @pytest.mark.parametrize("name", implementations())
 def test_every_implementation_has_the_same_ops_and_signatures(name: str) -> None:
     eager, module = (importlib.import_module(f"irongpt_kernels.{n}") for n in ("eager", name))
-    for op in (*OPS, *UPDATES):
+    for op in (*OPS, *UPDATES, *DECODING):
         wanted, got = (
             [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
             for f in (getattr(eager, op), getattr(module, op))
@@ -143,11 +143,11 @@ def test_the_package_lists_every_op(name: str) -> None:
     public = [
         n
         for n, f in inspect.getmembers(module, inspect.isfunction)
-        if f.__module__ == module.__name__ and not n.startswith("_")
+        if f.__module__.startswith("irongpt_kernels.") and not n.startswith("_")
     ]
-    assert sorted(public) == sorted([*OPS, *UPDATES])
+    assert sorted(public) == sorted([*OPS, *UPDATES, *DECODING])
     assert [op for op in UPDATES if f"`{op}(" not in irongpt_kernels.__doc__] == []
-    for op in OPS:
+    for op in [*OPS, *DECODING]:
         arguments = ", ".join(
             ("*, " if p.name in ("dropout_p", "scale") and p.kind == p.KEYWORD_ONLY else "")
             + p.name

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from irongpt_kernels import builtin
 
 from benchmarks import (
     decode,
@@ -24,7 +26,8 @@ from benchmarks import (
     tables,
     train,
 )
-from irongpt.config import PRESETS
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +75,25 @@ def test_a_step_is_measured(result: Path) -> None:
 def test_writing_is_measured(result: Path) -> None:
     rows = results.load(result)["decode"]["rows"]
     assert [(r["way"], r["batch"]) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
-    assert all(r["tokens"] == 15 for r in rows)
+    assert all(r["tokens"] == 16 for r in rows)
+
+
+def test_a_way_to_write_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(decode, "naive", broken)
+    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
+    rows = decode.measure(GPT(shape, builtin), torch.float32, 40, [3], 2)
+    assert rows[0]["none_because"] == "RuntimeError: no such kernel"
+    assert [(r["way"], r["batch"], "tokens_per_s" in r) for r in rows[1:]] == [
+        ("cached", 1, True), ("batched", 3, True)
+    ]  # fmt: skip
+    assert all(r["steady_tokens_per_s"] > 0 for r in rows[1:])
+    section = dict(preset="nano", dtype="float32", rows=[r | dict(ops="builtin") for r in rows])
+    assert "no such kernel" in tables.decode(section)
+    assert "no such kernel" in summary._decode(section)
+    assert all(r["ops"] in decode.line(r) for r in section["rows"])
 
 
 def test_whole_runs(result: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY, Cli
+from conftest import TINY, Cli, assert_mistake
 
 COMMAND = [sys.executable, "-m", "irongpt", "generate"]
 
@@ -24,6 +24,18 @@ def test_the_same_seed_writes_the_same(cli, run):
     texts = [cli("generate", run, "--seed", seed).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert len(texts[0]) == 1000
+
+
+def test_several_samples_are_several_texts(cli, run):
+    first = cli("generate", run, "--prompt", "all ", "--tokens", 60).out
+    result = cli("generate", run, "--prompt", "all ", "--tokens", 60, "--samples", 3)
+    texts = result.out.split("\n---\n")
+    assert texts[0] == first
+    assert len(set(texts)) == 3
+    assert all(len(text) == 64 and text.startswith("all ") for text in texts)
+    assert result.err.startswith("irongpt: 180 tokens")
+    assert cli("generate", run, "--tokens", 0, "--samples", 2).out == "\n---\n"
+    assert_mistake(cli("generate", run, "--samples", 0), "--samples must be from 1 to 10,000")
 
 
 def test_greedy_and_top_k_one_agree(cli, run):

@@ -161,46 +161,24 @@ def test_a_later_token_changes_no_earlier_logit(ops, training: bool) -> None:
         assert (one[:, cut] != other[:, cut]).any()
 
 
-@both_ops
-@with_and_without_bias
-@pytest.mark.parametrize("prompt", [1, 5, CONFIG.context], ids=lambda n: f"prompt of {n}")
-def test_a_cache_changes_no_logit_at_any_length(ops, bias: bool, prompt: int) -> None:
-    config = replace(CONFIG, bias=bias)
-    model, idx, cache = build(config, ops).eval(), tokens(), KVCache(config)
-    pieces = [idx[:, :prompt], *idx[:, prompt:].split(1, dim=1)]
-    with torch.no_grad():
-        cached = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
-        baseline, oracle = build(config)(idx), build(config).double()(idx)
-    assert cache.length == CONFIG.context
-    assert_rule(OUTPUTS, cached, baseline, oracle)  # over all positions
-
-
-@both_ops
-def test_a_cache_in_float64_is_exact(ops) -> None:
-    model, idx, cache = build(ops=ops).double().eval(), tokens(), KVCache(CONFIG)
-    with torch.no_grad():
-        cached = [model(piece, cache=cache) for piece in idx.split([3] + [1] * 21, dim=1)]
-        assert_exact(torch.cat(cached, dim=1), model(idx))
-
-
 def test_positions_past_the_context_are_refused() -> None:
-    model, cache = build().eval(), KVCache(CONFIG)
     with pytest.raises(ValueError, match="25 positions, but the context is 24"):
-        model(tokens(T=25))
-    with torch.no_grad():
-        model(tokens(), cache=cache)
-        with pytest.raises(ValueError, match="context"):
-            model(tokens(T=1), cache=cache)
-    assert cache.length == CONFIG.context
+        build()(tokens(T=25))
 
 
-def test_a_begun_cache_takes_one_token_at_a_time() -> None:
-    model, cache = build().eval(), KVCache(CONFIG)
+def test_a_cache_gets_the_keys_and_values_of_its_rows() -> None:
+    model, idx = build().double().eval(), tokens(B=3)
+    whole = KVCache(CONFIG, 3, torch.float64, idx.device)
     with torch.no_grad():
-        model(tokens(T=3), cache=cache)
-        with pytest.raises(ValueError, match="one token at a time"):
-            model(tokens(T=2), cache=cache)
-    assert cache.length == 3
+        assert torch.equal(model(idx, cache=whole), model(idx))
+        parts = KVCache(CONFIG, 3, torch.float64, idx.device)
+        for rows in ([2, 0], [1]):
+            parts.rows = torch.tensor(rows)
+            model(idx[rows, :17], cache=parts)
+    assert whole.k.abs().sum(-1).min() > 0
+    for a, b in ((parts.k, whole.k), (parts.v, whole.v)):
+        assert_exact(a[:, :, :, :17], b[:, :, :, :17])
+        assert not a[:, :, :, 17:].any()
 
 
 def test_a_seed_decides_what_is_dropped() -> None:

@@ -2,25 +2,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from irongpt_kernels import builtin
+from irongpt_kernels import builtin, eager
+from torch import Tensor
 
+from irongpt import device as devices
 from irongpt.config import GPTConfig, SampleConfig
 from irongpt.errors import UserError
 from irongpt.model import GPT
-from irongpt.sample import generate, pick, printable, start_ids
+from irongpt.sample import generate, generate_texts, printable, start_ids
 from irongpt.tokenizer import CharTokenizer
 
 CONTEXT, VOCAB = 8, 13
 CONFIG = SampleConfig(tokens=40, temperature=1.0)
+SHAPE = GPTConfig(vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=16, context=CONTEXT, dropout=0.5)
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(3)
-    shape = GPTConfig(
-        vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=16, context=CONTEXT, dropout=0.5
-    )
-    model = GPT(shape, builtin)
+    model = GPT(SHAPE, builtin)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4)  # sharper than a fresh model's nearly even odds
@@ -31,15 +31,25 @@ def write(model: GPT, prompt: list[int], config: SampleConfig) -> list[int]:
     return list(generate(model, prompt, config))
 
 
-def write_uncached(model: GPT, prompt: list[int], config: SampleConfig) -> list[int]:
+def draw(logits: Tensor, config: SampleConfig, number: int, text: int = 0, ops=eager) -> int:
+    """Token `number` of a text, from its logits (V,)."""
+    tokens = torch.zeros(text + 1, 4, dtype=torch.int64)
+    counts = torch.full((text + 1, 1), number)
+    how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    ops.draw_tokens(logits.expand(text + 1, -1), tokens, counts, config.seed, **how)
+    return int(tokens[text, number % 4])
+
+
+def write_uncached(
+    model: GPT, prompt: list[int], config: SampleConfig, text: int = 0, dtype=torch.float32
+) -> list[int]:
     """What the documentation says, without a cache: the whole window is read for every token."""
-    generator = torch.Generator().manual_seed(config.seed)
     window, out = prompt[-CONTEXT:], []
     model.eval()
-    for _ in range(config.tokens):
-        with torch.no_grad():
+    for number in range(config.tokens):
+        with torch.no_grad(), devices.autocast(torch.device("cpu"), dtype):
             logits = model(torch.tensor([window]))[0, -1]
-        out.append(pick(logits, config, generator))
+        out.append(draw(logits, config, number, text))
         full = len(window) == CONTEXT
         window = [*window, out[-1]]
         if full:
@@ -52,6 +62,49 @@ def test_the_cache_changes_nothing_at_any_length(model, length):
     prompt = [(7 * i) % VOCAB for i in range(length)]
     for config in (CONFIG, replace(CONFIG, temperature=0.0)):
         assert write(model, prompt, config) == write_uncached(model, prompt, config)
+
+
+def test_several_texts_are_each_what_it_is_alone(model):
+    """Prompts of any lengths, whose windows are full at different tokens."""
+    prompts = [[(7 * i + n) % VOCAB for i in range(n)] for n in (1, 5, CONTEXT, 2, CONTEXT + 9)]
+    columns = list(generate_texts(model, prompts, CONFIG))
+    for text, prompt in enumerate(prompts):
+        assert [row[text] for row in columns] == write_uncached(model, prompt, CONFIG, text)
+    assert [row[0] for row in columns] == write(model, prompts[0], CONFIG)
+
+
+def test_equal_prompts_give_different_texts(model):
+    rows = list(zip(*generate_texts(model, [[1], [1], [1]], CONFIG), strict=True))
+    assert len(set(rows)) == 3
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 7, 32, 99])
+def test_how_far_the_device_writes_ahead_changes_nothing(model, ahead):
+    prompts, config = [[1], [2, 3, 4]], replace(CONFIG, tokens=70)
+    columns = generate_texts(model, prompts, config, ahead=ahead)
+    assert list(columns) == list(generate_texts(model, prompts, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "builtin"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_cast_once_write_what_autocast_writes(dtype, ops, bias):
+    torch.manual_seed(3)
+    model = GPT(replace(SHAPE, bias=bias), ops)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.3)
+    config = replace(CONFIG, tokens=30)
+    text = list(generate(model, [1, 2], config, dtype))
+    assert text == write_uncached(model, [1, 2], config, dtype=dtype)
+    assert model.wte.weight.dtype == torch.float32
+
+
+def test_ambient_autocast_changes_nothing(model):
+    prompts = [[(i * j) % VOCAB for i in range(1, 7)] for j in range(1, 40)]
+    wanted = list(generate_texts(model, prompts, CONFIG))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert list(generate_texts(model, prompts, CONFIG)) == wanted
 
 
 def test_the_seed_decides_and_no_other_generator_is_touched(model):
@@ -85,62 +138,12 @@ def test_a_context_of_one():
     assert len(write(model, [1, 2, 3], CONFIG)) == 40
 
 
-def counts(config: SampleConfig, logits: torch.Tensor, draws: int = 2000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [pick(logits, config, generator) for _ in range(draws)]
-    return torch.bincount(torch.tensor(drawn), minlength=len(logits))
-
-
-LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
-
-
-def test_draws_follow_the_probabilities():
-    share = counts(CONFIG, LOGITS) / 2000
-    # Five standard deviations of a share of 2,000 draws are at most 0.056.
-    torch.testing.assert_close(share, torch.tensor([0.4, 0.3, 0.2, 0.1]), atol=0.056, rtol=0)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-8, 1e-300])
-def test_the_coldest_is_greedy(temperature):
-    assert counts(SampleConfig(temperature=temperature), LOGITS).tolist() == [2000, 0, 0, 0]
-
-
-def test_the_hottest_is_even():
-    share = counts(SampleConfig(temperature=1e9), LOGITS) / 2000
-    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.056, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [
-        (1, None, 1),
-        (2, None, 2),
-        (4, None, 4),
-        (5, None, 4),
-        (None, 1e-9, 1),
-        (None, 0.39, 1),
-        (None, 0.41, 2),
-        (None, 0.71, 3),
-        (None, 1.0, 4),
-        (2, 0.5, 1),  # of the two that are left, the first holds 0.57
-        (2, 0.6, 2),
-    ],
-)
-def test_what_top_k_and_top_p_keep(top_k, top_p, kept):
-    config = replace(CONFIG, top_k=top_k, top_p=top_p)
-    assert (counts(config, LOGITS) > 0).tolist() == [i < kept for i in range(4)]
-
-
-def test_of_equal_logits_top_k_keeps_k():
-    assert int((counts(replace(CONFIG, top_k=2), torch.zeros(6)) > 0).sum()) == 2
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error(model, value):
-    logits = LOGITS.clone()
-    logits[1] = value
+def test_logits_that_are_not_finite_are_an_error():
+    model = GPT(SHAPE, builtin)
+    with torch.no_grad():
+        model.ln_f.weight[0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        pick(logits, CONFIG, torch.Generator())
+        write(model, [1], CONFIG)
 
 
 def test_a_terminal_gets_no_control_character_raw():

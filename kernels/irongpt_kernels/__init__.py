@@ -16,8 +16,20 @@
 | `unscale(grads, scale, good_steps, steps, *, max_norm, calm)` | lists | norm, divisor, overflow |
 | `adamw(params, copies, grads, exp_avgs, exp_avg_sqs, steps, lr, unscaled, *, ...)` | lists | |
 
-`dropout_add_layer_norm` returns the sum and its norm; the last two are an optimizer's step. A
-caller takes one of the modules and uses it; nothing is chosen here. Importing this package, eager
+`dropout_add_layer_norm` returns the sum and its norm; the last two are an optimizer's step. The
+next ones write one token of B texts: they have no gradient, write into tensors that stay where they
+are, and wait for nothing, so that one CUDA graph holds a token. Their specification is
+`decode_eager`.
+
+| op | inputs | result |
+|---|---|---|
+| `embed_tokens(tokens, counts, wte, wpe)` | (B, N), (B, 2) int64, (V, C), (T, C) | (B, C) |
+| `norm_linear(x, weight, norm_weight, norm_bias, bias, gelu, eps)` | (B, K), (N, K) | (B, N) |
+| `cached_attention(qkv, cache_k, cache_v, position, *, scale)` | (B, 1, 3, H, D) | (B, 1, H, D) |
+| `linear_add(x, weight, residual, bias)` | (B, K), (N, K), (B, N) | (B, N) |
+| `draw_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)` | (B, V) | writes |
+
+A caller takes one of the modules and uses it; nothing is chosen here. Importing this package, eager
 or builtin imports no Triton.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irongpt_kernels import scaling
+from irongpt_kernels.decode_builtin import cached_attention as cached_attention
+from irongpt_kernels.decode_builtin import draw_tokens as draw_tokens
+from irongpt_kernels.decode_builtin import embed_tokens as embed_tokens
+from irongpt_kernels.decode_builtin import linear_add as linear_add
+from irongpt_kernels.decode_builtin import norm_linear as norm_linear
 
 
 def causal_attention(

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from irongpt_kernels import dropout, scaling
+from irongpt_kernels.decode_eager import cached_attention as cached_attention
+from irongpt_kernels.decode_eager import draw_tokens as draw_tokens
+from irongpt_kernels.decode_eager import embed_tokens as embed_tokens
+from irongpt_kernels.decode_eager import linear_add as linear_add
+from irongpt_kernels.decode_eager import norm_linear as norm_linear
 
 
 def causal_attention(

@@ -7,21 +7,29 @@ Importing this module imports Triton.
 from irongpt_kernels.adamw import adamw
 from irongpt_kernels.attention import causal_attention
 from irongpt_kernels.attention_packed import causal_attention_packed
+from irongpt_kernels.cached_attention import cached_attention
 from irongpt_kernels.cross_entropy import cross_entropy
 from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.gelu import gelu
 from irongpt_kernels.layer_norm import layer_norm
+from irongpt_kernels.row_linear import linear_add, norm_linear
 from irongpt_kernels.softmax import softmax
+from irongpt_kernels.tokens import draw_tokens, embed_tokens
 from irongpt_kernels.unscale import unscale
 
 __all__ = [
     "adamw",
+    "cached_attention",
     "causal_attention",
     "causal_attention_packed",
     "cross_entropy",
+    "draw_tokens",
     "dropout_add_layer_norm",
+    "embed_tokens",
     "gelu",
     "layer_norm",
+    "linear_add",
+    "norm_linear",
     "softmax",
     "unscale",
 ]

@@ -79,10 +79,15 @@ def representative(arch: int) -> list[Case]:
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     rows += [f"N=384 {dtype} gradients" for dtype in DTYPES]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
+    chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
+    chosen += ["K=1536 N=384 float16", "V=109 draw 0 float16", "V=109 draw 2 float16"]
+    chosen += ["C=384 float32"]
     return [case for case in every(arch) if case.shape in chosen]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
+    from irongpt_kernels import shapes_decode
+
     zeros = partial(torch.zeros, dtype=DTYPES[dtype])
     yield from _attention(dtype, zeros)
     yield from _norms(dtype, zeros)
@@ -90,6 +95,7 @@ def _cases(dtype: str) -> Iterator[Case]:
     yield from _cross_entropy(dtype, zeros)
     yield from _gelu(dtype, zeros)
     yield from _updates(dtype, zeros)
+    yield from shapes_decode.cases(dtype, zeros)
 
 
 def _attention(dtype: str, zeros: Any) -> Iterator[Case]:

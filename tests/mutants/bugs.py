@@ -13,6 +13,7 @@ from tests.mutants.rows import (
     SOFTMAX,
     Bug,
 )
+from tests.mutants.tokens import CACHED_ATTENTION, ROW_LINEAR, TOKENS
 
 ATTENTION: list[Bug] = [
     ("a row sees the next column", "cols <= rows, s,", "cols <= rows + 1, s,"),
@@ -127,7 +128,8 @@ PHILOX: list[Bug] = [
     ("one row in eight draws", "rows // 32 * 8 + rows % 8", "rows // 32 * 8 + rows // 8 % 4"),
 ]
 
-# By module: its bugs, the tests of its own, and the ops by which `test_sanitizer` names it.
+# By module: its bugs, the tests of its own, and the ops by which `test_sanitizer` names it,
+# if it does.
 BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "attention": (ATTENTION, "test_attention.py test_attention_dropout.py", "causal_attention"),
     "attention_tiles": (
@@ -153,6 +155,9 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     ),
     "softmax": (SOFTMAX, "test_softmax.py", "softmax"),
     "cross_entropy": (CROSS_ENTROPY, "test_cross_entropy.py", "cross_entropy"),
+    "cached_attention": (CACHED_ATTENTION, "test_cached_attention.py test_sanitizer_token.py", ""),
+    "row_linear": (ROW_LINEAR, "test_row_linear.py test_sanitizer_token.py", ""),
+    "tokens": (TOKENS, "test_draw_tokens.py test_sanitizer_token.py", ""),
     "gelu": (GELU, "test_gelu.py", "gelu"),
     "unscale": (UNSCALE, "test_adamw.py", "gelu"),
     "adamw": (ADAMW, "test_adamw.py", "gelu"),
