@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from irongpt.config import SampleConfig
 from irongpt.errors import UserError
 from irongpt.graph import Graph
-from irongpt.model import GPT, Block, KVCache, LayerNorm
+from irongpt.model import GPT, Block, KVCache
 
 ROOM = 32  # tokens that the device holds until the host reads them
 WARMUP = 2  # tokens before the capture: kernels are compiled, libraries have their workspaces
@@ -54,6 +54,7 @@ class Decoder:
         self.seed = torch.full((), config.seed, dtype=torch.int64, device=device)
         self.drawn, self.positions = 0, [0] * texts  # the same, as the host knows it
         self.blocks = [self._matrices(b) for b in cast(Sequence[Block], model.blocks)]
+        self.last_norm = Matrix(model.ln_f.weight, model.ln_f.bias)
         self.head = model.wte.weight.to(self.dtype)
         captured = graph and device.type == "cuda"
         self.run: Callable[[], None] = Graph(self.step, device, WARMUP) if captured else self.step
@@ -112,11 +113,7 @@ class Decoder:
                 x = ops.linear_add(y.reshape(B, C), proj.weight, x, proj.bias)
                 y = ops.norm_linear(x, fc.weight, *ln_2, fc.bias, gelu=True)
                 x = ops.linear_add(y, fc_proj.weight, x, fc_proj.bias)
-            self._draw(ops.norm_linear(x, self.head, *self._last_norm()))
-
-    def _last_norm(self) -> Matrix:
-        norm: LayerNorm = self.model.ln_f
-        return Matrix(norm.weight, norm.bias)
+            self._draw(ops.norm_linear(x, self.head, *self.last_norm))
 
     def _draw(self, logits: Tensor) -> None:
         """logits: (B, V)."""
