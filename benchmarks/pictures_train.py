@@ -106,7 +106,7 @@ def losses(section: Values, key: str, label: str) -> Figure | None:
         for i, r in enumerate(rows):
             x, y = [p[column] for p in r[key]], [p[2] for p in r[key]]
             style = ["-", "--", ":"][i % 3]  # equal losses are seen as such
-            axes.plot(x, y, style, color=COLORS[r["ops"]], linewidth=2, label=r["ops"])
+            axes.plot(x, y, style, color=COLORS[r["ops"]], linewidth=2, label=r["run"])
         if rows[0]["target"] is not None:
             axes.axhline(rows[0]["target"], color="black", linewidth=0.8)
         axes.set_xlabel(name if column == 0 else "seconds of training")

@@ -1,14 +1,17 @@
-"""Whole trainings, one for each of the ops: the loss over steps and seconds.
+"""Whole trainings, one for each preset, seed and implementation: the loss over steps and seconds.
 
     python -m benchmarks.runs --iters 300         as far as that
     python -m benchmarks.runs --section target    until the validation loss is 1.38 (nano: 1.80)
+    python -m benchmarks.runs --section target --preset fast --seeds 1 2 3 4 5
 
-Seed, text and order of batches are the same; eager and fused drop the same elements too.
+Of one preset and seed, text and order of batches are the same; eager and fused drop the same
+elements too.
 Everything is as `irongpt train` has it, but for checkpoints and samples. Seconds are of training,
 without evaluations, which are told apart, and after a first step that compiles.
 """
 
 import argparse
+import itertools
 import math
 import time
 from typing import Any
@@ -25,20 +28,20 @@ from irongpt.model import GPT
 from irongpt.tokenizer import CharTokenizer
 from irongpt.train import Trainer
 
-TARGETS = {"iron": 1.38, "nano": 1.80}
+TARGETS = {"iron": 1.38, "fast": 1.38, "nano": 1.80}
 LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds for each of the ops
 
 
 def train(
     name: str,
     setting: tuple[GPTConfig, TrainConfig, torch.Tensor],
+    dtype: torch.dtype,
     device: torch.device,
     target: float | None,
     limit: float,
 ) -> dict[str, Any]:
     """Trains until the last step, the target or the limit of seconds, and says what happened."""
     config, recipe, ids = setting
-    dtype = devices.precision("auto", device).dtype
     module = ops.load(name, device, config)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(GPT(config, module).to(device), ids, recipe, device, dtype)
@@ -70,7 +73,6 @@ def train(
             evaluated.append([trainer.step, seconds, loss])
             reached = target is not None and loss <= target
     return {
-        "ops": name,
         "dtype": str(dtype)[6:],
         "steps": trainer.step,
         "seconds": seconds,
@@ -93,49 +95,65 @@ def _wait(device: torch.device) -> None:
 
 def line(run: dict[str, Any]) -> str:
     if "none_because" in run:
-        return f"{run['ops']:8} -  {run['none_because']}"
+        return f"{run['run']:22} -  {run['none_because']}"
     loss = f"training loss {run['curve'][-1][2]:.4f}" if run["curve"] else "no loss"
     if run["evaluated"]:
         loss += f", validation {run['evaluated'][-1][2]:.4f}"
-    text = f"{run['ops']:8} {run['steps']} steps in {run['seconds']:.1f} s: {loss}"
+    text = f"{run['run']:22} {run['steps']} steps in {run['seconds']:.1f} s: {loss}"
     if run["target"] is not None:
         text += f"; {run['target']} {'reached' if run['reached'] else 'not reached'}"
     return text + ("" if run["finite"] else "; STOPPED: the loss is not finite")
 
 
+def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainConfig:
+    recipe = dict(PRESETS[preset].train)
+    if args.iters or args.section == "runs":
+        recipe["iters"] = args.iters or 300
+    often = 250 if args.section == "target" else recipe["iters"]
+    recipe["eval_every"] = min(recipe["eval_every"], often)
+    if seed is not None:
+        recipe["seed"] = seed
+    return TrainConfig(**recipe)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="whole trainings")
     parser.add_argument("--section", choices=["runs", "target"], default="runs")
-    parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
-    parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target: fused builtin]")
+    parser.add_argument(
+        "--preset", nargs="+", choices=list(PRESETS), help="[iron; target: fast iron; CPU: nano]"
+    )
+    parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target, CPU: no eager]")
+    parser.add_argument("--seeds", nargs="+", type=int, help="[the preset's]")
+    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")
     parser.add_argument("--iters", type=int, help="[300; target: the preset's]")
     parser.add_argument("--data", help="as in irongpt train [war-and-peace]")
     parser.add_argument("--target-loss", type=float)
-    parser.add_argument("--limit", type=float, help="seconds for each of the ops [600, CPU 100]")
+    parser.add_argument("--limit", type=float, help="seconds for each training [600, CPU 100]")
     results.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)
-    preset = args.preset or ("iron" if device.type == "cuda" else "nano")
-    to_target = args.section == "target"
-    recipe = dict(PRESETS[preset].train)
-    if args.iters or not to_target:
-        recipe["iters"] = args.iters or 300
-    recipe["eval_every"] = min(recipe["eval_every"], 250 if to_target else recipe["iters"])
+    dtype = devices.precision(args.dtype, device).dtype
+    gpu, to_target = device.type == "cuda", args.section == "target"
+    presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])
     text = corpus.load(args.data, say=print)
     tokenizer = CharTokenizer.from_text(text.text)
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
-    setting = config, TrainConfig(**recipe), tokenizer.encode(text.text)
-    target = (args.target_loss or TARGETS[preset]) if to_target else None
+    ids = tokenizer.encode(text.text)
     devices.make_deterministic()
+    modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with results.Section(args.section, device, args) as section:
-        section.put(preset=preset, text=text.name, text_sha256=text.sha256, rows=[])
-        for name in args.ops or ["fused", "builtin", *([] if to_target else ["eager"])]:
+        section.put(preset=", ".join(presets), text=text.name, text_sha256=text.sha256, rows=[])
+        for preset, seed, name in itertools.product(presets, args.seeds or [None], modules):
+            config = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
+            setting = config, recipe_of(preset, seed, args), ids
+            target = (args.target_loss or TARGETS[preset]) if to_target else None
+            words = [preset, name, *([] if seed is None else [f"seed {seed}"])]
+            run: dict[str, Any] = {"run": ", ".join(words), "preset": preset, "ops": name}
             try:
-                run = train(name, setting, device, target, args.limit or LIMIT[device.type])
+                run |= train(name, setting, dtype, device, target, args.limit or LIMIT[device.type])
             except UserError as e:
-                run = {"ops": name, "none_because": str(e)}
+                run["none_because"] = str(e)
             except Exception as e:  # the others go on
-                run = {"ops": name, "none_because": timing.reason(e)}
+                run["none_because"] = timing.reason(e)
             print(line(run), flush=True)
             section.put(rows=[*section.values["rows"], run])
     print(f"written to {section.path}")

@@ -105,8 +105,8 @@ def _decode(section: Values) -> str:
 
 def _runs(section: Values) -> str:
     return ", ".join(
-        f"{r['ops']} {r['curve'][-1][2]:.3f} after {r['steps']}"
+        f"{r['run']} {r['curve'][-1][2]:.3f} after {r['steps']}"
         if r.get("curve")
-        else f"{r['ops']}: {r.get('none_because', 'nothing')}"
+        else f"{r['run']}: {r.get('none_because', 'nothing')}"
         for r in section["rows"]
     )

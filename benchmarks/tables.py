@@ -204,7 +204,7 @@ def runs(section: Values) -> str:
     rows = []
     for r in section["rows"]:
         if "none_because" in r:
-            rows.append([r["ops"], *["-"] * 5, r["none_because"][:60]])
+            rows.append([r["run"], *["-"] * 5, r["none_because"][:60]])
             continue
         last = r["evaluated"][-1] if r["evaluated"] else None
         note = "" if r["finite"] else "STOPPED: the loss is not finite"
@@ -212,7 +212,7 @@ def runs(section: Values) -> str:
             note = f"{r['target']} {'reached' if r['reached'] else 'not reached'}"
         rows.append(
             [
-                r["ops"],
+                r["run"],
                 str(r["steps"]),
                 f"{r['seconds']:.1f}",
                 f"{r['tokens_per_s']:,.0f}",
@@ -221,8 +221,8 @@ def runs(section: Values) -> str:
                 note,
             ]
         )
-    head = ["ops", "steps", "seconds", "tokens/s", "training loss", "validation loss", ""]
-    return f"The {section['preset']} preset on {section['text']}.\n\n" + table(head, rows)
+    head = ["run", "steps", "seconds", "tokens/s", "training loss", "validation loss", ""]
+    return f"On {section['text']}.\n\n" + table(head, rows)
 
 
 def nano(section: Values) -> str:

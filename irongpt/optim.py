@@ -13,7 +13,7 @@ from irongpt_kernels import builtin
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
-from irongpt.muon import Muon
+from irongpt.muon import Muon, products_type
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -62,10 +62,11 @@ class Optimizer:
         lr: Tensor,
         ops: ModuleType = builtin,
         copies: dict[Tensor, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """lr: the learning rate, 0-d float32 on the weights' device; every step reads it.
 
-        copies: of weights, leaves of a type of their own.
+        copies: of weights, leaves of a type of their own. dtype: of the step's matrix products.
         """
         self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
         self.copies = copies or {}
@@ -78,6 +79,7 @@ class Optimizer:
             ],
             config.momentum,
             config.weight_decay,
+            products_type(dtype, lr.device),
         )
         rest = [p for p in self.names if p not in self.muon.momentum]
         self.adamw = sorted(rest, key=lambda p: p not in self.copies)  # as the op wants them
@@ -159,7 +161,9 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments, by the names of the moment and of the parameter."""
-        return {n: t.clone() if t.dim() == 0 else t for n, t in self._state().items()}
+        # A file takes no two tensors of one storage.
+        shared = {n for n, t in self._state().items() if t.untyped_storage().nbytes() > t.nbytes}
+        return {n: t.clone() if n in shared else t for n, t in self._state().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over a copy of what `tensors` gave. Raises KeyError or ValueError if it is not."""

@@ -40,6 +40,7 @@ class Trainer:
             # Eager's plain loop is a specification, and a thousand launches: no way to train.
             builtin if model.ops is eager else model.ops,
             model.copy_weights(dtype) if dtype.itemsize == 2 else None,
+            dtype,
         )
         # What a step takes, a row for each of its forward passes. The host fills them in place.
         self.firsts = torch.zeros(

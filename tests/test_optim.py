@@ -124,7 +124,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
 def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    even = muon.orthogonal(1e-3 * x)
+    (even,) = muon.orthogonal_all([1e-3 * x], x.dtype)
     # In x's own directions even is diagonal, with what the iteration makes of singular values.
     diagonal = u.mT @ even @ vt.mT
     sizes = diagonal.diagonal(dim1=1, dim2=2)
@@ -145,7 +145,8 @@ def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
         for i, (g, w) in enumerate(zip(grads, before, strict=True)):
             g = g / (norm + 1e-6).clamp(min=1)
             momentum[i] = 0.95 * momentum[i] + 0.05 * g
-            update = muon.orthogonal((0.05 * g + 0.95 * momentum[i])[None])[0]
+            look = (0.05 * g + 0.95 * momentum[i])[None]
+            update = muon.orthogonal_all([look], look.dtype)[0][0]
             before[i] = w * (1 - 0.1 * CONFIG.weight_decay) - 0.1 * 0.2 * 7**0.5 * update
     for block, w in zip(net.blocks, before, strict=True):
         torch.testing.assert_close(block.weight.detach().double(), w, atol=1e-6, rtol=0)
