@@ -148,7 +148,7 @@ def step(
     """The ledger of one step, and its trainer, whose tensors have no memory."""
     chosen = PRESETS[preset]
     model = GPTConfig(VOCABULARY, **chosen.model)
-    train = TrainConfig(**{**chosen.train, "optimizer": "adamw", **recipe})
+    train = TrainConfig(**{**chosen.train, **recipe})
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as a run is
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="iron")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
     parser.add_argument("--top", type=int, default=0, help="name so many operations of a group")
     args = parser.parse_args(argv)
     modules = {"eager": eager, "builtin": builtin}
@@ -221,8 +221,9 @@ def main(argv: list[str] | None = None) -> int:
 
         modules["fused"] = fused
     dtype = DTYPES[args.dtype]
+    recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in modules.items():
-        ledger, trainer = step(ops, dtype, args.preset, optimizer=args.optimizer)
+        ledger, trainer = step(ops, dtype, args.preset, **recipe)
         config, batch = trainer.model.config, trainer.config.batch_size
         show(f"{name}, {args.dtype}", ledger, floor_bytes(config, batch, dtype.itemsize), args.top)
     return 0

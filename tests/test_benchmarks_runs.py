@@ -46,7 +46,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decode.main([*options, "--ops", "builtin"])
         some = ["--ops", "builtin", "eager", "--data", "python-docs"]
         runs.main([*options, *some, "--iters", "20"])
-        target = ["--section", "target", "--target-loss", "99", "--iters", "20"]
+        target = ["--section", "target", "--target-loss", "99", "--iters", "20", "--seeds", "1", "2"]
         runs.main([*options, *some, *target])
     return file
 
@@ -103,9 +103,17 @@ def test_whole_runs(result: Path) -> None:
     assert [point[0] for point in builtin["curve"]] == [10, 20]
     assert builtin["evaluated"][-1][0] == 20
     assert builtin["target"] is None
-    reached = values["target"]["rows"][0]
-    assert reached["reached"]
-    assert reached["steps"] == reached["evaluated"][0][0]
+    rows = values["target"]["rows"]
+    assert [r["run"] for r in rows] == [
+        f"nano, {ops}, seed {seed}" for seed in (1, 2) for ops in ("builtin", "eager")
+    ]
+    for r in rows:
+        assert r["reached"]
+        assert r["steps"] == r["evaluated"][0][0]
+        assert r["run"] in tables.runs(values["target"])
+    losses = [r["evaluated"][-1][2] for r in rows]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the ops
+    assert abs(losses[0] - losses[2]) > 1e-3  # of the seeds
 
 
 class Page(HTMLParser):

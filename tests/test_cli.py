@@ -93,7 +93,8 @@ def test_help_is_there_and_shows_defaults(capsys, args):
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     if args[0] == "train":
-        assert f"[iron 5000, nano {PRESETS['nano'].train['iters']}]" in out
+        iters = [f"{name} {preset.train['iters']}" for name, preset in PRESETS.items()]
+        assert f"[{', '.join(iters)}]" in out
         assert out.count(" --") <= 2 * 26  # each flag stands in the usage and in the list
     assert "None" not in out
 

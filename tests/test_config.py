@@ -93,6 +93,13 @@ def test_the_iron_preset_is_the_seeds_recipe() -> None:
     assert (train["iters"], train["batch_size"], train["lr"]) == (5000, 64, 3e-4)
 
 
+def test_the_fast_preset_is_the_irons_model_without_dropout() -> None:
+    iron, fast = PRESETS["iron"], PRESETS["fast"]
+    assert fast.model == iron.model | {"dropout": 0.0}
+    tokens = [p.train["iters"] * p.train["batch_size"] for p in (iron, fast)]
+    assert tokens[0] > 30 * tokens[1]
+
+
 def test_an_int_may_stand_for_a_float_but_nothing_else_changes_its_type() -> None:
     assert from_json(GPTConfig, to_json(MODEL) | {"dropout": 0}).dropout == 0
     assert from_json(TrainConfig, to_json(TRAIN) | {"target_loss": 2}).target_loss == 2

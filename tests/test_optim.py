@@ -133,6 +133,56 @@ def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
     assert 0.6 < sizes[high].min() <= sizes.max() < 1.25
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 2e-4), (torch.float16, 0.03), (torch.bfloat16, 0.2)]
+)
+def test_orthogonal_in_fewer_bits_is_what_float64_finds(dtype, most):
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.logspace(0, -2, 24, dtype=torch.float64)  # a gradient's: few large, many small
+    x = torch.randn(4, 24, 24, generator=generator, dtype=torch.float64) * sizes
+    x = 1e-6 * x @ torch.randn(24, 96, generator=generator, dtype=torch.float64)
+    exact = muon.orthogonal(x, torch.float64)
+    found = muon.orthogonal(x.float(), dtype)
+    assert found.dtype == dtype
+    assert (found.double() - exact).norm() <= most * exact.norm()
+
+
+def test_matrices_go_together_with_those_of_the_transposed_shape(monkeypatch):
+    calls, alone = [], muon.orthogonal
+
+    def counted(x, dtype):
+        calls.append(tuple(x.shape))
+        return alone(x, dtype)
+
+    monkeypatch.setattr(muon, "orthogonal", counted)
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(2, 4, 6), (1, 6, 4), (3, 5, 5)]
+    groups = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    found = muon.orthogonal_all(groups, torch.float64)
+    assert calls == [(3, 4, 6), (3, 5, 5)]
+    for x, y in zip(groups, found, strict=True):
+        assert y.is_contiguous()
+        tall = x.shape[1] > x.shape[2]
+        expected = alone(x.mT, x.dtype).mT if tall else alone(x, x.dtype)
+        torch.testing.assert_close(y, expected)
+
+
+def test_the_iteration_takes_float16_on_a_gpu_and_the_steps_own_type_elsewhere():
+    gpu = torch.device("cuda")
+    for dtype, there in (
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16),
+    ):
+        assert muon.products_type(dtype, gpu) == there
+        assert muon.products_type(dtype, CPU) == dtype
+
+
+def test_the_moments_share_no_memory_so_that_a_file_takes_them():
+    tensors = optimizer_of(Net(), name="muon").tensors()
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
+
+
 def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
     net = Net()
     optimizer = optimizer_of(net, 1024.0, "muon", lr=0.1)
