@@ -36,6 +36,7 @@ VOCABULARY = 109  # of War and Peace
 LAUNCHES = {
     "irongpt::causal_attention_backward": 2,  # queries; keys and values
     "irongpt::unscale": 2,  # squares; their sum and what follows of it
+    "irongpt::muon_momentum": 2,  # momentum; what is ahead
     "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
     "irongpt::cross_entropy": 5,  # rows, compare, two sums, a quotient
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
@@ -47,7 +48,7 @@ LAUNCHES = {
 GROUPS = {  # by a part of the operation's name; the first that fits
     "attention": ("attention",),
     "norms": ("layer_norm",),
-    "optimizer": ("adamw", "unscale"),
+    "optimizer": ("adamw", "unscale", "muon"),
     "gelu": ("gelu", "tanh", "pow"),
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
     "batch, embedding": ("embedding", "index"),

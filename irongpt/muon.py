@@ -2,13 +2,15 @@
 
 The momentum U S V^T of a weight becomes the update U V^T: every direction moves alike, not only the
 few that most gradients share. A Newton-Schulz iteration finds it by matrix products alone. Matrices
-of one shape go through it together, those that are each other's transpose in shape too.
+of one shape go through it together.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 
 import torch
+from irongpt_kernels import builtin
 from torch import Tensor
 
 STEPS = 5  # of the iteration
@@ -24,14 +26,15 @@ class Muon:
         beta: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
+        ops: ModuleType = builtin,
     ) -> None:
         """dtype: of the iteration's products; see `products_type`."""
-        self.beta, self.weight_decay, self.dtype = beta, weight_decay, dtype
-        self.momentum: dict[Tensor, Tensor] = {}  # each a part of its group's
+        self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
-        self.groups = []  # the weights of a shape, and their momentum (n, rows, columns)
+        self.momentum: dict[Tensor, Tensor] = {}  # each a part of its group's
+        self.groups: list[tuple[list[Tensor], Tensor]] = []  # and momentum (n, rows, columns)
         for group in by_shape.values():
             momentum = group[0].new_zeros(len(group), *group[0].shape)
             self.groups.append((group, momentum))
@@ -39,63 +42,47 @@ class Muon:
 
     @torch.no_grad()
     def step(
-        self, lr: Tensor, divisor: Tensor, overflow: Tensor, gradients: Mapping[Tensor, Tensor]
+        self,
+        lr: Tensor,
+        unscaled: Tensor,
+        gradients: Mapping[Tensor, Tensor],
+        copies: Mapping[Tensor, Tensor],
     ) -> None:
-        """Gradients are divided by `divisor`; nothing changes if `overflow` is 1. All are 0-d.
-
-        gradients: by their weights, of any type.
-        """
-        bad, good = overflow > 0, 1 - overflow
-        ahead = []
+        """lr: 0-d. unscaled: of the op `unscale`. gradients, 16-bit copies: by their weights."""
         for params, momentum in self.groups:
-            grads = torch.stack([gradients[p] for p in params])
-            grads = grads / divisor.view(1, 1, 1)  # of three dimensions, which makes it float32
-            grads.masked_fill_(bad, 0)
-            momentum.lerp_(grads, (1 - self.beta) * good)
-            ahead.append(grads.lerp_(momentum, self.beta))  # Nesterov's look
-        weights = [p for params, _ in self.groups for p in params]
-        torch._foreach_mul_(weights, 1 - lr * self.weight_decay * good)
-        updates = []
-        for x, update in zip(ahead, orthogonal_all(ahead, self.dtype), strict=True):
-            size = RMS * max(x.shape[1:]) ** 0.5  # that of an orthogonal one is 1/sqrt(longer side)
-            updates += (update.masked_fill(bad, 0) * (lr * -size).view(1, 1, 1)).unbind()
-        torch._foreach_add_(weights, updates)
+            grads = [gradients[p] for p in params]
+            y = self.ops.muon_momentum(grads, momentum, unscaled, beta=self.beta, dtype=self.dtype)
+            self.ops.muon_update(
+                params,
+                [copies[p] for p in params if p in copies],
+                orthogonal(y),
+                lr,
+                unscaled,
+                # An orthogonal matrix has a mean square of 1 / its longer side.
+                scale=RMS * max(momentum.shape[1:]) ** 0.5,
+                weight_decay=self.weight_decay,
+            )
 
 
 def products_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """That of the iteration where a training step multiplies in `dtype`.
 
-    float16 for bfloat16 on a GPU, where it is as fast and ten times as exact: 0.2 to 2.5 %
-    for 1.3 to 20 % (LOG.md). No value comes near its limit.
+    float16 for bfloat16 on a GPU, where it is as fast and ten times as exact: errors of 0.2 to
+    2.5 % for 1.3 to 20 % (LOG.md). No value comes near its limit.
     """
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 
 
-def orthogonal_all(groups: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonal` of each, at once of those whose shapes are the same or transposed."""
-    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in groups]
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for i, x in enumerate(wide):
-        by_shape[x.shape[1:]].append(i)
-    found = dict[int, Tensor]()
-    for members in by_shape.values():
-        y = orthogonal(torch.cat([wide[i] for i in members]), dtype)
-        found |= zip(members, y.split([len(wide[i]) for i in members]), strict=True)
-    turned = ((found[i].mT if wide[i] is not x else found[i]) for i, x in enumerate(groups))
-    return [x.contiguous() for x in turned]
-
-
-def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """U V^T of matrices U S V^T, roughly: singular values end between 0.7 and 1.2.
 
-    x: (n, rows, columns), float32 or float64, no more rows than columns, or the Gram matrix is the
-    larger one. dtype: of the products and the result. The polynomial, odd and of fifth order, has
-    Jordan's coefficients, which grow small singular values fastest. Those far below the largest
-    stay small.
+    x: (n, rows, columns), each of Frobenius norm 1. Products and result are of its type. The
+    polynomial, odd and of fifth order, has Jordan's coefficients, which grow small singular values
+    fastest. Those far below the largest stay small.
     """
-    y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    tall = x.shape[1] > x.shape[2]
     for _ in range(STEPS):
-        gram = y @ y.mT
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        y = torch.baddbmm(y, gram, y, beta=3.4445)
-    return y
+        x = torch.baddbmm(x, *((x, gram) if tall else (gram, x)), beta=3.4445)
+    return x

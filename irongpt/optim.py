@@ -80,6 +80,7 @@ class Optimizer:
             config.momentum,
             config.weight_decay,
             products_type(dtype, lr.device),
+            ops,
         )
         rest = [p for p in self.names if p not in self.muon.momentum]
         self.adamw = sorted(rest, key=lambda p: p not in self.copies)  # as the op wants them
@@ -130,7 +131,6 @@ class Optimizer:
             max_norm=config.grad_clip,
             calm=scaler.calm if scaler.enabled else 0,
         )
-        norm, divisor, overflow = unscaled.unbind()
         self.ops.adamw(
             self.adamw,
             [self.copies[p] for p in self.adamw if p in self.copies],
@@ -144,12 +144,8 @@ class Optimizer:
             beta2=config.beta2,
             weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw],
         )
-        if self.muon.momentum:
-            self.muon.step(self.lr, divisor, overflow, grads)
-        written = [p for p in self.muon.momentum if p in self.copies]
-        if written:
-            torch._foreach_copy_([self.copies[p] for p in written], written)
-        return norm
+        self.muon.step(self.lr, unscaled, grads, self.copies)
+        return unscaled[0]
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}

@@ -139,7 +139,12 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 
 
 OPS = list(small_inputs())
-UPDATES = ["unscale", "adamw"]  # ops of the optimizer, which have no gradient
+UPDATES = [
+    "unscale",
+    "adamw",
+    "muon_momentum",
+    "muon_update",
+]  # ops of the optimizer, which have no gradient
 # Those of one token: they have no gradient, and some write into their arguments.
 DECODING = ["cached_attention", "draw_tokens", "embed_tokens", "linear_add", "norm_linear"]
 

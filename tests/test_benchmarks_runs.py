@@ -46,7 +46,17 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decode.main([*options, "--ops", "builtin"])
         some = ["--ops", "builtin", "eager", "--data", "python-docs"]
         runs.main([*options, *some, "--iters", "20"])
-        target = ["--section", "target", "--target-loss", "99", "--iters", "20", "--seeds", "1", "2"]
+        target = [
+            "--section",
+            "target",
+            "--target-loss",
+            "99",
+            "--iters",
+            "20",
+            "--seeds",
+            "1",
+            "2",
+        ]
         runs.main([*options, *some, *target])
     return file
 

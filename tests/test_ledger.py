@@ -113,6 +113,10 @@ def test_the_optimizer_launches_what_the_ledger_says(monkeypatch: pytest.MonkeyP
         options = dict(beta1=0.9, beta2=0.99, weight_decays=[0.0] * 3)
         params, grads, m, v = lists
         fused.adamw(params, [], grads, m, v, steps, scalars[0], unscaled, **options)
+        momentum, y = torch.ones(2, 5, 1, device=DEVICE), torch.ones(2, 5, 1, device=DEVICE)
+        matrices = [p.view(5, 1) for p in params[:2]]
+        fused.muon_momentum(matrices, momentum, unscaled, beta=0.9, dtype=torch.float32)
+        fused.muon_update(matrices, [], y, scalars[0], unscaled, scale=1.0, weight_decay=0.0)
     assert {n: k for n, k in count.items() if n} == {
         f"irongpt::{n}": ledger.LAUNCHES.get(f"irongpt::{n}", 1) for n in UPDATES
     }
@@ -133,6 +137,14 @@ def test_a_fused_step_of_iron_does_not_grow(books: dict[str, ledger.Ledger]) -> 
     assert sum(book.bytes.values()) <= 8.9e9
 
 
+def test_a_fused_step_of_fast_does_not_grow() -> None:
+    """Lower these with the step. Of the optimizer 60 are the products of Muon."""
+    book, _ = ledger.step(fused, torch.float16, "fast")
+    assert book.launches["optimizer"] <= 75
+    assert sum(book.launches.values()) <= 247
+    assert sum(book.bytes.values()) <= 3.22e9
+
+
 def test_the_floor_is_below_what_is_moved(books: dict[str, ledger.Ledger]) -> None:
     _, trainer = ledger.step(fused, torch.float16)
     least = ledger.floor_bytes(trainer.model.config, trainer.config.batch_size, 2)
@@ -144,7 +156,8 @@ def test_the_floor_is_below_what_is_moved(books: dict[str, ledger.Ledger]) -> No
 
 def test_the_command_says_that_it_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
     assert PRESETS["nano"].model["n_layer"] == 4
-    assert ledger.main(["--preset", "nano", "--dtype", "float32", "--top", "3"]) == 0
+    options = "--preset nano --dtype float32 --optimizer adamw --top 3"
+    assert ledger.main(options.split()) == 0
     out = capsys.readouterr().out
     assert out.count("computed, not measured") == 3
     assert "adamw 1" in out

@@ -124,7 +124,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
 def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    (even,) = muon.orthogonal_all([1e-3 * x], x.dtype)
+    even = muon.orthogonal(x / x.norm(dim=(1, 2), keepdim=True))
     # In x's own directions even is diagonal, with what the iteration makes of singular values.
     diagonal = u.mT @ even @ vt.mT
     sizes = diagonal.diagonal(dim1=1, dim2=2)
@@ -136,35 +136,17 @@ def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 2e-4), (torch.float16, 0.03), (torch.bfloat16, 0.2)]
 )
-def test_orthogonal_in_fewer_bits_is_what_float64_finds(dtype, most):
+@pytest.mark.parametrize("wide", [True, False])
+def test_orthogonal_in_fewer_bits_is_what_float64_finds(dtype, most, wide):
     generator = torch.Generator().manual_seed(3)
     sizes = torch.logspace(0, -2, 24, dtype=torch.float64)  # a gradient's: few large, many small
     x = torch.randn(4, 24, 24, generator=generator, dtype=torch.float64) * sizes
-    x = 1e-6 * x @ torch.randn(24, 96, generator=generator, dtype=torch.float64)
-    exact = muon.orthogonal(x, torch.float64)
-    found = muon.orthogonal(x.float(), dtype)
+    x @= torch.randn(4, 24, 24, generator=generator, dtype=torch.float64)
+    x = torch.cat((x, x.flip(2)), 2 if wide else 1)
+    x /= x.norm(dim=(1, 2), keepdim=True)
+    exact, found = muon.orthogonal(x), muon.orthogonal(x.to(dtype))
     assert found.dtype == dtype
     assert (found.double() - exact).norm() <= most * exact.norm()
-
-
-def test_matrices_go_together_with_those_of_the_transposed_shape(monkeypatch):
-    calls, alone = [], muon.orthogonal
-
-    def counted(x, dtype):
-        calls.append(tuple(x.shape))
-        return alone(x, dtype)
-
-    monkeypatch.setattr(muon, "orthogonal", counted)
-    generator = torch.Generator().manual_seed(4)
-    shapes = [(2, 4, 6), (1, 6, 4), (3, 5, 5)]
-    groups = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    found = muon.orthogonal_all(groups, torch.float64)
-    assert calls == [(3, 4, 6), (3, 5, 5)]
-    for x, y in zip(groups, found, strict=True):
-        assert y.is_contiguous()
-        tall = x.shape[1] > x.shape[2]
-        expected = alone(x.mT, x.dtype).mT if tall else alone(x, x.dtype)
-        torch.testing.assert_close(y, expected)
 
 
 def test_the_iteration_takes_float16_on_a_gpu_and_the_steps_own_type_elsewhere():
@@ -196,7 +178,7 @@ def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
             g = g / (norm + 1e-6).clamp(min=1)
             momentum[i] = 0.95 * momentum[i] + 0.05 * g
             look = (0.05 * g + 0.95 * momentum[i])[None]
-            update = muon.orthogonal_all([look], look.dtype)[0][0]
+            update = muon.orthogonal(look / look.norm())[0]
             before[i] = w * (1 - 0.1 * CONFIG.weight_decay) - 0.1 * 0.2 * 7**0.5 * update
     for block, w in zip(net.blocks, before, strict=True):
         torch.testing.assert_close(block.weight.detach().double(), w, atol=1e-6, rtol=0)

@@ -15,8 +15,10 @@
 | `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
 | `unscale(grads, scale, good_steps, steps, *, max_norm, calm)` | lists | norm, divisor, overflow |
 | `adamw(params, copies, grads, exp_avgs, exp_avg_sqs, steps, lr, unscaled, *, ...)` | lists | |
+| `muon_momentum(grads, momentum, unscaled, *, beta, dtype)` | n of (R, C), (n, R, C) | (n, R, C) |
+| `muon_update(params, copies, update, lr, unscaled, *, scale, weight_decay)` | lists, (n, R, C) | |
 
-`dropout_add_layer_norm` returns the sum and its norm; the last two are an optimizer's step. The
+`dropout_add_layer_norm` returns the sum and its norm; the last four are an optimizer's step. The
 next ones write one token of B texts: they have no gradient, write into tensors that stay where they
 are, and wait for nothing, so that one CUDA graph holds a token. Their specification is
 `decode_eager`.

@@ -158,3 +158,33 @@ def adamw(
         )
     if copies:
         torch._foreach_copy_(copies, params[: len(copies)])
+
+
+def muon_momentum(
+    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """See `eager.muon_momentum`."""
+    _, divisor, overflow = unscaled.unbind()
+    g = torch.stack(grads) / divisor.view(1, 1, 1)  # of three dimensions, which makes it float32
+    g.masked_fill_(overflow > 0, 0)
+    momentum.lerp_(g, (1 - beta) * (1 - overflow))
+    ahead = g.lerp_(momentum, beta)
+    return (ahead / (ahead.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+
+
+def muon_update(
+    params: list[Tensor],
+    copies: list[Tensor],
+    update: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    *,
+    scale: float,
+    weight_decay: float,
+) -> None:
+    """See `eager.muon_update`."""
+    lr = lr * (1 - unscaled[2])
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, list((update * (lr * -scale).view(1, 1, 1)).unbind()))
+    if copies:
+        torch._foreach_copy_(copies, params)

@@ -194,6 +194,47 @@ def adamw(
         copy.copy_(p)
 
 
+def muon_momentum(
+    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """What Muon (Jordan et al. 2024) makes orthogonal: Nesterov's look ahead, of Frobenius norm 1.
+
+    grads: n of (rows, columns), of any one dtype. momentum: (n, rows, columns) float32, changes in
+    place. unscaled: what `unscale` returned; if it tells of an overflow, momentum stays and the
+    result is finite and of no use. Returns (n, rows, columns) of `dtype`.
+    """
+    _, divisor, overflow = unscaled.unbind()
+    keep = overflow > 0
+    g = (torch.stack(grads).to(momentum.dtype) / divisor).masked_fill(keep, 0)
+    new = beta * momentum + (1 - beta) * g
+    ahead = beta * new + (1 - beta) * g
+    momentum.copy_(momentum.where(keep, new))
+    return (ahead / (ahead.square().sum((1, 2), keepdim=True).sqrt() + 1e-7)).to(dtype)
+
+
+def muon_update(
+    params: list[Tensor],
+    copies: list[Tensor],
+    update: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    *,
+    scale: float,
+    weight_decay: float,
+) -> None:
+    """Weights less lr times scale times their update, decayed as by `adamw`, unless `unscaled`
+    tells of an overflow.
+
+    params: n of (rows, columns), contiguous float32, change in place. copies: of each, rounded to
+    their own dtype, or none at all. update: (n, rows, columns), of any dtype. lr: 0-d.
+    """
+    keep = unscaled[2] > 0
+    for p, u in zip(params, update, strict=True):
+        p.copy_(p.where(keep, p - lr * weight_decay * p - lr * scale * u.to(p.dtype)))
+    for copy, p in zip(copies, params, strict=False):
+        copy.copy_(p)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -12,6 +12,7 @@ from irongpt_kernels.cross_entropy import cross_entropy
 from irongpt_kernels.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.gelu import gelu
 from irongpt_kernels.layer_norm import layer_norm
+from irongpt_kernels.muon import muon_momentum, muon_update
 from irongpt_kernels.row_linear import linear_add, norm_linear
 from irongpt_kernels.softmax import softmax
 from irongpt_kernels.tokens import draw_tokens, embed_tokens
@@ -29,6 +30,8 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_add",
+    "muon_momentum",
+    "muon_update",
     "norm_linear",
     "softmax",
     "unscale",

@@ -77,7 +77,7 @@ def representative(arch: int) -> list[Case]:
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
-    rows += [f"N=384 {dtype} gradients" for dtype in DTYPES]
+    rows += [f"N=384 {dtype} {what}" for dtype in DTYPES for what in ("gradients", "matrices")]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
     chosen += ["K=1536 N=384 float16", "V=109 draw 0 float16", "V=109 draw 2 float16"]
@@ -228,3 +228,25 @@ def _updates(dtype: str, zeros: Any) -> Iterator[Case]:
         return adamw.adamw_bytes(make(False), size, 2 if size == 2 else 0), 0
 
     yield Update("adamw", f"N={C} {dtype} gradients", dtype, make, {}, cost)  # type: ignore[arg-type]
+    yield from _muon(dtype)
+
+
+def _muon(dtype: str) -> Iterator[Case]:
+    """The iron model's six matrices of one shape, products in the type of the step."""
+    from irongpt_kernels import muon
+
+    C, size = 384, DTYPES[dtype].itemsize
+
+    def make() -> dict[str, Any]:
+        params = [torch.zeros(C, C) for _ in range(6)]
+        narrow = [p.to(DTYPES[dtype]) for p in params]
+        momentum, unscaled = torch.zeros(6, C, C), torch.ones(3)
+        y = muon.muon_momentum(narrow, momentum, unscaled, beta=0.95, dtype=DTYPES[dtype])
+        copies = narrow if size == 2 else []
+        muon.muon_update(params, copies, y, unscaled[0], unscaled, scale=1.0, weight_decay=0.1)
+        return {}
+
+    def cost(mode: str) -> tuple[float, float]:
+        return muon.muon_bytes(6 * C * C, size, size, 2 if size == 2 else 0), 0
+
+    yield Update("muon", f"N={C} {dtype} matrices", dtype, make, {}, cost)

@@ -3,7 +3,7 @@
 A bug is (name, old text, new text); the old text stands once in its file.
 """
 
-from tests.mutants.optimizer import ADAMW, UNSCALE
+from tests.mutants.optimizer import ADAMW, MUON, UNSCALE
 from tests.mutants.rows import (
     CROSS_ENTROPY,
     DROPOUT_ADD_LAYER_NORM,
@@ -161,6 +161,7 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "gelu": (GELU, "test_gelu.py", "gelu"),
     "unscale": (UNSCALE, "test_adamw.py", "gelu"),
     "adamw": (ADAMW, "test_adamw.py", "gelu"),
+    "muon": (MUON, "test_muon.py", ""),
     "philox": (
         PHILOX,
         "test_philox.py test_attention_dropout.py test_dropout_add_layer_norm.py",

@@ -52,3 +52,87 @@ ADAMW: list[Bug] = [
     ),
     ("later launches read the first steps", "steps[a:]", "steps"),
 ]
+
+MUON: list[Bug] = [
+    (
+        "every matrix has the gradient of the first",
+        "address = tl.where(i == k, pointers",
+        "address = tl.where(i < 0, pointers",
+    ),
+    (
+        "the mask takes one more",
+        "return offsets, offsets < size",
+        "return offsets, offsets <= size",
+    ),
+    ("offsets of the first block for all", "tl.cast(tl.program_id(0), tl.int64) * BLOCK", "0"),
+    (
+        "momentum of the first matrix for all",
+        "m_ptr = momentum_ptr + tl.cast(matrix, tl.int64) * size + offsets",
+        "m_ptr = momentum_ptr + offsets",
+    ),
+    (
+        "momentum after an overflow",
+        """    offsets, mask = _offsets(size, BLOCK)
+    if tl.load(unscaled_ptr + 2) == 0.0:
+        dtype: tl.constexpr = grads""",
+        """    offsets, mask = _offsets(size, BLOCK)
+    if tl.load(unscaled_ptr + 2) < 2.0:
+        dtype: tl.constexpr = grads""",
+    ),
+    (
+        "gradients are not divided in the momentum",
+        "mask, dtype) / tl.load(unscaled_ptr + 1)\n        m_ptr",
+        "mask, dtype)\n        m_ptr",
+    ),
+    (
+        "gradients are not divided in what is ahead",
+        "mask, dtype) / tl.load(unscaled_ptr + 1)\n        ahead",
+        "mask, dtype)\n        ahead",
+    ),
+    ("no look ahead in the norm", "ahead = beta * m + rest * g", "ahead = m"),
+    (
+        "no look ahead",
+        "ahead = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g",
+        "ahead = tl.load(momentum_ptr + at, mask=mask, other=0.0)",
+    ),
+    (
+        "partial sums of the first matrix",
+        "tl.load(sums_ptr + matrix * programs",
+        "tl.load(sums_ptr",
+    ),
+    ("partial sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
+    ("sums of all where there are fewer", "more = start + cols < programs", "more = cols < SUMS"),
+    ("the square of the norm", "tl.sqrt_rn(tl.sum(total, 0))", "tl.sum(total, 0)"),
+    ("a matrix of zeros is divided by zero", "+ TINY)", ")"),
+    (
+        "infinity after an overflow",
+        "y = tl.zeros((BLOCK,), tl.float32)",
+        'y = tl.full((BLOCK,), float("inf"), tl.float32)',
+    ),
+    (
+        "an update after an overflow",
+        "unscaled_ptr + 2) == 0.0:\n        lr,",
+        "unscaled_ptr + 2) < 2.0:\n        lr,",
+    ),
+    ("decay is not times lr", "p - lr * decay * p -", "p - decay * p -"),
+    (
+        "the update decays too",
+        "p = p - lr * decay * p - lr * scale * u",
+        "p = (p - lr * scale * u) * (1 - lr * decay)",
+    ),
+    ("no copy is written", "if COPIES > 0:", "if COPIES < 0:"),
+    (
+        "the copy is what was before",
+        "p.to(dtype), mask=mask)",
+        "(p + lr * scale * u).to(dtype), mask=mask)",
+    ),
+    (
+        "later launches read the first momentum",
+        "momentum[part], sums[part]",
+        "momentum, sums[part]",
+    ),
+    ("later launches write the first result", "y[part], *numbers", "y, *numbers"),
+    ("later launches read the first updates", "some, low, update[part]", "some, low, update"),
+    ("updates of another layout as they are", "update = update.contiguous()", "update = update"),
+    ("gradients of another layout as they are", "[g.contiguous() for g in grads]", "list(grads)"),
+]
