@@ -45,6 +45,8 @@ LAUNCHES = {
     "aten::_scaled_dot_product_efficient_attention_backward": 3,  # dO O, its sum, the gradients
 }
 
+AGAIN = {"irongpt::muon_momentum": ("grads", "momentum")}  # what the second of its kernels reads
+
 GROUPS = {  # by a part of the operation's name; the first that fits
     "attention": ("attention",),
     "norms": ("layer_norm",),
@@ -111,6 +113,7 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
             written = a.alias_info is not None and a.alias_info.is_write
             inputs.add(t.untyped_storage()._cdata)
             total += size(t) * (1 if not written or overwrites or a.name == "copies" else 2)
+            total += size(t) * (a.name in AGAIN.get(func._schema.name, ()))
     made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
     if not mutates and not made:

@@ -100,15 +100,17 @@ def losses(section: Values, key: str, label: str) -> Figure | None:
     if not rows:
         return None
     figure = figure_of(12, 4.2)
+    once = len({r["ops"] for r in rows}) == len(rows)
+    colors = [COLORS[r["ops"]] if once else f"C{i}" for i, r in enumerate(rows)]
     for axes, column, name in zip(
         figure.subplots(1, 2, sharey=True), (0, 1), ("steps", "seconds"), strict=True
     ):
         for i, r in enumerate(rows):
             x, y = [p[column] for p in r[key]], [p[2] for p in r[key]]
             style = ["-", "--", ":"][i % 3]  # equal losses are seen as such
-            axes.plot(x, y, style, color=COLORS[r["ops"]], linewidth=2, label=r["run"])
-        if rows[0]["target"] is not None:
-            axes.axhline(rows[0]["target"], color="black", linewidth=0.8)
+            axes.plot(x, y, style, color=colors[i], linewidth=2, label=r["run"])
+        for target in {r["target"] for r in rows if r["target"] is not None}:
+            axes.axhline(target, color="black", linewidth=0.8)
         axes.set_xlabel(name if column == 0 else "seconds of training")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)

@@ -158,6 +158,8 @@ class Textbook:
     layer_norm = staticmethod(builtin.layer_norm)
     dropout_add_layer_norm = staticmethod(builtin.dropout_add_layer_norm)
     unscale, adamw = staticmethod(builtin.unscale), staticmethod(builtin.adamw)
+    muon_momentum = staticmethod(builtin.muon_momentum)
+    muon_update = staticmethod(builtin.muon_update)
     gelu = staticmethod(builtin.gelu)
     cross_entropy = staticmethod(builtin.cross_entropy)
 

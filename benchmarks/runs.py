@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = devices.precision(args.dtype, device).dtype
     gpu, to_target = device.type == "cuda", args.section == "target"
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])
+    chosen = list(itertools.product(presets, args.seeds or [None]))
+    recipes = {pair: recipe_of(*pair, args) for pair in chosen}
     text = corpus.load(args.data, say=print)
     tokenizer = CharTokenizer.from_text(text.text)
     ids = tokenizer.encode(text.text)
@@ -142,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with results.Section(args.section, device, args) as section:
         section.put(preset=", ".join(presets), text=text.name, text_sha256=text.sha256, rows=[])
-        for preset, seed, name in itertools.product(presets, args.seeds or [None], modules):
+        for (preset, seed), name in itertools.product(chosen, modules):
             config = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
-            setting = config, recipe_of(preset, seed, args), ids
+            setting = config, recipes[preset, seed], ids
             target = (args.target_loss or TARGETS[preset]) if to_target else None
             words = [preset, name, *([] if seed is None else [f"seed {seed}"])]
             run: dict[str, Any] = {"run": ", ".join(words), "preset": preset, "ops": name}

@@ -1,7 +1,7 @@
 """A checkpoint: a folder that holds everything the next step depends on, whole at every instant.
 
     model.safetensors       the weights, float32
-    optimizer.safetensors   AdamW's moments, the loss scale, the states of the random generators
+    optimizer.safetensors   the optimizer's moments, loss scale, the states of the random generators
     tokenizer.json          the vocabulary
     state.json              where the run stands, and the SHA-256 of the other files and of itself
 

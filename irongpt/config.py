@@ -167,7 +167,7 @@ PRESETS = {
             eval_every=500,
         ),
     ),
-    "fast": Preset(  # half an epoch, so there is nothing that dropout would prevent
+    "fast": Preset(  # less than an epoch: nothing for dropout to prevent
         "iron's model in 600 steps of 4,096 tokens: for a GPU",
         model=dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.0),
         train=dict(

@@ -1,8 +1,8 @@
 """The optimizer as the training step drives it: AdamW, Muon, schedule, loss scale, clipping.
 
-One pass over the gradients takes their norm, the op `unscale`; in a second, the op `adamw`, they
-are unscaled, clipped and applied, or, if the norm is not finite, weights and moments stay as they
-are. The host never waits for the device, and float32, bfloat16 and float16 go the same way.
+One pass over the gradients takes their norm, the op `unscale`; then, in `adamw` or in Muon's ops,
+they are unscaled, clipped and applied, or, if the norm is not finite, weights and moments stay as
+they are. The host never waits for the device, and float32, bfloat16 and float16 go the same way.
 """
 
 import math

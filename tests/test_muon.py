@@ -20,7 +20,7 @@ class State:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, copies: bool) -> None:
         n, *matrix = shape
         self.params = [values(*matrix, seed=i) for i in range(n)]
-        self.copies = [p.to(dtype) for p in self.params] if copies else []
+        self.copies = [p.to(dtype, copy=True) for p in self.params] if copies else []
         self.momentum = 0.1 * values(*shape, seed=20)
         self.dtype = dtype
         self.unscaled = torch.tensor([3.0, 64.0, 0.0], device=DEVICE)  # norm, divisor, overflow
@@ -111,7 +111,7 @@ def test_more_matrices_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> N
     whole, parts = (State((5, 40, 60), torch.float16, True) for _ in range(2))
     whole.update(fused, whole.ahead(fused, whole.grads(0)))
     monkeypatch.setattr(unscale, "MAX_TENSORS", 2)
-    monkeypatch.setattr(kernel, "SUMS", 2)
+    monkeypatch.setattr(kernel, "PARTS", 2)  # for three blocks
     parts.update(fused, parts.ahead(fused, parts.grads(0)))
     for a, b in zip(whole.tensors(), parts.tensors(), strict=True):
         torch.testing.assert_close(a, b)
@@ -127,15 +127,33 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(map(torch.equal, *found))
 
 
-def test_gradients_and_updates_of_any_layout() -> None:
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "shifted"])
+def test_gradients_and_updates_of_any_layout(layout: str) -> None:
+    def laid(x: Tensor) -> Tensor:
+        if layout == "transposed":
+            return x.mT.contiguous().mT
+        if layout == "sliced":
+            return torch.stack((x, x + 1), -1)[..., 0]
+        if layout == "expanded":
+            return x[..., :1].expand(x.shape)
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
     straight, other = (State((2, 40, 24), torch.float16, True) for _ in range(2))
-    grads = straight.grads(0)
-    ahead = straight.ahead(fused, grads)
-    straight.update(fused, ahead)
-    turned = other.ahead(fused, [g.t().contiguous().t() for g in grads])
-    other.update(fused, turned.mT.contiguous().mT)
-    assert torch.equal(ahead, turned)
+    grads = [laid(g) for g in straight.grads(0)]
+    ahead = straight.ahead(fused, [g.clone(memory_format=torch.contiguous_format) for g in grads])
+    update = laid(ahead)
+    straight.update(fused, update.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(ahead, other.ahead(fused, grads))
+    other.update(fused, update)
     assert all(map(torch.equal, straight.tensors(), other.tensors()))
+
+
+def test_what_kernels_read_begins_at_a_multiple_of_16_bytes() -> None:
+    x = torch.arange(20.0, device=DEVICE).half()
+    assert unscale.packed(x) is x
+    moved = unscale.packed(x[3:])
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, x[3:])
 
 
 def test_gradients_of_two_types_are_refused() -> None:

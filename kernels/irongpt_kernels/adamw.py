@@ -13,9 +13,9 @@ Traffic     With gradients of 2 bytes: reads g, p, m, v and writes p, m, v and t
 Parallelism As in `unscale`: one kernel for up to 48 weights. No program needs another's result.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 a difference would lose four digits at t = 1.
-Limits      Contiguous weights, moments and copies; the first two are float32. The copies are those
-            of the first weights, and gradients are float32 but for those, whose gradients may be of
-            a 16-bit type.
+Limits      Contiguous weights, moments and copies, at addresses that are multiples of 16; the first
+            two are float32. The copies are those of the first weights, and gradients are float32
+            but for those, whose gradients may be of a 16-bit type.
 Spec        irongpt_kernels/eager.py::adamw
 """
 
@@ -36,6 +36,7 @@ from irongpt_kernels.unscale import (
     load,
     load_gradient,
     narrow_count,
+    packed,
 )
 
 
@@ -117,7 +118,7 @@ def adamw_launch(
     eps: float,
 ) -> None:
     """See `eager.adamw`; params, copies and moments change in place."""
-    grads = [g.contiguous() for g in grads]
+    grads = [packed(g) for g in grads]
     betas = (x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324)))
     numbers = (*betas, eps)
     with launch.on(lr.device):

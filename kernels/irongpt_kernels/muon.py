@@ -12,12 +12,13 @@ Traffic     With 16-bit gradients and products, in bytes a weight: reads g and m
             both again for y, which needs the norm, and writes it: 18. The update reads u and p,
             writes p and the copy: 12. Passes of PyTorch's for the same are 92.
 Parallelism A program has BLOCK elements of one matrix, selected by its second number from
-            addresses that are arguments, as in `unscale`. The first kernel keeps a sum of squares
-            for each program, and every program of the second adds those of its matrix, in order:
-            no atomics, the same bits on every run.
+            addresses that are arguments, as in `unscale`; in the first kernel it goes on to
+            further blocks, so that PARTS sums of squares are left of a matrix. Every program of the
+            second adds those of its matrix, in order: no atomics, the same bits on every run.
 Precision   float32, but for y and u, which have the type of the products.
-Limits      Contiguous float32 weights and momentum; others than contiguous gradients are copied.
-            The gradients are of one type. After an overflow y is 0, and nothing else changes.
+Limits      Contiguous float32 weights and momentum, at addresses that are multiples of 16, as
+            PyTorch allocates them; gradients that are not so are copied. The gradients are of one
+            type. After an overflow y is 0, and nothing else changes.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
 
@@ -29,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import launch, unscale
-from irongpt_kernels.unscale import BLOCK, SUMS, load
+from irongpt_kernels.unscale import BLOCK, load, packed
 
+PARTS = 128  # partial sums of a matrix, at most
 TINY = tl.constexpr(1e-7)
 
 
@@ -55,39 +57,40 @@ def _momentum_kernel(
     grads, momentum_ptr, unscaled_ptr, sums_ptr, size, beta, rest,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m, in place, and the sum of squares of a program's part of a. rest: 1 - beta."""
-    matrix = tl.program_id(1)
-    offsets, mask = _offsets(size, BLOCK)
+    """m, in place, and the sum of squares of a program's parts of a. rest: 1 - beta."""
+    matrix, programs = tl.program_id(1), tl.num_programs(0)
     if tl.load(unscaled_ptr + 2) == 0.0:
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(unscaled_ptr + 1)
-        m_ptr = momentum_ptr + tl.cast(matrix, tl.int64) * size + offsets
-        m = beta * tl.load(m_ptr, mask=mask, other=0.0) + rest * g
-        tl.store(m_ptr, m, mask=mask)
-        ahead = beta * m + rest * g
-        sums_ptr += matrix * tl.num_programs(0) + tl.program_id(0)
-        tl.store(sums_ptr, tl.sum(ahead * ahead, 0))
+        address, divisor = _address(grads, matrix, N), tl.load(unscaled_ptr + 1)
+        momentum_ptr += tl.cast(matrix, tl.int64) * size
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), programs):
+            offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = offsets < size
+            g = load(address, offsets, mask, dtype) / divisor
+            m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
+            tl.store(momentum_ptr + offsets, m, mask=mask)
+            ahead = beta * m + rest * g
+            squares += ahead * ahead
+        tl.store(sums_ptr + matrix * programs + tl.program_id(0), tl.sum(squares, 0))
 
 
 @triton.jit
 def _ahead_kernel(
-    grads, momentum_ptr, unscaled_ptr, sums_ptr, y_ptr, size, beta, rest,
-    N: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+    grads, momentum_ptr, unscaled_ptr, sums_ptr, y_ptr, parts, size, beta, rest,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y of a program's part, from m as it is now."""
-    matrix, programs = tl.program_id(1), tl.num_programs(0)
+    """y of a program's part, from m as it is now. parts: sums of each matrix."""
+    matrix, part = tl.program_id(1), tl.arange(0, PARTS)
     offsets, mask = _offsets(size, BLOCK)
     at = tl.cast(matrix, tl.int64) * size + offsets
     y = tl.zeros((BLOCK,), tl.float32)
     if tl.load(unscaled_ptr + 2) == 0.0:
-        total, cols = tl.zeros((SUMS,), tl.float32), tl.arange(0, SUMS)
-        for start in range(0, programs, SUMS):
-            more = start + cols < programs
-            total += tl.load(sums_ptr + matrix * programs + start + cols, mask=more, other=0.0)
+        sums = tl.load(sums_ptr + matrix * parts + part, mask=part < parts, other=0.0)
         dtype: tl.constexpr = grads[0].dtype.element_ty
         g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(unscaled_ptr + 1)
         ahead = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
-        y = ahead / (tl.sqrt_rn(tl.sum(total, 0)) + TINY)
+        y = ahead / (tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -125,18 +128,20 @@ def muon_momentum_launch(
     """y: (n, rows, columns) of `dtype`; momentum changes in place."""
     if len({g.dtype for g in grads}) > 1:
         raise TypeError("the gradients of a group of matrices must be of one type")
-    grads = [g.contiguous() for g in grads]
+    grads = [packed(g) for g in grads]
     y = torch.empty_like(momentum, dtype=dtype)
     size = momentum[0].numel()
     programs = triton.cdiv(size, BLOCK)
-    sums = torch.empty(len(grads), programs, dtype=torch.float32, device=y.device)
+    parts = min(programs, PARTS)
+    sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
     with launch.on(y.device):
         for part in _parts(len(grads)):
             some, m, s = tuple(grads[part]), momentum[part], sums[part]
-            grid, numbers = (programs, len(some)), (size, beta, 1 - beta)
-            options = dict(N=len(some), BLOCK=BLOCK, num_warps=4)
-            _momentum_kernel[grid](some, m, unscaled, s, *numbers, **options)
-            _ahead_kernel[grid](some, m, unscaled, s, y[part], *numbers, **options, SUMS=SUMS)
+            numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
+            _momentum_kernel[(parts, len(some))](some, m, unscaled, s, *numbers, **options)
+            _ahead_kernel[(programs, len(some))](
+                some, m, unscaled, s, y[part], parts, *numbers, **options, PARTS=launch.block(parts)
+            )
     return y
 
 

@@ -12,7 +12,8 @@ Parallelism A program has BLOCK elements of one tensor. A launch takes its tenso
             more program sums those in order: two kernels for up to 48 tensors, no atomics, the
             same bits on every run.
 Precision   float32, sums of squares too: beyond 1.8e19 a gradient counts as an overflow.
-Limits      Gradients of float32 and of one 16-bit type; others than contiguous ones are copied.
+Limits      Gradients of float32 and of one 16-bit type; those that are not contiguous from an
+            address that is a multiple of 16, as PyTorch allocates them, are copied.
 Spec        irongpt_kernels/eager.py::unscale
 """
 
@@ -127,6 +128,12 @@ def layout(tensors: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(firsts[:-1]), tuple(t.numel() for t in tensors)
 
 
+def packed(g: Tensor) -> Tensor:
+    """The same, contiguous from an address as `load` takes it."""
+    fits = g.is_contiguous() and g.data_ptr() % 16 == 0
+    return g if fits else g.clone(memory_format=torch.contiguous_format)
+
+
 def narrow_count(grads: list[Tensor]) -> int:
     """How many of the gradients, the first ones, are of a 16-bit type, which is one."""
     count = sum(g.dtype != torch.float32 for g in grads)
@@ -146,7 +153,7 @@ def unscale_launch(
     calm: int,
 ) -> Tensor:
     """(norm, divisor, overflow), (3,) float32; the other tensors change in place."""
-    grads = sorted((g.contiguous() for g in grads), key=lambda g: g.dtype == torch.float32)
+    grads = sorted(map(packed, grads), key=lambda g: g.dtype == torch.float32)
     launches = chunks(grads)
     programs = sum(count for *_, count in launches)
     sums = torch.empty(programs, dtype=torch.float32, device=scale.device)

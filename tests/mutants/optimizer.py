@@ -67,27 +67,25 @@ MUON: list[Bug] = [
     ("offsets of the first block for all", "tl.cast(tl.program_id(0), tl.int64) * BLOCK", "0"),
     (
         "momentum of the first matrix for all",
-        "m_ptr = momentum_ptr + tl.cast(matrix, tl.int64) * size + offsets",
-        "m_ptr = momentum_ptr + offsets",
+        "momentum_ptr += tl.cast(matrix, tl.int64) * size",
+        "momentum_ptr += 0 * matrix",
     ),
     (
         "momentum after an overflow",
-        """    offsets, mask = _offsets(size, BLOCK)
-    if tl.load(unscaled_ptr + 2) == 0.0:
-        dtype: tl.constexpr = grads""",
-        """    offsets, mask = _offsets(size, BLOCK)
-    if tl.load(unscaled_ptr + 2) < 2.0:
-        dtype: tl.constexpr = grads""",
+        "unscaled_ptr + 2) == 0.0:\n"
+        "        dtype: tl.constexpr = grads[0].dtype.element_ty\n        address",
+        "unscaled_ptr + 2) < 2.0:\n"
+        "        dtype: tl.constexpr = grads[0].dtype.element_ty\n        address",
     ),
     (
         "gradients are not divided in the momentum",
-        "mask, dtype) / tl.load(unscaled_ptr + 1)\n        m_ptr",
-        "mask, dtype)\n        m_ptr",
+        "mask, dtype) / divisor",
+        "mask, dtype)",
     ),
     (
         "gradients are not divided in what is ahead",
-        "mask, dtype) / tl.load(unscaled_ptr + 1)\n        ahead",
-        "mask, dtype)\n        ahead",
+        "mask, dtype) / tl.load(unscaled_ptr + 1)",
+        "mask, dtype)",
     ),
     ("no look ahead in the norm", "ahead = beta * m + rest * g", "ahead = m"),
     (
@@ -97,12 +95,17 @@ MUON: list[Bug] = [
     ),
     (
         "partial sums of the first matrix",
-        "tl.load(sums_ptr + matrix * programs",
-        "tl.load(sums_ptr",
+        "sums_ptr + matrix * parts",
+        "sums_ptr",
     ),
-    ("partial sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
-    ("sums of all where there are fewer", "more = start + cols < programs", "more = cols < SUMS"),
-    ("the square of the norm", "tl.sqrt_rn(tl.sum(total, 0))", "tl.sum(total, 0)"),
+    (
+        "blocks beyond the first of a program lost",
+        "tl.cdiv(size, BLOCK), programs)",
+        "programs, programs)",
+    ),
+    ("squares of the last block alone", "squares += ahead * ahead", "squares = ahead * ahead"),
+    ("sums of all where there are fewer", "mask=part < parts", "mask=part < PARTS"),
+    ("the square of the norm", "tl.sqrt_rn(tl.sum(sums, 0))", "tl.sum(sums, 0)"),
     ("a matrix of zeros is divided by zero", "+ TINY)", ")"),
     (
         "infinity after an overflow",
@@ -131,8 +134,8 @@ MUON: list[Bug] = [
         "momentum[part], sums[part]",
         "momentum, sums[part]",
     ),
-    ("later launches write the first result", "y[part], *numbers", "y, *numbers"),
+    ("later launches write the first result", "y[part], parts, *numbers", "y, parts, *numbers"),
     ("later launches read the first updates", "some, low, update[part]", "some, low, update"),
     ("updates of another layout as they are", "update = update.contiguous()", "update = update"),
-    ("gradients of another layout as they are", "[g.contiguous() for g in grads]", "list(grads)"),
+    ("gradients of another layout as they are", "[packed(g) for g in grads]", "list(grads)"),
 ]
