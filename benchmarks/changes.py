@@ -78,8 +78,9 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
 
 def _environment(values: Values) -> Values:
     for section in values.values():
-        if isinstance(section, dict) and isinstance(section.get("environment"), dict):
-            return dict(section["environment"])
+        found = section.get("environment") if isinstance(section, dict) else None
+        if isinstance(found, dict) and "name" in found:  # else variables that tests were given
+            return dict(found)
     return {}
 
 

@@ -32,6 +32,7 @@ THROTTLE = {
     0x80: "power brake",
 }
 State = dict[str, Any]
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn")
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "commit": commit or git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "irongpt": __version__,
-        **{package: installed(package) for package in ("torch", "triton", "numpy")},
+        **{package: installed(package) for package in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu(),

@@ -101,8 +101,8 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 def alike(variant: str) -> str:
     """Whom a variant is compared with: builtin, launched and compiled in the same way."""
-    if variant == "nanoGPT":
-        return "builtin AdamW"
+    if variant.startswith("nanoGPT"):  # which has no other optimizer
+        return variant.replace("nanoGPT", "builtin AdamW")
     return " ".join(["builtin", *variant.split()[1:]])
 
 
@@ -166,7 +166,9 @@ def figures(times: dict[str, float], alone: Values) -> str:
     best = min(ours, key=lambda name: ours[name])
     others = {
         "naive": ("textbook", "eager"),
+        "naive in a CUDA graph": ("textbook graph", "eager graph"),
         "PyTorch's fused functions": ("builtin",),
+        "those in a CUDA graph": ("builtin graph", "builtin as trained"),
         "the best of torch.compile": [
             name for name in times
             if not name.startswith("fused") and ("compiled" in name or "autotune" in name)

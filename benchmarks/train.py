@@ -78,6 +78,7 @@ def variants(
         add("fused compiled graph", None, mode="default", graph=True)
     if checkout is not None:
         found.append(("nanoGPT compiled", lambda s: nanogpt(s, checkout, dtype, device, True)))
+        add("builtin AdamW compiled", builtin, optimizer="adamw", mode="default")
     if gpu:
         for name in ("builtin", "textbook", "eager"):
             add(f"{name} {SLOW}", modules[name], mode=SLOW)

@@ -122,8 +122,7 @@ def test_whole_runs(result: Path) -> None:
         assert r["steps"] == r["evaluated"][0][0]
         assert r["run"] in tables.runs(values["target"])
     losses = [r["evaluated"][-1][2] for r in rows]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the ops
-    assert abs(losses[0] - losses[2]) > 1e-3  # of the seeds
+    assert losses[0] != losses[2]  # another seed, another training
 
 
 class Page(HTMLParser):

@@ -89,7 +89,7 @@ def test_no_turn_begins_when_the_time_is_over(tmp_path: Path) -> None:
         ("textbook compiled", "builtin compiled"),
         ("eager max-autotune", "builtin max-autotune"),
         ("nanoGPT", "builtin AdamW"),
-        ("nanoGPT compiled", "builtin compiled"),
+        ("nanoGPT compiled", "builtin AdamW compiled"),
     ],
 )
 def test_like_is_compared_with_like(variant: str, builtin: str) -> None:
