@@ -1,8 +1,7 @@
 """Muon: momentum whose update is made orthogonal, for matrices (Jordan et al. 2024).
 
 The momentum U S V^T of a weight becomes the update U V^T: every direction moves alike, not only the
-few that most gradients share. A Newton-Schulz iteration finds it by matrix products alone. Matrices
-of one shape go through it together.
+few that most gradients share. A Newton-Schulz iteration finds it by matrix products alone.
 """
 
 from collections import defaultdict
@@ -13,7 +12,7 @@ import torch
 from irongpt_kernels import builtin
 from torch import Tensor
 
-STEPS = 5  # of the iteration
+STEPS = (3, 2)  # of the iteration, with a fresh Gram matrix for each number
 RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025): one learning rate serves both
 
 
@@ -49,13 +48,21 @@ class Muon:
         copies: Mapping[Tensor, Tensor],
     ) -> None:
         """lr: 0-d. unscaled: of the op `unscale`. gradients, 16-bit copies: by their weights."""
-        for params, momentum in self.groups:
-            grads = [gradients[p] for p in params]
-            y = self.ops.muon_momentum(grads, momentum, unscaled, beta=self.beta, dtype=self.dtype)
+        ahead = [
+            self.ops.muon_momentum(
+                [gradients[p] for p in params],
+                momentum,
+                unscaled,
+                beta=self.beta,
+                dtype=self.dtype,
+            )
+            for params, momentum in self.groups
+        ]
+        for (params, momentum), update in zip(self.groups, orthogonal(ahead), strict=True):
             self.ops.muon_update(
                 params,
                 [copies[p] for p in params if p in copies],
-                orthogonal(y),
+                update,
                 lr,
                 unscaled,
                 # An orthogonal matrix has a mean square of 1 / its longer side.
@@ -73,16 +80,47 @@ def products_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def orthogonal(groups: list[Tensor]) -> list[Tensor]:
     """U V^T of matrices U S V^T, roughly: singular values end between 0.7 and 1.2.
 
-    x: (n, rows, columns), each of Frobenius norm 1. Products and result are of its type. The
-    polynomial, odd and of fifth order, has Jordan's coefficients, which grow small singular values
-    fastest. Those far below the largest stay small.
+    groups: (n, rows, columns) each, of matrices of Frobenius norm 1. Products and result are of
+    their type. Those far below the largest singular value stay small.
+
+    The iteration works on Gram matrices, which are as large as the smaller side: all groups with
+    one such side go together, and a matrix itself is multiplied twice for each of STEPS, where the
+    usual form does so at every step. Taking the Gram matrix once only would lose half the digits.
     """
-    tall = x.shape[1] > x.shape[2]
-    for _ in range(STEPS):
-        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, *((x, gram) if tall else (gram, x)), beta=3.4445)
-    return x
+    sides: dict[int, list[int]] = defaultdict(list)
+    for i, x in enumerate(groups):
+        sides[min(x.shape[1:])].append(i)
+    found = list(groups)
+    for members in sides.values():
+        for steps in STEPS:
+            xs = [found[i] for i in members]
+            gram = torch.cat([x.mT @ x if _tall(x) else x @ x.mT for x in xs])
+            factors = _factor(gram, steps).split([len(x) for x in xs])
+            for i, x, q in zip(members, xs, factors, strict=True):
+                found[i] = x @ q if _tall(x) else q @ x
+    return found
+
+
+def _tall(x: Tensor) -> bool:
+    return x.shape[1] > x.shape[2]
+
+
+def _factor(gram: Tensor, steps: int) -> Tensor:
+    """By what so many Newton-Schulz steps multiply matrices of these Gram matrices, (n, m, m).
+
+    A step multiplies by p(G) = a + b G + c G^2 with Jordan's coefficients, which grow small
+    singular values fastest, and the next Gram matrix is p G p.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    q = None
+    for left in reversed(range(steps)):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        q = p if q is None else p @ q
+        if left:
+            gram = p @ gram @ p
+    assert q is not None
+    return q
