@@ -30,6 +30,7 @@ def path(request, monkeypatch) -> None:
     if request.param == "blocks":
         monkeypatch.setattr(kernel, "MAX_BLOCK", 16)
         monkeypatch.setattr(kernel, "TILE", 32)
+        monkeypatch.setattr(kernel, "PARTS", 2)
 
 
 def hold(logits: Tensor, targets: Tensor, upstream: float = 1.7, **options: object) -> None:

@@ -133,7 +133,7 @@ def test_a_fused_step_of_iron_does_not_grow(books: dict[str, ledger.Ledger]) -> 
     book = books["fused"]
     assert book.launches["matrix products"] == 75
     assert book.launches["optimizer"] <= 3
-    assert sum(book.launches.values()) <= 175
+    assert sum(book.launches.values()) <= 172
     assert sum(book.bytes.values()) <= 8.9e9
 
 
@@ -141,7 +141,7 @@ def test_a_fused_step_of_fast_does_not_grow() -> None:
     """Lower these with the step. Of the optimizer 37 are Muon's iteration."""
     book, _ = ledger.step(fused, torch.float16, "fast")
     assert book.launches["optimizer"] <= 52
-    assert sum(book.launches.values()) <= 224
+    assert sum(book.launches.values()) <= 221
     assert sum(book.bytes.values()) <= 3.1e9
 
 

@@ -13,7 +13,8 @@ Traffic     fwd reads x: MV elements. bwd reads x, writes dx: 2MV. Nothing of si
             p is recomputed from (m, rest), 8 bytes a row.
 Parallelism fwd: a program owns BLOCK_M rows and walks their V in blocks of BLOCK_N, the sum
             rescaled whenever m grows. bwd: a program per tile, since no row needs a second sum.
-            The row losses are summed by PyTorch, not by atomics: every run gives the same bits.
+            Every program of the forward leaves the sum of its rows' losses and their number, and
+            one more program adds those in order: two kernels, no atomics, every run the same bits.
 Precision   float32 between load and store. m and rest are kept apart: m + log(sum) as one
             float32 would round p by m's last digit. Summing `rest` without the true class gives
             a confident row both its loss, log1p(rest), and its p_t - 1, which 1 - p_t would lose.
@@ -32,6 +33,7 @@ from irongpt_kernels import checks, launch
 
 MAX_BLOCK = 4096  # columns in registers at a time
 TILE = 1024  # elements of a program whose rows are short: 2 warps
+PARTS = 1024  # sums of programs that the last one reads at a time
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _log1p(x):
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, t_ptr, loss_ptr, m_ptr, rest_ptr,
+    x_ptr, t_ptr, sums_ptr, counts_ptr, m_ptr, rest_ptr,
     M, V, x_stride_m, x_stride_v, t_stride, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +73,23 @@ def _fwd_kernel(
     m = tl.where(bad, float("nan"), m)
     below = x_t - m  # 0 where the true class is the likeliest
     loss = tl.where(below == 0.0, _log1p(rest), tl.log(rest + tl.exp(below)) - below)
-    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=rows < M)
+    tl.store(sums_ptr + row_tile, tl.sum(tl.where(counted, loss, 0.0), 0))
+    tl.store(counts_ptr + row_tile, tl.sum(counted.to(tl.int64), 0))
     tl.store(m_ptr + rows, m, mask=rows < M)
     tl.store(rest_ptr + rows, rest, mask=rows < M)
+
+
+@triton.jit
+def _mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.constexpr):
+    """One program: the loss, and n."""
+    total, n = tl.zeros((PARTS,), tl.float32), tl.zeros((PARTS,), tl.int64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.load(sums_ptr + part, mask=part < parts, other=0.0)
+        n += tl.load(counts_ptr + part, mask=part < parts, other=0)
+    count = tl.sum(n, 0)
+    tl.store(loss_ptr, tl.sum(total, 0) / count.to(tl.float32))
+    tl.store(n_ptr, count)
 
 
 @triton.jit
@@ -108,15 +124,19 @@ Statistics = tuple[Tensor, Tensor, Tensor]
 def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, *Statistics]:
     """Any strides. Returns the loss, 0-d; m and rest, (M,) float32; and n, 0-d int64."""
     M, V = x.shape
-    losses, m, rest = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(3))
-    if M:
-        block_m, tile = _tile(V)
-        with launch.on(x.device):
-            _fwd_kernel[(triton.cdiv(M, block_m),)](
-                x, t, losses, m, rest, M, V, *x.stride(), *t.stride(), ignore_index, **tile
+    block_m, tile = _tile(V)
+    parts = triton.cdiv(M, block_m)
+    sums, m, rest, loss = (
+        torch.empty(size, dtype=torch.float32, device=x.device) for size in (parts, M, M, ())
+    )
+    counts, n = (torch.empty(size, dtype=torch.int64, device=x.device) for size in (parts, ()))
+    with launch.on(x.device):
+        if M:
+            _fwd_kernel[(parts,)](
+                x, t, sums, counts, m, rest, M, V, *x.stride(), *t.stride(), ignore_index, **tile
             )
-    n = (t != ignore_index).sum()
-    return losses.sum() / n, m, rest, n
+        _mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
+    return loss, m, rest, n
 
 
 def cross_entropy_bwd(

@@ -138,7 +138,11 @@ SOFTMAX: list[Bug] = [
 
 CROSS_ENTROPY: list[Bug] = [
     ("ignored rows lose", "tl.where(counted, loss, 0.0)", "loss"),
-    ("ignored rows count", "n = (t != ignore_index).sum()", "n = (t == t).sum()"),
+    ("ignored rows count", "counted.to(tl.int64), 0)", "(rows < M).to(tl.int64), 0)"),
+    ("rows past the end count", "counted.to(tl.int64), 0)", "(t != ignore_index).to(tl.int64), 0)"),
+    ("sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
+    ("counts beyond the first block lost", "n += tl.load(", "n = tl.load("),
+    ("sums past the end", "sums_ptr + part, mask=part < parts", "sums_ptr + part, mask=part >= 0"),
     ("upstream gradient ignored", "tl.load(dloss_ptr) / tl.load", "1.0 / tl.load"),
     ("the sum is not rescaled", "rest = rest * tl.exp(m - shift) +", "rest = rest +"),
     ("no 1 taken from the true class", "tl.where(cols == t[:, None], -rest[:, None], e)", "e"),
