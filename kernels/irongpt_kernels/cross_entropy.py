@@ -80,7 +80,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.constexpr):
+def _fwd_mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.constexpr):
     """One program: the loss, and n."""
     total, n = tl.zeros((PARTS,), tl.float32), tl.zeros((PARTS,), tl.int64)
     for start in range(0, parts, PARTS):
@@ -135,7 +135,7 @@ def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, 
             _fwd_kernel[(parts,)](
                 x, t, sums, counts, m, rest, M, V, *x.stride(), *t.stride(), ignore_index, **tile
             )
-        _mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
+        _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
     return loss, m, rest, n
 
 
