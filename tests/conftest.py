@@ -1,5 +1,6 @@
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,17 @@ def _determinism() -> Iterator[None]:
 def _poison() -> Iterator[None]:
     """What nobody has written is NaN, in every test: in the kernels' outputs, and in a KV cache."""
     with poison():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _products() -> Iterator[None]:
+    if not (os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")):
+        yield
+        return
+    from products import repeatable  # imports Triton
+
+    with repeatable():
         yield
 
 

@@ -64,6 +64,15 @@ def test_dot_is_right_in_float32_and_float16() -> None:
     assert _dot_error(torch.float16) < 1e-5
 
 
+@pytest.mark.parametrize("n", [16, 64])
+def test_a_product_and_its_transpose_have_the_same_bits(n: int) -> None:
+    a, b = (randn(n, n, dtype=torch.float32, seed=i) for i in range(2))
+    found = torch.zeros(2, n, n)
+    _dot_kernel[(1,)](a, b, found[0], n)
+    _dot_kernel[(1,)](b.t().contiguous(), a.t().contiguous(), found[1], n)
+    assert torch.equal(found[0], found[1].t())
+
+
 def test_dot_is_wrong_in_bfloat16() -> None:
     assert not _dot_error(torch.bfloat16) < 1
 
