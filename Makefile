@@ -4,7 +4,7 @@
 #     make test                         the tests; ARGS="..." for pytest's
 #     make test-tritons                 what compiles for a T4, under each Triton that we support
 #     make lint                         style and types
-#     make bench                        every op by every provider; ARGS="--iron-only" for no sweeps
+#     make bench                        every op by every provider; ARGS="--no-sweeps" for no sweeps
 #     make bench-train                  ms a training step, tokens/s, writing, seconds to a loss
 #     make bench-nano NANOGPT=folder    nano against nanoGPT's CPU recipe; folder: its checkout
 #     make gpu                          all that a GPU is asked for, in ten minutes; sets nothing up
@@ -39,10 +39,14 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
-bench-train: .venv/run
-	$(BIN)/python -m benchmarks.train $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(ARGS)
-	$(BIN)/python -m benchmarks.decode
-	$(BIN)/python -m benchmarks.runs --section target
+# ARGS are for all three; one that fails does not keep the others from running.
+bench-train: .venv/dev
+	@failed=0; \
+	run() { echo "$$*"; "$$@" $(ARGS) || failed=1; }; \
+	run $(BIN)/python -m benchmarks.train $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
+	run $(BIN)/python -m benchmarks.decode; \
+	run $(BIN)/python -m benchmarks.runs --section target; \
+	exit $$failed
 
 bench-nano: .venv/dev
 	$(BIN)/python -m benchmarks.nano --nanogpt "$(NANOGPT)" $(ARGS)

@@ -4,28 +4,71 @@ from collections.abc import Iterator
 from typing import Any
 
 Values = dict[str, Any]
-LEAST = 0.03  # of the time: less is not told, however quiet the card
-Times = dict[tuple[str, ...], tuple[float, float | None]]
+Name = tuple[str, ...]
+Times = dict[Name, tuple[float, float | None]]
 
-# By section, what names a row.
-KEYS = {
+LEAST = 0.03  # of the time: less is not told, however quiet the card
+LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
+
+# By section, what names a row: of times that were taken often enough to know their noise, ...
+KEYS: dict[str, Name] = {
     "kernels": ("op", "size", "dtype", "dropout", "mode", "provider"),
     "train": ("variant", "dtype"),
     "decode": ("ops", "way", "batch"),
 }
+# ... and of whole trainings, of which there is one each.
+TRAININGS: dict[str, Name] = {
+    "target": ("run", "dtype"),
+    "runs": ("run", "dtype"),
+    "nano": ("name",),
+}
+
+
+def named(values: Values, section: str, keys: Name) -> dict[Name, Values]:
+    """The rows of a section that say all of `keys`."""
+    found = values.get(section, {}).get("rows", [])
+    return {tuple(str(r[key]) for key in keys): r for r in found if all(key in r for key in keys)}
 
 
 def rows(values: Values, section: str) -> Times:
     """Seconds and their interquartile distance, None where nobody knows, by name."""
     found: Times = {}
-    for r in values.get(section, {}).get("rows", []):
+    for name, r in named(values, section, KEYS[section]).items():
         seconds = r.get("seconds", r.get("seconds_a_token"))
         if seconds is not None:
-            found[tuple(str(r[key]) for key in KEYS[section])] = (seconds, r.get("iqr"))
+            found[name] = (seconds, r.get("iqr"))
     return found
 
 
-def changed(a: Values, b: Values) -> Iterator[tuple[str, tuple[str, ...], float, float]]:
+def memory(a: Values, b: Values) -> Iterator[tuple[str, Name, int, int]]:
+    """(section, name, peak bytes in a, in b) where they differ by more than 1 %."""
+    for section, keys in KEYS.items():
+        before, after = named(a, section, keys), named(b, section, keys)
+        for name in before.keys() & after.keys():
+            x, y = (rows[name].get("peak_bytes") for rows in (before, after))
+            if x and y and abs(y - x) > LEAST_MEMORY * x:
+                yield section, name, x, y
+
+
+def trainings(a: Values, b: Values) -> Iterator[str]:
+    """A line for each whole training in both: seconds and validation loss, without a verdict."""
+    for section, keys in TRAININGS.items():
+        before, after = named(a, section, keys), named(b, section, keys)
+        for name, x in before.items():
+            if name in after and "seconds" in x and "seconds" in after[name]:
+                y = after[name]
+                losses = f"{_loss(x)} to {_loss(y)}"
+                seconds = f"{x['seconds']:.1f} to {y['seconds']:.1f} s"
+                yield f"{section}: {', '.join(name)}: {seconds}, validation loss {losses}"
+
+
+def _loss(row: Values) -> str:
+    evaluated = row.get("evaluated")
+    loss = evaluated[-1][2] if evaluated else row.get("validation_loss")
+    return "?" if loss is None else f"{loss:.3f}"
+
+
+def changed(a: Values, b: Values) -> Iterator[tuple[str, Name, float, float]]:
     """(section, name, seconds in a, seconds in b) where they differ by more than the noise.
 
     The noise is the sum of both interquartile distances, and 3 % of the time at least. Where one of
@@ -67,6 +110,14 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         word = f"{x / y:.2f}x faster" if y < x else f"{y / x:.2f}x slower"
         what = f"{section}: {', '.join(name)}"
         lines.append(f"| {word} | {_time(x)} | {_time(y)} | {what} |")
+    found_memory = sorted(memory(a, b), key=lambda c: c[3] / c[2])
+    if found_memory:
+        lines += ["", "| memory | before | after | what |", "|---|---|---|---|"]
+    for section, name, p, q in found_memory:
+        sizes = f"{p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB"
+        lines.append(f"| {q / p - 1:+.0%} | {sizes} | {section}: {', '.join(name)} |")
+    if once := list(trainings(a, b)):
+        lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]
     for s in KEYS:
         for one, other, word in ((a, b, "gone"), (b, a, "new")):
             only = sorted(rows(one, s).keys() - rows(other, s).keys())

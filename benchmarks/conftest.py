@@ -15,7 +15,7 @@ from irongpt import device as devices
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("irongpt")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.addoption("--iron-only", action="store_true", help="no sweeps")
+    group.addoption("--no-sweeps", action="store_true", help="the model's own shape only")
     group.addoption("--providers", default=",".join(NAMES), help="of these only")
     group.addoption("--out", type=Path, default=results.FOLDER, help="folder of the results")
     group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
@@ -36,11 +36,10 @@ class Session:
         self.rows: list[kernels.Row] = []
 
     def begin(self) -> None:
-        gpu = self.device.type == "cuda"
-        types = kernels.dtypes_of(self.device, True) + kernels.dtypes_of(self.device, False)
-        roofs = environment.roofs(self.device, list(dict.fromkeys(types)))
+        types = dict.fromkeys([*kernels.halves(self.device), torch.float32])
+        roofs = environment.roofs(self.device, list(types))
         without = missing(self.device, self.names)
-        self.section.put(smoke=not gpu, missing=without, roofs=roofs, rows=[])
+        self.section.put(missing=without, roofs=roofs, rows=[])
 
     def end(self) -> None:
         if self.device.type == "cuda":  # a card that has become hot has other roofs
@@ -74,10 +73,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     device = devices.pick(config.getoption("device"))
-    gpu = device.type == "cuda"
-    cases = workloads.iron_cases(gpu, kernels.dtypes_of(device, False))
-    if not config.getoption("iron_only"):
-        cases += workloads.sweep_cases(gpu, kernels.dtypes_of(device, True))
+    swept = () if config.getoption("no_sweeps") else workloads.SWEEPS
+    cases = kernels.cases_of(device, swept=swept)
     names = config.getoption("providers").split(",")
     without = missing(device, tuple(names))
     here = [name for name in names if name not in without]

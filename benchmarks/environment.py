@@ -83,11 +83,13 @@ def installed(package: str) -> str | None:
         return None
 
 
-def git_commit() -> str:
-    """Of the checkout, with -dirty where tracked files have changed; unknown without git."""
+def git_commit(checkout: Path = ROOT) -> str:
+    """Of a checkout, with -dirty where tracked files have changed; unknown without git."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", *args], cwd=checkout, capture_output=True, text=True, timeout=20
+        )
         done.check_returncode()
         return done.stdout.strip()
 
@@ -213,7 +215,7 @@ class Watch:
 def roofs(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
     """What this device does at best, measured: bytes/s of a copy, FLOP/s of a large product."""
     gpu = device.type == "cuda"
-    n = COPIED if gpu else 1 << 26
+    n = COPIED if gpu else 1 << 28  # beyond any cache
     x = torch.ones(n, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     found: dict[str, Any] = {"copy_bytes_per_s": 2 * n / _seconds(lambda i: y.copy_(x), device)}

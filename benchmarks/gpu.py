@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python -m benchmarks.gpu              all stages, in ten minutes at most
     PYTHONPATH=.:kernels python -m benchmarks.gpu --only compare kernels
 
-It needs torch, triton, pytest and numpy, and no network. Each stage is a process of its own, has
+It needs torch, triton, pytest and numpy, and no network: without it the runs read Python's manual,
+or what --data names. Each stage is a process of its own, has
 its part of the time that is left, and writes what it has as soon as it has it; the next one starts
 whatever became of it. Without a GPU the same stages run in a small size.
 
@@ -83,6 +84,7 @@ class Gpu:
         self.file: Path = args.result or results.path(args.out, self.device, args.commit)
         self.file = self.file.resolve()
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.data: str | None = args.data
         self.log = self.file.with_suffix(".log")
         self.options = ["--device", str(self.device), "--result", str(self.file)]
         self.options += ["--commit", args.commit] if args.commit else []
@@ -166,6 +168,7 @@ class Gpu:
 
     def runs(self, limit: float) -> Done:
         size = [] if self.gpu else ["--iters", 10, "--ops", "builtin", "eager"]
+        size += ["--data", self.data] if self.data else []
         return self.benchmark("runs", limit, "--limit", limit / 3, *size)
 
     def report(self, limit: float) -> Done:
@@ -178,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="all that a GPU is asked for")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages [9.5]")
+    parser.add_argument("--data", help="of the runs [War and Peace if it can be had]")
     results.add_options(parser)
     args = parser.parse_args(argv)
     # A shell starts what is in the background deaf to interrupts; the stages have to hear theirs.

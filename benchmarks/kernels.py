@@ -1,11 +1,11 @@
 """Times every provider of an op, if what it computes is right.
 
-    python -m benchmarks.kernels                 the iron model's shape; without a GPU a small one
+    python -m benchmarks.kernels                 the iron model's shape; without a GPU nano's
     python -m benchmarks.kernels --sweeps        and along T, head dimension, batch and width
 
 First the gate: outputs and gradients are held against eager in float64 by the one rule of
-irongpt_kernels.tolerance. A provider beyond it gets no time. One that drops by a generator of its
-own is held to it without dropout.
+irongpt_kernels.tolerance. Beyond it our kernels get no time, nor does a rival that is far beyond.
+One that drops by a generator of its own is held to it without dropout.
 
 Backward is timed alone on the graph of a forward that has been run; `both` is a forward and its
 backward. The bytes and FLOPs of a row are the least that the op needs, not what a provider moved.
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, results, timing, workloads
-from benchmarks.gate import Gate, tensors_of
+from benchmarks.gate import Gate, passes, tensors_of
 from benchmarks.providers import NAMES, Provider, computes, missing, providers
 from benchmarks.work import Work, free, reason
-from benchmarks.workloads import MODES, Case, Inputs
+from benchmarks.workloads import MODES, OWN, Case, Inputs
 from irongpt import device as devices
 
-ROUNDS = {"cuda": 20, "cpu": 5}
+ROUNDS = {"cuda": 20, "cpu": 9}
 LARGE = 1 << 28  # elements of all T x T matrices, from which on one copy of the inputs will do:
 # who has the matrices in memory moves many times the L2, for who has not, arithmetic decides
 LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")
@@ -45,9 +45,11 @@ def measure_case(
     return rows
 
 
-def compiled_here(case: Case) -> bool:
-    """Compiling takes longer than all else, so it is done where it tells most."""
-    return case.sweep in ("iron", "T") or case.op == "gelu"
+def compiled_here(case: Case, device: torch.device) -> bool:
+    """Compiling takes longer than all else, so it is done where it tells most: at the model's own
+    shape, and of the sweeps for attention and GELU. On a CPU, at the own shape and for GELU."""
+    swept = case.op.startswith("causal_attention") and device.type == "cuda"
+    return case.sweep in OWN or case.op == "gelu" or swept
 
 
 def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
@@ -55,7 +57,7 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
     gates: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     here: dict[str, Provider] = {}
-    if not compiled_here(case) and "compile" in names and computes("compile", case.op):
+    if not compiled_here(case, device) and "compile" in names and computes("compile", case.op):
         names = tuple(name for name in names if name != "compile")
         refused["compile"] = "not compiled in this sweep: it would take longer than all else"
     for name, provider in providers(case, device, names).items():
@@ -64,7 +66,7 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
         except Exception as e:  # a backend that does not take this case
             refused[name] = reason(e)
             continue
-        if gates[name]["ok"]:
+        if passes(name, gates[name]):
             here[name] = provider
         else:
             refused[name] = f"wrong: {gates[name]['share']:.2g} x the error that the rule allows"
@@ -190,22 +192,31 @@ def line(r: Row, roofs: dict[str, Any]) -> str:
     """A row for a terminal."""
     head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
     if "seconds" not in r:
-        return f"{head} -  {r['none_because'][:90]}"
+        return f"{head} -  {results.short(r['none_because'])}"
     derived = results.derive(r, roofs)
     share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
     spread = results.spread(r["iqr"], 1e6)
-    plain = f"  NO GRAPH, Python's time: {r['plain_because'][:90]}" if r["plain_because"] else ""
+    plain = ""
+    if r["plain_because"]:
+        plain = f"  NO GRAPH, Python's time: {results.short(r['plain_because'])}"
     return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
 
 
-def dtypes_of(device: torch.device, every: bool) -> list[torch.dtype]:
-    """float32 and the card's own 16-bit type; with `every`, both 16-bit types if it has them."""
-    if device.type != "cuda":
-        return [torch.float32]
-    half = devices.precision("auto", device).dtype
-    if not every or half != torch.bfloat16:
-        return list(dict.fromkeys([half, torch.float32]))
-    return [torch.bfloat16, torch.float16]
+def halves(device: torch.device) -> list[torch.dtype]:
+    """The 16-bit types of a card, the one that it trains in first; a CPU's float32."""
+    own = devices.precision("auto", device).dtype
+    return [own, torch.float16] if own == torch.bfloat16 else [own]
+
+
+def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
+    """The model's own shape in 16 bits and in float32, then the sweeps in 16 bits.
+
+    quick: as iron trains on this card, in its own 16-bit type and with dropout, and no more.
+    """
+    gpu, own = device.type == "cuda", halves(device)
+    types = list(dict.fromkeys([*own[: 1 if quick else None], torch.float32]))
+    cases = workloads.own_cases(gpu, types, dropout_off=not quick)
+    return cases + list(workloads.sweep_cases(gpu, own, swept))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -215,21 +226,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS)
     parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--rounds", type=int, help="samples of each [20, 5 on a CPU]")
-    parser.add_argument("--quick", action="store_true", help="compile for one dtype only")
+    parser.add_argument("--rounds", type=int, help="samples of each [20, 9 on a CPU]")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one 16-bit type and float32, iron's dropout, compiled in the former only",
+    )
     results.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
-    cases = workloads.iron_cases(gpu, dtypes_of(device, False), tuple(args.ops))
-    if args.sweeps is not None:
-        names = tuple(args.sweeps) or workloads.SWEEPS
-        swept = workloads.sweep_cases(gpu, dtypes_of(device, True), names)
-        cases += [case for case in swept if case.op in args.ops]
+    swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
+    cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
     with results.Section("kernels", device, args) as section:
         types = list(dict.fromkeys([case.dtype for case in cases]))
         without = missing(device, tuple(args.providers))
-        section.put(smoke=not gpu, missing=without, roofs=environment.roofs(device, types), rows=[])
+        section.put(missing=without, roofs=environment.roofs(device, types), rows=[])
         for name, why in without.items():
             print(f"no {name}: {why}")
         for case in cases:

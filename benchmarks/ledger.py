@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.products import optimizer_bytes
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
@@ -178,12 +179,13 @@ def step(
     return ledger, trainer
 
 
-def floor_bytes(model: GPTConfig, batch_size: int, itemsize: int) -> dict[str, int]:
+def floor_bytes(model: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
     """Least bytes of a step by group: every operand of the operations that remain, once.
 
-    The residual stream is float32, all else of `itemsize`; GELU is an operation of its own.
+    The residual stream is float32, all else of `itemsize`; GELU is an operation of its own. What
+    Muon's iteration moves is not in it.
     """
-    M, C, L, V = batch_size * model.context, model.n_embd, model.n_layer, model.vocab_size
+    M, C, L, V = train.batch_size * model.context, model.n_embd, model.n_layer, model.vocab_size
     matrices = 12 * C * C
     # forward, gradient of the input, gradient of the weight: each of the three moves all three
     products = 3 * L * ((4 + 2 + 5 + 5) * M * C + matrices) + 3 * (M * C + M * V + V * C)
@@ -195,7 +197,7 @@ def floor_bytes(model: GPTConfig, batch_size: int, itemsize: int) -> dict[str, i
         "gelu": L * (8 + 12) * row * itemsize,
         "loss": 3 * M * V * itemsize,
         "batch, embedding": 2 * row * 4,
-        "optimizer": model.n_params() * (24 + 2 * itemsize + 2),
+        "optimizer": optimizer_bytes(model, train.optimizer, itemsize),
     }
 
 
@@ -228,8 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in modules.items():
         ledger, trainer = step(ops, dtype, args.preset, **recipe)
-        config, batch = trainer.model.config, trainer.config.batch_size
-        show(f"{name}, {args.dtype}", ledger, floor_bytes(config, batch, dtype.itemsize), args.top)
+        least = floor_bytes(trainer.model.config, trainer.config, dtype.itemsize)
+        show(f"{name}, {args.dtype}", ledger, least, args.top)
     return 0
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import results
+from benchmarks import environment, results
 from irongpt import corpus
 from irongpt.batches import split
 from irongpt.config import PRESETS, GPTConfig
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     text = corpus.load("war-and-peace", say=print)
     device = torch.device("cpu")
     with results.Section("nano", device, args) as section, tempfile.TemporaryDirectory() as scratch:
-        section.put(rows=[], iron_step=None)
+        section.put(nanogpt=environment.git_commit(checkout), rows=[], iron_step=None)
         for measure in (nanogpt, to_target, nano):
             row = measure(Path(scratch), checkout, text.text)
             section.put(rows=[*section.values["rows"], row])

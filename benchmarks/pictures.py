@@ -10,8 +10,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
 from benchmarks.pictures_train import COLORS, figure_of, losses, memory, plain, step
+from benchmarks.workloads import DROPS, OWN
 
 Values = dict[str, Any]
+PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
 
 
 def draw(values: Values) -> dict[str, bytes]:
@@ -41,26 +43,28 @@ def _png(figure: Figure) -> bytes:
 
 def _own(section: Values) -> tuple[str, list[Values]]:
     """The rows of the model's own shape with a time, in the dtype that comes first."""
-    rows = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke") and r.get("seconds")]
+    rows = [r for r in section["rows"] if r["sweep"] in OWN and r.get("seconds")]
     dtype = rows[0]["dtype"] if rows else ""
     return dtype, [r for r in rows if r["dtype"] == dtype]
+
+
+def _label(r: Values) -> str:
+    return f"{r['op']}, no dropout" if r["op"] in DROPS and not r["dropout"] else str(r["op"])
 
 
 def speedup(section: Values) -> Figure | None:
     """How many times as fast as builtin, forward and backward: a bar for every provider."""
     dtype, rows = _own(section)
     rows = [r for r in rows if r["mode"] == "both"]
-    ops = list(dict.fromkeys(r["op"] for r in rows))
-    base = {r["op"]: r["seconds"] for r in rows if r["provider"] == "builtin"}
-    ops = [op for op in ops if op in base]
-    if not ops:
+    base = {_label(r): r["seconds"] for r in rows if r["provider"] == "builtin"}
+    if not base:
         return None
-    bars = {op: [r for r in rows if r["op"] == op] for op in ops}
+    bars = {op: [r for r in rows if _label(r) == op] for op in base}
     count = sum(len(b) + 1 for b in bars.values())
     figure = figure_of(9, 1.2 + 0.24 * count)
     axes = figure.add_subplot()
     y, ticks, largest = 0.0, [], 1.0
-    for op in ops:
+    for op in bars:
         begin = y
         for r in sorted(bars[op], key=lambda r: r["seconds"]):
             ratio = base[op] / r["seconds"]
@@ -69,7 +73,7 @@ def speedup(section: Values) -> Figure | None:
             marked = "  (no graph)" if r.get("plain_because") else ""
             label = f" {r['provider']}  {ratio:.2f}{marked}"
             weight = "bold" if r["provider"] == "fused" else "normal"
-            axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight)
+            axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight, bbox=PAPER)
             y += 1
         ticks.append(((begin + y - 1) / 2, op))
         y += 1
@@ -90,7 +94,7 @@ def roofline(section: Values) -> Figure | None:
     known = [(r, results.derive(r, roofs)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
-    figure = figure_of(12, 5)
+    figure = figure_of(12, 5.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     ridge = rate / bandwidth
     corner = [ridge / 30, ridge, ridge * 8]
@@ -99,34 +103,36 @@ def roofline(section: Values) -> Figure | None:
         (r, results.derive(r, roofs))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
-        if r["sweep"] in ("iron", "smoke", "T")
+        if r["sweep"] in (*OWN, "T")
     ]
+    swept = [(r, d) for r, d in swept if r["mode"] == "both"]
     for provider in dict.fromkeys(r["provider"] for r, _ in swept):
         points = [
             (r["least_flops"] / r["least_bytes"], d["flops_per_s"] / 1e12)
             for r, d in swept
-            if r["provider"] == provider and r["mode"] == "both"
+            if r["provider"] == provider
         ]
-        left.scatter(
-            *zip(*points, strict=True), s=22, color=COLORS[provider], label=provider, zorder=3
-        )
+        left.scatter(*zip(*points, strict=True), s=22, color=COLORS[provider], zorder=3)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xlabel("FLOP a byte, at least")
     left.set_ylabel("TFLOP/s")
     roof = f"copy {bandwidth / 1e9:,.4g} GB/s, product {rate / 1e12:,.3g} TFLOP/s"
-    title = f"attention, forward and backward, {dtype}\nmeasured roofs: {roof}"
+    lengths = sorted({r["shape"]["T"] for r, _ in swept})
+    sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
+    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured roofs: {roof}"
     left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
     _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
+    _legend(right, [r for r, _ in known + swept])
     return figure
 
 
 def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     """A line for every op and direction, a point for every provider."""
-    labels = list(dict.fromkeys(f"{r['op']}, {r['mode']}" for r, _ in known))
+    labels = list(dict.fromkeys(f"{_label(r)}, {r['mode']}" for r, _ in known))
     for r, d in known:
-        y = labels.index(f"{r['op']}, {r['mode']}")
+        y = labels.index(f"{_label(r)}, {r['mode']}")
         ours = r["provider"] == "fused"
         axes.plot(
             100 * d["share_of_roof"],
@@ -143,9 +149,14 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     axes.set_xlabel("percent of the nearer roof (least bytes or FLOPs)")
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", alpha=0.15)
-    seen = list(dict.fromkeys(r["provider"] for r, _ in known))
-    for provider in seen:
+
+
+def _legend(axes: Axes, rows: list[Values], floor: bool = False) -> None:
+    """Right of the axes, of every provider that the figure shows anywhere."""
+    for provider in dict.fromkeys(r["provider"] for r in rows):
         axes.plot([], [], "o", color=COLORS[provider], label=provider)
+    if floor:
+        axes.plot([], [], "k:", label="computed floor")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
@@ -158,6 +169,7 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
     dtype = rows[0]["dtype"]
     rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "both"]
     figure = figure_of(12, 4.6)
+    floor = key == "seconds" and any("least_bytes" in r for r in rows)
     for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):
         part = [r for r in rows if r["dropout"] == p]
         for provider in dict.fromkeys(r["provider"] for r in part):
@@ -171,15 +183,13 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
                 markersize=4,
                 linewidth=wide,
                 color=COLORS[provider],
-                label=provider,
             )
-        if key == "seconds":
-            floors = sorted(
-                {(r["shape"]["T"], results.derive(r, section["roofs"])["floor_seconds"] * factor)
-                 for r in part if "least_bytes" in r}
-            )  # fmt: skip
-            if floors:
-                axes.plot(*zip(*floors, strict=True), "k:", linewidth=1.2, label="computed floor")
+        if floor and part:
+            floors = {
+                (r["shape"]["T"], results.derive(r, section["roofs"])["floor_seconds"] * factor)
+                for r in part
+            }
+            axes.plot(*zip(*sorted(floors), strict=True), "k:", linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -190,6 +200,6 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
         axes.set_xlabel("T")
         axes.grid(alpha=0.25)
         plain(axes)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend(axes, rows, floor)
     figure.axes[0].set_ylabel(f"{label}, forward and backward")
     return figure

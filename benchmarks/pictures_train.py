@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from benchmarks import products
+
 Values = dict[str, Any]
 
 COLORS = {  # one for each provider, ours stands out
@@ -42,21 +44,21 @@ def step(section: Values) -> Figure | None:
     grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
     for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
         rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
-        products = section["products"][dtype]
-        alone = 1e3 * products["seconds"]
+        alone = section["products"][dtype]
         handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
         for y, r in enumerate(rows):
             ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
-            axes.barh(y, min(alone, ms), color="#495057")
-            axes.barh(y, max(0.0, ms - alone), left=min(alone, ms), color=color)
+            base = min(1e3 * products.of_step(alone, r["variant"]), ms)
+            axes.barh(y, base, color="#495057")
+            axes.barh(y, ms - base, left=base, color=color)
             axes.errorbar(
                 ms, y, xerr=0.5e3 * (r["iqr"] or 0.0), color="black", linewidth=1, capsize=2
             )
             k = r["tokens_per_s"] / 1e3
             rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
             axes.text(ms + 0.5e3 * (r["iqr"] or 0.0), y, rate, va="center", fontsize=8)
-        if "computed_floor_seconds" in products:
-            floor = 1e3 * products["computed_floor_seconds"]
+        if "computed_floor_seconds" in alone:
+            floor = 1e3 * alone["computed_floor_seconds"]
             line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")
             handles.append(line)
         axes.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=9)

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import textwrap
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +104,11 @@ class Section:
 def spread(iqr: float | None, unit: float) -> str:
     """An interquartile distance to be shown; ? where there were too few samples."""
     return "?" if iqr is None or math.isnan(iqr) else f"{iqr * unit:,.2f}"
+
+
+def short(text: str) -> str:
+    """For a cell of a table: a long reason ends at a word, and with dots."""
+    return textwrap.shorten(text, 90, placeholder=" ...")
 
 
 def derive(row: Values, roofs: Values) -> Values:

@@ -145,7 +145,7 @@ def summary(samples: list[float], setting: tuple[Any, ...], peak: float) -> Row:
 def line(row: Row) -> str:
     head = f"{row['dtype']:9} {row['variant']:22}"
     if "seconds" not in row:
-        return f"{head} -  {row.get('none_because', '')[:90]}"
+        return f"{head} -  {results.short(row.get('none_because', ''))}"
     memory = f"{row['peak_bytes'] / 2**30:6.2f} GiB" if row.get("peak_bytes") else ""
     kernels = f"{row['kernels']:5} kernels" if row.get("kernels") else ""
     spread = results.spread(row["iqr"], 1e3)

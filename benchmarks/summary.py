@@ -69,7 +69,9 @@ def _kernels(section: Values) -> str:
             key = r["op"], r["size"], r["dtype"], str(r["dropout"])
             times.setdefault(key, {})[r["provider"]] = r["seconds"]
     wrong = {
-        f"{r['provider']} {r['op']}" for r in section["rows"] if r["gate"] and not r["gate"]["ok"]
+        f"{r['provider']} {r['op']}"
+        for r in section["rows"]
+        if r["gate"] and not r["gate"]["ok"] and "none_because" in r
     }
     ratios = {
         k: t["builtin"] / t["fused"] for k, t in times.items() if {"builtin", "fused"} <= set(t)

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from benchmarks import products, results, summary
-from benchmarks.tables_kernels import kernels, table
+from benchmarks.tables_kernels import dropout, kernels, table
 from benchmarks.workloads import Shape
-from irongpt.config import PRESETS, GPTConfig
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
 
 Values = dict[str, Any]
+
+SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano")  # with an environment each
 
 # A T4 as it is known from others' measurements (its copies reach 72 to 82 % of 320 GB/s, cuBLAS 18
 # to 24 TFLOP/s in float16 under its 70 W). Bounds by these are computed, none of them is measured.
@@ -18,7 +20,7 @@ T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, 
 
 
 def environment(values: Values) -> Values:
-    for name in ("kernels", "train", "decode", "runs", "target", "nano"):
+    for name in SECTIONS:
         if name in values:
             return dict(values[name]["environment"])
     return {}
@@ -39,14 +41,14 @@ def about(values: Values, name: str) -> str:
     ]
     if e.get("device") == "cpu":
         lines.append(
-            "> No GPU: kernels in a small size, to try the suite out; the training step is a real "
-            "measurement of the CPU path."
+            "> No GPU: ops and training steps are those of the nano preset, a real measurement of "
+            "the CPU path. Our Triton kernels have no part in it."
         )
     if e.get("interpreted"):
         lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
     if e.get("emulated"):
         lines.append("> A T4's code on a newer GPU: these times are no T4's.")
-    for section in ("kernels", "train"):
+    for section in SECTIONS:
         state = values.get(section, {}).get("state") or {}
         if state.get("throttled_by"):
             lines.append(
@@ -115,21 +117,24 @@ def train(section: Values) -> str:
         body = []
         for r in sorted(rows, key=lambda r: r.get("seconds") or 1e9):
             if r.get("seconds") is None:
-                body.append([r["variant"], *["-"] * 9, r.get("none_because", "")[:60]])
+                body.append([r["variant"], *["-"] * 9, results.short(r.get("none_because", ""))])
                 continue
             other = alike(r["variant"])
             note = [f"first call {r['first_seconds']:.0f} s"]
             note += ["not in turns with the first"] if r.get("group") else []
-            note += [f"stopped: {r['stopped_because'][:60]}"] if "stopped_because" in r else []
+            if "stopped_because" in r:
+                note.append(f"stopped: {results.short(r['stopped_because'])}")
             body.append(
                 [
                     r["variant"],
                     f"{r['seconds'] * 1e3:.2f}",
                     results.spread(r["iqr"], 1e3),
-                    f"{times[other] / r['seconds']:.2f} {other}" if other in times else "",
+                    f"{times[other] / r['seconds']:.2f} {other}"
+                    if other in times and other != r["variant"]
+                    else "",
                     f"{r['tokens_per_s']:,.0f}",
                     f"{r['mfu']:.1%}",
-                    f"{alone['seconds'] / r['seconds']:.0%}",
+                    f"{products.of_step(alone, r['variant']) / r['seconds']:.0%}",
                     f"{r['peak_bytes'] / 2**30:.2f}" if r.get("peak_bytes") else "",
                     str(r.get("kernels") or ""),
                     str(r.get("launches") or ""),
@@ -144,6 +149,8 @@ def train(section: Values) -> str:
             f"{alone['seconds'] * 1e3:.2f} ms, "
             f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
         )
+        if "optimizer" in alone:
+            text += f" Muon's iteration takes {alone['optimizer']['seconds'] * 1e3:.2f} ms more."
         if "computed_floor_seconds" in alone:
             text += (
                 f" Computed floor, with the least bytes of all else at the copy's bandwidth: "
@@ -154,6 +161,8 @@ def train(section: Values) -> str:
             f"({peaks['peak_from'][dtype]}). Kernels, copies and fills run on the device in a "
             "step; launches are the host's, where a CUDA graph is one."
         )
+        if section.get("nanogpt"):
+            text += f" nanoGPT at {section['nanogpt']}."
         parts += [text, figures(times, alone), table(head, body)]
     return "\n\n".join(part for part in parts if part)
 
@@ -192,7 +201,7 @@ def decode(section: Values) -> str:
     for r in section["rows"]:
         name = [f"{r['ops']}, {r['way']}", str(r["batch"])]
         if "none_because" in r:
-            rows.append([*name, *["-"] * 3, r["none_because"][:60]])
+            rows.append([*name, *["-"] * 3, results.short(r["none_because"])])
             continue
         steady = r.get("steady_tokens_per_s")
         rates = [f"{r['tokens_per_s']:,.0f}", f"{steady:,.0f}" if steady else ""]
@@ -206,7 +215,7 @@ def runs(section: Values) -> str:
     rows = []
     for r in section["rows"]:
         if "none_because" in r:
-            rows.append([r["run"], *["-"] * 5, r["none_because"][:60]])
+            rows.append([r["run"], *["-"] * 5, results.short(r["none_because"])])
             continue
         last = r["evaluated"][-1] if r["evaluated"] else None
         note = "" if r["finite"] else "STOPPED: the loss is not finite"
@@ -234,7 +243,7 @@ def nano(section: Values) -> str:
         for r in section["rows"]
     ]
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
-    return f"{text}\n\n" + (
+    return f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}\n\n" + (
         f"A step of the iron model, {step['batch']} windows: {step['irongpt_ms']} ms, nanoGPT's "
         f"{step['nanogpt_ms']} ms."
     )
@@ -248,10 +257,10 @@ def stages(values: Values) -> str:
     return table(["stage", "", "seconds", ""], rows)
 
 
-def t4_step() -> float:
-    """Computed seconds of the iron preset's step in float16 on a T4, at the least."""
-    config = GPTConfig(vocab_size=Shape().V, **PRESETS["iron"].model)
-    return products.bound(config, PRESETS["iron"].train["batch_size"], torch.float16, T4)
+def t4_step(preset: str = "iron") -> float:
+    """Computed seconds of a preset's step in float16 on a T4, at the least."""
+    config = GPTConfig(vocab_size=Shape().V, **PRESETS[preset].model)
+    return products.bound(config, TrainConfig(**PRESETS[preset].train), torch.float16, T4)
 
 
 def is_t4(section: Values) -> bool:
@@ -261,28 +270,32 @@ def is_t4(section: Values) -> bool:
 def t4(section: Values, training: Values | None = None) -> str:
     """Measured nowhere but on a T4: elsewhere the column is empty, beside it what is computed."""
     here = is_t4(section)
-    known: dict[tuple[str, str], Values] = {}
+    known: dict[tuple[str, str, float], Values] = {}
     for r in section["rows"]:
         if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] == "both":
-            slot = known.setdefault((r["op"], r["size"]), dict(r, fused=None))
+            slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
             if r["provider"] == "fused" and here:
                 slot["fused"] = r.get("seconds")
-    steps = [
-        r["seconds"]
-        for r in (training or {}).get("rows", [])
-        if here
-        and r["variant"] == "fused as trained"
-        and r["dtype"] == "float16"
-        and "seconds" in r
-    ]
-    measured = f"{steps[0] * 1e6:,.0f}" if steps else ""
-    rows = [["a training step, iron", measured, f"{t4_step() * 1e6:,.0f}"]]
-    for (op, size), r in known.items():
+    rows = []
+    for preset in ("iron", "fast"):
+        steps = [
+            r["seconds"]
+            for r in (training or {}).get("rows", [])
+            if here
+            and training
+            and training["preset"] == preset
+            and r["variant"] == "fused as trained"
+            and r["dtype"] == "float16"
+            and "seconds" in r
+        ]
+        measured = f"{steps[0] * 1e6:,.0f}" if steps else ""
+        rows.append([f"a training step, {preset}", measured, f"{t4_step(preset) * 1e6:,.0f}"])
+    for (op, size, p), r in known.items():
         if "least_bytes" not in r:
             continue
         bound = results.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)["floor_seconds"]
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
-        rows.append([f"{op}, {size}", measured, f"{bound * 1e6:,.0f}"])
+        rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (
         "Forward and backward in float16, microseconds. The bound is computed, not measured: least "
         f"bytes at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "

@@ -1,8 +1,10 @@
 """The tables of the kernels: every provider at the model's own shape, then along the sweeps."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import results
+from benchmarks.workloads import DROPS, MODES, OWN
 
 Values = dict[str, Any]
 Key = tuple[Any, ...]
@@ -20,23 +22,25 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def kernels(section: Values) -> str:
-    own = [r for r in section["rows"] if r["sweep"] in ("iron", "smoke")]
+    own = [r for r in section["rows"] if r["sweep"] in OWN]
     parts = []
     if section.get("missing"):
         parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
     parts.append(
-        "Microseconds, median of the samples; GB/s, TFLOP/s and shares are of the least bytes and "
-        "FLOPs that the op needs, forward and backward, against this device's measured roofs. "
-        "Host: what Python takes to issue forward and backward once."
+        "Microseconds, median of the samples and the distance of their quartiles (±), and how many "
+        "times as fast as builtin (x). GB/s and TFLOP/s are of the least bytes and FLOPs that the "
+        "op needs; copy and product are shares of this device's measured roofs. Host: what Python "
+        "takes to issue forward and backward once. Error: of what the numeric rule allows; a rival "
+        "that is beyond it, in bold, computes something less exact in its time."
     )
     for key in dict.fromkeys(_key(r) for r in own):
         rows = [r for r in own if _key(r) == key]
         parts.append(_op(key, rows, section["roofs"]))
-    swept = [r for r in section["rows"] if r["sweep"] not in ("iron", "smoke")]
+    swept = [r for r in section["rows"] if r["sweep"] not in OWN]
     if swept:
         parts.append(
             "### Sweeps\n\nMicroseconds of forward and backward, and times as fast as builtin in "
-            "brackets; the last column is fused's share of the nearer roof."
+            "brackets; then fused's rates, and its share of the nearer roof."
         )
     for series in dict.fromkeys(_series(r) for r in swept):
         rows = [r for r in swept if _series(r) == series and r["mode"] == "both"]
@@ -53,19 +57,13 @@ def _series(r: Values) -> Key:
 
 
 def _op(key: Key, rows: list[Values], roofs: Values) -> str:
+    """Two tables of an op's providers, the fastest first: times, then rates and memory."""
     op, size, dtype, p = key
     by: dict[str, dict[str, Values]] = {}
     for r in rows:
         by.setdefault(r["provider"], {})[r["mode"]] = r
-    base = by.get("builtin", {}).get("both", {}).get("seconds")
     timed = {name: modes for name, modes in by.items() if modes["both"].get("seconds")}
-    body = [
-        _provider(name, modes, base, roofs)
-        for name, modes in sorted(timed.items(), key=lambda item: item[1]["both"]["seconds"])
-    ]
-    head = ["provider", "forward", "backward", "both", "±", "x builtin", "GB/s", "TFLOP/s"]
-    head += ["copy", "product", "MiB", "host us", "of the bound"]
-    dropout = f", dropout {p:g}" if p else ""
+    timed = dict(sorted(timed.items(), key=lambda item: item[1]["both"]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
     for name, modes in timed.items():
         plain = [f"{m} ({r['plain_because']})" for m, r in modes.items() if r.get("plain_because")]
@@ -79,27 +77,62 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
         f"{name}: {m['both']['none_because']}" for name, m in by.items() if name not in timed
     ]
     notes += ["No time: " + "; ".join(without)] if without else []
-    return "\n\n".join([f"### {op}, {size}, {dtype}{dropout}", table(head, body), *notes])
+    heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
+    return "\n\n".join([heading, _times(timed), _rates(timed, roofs), *notes])
 
 
-def _provider(name: str, modes: dict[str, Values], base: float | None, roofs: Values) -> list[str]:
-    both = modes["both"]
-    d = results.derive(both, roofs)
-    marked = f"{name} ({both['backend']})" if both.get("backend") else name
-    times = (modes[m] for m in ("forward", "backward", "both"))
-    return [
-        marked,
-        *(f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('plain_because') else ''}" for r in times),
-        results.spread(both["iqr"], 1e6),
-        f"{base / both['seconds']:.2f}" if base else "",
-        f"{d['bytes_per_s'] / 1e9:,.3g}" if d else "",
-        f"{d['flops_per_s'] / 1e12:.3g}" if d and d["flops_per_s"] else "",
-        f"{d['share_of_copy']:.1%}" if d else "",
-        f"{d['share_of_gemm']:.1%}" if d and d["share_of_gemm"] else "",
-        f"{both['peak_bytes'] / 2**20:,.0f}" if both.get("peak_bytes") else "",
-        f"{both['host_seconds'] * 1e6:,.0f}" if both.get("host_seconds") else "",
-        f"{both['gate']['share']:.0%}",
+def dropout(op: str, p: float) -> str:
+    """Of an op that drops; nothing for the others."""
+    return f", dropout {p:g}" if op in DROPS else ""
+
+
+def _times(timed: dict[str, dict[str, Values]]) -> str:
+    head = ["provider", *(f"{h}" for m in MODES for h in (m, "±", "x")), "host us", "error"]
+    base = {m: r["seconds"] for m, r in timed.get("builtin", {}).items()}
+    body = []
+    for name, modes in timed.items():
+        both = modes["both"]
+        cells = [f"{name} ({both['backend']})" if both.get("backend") else name]
+        for m in MODES:
+            r = modes[m]
+            cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('plain_because') else ''}"]
+            cells += [results.spread(r["iqr"], 1e6)]
+            cells += [f"{base[m] / r['seconds']:.2f}" if m in base and name != "builtin" else ""]
+        host = f"{both['host_seconds'] * 1e6:,.0f}" if both.get("host_seconds") else ""
+        gate = both["gate"]
+        error = f"{gate['share']:.0%}" if gate["ok"] else f"**{gate['share']:.0%}**"
+        body.append([*cells, host, error])
+    return table(head, body)
+
+
+RATES: dict[str, tuple[str, Callable[[float], str]]] = {  # by what it says: unit, of `derive`
+    "GB/s": ("bytes_per_s", lambda x: f"{x / 1e9:,.3g}"),
+    "TFLOP/s": ("flops_per_s", lambda x: f"{x / 1e12:.3g}"),
+    "copy": ("share_of_copy", lambda x: f"{x:.1%}"),
+    "product": ("share_of_gemm", lambda x: f"{x:.1%}"),
+    "MiB": ("peak_bytes", lambda x: f"{x / 2**20:,.0f}"),
+}
+
+
+def _rates(timed: dict[str, dict[str, Values]], roofs: Values) -> str:
+    """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
+    known = {
+        name: [r | results.derive(r, roofs) for r in (modes[m] for m in MODES)]
+        for name, modes in timed.items()
+    }
+    shown = {
+        what: (key, form)
+        for what, (key, form) in RATES.items()
+        if any(r.get(key) for rows in known.values() for r in rows)
+    }
+    if not shown:
+        return ""
+    head = ["provider", *(f"{what} {m}" for what in shown for m in MODES)]
+    body = [
+        [name, *(form(r[key]) if r.get(key) else "" for key, form in shown.values() for r in rows)]
+        for name, rows in known.items()
     ]
+    return table(head, body)
 
 
 def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
@@ -121,12 +154,30 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
             ratio = f" ({base / r['seconds']:.2f})" if base and name != "builtin" else ""
             star = "*" if r.get("plain_because") else ""
             cells.append(f"{r['seconds'] * 1e6:,.1f}{star}{ratio}")
-        d = results.derive(by.get("fused", {}), roofs)
-        body.append([size, *cells, f"{d['share_of_roof']:.0%}" if d else ""])
-    dropout = f", dropout {p:g}" if p else ""
-    text = f"**{op} over {sweep}, {dtype}{dropout}**\n\n" + table(
-        ["size", *names, "fused: of the roof"], body
-    )
+        body.append(
+            [size, *cells, *(_ours(by.get("fused", {}), roofs) if "fused" in names else [])]
+        )
+    head = ["size", *names]
+    head += ["fused: GB/s", "TFLOP/s", "of the roof"] if "fused" in names else []
+    parts = [f"**{op} over {sweep}, {dtype}{dropout(op, p)}**", table(head, body)]
+    parts += [_memory(names, rows)] if any(r.get("peak_bytes") for r in rows) else []
     if any("*" in cell for row in body for cell in row):
         notes["* in no graph: Python's time too"] = None
-    return text + ("\n\nWithout a time (-) and other notes: " + "; ".join(notes) if notes else "")
+    parts += ["Without a time (-) and other notes: " + "; ".join(notes)] if notes else []
+    return "\n\n".join(parts)
+
+
+def _ours(row: Values, roofs: Values) -> list[str]:
+    d = results.derive(row, roofs)
+    if not d:
+        return [""] * 3
+    flops = f"{d['flops_per_s'] / 1e12:.3g}" if d["flops_per_s"] else ""
+    return [f"{d['bytes_per_s'] / 1e9:,.3g}", flops, f"{d['share_of_roof']:.0%}"]
+
+
+def _memory(names: list[str], rows: list[Values]) -> str:
+    body = []
+    for size in dict.fromkeys(r["size"] for r in rows):
+        by = {r["provider"]: r.get("peak_bytes") for r in rows if r["size"] == size}
+        body.append([size, *(f"{(by[n] or 0) / 2**20:,.0f}" if by.get(n) else "-" for n in names)])
+    return table(["MiB at the peak", *names], body)

@@ -26,7 +26,7 @@ import torch
 from benchmarks import replay
 from benchmarks.work import Call, Work, free, reason
 
-SAMPLE = 1e-3  # seconds that a sample on a CPU takes at least; replay has a GPU's
+SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least; replay has a GPU's
 CALLS = 200  # in it at most
 COLD = 2  # inputs together are so many times the L2
 COPIES = 1024  # of the inputs at most

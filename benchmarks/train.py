@@ -16,9 +16,9 @@
 A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, AdamW. The variants take
 turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
 
-Of the step's matrix products each shape is timed alone; what is left of a step is all else. The
-floor, `computed`, is their time and the least bytes of the other ops at this device's measured copy
-bandwidth.
+Of the step's matrix products each shape is timed alone, and so is Muon's iteration; what is left
+of a step is all else. The floor, `computed`, is their time and the least bytes of the other ops at
+this device's measured copy bandwidth.
 """
 
 import argparse
@@ -99,9 +99,10 @@ def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainCon
 def _products(
     section: results.Section, setting: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    shape = setting[0], setting[1].batch_size, dtype
-    found = products.measure(*shape, device)
-    found |= products.floor(*shape, found["seconds"], section.values["roofs"])
+    config, recipe, _ = setting
+    found = products.measure(config, recipe, dtype, device)
+    roofs = section.values["roofs"]
+    found |= products.floor(config, recipe, dtype, products.of_step(found), roofs)
     section.put(products=section.values["products"] | {str(dtype)[6:]: found})
     print(products.line(str(dtype)[6:], found), flush=True)
 
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
             preset=preset,
             model=vars(setting[0]),
             batch_size=setting[1].batch_size,
+            nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
             roofs=roofs,
             products={},
             rows=[],

@@ -1,4 +1,6 @@
-"""What is timed: every op at the iron model's shape, then along sweeps, and what it costs at least.
+"""What is timed: every op at the model's own shape, then along sweeps, and what it costs at least.
+
+The model is iron on a GPU, nano on a CPU.
 
 Weights are float32 and so is the residual stream, which layer_norm and dropout_add_layer_norm take,
 as in a training under autocast; all else is of the case's dtype. The sweep over T keeps the tokens:
@@ -43,13 +45,14 @@ class Shape:
 
 
 IRON = Shape()
-SMOKE = Shape(B=2, H=2, T=64, D=32, V=109)  # where there is no GPU
+NANO = Shape(B=16, H=4, T=64, D=32)
+OWN = ("iron", "nano")  # series of a model's own shape
 GATE = 1 << 25  # elements of a T x T matrix, at most, at which an op is checked
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape. sweep: which series it belongs to, `iron` for the model's own shape."""
+    """An op at a shape. sweep: which series it belongs to; one of OWN for the model's own shape."""
 
     op: str
     sweep: str
@@ -169,17 +172,40 @@ def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-def iron_cases(gpu: bool, dtypes: list[torch.dtype], ops: tuple[str, ...] = OPS) -> list[Case]:
-    """Every op at the model's own shape; the dropping ones with the model's dropout."""
-    shape = IRON if gpu else SMOKE
+def own_cases(
+    gpu: bool, dtypes: list[torch.dtype], ops: tuple[str, ...] = OPS, dropout_off: bool = True
+) -> list[Case]:
+    """Every op at the model's own shape, with dropout as `iron` and, if told, without as `fast`."""
+    name, shape = ("iron", IRON) if gpu else ("nano", NANO)
     return [
-        Case(op, "iron" if gpu else "smoke", shape, dtype, 0.2 if op in DROPS else 0.0)
+        Case(op, name, shape, dtype, p)
         for dtype in dtypes
         for op in ops
+        for p in ((0.2, 0.0) if op in DROPS and dropout_off else (dropping(op),))
     ]
 
 
+def dropping(op: str) -> float:
+    """The iron model's dropout, where the op has any."""
+    return 0.2 if op in DROPS else 0.0
+
+
 SWEEPS = ("T", "D", "batch", "width", "V")
+Sizes = dict[str, tuple[int, ...]]  # by sweep; of `width`, heads
+ON_GPU: Sizes = {
+    "T": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    "D": (16, 32, 64, 96, 128),
+    "batch": (8, 16, 32, 128, 256),
+    "width": (12, 16, 32, 64),  # 768 to 4096 columns
+    "V": (1024, 8192, 50257),
+}
+ON_CPU: Sizes = {
+    "T": (64, 128, 256, 512),
+    "D": (16, 64),
+    "batch": (4,),
+    "width": (12,),
+    "V": (1024,),
+}
 
 
 def sweep_cases(
@@ -187,23 +213,21 @@ def sweep_cases(
 ) -> Iterator[Case]:
     """Over T, head dimension, batch, width and vocabulary, one at a time; attention with dropout
     and without. Layer norm's rows are float32 in any training, so once. Without a GPU a few."""
-    base = IRON if gpu else SMOKE
+    base, sizes = (IRON, ON_GPU) if gpu else (NANO, ON_CPU)
     for dtype in dtypes:
         found = {
-            "T": _over_t(base, dtype, (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
-            "D": _attention("D", dtype, [replace(base, D=D) for D in (16, 32, 64, 96, 128)]),
-            "batch": _over_batch(base, dtype, (8, 16, 32, 128, 256)),
+            "T": _over_t(base, dtype, sizes["T"]),
+            "D": _attention("D", dtype, [replace(base, D=D) for D in sizes["D"]]),
+            "batch": _over_batch(base, dtype, sizes["batch"]),
             "width": [
-                Case(op, "width", replace(base, H=H), dtype, 0.2 if op in DROPS else 0.0)
-                for H in (12, 16, 32, 64)  # 768 to 4096 columns
+                Case(op, "width", replace(base, H=H), dtype, dropping(op))
+                for H in sizes["width"]
                 for op in ("layer_norm", "dropout_add_layer_norm", "gelu")
             ],
-            "V": [
-                Case("cross_entropy", "V", replace(base, V=V), dtype) for V in (1024, 8192, 50257)
-            ],
+            "V": [Case("cross_entropy", "V", replace(base, V=V), dtype) for V in sizes["V"]],
         }
         for name in names:
-            for case in found[name] if gpu else found[name][: 4 if name == "T" else 2]:
+            for case in found[name]:
                 if case.op != "layer_norm" or dtype == dtypes[0]:
                     yield case
 
@@ -229,9 +253,5 @@ def _over_batch(base: Shape, dtype: torch.dtype, sizes: tuple[int, ...]) -> list
     others = [op for op in OPS if op != "causal_attention"]
     return [
         *_attention("batch", dtype, shapes),
-        *(
-            Case(op, "batch", s, dtype, 0.2 if op in DROPS else 0.0)
-            for op in others
-            for s in shapes
-        ),
+        *(Case(op, "batch", s, dtype, dropping(op)) for op in others for s in shapes),
     ]

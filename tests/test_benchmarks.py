@@ -5,12 +5,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from irongpt_kernels import builtin
 
 from benchmarks import changes, environment, kernels, products, results, tables, workloads
+from benchmarks.gate import RIVALS, passes
 from benchmarks.providers import NAMES, missing, providers
 from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
 from irongpt.config import PRESETS, GPTConfig
@@ -21,7 +23,7 @@ PYTORCH = ("eager", "textbook", "builtin", "math")  # what a CPU has without com
 
 
 def case(op: str, dtype: torch.dtype = torch.float32, p: float = 0.0) -> Case:
-    return Case(op, "smoke", TINY, dtype, p)
+    return Case(op, "nano", TINY, dtype, p)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -69,6 +71,20 @@ def test_a_red_gate_prints_no_speed(
     assert "wrong" in by["builtin"]["none_because"]
     assert "us +-" not in kernels.line(by["builtin"], {})
     json.dumps(results.finite(by["builtin"]), allow_nan=False)
+
+
+def test_a_rival_that_errs_by_a_little_has_its_time_and_its_error_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To leave out a faster one would flatter us; our own kernels have no such allowance."""
+    planted(monkeypatch, "gelu", wrong=1 + 2e-6)
+    rows = kernels.measure_case(case("gelu"), CPU, ("builtin",), rounds=2)
+    gate = rows[-1]["gate"]
+    assert not gate["ok"]
+    assert 1 < gate["share"] < RIVALS
+    assert not passes("fused", gate)
+    text = tables.kernels({"rows": rows, "roofs": dict(copy_bytes_per_s=1, gemm_flops_per_s={})})
+    assert f"| **{gate['share']:.0%}** |" in text
 
 
 def test_in_16_bits_too() -> None:
@@ -131,6 +147,75 @@ def test_what_is_not_compiled_in_a_sweep_says_so() -> None:
     rows = kernels.measure_case(wide, CPU, ("builtin", "compile"), 1)
     (row,) = [r for r in rows if r["provider"] == "compile"]
     assert "not compiled in this sweep" in row["none_because"]
+
+
+def test_the_own_shape_has_both_16_bit_types_and_dropout_on_and_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `iron` trains and as `fast` does; a quick look has what iron does on this card alone."""
+    card = torch.device("cuda")
+    monkeypatch.setattr(
+        kernels.devices, "precision", lambda name, device: SimpleNamespace(dtype=torch.bfloat16)
+    )
+    own = kernels.cases_of(card)
+    assert {c.sweep for c in own} == {"iron"}
+    wanted = {(d, p) for d in (torch.bfloat16, torch.float16, torch.float32) for p in (0.0, 0.2)}
+    for op in workloads.DROPS:
+        assert {(c.dtype, c.p) for c in own if c.op == op} == wanted
+    assert len(own) == len(set(own)) == 3 * (len(OPS) + len(workloads.DROPS))
+    quick = kernels.cases_of(card, quick=True)
+    assert {(c.dtype, c.p) for c in quick if c.op in workloads.DROPS} == {
+        (torch.bfloat16, 0.2), (torch.float32, 0.2)
+    }  # fmt: skip
+    assert all(kernels.compiled_here(c, card) for c in own)
+
+
+def table_of(text: str, head: str) -> list[list[str]]:
+    """The cells of the first table that begins so, its head included."""
+    lines = text[text.index(f"| {head}") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[dict]:
+    """Rows of attention in all modes; `providers`: seconds of both."""
+    row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
+    row |= dict(gate=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
+    row |= dict(least_bytes=8e9, least_flops=16e12) | more
+    parts = dict(forward=0.25, backward=0.75, both=1.0)
+    return [
+        row | dict(provider=name, mode=mode, seconds=seconds * part)
+        for name, seconds in providers.items()
+        for mode, part in parts.items()
+    ]
+
+
+ROOFS = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
+
+
+def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
+    text = tables.kernels({"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "roofs": ROOFS})
+    head, _, ours, theirs = table_of(text, "provider | forward")
+    assert ours[head.index("both") + 2] == "2.00"  # times as fast as builtin
+    head, _, ours, theirs = table_of(text, "provider | GB/s")
+    found = dict(zip(head, ours, strict=True))
+    assert [found[f"GB/s {mode}"] for mode in MODES] == ["32", "10.7", "8"]
+    assert [found[f"TFLOP/s {mode}"] for mode in MODES] == ["64", "21.3", "16"]
+    assert [found[f"copy {mode}"] for mode in MODES] == ["200.0%", "66.7%", "50.0%"]
+    assert [found[f"product {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
+    assert [found[f"MiB {mode}"] for mode in MODES] == ["3", "3", "3"]
+    assert theirs[head.index("GB/s both")] == "4"
+
+
+def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
+    rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
+    text = tables.kernels({"rows": rows, "roofs": ROOFS})
+    cells = table_of(text, "size")[2]
+    assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
+    assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
+    without = [r | dict(peak_bytes=None) for r in rows if r["provider"] == "builtin"]
+    text = tables.kernels({"rows": without, "roofs": ROOFS})
+    assert "MiB at the peak" not in text
+    assert "fused: GB/s" not in text
 
 
 def test_layer_norm_takes_the_float32_residual_stream() -> None:
@@ -207,6 +292,32 @@ def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
     assert flops == tokens * config.flops_per_token() - attention - norms
 
 
+def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
+    """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
+    matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
+    config = GPTConfig(vocab_size=109, **PRESETS["fast"].model)
+    C, L = config.n_embd, config.n_layer
+    longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
+    gram, square = 2 * C * C * longer, 4 * 2 * C**3
+    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
+    flops = L * (4 * gram + (first + second) * square)
+    assert products.muon_flops(config) == flops
+    own = 12 * C * C * L
+    apart = products.optimizer_bytes(config, "adamw", 2) - products.optimizer_bytes(
+        config, "muon", 2
+    )
+    assert apart == own * (8 - 4)  # one moment less; in and out of the iteration in 16 bits
+    assert products.optimizer_bytes(config, "adamw", 4) == 32 * config.n_params()
+
+
+def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
+    found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
+    assert products.of_step(found, "fused graph") == 3.0
+    assert products.of_step(found, "nanoGPT compiled") == 2.0
+    assert products.of_step(found, "builtin AdamW") == 2.0
+    assert products.of_step(dict(seconds=2.0), "builtin") == 2.0
+
+
 def options(folder: Path, **more: object) -> argparse.Namespace:
     return argparse.Namespace(out=folder, result=None, commit="abc", **more)
 
@@ -275,6 +386,29 @@ def test_a_difference_without_a_known_noise_is_none() -> None:
 def test_another_device_is_noted() -> None:
     text = changes.text(file_of(1, 0), file_of(1, 0, "H200"), "a", "b")
     assert "NOTE: another device: T4 and H200" in text
+
+
+def test_memory_and_whole_trainings_are_compared() -> None:
+    def file(peak: int, seconds: float, loss: float) -> dict:
+        step = dict(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
+        run = dict(run="fast, fused", dtype="float16", seconds=seconds, evaluated=[[500, 1, loss]])
+        nano = dict(name="nano", seconds=seconds, validation_loss=loss)
+        parts = dict(train=[step], target=[run, dict(run="no", none_because="x")], nano=[nano])
+        return {"format": 1} | {name: {"rows": rows} for name, rows in parts.items()}
+
+    text = changes.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
+    assert "| -50% | 100.0 MiB | 50.0 MiB | train: fused, float16 |" in text
+    assert "target: fast, fused, float16: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
+    assert "nano: nano: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
+    same = changes.text(*(file(100 << 20, 20.0, 1.375),) * 2, "a", "b")
+    assert "MiB" not in same
+
+
+@pytest.mark.parametrize("section", tables.SECTIONS)
+def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
+    state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
+    values = {section: dict(environment={}, state=state)}
+    assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
 
 
 def test_the_throttle_reasons_of_a_card() -> None:

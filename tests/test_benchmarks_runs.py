@@ -67,9 +67,10 @@ def test_every_section_is_whole(result: Path) -> None:
         assert values[name]["environment"]["commit"] == "abc"
         assert values[name]["state"]["seconds"] >= 0
         assert "ended_by" not in values[name]
-    assert values["kernels"]["smoke"] is True
     assert list(values["kernels"]["missing"]) == ["liger"]
-    assert len(values["kernels"]["rows"]) == 7 * 2 * 3
+    assert (
+        len(values["kernels"]["rows"]) == (7 + 3) * 2 * 3
+    )  # three of them with dropout and without
 
 
 def test_a_step_is_measured(result: Path) -> None:
@@ -184,6 +185,7 @@ def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
     section = results.load(file)["nano"]
     assert section["environment"]["commit"] == "abc"
     assert section["environment"]["date"]
+    assert section["nanogpt"] == "unknown"  # no checkout of git
     assert len(section["rows"]) == 3
     text = (report.write(file) / "report.md").read_text()
     assert "| nanoGPT | 128.3 | 1.724 | 453 |" in text
@@ -191,7 +193,7 @@ def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
 
 
 def iron_row(name: str) -> dict:
-    row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="both")
+    row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="both", dropout=0)
     row |= dict(provider="fused", seconds=1e-3, least_bytes=250_000_000, least_flops=0)
     return {"environment": {"name": name}, "rows": [row]}
 
@@ -201,10 +203,16 @@ def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
     assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
     assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
     assert "computed" in elsewhere
+    step = dict(variant="fused as trained", dtype="float16", seconds=0.5)
+    trained = tables.t4(iron_row("Tesla T4"), dict(preset="fast", rows=[step]))
+    assert "| a training step, fast | 500,000 |" in trained
+    assert "| a training step, iron |  |" in trained
 
 
 def test_the_readme_has_the_bound_that_is_computed() -> None:
-    assert f"| T4 | | {tables.t4_step() * 1e3:.1f} ms |" in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    for preset in ("iron", "fast"):
+        assert f"| {preset} | | {tables.t4_step(preset) * 1e3:.1f} ms |" in text
 
 
 def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
@@ -213,7 +221,7 @@ def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     file = tmp_path / "benchmark.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--iron-only", "--device", "cpu"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--no-sweeps", "--device", "cpu"]
     command += ["--providers", "eager,builtin", "-k", "gelu", "-p", "no:cacheprovider"]
     command += ["--out", str(tmp_path), f"--benchmark-json={file}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

@@ -147,7 +147,7 @@ def test_a_fused_step_of_fast_does_not_grow() -> None:
 
 def test_the_floor_is_below_what_is_moved(books: dict[str, ledger.Ledger]) -> None:
     _, trainer = ledger.step(fused, torch.float16)
-    least = ledger.floor_bytes(trainer.model.config, trainer.config.batch_size, 2)
+    least = ledger.floor_bytes(trainer.model.config, trainer.config, 2)
     book = books["fused"]
     assert least["matrix products"] == book.bytes["matrix products"]
     assert all(n <= 1.001 * book.bytes[group] for group, n in least.items())
