@@ -79,11 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     without = missing(device, tuple(names))
     here = [name for name in names if name not in without]
     wanted = [
-        (c, mode, name)
-        for c in cases
-        for mode in workloads.MODES
-        for name in here
-        if computes(name, c.op)
+        (c, mode, name) for c in cases for mode in c.modes for name in here if computes(name, c.op)
     ]
     ids = [f"{c.sweep}-{c.name}-{mode}-{name}".replace(" ", "_") for c, mode, name in wanted]
     metafunc.parametrize(("case", "mode", "provider"), wanted, ids=ids)

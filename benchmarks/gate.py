@@ -13,8 +13,8 @@ import torch
 from irongpt_kernels import eager, tolerance
 from torch import Tensor
 
-from benchmarks import workloads
-from benchmarks.providers import Outputs, providers
+from benchmarks import updates, workloads
+from benchmarks.providers import Outputs, by, providers
 from benchmarks.workloads import Case, Inputs
 
 RIVALS = 16.0  # times what the rule allows
@@ -39,7 +39,9 @@ class Gate:
         provider = providers(case, self.device, (name,))[name]
         with provider.around():
             found = _run(provider.function, case.inputs(self.device), case.dtype)
-        n_outputs = 2 if case.op == "dropout_add_layer_norm" else 1
+        n_outputs = {"dropout_add_layer_norm": 2}.get(case.op, 1)
+        if case.op in updates.OPS:
+            n_outputs = len(found)
         share, ok = 0.0, True
         for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
             factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
@@ -51,28 +53,33 @@ class Gate:
 
     def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
         if case.p not in self.known:
-            op = getattr(eager, case.op)
             inputs = case.inputs(self.device)
             wide = {
-                name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+                name: x.detach().double().requires_grad_(x.requires_grad)
+                if x.is_floating_point()
+                else x.clone()
                 for name, x in inputs.items()
             }
+            op = by(eager, case, self.device)
 
             def run(x: Inputs) -> list[Tensor]:
-                return _run(lambda t: op(**t, **case.options(self.device)), x, case.dtype)
+                return _run(op, x, case.dtype)
 
             self.known[case.p] = run(inputs), run(wide)
         return self.known[case.p]
 
 
 def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are."""
+    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are.
+    Whole numbers have to be equal."""
     outputs = tensors_of(function(inputs))
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    if not leaves:
+        return [x if x.is_floating_point() else x.double() for x in outputs]
     upstream = [
         g.to(dtype).to(x.dtype)
         for g, x in zip(workloads.upstream(tuple(outputs)), outputs, strict=True)
     ]
-    leaves = [x for x in inputs.values() if x.requires_grad]
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
 

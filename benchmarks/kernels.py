@@ -21,7 +21,7 @@ from benchmarks import environment, results, timing, workloads
 from benchmarks.gate import Gate, passes, tensors_of
 from benchmarks.providers import NAMES, Provider, computes, missing, providers
 from benchmarks.work import Work, free, reason
-from benchmarks.workloads import MODES, OWN, Case, Inputs
+from benchmarks.workloads import OWN, Case, Inputs
 from irongpt import device as devices
 
 ROUNDS = {"cuda": 20, "cpu": 9}
@@ -40,7 +40,7 @@ def measure_case(
             rows = _measure(case, device, names, rounds or ROUNDS[device.type])
     except Exception as e:  # the next case goes on
         here = [name for name in names if computes(name, case.op)]
-        rows = [row(case, "both", None, name, reason(e), None) for name in here]
+        rows = [row(case, case.modes[-1], None, name, reason(e), None) for name in here]
     free(device)
     return rows
 
@@ -74,7 +74,7 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
     free(device)
     rows = []
     times: dict[str, tuple[timing.Timing, int | None] | str]
-    for mode in MODES:
+    for mode in case.modes:
         try:
             times = _times(case, device, here, mode, rounds)
         except torch.cuda.OutOfMemoryError as e:
@@ -86,7 +86,7 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
             else:
                 rows.append(row(case, mode, here[name], name, found, gates[name]))
     for name, why in refused.items():
-        rows.append(row(case, "both", None, name, why, gates.get(name)))
+        rows.append(row(case, case.modes[-1], None, name, why, gates.get(name)))
     return rows
 
 
@@ -100,11 +100,13 @@ def _times(
     inputs += [case.inputs(device, seed) for seed in range(1, sets)]
     # Those that need little memory first: what does not fit is what needs most.
     names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
-    outputs, refused = _outputs(here, names, inputs[0])
-    if outputs is None:
-        return {name: refused[name] for name in here}
-    upstream = [workloads.upstream(outputs) for _ in inputs]
-    del outputs
+    upstream: list[list[Tensor]] = []
+    if mode in ("backward", "both"):
+        outputs, refused = _outputs(here, names, inputs[0])
+        if outputs is None:
+            return {name: refused[name] for name in here}
+        upstream = [workloads.upstream(outputs) for _ in inputs]
+        del outputs
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
     found: dict[str, tuple[timing.Timing, int | None] | str] = {}
@@ -249,9 +251,13 @@ def main(argv: list[str] | None = None) -> None:
             if args.quick and case.dtype != types[0]:
                 names = tuple(name for name in names if name != "compile")
             rows = measure_case(case, device, names, args.rounds)
-            if "compile" in args.providers and "compile" not in names:
+            if (
+                "compile" in args.providers
+                and "compile" not in names
+                and computes("compile", case.op)
+            ):
                 why = f"not compiled in {str(case.dtype)[6:]}: --quick"
-                rows.append(row(case, "both", None, "compile", why, None))
+                rows.append(row(case, case.modes[-1], None, "compile", why, None))
             for r in rows:
                 print(line(r, section.values["roofs"]), flush=True)
             section.put(rows=section.values["rows"] + rows)

@@ -190,15 +190,17 @@ def floor_bytes(model: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str
     # forward, gradient of the input, gradient of the weight: each of the three moves all three
     products = 3 * L * ((4 + 2 + 5 + 5) * M * C + matrices) + 3 * (M * C + M * V + V * C)
     row = M * C
-    return {
+    found = {
         "matrix products": products * itemsize,
         "attention": L * (4 + 8) * row * itemsize,
         "norms": 2 * L * row * ((2 + 2) * itemsize + (2 + 3) * 4),
         "gelu": L * (8 + 12) * row * itemsize,
         "loss": 3 * M * V * itemsize,
         "batch, embedding": 2 * row * 4,
-        "optimizer": optimizer_bytes(model, train.optimizer, itemsize),
     }
+    with contextlib.suppress(ImportError):  # Triton, which the kernels' cost functions stand beside
+        found["optimizer"] = optimizer_bytes(model, train.optimizer, itemsize)
+    return found
 
 
 def show(name: str, ledger: Ledger, least: dict[str, int], top: int) -> None:

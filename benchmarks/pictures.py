@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
 from benchmarks.pictures_train import COLORS, figure_of, losses, memory, plain, step
-from benchmarks.workloads import DROPS, OWN
+from benchmarks.workloads import DROPS, OWN, WHOLE
 
 Values = dict[str, Any]
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
@@ -55,7 +55,7 @@ def _label(r: Values) -> str:
 def speedup(section: Values) -> Figure | None:
     """How many times as fast as builtin, forward and backward: a bar for every provider."""
     dtype, rows = _own(section)
-    rows = [r for r in rows if r["mode"] == "both"]
+    rows = [r for r in rows if r["mode"] in WHOLE]
     base = {_label(r): r["seconds"] for r in rows if r["provider"] == "builtin"}
     if not base:
         return None
@@ -94,7 +94,7 @@ def roofline(section: Values) -> Figure | None:
     known = [(r, results.derive(r, roofs)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
-    figure = figure_of(12, 5.6)
+    figure = figure_of(12, 6.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     ridge = rate / bandwidth
     corner = [ridge / 30, ridge, ridge * 8]
@@ -130,9 +130,13 @@ def roofline(section: Values) -> Figure | None:
 
 def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     """A line for every op and direction, a point for every provider."""
-    labels = list(dict.fromkeys(f"{_label(r)}, {r['mode']}" for r, _ in known))
+
+    def label(r: Values) -> str:
+        return _label(r) if r["mode"] == "call" else f"{_label(r)}, {r['mode']}"
+
+    labels = list(dict.fromkeys(label(r) for r, _ in known))
     for r, d in known:
-        y = labels.index(f"{_label(r)}, {r['mode']}")
+        y = labels.index(label(r))
         ours = r["provider"] == "fused"
         axes.plot(
             100 * d["share_of_roof"],

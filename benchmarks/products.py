@@ -98,23 +98,27 @@ def _seconds(calls: dict[str, timing.Call], device: torch.device) -> dict[str, f
 
 
 def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
-    """Least bytes of an optimizer's step, the products of Muon's iteration apart.
+    """Least bytes of an optimizer's step, the products of Muon's iteration apart: by the kernels'
+    cost functions.
 
-    A gradient is read twice, for the norm of all and for its own sake, and has `itemsize` bytes; so
-    has the copy that is written where that is not 4. Weights and moments are read and written in
-    float32: two of AdamW's, one of Muon's, which writes what the iteration takes and reads what it
-    gives.
+    Gradients of the blocks' matrices have `itemsize` bytes, and so have the copies that are written
+    where that is not 4; all else is float32.
     """
+    from irongpt_kernels.adamw import adamw_bytes
+    from irongpt_kernels.muon import muon_bytes
+
+    n = config.n_layer * sum(r * c for r, c in matrices(config))
     copy = itemsize if itemsize < 4 else 0
-    adamw, muons = 24 + 2 * itemsize + copy, 16 + 2 * itemsize + copy + 2 * itemsize
-    own = config.n_layer * sum(r * c for r, c in matrices(config)) if optimizer == "muon" else 0
-    return muons * own + adamw * (config.n_params() - own)
+    rest = adamw_bytes(config.n_params() - n, 4, 0)
+    if optimizer == "muon":  # for the norm of all, gradients are read once more
+        return rest + muon_bytes(n, itemsize, itemsize, copy) + n * itemsize
+    return rest + adamw_bytes(n, itemsize, copy)
 
 
 def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, int] | None:
     """Least bytes of all but the products in a step, by op; None without Triton.
 
-    By the kernels' cost functions; embedding and optimizer by counting.
+    By the kernels' cost functions; the embedding by counting.
     """
     from benchmarks.workloads import Case, Shape
 

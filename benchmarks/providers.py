@@ -28,6 +28,7 @@ from irongpt_kernels import builtin, eager
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import updates
 from benchmarks.workloads import Case, Inputs
 from irongpt import device as devices
 from irongpt import ops
@@ -94,6 +95,8 @@ def computes(name: str, op: str) -> bool:
     """Whether a provider has the op at all."""
     if name in ("textbook", "flash-attn", *BACKENDS):
         return op in ATTENTION
+    if op in updates.OPS:
+        return name in ("eager", "builtin", "fused")
     return op in ("layer_norm", "cross_entropy") if name == "liger" else True
 
 
@@ -107,15 +110,15 @@ def providers(
         if name in without or not computes(name, case.op):
             continue
         if name == "eager":
-            found[name] = Provider(_by(eager, case, device), own_masks=False)
+            found[name] = Provider(by(eager, case, device), own_masks=False)
         elif name == "builtin":
             picked = backend(case, device) if case.op in ATTENTION else None
-            found[name] = Provider(_by(builtin, case, device), backend=picked)
+            found[name] = Provider(by(builtin, case, device), backend=picked)
         elif name == "fused":
             module = ops.load("fused", device)
-            found[name] = Provider(_by(module, case, device), own_masks=False)
+            found[name] = Provider(by(module, case, device), own_masks=False)
         elif name == "compile":
-            written = _textbook(case) if case.op in ATTENTION else _by(builtin, case, device)
+            written = _textbook(case) if case.op in ATTENTION else by(builtin, case, device)
             found[name] = Provider(compiled(written))
         elif name == "textbook":
             found[name] = Provider(_textbook(case))
@@ -123,6 +126,8 @@ def providers(
             found[name] = Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
         else:
             found[name] = Provider(PEERS[name][1](case))
+    if case.op in updates.OPS:  # which are not under autocast in a training either
+        return found
     autocast = partial(devices.autocast, device, case.dtype)
     return {name: provider.under(autocast) for name, provider in found.items()}
 
@@ -164,7 +169,10 @@ class Textbook:
     cross_entropy = staticmethod(builtin.cross_entropy)
 
 
-def _by(module: Any, case: Case, device: torch.device) -> Function:
+def by(module: Any, case: Case, device: torch.device) -> Function:
+    """The op of a module of ops."""
+    if case.op in updates.OPS:
+        return updates.call(module, case)
     op, options = getattr(module, case.op), case.options(device)
     return lambda x: op(**x, **options)
 

@@ -4,6 +4,8 @@ import re
 import statistics
 from typing import Any
 
+from benchmarks.workloads import WHOLE
+
 Values = dict[str, Any]
 
 
@@ -65,7 +67,7 @@ def _compare(section: Values) -> str:
 def _kernels(section: Values) -> str:
     times: dict[tuple[str, ...], dict[str, float]] = {}
     for r in section["rows"]:
-        if "seconds" in r and r["mode"] == "both":
+        if "seconds" in r and r["mode"] in WHOLE:
             key = r["op"], r["size"], r["dtype"], str(r["dropout"])
             times.setdefault(key, {})[r["provider"]] = r["seconds"]
     wrong = {

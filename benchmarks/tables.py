@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import products, results, summary
 from benchmarks.tables_kernels import dropout, kernels, table
-from benchmarks.workloads import Shape
+from benchmarks.workloads import WHOLE, Shape
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 
 Values = dict[str, Any]
@@ -272,7 +272,7 @@ def t4(section: Values, training: Values | None = None) -> str:
     here = is_t4(section)
     known: dict[tuple[str, str, float], Values] = {}
     for r in section["rows"]:
-        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] == "both":
+        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in WHOLE:
             slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
             if r["provider"] == "fused" and here:
                 slot["fused"] = r.get("seconds")

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import results
-from benchmarks.workloads import DROPS, MODES, OWN
+from benchmarks.workloads import DROPS, OWN, WHOLE, modes
 
 Values = dict[str, Any]
 Key = tuple[Any, ...]
+Timed = dict[str, dict[str, Values]]  # rows by provider and mode
 
 # What a size does not tell.
 NOTES = {
@@ -43,7 +44,7 @@ def kernels(section: Values) -> str:
             "brackets; then fused's rates, and its share of the nearer roof."
         )
     for series in dict.fromkeys(_series(r) for r in swept):
-        rows = [r for r in swept if _series(r) == series and r["mode"] == "both"]
+        rows = [r for r in swept if _series(r) == series and r["mode"] in WHOLE]
         parts.append(_sweep(series, rows, section["roofs"]))
     return "\n\n".join(part for part in parts if part)
 
@@ -59,26 +60,25 @@ def _series(r: Values) -> Key:
 def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     """Two tables of an op's providers, the fastest first: times, then rates and memory."""
     op, size, dtype, p = key
-    by: dict[str, dict[str, Values]] = {}
+    by: Timed = {}
     for r in rows:
         by.setdefault(r["provider"], {})[r["mode"]] = r
-    timed = {name: modes for name, modes in by.items() if modes["both"].get("seconds")}
-    timed = dict(sorted(timed.items(), key=lambda item: item[1]["both"]["seconds"]))
+    *_, whole = order = modes(op)
+    timed = {name: found for name, found in by.items() if found[whole].get("seconds")}
+    timed = dict(sorted(timed.items(), key=lambda item: item[1][whole]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
-    for name, modes in timed.items():
-        plain = [f"{m} ({r['plain_because']})" for m, r in modes.items() if r.get("plain_because")]
+    for name, found in timed.items():
+        plain = [f"{m} ({r['plain_because']})" for m, r in found.items() if r.get("plain_because")]
         if plain:
             notes.append(
                 f"**{name} in no graph, so these are Python's times too:** " + "; ".join(plain)
             )
-        if any(r.get("group") for r in modes.values()):
+        if any(r.get("group") for r in found.values()):
             notes.append(f"{name}: measured after the others, for want of memory, not in turns.")
-    without = [
-        f"{name}: {m['both']['none_because']}" for name, m in by.items() if name not in timed
-    ]
+    without = [f"{name}: {m[whole]['none_because']}" for name, m in by.items() if name not in timed]
     notes += ["No time: " + "; ".join(without)] if without else []
     heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
-    return "\n\n".join([heading, _times(timed), _rates(timed, roofs), *notes])
+    return "\n\n".join([heading, _times(timed, order), _rates(timed, order, roofs), *notes])
 
 
 def dropout(op: str, p: float) -> str:
@@ -86,20 +86,20 @@ def dropout(op: str, p: float) -> str:
     return f", dropout {p:g}" if op in DROPS else ""
 
 
-def _times(timed: dict[str, dict[str, Values]]) -> str:
-    head = ["provider", *(f"{h}" for m in MODES for h in (m, "±", "x")), "host us", "error"]
+def _times(timed: Timed, order: tuple[str, ...]) -> str:
+    head = ["provider", *(f"{h}" for m in order for h in (m, "±", "x")), "host us", "error"]
     base = {m: r["seconds"] for m, r in timed.get("builtin", {}).items()}
     body = []
-    for name, modes in timed.items():
-        both = modes["both"]
-        cells = [f"{name} ({both['backend']})" if both.get("backend") else name]
-        for m in MODES:
-            r = modes[m]
+    for name, found in timed.items():
+        whole = found[order[-1]]
+        cells = [f"{name} ({whole['backend']})" if whole.get("backend") else name]
+        for m in order:
+            r = found[m]
             cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('plain_because') else ''}"]
             cells += [results.spread(r["iqr"], 1e6)]
             cells += [f"{base[m] / r['seconds']:.2f}" if m in base and name != "builtin" else ""]
-        host = f"{both['host_seconds'] * 1e6:,.0f}" if both.get("host_seconds") else ""
-        gate = both["gate"]
+        host = f"{whole['host_seconds'] * 1e6:,.0f}" if whole.get("host_seconds") else ""
+        gate = whole["gate"]
         error = f"{gate['share']:.0%}" if gate["ok"] else f"**{gate['share']:.0%}**"
         body.append([*cells, host, error])
     return table(head, body)
@@ -114,11 +114,11 @@ RATES: dict[str, tuple[str, Callable[[float], str]]] = {  # by what it says: uni
 }
 
 
-def _rates(timed: dict[str, dict[str, Values]], roofs: Values) -> str:
+def _rates(timed: Timed, order: tuple[str, ...], roofs: Values) -> str:
     """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
     known = {
-        name: [r | results.derive(r, roofs) for r in (modes[m] for m in MODES)]
-        for name, modes in timed.items()
+        name: [r | results.derive(r, roofs) for r in (found[m] for m in order)]
+        for name, found in timed.items()
     }
     shown = {
         what: (key, form)
@@ -127,7 +127,7 @@ def _rates(timed: dict[str, dict[str, Values]], roofs: Values) -> str:
     }
     if not shown:
         return ""
-    head = ["provider", *(f"{what} {m}" for what in shown for m in MODES)]
+    head = ["provider", *(f"{what} {m}" for what in shown for m in order)]
     body = [
         [name, *(form(r[key]) if r.get(key) else "" for key, form in shown.values() for r in rows)]
         for name, rows in known.items()

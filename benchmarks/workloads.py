@@ -3,7 +3,8 @@
 The model is iron on a GPU, nano on a CPU.
 
 Weights are float32 and so is the residual stream, which layer_norm and dropout_add_layer_norm take,
-as in a training under autocast; all else is of the case's dtype. The sweep over T keeps the tokens:
+as in a training under autocast; all else is of the case's dtype. Ops without a gradient are in
+`updates`. The sweep over T keeps the tokens:
 a longer context has a smaller batch.
 """
 
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import updates
+
 MODES = ("forward", "backward", "both")
-SEED = (5 << 32) + 7
+WHOLE = ("both", "call")  # modes that are all of an op, with a gradient and without
 DROPS = ("causal_attention", "causal_attention_packed", "dropout_add_layer_norm")
 OPS = (
     "causal_attention_packed",
@@ -25,9 +28,15 @@ OPS = (
     "dropout_add_layer_norm",
     "gelu",
     "cross_entropy",
+    *updates.OPS,
 )
 
 Inputs = dict[str, Tensor]
+
+
+def modes(op: str) -> tuple[str, ...]:
+    """What of an op is timed; the last one is all of it."""
+    return ("call",) if op in updates.OPS else MODES
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,11 @@ class Shape:
     T: int = 256
     D: int = 64
     V: int = 109  # characters of War and Peace
-
-    def __str__(self) -> str:
-        return f"B={self.B} H={self.H} T={self.T} D={self.D} V={self.V}"
+    L: int = 6
 
 
 IRON = Shape()
-NANO = Shape(B=16, H=4, T=64, D=32)
+NANO = Shape(B=16, H=4, T=64, D=32, L=4)
 OWN = ("iron", "nano")  # series of a model's own shape
 GATE = 1 << 25  # elements of a T x T matrix, at most, at which an op is checked
 
@@ -66,7 +73,13 @@ class Case:
         return f"{self.op} {self.size} {str(self.dtype)[6:]}{dropout}"
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        return modes(self.op)
+
+    @property
     def size(self) -> str:
+        if self.op in updates.OPS:
+            return updates.size(self)
         s = self.shape
         rows = f"{s.B * s.T}x"
         return {
@@ -80,14 +93,19 @@ class Case:
         }[self.op]
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
-        """Standard normal, the weights around 1. Those that are floating want gradients."""
+        """Standard normal, the weights around 1. Those that are floating want gradients, if the op
+        has any."""
         generator = torch.Generator(device).manual_seed(seed)
         s = self.shape
         M, N = s.B * s.T, s.H * s.D
+        differentiable = self.op not in updates.OPS
 
         def randn(*size: int, dtype: torch.dtype = self.dtype) -> Tensor:
             x = torch.randn(size, generator=generator, device=device)
-            return x.to(dtype).requires_grad_()
+            return x.to(dtype).requires_grad_(differentiable)
+
+        if not differentiable:
+            return updates.inputs(self, randn, device)
 
         def weight() -> Tensor:
             return (1 + 0.1 * randn(N, dtype=torch.float32)).detach().requires_grad_()
@@ -117,11 +135,13 @@ class Case:
             return dict(scale=self.shape.D**-0.5, causal=True)
         if self.op not in DROPS:
             return {}
-        return dict(dropout_p=self.p, seed=torch.full((), SEED, device=device))
+        return dict(dropout_p=self.p, seed=torch.full((), updates.SEED, device=device))
 
     def small(self) -> "Case":
         """The same op where float64 and T x T matrices fit: fewer heads and windows."""
         s = self.shape
+        if self.op in updates.OPS:
+            return self
         if self.op in ("causal_attention", "causal_attention_packed", "softmax"):
             heads = max(1, min(s.B * s.H, GATE // s.T**2))
             H = min(s.H, heads)
@@ -135,6 +155,8 @@ class Case:
         None without Triton, which the kernels' modules import.
         """
         try:
+            if self.op in updates.OPS:
+                return updates.least_bytes(self), 0
             one = {"forward": "fwd", "backward": "bwd"}
             parts = [self._cost(one[m]) for m in (one if mode == "both" else [mode])]
         except ImportError:
@@ -178,7 +200,7 @@ def own_cases(
     """Every op at the model's own shape, with dropout as `iron` and, if told, without as `fast`."""
     name, shape = ("iron", IRON) if gpu else ("nano", NANO)
     return [
-        Case(op, name, shape, dtype, p)
+        Case(op, name, replace(shape, B=1) if op in updates.TOKEN else shape, dtype, p)
         for dtype in dtypes
         for op in ops
         for p in ((0.2, 0.0) if op in DROPS and dropout_off else (dropping(op),))
@@ -248,10 +270,12 @@ def _over_t(base: Shape, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[C
 
 
 def _over_batch(base: Shape, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Case]:
-    """All ops: what changes is the number of rows."""
+    """All ops that have rows: what changes is their number. Of one token, for a few texts."""
     shapes = [replace(base, B=B) for B in sizes]
-    others = [op for op in OPS if op != "causal_attention"]
+    others = [op for op in OPS if op != "causal_attention" and op not in updates.OPS]
+    texts = [replace(base, B=B) for B in (4, 8, 64)]
     return [
         *_attention("batch", dtype, shapes),
         *(Case(op, "batch", s, dtype, dropping(op)) for op in others for s in shapes),
+        *(Case(op, "batch", s, dtype) for op in updates.TOKEN for s in texts),
     ]

@@ -3,15 +3,16 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from irongpt_kernels import builtin
+from irongpt_kernels import builtin, eager
 
-from benchmarks import changes, environment, kernels, products, results, tables, workloads
+from benchmarks import changes, environment, kernels, products, results, tables, updates, workloads
 from benchmarks.gate import RIVALS, passes
 from benchmarks.providers import NAMES, missing, providers
 from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
@@ -33,12 +34,13 @@ def test_every_provider_gets_a_time_for_every_mode(op: str) -> None:
     named = {(r["provider"], r["mode"]) for r in rows}
     attention = op.startswith("causal_attention")
     wanted = PYTORCH if attention else ("eager", "builtin")
-    assert named == {(name, mode) for name in wanted for mode in MODES}
+    modes = ("call",) if op in updates.OPS else MODES
+    assert named == {(name, mode) for name in wanted for mode in modes}
     for r in rows:
         assert r["seconds"] > 0
         assert len(r["seconds_of_samples"]) == 2
-        assert r["gate"]["ok"]
-        assert 0 <= r["gate"]["share"] <= 1
+        assert passes(r["provider"], r["gate"])
+        assert r["provider"] != "eager" or 0 <= r["gate"]["share"] <= 1
         # eager and fused are checked with their dropout, which others draw at random
         assert r["gate"]["dropout"] == (p if r["provider"] == "eager" else 0.0)
         assert r["least_bytes"] > 0
@@ -99,6 +101,52 @@ def test_the_kernels_are_held_to_the_gate_with_their_dropout() -> None:
     rows = kernels.measure_case(case("dropout_add_layer_norm", p=0.2), device, ("fused",), 1)
     assert [r["gate"]["dropout"] for r in rows] == [0.2] * 3
     assert all(r["gate"]["ok"] for r in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("op", updates.OPS)
+def test_the_kernels_without_a_gradient_are_held_to_the_gate(op: str, dtype: torch.dtype) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = Case(op, "nano", Shape(B=2, H=2, T=8, D=16, V=13, L=1), dtype)
+    (row,) = kernels.measure_case(small, device, ("fused",), 1)
+    assert row["gate"]["ok"], row
+    assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize("op", updates.OPS)
+def test_what_changes_in_place_is_held_to_the_gate(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, moments, caches, tokens: each output of the op with one wrong element."""
+    right = updates.call
+    n = len(right(eager, case(op))(case(op).inputs(CPU)))
+    for i in range(n):
+
+        def call(ops: ModuleType, wanted: Case, i: int = i) -> Callable[..., tuple]:
+            function = right(ops, wanted)
+
+            def broken(x: workloads.Inputs) -> tuple:
+                out = [t.clone() for t in function(x)]
+                if ops is builtin:
+                    out[i].view(-1)[-1] += 1
+                return tuple(out)
+
+            return broken
+
+        monkeypatch.setattr(updates, "call", call)
+        (row,) = kernels.measure_case(case(op), CPU, ("builtin",), 1)
+        assert "wrong" in row["none_because"], (op, i)
+
+
+def test_the_optimizers_change_what_they_say() -> None:
+    """By AdamW: weights, both moments, and the 16-bit copies; by Muon: weights and momentum."""
+    for op, names in (("adamw", ("params", "moment0", "moment1")), ("muon", ("params", "moment0"))):
+        one = case(op, torch.float16)
+        x, before = one.inputs(CPU), one.inputs(CPU)
+        updates.call(builtin, one)(x)
+        changed = {name for name, t in x.items() if not torch.equal(t, before[name])}
+        assert {f"matrices.{name}" for name in (*names, "copies")} <= changed
+        assert torch.equal(x["matrices.copies"], x["matrices.params"].half())
 
 
 def test_what_cannot_run_says_why_and_the_rest_has_its_time(
@@ -168,6 +216,7 @@ def test_the_own_shape_has_both_16_bit_types_and_dropout_on_and_off(
         (torch.bfloat16, 0.2), (torch.float32, 0.2)
     }  # fmt: skip
     assert all(kernels.compiled_here(c, card) for c in own)
+    assert {c.shape.B for c in own if c.op in updates.TOKEN} == {1}
 
 
 def table_of(text: str, head: str) -> list[list[str]]:
@@ -228,9 +277,9 @@ def test_layer_norm_takes_the_float32_residual_stream() -> None:
 
 def test_every_op_is_swept_over_its_rows_and_columns() -> None:
     swept = list(workloads.sweep_cases(True, [torch.float16, torch.bfloat16]))
-    assert {c.op for c in swept if c.sweep == "batch"} == set(OPS)
+    assert {c.op for c in swept if c.sweep == "batch"} == set(OPS) - set(updates.OPTIMIZERS)
     columns = {c.op for c in swept if c.sweep in ("T", "D", "width", "V")}
-    assert columns == set(OPS)
+    assert columns == set(OPS) - set(updates.OPS)
     assert {c.dtype for c in swept} == {torch.float16, torch.bfloat16}
     for sweep in ("T", "D", "batch"):
         attention = [c.p for c in swept if c.op == "causal_attention" and c.sweep == sweep]
@@ -302,12 +351,13 @@ def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
     first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
     flops = L * (4 * gram + (first + second) * square)
     assert products.muon_flops(config) == flops
-    own = 12 * C * C * L
-    apart = products.optimizer_bytes(config, "adamw", 2) - products.optimizer_bytes(
-        config, "muon", 2
-    )
-    assert apart == own * (8 - 4)  # one moment less; in and out of the iteration in 16 bits
-    assert products.optimizer_bytes(config, "adamw", 4) == 32 * config.n_params()
+    own, n = 12 * C * C * L, config.n_params()
+    weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
+    assert products.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
+    adamw, muon = (products.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
+    assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
+    # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
+    assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own
 
 
 def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
