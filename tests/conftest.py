@@ -55,13 +55,9 @@ Cli = Callable[..., Result]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.set_num_threads(1)  # tensors here are small, and two processes may run at a time
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # tensors here are small, and two processes may run at a time
 
 
 @pytest.fixture(autouse=True)
