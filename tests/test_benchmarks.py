@@ -1,22 +1,19 @@
-"""The benchmarks: what gets a time and what does not, what a row says, what a file holds."""
+"""The benchmarks of the ops: what is timed, what gets a time and what does not."""
 
-import argparse
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager
 
-from benchmarks import changes, environment, kernels, products, results, tables, updates, workloads
+from benchmarks import kernels, results, tables, updates, workloads
 from benchmarks.gate import RIVALS, passes
 from benchmarks.providers import NAMES, missing, providers
 from benchmarks.workloads import IRON, MODES, OPS, Case, Shape
-from irongpt.config import PRESETS, GPTConfig
 
 CPU = torch.device("cpu")
 TINY = Shape(B=1, H=2, T=16, D=16, V=13)
@@ -219,54 +216,6 @@ def test_the_own_shape_has_both_16_bit_types_and_dropout_on_and_off(
     assert {c.shape.B for c in own if c.op in updates.TOKEN} == {1}
 
 
-def table_of(text: str, head: str) -> list[list[str]]:
-    """The cells of the first table that begins so, its head included."""
-    lines = text[text.index(f"| {head}") :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[dict]:
-    """Rows of attention in all modes; `providers`: seconds of both."""
-    row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
-    row |= dict(gate=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
-    row |= dict(least_bytes=8e9, least_flops=16e12) | more
-    parts = dict(forward=0.25, backward=0.75, both=1.0)
-    return [
-        row | dict(provider=name, mode=mode, seconds=seconds * part)
-        for name, seconds in providers.items()
-        for mode, part in parts.items()
-    ]
-
-
-ROOFS = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
-
-
-def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
-    text = tables.kernels({"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "roofs": ROOFS})
-    head, _, ours, theirs = table_of(text, "provider | forward")
-    assert ours[head.index("both") + 2] == "2.00"  # times as fast as builtin
-    head, _, ours, theirs = table_of(text, "provider | GB/s")
-    found = dict(zip(head, ours, strict=True))
-    assert [found[f"GB/s {mode}"] for mode in MODES] == ["32", "10.7", "8"]
-    assert [found[f"TFLOP/s {mode}"] for mode in MODES] == ["64", "21.3", "16"]
-    assert [found[f"copy {mode}"] for mode in MODES] == ["200.0%", "66.7%", "50.0%"]
-    assert [found[f"product {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
-    assert [found[f"MiB {mode}"] for mode in MODES] == ["3", "3", "3"]
-    assert theirs[head.index("GB/s both")] == "4"
-
-
-def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
-    rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
-    text = tables.kernels({"rows": rows, "roofs": ROOFS})
-    cells = table_of(text, "size")[2]
-    assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
-    assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
-    without = [r | dict(peak_bytes=None) for r in rows if r["provider"] == "builtin"]
-    text = tables.kernels({"rows": without, "roofs": ROOFS})
-    assert "MiB at the peak" not in text
-    assert "fused: GB/s" not in text
-
-
 def test_layer_norm_takes_the_float32_residual_stream() -> None:
     """As in the model, whose embeddings are float32 under autocast."""
     x = case("layer_norm", torch.float16).inputs(CPU)["x"]
@@ -308,17 +257,6 @@ def test_floors_are_the_kernels_own_cost_functions() -> None:
     assert Case("gelu", "iron", IRON, torch.float16).cost("both") == (5 * 4 * q, 0)
 
 
-def test_what_follows_from_a_time() -> None:
-    row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
-    roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
-    d = results.derive(row, roofs)
-    assert d["bytes_per_s"] == 50
-    assert d["flops_per_s"] == 300
-    assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
-    assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
-    assert results.derive(dict(none_because="x", least_bytes=1), roofs) == {}
-
-
 def test_the_gate_is_at_a_size_that_float64_fits() -> None:
     long = Case("causal_attention", "T", Shape(B=2, T=8192), torch.float16).small().shape
     assert (long.B, long.H, long.T) == (1, 1, 8192)
@@ -330,138 +268,3 @@ def test_sweeps_keep_the_tokens() -> None:
     assert {c.shape.T for c in swept} == {64, 128, 256, 512, 1024, 2048, 4096, 8192}
     assert {c.shape.B * c.shape.T for c in swept} == {16384}
     assert {c.p for c in swept} == {0.0, 0.2}
-
-
-def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
-    config = GPTConfig(vocab_size=109, **PRESETS["iron"].model)
-    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in products.shapes(config, 64))
-    C, T, tokens = config.n_embd, config.context, 64 * config.context
-    attention = 12 * config.n_layer * C * T * tokens
-    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
-    assert flops == tokens * config.flops_per_token() - attention - norms
-
-
-def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
-    """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
-    matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
-    config = GPTConfig(vocab_size=109, **PRESETS["fast"].model)
-    C, L = config.n_embd, config.n_layer
-    longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
-    gram, square = 2 * C * C * longer, 4 * 2 * C**3
-    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
-    flops = L * (4 * gram + (first + second) * square)
-    assert products.muon_flops(config) == flops
-    own, n = 12 * C * C * L, config.n_params()
-    weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
-    assert products.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
-    adamw, muon = (products.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
-    assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
-    # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
-    assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own
-
-
-def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
-    found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
-    assert products.of_step(found, "fused graph") == 3.0
-    assert products.of_step(found, "nanoGPT compiled") == 2.0
-    assert products.of_step(found, "builtin AdamW") == 2.0
-    assert products.of_step(dict(seconds=2.0), "builtin") == 2.0
-
-
-def options(folder: Path, **more: object) -> argparse.Namespace:
-    return argparse.Namespace(out=folder, result=None, commit="abc", **more)
-
-
-def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
-    for name in ("kernels", "train"):
-        with results.Section(name, CPU, options(tmp_path)) as section:
-            section.put(rows=[dict(x=math.inf, y=[1.0, 2.0])])
-    (file,) = tmp_path.glob("*/*.json")
-    assert file.name.endswith("-abc.json")
-    values = results.load(file)
-    assert set(values) == {"format", "kernels", "train"}
-    e = values["kernels"]["environment"]
-    assert e["commit"] == "abc"
-    assert e["torch"] == torch.__version__
-    assert values["train"]["rows"] == [dict(x=None, y=[1.0, 2.0])]
-    assert '"y": [1.0, 2.0]' in file.read_text()
-
-
-def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
-    section = results.Section("runs", CPU, options(tmp_path))
-
-    def measured() -> None:
-        with section:
-            section.put(rows=[1])
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measured()
-    values = results.load(section.path)["runs"]
-    assert values["rows"] == [1]
-    assert values["ended_by"].startswith("KeyboardInterrupt")
-
-
-def test_another_file_is_no_result(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="no result file"):
-        results.load(tmp_path / "a.json")
-
-
-def file_of(seconds: float, iqr: float | None, name: str = "T4") -> dict:
-    row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
-    tests = {"environment": {"IRONGPT_EMULATE": "sm_75"}}  # says nothing of the device
-    return {"format": 1, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "said"),
-    [
-        ((1.0, 0.01), (0.5, 0.01), "2.00x faster"),
-        ((1.0, 0.01), (1.5, 0.01), "1.50x slower"),
-        ((1.0, 0.01), (1.02, 0.0), "0 of 1 times differ"),  # less than 3 %
-        ((1.0, 0.3), (1.5, 0.3), "0 of 1 times differ"),  # within both spreads
-    ],
-)
-def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> None:
-    assert said in changes.text(file_of(*before), file_of(*after), "a", "b")
-
-
-def test_a_difference_without_a_known_noise_is_none() -> None:
-    text = changes.text(file_of(1.0, None), file_of(9.0, 0.01), "a", "b")
-    assert "0 of 1 times differ" in text
-    assert "of 1 times the noise is not known" in text
-
-
-def test_another_device_is_noted() -> None:
-    text = changes.text(file_of(1, 0), file_of(1, 0, "H200"), "a", "b")
-    assert "NOTE: another device: T4 and H200" in text
-
-
-def test_memory_and_whole_trainings_are_compared() -> None:
-    def file(peak: int, seconds: float, loss: float) -> dict:
-        step = dict(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
-        run = dict(run="fast, fused", dtype="float16", seconds=seconds, evaluated=[[500, 1, loss]])
-        nano = dict(name="nano", seconds=seconds, validation_loss=loss)
-        parts = dict(train=[step], target=[run, dict(run="no", none_because="x")], nano=[nano])
-        return {"format": 1} | {name: {"rows": rows} for name, rows in parts.items()}
-
-    text = changes.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
-    assert "| -50% | 100.0 MiB | 50.0 MiB | train: fused, float16 |" in text
-    assert "target: fast, fused, float16: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
-    assert "nano: nano: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
-    same = changes.text(*(file(100 << 20, 20.0, 1.375),) * 2, "a", "b")
-    assert "MiB" not in same
-
-
-@pytest.mark.parametrize("section", tables.SECTIONS)
-def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
-    state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
-    values = {section: dict(environment={}, state=state)}
-    assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
-
-
-def test_the_throttle_reasons_of_a_card() -> None:
-    state = environment._state(1590.0, 5000.0, 70.0, 70.0, 84.0, 0x1 | 0x4 | 0x20)
-    assert state["throttled_by"] == ["power cap", "heat (software)"]
-    assert environment._state(None, None, None, None, None, None)["throttled_by"] is None

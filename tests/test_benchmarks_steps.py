@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import pictures, results, steps, summary, tables, train, variants
-from irongpt.config import GPTConfig, TrainConfig
+from benchmarks import pictures, products, results, steps, summary, tables_train, train, variants
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
 
 CPU = torch.device("cpu")
 MODEL = GPTConfig(vocab_size=13, n_layer=1, n_head=1, n_embd=16, context=8, dropout=0.0)
@@ -93,7 +93,7 @@ def test_no_turn_begins_when_the_time_is_over(tmp_path: Path) -> None:
     ],
 )
 def test_like_is_compared_with_like(variant: str, builtin: str) -> None:
-    assert tables.alike(variant) == builtin
+    assert tables_train.alike(variant) == builtin
     names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
     assert {variant, builtin} <= set(names)
 
@@ -110,7 +110,7 @@ def section_of(**seconds: float) -> dict[str, Any]:
 
 def test_the_table_of_steps_says_whom_each_is_compared_with_and_of_what_the_mfu_is() -> None:
     section = section_of(fused=8.0, fused_graph=3.0, builtin=10.0, builtin_graph=6.0, eager=20.0)
-    text = tables.train(section)
+    text = tables_train.train(section)
     assert "| fused graph | 3000.00 | ? | 2.00 builtin graph |" in text
     assert "| fused | 8000.00 | ? | 1.25 builtin |" in text
     assert "65 TFLOP/s (data sheet)" in text
@@ -137,3 +137,39 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
     assert a["kernels"] > 50
     assert b["kernels"] == pytest.approx(a["kernels"], rel=0.2)
     assert b["launches"] < a["launches"] / 4
+
+
+def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
+    config = GPTConfig(vocab_size=109, **PRESETS["iron"].model)
+    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in products.shapes(config, 64))
+    C, T, tokens = config.n_embd, config.context, 64 * config.context
+    attention = 12 * config.n_layer * C * T * tokens
+    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
+    assert flops == tokens * config.flops_per_token() - attention - norms
+
+
+def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
+    """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
+    matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
+    config = GPTConfig(vocab_size=109, **PRESETS["fast"].model)
+    C, L = config.n_embd, config.n_layer
+    longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
+    gram, square = 2 * C * C * longer, 4 * 2 * C**3
+    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
+    flops = L * (4 * gram + (first + second) * square)
+    assert products.muon_flops(config) == flops
+    own, n = 12 * C * C * L, config.n_params()
+    weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
+    assert products.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
+    adamw, muon = (products.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
+    assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
+    # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
+    assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own
+
+
+def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
+    found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
+    assert products.of_step(found, "fused graph") == 3.0
+    assert products.of_step(found, "nanoGPT compiled") == 2.0
+    assert products.of_step(found, "builtin AdamW") == 2.0
+    assert products.of_step(dict(seconds=2.0), "builtin") == 2.0
