@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import results
+
 Values = dict[str, Any]
 Name = tuple[str, ...]
 Times = dict[Name, tuple[float, float | None]]
@@ -12,7 +14,7 @@ LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
 
 # By section, what names a row: of times that were taken often enough to know their noise, ...
 KEYS: dict[str, Name] = {
-    "kernels": ("op", "size", "dtype", "dropout", "mode", "provider"),
+    "kernels": ("op", "sweep", "size", "dtype", "dropout", "mode", "provider"),
     "train": ("variant", "dtype"),
     "decode": ("ops", "way", "batch"),
 }
@@ -44,9 +46,9 @@ def memory(a: Values, b: Values) -> Iterator[tuple[str, Name, int, int]]:
     """(section, name, peak bytes in a, in b) where they differ by more than 1 %."""
     for section, keys in KEYS.items():
         before, after = named(a, section, keys), named(b, section, keys)
-        for name in before.keys() & after.keys():
+        for name in (name for name in before if name in after):
             x, y = (rows[name].get("peak_bytes") for rows in (before, after))
-            if x and y and abs(y - x) > LEAST_MEMORY * x:
+            if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
                 yield section, name, x, y
 
 
@@ -65,7 +67,7 @@ def trainings(a: Values, b: Values) -> Iterator[str]:
 def _loss(row: Values) -> str:
     evaluated = row.get("evaluated")
     loss = evaluated[-1][2] if evaluated else row.get("validation_loss")
-    return "?" if loss is None else f"{loss:.3f}"
+    return results.loss(loss)
 
 
 def changed(a: Values, b: Values) -> Iterator[tuple[str, Name, float, float]]:
@@ -100,22 +102,27 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
     lines = [f"{name_b} against {name_a}: {len(found)} of {total} times differ beyond the noise"]
     if few := unknown(a, b):
         lines.append(f"NOTE: of {few} times the noise is not known, from too few samples")
-    for key in ("name", "torch", "triton", "driver"):
+    for key in ("name", "torch", "triton", "driver", "threads", "emulated", "tiles"):
         x, y = (_environment(values).get(key) for values in (a, b))
         if x != y:
             lines.append(f"NOTE: another {'device' if key == 'name' else key}: {x} and {y}")
+    for section, key in (("train", "preset"), ("train", "batch_size"), ("decode", "preset")):
+        x, y = (values.get(section, {}).get(key) for values in (a, b))
+        if x != y and None not in (x, y):
+            lines.append(f"NOTE: {section}: another {key}, {x} and {y}: not the same work")
     if found:
         lines += ["", "| change | before | after | what |", "|---|---|---|---|"]
     for section, name, x, y in found:
         word = f"{x / y:.2f}x faster" if y < x else f"{y / x:.2f}x slower"
         what = f"{section}: {', '.join(name)}"
         lines.append(f"| {word} | {_time(x)} | {_time(y)} | {what} |")
-    found_memory = sorted(memory(a, b), key=lambda c: c[3] / c[2])
+    found_memory = sorted(memory(a, b), key=lambda c: c[3] - c[2])
     if found_memory:
         lines += ["", "| memory | before | after | what |", "|---|---|---|---|"]
     for section, name, p, q in found_memory:
         sizes = f"{p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB"
-        lines.append(f"| {q / p - 1:+.0%} | {sizes} | {section}: {', '.join(name)} |")
+        change = f"{q / p - 1:+.0%}" if p else "new"
+        lines.append(f"| {change} | {sizes} | {section}: {', '.join(name)} |")
     if once := list(trainings(a, b)):
         lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]
     for s in KEYS:

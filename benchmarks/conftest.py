@@ -36,10 +36,9 @@ class Session:
         self.rows: list[kernels.Row] = []
 
     def begin(self) -> None:
+        self.section.put(missing=missing(self.device, self.names), rows=[])
         types = dict.fromkeys([*kernels.halves(self.device), torch.float32])
-        roofs = environment.roofs(self.device, list(types))
-        without = missing(self.device, self.names)
-        self.section.put(missing=without, roofs=roofs, rows=[])
+        self.section.put(roofs=environment.roofs(self.device, list(types)))
 
     def end(self) -> None:
         if self.device.type == "cuda":  # a card that has become hot has other roofs

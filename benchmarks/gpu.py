@@ -57,6 +57,7 @@ TESTS = (
         "test_compile.py",
     ),
     *("test_turing*.py", "test_graph.py", "test_gpu.py"),
+    *("test_benchmarks_replay.py", "test_benchmarks_steps.py"),
 )
 SMOKE_TESTS = ("test_checks.py",)  # make test has all of them on a CPU
 PROCESSES = 8  # of tests at a time, at most
@@ -81,10 +82,12 @@ class Gpu:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = devices.pick(args.device)
         self.gpu = self.device.type == "cuda"
-        self.file: Path = args.result or results.path(args.out, self.device, args.commit)
+        self.file: Path = args.result or results.path(args.out, self.device, args.commit, "gpu")
         self.file = self.file.resolve()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.data: str | None = args.data
+        self.data: str | None = args.data  # stages run in another folder
+        if self.data and Path(self.data).exists():
+            self.data = str(Path(self.data).resolve())
         self.log = self.file.with_suffix(".log")
         self.options = ["--device", str(self.device), "--result", str(self.file)]
         self.options += ["--commit", args.commit] if args.commit else []
@@ -177,6 +180,14 @@ class Gpu:
         return self.python("benchmarks.report", self.file, limit=limit)
 
 
+def _says(name: str, known: Values) -> str:
+    """A line of what a stage has measured. What it has left half-written spoils no other stage."""
+    try:
+        return summary.stage(name, known)
+    except Exception as e:
+        return f"its section cannot be told: {type(e).__name__}: {e}"[:200]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="all that a GPU is asked for")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE")
@@ -201,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as e:  # the next stage runs whatever happens
             done = Done("failed", 0.0, f"{type(e).__name__}: {e}"[:200])
         known = results.load(gpu.file) if gpu.file.exists() else {}
-        says = summary.stage(name, known) or done.says
+        says = _says(name, known) or done.says
         table[name] = {"status": done.status, "seconds": round(done.seconds, 1), "says": says}
         results.save(gpu.file, "stages", known.get("stages", {}) | table)
     print(f"\n{'stage':9} {'':9} {'seconds':>7}")

@@ -10,7 +10,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks import results
 from benchmarks.pictures_train import COLORS, figure_of, losses, memory, plain, step
-from benchmarks.workloads import DROPS, OWN, WHOLE
+from benchmarks.tables_kernels import base_of, beyond
+from benchmarks.workloads import DROPS, OWN
 
 Values = dict[str, Any]
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
@@ -21,7 +22,8 @@ def draw(values: Values) -> dict[str, bytes]:
     figures: dict[str, Figure | None] = {}
     if "kernels" in values:
         section = values["kernels"]
-        figures["speedup"] = speedup(section)
+        figures["speedup"] = speedup(section, "both", "forward and backward")
+        figures["speedup-calls"] = speedup(section, "call", "ops without a gradient")
         figures["roofline"] = roofline(section)
         figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
         figures["memory-T"] = sweep(section, "peak_bytes", "MiB at the peak", 2**-20)
@@ -52,11 +54,16 @@ def _label(r: Values) -> str:
     return f"{r['op']}, no dropout" if r["op"] in DROPS and not r["dropout"] else str(r["op"])
 
 
-def speedup(section: Values) -> Figure | None:
-    """How many times as fast as builtin, forward and backward: a bar for every provider."""
+def speedup(section: Values, mode: str, what: str) -> Figure | None:
+    """How many times as fast as builtin, or textbook where that has none of its own: a bar for
+    every provider."""
     dtype, rows = _own(section)
-    rows = [r for r in rows if r["mode"] in WHOLE]
-    base = {_label(r): r["seconds"] for r in rows if r["provider"] == "builtin"}
+    rows = [r for r in rows if r["mode"] == mode]
+    base = {}
+    for op in dict.fromkeys(_label(r) for r in rows):
+        by = {r["provider"]: r["seconds"] for r in rows if _label(r) == op}
+        if (reference := base_of(by)) in by:
+            base[op] = by[reference]
     if not base:
         return None
     bars = {op: [r for r in rows if _label(r) == op] for op in base}
@@ -70,7 +77,7 @@ def speedup(section: Values) -> Figure | None:
             ratio = base[op] / r["seconds"]
             largest = max(largest, ratio)
             axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
-            marked = "  (no graph)" if r.get("plain_because") else ""
+            marked = beyond(r) + ("  (no graph)" if r.get("plain_because") else "")
             label = f" {r['provider']}  {ratio:.2f}{marked}"
             weight = "bold" if r["provider"] == "fused" else "normal"
             axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight, bbox=PAPER)
@@ -81,7 +88,7 @@ def speedup(section: Values) -> Figure | None:
     axes.set_yticks([t for t, _ in ticks], [op for _, op in ticks], fontsize=9)
     axes.set_ylim(y - 1, -1)
     axes.set_xlim(0, 1.25 * largest)
-    axes.set_xlabel(f"times as fast as builtin, forward and backward, {dtype}")
+    axes.set_xlabel(f"times as fast as builtin (else textbook), {what}, {dtype}")
     plain(axes)
     return figure
 

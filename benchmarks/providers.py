@@ -2,11 +2,13 @@
 
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
                      masks by integer arithmetic, which nobody would train with: see textbook
-    textbook         attention as it is written without a fused function, by F.dropout
+    textbook         attention as it is written without a fused function, by F.dropout; of the ops
+                     of one token, what one would write: see `updates`
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
-    compile          torch.compile of what one would write: textbook attention, builtin else
+    compile          torch.compile of what one would write: textbook where there is one, builtin
+                     else; the optimizers are not compiled, PyTorch's are fused as they are
     fused            the Triton kernels
     liger, flash-attn    those packages, where they are installed
 
@@ -93,10 +95,13 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
 
 def computes(name: str, op: str) -> bool:
     """Whether a provider has the op at all."""
-    if name in ("textbook", "flash-attn", *BACKENDS):
+    if name == "textbook":
+        return op in ATTENTION or (op in updates.TOKEN and op != "norm_linear")
+    if name in ("flash-attn", *BACKENDS):
         return op in ATTENTION
     if op in updates.OPS:
-        return name in ("eager", "builtin", "fused")
+        here = {"builtin": op not in updates.AS_EAGER, "compile": op in updates.TOKEN}
+        return here.get(name, name in ("eager", "fused"))
     return op in ("layer_norm", "cross_entropy") if name == "liger" else True
 
 
@@ -118,8 +123,8 @@ def providers(
             module = ops.load("fused", device)
             found[name] = Provider(by(module, case, device), own_masks=False)
         elif name == "compile":
-            written = _textbook(case) if case.op in ATTENTION else by(builtin, case, device)
-            found[name] = Provider(compiled(written))
+            plain = _textbook(case) if computes("textbook", case.op) else by(builtin, case, device)
+            found[name] = Provider(compiled(plain))
         elif name == "textbook":
             found[name] = Provider(_textbook(case))
         elif name in BACKENDS:
@@ -189,6 +194,8 @@ def _packed_like(case: Case, out: Tensor) -> Tensor:
 
 
 def _textbook(case: Case) -> Function:
+    if case.op in updates.OPS:
+        return updates.textbook(case)
     return lambda x: _packed_like(case, attention_textbook(*_unpacked(x), p=case.p))
 
 

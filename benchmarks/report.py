@@ -41,7 +41,7 @@ code { font-size: 13px; background: #f2f4f8; padding: 0 .25em; }
 def markdown(values: Values, name: str, drawn: dict[str, bytes]) -> str:
     """The page; its pictures are named by their files."""
     parts: list[str] = [f"# {tables.title(values)}", tables.about(values, name)]
-    for heading, text, shown in tables.sections(values):
+    for heading, text, shown in tables.sections(tables.measured(values)):
         parts.append(f"## {heading}")
         parts += [f"![{p}]({p}.png)" for p in shown if p in drawn]
         parts.append(text)
@@ -107,7 +107,7 @@ def write(file: Path, out: Path | None = None) -> Path:
     values = results.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = pictures.draw(values)
+    drawn = pictures.draw(tables.measured(values))
     for name, data in drawn.items():
         replace_file(folder / f"{name}.png", data)
     text = markdown(values, file.name, drawn)

@@ -1,20 +1,21 @@
 """Result files: benchmarks/results/<device>/<date>-<commit>.json, a section for each benchmark.
 
 A section holds its environment, so that a file can be filled by several commands, one after the
-other. It is written as soon as there is anything to write, whole or not at all.
+other. It is written as soon as there is anything to write, whole or not at all. What is measured
+again goes to another file, -2, -3 and so on, unless one is named.
 """
 
 import argparse
 import json
 import math
 import re
-import textwrap
 from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from irongpt_kernels import emulate
 
 from benchmarks import environment
 from irongpt.files import replace_file
@@ -36,9 +37,21 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
-def path(out: Path, device: torch.device, commit: str | None) -> Path:
+def path(out: Path, device: torch.device, commit: str | None, kind: str = "") -> Path:
+    """kind: of measurement, where it is not the usual one."""
     commit = commit or environment.git_commit()
-    return out / slug(environment.name(device)) / f"{date.today()}-{commit}.json"
+    emulated = f"sm_{emulate.ARCH}" if device.type == "cuda" and emulate.on() else ""
+    name = "-".join(part for part in (str(date.today()), commit, kind, emulated) if part)
+    return out / slug(environment.name(device)) / f"{name}.json"
+
+
+def fresh(file: Path, section: str) -> Path:
+    """The file, or the first one after it that does not hold the section yet."""
+    found, n = file, 1
+    while found.exists() and section in load(found):
+        n += 1
+        found = file.with_stem(f"{file.stem}-{n}")
+    return found
 
 
 def load(file: Path) -> Values:
@@ -79,7 +92,7 @@ class Section:
 
     def __init__(self, name: str, device: torch.device, args: argparse.Namespace) -> None:
         self.name, self.device = name, device
-        self.path: Path = args.result or path(args.out, device, args.commit)
+        self.path: Path = args.result or fresh(path(args.out, device, args.commit), name)
         self.values: Values = {"environment": environment.describe(device, args.commit)}
         self.watch = environment.Watch(device)
 
@@ -101,14 +114,19 @@ class Section:
         self.put()
 
 
+def loss(value: float | None) -> str:
+    """Four digits; a loss that is no number is null in a file."""
+    return "nan" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
 def spread(iqr: float | None, unit: float) -> str:
     """An interquartile distance to be shown; ? where there were too few samples."""
     return "?" if iqr is None or math.isnan(iqr) else f"{iqr * unit:,.2f}"
 
 
 def short(text: str) -> str:
-    """For a cell of a table: a long reason ends at a word, and with dots."""
-    return textwrap.shorten(text, 90, placeholder=" ...")
+    """For a cell of a table: a long reason ends with dots, and no bar ends the cell."""
+    return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
 
 
 def derive(row: Values, roofs: Values) -> Values:

@@ -4,7 +4,7 @@ import re
 import statistics
 from typing import Any
 
-from benchmarks.workloads import WHOLE
+from benchmarks import results
 
 Values = dict[str, Any]
 
@@ -67,7 +67,7 @@ def _compare(section: Values) -> str:
 def _kernels(section: Values) -> str:
     times: dict[tuple[str, ...], dict[str, float]] = {}
     for r in section["rows"]:
-        if "seconds" in r and r["mode"] in WHOLE:
+        if "seconds" in r and r["mode"] == "both":
             key = r["op"], r["size"], r["dtype"], str(r["dropout"])
             times.setdefault(key, {})[r["provider"]] = r["seconds"]
     wrong = {
@@ -109,7 +109,7 @@ def _decode(section: Values) -> str:
 
 def _runs(section: Values) -> str:
     return ", ".join(
-        f"{r['run']} {r['curve'][-1][2]:.3f} after {r['steps']}"
+        f"{r['run']} {results.loss(r['curve'][-1][2])} after {r['steps']}"
         if r.get("curve")
         else f"{r['run']}: {r.get('none_because', 'nothing')}"
         for r in section["rows"]

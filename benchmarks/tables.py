@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import products, results, summary
+from benchmarks import products, results
 from benchmarks.tables_kernels import dropout, kernels, table
 from benchmarks.tables_train import decode, runs, train
 from benchmarks.workloads import WHOLE, Shape
@@ -40,16 +40,15 @@ def about(values: Values, name: str) -> str:
         f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
         f"{e.get('cpu')}, {e.get('threads')} threads."
     ]
-    if e.get("device") == "cpu":
-        lines.append(
-            "> No GPU: ops and training steps are those of the nano preset, a real measurement of "
-            "the CPU path. Our Triton kernels have no part in it."
-        )
     if e.get("interpreted"):
         lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
+    elif e.get("device") == "cpu":
+        lines.append("> No GPU: real times of a CPU, in which our Triton kernels have no part.")
     if e.get("emulated"):
         lines.append("> A T4's code on a newer GPU: these times are no T4's.")
     for section in SECTIONS:
+        if why := values.get(section, {}).get("ended_by"):
+            lines.append(f"> {section}: broke off before its end ({results.short(why)}).")
         state = values.get(section, {}).get("state") or {}
         if state.get("throttled_by"):
             lines.append(
@@ -82,8 +81,20 @@ def _state(state: Values) -> str:
     return ", ".join(parts)
 
 
+def measured(values: Values) -> Values:
+    """Without sections that broke off before they had anything to tell."""
+    needed = {"kernels": ("rows", "roofs"), "train": ("rows", "roofs", "products")}
+    needed |= {name: ("rows",) for name in SECTIONS if name not in needed}
+    empty = {
+        name
+        for name, keys in needed.items()
+        if name in values and not all(values[name].get(key) for key in keys)
+    }
+    return {name: section for name, section in values.items() if name not in empty}
+
+
 def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(heading, Markdown, names of the pictures that belong there)."""
+    """(heading, Markdown, names of the pictures that belong there). values: see `measured`."""
     if "train" in values:
         yield "A training step", train(values["train"]), ("step", "memory")
     if "target" in values:
@@ -91,7 +102,7 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if "decode" in values:
         yield "Writing", decode(values["decode"]), ()
     if "kernels" in values:
-        pictured = ("speedup", "roofline", "sweep-T", "memory-T")
+        pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
         yield "Kernels", kernels(values["kernels"]), pictured
         yield "A T4", t4(values["kernels"], values.get("train")), ()
     if "runs" in values:
@@ -117,7 +128,7 @@ def nano(section: Values) -> str:
 
 def stages(values: Values) -> str:
     rows = [
-        [name, s["status"], f"{s['seconds']:.0f}", summary.stage(name, values) or s["says"]]
+        [name, s["status"], f"{s['seconds']:.0f}", s["says"].replace("|", "/")]
         for name, s in values["stages"].items()
     ]
     return table(["stage", "", "seconds", ""], rows)
@@ -163,8 +174,8 @@ def t4(section: Values, training: Values | None = None) -> str:
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
         rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (
-        "Forward and backward in float16, microseconds. The bound is computed, not measured: least "
-        f"bytes at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
+        "All of an op in float16, microseconds. The bound is computed, not measured: least bytes "
+        f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
         f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
     )
     return text + "\n\n" + table(["op", "fused on a T4, measured", "bound, computed"], rows)

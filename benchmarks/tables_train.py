@@ -134,8 +134,8 @@ def runs(section: Values) -> str:
                 str(r["steps"]),
                 f"{r['seconds']:.1f}",
                 f"{r['tokens_per_s']:,.0f}",
-                f"{r['curve'][-1][2]:.4f}" if r["curve"] else "",
-                f"{last[2]:.4f}" if last else "",
+                results.loss(r["curve"][-1][2]) if r["curve"] else "",
+                results.loss(last[2]) if last else "",
                 note,
             ]
         )

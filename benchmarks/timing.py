@@ -4,7 +4,8 @@ On a GPU a provider's calls are captured in a CUDA graph (`replay`), and CUDA ev
 replays of it: what is measured is the device's work, not Python's. A short wait on the device
 stands before them, so that all of them are queued when the first one begins. Each call of a graph
 takes another copy of its inputs and writes other outputs, so many that together they do not fit in
-the L2 cache; a training step finds its inputs cold too.
+the L2 cache; a training step finds its inputs cold too. Some kilobytes stay in the cache all the
+same: see `cold`.
 What cannot be captured is timed by events around plain calls, and says why.
 
 Providers take turns, a sample each, in an order that rotates: a card that gets hot or a neighbour
@@ -29,7 +30,8 @@ from benchmarks.work import Call, Work, free, reason
 SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least; replay has a GPU's
 CALLS = 200  # in it at most
 COLD = 2  # inputs together are so many times the L2
-COPIES = 1024  # of the inputs at most
+COPIES = 1024  # of the inputs at most: a graph holds a call of each
+FEW = 16  # of inputs that stay in the cache all the same
 WARM = 3
 
 
@@ -91,12 +93,22 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.stream(aside)
 
 
-def copies(input_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs it takes so that a call finds its own out of the L2 cache."""
+def copies(used_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs it takes so that a call, which uses so many bytes of them,
+    finds its own out of the L2 cache; a few where not even COPIES would do."""
     if device.type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(COPIES, max(2, -(-COLD * l2 // max(1, input_bytes))))
+    wanted = max(2, -(-COLD * l2 // max(1, used_bytes)))
+    return wanted if wanted <= COPIES else FEW
+
+
+def cold(used_bytes: int, device: torch.device) -> bool | None:
+    """Whether that many bytes, of all copies, are more than the L2 cache holds, so that a call
+    finds its own out of it; None on a CPU, where nobody knows."""
+    if device.type != "cuda":
+        return None
+    return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def measure(

@@ -130,19 +130,19 @@ def main(argv: list[str] | None = None) -> None:
         dtypes = [devices.DTYPES[name] for name in args.dtypes]
     budget, began = args.budget or BUDGET[device.type], time.perf_counter()
     with results.Section("train", device, args) as section:
-        roofs = environment.roofs(device, dtypes)
-        found = {str(d)[6:]: devices.peak_flops(device, d) for d in dtypes}
-        roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
-        roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
         section.put(
             preset=preset,
             model=vars(setting[0]),
             batch_size=setting[1].batch_size,
             nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
-            roofs=roofs,
             products={},
             rows=[],
         )
+        roofs = environment.roofs(device, dtypes)
+        found = {str(d)[6:]: devices.peak_flops(device, d) for d in dtypes}
+        roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
+        roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
+        section.put(roofs=roofs)
         for dtype in dtypes:
             _products(section, setting, dtype, device)
         parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]

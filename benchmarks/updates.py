@@ -1,14 +1,17 @@
 """The ops that have no gradient: the optimizer's, over a whole model, and those of one token.
 
     adamw        unscale and adamw over all weights: a step of the optimizer
-    muon         muon_momentum and muon_update over the blocks' matrices, by shape; what stands
-                 between the two, Muon's iteration, is PyTorch's products for all of the ops
+    muon         unscale, and muon_momentum and muon_update over the blocks' matrices, by shape;
+                 what stands between the two, the iteration, is PyTorch's products for all ops
     embed_tokens, norm_linear, cached_attention, linear_add, draw_tokens
                  of one token for each of B texts that fill the context; norm_linear is the MLP's
                  first product with its GELU, linear_add the second one
 
-Inputs are tensors by name, as those of the other ops. What an op changes in place is among its
-outputs, and the next call changes it further.
+Inputs are tensors by name, as those of the other ops. What an op is there to change in place is
+among its outputs, and the next call changes it further.
+
+Some of `builtin`'s are eager's, because a draw has to be the same by any ops. What one would write
+without such a duty is `textbook`; torch.compile takes that.
 """
 
 import math
@@ -17,7 +20,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks import products
+from irongpt import muon
+from irongpt.config import GPTConfig
 
 if TYPE_CHECKING:
     from benchmarks.workloads import Case
@@ -25,23 +33,33 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("adamw", "muon")
 TOKEN = ("embed_tokens", "norm_linear", "cached_attention", "linear_add", "draw_tokens")
 OPS = (*OPTIMIZERS, *TOKEN)
+AS_EAGER = ("embed_tokens", "linear_add", "draw_tokens")  # in builtin
 
 DECAY = 0.1
 SEED = (5 << 32) + 7  # beyond 32 bits
+RING = 32  # tokens that a text keeps
+TEMPERATURE = 0.8
 TOP_K = 20  # of a draw, one in which the order of the logits matters
 
 Inputs = dict[str, Tensor]
+Sizes = list[tuple[int, ...]]
+Function = Callable[[Inputs], tuple[Tensor, ...]]
 
 
-def shapes(case: "Case") -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def config(case: "Case") -> GPTConfig:
+    s = case.shape
+    return GPTConfig(s.V, n_layer=s.L, n_head=s.H, n_embd=s.H * s.D, context=s.T, dropout=0.0)
+
+
+def shapes(case: "Case") -> tuple[Sizes, Sizes]:
     """Of the blocks' matrices, and of all other weights."""
     s = case.shape
     C = s.H * s.D
-    matrices: list[tuple[int, ...]] = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
-    return matrices * s.L, [(s.V, C), (s.T, C), *[(C,)] * (2 * s.L + 1)]
+    matrices: Sizes = [*products.matrices(config(case))] * s.L
+    return matrices, [(s.V, C), (s.T, C), *[(C,)] * (2 * s.L + 1)]
 
 
-def numel(sizes: list[tuple[int, ...]]) -> int:
+def numel(sizes: Sizes) -> int:
     return sum(math.prod(size) for size in sizes)
 
 
@@ -67,12 +85,12 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
     B, C = s.B, s.H * s.D
     wide = torch.float32
     matrices, rest = shapes(case)
-    narrow = case.dtype != wide
+    ahead = muon.products_type(case.dtype, device)
 
     def state(name: str, n: int, moments: int, dtype: torch.dtype) -> Inputs:
         """n weights in a row, and what an optimizer has of each."""
         made = {f"{name}.params": 0.02 * randn(n, dtype=wide)}
-        made[f"{name}.grads"] = (1e-3 * randn(n, dtype=wide)).to(dtype)
+        made[f"{name}.grads"] = (1e-4 * randn(n, dtype=wide)).to(dtype)  # nothing is clipped
         made[f"{name}.moment0"] = 1e-3 * randn(n, dtype=wide)
         if moments > 1:
             made[f"{name}.moment1"] = 1e-6 * randn(n, dtype=wide).square()
@@ -84,7 +102,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
         return {
             "scale": torch.ones((), device=device),
             "good_steps": torch.zeros((), dtype=torch.int64, device=device),
-            "lr": torch.full((), 1e-3, device=device),
+            "lr": torch.full((), 0.01, device=device),  # a copy in 16 bits has to show a step
         }
 
     def adamw() -> Inputs:
@@ -92,20 +110,20 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
         made = state("matrices", numel(matrices), 2, case.dtype)
         return made | state("rest", numel(rest), 2, wide) | step() | {"steps": steps}
 
-    def muon() -> Inputs:
+    def muons() -> Inputs:
         made = state("matrices", numel(matrices), 1, case.dtype)
-        update = (0.02 * randn(numel(matrices), dtype=wide)).to(torch.float16 if narrow else wide)
+        update = (0.02 * randn(numel(matrices), dtype=wide)).to(ahead)
         return made | step() | {"update": update, "steps": torch.ones(1, device=device)}
 
     def ring() -> Inputs:
-        """Every text has filled its context, and the ring of its last 32 tokens."""
-        counts = torch.tensor([[32, s.T - 1]], device=device).repeat(B, 1)
-        return {"tokens": torch.zeros(B, 32, dtype=torch.int64, device=device), "counts": counts}
+        """Every text has filled its context, and the ring of its last tokens."""
+        counts = torch.tensor([[RING, s.T - 1]], device=device).repeat(B, 1)
+        return {"tokens": torch.ones(B, RING, dtype=torch.int64, device=device), "counts": counts}
 
     cache = (B, s.H, s.T, s.D)
     make: dict[str, Callable[[], Inputs]] = {
         "adamw": adamw,
-        "muon": muon,
+        "muon": muons,
         "embed_tokens": lambda: {
             **ring(), "wte": randn(s.V, C, dtype=wide), "wpe": randn(s.T, C, dtype=wide)
         },
@@ -134,7 +152,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
     return make[case.op]()
 
 
-def call(ops: ModuleType, case: "Case") -> Callable[[Inputs], tuple[Tensor, ...]]:
+def call(ops: ModuleType, case: "Case") -> Function:
     """The op by a module of ops. Of inputs: the outputs, and what was changed in place."""
     if case.op == "adamw":
         return lambda x: _adamw(ops, x, *shapes(case))
@@ -142,19 +160,53 @@ def call(ops: ModuleType, case: "Case") -> Callable[[Inputs], tuple[Tensor, ...]
         return lambda x: _muon(ops, x, shapes(case)[0])
     op = getattr(ops, case.op)
     if case.op == "draw_tokens":
-
-        def draw(x: Inputs) -> tuple[Tensor, ...]:
-            op(**x, temperature=0.8, top_k=TOP_K)
-            return (x["tokens"],)
-
-        return draw
+        options = dict(temperature=case.p, top_k=TOP_K)
+        return lambda x: (op(**x, **options), x["tokens"], x["counts"])[1:]
     if case.op == "cached_attention":
         return lambda x: (op(**x), x["cache_k"], x["cache_v"])
     options = {"gelu": True} if case.op == "norm_linear" else {}
     return lambda x: (op(**x, **options),)
 
 
-def _parts(flat: Tensor, sizes: list[tuple[int, ...]]) -> list[Tensor]:
+def textbook(case: "Case") -> Function:
+    """The op as one would write it; of norm_linear that is builtin's."""
+    return {
+        "embed_tokens": _embed,
+        "cached_attention": _cached_attention,
+        "linear_add": lambda x: (x["residual"] + F.linear(x["x"], x["weight"]),),
+        "draw_tokens": lambda x: _draw(x, case.p),
+    }[case.op]
+
+
+def _embed(x: Inputs) -> tuple[Tensor, ...]:
+    rows = torch.arange(len(x["tokens"]), device=x["tokens"].device)
+    last = x["tokens"][rows, (x["counts"][:, 0] - 1) % RING]
+    return (F.embedding(last, x["wte"]) + F.embedding(x["counts"][:, 1], x["wpe"]),)
+
+
+def _cached_attention(x: Inputs) -> tuple[Tensor, ...]:
+    """A static cache, of which one row is written and all is attended to behind a mask."""
+    k, v, position = x["cache_k"], x["cache_v"], x["position"]
+    rows, columns = (torch.arange(n, device=k.device) for n in (len(k), k.shape[2]))
+    q, new_k, new_v = x["qkv"].permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
+    k[rows, :, position], v[rows, :, position] = new_k[:, :, 0], new_v[:, :, 0]
+    seen = (columns <= position[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2), k, v
+
+
+def _draw(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
+    logits, tokens, counts = x["logits"], x["tokens"], x["counts"]
+    if temperature == 0:
+        drawn = logits.argmax(-1, keepdim=True)
+    else:
+        best, which = (logits.float() / temperature).topk(min(TOP_K, logits.shape[1]))
+        drawn = which.gather(1, best.softmax(-1).multinomial(1))
+    tokens.scatter_(1, counts[:, :1] % RING, drawn)
+    counts += 1
+    return tokens, counts
+
+
+def _parts(flat: Tensor, sizes: Sizes) -> list[Tensor]:
     parts = flat.split([math.prod(size) for size in sizes])
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
@@ -166,13 +218,15 @@ def _unscale(ops: ModuleType, x: Inputs, grads: list[Tensor]) -> Tensor:
     return found
 
 
-def _adamw(
-    ops: ModuleType, x: Inputs, matrices: list[tuple[int, ...]], rest: list[tuple[int, ...]]
-) -> tuple[Tensor, ...]:
+def _changed(x: Inputs, *names: str) -> tuple[Tensor, ...]:
+    """What an optimizer is there to change."""
+    own = (*names, "copies", "steps", "good_steps")
+    return tuple(t for name, t in x.items() if name.split(".")[-1] in own)
+
+
+def _adamw(ops: ModuleType, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Tensor, ...]:
     def both(name: str) -> list[Tensor]:
-        return [
-            *_parts(x[f"matrices.{name}"], matrices), *_parts(x[f"rest.{name}"], rest)
-        ]  # fmt: skip
+        return _parts(x[f"matrices.{name}"], matrices) + _parts(x[f"rest.{name}"], rest)
 
     copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
     grads = both("grads")
@@ -182,13 +236,13 @@ def _adamw(
         unscaled, beta1=0.9, beta2=0.99,
         weight_decays=[DECAY if len(size) == 2 else 0.0 for size in matrices + rest],
     )  # fmt: skip
-    return tuple(t for name, t in x.items() if name.endswith(("params", "moment0", "moment1")))
+    return _changed(x, "params", "moment0", "moment1")
 
 
-def _muon(ops: ModuleType, x: Inputs, matrices: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+def _muon(ops: ModuleType, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
     grads, params = (_parts(x[f"matrices.{name}"], matrices) for name in ("grads", "params"))
     copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
-    momentum, update = (x["matrices.moment0"], x["update"])
+    momentum, update = x["matrices.moment0"], x["update"]
     unscaled = _unscale(ops, x, grads)
     ahead, begin = [], 0
     for shape in dict.fromkeys(matrices):
@@ -200,30 +254,34 @@ def _muon(ops: ModuleType, x: Inputs, matrices: list[tuple[int, ...]]) -> tuple[
         )
         ops.muon_update(
             [params[i] for i in at], [copies[i] for i in at] if copies else [], u, x["lr"],
-            unscaled, scale=0.2 * max(shape) ** 0.5, weight_decay=DECAY,
+            unscaled, scale=muon.RMS * max(shape) ** 0.5, weight_decay=DECAY,
         )  # fmt: skip
         begin = end
-    return (x["matrices.params"], momentum, *ahead)
+    return (*_changed(x, "params", "moment0"), *ahead)
 
 
-def least_bytes(case: "Case") -> int:
-    """Across DRAM, by the kernels' own cost functions."""
-    from irongpt_kernels import adamw, cached_attention, muon, row_linear
+def cost(case: "Case") -> tuple[int, int]:
+    """Least bytes across DRAM and FLOPs: by the kernels' own cost functions, and by counting."""
+    from irongpt_kernels import adamw, cached_attention, row_linear
+    from irongpt_kernels import muon as kernel
 
     s, item = case.shape, case.dtype.itemsize
     B, C = s.B, s.H * s.D
     matrices, rest = (numel(sizes) for sizes in shapes(case))
     copy = item if item < 4 else 0
-    moved: dict[str, Callable[[], int]] = {
-        "adamw": lambda: adamw.adamw_bytes(matrices, item, copy) + adamw.adamw_bytes(rest, 4, 0),
-        # unscale has read the gradients before
-        "muon": lambda: muon.muon_bytes(matrices, item, item, copy) + matrices * item,
-        "embed_tokens": lambda: 3 * B * C * 4,
-        "norm_linear": lambda: row_linear.row_linear_bytes(4 * C, C, item),
-        "cached_attention": lambda: cached_attention.cached_attention_bytes(
-            B, s.H, s.T - 1, s.D, item
+    found: dict[str, Callable[[], tuple[int, int]]] = {
+        "adamw": lambda: (
+            adamw.adamw_bytes(matrices, item, copy) + adamw.adamw_bytes(rest, 4, 0), 0
         ),
-        "linear_add": lambda: row_linear.row_linear_bytes(C, 4 * C, item),
-        "draw_tokens": lambda: B * s.V * item,
-    }
-    return moved[case.op]()
+        # unscale has read the gradients before
+        "muon": lambda: (kernel.muon_bytes(matrices, item, item, copy) + matrices * item, 0),
+        "embed_tokens": lambda: (3 * B * C * 4, 0),
+        "norm_linear": lambda: (row_linear.row_linear_bytes(4 * C, C, item), 2 * B * 4 * C * C),
+        "cached_attention": lambda: (
+            cached_attention.cached_attention_bytes(B, s.H, s.T - 1, s.D, item),
+            4 * B * s.H * s.T * s.D,
+        ),
+        "linear_add": lambda: (row_linear.row_linear_bytes(C, 4 * C, item), 2 * B * 4 * C * C),
+        "draw_tokens": lambda: (B * s.V * item, 0),
+    }  # fmt: skip
+    return found[case.op]()

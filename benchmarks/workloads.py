@@ -19,6 +19,7 @@ from benchmarks import updates
 
 MODES = ("forward", "backward", "both")
 WHOLE = ("both", "call")  # modes that are all of an op, with a gradient and without
+FLOAT32 = ("layer_norm", "embed_tokens")  # the residual stream alone
 DROPS = ("causal_attention", "causal_attention_packed", "dropout_add_layer_norm")
 OPS = (
     "causal_attention_packed",
@@ -59,7 +60,10 @@ GATE = 1 << 25  # elements of a T x T matrix, at most, at which an op is checked
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape. sweep: which series it belongs to; one of OWN for the model's own shape."""
+    """An op at a shape. sweep: which series it belongs to; one of OWN for the model's own shape.
+
+    p: of dropout; of a draw the temperature. At 0 nothing is random.
+    """
 
     op: str
     sweep: str
@@ -156,7 +160,7 @@ class Case:
         """
         try:
             if self.op in updates.OPS:
-                return updates.least_bytes(self), 0
+                return updates.cost(self)
             one = {"forward": "fwd", "backward": "bwd"}
             parts = [self._cost(one[m]) for m in (one if mode == "both" else [mode])]
         except ImportError:
@@ -194,22 +198,24 @@ def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-def own_cases(
-    gpu: bool, dtypes: list[torch.dtype], ops: tuple[str, ...] = OPS, dropout_off: bool = True
-) -> list[Case]:
-    """Every op at the model's own shape, with dropout as `iron` and, if told, without as `fast`."""
+def own_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
+    """Every op at the model's own shape, with dropout as `iron` and, if told, without as `fast`.
+
+    Ops whose tensors are float32 in any training come once.
+    """
     name, shape = ("iron", IRON) if gpu else ("nano", NANO)
     return [
         Case(op, name, replace(shape, B=1) if op in updates.TOKEN else shape, dtype, p)
         for dtype in dtypes
-        for op in ops
+        for op in OPS
+        if op not in FLOAT32 or dtype == dtypes[0]
         for p in ((0.2, 0.0) if op in DROPS and dropout_off else (dropping(op),))
     ]
 
 
 def dropping(op: str) -> float:
-    """The iron model's dropout, where the op has any."""
-    return 0.2 if op in DROPS else 0.0
+    """As the iron model has it, where an op is random."""
+    return updates.TEMPERATURE if op == "draw_tokens" else 0.2 if op in DROPS else 0.0
 
 
 SWEEPS = ("T", "D", "batch", "width", "V")
@@ -234,7 +240,7 @@ def sweep_cases(
     gpu: bool, dtypes: list[torch.dtype], names: tuple[str, ...] = SWEEPS
 ) -> Iterator[Case]:
     """Over T, head dimension, batch, width and vocabulary, one at a time; attention with dropout
-    and without. Layer norm's rows are float32 in any training, so once. Without a GPU a few."""
+    and without. What is float32 in any training comes once. Without a GPU a few."""
     base, sizes = (IRON, ON_GPU) if gpu else (NANO, ON_CPU)
     for dtype in dtypes:
         found = {
@@ -250,7 +256,7 @@ def sweep_cases(
         }
         for name in names:
             for case in found[name]:
-                if case.op != "layer_norm" or dtype == dtypes[0]:
+                if case.op not in FLOAT32 or dtype == dtypes[0]:
                     yield case
 
 
@@ -266,6 +272,7 @@ def _over_t(base: Shape, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[C
         *_attention("T", dtype, shapes),
         *packed,
         *(Case("softmax", "T", s, dtype) for s in shapes),
+        *(Case("cached_attention", "T", replace(base, B=1, T=T), dtype) for T in lengths),
     ]
 
 
@@ -277,5 +284,5 @@ def _over_batch(base: Shape, dtype: torch.dtype, sizes: tuple[int, ...]) -> list
     return [
         *_attention("batch", dtype, shapes),
         *(Case(op, "batch", s, dtype, dropping(op)) for op in others for s in shapes),
-        *(Case(op, "batch", s, dtype) for op in updates.TOKEN for s in texts),
+        *(Case(op, "batch", s, dtype, dropping(op)) for op in updates.TOKEN for s in texts),
     ]

@@ -152,8 +152,8 @@ def test_memory_and_whole_trainings_are_compared() -> None:
 
     text = changes.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
     assert "| -50% | 100.0 MiB | 50.0 MiB | train: fused, float16 |" in text
-    assert "target: fast, fused, float16: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
-    assert "nano: nano: 20.0 to 10.0 s, validation loss 1.375 to 1.250" in text
+    assert "target: fast, fused, float16: 20.0 to 10.0 s, validation loss 1.3750 to 1.2500" in text
+    assert "nano: nano: 20.0 to 10.0 s, validation loss 1.3750 to 1.2500" in text
     same = changes.text(*(file(100 << 20, 20.0, 1.375),) * 2, "a", "b")
     assert "MiB" not in same
 

@@ -70,8 +70,11 @@ def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     assert timing.copies(1 << 30, device) == 2
     small = 2048 * 109 * 2  # logits of 8 windows: all of them together pass the cache too
     assert timing.copies(small, device) * small > 2 * (60 << 20)
-    assert timing.copies(1, device) == timing.COPIES
+    assert timing.copies(1, device) == timing.FEW  # no number of copies would do
     assert timing.copies(1, CPU) == 1
+    assert timing.cold(timing.copies(small, device) * small, device)
+    assert not timing.cold(timing.copies(500, device) * 500, device)
+    assert timing.cold(1 << 40, CPU) is None
 
 
 def test_nothing_is_needed_but_torch_triton_and_numpy() -> None:

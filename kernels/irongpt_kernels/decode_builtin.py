@@ -1,5 +1,6 @@
 """The ops of one token by PyTorch's own fused functions: what `builtin` offers of them."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,10 +13,17 @@ def cached_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """See `eager.cached_attention`. What was not written is read, as far as PyTorch reads it, and
-    has to be finite."""
+    has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
-    seen = append(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
-    out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen, scale=scale)
+    if qkv.device.type == "cpu":
+        texts, columns = torch.arange(len(qkv)), torch.arange(cache_k.shape[2])
+        cache_k[texts, :, position] = k[:, :, 0]
+        cache_v[texts, :, position] = v[:, :, 0]
+        seen = columns <= position[:, None, None]
+    else:
+        seen = append(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)
+    mask = seen[:, :, None]  # (B, 1, 1, N)
+    out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
 
 
