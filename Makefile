@@ -5,7 +5,8 @@
 #     make test-tritons                 what compiles for a T4, under each Triton that we support
 #     make lint                         style and types
 #     make bench                        every op by every provider; ARGS="--no-sweeps" for no sweeps
-#     make bench-train                  ms a training step, tokens/s, writing, seconds to a loss
+#     make bench-train                  ms a training step, tokens/s, writing, seconds to a loss;
+#                                       ARGS="--preset iron" on a CPU, which takes nano else
 #     make bench-nano NANOGPT=folder    nano against nanoGPT's CPU recipe; folder: its checkout
 #     make gpu                          all that a GPU is asked for, in ten minutes; sets nothing up
 #     make report                       the page of the newest result
@@ -39,10 +40,11 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
-# ARGS are for all three; one that fails does not keep the others from running.
+# ARGS are for all three (--preset, --device, --out, --result, --commit). One that fails does not
+# keep the others from running.
 bench-train: .venv/dev
 	@failed=0; \
-	run() { echo "$$*"; "$$@" $(ARGS) || failed=1; }; \
+	run() { (set -x; "$$@" $(ARGS)) || failed=1; }; \
 	run $(BIN)/python -m benchmarks.train $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
 	run $(BIN)/python -m benchmarks.decode; \
 	run $(BIN)/python -m benchmarks.runs --section target; \

@@ -94,6 +94,8 @@ def git_commit(checkout: Path = ROOT) -> str:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
+            return "unknown"  # it lies within another checkout
         commit = git("rev-parse", "--short=10", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.SubprocessError):

@@ -159,13 +159,14 @@ def floor(
 
 def bound(
     config: GPTConfig, train: TrainConfig, dtype: torch.dtype, roofs: dict[str, Any]
-) -> float:
-    """Computed seconds of a step on a device of which no more is known than its roofs."""
+) -> float | None:
+    """Computed seconds of a step on a device of which no more is known than its roofs; None without
+    Triton."""
     work = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes(config, train.batch_size))
     work += muon_flops(config) if train.optimizer == "muon" else 0
     products = work / roofs["gemm_flops_per_s"][str(dtype)[6:]]
     found = floor(config, train, dtype, products, roofs)
-    return float(found.get("computed_floor_seconds", products))
+    return found.get("computed_floor_seconds")
 
 
 def of_step(found: dict[str, Any], variant: str = "") -> float:

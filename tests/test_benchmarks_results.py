@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import changes, environment, results, tables
+from benchmarks import changes, environment, gpu, report, results, summary, tables, tables_kernels
 from benchmarks.workloads import MODES
 
 CPU = torch.device("cpu")
@@ -169,3 +169,63 @@ def test_the_throttle_reasons_of_a_card() -> None:
     state = environment._state(1590.0, 5000.0, 70.0, 70.0, 84.0, 0x1 | 0x4 | 0x20)
     assert state["throttled_by"] == ["power cap", "heat (software)"]
     assert environment._state(None, None, None, None, None, None)["throttled_by"] is None
+
+
+def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> None:
+    """Killed before its first row, or by an error in it: the page has the others."""
+    begun = dict(environment=dict(name="T4"), state=dict(seconds=1.0), ended_by="RuntimeError: a|b")
+    values = {"kernels": begun | dict(rows=[], missing={}), "train": begun, "decode": begun}
+    for name, section in values.items():
+        results.save(tmp_path / "a.json", name, section)
+        assert isinstance(gpu._says(name, {name: section}), str)
+    run = dict(run="fast, fused", preset="fast", ops="fused", dtype="float16", target=None)
+    run |= dict(steps=20, warm_steps=3, seconds=1.0, tokens_per_s=1.0, finite=False)
+    run |= dict(curve=[[10, 0.5, 4.0], [20, 1.0, math.nan]], evaluated=[[20, 1.0, math.nan]])
+    results.save(tmp_path / "a.json", "runs", dict(text="t", rows=[run]))
+    text = (report.write(tmp_path / "a.json") / "report.md").read_text()
+    for name in values:
+        assert f"> {name}: broke off before its end (RuntimeError: a/b)." in text
+    assert "| fast, fused | 20 | 1.0 | 1 | nan | nan | STOPPED: the loss is not finite |" in text
+    assert "![runs](runs.png)" in text
+    known = results.load(tmp_path / "a.json")
+    assert summary.stage("runs", known) == "fast, fused nan after 20"
+
+
+def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
+    for i in range(3):
+        for name in ("kernels", "train"):
+            with results.Section(name, CPU, options(tmp_path)) as section:
+                section.put(rows=[i])
+    found = {f.name.split("-abc")[1]: results.load(f) for f in tmp_path.glob("*/*.json")}
+    assert sorted(found) == ["-2.json", "-3.json", ".json"]
+    assert [found[end]["train"]["rows"] for end in (".json", "-2.json", "-3.json")] == [
+        [0],
+        [1],
+        [2],
+    ]
+    named = options(tmp_path)
+    named.result = tmp_path / "mine.json"
+    for i in range(2):
+        with results.Section("train", CPU, named) as section:
+            section.put(rows=[i])
+    assert results.load(named.result)["train"]["rows"] == [1]
+
+
+def test_other_work_is_noted() -> None:
+    a, b = file_of(1.0, 0.01), file_of(2.0, 0.01)
+    a["train"]["preset"], b["train"]["preset"] = "iron", "fast"
+    assert "NOTE: train: another preset, iron and fast" in changes.text(a, b, "a", "b")
+    assert "NOTE: train" not in changes.text(a, a, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(2812.4, "2,812"), (99.96, "100"), (32.0, "32"), (0.012345, "0.0123"), (0, "0")],
+)
+def test_three_digits(value: float, shown: str) -> None:
+    assert tables_kernels.digits(value) == shown
+
+
+def test_a_reason_fits_in_a_cell() -> None:
+    assert results.short("x" * 300) == "x" * 86 + " ..."
+    assert results.short("a | b") == "a / b"

@@ -15,10 +15,8 @@ from irongpt_kernels import builtin
 
 from benchmarks import (
     decode,
-    gpu,
     kernels,
     nano,
-    process,
     report,
     results,
     runs,
@@ -201,14 +199,19 @@ def iron_row(name: str) -> dict:
 
 
 def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
-    elsewhere, there = tables.t4(iron_row("NVIDIA H200")), tables.t4(iron_row("Tesla T4"))
+    elsewhere, there = (
+        tables.t4({"kernels": iron_row(card)}) for card in ("NVIDIA H200", "Tesla T4")
+    )
     assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
     assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
     assert "computed" in elsewhere
     step = dict(variant="fused as trained", dtype="float16", seconds=0.5)
-    trained = tables.t4(iron_row("Tesla T4"), dict(preset="fast", rows=[step]))
-    assert "| a training step, fast | 500,000 |" in trained
-    assert "| a training step, iron |  |" in trained
+    run = dict(preset="fast", ops="fused", dtype="float16", seconds=9.0, steps=500, warm_steps=50)
+    values = {"kernels": iron_row("Tesla T4"), "target": dict(rows=[run])}
+    values["train"] = dict(preset="iron", rows=[step])
+    text = tables.t4(values)
+    assert "| a training step, iron | 500,000 |" in text
+    assert "| a training step, fast | 20,000 |" in text
 
 
 def test_the_readme_has_the_bound_that_is_computed() -> None:
@@ -238,63 +241,3 @@ def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
         row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
         assert b["stats"]["median"] == pytest.approx(row["seconds"], rel=1e-4)
         assert b["stats"]["rounds"] == len(row["seconds_of_samples"])
-
-
-def arguments(tmp_path: Path, *stages: str) -> list[str]:
-    return ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--only", *stages]
-
-
-def test_a_stage_survives_the_failure_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def python(self: gpu.Gpu, *command: object, limit: float) -> process.Done:
-        words = [sys.executable, "-c", "print('hello')"]
-        return process.run(words, self.env, limit, self.log, tmp_path)
-
-    def broken(self: gpu.Gpu, limit: float) -> process.Done:
-        raise RuntimeError("no such thing")
-
-    monkeypatch.setattr(gpu.Gpu, "python", python)
-    monkeypatch.setattr(gpu.Gpu, "train", broken)
-    assert gpu.main(arguments(tmp_path, "train", "decode")) == 1
-    (file,) = tmp_path.glob("*/*.json")
-    stages = results.load(file)["stages"]
-    assert stages["train"]["status"] == "failed"
-    assert "no such thing" in stages["train"]["says"]
-    assert stages["decode"] == {**stages["decode"], "status": "ok", "says": "hello"}
-    assert re.search(r"decode +ok .*hello", capsys.readouterr().out)
-    assert "hello" in file.with_suffix(".log").read_text()
-
-
-def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    done = process.run(words, dict(os.environ), 1.5, tmp_path / "log", tmp_path)
-    assert done.status == "timed out"
-    assert done.seconds < 20
-    assert "begun" in done.lines
-
-
-def test_several_at_a_time(tmp_path: Path) -> None:
-    commands = {
-        str(i): [sys.executable, "-c", f"print({i}); raise SystemExit({i})"] for i in (0, 1)
-    }
-    found: dict[str, str] = {}
-    done = process.run_many(
-        commands, dict(os.environ), 60, tmp_path / "log", tmp_path, 2,
-        lambda name, done: found.__setitem__(name, done.status),
-    )  # fmt: skip
-    assert found == {"0": "ok", "1": "failed"}
-    assert done.status == "failed"
-
-
-@pytest.mark.parametrize(
-    ("line", "counts"),
-    [
-        ("3 failed, 12 passed, 1 skipped in 4.20s", dict(failed=3, passed=12, skipped=1)),
-        ("28 passed in 62.10s (0:01:02)", dict(passed=28)),
-        ("1 passed, 2 errors in 0.50s", dict(passed=1, error=2)),
-        ("no tests ran", {}),
-    ],
-)
-def test_counts_of_pytest(line: str, counts: dict[str, int]) -> None:
-    assert summary.pytest_counts(["tests/x.py ....", line, ""]) == counts
