@@ -4,9 +4,9 @@
     PYTHONPATH=.:kernels python -m benchmarks.gpu --only compare kernels
 
 It needs torch, triton, pytest and numpy, and no network: without it the runs read Python's manual,
-or what --data names. Each stage is a process of its own, has
-its part of the time that is left, and writes what it has as soon as it has it; the next one starts
-whatever became of it. Without a GPU the same stages run in a small size.
+or what --data names. Each stage is a process of its own, has its part of the time that is left, and
+writes what it has as soon as it has it; the next one starts whatever became of it. Without a GPU
+the same stages run in a small size.
 
     doctor      what this machine will run
     tests       the kernels' tests on this GPU, several files at a time

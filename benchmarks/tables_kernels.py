@@ -68,7 +68,8 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     by: Timed = {}
     for r in rows:
         by.setdefault(r["provider"], {})[r["mode"]] = r
-    *_, whole = order = modes(op)
+    order = modes(op)
+    whole = order[-1]
     timed = {name: found for name, found in by.items() if found[whole].get("seconds")}
     timed = dict(sorted(timed.items(), key=lambda item: item[1][whole]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
@@ -104,7 +105,7 @@ def dropout(op: str, p: float) -> str:
 
 
 def _times(timed: Timed, order: tuple[str, ...]) -> str:
-    head = ["provider", *(f"{h}" for m in order for h in (m, "±", "x")), "host us", "error"]
+    head = ["provider", *(head for m in order for head in (m, "±", "x")), "host us", "error"]
     reference = base_of(timed)
     base = {m: r["seconds"] for m, r in timed.get(reference, {}).items()}
     body = []

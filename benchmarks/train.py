@@ -13,8 +13,8 @@
                              builtin AdamW, which does the same work where our preset has another
                              optimizer
 
-A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, AdamW. The variants take
-turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
+A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, optimizer. The variants
+take turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
 
 Of the step's matrix products each shape is timed alone, and so is Muon's iteration; what is left
 of a step is all else. The floor, `computed`, is their time and the least bytes of the other ops at

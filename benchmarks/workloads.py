@@ -1,11 +1,9 @@
 """What is timed: every op at the model's own shape, then along sweeps, and what it costs at least.
 
-The model is iron on a GPU, nano on a CPU.
-
-Weights are float32 and so is the residual stream, which layer_norm and dropout_add_layer_norm take,
-as in a training under autocast; all else is of the case's dtype. Ops without a gradient are in
-`updates`. The sweep over T keeps the tokens:
-a longer context has a smaller batch.
+The model is iron on a GPU, nano on a CPU. Weights are float32 and so is the residual stream, which
+layer_norm and dropout_add_layer_norm take, as in a training under autocast; all else is of the
+case's dtype. The sweep over T keeps the tokens: a longer context has a smaller batch. Ops without a
+gradient are in `updates`.
 """
 
 from collections.abc import Callable, Iterator
