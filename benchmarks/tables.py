@@ -43,7 +43,10 @@ def about(values: Values, name: str) -> str:
     if e.get("interpreted"):
         lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
     elif e.get("device") == "cpu":
-        lines.append("> No GPU: real times of a CPU, in which our Triton kernels have no part.")
+        lines.append(
+            "> No GPU: real times of a CPU, in which our Triton kernels have no part. What fits in "
+            "its caches stays there, so a share of the copy may pass 100 %."
+        )
     if e.get("emulated"):
         lines.append("> A T4's code on a newer GPU: these times are no T4's.")
     for section in SECTIONS:

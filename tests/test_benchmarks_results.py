@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import changes, environment, gpu, report, results, summary, tabl
 from benchmarks.workloads import MODES
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def table_of(text: str, head: str) -> list[list[str]]:
@@ -229,3 +231,19 @@ def test_three_digits(value: float, shown: str) -> None:
 def test_a_reason_fits_in_a_cell() -> None:
     assert results.short("x" * 300) == "x" * 86 + " ..."
     assert results.short("a | b") == "a / b"
+
+
+def test_the_readme_has_the_numbers_of_its_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"benchmarks/results/[\w/.-]+?\.(?:json|md)", text)
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+    (file,) = re.findall(r"two cores of an AMD EPYC \(`(.*?)`\)", text)
+    section = results.load(ROOT / file)["nano"]
+    shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", text)
+    keys = ("seconds", "validation_loss", "peak_rss_mb")
+    for cells, row in zip(shown, section["rows"], strict=True):
+        forms = [f"{row[key]:.{digits}f}" for key, digits in zip(keys, (1, 3, 0), strict=True)]
+        assert list(cells) == forms
+    assert f"({section['rows'][2]['seconds']:.0f} s on two cores" in text
+    assert f"takes {section['iron_step']['irongpt_over_nanogpt']:.2f}\nof the time" in text
