@@ -200,7 +200,9 @@ def _draw(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
         drawn = logits.argmax(-1, keepdim=True)
     else:
         best, which = (logits.float() / temperature).topk(min(TOP_K, logits.shape[1]))
-        drawn = which.gather(1, best.softmax(-1).multinomial(1))
+        # As multinomial draws, but without its look at the probabilities on the host.
+        race = best.softmax(-1) / torch.empty_like(best).exponential_()
+        drawn = which.gather(1, race.argmax(-1, keepdim=True))
     tokens.scatter_(1, counts[:, :1] % RING, drawn)
     counts += 1
     return tokens, counts
