@@ -11,6 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import results
 from benchmarks.conftest import Session
 from benchmarks.gate import passes
+from benchmarks.tables_kernels import beyond
 from benchmarks.workloads import Case
 
 
@@ -40,7 +41,7 @@ def bench_op(
         assert row["gate"] is None or passes(provider, row["gate"]), row["none_because"]
         pytest.skip(row["none_because"])
     benchmark.group = f"{case.name}, {mode}"
-    benchmark.name = provider
+    benchmark.name = provider + beyond(row)
     benchmark.extra_info.update(row, **results.derive(row, session.section.values["roofs"]))
     CLOCK.samples = list(row["seconds_of_samples"])
     benchmark.pedantic(CLOCK.tick, rounds=len(CLOCK.samples), iterations=1)

@@ -16,7 +16,7 @@ LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
 KEYS: dict[str, Name] = {
     "kernels": ("op", "sweep", "size", "dtype", "dropout", "mode", "provider"),
     "train": ("variant", "dtype"),
-    "decode": ("ops", "way", "batch"),
+    "decode": ("ops", "way", "batch", "tokens"),
 }
 # ... and of whole trainings, of which there is one each.
 TRAININGS: dict[str, Name] = {
@@ -24,6 +24,13 @@ TRAININGS: dict[str, Name] = {
     "runs": ("run", "dtype"),
     "nano": ("name",),
 }
+
+
+# What makes a section another's work.
+WORK = (
+    *(("train", "preset"), ("train", "batch_size"), ("decode", "preset"), ("decode", "dtype")),
+    *(("target", "text_sha256"), ("runs", "text_sha256")),
+)
 
 
 def named(values: Values, section: str, keys: Name) -> dict[Name, Values]:
@@ -102,11 +109,11 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
     lines = [f"{name_b} against {name_a}: {len(found)} of {total} times differ beyond the noise"]
     if few := unknown(a, b):
         lines.append(f"NOTE: of {few} times the noise is not known, from too few samples")
-    for key in ("name", "torch", "triton", "driver", "threads", "emulated", "tiles"):
+    for key in ("name", "torch", "triton", "driver", "threads", "emulated", "interpreted", "tiles"):
         x, y = (_environment(values).get(key) for values in (a, b))
         if x != y:
             lines.append(f"NOTE: another {'device' if key == 'name' else key}: {x} and {y}")
-    for section, key in (("train", "preset"), ("train", "batch_size"), ("decode", "preset")):
+    for section, key in WORK:
         x, y = (values.get(section, {}).get(key) for values in (a, b))
         if x != y and None not in (x, y):
             lines.append(f"NOTE: {section}: another {key}, {x} and {y}: not the same work")

@@ -83,6 +83,8 @@ class Gpu:
         self.device = devices.pick(args.device)
         self.gpu = self.device.type == "cuda"
         self.file: Path = args.result or results.path(args.out, self.device, args.commit, "gpu")
+        if not args.result:
+            self.file = results.fresh(self.file, *(args.only or SHARES))
         self.file = self.file.resolve()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.data: str | None = args.data  # stages run in another folder

@@ -121,7 +121,8 @@ def _times(
         del outputs
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
-    cold = timing.cold(sets * used, device)
+    moved = used if cost is None or sets > 1 else cost[0]
+    cold = timing.cold(sets * moved, device)
     found: dict[str, Measured | str] = {}
     for name, t in timings.items():
         peak = None if isinstance(t, str) else timing.peak_bytes(works[name], device)

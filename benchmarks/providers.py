@@ -12,7 +12,8 @@
     fused            the Triton kernels
     liger, flash-attn    those packages, where they are installed
 
-A provider takes the inputs and returns the output or outputs; in 16 bits under autocast.
+A provider takes the inputs and returns the output or outputs; in 16 bits under autocast, but for
+the ops of `updates`.
 """
 
 import contextlib
@@ -131,7 +132,7 @@ def providers(
             found[name] = Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
         else:
             found[name] = Provider(PEERS[name][1](case))
-    if case.op in updates.OPS:  # which are not under autocast in a training either
+    if case.op in updates.OPS:  # an optimizer and a token are not under autocast
         return found
     autocast = partial(devices.autocast, device, case.dtype)
     return {name: provider.under(autocast) for name, provider in found.items()}

@@ -8,6 +8,7 @@ again goes to another file, -2, -3 and so on, unless one is named.
 import argparse
 import json
 import math
+import os
 import re
 from datetime import date
 from pathlib import Path
@@ -40,15 +41,19 @@ def slug(text: str) -> str:
 def path(out: Path, device: torch.device, commit: str | None, kind: str = "") -> Path:
     """kind: of measurement, where it is not the usual one."""
     commit = commit or environment.git_commit()
-    emulated = f"sm_{emulate.ARCH}" if device.type == "cuda" and emulate.on() else ""
-    name = "-".join(part for part in (str(date.today()), commit, kind, emulated) if part)
+    how = ""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        how = "interpreted"
+    elif device.type == "cuda" and emulate.on():
+        how = f"sm_{emulate.ARCH}"
+    name = "-".join(part for part in (str(date.today()), commit, kind, how) if part)
     return out / slug(environment.name(device)) / f"{name}.json"
 
 
-def fresh(file: Path, section: str) -> Path:
-    """The file, or the first one after it that does not hold the section yet."""
+def fresh(file: Path, *sections: str) -> Path:
+    """The file, or the first one after it that holds none of the sections yet."""
     found, n = file, 1
-    while found.exists() and section in load(found):
+    while found.exists() and not load(found).keys().isdisjoint(sections):
         n += 1
         found = file.with_stem(f"{file.stem}-{n}")
     return found
@@ -125,7 +130,8 @@ def spread(iqr: float | None, unit: float) -> str:
 
 
 def short(text: str) -> str:
-    """For a cell of a table: a long reason ends with dots, and no bar ends the cell."""
+    """For a cell of a table: a line, whose end is dots if it is long, without a bar."""
+    text = " ".join(text.split())
     return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
 
 

@@ -40,14 +40,15 @@ def about(values: Values, name: str) -> str:
         f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
         f"{e.get('cpu')}, {e.get('threads')} threads."
     ]
-    if e.get("interpreted"):
+    every = [values[name].get("environment", {}) for name in SECTIONS if name in values]
+    if any(one.get("interpreted") for one in every):
         lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
     elif e.get("device") == "cpu":
         lines.append(
             "> No GPU: real times of a CPU, in which our Triton kernels have no part. What fits in "
             "its caches stays there, so a share of the copy may pass 100 %."
         )
-    if e.get("emulated"):
+    if any(one.get("emulated") for one in every):
         lines.append("> A T4's code on a newer GPU: these times are no T4's.")
     for section in SECTIONS:
         if why := values.get(section, {}).get("ended_by"):
@@ -150,7 +151,9 @@ def is_t4(section: Values) -> bool:
 def _step(values: Values, preset: str) -> float | None:
     """Seconds of a step of ours in float16, as trained: measured alone, or in a whole training."""
     section = values.get("train", {})
-    for r in section.get("rows", []) if section.get("preset") == preset else []:
+    usual = (preset, PRESETS[preset].train["batch_size"])
+    own = (section.get("preset"), section.get("batch_size")) == usual
+    for r in section.get("rows", []) if own else []:
         if (r["variant"], r["dtype"]) == ("fused as trained", "float16") and "seconds" in r:
             return float(r["seconds"])
     for r in values.get("target", {}).get("rows", []):

@@ -1,9 +1,9 @@
 """The tables of the kernels: every provider at the model's own shape, then along the sweeps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, updates
 from benchmarks.workloads import DROPS, OWN, WHOLE, modes
 
 Values = dict[str, Any]
@@ -17,7 +17,7 @@ NOTES = {
     "adamw": "All weights of the model; the norm of the gradients is in it.",
     "muon": "The blocks' matrices; the norm of the gradients is in it, the iteration is not.",
     "embed_tokens": "The embeddings are float32, whatever the type of a training.",
-    "draw_tokens": "textbook and compile draw by PyTorch's generator, and are checked without.",
+    "draw_tokens": "textbook and compile draw by PyTorch's generator; checked near temperature 0.",
 }
 
 
@@ -86,12 +86,12 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     without = [f"{name}: {m[whole]['none_because']}" for name, m in by.items() if name not in timed]
     notes += ["No time: " + "; ".join(without)] if without else []
     heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
-    return "\n\n".join([heading, _times(timed, order), _rates(timed, order, roofs), *notes])
+    return "\n\n".join([heading, _times(op, timed), _rates(timed, order, roofs), *notes])
 
 
-def base_of(providers: Iterable[str]) -> str:
+def base_of(op: str) -> str:
     """Whom others are compared with."""
-    return "builtin" if "builtin" in providers else "textbook"
+    return "textbook" if op in updates.AS_EAGER else "builtin"
 
 
 def beyond(r: Values) -> str:
@@ -104,9 +104,10 @@ def dropout(op: str, p: float) -> str:
     return f", dropout {p:g}" if op in DROPS else ""
 
 
-def _times(timed: Timed, order: tuple[str, ...]) -> str:
+def _times(op: str, timed: Timed) -> str:
+    order = modes(op)
     head = ["provider", *(head for m in order for head in (m, "±", "x")), "host us", "error"]
-    reference = base_of(timed)
+    reference = base_of(op)
     base = {m: r["seconds"] for m, r in timed.get(reference, {}).items()}
     body = []
     for name, found in timed.items():
@@ -158,7 +159,10 @@ def _rates(timed: Timed, order: tuple[str, ...], roofs: Values) -> str:
         return ""
     head = ["provider", *(f"{what} {m}" for what in shown for m in order)]
     body = [
-        [name, *(_cell(r.get(key), form) for key, form in shown.values() for r in rows)]
+        [
+            name + beyond(rows[-1]),
+            *(_cell(r.get(key), form) for key, form in shown.values() for r in rows),
+        ]
         for name, rows in known.items()
     ]
     return table(head, body)
@@ -172,7 +176,7 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
     notes: dict[str, None] = {}  # in order, each once
     for size in dict.fromkeys(r["size"] for r in rows):
         by = {r["provider"]: r for r in rows if r["size"] == size}
-        reference = base_of(n for n, r in by.items() if r.get("seconds"))
+        reference = base_of(op)
         base = by.get(reference, {}).get("seconds")
         cells = []
         for name in names:

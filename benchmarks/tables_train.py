@@ -128,9 +128,9 @@ def runs(section: Values) -> str:
             rows.append([r["run"], *["-"] * 5, results.short(r["none_because"])])
             continue
         last = r["evaluated"][-1] if r["evaluated"] else None
-        note = "" if r["finite"] else "STOPPED: the loss is not finite"
+        notes = [] if r["finite"] else ["STOPPED: the loss is not finite"]
         if r["target"] is not None:
-            note = f"{r['target']} {'reached' if r['reached'] else 'not reached'}"
+            notes.append(f"{r['target']} {'reached' if r['reached'] else 'not reached'}")
         rows.append(
             [
                 r["run"],
@@ -139,7 +139,7 @@ def runs(section: Values) -> str:
                 f"{r['tokens_per_s']:,.0f}",
                 results.loss(r["curve"][-1][2]) if r["curve"] else "",
                 results.loss(last[2]) if last else "",
-                note,
+                "; ".join(notes),
             ]
         )
     head = ["run", "steps", "seconds", "tokens/s", "training loss", "validation loss", ""]

@@ -99,8 +99,9 @@ def copies(used_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    wanted = max(2, -(-COLD * l2 // max(1, used_bytes)))
-    return wanted if wanted <= COPIES else FEW
+    if COPIES * used_bytes <= l2:
+        return FEW
+    return min(COPIES, max(2, -(-COLD * l2 // used_bytes)))
 
 
 def cold(used_bytes: int, device: torch.device) -> bool | None:

@@ -10,8 +10,8 @@
 Inputs are tensors by name, as those of the other ops. What an op is there to change in place is
 among its outputs, and the next call changes it further.
 
-Some of `builtin`'s are eager's, because a draw has to be the same by any ops. What one would write
-without such a duty is `textbook`; torch.compile takes that.
+Some of `builtin`'s are eager's: a draw has to be the same by any ops, and the other two are plain
+PyTorch anyway. What one would write without such a duty is `textbook`; torch.compile takes that.
 """
 
 import math
@@ -39,6 +39,7 @@ DECAY = 0.1
 SEED = (5 << 32) + 7  # beyond 32 bits
 RING = 32  # tokens that a text keeps
 TEMPERATURE = 0.8
+COLDEST = 1e-6  # no draw of logits that differ
 TOP_K = 20  # of a draw, one in which the order of the logits matters
 
 Inputs = dict[str, Tensor]
@@ -116,9 +117,11 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
         return made | step() | {"update": update, "steps": torch.ones(1, device=device)}
 
     def ring() -> Inputs:
-        """Every text has filled its context, and the ring of its last tokens."""
-        counts = torch.tensor([[RING, s.T - 1]], device=device).repeat(B, 1)
-        return {"tokens": torch.ones(B, RING, dtype=torch.int64, device=device), "counts": counts}
+        """Texts near the end of their context, as far as there is one, each at another position."""
+        position = s.T - 1 - torch.arange(B, device=device) % s.T
+        counts = torch.stack([torch.full_like(position, RING), position], 1)
+        tokens = torch.arange(B, device=device)[:, None] % s.V  # others read other rows
+        return {"tokens": tokens.repeat(1, RING), "counts": counts}
 
     cache = (B, s.H, s.T, s.D)
     make: dict[str, Callable[[], Inputs]] = {
@@ -145,7 +148,10 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
         },
         "draw_tokens": lambda: {
             **ring(),
-            "logits": randn(B, s.V),
+            # No two are equal, not even in bfloat16: the likeliest is one.
+            "logits": torch.linspace(-3, 3, s.V, device=device)[
+                randn(B, s.V, dtype=wide).argsort(-1)
+            ].to(case.dtype),
             "seed": torch.full((), SEED, device=device),
         },
     }  # fmt: skip
@@ -196,13 +202,11 @@ def _cached_attention(x: Inputs) -> tuple[Tensor, ...]:
 
 def _draw(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
     logits, tokens, counts = x["logits"], x["tokens"], x["counts"]
-    if temperature == 0:
-        drawn = logits.argmax(-1, keepdim=True)
-    else:
-        best, which = (logits.float() / temperature).topk(min(TOP_K, logits.shape[1]))
-        # As multinomial draws, but without its look at the probabilities on the host.
-        race = best.softmax(-1) / torch.empty_like(best).exponential_()
-        drawn = which.gather(1, race.argmax(-1, keepdim=True))
+    scores = logits.float() / max(temperature, COLDEST)
+    best, which = scores.topk(min(TOP_K, logits.shape[1]))
+    # As multinomial draws, but without its look at the probabilities on the host.
+    race = best.softmax(-1) / torch.empty_like(best).exponential_()
+    drawn = which.gather(1, race.argmax(-1, keepdim=True))
     tokens.scatter_(1, counts[:, :1] % RING, drawn)
     counts += 1
     return tokens, counts
@@ -238,7 +242,7 @@ def _adamw(ops: ModuleType, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Te
         unscaled, beta1=0.9, beta2=0.99,
         weight_decays=[DECAY if len(size) == 2 else 0.0 for size in matrices + rest],
     )  # fmt: skip
-    return _changed(x, "params", "moment0", "moment1")
+    return (unscaled, *_changed(x, "params", "moment0", "moment1"))
 
 
 def _muon(ops: ModuleType, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
@@ -259,7 +263,7 @@ def _muon(ops: ModuleType, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
             unscaled, scale=muon.RMS * max(shape) ** 0.5, weight_decay=DECAY,
         )  # fmt: skip
         begin = end
-    return (*_changed(x, "params", "moment0"), *ahead)
+    return (unscaled, *_changed(x, "params", "moment0"), *ahead)
 
 
 def cost(case: "Case") -> tuple[int, int]:

@@ -183,7 +183,7 @@ PRESETS = {
         ),
     ),
     "nano": Preset(
-        "0.8 M parameters, two to three minutes on two CPU cores",
+        "0.8 M parameters, some minutes on two CPU cores",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
         train=dict(
             iters=1700,

@@ -15,6 +15,18 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are; a result file would say so in its name."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_a_file_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert results.path(tmp_path, CPU, "abc", "gpu").name.endswith("-abc-gpu.json")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert results.path(tmp_path, CPU, "abc").name.endswith("-abc-interpreted.json")
+
+
 def table_of(text: str, head: str) -> list[list[str]]:
     """The cells of the first table that begins so, its head included."""
     lines = text[text.index(f"| {head}") :].split("\n\n")[0].splitlines()

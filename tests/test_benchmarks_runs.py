@@ -181,7 +181,7 @@ def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
     monkeypatch.setattr(nano.corpus, "load", lambda name, say: SimpleNamespace(text=""))
     options = ["--nanogpt", str(tmp_path), "--out", str(tmp_path / "out"), "--commit", "abc"]
     nano.main(options)
-    (file,) = (tmp_path / "out").glob("*/*-abc.json")
+    (file,) = (tmp_path / "out").glob("*/*-abc*.json")
     section = results.load(file)["nano"]
     assert section["environment"]["commit"] == "abc"
     assert section["environment"]["date"]
@@ -208,10 +208,12 @@ def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
     step = dict(variant="fused as trained", dtype="float16", seconds=0.5)
     run = dict(preset="fast", ops="fused", dtype="float16", seconds=9.0, steps=500, warm_steps=50)
     values = {"kernels": iron_row("Tesla T4"), "target": dict(rows=[run])}
-    values["train"] = dict(preset="iron", rows=[step])
+    values["train"] = dict(preset="iron", batch_size=64, rows=[step])
     text = tables.t4(values)
     assert "| a training step, iron | 500,000 |" in text
     assert "| a training step, fast | 20,000 |" in text
+    values["train"]["batch_size"] = 8
+    assert "| a training step, iron |  |" in tables.t4(values)
 
 
 def test_the_readme_has_the_bound_that_is_computed() -> None:

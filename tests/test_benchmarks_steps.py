@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import pictures, products, results, steps, summary, tables_train, train, variants
+from benchmarks import products, results, steps, summary, tables_train, train, variants
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 
 CPU = torch.device("cpu")
@@ -116,6 +116,9 @@ def test_the_table_of_steps_says_whom_each_is_compared_with_and_of_what_the_mfu_
     assert "65 TFLOP/s (data sheet)" in text
     assert "3.33 times as fast as PyTorch's fused functions (builtin)" in text
     assert "1.50 times the computed floor" in text
+    pytest.importorskip("matplotlib")
+    from benchmarks import pictures
+
     assert pictures.draw({"train": section})["step"].startswith(b"\x89PNG")
     assert summary.stage("train", {"train": section}).endswith("eager 2e+04 ms")  # the slowest
 

@@ -70,7 +70,10 @@ def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     assert timing.copies(1 << 30, device) == 2
     small = 2048 * 109 * 2  # logits of 8 windows: all of them together pass the cache too
     assert timing.copies(small, device) * small > 2 * (60 << 20)
-    assert timing.copies(1, device) == timing.FEW  # no number of copies would do
+    assert timing.copies(0, device) == timing.copies(1, device) == timing.FEW  # none would do
+    least = (60 << 20) // timing.COPIES
+    assert timing.copies(least, device) == timing.FEW
+    assert timing.copies(least + 1, device) == timing.COPIES  # passes the cache, by little
     assert timing.copies(1, CPU) == 1
     assert timing.cold(timing.copies(small, device) * small, device)
     assert not timing.cold(timing.copies(500, device) * 500, device)

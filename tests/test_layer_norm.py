@@ -46,7 +46,7 @@ def hold(inputs: Inputs, dy: Tensor | None = None, **options: object) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("N", [1, 3, 17, 384, 1000])
+@pytest.mark.parametrize("N", [1, 3, 17, 384, 1000, 5000])
 def test_small_and_partial_tiles(dtype: torch.dtype, N: int, with_bias: bool) -> None:
     inputs = given(2, 5, N, dtype=dtype)
     hold(inputs if with_bias else inputs | dict(bias=None))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused, row_linear
-from numerics import OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
+from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
 from torch import Tensor
 
 SIZES = [(1, 16, 16), (3, 37, 21), (4, 384, 109), (2, 100, 33), (5, 37, 21), (0, 16, 16)]
@@ -35,6 +35,16 @@ def normed(M: int, K: int, N: int, dtype: torch.dtype, bias: bool) -> dict[str, 
 def test_norm_linear(M: int, K: int, N: int, dtype, bias: bool, gelu: bool) -> None:
     for ops in (fused, builtin):
         hold("norm_linear", ops, normed(M, K, N, dtype, bias), gelu=gelu, eps=1e-3)
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e6 / 3])
+@pytest.mark.parametrize("K", [37, 384])
+def test_a_large_mean_costs_no_more_than_eager_s(mean: float, K: int) -> None:
+    """Its rounding, left in, would be a shift of the whole row, which the product adds up."""
+    given = normed(3, K, 21, torch.float32, False)
+    given["x"] = (mean + 0.1 * randn(3, K)).float().to(DEVICE)
+    given["weight"] = given["weight"].abs()
+    hold("norm_linear", fused, given)
 
 
 @each_dtype

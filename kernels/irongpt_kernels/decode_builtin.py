@@ -13,12 +13,15 @@ def cached_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """See `eager.cached_attention`. What was not written is read, as far as PyTorch reads it, and
-    has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays."""
+    has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays: a
+    position outside is an IndexError there, or counts from the end."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
     if qkv.device.type == "cpu":
-        texts, columns = torch.arange(len(qkv)), torch.arange(cache_k.shape[2])
-        cache_k[texts, :, position] = k[:, :, 0]
-        cache_v[texts, :, position] = v[:, :, 0]
+        device = qkv.device
+        texts = torch.arange(len(qkv), device=device)
+        columns = torch.arange(cache_k.shape[2], device=device)
+        cache_k[texts, :, position] = k[:, :, 0].to(cache_k.dtype)
+        cache_v[texts, :, position] = v[:, :, 0].to(cache_v.dtype)
         seen = columns <= position[:, None, None]
     else:
         seen = append(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)

@@ -27,6 +27,7 @@ from torch import Tensor
 from irongpt_kernels import dropout, launch, philox, tuned
 
 WARPS_PER_SM = 8  # of a backward, in all its programs
+WIDE = tl.constexpr(4096)  # columns; of wider rows the weight is read for each, out of a cache
 
 
 @triton.jit
@@ -55,7 +56,8 @@ def _kernel(
     where nothing is dropped. dweight, dbias: (programs, N) partials."""
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
-    weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if BLOCK_N <= WIDE:
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for row_block in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
@@ -70,6 +72,8 @@ def _kernel(
             mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
             xhat = centre(x, valid, mean, N) * rstd[:, None]
+            if BLOCK_N > WIDE:
+                weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
             g = dnorm * weight[None, :]
             mean_g = tl.sum(g, axis=1) / N
             mean_gx = tl.sum(g * xhat, axis=1) / N

@@ -29,9 +29,22 @@ from torch import Tensor
 from irongpt_kernels import checks, launch
 from irongpt_kernels.gelu import _logistic
 from irongpt_kernels.gelu import gelu as gelu_op
-from irongpt_kernels.layer_norm import affine, layer_norm, normalize
+from irongpt_kernels.layer_norm import layer_norm
 
 MAX_M, MAX_K = 4, 4096
+
+
+@triton.jit
+def _norm(x, weight_ptr, bias_ptr, k, K, eps):
+    """A row as `layer_norm` has it, whose functions take a matrix: one of a single row Triton 3.9
+    has every thread sum alone, from shared memory."""
+    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
+    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  # what rounding took from a large mean
+    x *= tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+    x *= tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -48,12 +61,10 @@ def _row_kernel(
     weight = tl.load(weight_ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_K)
     for row in range(M):
         at = tl.cast(row, tl.int64)
-        x = tl.load(x_ptr + at * x_stride + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + at * x_stride + k, mask=k < K, other=0.0).to(tl.float32)  # (BLOCK_K,)
         if norm_weight_ptr is not None:
-            _, _, xhat = normalize(x, (k < K)[None, :], K, eps)
-            x = affine(xhat, norm_weight_ptr, norm_bias_ptr, k, K)
-            x = x.to(weight.dtype).to(tl.float32)
-        y = tl.sum(weight.to(tl.float32) * x, 1)  # (BLOCK_N,)
+            x = _norm(x, norm_weight_ptr, norm_bias_ptr, k, K, eps).to(weight.dtype).to(tl.float32)
+        y = tl.sum(weight.to(tl.float32) * x[None, :], 1)  # (BLOCK_N,)
         if not GELU and bias_ptr is not None:
             bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
             y += bias.to(weight.dtype).to(tl.float32)

@@ -37,6 +37,11 @@ LAYER_NORM_BACKWARD: list[Bug] = [
     ("projection on xhat missing", " - xhat * mean_gx[:, None])", ")"),
     ("projection on 1 missing", "(g - mean_g[:, None] -", "(g -"),
     ("weight missing in dx", "g = dnorm * weight[None, :]", "g = dnorm"),
+    (
+        "the weight of wide rows is another one's",
+        "                weight = tl.load(weight_ptr + cols,",
+        "                weight = tl.load(weight_ptr + cols * 0,",
+    ),
     ("dweight of the last rows only", "dweight += tl.sum(", "dweight = tl.sum("),
     ("dbias of the last rows only", "dbias += tl.sum(", "dbias = tl.sum("),
     ("partials not all summed", "dweight.sum(0)", "dweight[0]"),

@@ -32,12 +32,23 @@ CACHED_ATTENTION: list[Bug] = [
 ]
 
 ROW_LINEAR: list[Bug] = [
-    ("norm is not rounded", "x = x.to(weight.dtype).to(tl.float32)", "x = 1.0 * x"),
+    ("norm is not rounded", "k, K, eps).to(weight.dtype).to(tl.float32)", "k, K, eps)"),
+    (
+        "what rounding took from a large mean stays",
+        "x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  #",
+        "x += 0.0  #",
+    ),
+    (
+        "padding counts in the variance",
+        "x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)\n",
+        "x = x - tl.sum(x, 0) / K\n",
+    ),
+    ("eps forgotten", "tl.sum(x * x, 0) / K + eps", "tl.sum(x * x, 0) / K"),
     ("product is not rounded", "y = y.to(weight.dtype).to(tl.float32)", "y = 1.0 * y"),
     (
         "norm bias forgotten",
-        "norm_weight_ptr, norm_bias_ptr, k, K)",
-        "norm_weight_ptr, None, k, K)",
+        "norm_weight_ptr, norm_bias_ptr, k, K, eps)",
+        "norm_weight_ptr, None, k, K, eps)",
     ),
     (
         "bias of GELU forgotten",
