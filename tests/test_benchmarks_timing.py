@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import results, timing
+from benchmarks import gpu, results, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -81,13 +81,17 @@ def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_is_needed_but_torch_triton_and_numpy() -> None:
-    """make gpu, where nothing can be installed."""
+    """make gpu, where nothing can be installed, and the tests that it runs."""
     blocked = ["matplotlib", "tqdm", "safetensors", "pytest_benchmark", "pynvml", "transformers"]
+    blocked += ["hypothesis", "xdist"]
     modules = ["gpu", "kernels", "train", "decode", "runs"]
     code = f"import sys; sys.modules |= dict.fromkeys({blocked!r})\n"
     code += "\n".join(f"import benchmarks.{name}" for name in modules)
-    code += "\nimport irongpt.compare, irongpt.doctor, irongpt.cli"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    code += "\nimport irongpt.compare, irongpt.doctor, irongpt.cli\n"
+    tests = {f.stem for pattern in gpu.TESTS for f in (ROOT / "tests").glob(pattern)}
+    assert len(tests) > 20
+    code += f"import {', '.join(sorted(tests))}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
     env = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
