@@ -121,7 +121,9 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         lines += ["", "| change | before | after | what |", "|---|---|---|---|"]
     for section, name, x, y in found:
         word = f"{x / y:.2f}x faster" if y < x else f"{y / x:.2f}x slower"
-        what = f"{section}: {', '.join(name)}"
+        gates = [named(v, section, KEYS[section])[name].get("gate") for v in (a, b)]
+        marked = "" if all(gate is None or gate["ok"] for gate in gates) else " †"
+        what = f"{section}: {', '.join(name)}{marked}"
         lines.append(f"| {word} | {_time(x)} | {_time(y)} | {what} |")
     found_memory = sorted(memory(a, b), key=lambda c: c[3] - c[2])
     if found_memory:
@@ -130,6 +132,8 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         sizes = f"{p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB"
         change = f"{q / p - 1:+.0%}" if p else "new"
         lines.append(f"| {change} | {sizes} | {section}: {', '.join(name)} |")
+    if any(line.endswith(" † |") for line in lines):
+        lines += ["", "†: beyond the numeric rule, so less exact"]
     if once := list(trainings(a, b)):
         lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]
     for s in KEYS:

@@ -192,6 +192,10 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
                 linewidth=wide,
                 color=COLORS[provider],
             )
+        for r in part:
+            if not r["gate"]["ok"]:  # hollow: beyond the rule
+                at = r["shape"]["T"], r[key] * factor
+                axes.plot(*at, "o", markersize=4, color=COLORS[r["provider"]], mfc="white")
         if floor and part:
             floors = {
                 (r["shape"]["T"], results.derive(r, section["roofs"])["floor_seconds"] * factor)

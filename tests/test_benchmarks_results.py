@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import changes, environment, gpu, report, results, summary, tables, tables_kernels
+from benchmarks import (
+    changes,
+    environment,
+    gpu,
+    pictures,
+    report,
+    results,
+    summary,
+    tables,
+    tables_kernels,
+)
 from benchmarks.workloads import MODES
 
 CPU = torch.device("cpu")
@@ -223,6 +233,21 @@ def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
         with results.Section("train", CPU, named) as section:
             section.put(rows=[i])
     assert results.load(named.result)["train"]["rows"] == [1]
+
+
+def test_a_time_beyond_the_rule_is_marked() -> None:
+    def file(seconds: float, ok: bool) -> dict:
+        gate = dict(ok=ok, share=2.0)
+        rows = rows_of({"builtin": seconds}, "T", gate=gate, shape=dict(B=1, T=64))
+        section = dict(rows=rows, roofs=ROOFS, environment={})
+        return {"format": 1, "kernels": section}
+
+    text = changes.text(file(1.0, True), file(2.0, False), "a", "b")
+    assert text.count("builtin † |") == 3
+    assert "less exact" in text
+    assert "†" not in changes.text(file(1.0, True), file(2.0, True), "a", "b")
+    pictured = [pictures.draw(file(1.0, ok))["sweep-T"] for ok in (True, False)]
+    assert pictured[0] != pictured[1]
 
 
 def test_other_work_is_noted() -> None:
