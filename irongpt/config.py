@@ -153,10 +153,22 @@ class Preset:
     train: dict[str, Any]
 
 
+IRON = dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2)
+FEW_STEPS: dict[str, Any] = dict(  # a recipe for a training of an epoch or less
+    batch_size=16,
+    lr=6e-3,
+    warmup=20,
+    decay="linear",
+    weight_decay=0.1,
+    eval_every=100,
+    optimizer="muon",
+    beta2=0.99,
+)
+
 PRESETS = {
     "iron": Preset(
         "10.8 M parameters, 5,000 steps: for a GPU",
-        model=dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2),
+        model=IRON,
         train=dict(
             iters=5000,
             batch_size=64,
@@ -169,34 +181,13 @@ PRESETS = {
     ),
     "fast": Preset(  # less than an epoch: nothing for dropout to prevent
         "iron's model in 600 steps of 4,096 tokens: for a GPU",
-        model=dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.0),
-        train=dict(
-            iters=600,
-            batch_size=16,
-            lr=6e-3,
-            warmup=20,
-            decay="linear",
-            weight_decay=0.1,
-            eval_every=100,
-            optimizer="muon",
-            beta2=0.99,
-        ),
+        model=IRON | dict(dropout=0.0),
+        train=dict(iters=600, **FEW_STEPS),
     ),
     "nano": Preset(
         "0.8 M parameters, some minutes on two CPU cores",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
-        train=dict(
-            iters=1700,
-            batch_size=16,
-            lr=6e-3,
-            warmup=20,
-            decay="linear",
-            weight_decay=0.1,
-            eval_every=100,
-            optimizer="muon",
-            beta2=0.99,
-            eval_windows=512,
-        ),
+        train=dict(iters=1700, eval_windows=512, **FEW_STEPS),
     ),
 }
 
