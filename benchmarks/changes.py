@@ -54,7 +54,7 @@ def memory(a: Values, b: Values) -> Iterator[tuple[str, Name, int, int]]:
     for section, keys in KEYS.items():
         before, after = named(a, section, keys), named(b, section, keys)
         for name in (name for name in before if name in after):
-            x, y = (rows[name].get("peak_bytes") for rows in (before, after))
+            x, y = (found[name].get("peak_bytes") for found in (before, after))
             if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
                 yield section, name, x, y
 
@@ -92,6 +92,16 @@ def changed(a: Values, b: Values) -> Iterator[tuple[str, Name, float, float]]:
                     yield section, name, x, y
 
 
+def less_exact(values: Values) -> set[tuple[str, Name]]:
+    """(section, name) of the times of what is beyond the numeric rule."""
+    return {
+        (section, name)
+        for section, keys in KEYS.items()
+        for name, r in named(values, section, keys).items()
+        if r.get("gate") and not r["gate"]["ok"]
+    }
+
+
 def unknown(a: Values, b: Values) -> int:
     """How many times are in both files, without their noise in one of them."""
     found = 0
@@ -119,11 +129,10 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
             lines.append(f"NOTE: {section}: another {key}, {x} and {y}: not the same work")
     if found:
         lines += ["", "| change | before | after | what |", "|---|---|---|---|"]
+    marked = less_exact(a) | less_exact(b)
     for section, name, x, y in found:
         word = f"{x / y:.2f}x faster" if y < x else f"{y / x:.2f}x slower"
-        gates = [named(v, section, KEYS[section])[name].get("gate") for v in (a, b)]
-        marked = "" if all(gate is None or gate["ok"] for gate in gates) else " †"
-        what = f"{section}: {', '.join(name)}{marked}"
+        what = f"{section}: {', '.join(name)}{' †' if (section, name) in marked else ''}"
         lines.append(f"| {word} | {_time(x)} | {_time(y)} | {what} |")
     found_memory = sorted(memory(a, b), key=lambda c: c[3] - c[2])
     if found_memory:
@@ -132,7 +141,7 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         sizes = f"{p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB"
         change = f"{q / p - 1:+.0%}" if p else "new"
         lines.append(f"| {change} | {sizes} | {section}: {', '.join(name)} |")
-    if any(line.endswith(" † |") for line in lines):
+    if any((section, name) in marked for section, name, *_ in found):
         lines += ["", "†: beyond the numeric rule, so less exact"]
     if once := list(trainings(a, b)):
         lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, kernels, results, workloads
+from benchmarks import kernels, results, workloads
 from benchmarks.providers import NAMES, computes, missing
 from benchmarks.workloads import Case
 from irongpt import device as devices
@@ -22,9 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit", help="of this source, where git is not there to tell")
 
 
-GEMM = "gemm_flops_per_s"
-
-
 class Session:
     """Measures a case when the first of its rows is asked for, all providers in turns."""
 
@@ -34,16 +31,6 @@ class Session:
         self.section = results.Section("kernels", self.device, config.option)
         self.case: Case | None = None
         self.rows: list[kernels.Row] = []
-
-    def begin(self) -> None:
-        self.section.put(missing=missing(self.device, self.names), rows=[])
-        types = dict.fromkeys([*kernels.halves(self.device), torch.float32])
-        self.section.put(roofs=environment.roofs(self.device, list(types)))
-
-    def end(self) -> None:
-        if self.device.type == "cuda":  # a card that has become hot has other roofs
-            types = [getattr(torch, name) for name in self.section.values["roofs"][GEMM]]
-            self.section.put(roofs_after=environment.roofs(self.device, types))
 
     def row(self, case: Case, mode: str, provider: str) -> kernels.Row:
         """The row, which may tell why it has no time."""
@@ -60,10 +47,9 @@ class Session:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     made = Session(request.config)
-    with made.section:
-        made.begin()
+    types = dict.fromkeys([*kernels.halves(made.device), torch.float32])
+    with kernels.begun(made.section, made.names, list(types)):
         yield made
-        made.end()
     print(f"\nwritten to {made.section.path}")
 
 

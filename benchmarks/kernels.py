@@ -13,6 +13,8 @@ that the op needs, not what a provider moved.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -239,6 +241,21 @@ def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] =
     return cases + list(workloads.sweep_cases(gpu, own[: 1 if quick else None], swept))
 
 
+@contextlib.contextmanager
+def begun(
+    section: results.Section, names: tuple[str, ...], types: list[torch.dtype]
+) -> Iterator[None]:
+    """The section while rows come to it. The roofs are measured before and after them: a card that
+    has become hot has other ones."""
+    device = section.device
+    with section:
+        section.put(missing=missing(device, names), rows=[])
+        section.put(roofs=environment.roofs(device, types))
+        yield
+        if device.type == "cuda":
+            section.put(roofs_after=environment.roofs(device, types))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="every op by every provider")
     parser.add_argument(
@@ -255,33 +272,24 @@ def main(argv: list[str] | None = None) -> None:
     results.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)
-    gpu = device.type == "cuda"
     swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
     cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
-    with results.Section("kernels", device, args) as section:
-        types = list(dict.fromkeys([case.dtype for case in cases]))
-        without = missing(device, tuple(args.providers))
-        section.put(missing=without, rows=[])
-        section.put(roofs=environment.roofs(device, types))
-        for name, why in without.items():
+    types = list(dict.fromkeys([case.dtype for case in cases]))
+    section = results.Section("kernels", device, args)
+    with begun(section, tuple(args.providers), types):
+        for name, why in section.values["missing"].items():
             print(f"no {name}: {why}")
         for case in cases:
             names = tuple(args.providers)
             if args.quick and case.dtype != types[0]:
                 names = tuple(name for name in names if name != "compile")
             rows = measure_case(case, device, names, args.rounds)
-            if (
-                "compile" in args.providers
-                and "compile" not in names
-                and computes("compile", case.op)
-            ):
+            if len(names) < len(args.providers) and computes("compile", case.op):
                 why = f"not compiled in {str(case.dtype)[6:]}: --quick"
                 rows.append(row(case, case.modes[-1], None, "compile", why, None))
             for r in rows:
                 print(line(r, section.values["roofs"]), flush=True)
             section.put(rows=section.values["rows"] + rows)
-        if gpu:  # a card that has become hot has other ones
-            section.put(roofs_after=environment.roofs(device, types))
     print(f"written to {section.path}")
 
 

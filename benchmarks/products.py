@@ -13,14 +13,13 @@ from irongpt.config import GPTConfig, TrainConfig
 
 def shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int, int]]:
     """(name, how often in a step, M, K, N) of y (M, N) = x (M, K) w (K, N), in the forward."""
-    M, C, L = batch_size * config.context, config.n_embd, config.n_layer
-    return [
-        ("qkv", L, M, C, 3 * C),
-        ("projection", L, M, C, C),
-        ("fc", L, M, C, 4 * C),
-        ("fc projection", L, M, 4 * C, C),
-        ("head", 1, M, C, config.vocab_size),
+    M = batch_size * config.context
+    names = ("qkv", "projection", "fc", "fc projection")
+    blocks = [
+        (name, config.n_layer, M, columns, rows)
+        for name, (rows, columns) in zip(names, matrices(config), strict=True)
     ]
+    return [*blocks, ("head", 1, M, config.n_embd, config.vocab_size)]
 
 
 def matrices(config: GPTConfig) -> list[tuple[int, int]]:

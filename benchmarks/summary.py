@@ -68,19 +68,18 @@ def _compare(section: Values) -> str:
 def _kernels(section: Values) -> str:
     if not section["rows"]:
         return ""
-    cases = {(r["op"], r["size"], r["dtype"], r["dropout"]) for r in section["rows"]}
-    times: dict[tuple[str, ...], dict[str, float]] = {}
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}  # seconds of both, by provider
     for r in section["rows"]:
+        times = cases.setdefault((r["op"], r["size"], r["dtype"], r["dropout"]), {})
         if "seconds" in r and r["mode"] == "both":
-            key = r["op"], r["size"], r["dtype"], str(r["dropout"])
-            times.setdefault(key, {})[r["provider"]] = r["seconds"]
+            times[r["provider"]] = r["seconds"]
     wrong = {
         f"{r['provider']} {r['op']}"
         for r in section["rows"]
         if r["gate"] and not passes(r["provider"], r["gate"])
     }
     ratios = {
-        k: t["builtin"] / t["fused"] for k, t in times.items() if {"builtin", "fused"} <= set(t)
+        k: t["builtin"] / t["fused"] for k, t in cases.items() if {"builtin", "fused"} <= set(t)
     }
     text = f"{len(cases)} cases"
     if ratios:

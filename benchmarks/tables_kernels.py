@@ -68,8 +68,7 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     by: Timed = {}
     for r in rows:
         by.setdefault(r["provider"], {})[r["mode"]] = r
-    order = modes(op)
-    whole = order[-1]
+    whole = modes(op)[-1]
     timed = {name: found for name, found in by.items() if found[whole].get("seconds")}
     timed = dict(sorted(timed.items(), key=lambda item: item[1][whole]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
@@ -86,7 +85,7 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     without = [f"{name}: {m[whole]['none_because']}" for name, m in by.items() if name not in timed]
     notes += ["No time: " + "; ".join(without)] if without else []
     heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
-    return "\n\n".join([heading, _times(op, timed), _rates(timed, order, roofs), *notes])
+    return "\n\n".join([heading, _times(op, timed), _rates(op, timed, roofs), *notes])
 
 
 def base_of(op: str) -> str:
@@ -142,8 +141,9 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
     return "" if value is None else form(value)
 
 
-def _rates(timed: Timed, order: tuple[str, ...], roofs: Values) -> str:
+def _rates(op: str, timed: Timed, roofs: Values) -> str:
     """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
+    order = modes(op)
     known = {
         name: [r | results.derive(r, roofs) for r in (found[m] for m in order)]
         for name, found in timed.items()
@@ -171,12 +171,12 @@ def _rates(timed: Timed, order: tuple[str, ...], roofs: Values) -> str:
 def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
     """A line for each size, a column for each provider."""
     op, sweep, dtype, p = series
+    reference = base_of(op)
     names = list(dict.fromkeys(r["provider"] for r in rows))
     body: list[list[str]] = []
     notes: dict[str, None] = {}  # in order, each once
     for size in dict.fromkeys(r["size"] for r in rows):
         by = {r["provider"]: r for r in rows if r["size"] == size}
-        reference = base_of(op)
         base = by.get(reference, {}).get("seconds")
         cells = []
         for name in names:
@@ -188,9 +188,8 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
             ratio = f" ({base / r['seconds']:.2f})" if base and name != reference else ""
             star = "*" if r.get("plain_because") else ""
             cells.append(f"{r['seconds'] * 1e6:,.1f}{star}{beyond(r)}{ratio}")
-        body.append(
-            [size, *cells, *(_ours(by.get("fused", {}), roofs) if "fused" in names else [])]
-        )
+        cells += _ours(by.get("fused", {}), roofs) if "fused" in names else []
+        body.append([size, *cells])
     head = ["size", *names]
     head += ["fused: GB/s", "TFLOP/s", "of the roof"] if "fused" in names else []
     parts = [f"**{op} over {sweep}, {dtype}{dropout(op, p)}**", table(head, body)]
@@ -214,8 +213,9 @@ def _ours(row: Values, roofs: Values) -> list[str]:
 
 
 def _memory(names: list[str], rows: list[Values]) -> str:
+    key, form = RATES["MiB"]
     body = []
     for size in dict.fromkeys(r["size"] for r in rows):
-        by = {r["provider"]: r.get("peak_bytes") for r in rows if r["size"] == size}
-        body.append([size, *(_cell(by.get(n), lambda x: digits(x / 2**20)) or "-" for n in names)])
+        by = {r["provider"]: r.get(key) for r in rows if r["size"] == size}
+        body.append([size, *(_cell(by.get(n), form) or "-" for n in names)])
     return table(["MiB at the peak", *names], body)

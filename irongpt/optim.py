@@ -158,8 +158,10 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The moments, by the names of the moment and of the parameter."""
         # A file takes no two tensors of one storage.
-        shared = {n for n, t in self._state().items() if t.untyped_storage().nbytes() > t.nbytes}
-        return {n: t.clone() if n in shared else t for n, t in self._state().items()}
+        return {
+            name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
+            for name, t in self._state().items()
+        }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over a copy of what `tensors` gave. Raises KeyError or ValueError if it is not."""

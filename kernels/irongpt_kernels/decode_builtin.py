@@ -16,18 +16,18 @@ def cached_attention(
     has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays: a
     position outside is an IndexError there, or counts from the end."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
-    if qkv.device.type == "cpu":
-        device = qkv.device
-        texts = torch.arange(len(qkv), device=device)
-        columns = torch.arange(cache_k.shape[2], device=device)
-        cache_k[texts, :, position] = k[:, :, 0].to(cache_k.dtype)
-        cache_v[texts, :, position] = v[:, :, 0].to(cache_v.dtype)
-        seen = columns <= position[:, None, None]
-    else:
-        seen = append(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)
-    mask = seen[:, :, None]  # (B, 1, 1, N)
+    write = write_row if qkv.device.type == "cpu" else append
+    mask = write(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
+
+
+def write_row(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
+    """As `append`, by an index: nothing but the new row is written."""
+    texts, columns = (torch.arange(n, device=k.device) for n in (len(k), cache_k.shape[2]))
+    cache_k[texts, :, position] = k.to(cache_k.dtype)
+    cache_v[texts, :, position] = v.to(cache_v.dtype)
+    return columns <= position[:, None, None]
 
 
 def norm_linear(

@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels import launch, unscale
-from irongpt_kernels.unscale import BLOCK, load, packed
+from irongpt_kernels import launch
+from irongpt_kernels.unscale import BLOCK, chunks, load, packed
 
 PARTS = 128  # partial sums of a matrix, at most
 TINY = tl.constexpr(1e-7)
@@ -116,12 +116,6 @@ def _update_kernel(
             tl.store(tl.multiple_of(copy, 16) + offsets, p.to(dtype), mask=mask)
 
 
-def _parts(n: int) -> list[slice]:
-    """The matrices of a launch, whose addresses must fit its arguments."""
-    most = unscale.MAX_TENSORS
-    return [slice(a, min(a + most, n)) for a in range(0, n, most)]
-
-
 def muon_momentum_launch(
     grads: list[Tensor], momentum: Tensor, unscaled: Tensor, beta: float, dtype: torch.dtype
 ) -> Tensor:
@@ -135,12 +129,12 @@ def muon_momentum_launch(
     parts = min(programs, PARTS)
     sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
     with launch.on(y.device):
-        for part in _parts(len(grads)):
-            some, m, s = tuple(grads[part]), momentum[part], sums[part]
+        for a, b, _ in chunks(grads):
+            some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
             numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
             _momentum_kernel[(parts, len(some))](some, m, unscaled, s, *numbers, **options)
             _ahead_kernel[(programs, len(some))](
-                some, m, unscaled, s, y[part], parts, *numbers, **options, PARTS=launch.block(parts)
+                some, m, unscaled, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
             )
     return y
 
@@ -158,11 +152,11 @@ def muon_update_launch(
     update = update.contiguous()
     size = update[0].numel()
     with launch.on(lr.device):
-        for part in _parts(len(params)):
-            some, low = tuple(params[part]), tuple(copies[part])
+        for a, b, _ in chunks(params):
+            some, low = tuple(params[a:b]), tuple(copies[a:b])
             options = dict(N=len(some), COPIES=len(low), BLOCK=BLOCK, num_warps=4)
             _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
-                some, low, update[part], lr, unscaled, size, scale, weight_decay, **options
+                some, low, update[a:b], lr, unscaled, size, scale, weight_decay, **options
             )
 
 
@@ -208,4 +202,4 @@ def muon_update(
 
 def muon_bytes(n: int, grad_itemsize: int, product_itemsize: int, copy_itemsize: int) -> int:
     """Least bytes of both ops for n weights: gradients and momentum are read twice."""
-    return n * (2 * grad_itemsize + 12 + product_itemsize + product_itemsize + 8 + copy_itemsize)
+    return n * (2 * grad_itemsize + 12 + 2 * product_itemsize + 8 + copy_itemsize)

@@ -131,11 +131,11 @@ MUON: list[Bug] = [
     ),
     (
         "later launches read the first momentum",
-        "momentum[part], sums[part]",
-        "momentum, sums[part]",
+        "momentum[a:b], sums[a:b]",
+        "momentum, sums[a:b]",
     ),
-    ("later launches write the first result", "y[part], parts, *numbers", "y, parts, *numbers"),
-    ("later launches read the first updates", "some, low, update[part]", "some, low, update"),
+    ("later launches write the first result", "y[a:b], parts, *numbers", "y, parts, *numbers"),
+    ("later launches read the first updates", "some, low, update[a:b]", "some, low, update"),
     ("updates of another layout as they are", "update = update.contiguous()", "update = update"),
     ("gradients of another layout as they are", "[packed(g) for g in grads]", "list(grads)"),
 ]
