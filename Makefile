@@ -29,8 +29,8 @@ test: .venv/dev
 test-tritons: $(TRITONS:%=test-triton-%)
 
 test-triton-%: .venv-triton-%/ready
-	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/test_turing.py \
-		tests/test_compile.py $(ARGS)
+	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \
+		tests/aot/test_compile.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -45,17 +45,17 @@ bench: .venv/dev
 bench-train: .venv/dev
 	@failed=0; \
 	run() { (set -x; "$$@" $(ARGS)) || failed=1; }; \
-	run $(BIN)/python -m benchmarks.train $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
+	run $(BIN)/python -m benchmarks.training $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
 	run $(BIN)/python -m benchmarks.decode; \
-	run $(BIN)/python -m benchmarks.runs --section target; \
+	run $(BIN)/python -m benchmarks.train_runs --section target; \
 	exit $$failed
 
 bench-nano: .venv/dev
-	$(BIN)/python -m benchmarks.nano --nanogpt "$(NANOGPT)" $(ARGS)
+	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
 # With the packages of .venv if it is there, else with those of PYTHON.
 gpu:
-	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(ARGS)
+	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.suite $(ARGS)
 
 report: .venv/run
 	$(BIN)/python -m benchmarks.report $(ARGS)

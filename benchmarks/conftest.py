@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, results, workloads
-from benchmarks.providers import NAMES, computes, missing
-from benchmarks.workloads import Case
+from benchmarks.measure import result_file
+from benchmarks.ops import __main__ as kernels
+from benchmarks.ops import cases as workloads
+from benchmarks.ops.cases import Case
+from benchmarks.ops.providers import NAMES, computes, missing
 from irongpt import device as devices
 
 
@@ -17,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption("--no-sweeps", action="store_true", help="the model's own shape only")
     group.addoption("--providers", default=",".join(NAMES), help="of these only")
-    group.addoption("--out", type=Path, default=results.FOLDER, help="folder of the results")
+    group.addoption("--out", type=Path, default=result_file.FOLDER, help="folder of the results")
     group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
     group.addoption("--commit", help="of this source, where git is not there to tell")
 
@@ -28,7 +30,7 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         self.device = devices.pick(config.getoption("device"))
         self.names = tuple(config.getoption("providers").split(","))
-        self.section = results.Section("kernels", self.device, config.option)
+        self.section = result_file.Section("kernels", self.device, config.option)
         self.case: Case | None = None
         self.rows: list[kernels.Row] = []
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import results, timing
+from benchmarks.measure import result_file, timing
 from irongpt import device as devices
-from irongpt import ops, sample
+from irongpt import ops
 from irongpt.config import PRESETS, GPTConfig, SampleConfig
-from irongpt.decode import ROOM, Decoder
 from irongpt.errors import UserError
+from irongpt.generation import sample
+from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
 VOCABULARY = 109  # characters of War and Peace
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
     parser.add_argument("--ops", nargs="+", default=["builtin", "fused"])
     parser.add_argument("--tokens", type=int, help="[the context]")
-    results.add_options(parser)
+    result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     config = GPTConfig(vocab_size=VOCABULARY, **PRESETS[preset].model)
     tokens = min(args.tokens or config.context, config.context)
     dtype = devices.precision("auto", device).dtype
-    with results.Section("decode", device, args) as section:
+    with result_file.Section("decode", device, args) as section:
         section.put(preset=preset, dtype=str(dtype)[6:], rows=[])
         for name in args.ops:
             try:

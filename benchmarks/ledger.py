@@ -24,11 +24,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.products import optimizer_bytes
+from benchmarks.training.matmuls import optimizer_bytes
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
-from irongpt.train import Trainer
+from irongpt.training.trainer import Trainer
 
 VOCABULARY = 109  # of War and Peace
 

@@ -186,7 +186,7 @@ def add_option(parser: Parser, f: Any, presets: list[dict[str, Any]]) -> None:
 def train_command(given: dict[str, Any]) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which are set-up too
     from irongpt.console import Clock, say
-    from irongpt.start import new_run, resumed_run
+    from irongpt.training.start import new_run, resumed_run
 
     clock = Clock(start)
     if "resume" in given:
@@ -211,9 +211,9 @@ def train_command(given: dict[str, Any]) -> int:
 
 def generate_command(given: dict[str, Any]) -> int:
     from irongpt import device as devices
-    from irongpt import ops, tuned
-    from irongpt.sample import generate_texts, printable, start_ids
-    from irongpt.start import trained_model
+    from irongpt import launch_cache, ops
+    from irongpt.generation.sample import generate_texts, printable, start_ids
+    from irongpt.training.start import trained_model
 
     run, checkpoint = Path(given.pop("run")), given.pop("checkpoint")
     prompt, file = given.pop("prompt"), given.pop("prompt_file")
@@ -227,7 +227,7 @@ def generate_command(given: dict[str, Any]) -> int:
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
     if note := ops.slow_note(op_set, model.wte.weight.device):
         say_aside(note)
-    if note := tuned.note(op_set, model.wte.weight.device):
+    if note := launch_cache.note(op_set, model.wte.weight.device):
         say_aside(note)
     ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
     context = model.config.context
@@ -261,7 +261,7 @@ def generate_command(given: dict[str, Any]) -> int:
 
 
 def compare_command(given: dict[str, Any]) -> int:
-    from irongpt.compare import compare
+    from irongpt.compare.command import compare
 
     json_file, plot = (Path(f) if f else None for f in (given["json"], given["plot"]))
     return compare(given["device"], given["dtype"] or [], json_file, plot, given["ops"])
@@ -274,7 +274,7 @@ def doctor_command(given: dict[str, Any]) -> int:
 
 
 def tune_command(given: dict[str, Any]) -> int:
-    from irongpt.tune import tune
+    from irongpt.tuning.command import tune
 
     return tune(given["device"], given["preset"], given["dtype"], given["quick"])
 

@@ -7,7 +7,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from irongpt_kernels import emulate
+from irongpt_kernels.runtime import emulate
 
 from irongpt.errors import UserError
 

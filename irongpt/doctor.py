@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from irongpt_kernels import eager, emulate
+from irongpt_kernels import eager
+from irongpt_kernels.runtime import emulate
 
-from irongpt import __version__, ops, smi, tuned
+from irongpt import __version__, gpu_state, launch_cache, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig
 from irongpt.errors import UserError
@@ -99,7 +100,7 @@ def _card(report: Report, device: torch.device) -> None:
     report.facts["machine"] += f"\n{cores}, CUDA {torch.version.cuda}"
     if (p.major, p.minor) < (7, 5):
         report.amiss.append("the kernels need compute capability 7.5 or newer: use --ops builtin")
-    now = smi.query(str(p.uuid), CLOCKS)
+    now = gpu_state.query(str(p.uuid), CLOCKS)
     if now is None:
         report.advice.append("nvidia-smi does not answer: clocks, power and heat are not known")
         return
@@ -108,12 +109,15 @@ def _card(report: Report, device: torch.device) -> None:
         f"{now['clocks.sm']} of {now['clocks.max.sm']} MHz, memory {now['clocks.mem']} MHz, "
         f"{now['power.draw']} of {now['power.limit']} W, {now['temperature.gpu']} degrees C"
     )
-    limit, default = smi.number(now["power.limit"]), smi.number(now["power.default_limit"])
+    limit, default = (
+        gpu_state.number(now["power.limit"]),
+        gpu_state.number(now["power.default_limit"]),
+    )
     if limit is not None and default is not None and limit < default:
         report.advice.append(
             f"the power limit is {limit:g} W, below the card's {default:g}: slower"
         )
-    heat = smi.number(now["temperature.gpu"])
+    heat = gpu_state.number(now["temperature.gpu"])
     if heat is not None and heat >= HOT:
         report.advice.append(f"{heat:g} degrees C: the card lowers its clocks until it is cooler")
 
@@ -147,7 +151,8 @@ def _training(report: Report, device: torch.device) -> None:
 def _products(report: Report, device: torch.device) -> None:
     """By probe kernels, for the GPU that is here; on a CPU for a T4, as an example."""
     try:
-        from irongpt_kernels import launch, probe
+        from irongpt_kernels.aot import probe
+        from irongpt_kernels.runtime import launch
     except ImportError:
         return
     if launch.INTERPRETED:
@@ -173,7 +178,7 @@ def _kernels(report: Report, device: torch.device) -> None:
     except UserError as e:
         report.facts["kernels"] = str(e)
         return
-    from irongpt_kernels import attention_tiles
+    from irongpt_kernels.fused import attention_tiles
 
     dtype, D = devices.precision("auto", device).dtype, config.n_embd // config.n_head
     lines = []
@@ -181,7 +186,7 @@ def _kernels(report: Report, device: torch.device) -> None:
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")
     report.facts["kernels"] = f"--fused runs; attention tiles: {', '.join(lines)}"
-    for note in (ops.slow_note("fused", device), tuned.note("fused", device)):
+    for note in (ops.slow_note("fused", device), launch_cache.note("fused", device)):
         report.facts["kernels"] += f"\n{note}" if note else ""
 
 

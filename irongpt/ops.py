@@ -3,9 +3,9 @@
 from types import ModuleType
 
 import torch
-from irongpt_kernels import emulate
+from irongpt_kernels.runtime import emulate
 
-from irongpt import tuned
+from irongpt import launch_cache
 from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError
 
@@ -32,7 +32,8 @@ def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Mo
 def _load_fused(device: torch.device) -> ModuleType:
     hint = "--ops builtin takes PyTorch's own fused ops"
     try:
-        from irongpt_kernels import fused, launch
+        from irongpt_kernels import fused
+        from irongpt_kernels.runtime import launch
     except ImportError as e:
         raise UserError(f"--fused needs Triton, which is not here ({e}): {hint}") from e
     if device.type == "cuda":
@@ -42,7 +43,7 @@ def _load_fused(device: torch.device) -> ModuleType:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
-        tuned.load(device)
+        launch_cache.load(device)
     elif not launch.INTERPRETED:
         raise UserError(
             f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "

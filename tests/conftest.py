@@ -79,7 +79,7 @@ def _products() -> Iterator[None]:
     if not (os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")):
         yield
         return
-    from products import repeatable  # imports Triton
+    from interpreter_matmul import repeatable  # imports Triton
 
     with repeatable():
         yield

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from irongpt import device as devices
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
-from irongpt.graph import WARMUP
+from irongpt.cuda_graph import WARMUP
 from irongpt.model import GPT
-from irongpt.train import Trainer
+from irongpt.training.trainer import Trainer
 
 SHAPE = GPTConfig(vocab_size=29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
 RECIPE = TrainConfig(
@@ -123,12 +123,12 @@ def test_a_fused_run_that_is_resumed_is_the_one_left_alone(
 ) -> None:
     for name in ("safetensors", "matplotlib", "tqdm"):  # a run needs them, a kernel does not
         pytest.importorskip(name)
-    from test_resume import assert_same
+    from run_helpers import assert_same
 
-    from irongpt import fit
+    from irongpt.training import loop
 
     if DEVICE == "cpu":  # samples take the interpreter a minute
-        monkeypatch.setattr(fit.Training, "_sample", lambda self: "")
+        monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
     flags = [*TINY, "--n-head", "1", "--dropout", "0.1", "--decay", "constant", "--fused"]
     flags += ["--device", DEVICE, "--dtype", str(dtype)[6:], "--eval-every", "2"]
     assert cli("train", *flags, "--iters", "4", "--out", "alone").code == 0

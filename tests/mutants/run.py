@@ -55,13 +55,13 @@ def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: flo
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "irongpt_kernels")
         shutil.copytree(REPOSITORY / "kernels" / "irongpt_kernels", package)
-        source = package / f"{module}.py"
+        source = package / "fused" / f"{module}.py"
         text = source.read_text()
         if old and text.count(old) != 1:
             return f"STALE, the text stands there {text.count(old)} times"
         source.write_text(text.replace(old, new) if old else text)
-        own = [f"tests/{name}" for name in files.split()]
-        under_sanitizer = ["tests/test_sanitizer.py", "-k", f"an_op and {ops}"]
+        own = [f"tests/kernels/{name}" for name in files.split()]
+        under_sanitizer = ["tests/kernels/test_sanitizer.py", "-k", f"an_op and {ops}"]
         for tests in (own, under_sanitizer) if ops else (own,):
             try:
                 code, out = _pytest(folder, tests, seconds)

@@ -1,0 +1,243 @@
+"""What a measurement was made on: the machine, the card's state, and what the device can do."""
+
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from irongpt_kernels.runtime import emulate, launch_table
+
+from benchmarks.measure import timing
+from irongpt import __version__, gpu_state
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth
+PERIOD = 2.0  # seconds between two looks at the card
+
+# The bits of NVML's clock event reasons by which a card says that it runs slower than it could.
+THROTTLE = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "heat (software)",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+}
+State = dict[str, Any]
+PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn")
+
+
+def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """The machine and the software. commit: of this source, where git cannot tell."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "name": name(device),
+        "commit": commit or git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "irongpt": __version__,
+        **{package: installed(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        facts |= {
+            "capability": f"{p.major}.{p.minor}",
+            "emulated": emulate.on(),
+            "tiles": launch_table.digest(device),  # empty: as shipped
+            "multiprocessors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "l2_bytes": p.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "driver": (gpu_state.query(str(p.uuid), ["driver_version"]) or {}).get(
+                "driver_version"
+            ),
+        }
+    return facts
+
+
+def name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return str(models[0]) if models else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit(checkout: Path = ROOT) -> str:
+    """Of a checkout, with -dirty where tracked files have changed; unknown without git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=checkout, capture_output=True, text=True, timeout=20
+        )
+        done.check_returncode()
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
+            return "unknown"  # it lies within another checkout
+        commit = git("rev-parse", "--short=10", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def state(device: torch.device) -> State | None:
+    """Clock, power, heat and what holds the card back now; None where nobody tells.
+
+    By nvidia-ml-py if it is installed, else by nvidia-smi.
+    """
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    try:
+        import pynvml
+    except ImportError:
+        return _state_by_smi(uuid)
+    try:
+        pynvml.nvmlInit()
+        card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return _state(
+            pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
+            pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
+            pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
+            pynvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1e3,
+            pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
+            pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
+        )
+    except pynvml.NVMLError:
+        return _state_by_smi(uuid)
+
+
+def _state_by_smi(uuid: str) -> State | None:
+    fields = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
+    found = gpu_state.query(uuid, fields)
+    if found is None:
+        return None
+    reasons = None
+    for field in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # new, old name
+        answer = gpu_state.query(uuid, [field])
+        if answer is not None and answer[field].startswith("0x"):
+            reasons = int(answer[field], 16)
+            break
+    sm, memory, power, limit, heat = (gpu_state.number(found[field]) for field in fields)
+    return _state(sm, memory, power, limit, heat, reasons)
+
+
+def _state(
+    sm: float | None,
+    memory: float | None,
+    power: float | None,
+    limit: float | None,
+    heat: float | None,
+    reasons: int | None,
+) -> State:
+    held = None if reasons is None else [text for bit, text in THROTTLE.items() if reasons & bit]
+    return {
+        "sm_mhz": sm,
+        "memory_mhz": memory,
+        "watt": power,
+        "limit_watt": limit,
+        "celsius": heat,
+        "throttled_by": held,
+    }
+
+
+class Watch:
+    """The card's state before, during and after a measurement, as `report`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seen: list[State] = []
+        self.report: dict[str, Any] = {}
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.began = time.perf_counter()
+        self.before = state(self.device)
+        if self.before is not None:
+            self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.set()
+        if e is None:  # else time is short, and the last look has to do: nvidia-smi may take long
+            if self.before is not None:
+                self.thread.join()
+            self.seen += [now] if (now := state(self.device)) is not None else []
+        self.update()
+
+    def update(self) -> dict[str, Any]:
+        """The report up to now; `after` is what was seen last."""
+        seconds = round(time.perf_counter() - self.began, 1)
+        seen = list(self.seen)
+        after = seen[-1] if seen else self.before
+        self.report = {"seconds": seconds, "before": self.before, "after": after}
+        for key in ("sm_mhz", "watt", "celsius"):
+            values = [s[key] for s in seen if s[key] is not None]
+            if values:
+                self.report[f"{key}_from_to"] = [min(values), max(values)]
+        reasons = [r for s in seen for r in s["throttled_by"] or []]
+        known = any(s["throttled_by"] is not None for s in seen)
+        self.report["throttled_by"] = sorted(set(reasons)) if known else None
+        return self.report
+
+    def _look(self) -> None:
+        while not self.stop.wait(PERIOD):
+            now = state(self.device)
+            if now is not None:
+                self.seen.append(now)
+
+
+def roofs(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
+    """What this device does at best, measured: bytes/s of a copy, FLOP/s of a large product."""
+    gpu = device.type == "cuda"
+    n = COPIED if gpu else 1 << 28  # beyond any cache
+    x = torch.ones(n, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    found: dict[str, Any] = {"copy_bytes_per_s": 2 * n / _seconds(lambda i: y.copy_(x), device)}
+    rates = {}
+    for dtype in dtypes:
+        size = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 512
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype)[6:]] = 2 * size**3 / _seconds(partial(_product, a, b), device)
+    return found | {"gemm_flops_per_s": rates}
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, i: int) -> torch.Tensor:
+    return a @ b
+
+
+def _seconds(call: timing.Call, device: torch.device) -> float:
+    """Median of a call."""
+    with timing.stream(device):
+        found = timing.measure({"": call}, 1, device, rounds=10)[""]
+    assert isinstance(found, timing.Timing), found
+    return found.median

@@ -1,0 +1,157 @@
+"""Result files: benchmarks/results/<device>/<date>-<commit>.json, a section for each benchmark.
+
+A section holds its environment, so that a file can be filled by several commands, one after the
+other. It is written as soon as there is anything to write, whole or not at all. What is measured
+again goes to another file, -2, -3 and so on, unless one is named.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from irongpt_kernels.runtime import emulate
+
+from benchmarks.measure import environment
+from irongpt.files import replace_file
+
+FORMAT = 1
+FOLDER = Path(__file__).resolve().parent / "results"
+Values = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
+    parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
+    parser.add_argument("--commit", help="of this source, where git is not there to tell")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+def path(out: Path, device: torch.device, commit: str | None, kind: str = "") -> Path:
+    """kind: of measurement, where it is not the usual one."""
+    commit = commit or environment.git_commit()
+    how = ""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        how = "interpreted"
+    elif device.type == "cuda" and emulate.on():
+        how = f"sm_{emulate.ARCH}"
+    name = "-".join(part for part in (str(date.today()), commit, kind, how) if part)
+    return out / slug(environment.name(device)) / f"{name}.json"
+
+
+def fresh(file: Path, *sections: str) -> Path:
+    """The file, or the first one after it that holds none of the sections yet."""
+    found, n = file, 1
+    while found.exists() and not load(found).keys().isdisjoint(sections):
+        n += 1
+        found = file.with_stem(f"{file.stem}-{n}")
+    return found
+
+
+def load(file: Path) -> Values:
+    """A result file. Raises ValueError for anything else."""
+    values = json.loads(file.read_bytes())
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{file} is no result file of format {FORMAT}")
+    return values
+
+
+def save(file: Path, section: str, values: Values) -> None:
+    """Puts a section into a file that may hold others."""
+    known = load(file) if file.exists() else {"format": FORMAT}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, encode(known | {section: values}))
+
+
+def encode(values: Values) -> bytes:
+    """JSON to be read and compared by line: lists of numbers are one line each."""
+    text = json.dumps(finite(values), indent=1, allow_nan=False)
+    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: "[" + " ".join(m[0][1:-1].split()) + "]", text)
+    return (text + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null. Six digits are more than is measured."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+class Section:
+    """A section that is being measured: saved at each `put`, with the card's state at the end."""
+
+    def __init__(self, name: str, device: torch.device, args: argparse.Namespace) -> None:
+        self.name, self.device = name, device
+        self.path: Path = args.result or fresh(path(args.out, device, args.commit), name)
+        self.values: Values = {"environment": environment.describe(device, args.commit)}
+        self.watch = environment.Watch(device)
+
+    def __enter__(self) -> "Section":
+        self.watch.__enter__()
+        return self
+
+    def put(self, **values: Any) -> None:
+        self.values |= values
+        self.values["state"] = self.watch.update()
+        save(self.path, self.name, self.values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.watch.__exit__(kind, e, trace)
+        if e is not None:
+            self.values["ended_by"] = f"{type(e).__name__}: {e}"[:300]
+        self.put()
+
+
+def loss(value: float | None) -> str:
+    """Four digits; a loss that is no number is null in a file."""
+    return "nan" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def spread(iqr: float | None, unit: float) -> str:
+    """An interquartile distance to be shown; ? where there were too few samples."""
+    return "?" if iqr is None or math.isnan(iqr) else f"{iqr * unit:,.2f}"
+
+
+def short(text: str) -> str:
+    """For a cell of a table: a line, whose end is dots if it is long, without a bar."""
+    text = " ".join(text.split())
+    return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
+
+
+def derive(row: Values, roofs: Values) -> Values:
+    """What follows from a row's time: rates, and how far from the device's own roofs.
+
+    share_of_roof: of the larger of least bytes over copy bandwidth and least FLOPs over the rate of
+    a large product. Empty where the row has no time or no cost.
+    """
+    if row.get("seconds") is None or "least_bytes" not in row:
+        return {}
+    seconds, bandwidth = row["seconds"], roofs["copy_bytes_per_s"]
+    rate = roofs["gemm_flops_per_s"].get(row["dtype"])
+    by_bytes = row["least_bytes"] / bandwidth
+    by_flops = row["least_flops"] / rate if rate else 0.0
+    return {
+        "bytes_per_s": row["least_bytes"] / seconds,
+        "flops_per_s": row["least_flops"] / seconds,
+        "share_of_copy": by_bytes / seconds,
+        "share_of_gemm": by_flops / seconds if rate else None,
+        "floor_seconds": max(by_bytes, by_flops),
+        "share_of_roof": max(by_bytes, by_flops) / seconds,
+    }

@@ -1,0 +1,225 @@
+"""Seconds of a call, so that two of them can be compared.
+
+On a GPU a provider's calls are captured in a CUDA graph (`replay`), and CUDA events time some
+replays of it: what is measured is the device's work, not Python's. A short wait on the device
+stands before them, so that all of them are queued when the first one begins. Each call of a graph
+takes another copy of its inputs and writes other outputs, so many that together they do not fit in
+the L2 cache; a training step finds its inputs cold too. Some kilobytes stay in the cache all the
+same: see `cold`.
+What cannot be captured is timed by events around plain calls, and says why.
+
+Providers take turns, a sample each, in an order that rotates: a card that gets hot or a neighbour
+on the same CPU slows all of them alike. Those that do not fit in memory together are measured in
+groups, one group after the other. Reported are the median of the samples and the distance of their
+quartiles.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from benchmarks.measure import cuda_graph
+from benchmarks.measure.work import Call, Work, free, reason
+
+SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least; replay has a GPU's
+CALLS = 200  # in it at most
+COLD = 2  # inputs together are so many times the L2
+COPIES = 1024  # of the inputs at most: a graph holds a call of each
+FEW = 16  # of inputs that stay in the cache all the same
+WARM = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """samples: seconds a call. host: seconds that Python takes to issue one; None on a CPU.
+
+    plain_because: why there is no graph, on a GPU. group: of those that were measured together.
+    """
+
+    samples: list[float]
+    graph: bool
+    host: float | None = None
+    plain_because: str | None = None
+    group: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def iqr(self) -> float:
+        """Distance of the quartiles; of 3 samples the whole range. NaN, in a file null, for fewer:
+        nobody knows."""
+        if len(self.samples) < 3:
+            return math.nan
+        if len(self.samples) == 3:
+            return max(self.samples) - min(self.samples)
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return high - low
+
+
+class Sampler(Protocol):
+    def sample(self) -> float: ...
+
+
+@dataclass
+class Ready:
+    """A provider that can be sampled."""
+
+    work: Work
+    sampler: Sampler
+    graph: bool = False
+    host: float | None = None
+    plain_because: str | None = None
+    samples: list[float] = field(default_factory=list)
+
+    def take(self) -> None:
+        with self.work.around():
+            self.samples.append(self.sampler.sample())
+
+
+def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where calls are prepared and measured: a graph cannot be captured on the default stream."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(aside)
+
+
+def copies(used_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs it takes so that a call, which uses so many bytes of them,
+    finds its own out of the L2 cache; a few where not even COPIES would do."""
+    if device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    if COPIES * used_bytes <= l2:
+        return FEW
+    return min(COPIES, max(2, -(-COLD * l2 // used_bytes)))
+
+
+def cold(used_bytes: int, device: torch.device) -> bool | None:
+    """Whether that many bytes, of all copies, are more than the L2 cache holds, so that a call
+    finds its own out of it; None on a CPU, where nobody knows."""
+    if device.type != "cuda":
+        return None
+    return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def measure(
+    calls: Mapping[str, Call | Work], sets: int, device: torch.device, rounds: int
+) -> dict[str, Timing | str]:
+    """Timings by provider; for one that cannot run, why.
+
+    calls: a Call or Work for each. sets: copies of the inputs.
+    """
+    works = {name: c if isinstance(c, Work) else Work(c) for name, c in calls.items()}
+    results: dict[str, Timing | str] = {}
+    waiting, group = list(works), 0
+    while waiting:
+        ready, waiting = _together(works, waiting, sets, device, results)
+        names = list(ready)
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
+                try:
+                    ready[name].take()
+                except Exception as e:  # the others go on
+                    results[name] = reason(e)
+                    names.remove(name)
+                    break
+        for name in names:
+            one = ready[name]
+            results[name] = Timing(one.samples, one.graph, one.host, one.plain_because, group)
+        ready.clear()
+        free(device)
+        group += 1
+    return {name: results[name] for name in calls}
+
+
+def _together(
+    works: dict[str, Work],
+    waiting: list[str],
+    sets: int,
+    device: torch.device,
+    results: dict[str, Timing | str],
+) -> tuple[dict[str, Ready], list[str]]:
+    """As many as fit in memory, and who has to wait; one that cannot run goes to the results."""
+    ready: dict[str, Ready] = {}
+    for i, name in enumerate(waiting):
+        try:
+            with works[name].around():
+                ready[name] = prepare(works[name], sets, device)
+            continue
+        except Exception as e:  # a provider that cannot run here is a result
+            full = isinstance(e, torch.cuda.OutOfMemoryError)
+            if not (full and ready):
+                results[name] = reason(e)
+        free(device)
+        if full and ready:
+            return ready, waiting[i:]
+    return ready, []
+
+
+def prepare(work: Work, sets: int, device: torch.device) -> Ready:
+    """Warms a call up and makes it ready to be timed. Raises what the call raises."""
+    call = work.begin(sets)
+    for i in range(WARM):
+        call(i % sets)
+    if device.type != "cuda":
+        return Ready(work, Wall(call, sets))
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for i in range(WARM):
+        call(i % sets)
+    host = (time.perf_counter() - start) / WARM
+    why = cuda_graph.waits(lambda: call(0), device)
+    if why is None:
+        del call  # its memory is for the graph
+        try:
+            return Ready(work, cuda_graph.Replay(work, sets), graph=True, host=host)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:  # not every call can be captured
+            why = reason(e)
+        free(device)
+        call = work.begin(sets)
+    return Ready(work, cuda_graph.Events(call, sets), host=host, plain_because=why)
+
+
+class Wall:
+    """Plain calls by the host's clock."""
+
+    def __init__(self, call: Call, sets: int) -> None:
+        self.call, self.sets, self.n = call, sets, 1
+        self.n = max(1, min(CALLS, round(SAMPLE / self.sample())))
+
+    def sample(self) -> float:
+        start = time.perf_counter()
+        for i in range(self.n):
+            self.call(i % self.sets)
+        return (time.perf_counter() - start) / self.n
+
+
+def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
+    """Memory that a call takes at its peak, on top of what is there; None on a CPU and where it
+    does not fit."""
+    if device.type != "cuda":
+        return None
+    work = call if isinstance(call, Work) else Work(call)
+    try:
+        with work.around():
+            begun = work.begin(1)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            begun(0)
+            torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) - before

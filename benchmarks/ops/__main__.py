@@ -1,0 +1,298 @@
+"""Times every provider of an op, if what it computes is right.
+
+    python -m benchmarks.ops                 the iron model's shape; without a GPU nano's
+    python -m benchmarks.ops --sweeps        and along T, head dimension, batch and width
+
+First the gate: outputs and gradients are held against eager in float64 by the one rule of
+irongpt_kernels.tolerance. Beyond it our kernels get no time, nor does a rival that is far beyond.
+One that drops by a generator of its own is held to it without dropout.
+
+Backward is timed alone on the graph of a forward that has been run; `both` is a forward and its
+backward; an op without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least
+that the op needs, not what a provider moved.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import environment, result_file, timing
+from benchmarks.measure.work import Work, free, reason
+from benchmarks.ops import cases as workloads
+from benchmarks.ops.accuracy import Gate, passes, tensors_of
+from benchmarks.ops.cases import OWN, Case, Inputs
+from benchmarks.ops.providers import NAMES, Provider, computes, missing, providers
+from irongpt import device as devices
+
+ROUNDS = {"cuda": 20, "cpu": 9}
+LARGE = 1 << 28  # elements of all T x T matrices, from which on one copy of the inputs will do:
+# who has the matrices in memory moves many times the L2, for who has not, arithmetic decides
+LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")
+Row = dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """peak: bytes of memory. cold: whether a call finds its inputs out of the L2 cache."""
+
+    timing: timing.Timing
+    peak: int | None
+    cold: bool | None
+
+
+def measure_case(
+    case: Case, device: torch.device, names: tuple[str, ...] = NAMES, rounds: int | None = None
+) -> list[Row]:
+    """A row for every provider and mode; one that has no time says why."""
+    try:
+        with timing.stream(device):
+            rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+    except Exception as e:  # the next case goes on
+        here = [name for name in names if computes(name, case.op)]
+        rows = [row(case, case.modes[-1], None, name, reason(e), None) for name in here]
+    free(device)
+    return rows
+
+
+def compiled_here(case: Case, device: torch.device) -> bool:
+    """Compiling takes longer than all else, so it is done where it tells most: at the model's own
+    shape, and of the sweeps for attention and GELU. On a CPU, at the own shape and for GELU."""
+    swept = case.op.startswith("causal_attention") and device.type == "cuda"
+    return case.sweep in OWN or case.op == "gelu" or swept
+
+
+def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
+    gate = Gate(case, device)
+    gates: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    here: dict[str, Provider] = {}
+    if not compiled_here(case, device) and "compile" in names and computes("compile", case.op):
+        names = tuple(name for name in names if name != "compile")
+        refused["compile"] = "not compiled in this sweep: it would take longer than all else"
+    for name, provider in providers(case, device, names).items():
+        try:
+            gates[name] = gate(name, provider.own_masks)
+        except Exception as e:  # a backend that does not take this case
+            refused[name] = reason(e)
+            continue
+        if passes(name, gates[name]):
+            here[name] = provider
+        else:
+            refused[name] = f"wrong: {gates[name]['share']:.2g} x the error that the rule allows"
+    del gate
+    free(device)
+    rows = []
+    times: dict[str, Measured | str]
+    for mode in case.modes:
+        try:
+            times = _times(case, device, here, mode, rounds)
+        except torch.cuda.OutOfMemoryError as e:
+            times = dict.fromkeys(here, f"{reason(e)}, by the inputs alone")
+        for name, found in times.items():
+            if isinstance(found, str):  # no other mode is tried
+                refused[name] = found
+                del here[name]
+            else:
+                rows.append(row(case, mode, here[name], name, found, gates[name]))
+    for name, why in refused.items():
+        rows.append(row(case, case.modes[-1], None, name, why, gates.get(name)))
+    return rows
+
+
+def _times(
+    case: Case, device: torch.device, here: dict[str, Provider], mode: str, rounds: int
+) -> dict[str, Measured | str]:
+    inputs = [case.inputs(device)]
+    cost = case.cost(mode)
+    used = sum(x.nbytes for x in inputs[0].values())
+    used = used if cost is None else min(used, cost[0])  # an embedding reads a few rows of many
+    sets = timing.copies(used, device)
+    if case.shape.B * case.shape.H * case.shape.T**2 > LARGE:
+        sets = 1
+    inputs += [case.inputs(device, seed) for seed in range(1, sets)]
+    # Those that need little memory first: what does not fit is what needs most.
+    names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
+    upstream: list[list[Tensor]] = []
+    if mode in ("backward", "both"):
+        outputs, refused = _outputs(here, names, inputs[0])
+        if outputs is None:
+            return {name: refused[name] for name in here}
+        upstream = [workloads.upstream(outputs) for _ in inputs]
+        del outputs
+    works = {name: work(here[name], mode, inputs, upstream) for name in names}
+    timings = timing.measure(works, sets, device, rounds)
+    moved = used if cost is None or sets > 1 else cost[0]
+    cold = timing.cold(sets * moved, device)
+    found: dict[str, Measured | str] = {}
+    for name, t in timings.items():
+        peak = None if isinstance(t, str) else timing.peak_bytes(works[name], device)
+        found[name] = t if isinstance(t, str) else Measured(t, peak, cold)
+    return {name: found[name] for name in here}
+
+
+def _outputs(
+    here: dict[str, Provider], names: list[str], inputs: Inputs
+) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
+    """Of the first provider that runs; where none does, why. A gate without dropout lets pass who
+    refuses with it."""
+    refused = {}
+    for name in names:
+        try:
+            with here[name].around():
+                return tuple(x.detach() for x in tensors_of(here[name].function(inputs))), {}
+        except Exception as e:
+            refused[name] = reason(e)
+    return None, refused
+
+
+def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[list[Tensor]]) -> Work:
+    """A provider's calls in a mode. They return what stays: outputs and gradients."""
+    leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
+
+    def forward(i: int) -> tuple[Tensor, ...]:
+        return tensors_of(provider.function(inputs[i]))
+
+    def backward(outputs: tuple[Tensor, ...], i: int, again: bool = True) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves[i], upstream[i], retain_graph=again)
+
+    def both(i: int) -> list[Tensor]:
+        outputs = forward(i)
+        return [*(x.detach() for x in outputs), *backward(outputs, i, again=False)]
+
+    if mode == "backward":
+        return Work(backward, forward, provider.around)
+    if mode == "both":
+        return Work(both, around=provider.around)
+    return Work(lambda i: [x.detach() for x in forward(i)], around=provider.around)
+
+
+def row(
+    case: Case,
+    mode: str,
+    provider: Provider | None,
+    name: str,
+    found: Measured | str,
+    gate: dict[str, Any] | None,
+) -> Row:
+    """All that is known of a provider, as the results hold it. Times are in seconds."""
+    values: Row = {
+        "op": case.op,
+        "sweep": case.sweep,
+        "shape": vars(case.shape),
+        "size": case.size,
+        "dtype": str(case.dtype)[6:],
+        "dropout": case.p if case.op in workloads.DROPS else 0.0,
+        "mode": mode,
+        "provider": name,
+        "backend": provider.backend if provider else None,
+        "gate": gate,
+    }
+    cost = case.cost(mode)
+    if cost is not None:
+        values |= {"least_bytes": cost[0], "least_flops": cost[1]}
+    if isinstance(found, str):
+        return values | {"none_because": found}
+    t = found.timing
+    return values | {
+        "seconds": t.median,
+        "iqr": t.iqr,
+        "seconds_of_samples": t.samples,
+        "graph": t.graph,
+        "plain_because": t.plain_because,
+        "group": t.group,
+        "host_seconds": t.host,
+        "peak_bytes": found.peak,
+        "cold": found.cold,
+    }
+
+
+def line(r: Row, roofs: dict[str, Any]) -> str:
+    """A row for a terminal."""
+    head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
+    if "seconds" not in r:
+        return f"{head} -  {result_file.short(r['none_because'])}"
+    derived = result_file.derive(r, roofs)
+    share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
+    if not r["gate"]["ok"]:
+        share += f"  BEYOND THE RULE: {r['gate']['share']:.1f} x"
+    spread = result_file.spread(r["iqr"], 1e6)
+    plain = ""
+    if r["plain_because"]:
+        plain = f"  NO GRAPH, Python's time: {result_file.short(r['plain_because'])}"
+    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
+
+
+def halves(device: torch.device) -> list[torch.dtype]:
+    """The 16-bit types of a card, the one that it trains in first; a CPU's float32."""
+    own = devices.precision("auto", device).dtype
+    return [own, torch.float16] if own == torch.bfloat16 else [own]
+
+
+def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
+    """The model's own shape in 16 bits and in float32, then the sweeps in 16 bits.
+
+    quick: as iron trains on this card, in its own 16-bit type and with dropout, and no more.
+    """
+    gpu, own = device.type == "cuda", halves(device)
+    types = list(dict.fromkeys([*own[: 1 if quick else None], torch.float32]))
+    cases = workloads.own_cases(gpu, types, dropout_off=not quick)
+    return cases + list(workloads.sweep_cases(gpu, own[: 1 if quick else None], swept))
+
+
+@contextlib.contextmanager
+def begun(
+    section: result_file.Section, names: tuple[str, ...], types: list[torch.dtype]
+) -> Iterator[None]:
+    """The section while rows come to it. The roofs are measured before and after them: a card that
+    has become hot has other ones."""
+    device = section.device
+    with section:
+        section.put(missing=missing(device, names), rows=[])
+        section.put(roofs=environment.roofs(device, types))
+        yield
+        if device.type == "cuda":
+            section.put(roofs_after=environment.roofs(device, types))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="every op by every provider")
+    parser.add_argument(
+        "--sweeps", nargs="*", choices=workloads.SWEEPS, metavar="NAME", help="these, or all"
+    )
+    parser.add_argument("--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS)
+    parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--rounds", type=int, help="samples of each [20, 9 on a CPU]")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one 16-bit type and float32, iron's dropout, compiled in the former only",
+    )
+    result_file.add_options(parser)
+    args = parser.parse_args(argv)
+    device = devices.pick(args.device)
+    swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
+    cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
+    types = list(dict.fromkeys([case.dtype for case in cases]))
+    section = result_file.Section("kernels", device, args)
+    with begun(section, tuple(args.providers), types):
+        for name, why in section.values["missing"].items():
+            print(f"no {name}: {why}")
+        for case in cases:
+            names = tuple(args.providers)
+            if args.quick and case.dtype != types[0]:
+                names = tuple(name for name in names if name != "compile")
+            rows = measure_case(case, device, names, args.rounds)
+            if len(names) < len(args.providers) and computes("compile", case.op):
+                why = f"not compiled in {str(case.dtype)[6:]}: --quick"
+                rows.append(row(case, case.modes[-1], None, "compile", why, None))
+            for r in rows:
+                print(line(r, section.values["roofs"]), flush=True)
+            section.put(rows=section.values["rows"] + rows)
+    print(f"written to {section.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a provider computes is held to the numeric rule before it gets a time.
+
+Our kernels have to keep the rule. A rival that errs by some times more than it allows, as PyTorch
+does where it sums many rows in float32, is timed too, with its error beside its time: to leave out
+a faster one would flatter us.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from irongpt_kernels import eager, tolerance
+from torch import Tensor
+
+from benchmarks.ops import cases
+from benchmarks.ops.cases import Case, Inputs
+from benchmarks.ops.providers import Outputs, by, providers
+
+RIVALS = 16.0  # times what the rule allows
+
+
+def passes(name: str, found: dict[str, Any]) -> bool:
+    """Whether a provider of which a Gate has found this gets a time."""
+    return bool(found["ok"] or (name != "fused" and found["share"] <= RIVALS))
+
+
+class Gate:
+    """Holds providers of a case to the rule. What they are held against is computed once."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case.small(), device
+        self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, name: str, own_masks: bool) -> dict[str, Any]:
+        """`share` is of what the rule allows, the largest one. Raises what the provider raises."""
+        case = replace(self.case, p=0.0) if own_masks else self.case
+        baseline, oracle = self._wanted(case)
+        provider = providers(case, self.device, (name,))[name]
+        with provider.around():
+            inputs = case.inputs(self.device)
+            found = _run(provider.function, inputs, case.dtype)
+        n_outputs = len(found) - sum(x.requires_grad for x in inputs.values())
+        share, ok = 0.0, True
+        for i, tensors in enumerate(zip(found, baseline, oracle, strict=True)):
+            factor = tolerance.OUTPUTS if i < n_outputs else tolerance.GRADIENTS
+            for e in tolerance.errors(factor, *tensors).values():
+                ok &= e.ok
+                part = e.candidate / e.bound if e.bound else float(not e.ok)
+                share = max(share, math.inf if math.isnan(part) else part)
+        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
+
+    def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+        if case.p not in self.known:
+            inputs = case.inputs(self.device)
+            wide = {
+                name: x.detach().double().requires_grad_(x.requires_grad)
+                if x.is_floating_point()
+                else x.clone()
+                for name, x in inputs.items()
+            }
+            op = by(eager, case, self.device)
+
+            def run(x: Inputs) -> list[Tensor]:
+                return _run(op, x, case.dtype)
+
+            self.known[case.p] = run(inputs), run(wide)
+        return self.known[case.p]
+
+
+def _run(function: Any, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients. Upstream gradients are values of `dtype` whatever the inputs are.
+    Whole numbers have to be equal."""
+    outputs = tensors_of(function(inputs))
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    if not leaves:
+        return [x if x.is_floating_point() else x.double() for x in outputs]
+    upstream = [
+        g.to(dtype).to(x.dtype)
+        for g, x in zip(cases.upstream(tuple(outputs)), outputs, strict=True)
+    ]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def tensors_of(out: Outputs) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)

@@ -1,0 +1,194 @@
+"""The words and tables of the report, as Markdown."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.measure import result_file
+from benchmarks.ops.cases import WHOLE, Shape
+from benchmarks.report.tables_kernels import dropout, kernels, table
+from benchmarks.report.tables_train import decode, runs, train
+from benchmarks.training import matmuls
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+
+Values = dict[str, Any]
+
+SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano")  # with an environment each
+
+# A T4 as it is known from others' measurements (its copies reach 72 to 82 % of 320 GB/s, cuBLAS 18
+# to 24 TFLOP/s in float16 under its 70 W). Bounds by these are computed, none of them is measured.
+T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12}}
+
+
+def environment(values: Values) -> Values:
+    for name in SECTIONS:
+        if name in values:
+            return dict(values[name]["environment"])
+    return {}
+
+
+def title(values: Values) -> str:
+    return f"IronGPT on {environment(values).get('name', 'an unknown device')}"
+
+
+def about(values: Values, name: str) -> str:
+    """What it was measured on, and whether the card was held back."""
+    e = environment(values)
+    software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
+    card = f", driver {e['driver']}, CUDA {e['cuda']}" if e.get("driver") else ""
+    lines = [
+        f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
+        f"{e.get('cpu')}, {e.get('threads')} threads."
+    ]
+    every = [values[name].get("environment", {}) for name in SECTIONS if name in values]
+    if any(one.get("interpreted") for one in every):
+        lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
+    elif e.get("device") == "cpu":
+        lines.append(
+            "> No GPU: real times of a CPU, in which our Triton kernels have no part. What fits in "
+            "its caches stays there, so a share of the copy may pass 100 %."
+        )
+    if any(one.get("emulated") for one in every):
+        lines.append("> A T4's code on a newer GPU: these times are no T4's.")
+    for section in SECTIONS:
+        if why := values.get(section, {}).get("ended_by"):
+            lines.append(f"> {section}: broke off before its end ({result_file.short(why)}).")
+        state = values.get(section, {}).get("state") or {}
+        if state.get("throttled_by"):
+            lines.append(
+                f"> {section}: the card was held back by {', '.join(state['throttled_by'])}."
+            )
+        if state.get("before"):
+            lines.append(f"- {section}: {_state(state)}")
+    for section, key, when in (
+        ("kernels", "roofs", "before the kernels"),
+        ("kernels", "roofs_after", "after the kernels"),
+        ("train", "roofs", "before the training steps"),
+    ):
+        roofs = values.get(section, {}).get(key)
+        if roofs:
+            rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
+            lines.append(
+                f"- Measured roofs of this device, {when}: copy "
+                f"{roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large matrix "
+                f"product, TFLOP/s: {rates}."
+            )
+    return "\n\n".join(lines)
+
+
+def _state(state: Values) -> str:
+    parts = [f"{state['seconds']:.0f} s"]
+    for key, unit in (("sm_mhz", "MHz"), ("watt", "W"), ("celsius", "degrees C")):
+        before, after = ((state.get(w) or {}).get(key) for w in ("before", "after"))
+        low, high = state.get(f"{key}_from_to", (before, after))
+        parts.append(f"{low} to {high} {unit} ({before} before, {after} after)")
+    return ", ".join(parts)
+
+
+def measured(values: Values) -> Values:
+    """Without sections that broke off before they had anything to tell."""
+    needed = {"kernels": ("rows", "roofs"), "train": ("rows", "roofs", "products")}
+    needed |= {name: ("rows",) for name in SECTIONS if name not in needed}
+    empty = {
+        name
+        for name, keys in needed.items()
+        if name in values and not all(values[name].get(key) for key in keys)
+    }
+    return {name: section for name, section in values.items() if name not in empty}
+
+
+def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(heading, Markdown, names of the pictures that belong there). values: see `measured`."""
+    if "train" in values:
+        yield "A training step", train(values["train"]), ("step", "memory")
+    if "target" in values:
+        yield "Seconds to a validation loss", runs(values["target"]), ("target",)
+    if "decode" in values:
+        yield "Writing", decode(values["decode"]), ()
+    if "kernels" in values:
+        pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
+        yield "Kernels", kernels(values["kernels"]), pictured
+        yield "A T4", t4(values), ()
+    if "runs" in values:
+        yield "Runs from one seed", runs(values["runs"]), ("runs",)
+    if "nano" in values:
+        yield "On a CPU, against nanoGPT's own recipe", nano(values["nano"]), ()
+    if "stages" in values:
+        yield "Stages", stages(values), ()
+
+
+def nano(section: Values) -> str:
+    step = section["iron_step"] or dict.fromkeys(("batch", "irongpt_ms", "nanogpt_ms"), "?")
+    rows = [
+        [r["name"], f"{r['seconds']:.1f}", f"{r['validation_loss']:.3f}", f"{r['peak_rss_mb']:.0f}"]
+        for r in section["rows"]
+    ]
+    text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
+    return f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}\n\n" + (
+        f"A step of the iron model, {step['batch']} windows: {step['irongpt_ms']} ms, nanoGPT's "
+        f"{step['nanogpt_ms']} ms."
+    )
+
+
+def stages(values: Values) -> str:
+    rows = [
+        [name, s["status"], f"{s['seconds']:.0f}", s["says"].replace("|", "/")]
+        for name, s in values["stages"].items()
+    ]
+    return table(["stage", "", "seconds", ""], rows)
+
+
+def t4_step(preset: str = "iron") -> float | None:
+    """Computed seconds of a preset's step in float16 on a T4, at the least; None without Triton."""
+    config = GPTConfig(vocab_size=Shape().V, **PRESETS[preset].model)
+    return matmuls.bound(config, TrainConfig(**PRESETS[preset].train), torch.float16, T4)
+
+
+def is_t4(section: Values) -> bool:
+    return "T4" in section["environment"]["name"].split()
+
+
+def _step(values: Values, preset: str) -> float | None:
+    """Seconds of a step of ours in float16, as trained: measured alone, or in a whole training."""
+    section = values.get("train", {})
+    usual = (preset, PRESETS[preset].train["batch_size"])
+    own = (section.get("preset"), section.get("batch_size")) == usual
+    for r in section.get("rows", []) if own else []:
+        if (r["variant"], r["dtype"]) == ("fused as trained", "float16") and "seconds" in r:
+            return float(r["seconds"])
+    for r in values.get("target", {}).get("rows", []):
+        told = (r["preset"], r["ops"], r.get("dtype"))
+        if told == (preset, "fused", "float16") and r["steps"] > r["warm_steps"]:
+            return float(r["seconds"] / (r["steps"] - r["warm_steps"]))
+    return None
+
+
+def t4(values: Values) -> str:
+    """Measured nowhere but on a T4: elsewhere the column is empty, beside it what is computed."""
+    section = values["kernels"]
+    here = is_t4(section)
+    known: dict[tuple[str, str, float], Values] = {}
+    for r in section["rows"]:
+        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in WHOLE:
+            slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
+            if r["provider"] == "fused" and here:
+                slot["fused"] = r.get("seconds")
+    rows = []
+    for preset in ("iron", "fast"):
+        step = _step(values, preset) if here else None
+        floor = t4_step(preset)
+        cells = ["" if x is None else f"{x * 1e6:,.0f}" for x in (step, floor)]
+        rows.append([f"a training step, {preset}", *cells])
+    for (op, size, p), r in known.items():
+        if "least_bytes" not in r:
+            continue
+        bound = result_file.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)["floor_seconds"]
+        measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
+        rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
+    text = (
+        "All of an op in float16, microseconds. The bound is computed, not measured: least bytes "
+        f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
+        f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
+    )
+    return text + "\n\n" + table(["op", "fused on a T4, measured", "bound, computed"], rows)

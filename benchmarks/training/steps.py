@@ -1,0 +1,155 @@
+"""Training steps of several variants in turns, and what is written of each."""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.measure import cuda_graph, result_file, timing
+from benchmarks.measure.work import free, reason
+from benchmarks.training.variants import Variant, peak_of
+from irongpt.errors import UserError
+
+STEPS = {"cuda": 10, "cpu": 2}  # in a turn of a variant
+TURNS = {"cuda": 8, "cpu": 4}
+BEGIN = 0.7  # of the time, after which no variant is begun
+
+Make = Callable[[tuple[Any, ...]], Variant]
+Row = dict[str, Any]
+
+
+class Steps:
+    """Measures variants in one dtype. Rows go to the section as soon as there is anything.
+
+    What does not fit in memory together is measured in groups, one after the other.
+    """
+
+    def __init__(
+        self,
+        section: result_file.Section,
+        setting: tuple[Any, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        args: argparse.Namespace,
+    ) -> None:
+        self.section, self.setting, self.device = section, setting, device
+        self.dtype = str(dtype)[6:]
+        self.steps = args.steps or STEPS[device.type]
+        self.turns = args.turns or TURNS[device.type]
+        self.rows: dict[str, Row] = {}
+        self.samples: dict[str, list[float]] = {}
+        self.others = list(section.values["rows"])
+
+    def measure(self, waiting: list[tuple[str, Make]], end: float) -> None:
+        """end: by time.perf_counter(), after which no turn begins."""
+        last = time.perf_counter() + BEGIN * (end - time.perf_counter())
+        group = 1 + max((r.get("group", 0) for r in self.others), default=-1)
+        while waiting:
+            ready, waiting = self._begin(waiting, last, group)
+            for turn in range(1, self.turns):
+                names = list(ready)
+                for name in (
+                    names[turn % len(names) :] + names[: turn % len(names)] if names else []
+                ):
+                    if time.perf_counter() < end:
+                        self._attempt(name, ready, self._take)
+            for name in list(ready):  # last, because a profiler changes what comes after it
+                if time.perf_counter() < end:
+                    self._attempt(name, ready, self._count)
+                print(line(self.rows[name]), flush=True)
+            ready.clear()
+            free(self.device)
+            group += 1
+        self._put()
+
+    def _begin(
+        self, waiting: list[tuple[str, Make]], last: float, group: int
+    ) -> tuple[dict[str, Variant], list[tuple[str, Make]]]:
+        """As many as fit in memory, each with a first sample; and who has to wait."""
+        ready: dict[str, Variant] = {}
+        for i, (name, make) in enumerate(waiting):
+            row: Row = {"variant": name, "dtype": self.dtype, "group": group}
+            self.rows[name], full = row, False
+            if time.perf_counter() > last:
+                row["none_because"] = "the time for this benchmark was over"
+                continue
+            start = time.perf_counter()
+            try:
+                with peak_of(self.device) as peak:
+                    ready[name] = make(self.setting)
+                    ready[name].warm_up()
+                row |= {"first_seconds": time.perf_counter() - start, **peak}
+                self.samples[name] = []
+                self._take(name, ready[name])
+            except UserError as e:
+                row["none_because"] = str(e)
+            except Exception as e:  # one that cannot run here is a result
+                full = isinstance(e, torch.cuda.OutOfMemoryError)
+                row["none_because"] = reason(e)
+            if "none_because" in row:
+                ready.pop(name, None)
+                self._mend()
+            if full and ready:
+                return ready, waiting[i:]
+            print(line(row), flush=True)
+        return ready, []
+
+    def _attempt(
+        self, name: str, ready: dict[str, Variant], do: Callable[[str, Variant], None]
+    ) -> None:
+        """What has been measured of a variant that fails later stays."""
+        try:
+            do(name, ready[name])
+        except Exception as e:
+            self.rows[name]["stopped_because"] = reason(e)
+            del ready[name]
+            self._mend()
+            print(f"{name}: {reason(e)}", flush=True)
+            self._put()
+
+    def _mend(self) -> None:
+        """After a failure, which may have been that of a capture."""
+        if self.device.type == "cuda":
+            cuda_graph.recover()
+        free(self.device)
+
+    def _take(self, name: str, variant: Variant) -> None:
+        self.samples[name].append(variant.seconds_a_step(self.steps))
+        peak = self.section.values["roofs"]["peak"][self.dtype]
+        self.rows[name] |= summary(self.samples[name], self.setting, peak)
+        self._put()
+
+    def _count(self, name: str, variant: Variant) -> None:
+        self.rows[name] |= variant.counts()
+        self._put()
+
+    def _put(self) -> None:
+        self.section.put(rows=self.others + list(self.rows.values()))
+
+
+def summary(samples: list[float], setting: tuple[Any, ...], peak: float) -> Row:
+    model, train = setting[0], setting[1]
+    t = timing.Timing(samples, False)
+    tokens = train.batch_size * model.context
+    return {
+        "seconds": t.median,
+        "iqr": t.iqr,
+        "samples": len(samples),
+        "tokens_per_s": tokens / t.median,
+        "mfu": tokens / t.median * model.flops_per_token() / peak,
+    }
+
+
+def line(row: Row) -> str:
+    head = f"{row['dtype']:9} {row['variant']:22}"
+    if "seconds" not in row:
+        return f"{head} -  {result_file.short(row.get('none_because', ''))}"
+    memory = f"{row['peak_bytes'] / 2**30:6.2f} GiB" if row.get("peak_bytes") else ""
+    kernels = f"{row['kernels']:5} kernels" if row.get("kernels") else ""
+    spread = result_file.spread(row["iqr"], 1e3)
+    return (
+        f"{head} {row['seconds'] * 1e3:9.2f} ms +- {spread:>6} "
+        f"{row['tokens_per_s']:11,.0f} tokens/s  MFU {row['mfu']:6.1%} {memory} {kernels}"
+    )

@@ -1,0 +1,177 @@
+"""Trainings to be timed: a Trainer on some ops, compiled or not, and nanoGPT's model."""
+
+import contextlib
+import dataclasses
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irongpt import device as devices
+from irongpt.data.batches import TrainBatches, split
+from irongpt.errors import UserError
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
+
+# The host's calls, by which work comes to a device.
+LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+WARM = 5  # steps: a trainer that captures its step has done so by then
+
+
+class Variant:
+    """A training that can be taken a step further. deterministic: as `irongpt train` has it."""
+
+    def __init__(
+        self, step: Callable[[], object], device: torch.device, deterministic: bool = False
+    ) -> None:
+        self.step, self.device, self.deterministic = step, device, deterministic
+
+    def seconds_a_step(self, steps: int) -> float:
+        """Wall time: what a run waits for, the host's part included."""
+        with self._algorithms():
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            self._wait()
+            return (time.perf_counter() - start) / steps
+
+    def warm_up(self) -> None:
+        self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
+
+    def counts(self) -> dict[str, int]:
+        """Of a step: `kernels`, with copies and fills, that run on the device, and `launches` of
+        them by the host, where a graph is one. Nothing if nobody counts."""
+        if self.device.type != "cuda":
+            return {}
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        # PyTorch's own precaution with CUDA graphs: taking the profiler down may crash.
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
+        with (
+            self._algorithms(),
+            profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
+        ):
+            self.step()
+            self._wait()
+        ours = [e for e in trace.events() or [] if not getattr(e, "is_user_annotation", False)]
+        kernels = sum(e.device_type == DeviceType.CUDA for e in ours)
+        launches = sum(e.device_type == DeviceType.CPU and e.name.startswith(LAUNCH) for e in ours)
+        return {"kernels": kernels, "launches": launches} if kernels else {}
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def _algorithms(self) -> Iterator[None]:
+        if self.deterministic:
+            devices.make_deterministic()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def peak_of(device: torch.device) -> Iterator[dict[str, int]]:
+    """peak_bytes: what is allocated at most beyond what there was before. A graph's pool counts
+    while it is captured, so what is made and warmed up within is counted whole."""
+    found: dict[str, int] = {}
+    gc.collect()  # a trainer and its graph hold each other
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+
+
+def trained(
+    setting: tuple[Any, ...],
+    module: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: str | None = None,
+    deterministic: bool = False,
+    graph: bool = False,
+    **recipe: Any,
+) -> Variant:
+    """setting: model, recipe, token ids. mode: of torch.compile; None compiles nothing.
+
+    graph: the whole step as one CUDA graph, where the trainer can do that. recipe: what of the
+    setting's is another value here.
+    """
+    model_config, train_config, ids = setting
+    train_config = dataclasses.replace(train_config, graph=graph, **recipe)
+    torch.manual_seed(train_config.seed)
+    model = GPT(model_config, module).to(device)
+    trainer = Trainer(model, ids, train_config, device, dtype)
+    if mode is not None:
+        # Each variant's model is compiled anew, and those before it keep theirs.
+        torch._dynamo.config.recompile_limit = 64
+        compiled = torch.compile(model.loss, mode=mode, dynamic=False)
+
+        def loss(x: Tensor, y: Tensor, *, seed: Any = None) -> Tensor:
+            # As a tensor: a number that changes with every step would be compiled in each time.
+            at = torch.as_tensor(0 if seed is None else seed, device=device)
+            made: Tensor = compiled(x, y, seed=at)
+            return made
+
+        setattr(model, "loss", loss)  # noqa: B010 (a method, for mypy)
+    return Variant(trainer.train_step, device, deterministic)
+
+
+def nanogpt(
+    setting: tuple[Any, ...],
+    checkout: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = False,
+) -> Variant:
+    """nanoGPT's model of the same shape, on our batches, with its own optimizer and clipping.
+
+    compiled: as its train.py does unless told otherwise.
+    """
+    if not (checkout / "model.py").is_file():
+        raise UserError(f"{checkout} is no checkout of nanoGPT: it has no model.py")
+    sys.path.insert(0, str(checkout.resolve()))
+    import model as theirs  # type: ignore[import-not-found]
+
+    ours, train, ids = setting
+    names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    config = theirs.GPTConfig(
+        block_size=ours.context, **{name: getattr(ours, name) for name in names}
+    )
+    torch.manual_seed(train.seed)
+    model = theirs.GPT(config).to(device)
+    optimizer = model.configure_optimizers(
+        train.weight_decay, train.lr, (train.beta1, train.beta2), device.type
+    )
+    called = torch.compile(model) if compiled else model
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    train_ids, _ = split(ids.to(device), ours.context)
+    batches = TrainBatches(train_ids, ours.context, train.batch_size, train.seed)
+    count = iter(range(10**9))
+
+    def step() -> None:
+        x, y = (t.contiguous() for t in batches(next(count)))
+        with devices.autocast(device, dtype):
+            _, loss = called(x, y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Variant(step, device)

@@ -1,0 +1,181 @@
+"""On a CPU: `irongpt train --preset nano` against nanoGPT's own CPU recipe, and iron's step.
+
+    git clone https://github.com/karpathy/nanoGPT
+    make bench-nano NANOGPT=nanoGPT
+
+Three runs on War and Peace, first nine tenths for training, last tenth for validation, one after
+the other, in seconds of wall time from the start of the process to its end:
+
+    nanoGPT     its train.py as it is: 4 layers, 4 heads, width 128, context 64, batch 12, 2,000
+                iterations, AdamW 1e-3 to 1e-4, no dropout, no compilation
+    to 1.80     irongpt train --preset nano --target-loss 1.80
+    nano        irongpt train --preset nano
+
+Then the seconds of one training step of the iron model, ours against nanoGPT's model, taken in
+turns. The validation loss is each program's own: nanoGPT's over 20 random batches of 12 windows of
+64 characters, ours over fixed windows of nano's context.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from irongpt_kernels import builtin
+
+from benchmarks.measure import environment, result_file
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.data import corpus
+from irongpt.data.batches import split
+from irongpt.data.tokenizer import CharTokenizer
+from irongpt.model import GPT
+
+# config/train_shakespeare_char.py, with what nanoGPT's README says to set on a CPU.
+RECIPE = (
+    "config/train_shakespeare_char.py --dataset=wp --out_dir=out-wp --device=cpu --compile=False "
+    "--dtype=float32 --eval_iters=20 --eval_interval=250 --log_interval=100 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+    "--dropout=0.0"
+).split()
+IRON_BATCH = 4  # windows a step: a full batch of 64 takes a CPU half a minute
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="nano against nanoGPT's CPU recipe")
+    parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of nanoGPT")
+    result_file.add_options(parser)
+    args = parser.parse_args(argv)
+    checkout = args.nanogpt.resolve()
+    if not (checkout / "train.py").is_file():
+        parser.error(f"{checkout} is no checkout of nanoGPT: it has no train.py")
+    text = corpus.load("war-and-peace", say=print)
+    device = torch.device("cpu")
+    with (
+        result_file.Section("nano", device, args) as section,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        section.put(nanogpt=environment.git_commit(checkout), rows=[], iron_step=None)
+        for measure in (nanogpt, to_target, nano):
+            row = measure(Path(scratch), checkout, text.text)
+            section.put(rows=[*section.values["rows"], row])
+            print(json.dumps(row), flush=True)
+        section.put(iron_step=iron_step(checkout))
+        print(json.dumps(section.values["iron_step"]))
+    print(f"written to {section.path}")
+
+
+def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
+    data = scratch / "data" / "wp"
+    data.mkdir(parents=True)
+    tokenizer = CharTokenizer.from_text(text)
+    for name, ids in zip(("train", "val"), split(tokenizer.encode(text), 64), strict=True):
+        ids.numpy().astype("uint16").tofile(data / f"{name}.bin")
+    with open(data / "meta.pkl", "wb") as f:  # the format that nanoGPT reads
+        pickle.dump({"vocab_size": tokenizer.vocab_size}, f)
+    for name in ("train.py", "model.py", "configurator.py", "config"):
+        (scratch / name).symlink_to(checkout / name)
+    out, seconds, memory = run([sys.executable, "train.py", *RECIPE], scratch)
+    losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", out)
+    return {
+        "name": "nanoGPT",
+        "seconds": seconds,
+        "validation_loss": float(losses[-1][1]),
+        "peak_rss_mb": memory,
+        "curve": [[int(step), float(loss)] for step, loss in losses],
+    }
+
+
+def to_target(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
+    return irongpt("to 1.80", scratch, "--target-loss", "1.80")
+
+
+def nano(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
+    return irongpt("nano", scratch)
+
+
+def irongpt(name: str, scratch: Path, *flags: str) -> dict[str, Any]:
+    folder = scratch / name.replace(" ", "-")
+    command = [sys.executable, "-m", "irongpt", "train", "--preset", "nano", "--data"]
+    _, seconds, memory = run([*command, "war-and-peace", "--out", str(folder), *flags], Path())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [r for r in records if r["val_loss"] is not None]
+    return {
+        "name": name,
+        "seconds": seconds,
+        "validation_loss": evaluated[-1]["val_loss"],
+        "peak_rss_mb": memory,
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "curve": [[r["step"], r["val_loss"], round(r["seconds"], 1)] for r in evaluated],
+    }
+
+
+def run(command: list[str], folder: Path) -> tuple[str, float, float]:
+    """Stdout, seconds of wall time, and the peak memory in MB of a process."""
+    start = time.perf_counter()
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    out = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = round(time.perf_counter() - start, 1)
+    if status != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{out}")
+    return out, seconds, round(peak_mb(usage), 1)
+
+
+def peak_mb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def iron_step(checkout: Path) -> dict[str, Any]:
+    """Forward, backward and optimizer of the iron model, float32, dropout on: ours over theirs."""
+    sys.path.insert(0, str(checkout))
+    import model as nanogpt_model  # type: ignore[import-not-found]
+
+    shape = PRESETS["iron"].model
+    ours = GPT(GPTConfig(vocab_size=104, **shape), builtin)
+    names = {"n_layer", "n_head", "n_embd", "dropout"}
+    theirs = nanogpt_model.GPT(
+        nanogpt_model.GPTConfig(
+            vocab_size=104,
+            block_size=shape["context"],
+            bias=False,
+            **{k: v for k, v in shape.items() if k in names},
+        )
+    )
+    x = torch.randint(104, (IRON_BATCH, shape["context"]))
+    steps = {
+        "irongpt": (ours, lambda: ours.loss(x, x, seed=1)),
+        "nanogpt": (theirs, lambda: theirs(x, x)[1]),
+    }
+    optimizer = {
+        name: torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+        for name, (model, _) in steps.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(12):
+        for name, (_, loss) in steps.items():
+            start = time.perf_counter()
+            optimizer[name].zero_grad()
+            loss().backward()
+            optimizer[name].step()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+    return {
+        "batch": IRON_BATCH,
+        **{f"{name}_ms": round(1e3 * s, 1) for name, s in medians.items()},
+        "irongpt_over_nanogpt": round(medians["irongpt"] / medians["nanogpt"], 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

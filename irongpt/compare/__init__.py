@@ -1,0 +1,1 @@
+"""The `irongpt compare` command: the kernels against eager PyTorch."""

@@ -1,0 +1,133 @@
+"""A whole GPT on a candidate's ops against the same on eager: one step, and a training curve."""
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from irongpt_kernels import eager
+from torch import Tensor
+
+from irongpt import device as devices
+from irongpt.compare.ops import SEED, Check, Row, make_row
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.console import say
+from irongpt.data import corpus
+from irongpt.data.tokenizer import CharTokenizer
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
+
+LOSS_SCALE = 4096.0  # keeps small gradients in float16's range, and large ones too
+
+# Two correct float32 trainings drift apart by rounding. For so many steps they have to agree so
+# far; later, and in 16 bits, their distance is shown and not judged.
+JUDGED_STEPS, JUDGED_DIFFERENCE = 32, 2e-5
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training losses of candidate and eager from the same seed."""
+
+    dtype: str
+    candidate: list[float]
+    eager: list[float]
+
+    @property
+    def differences(self) -> list[float]:
+        """Relative, by step."""
+        return [abs(a - b) / abs(b) for a, b in zip(self.candidate, self.eager, strict=True)]
+
+    def check(self) -> Check:
+        differences = self.differences
+        judged = min(JUDGED_STEPS, len(differences))
+        finite = all(d < float("inf") for d in differences)
+        near = self.dtype != "float32" or all(d <= JUDGED_DIFFERENCE for d in differences[:judged])
+        largest = max(differences[:judged]) if finite else float("nan")
+        return Check(
+            "model",
+            "training",
+            self.dtype,
+            "loss curve",
+            finite and near,
+            f"losses differ from eager's by up to {largest:.1e} in the first {judged} steps, "
+            f"allowed {JUDGED_DIFFERENCE:.0e}",
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model and its training, as large as the device allows."""
+
+    model: GPTConfig
+    recipe: TrainConfig
+    ids: Tensor  # (N,) int64
+
+    @property
+    def sizes(self) -> str:
+        m = self.model
+        return f"{m.n_layer} layers, width {m.n_embd}, context {m.context}, dropout {m.dropout}"
+
+
+def setting(full: bool, drops: bool) -> Setting:
+    """full: the iron preset's model. drops: dropout is on."""
+    text = corpus.load("python-docs", say=say).text[:100_000]
+    tokenizer = CharTokenizer.from_text(text)
+    iron = PRESETS["iron"]
+    small = dict(n_layer=2, n_head=2, n_embd=32, context=32)
+    model = GPTConfig(vocab_size=tokenizer.vocab_size, **iron.model | ({} if full else small))
+    recipe = TrainConfig(
+        **iron.train | dict(iters=100 if full else 20, batch_size=8 if full else 2)
+    )
+    return Setting(
+        model if drops else replace(model, dropout=0.0),
+        recipe if full else replace(recipe, lr=3e-3),
+        tokenizer.encode(text),
+    )
+
+
+def compare_step(
+    s: Setting, candidate: ModuleType, dtype: torch.dtype, device: torch.device
+) -> list[Row]:
+    """Logits and every parameter's gradient, from the same weights and batch."""
+    results, baseline = (_step(s, ops, dtype, device) for ops in (candidate, eager))
+    oracle = _step(s, eager, torch.float64, device)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        make_row("model", "one step", s.sizes, name, t, results[t], baseline[t], oracle[t])
+        for t in results
+    ]
+
+
+def _step(
+    s: Setting, ops: ModuleType, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    t = _trainer(s, ops, dtype, device)
+    x, y = t.train_batches(0)
+    if dtype == torch.float64:
+        t.model.double()
+    with devices.autocast(device, torch.float32 if dtype == torch.float64 else dtype):
+        logits = t.model(x, seed=SEED)
+        loss = ops.cross_entropy(logits.flatten(0, 1), y.flatten())
+    scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+    (loss * scale).backward()
+    gradients = {
+        f"d {n}": t.optimizer.gradient(p).to(p.dtype) / scale for n, p in t.model.named_parameters()
+    }
+    return {"logits": logits.detach(), **gradients}
+
+
+def train_both(
+    s: Setting,
+    candidate: ModuleType,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Curve:
+    losses = [
+        [float(t.train_step()[0]) for _ in range(s.recipe.iters)]
+        for t in (_trainer(s, ops, dtype, device) for ops in (candidate, eager))
+    ]
+    return Curve(str(dtype).removeprefix("torch."), *losses)
+
+
+def _trainer(s: Setting, ops: ModuleType, dtype: torch.dtype, device: torch.device) -> Trainer:
+    torch.manual_seed(s.recipe.seed)
+    return Trainer(GPT(s.model, ops).to(device), s.ids, s.recipe, device, dtype)

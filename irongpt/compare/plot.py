@@ -1,0 +1,113 @@
+"""The picture of `irongpt compare`: error ratios and training curves."""
+
+import io
+import re
+
+from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from irongpt.compare.model import JUDGED_DIFFERENCE, JUDGED_STEPS, Curve
+from irongpt.compare.ops import Row
+
+COLORS = {"float32": "tab:blue", "float16": "tab:orange", "bfloat16": "tab:green"}
+SHOWN = 10.0  # ratios above are drawn at the edge
+
+
+def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> bytes:
+    """Left the error ratios with their limits, right the training curves, as bytes of a PNG."""
+    figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1), height_ratios=(1.6, 1))
+    _draw_ratios(figure.add_subplot(grid[:, 0]), rows, candidate)
+    losses = figure.add_subplot(grid[0, 1])
+    _draw_curves(losses, figure.add_subplot(grid[1, 1], sharex=losses), curves, candidate)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
+    """A line for every op and tensor, a point for every shape and dtype."""
+    labels: dict[tuple[str, str], int] = {}
+    for r in rows:
+        labels.setdefault(_label(r), len(labels))
+    dtypes = list(dict.fromkeys(r.dtype for r in rows))
+    for r in rows:
+        ratio = r.errors["max"].ratio
+        x = SHOWN if not ratio < SHOWN else max(ratio, 1 / SHOWN)
+        y = labels[_label(r)] + 0.2 * (dtypes.index(r.dtype) - (len(dtypes) - 1) / 2)
+        if r.ok:
+            inside = ratio <= _factor(r.tensor)
+            face = COLORS[r.dtype] if inside else "white"  # white: by the floor
+            axes.plot(x, y, "o", color=COLORS[r.dtype], markerfacecolor=face, markersize=4)
+        else:
+            axes.plot(x, y, "X", color="tab:red", markersize=8, clip_on=False, zorder=5)
+    for (_, tensor), y in labels.items():
+        limit = _factor(tensor)
+        axes.plot([limit, limit], [y - 0.5, y + 0.5], color="black", linewidth=1)
+    ops = [op for op, _ in labels]
+    for y in range(1, len(ops)):
+        if ops[y] != ops[y - 1]:
+            axes.axhline(y - 0.5, color="0.8", linewidth=0.8)
+    axes.axvline(1, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlim(1 / SHOWN / 1.1, SHOWN * 1.1)
+    ticks = [0.1, 0.2, 0.5, 1, 2, 3, 5, 10]
+    axes.set_xticks(ticks, [f"≤{ticks[0]}", *map(str, ticks[1:-1]), f"≥{ticks[-1]}"])
+    axes.set_xticks([], minor=True)
+    shown = [f"{op}  {tensor}" for op, tensor in labels]
+    axes.set_yticks(list(labels.values()), shown, fontsize=8, parse_math=False)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(f"largest error of {candidate} / largest error of eager, both from float64")
+    handles = [
+        Line2D([], [], color=COLORS[d], marker="o", linestyle="", markersize=4, label=d)
+        for d in dtypes
+    ]
+    handles.append(Line2D([], [], color="black", linewidth=1, label="limit"))
+    if any(r.ok and r.errors["max"].ratio > _factor(r.tensor) for r in rows):
+        label = "within one rounding"
+        handles.append(
+            Line2D([], [], color="0.3", marker="o", linestyle="", mfc="white", label=label)
+        )
+    if any(not r.ok for r in rows):
+        label = "breaks the rule"
+        handles.append(Line2D([], [], color="tab:red", marker="X", linestyle="", label=label))
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
+    )
+
+
+def _draw_curves(losses: Axes, apart: Axes, curves: list[Curve], candidate: str) -> None:
+    for c in curves:
+        steps, color = range(1, len(c.eager) + 1), COLORS[c.dtype]
+        losses.plot(steps, c.eager, color=color, alpha=0.35, linewidth=5, label=f"eager, {c.dtype}")
+        losses.plot(steps, c.candidate, color=color, linewidth=1.2, label=f"{candidate}, {c.dtype}")
+        apart.plot(steps, c.differences, color=color, marker=".", linewidth=1, label=c.dtype)
+    if any(c.dtype == "float32" for c in curves):
+        end = min(JUDGED_STEPS, max(len(c.eager) for c in curves))
+        label = "limit for float32"
+        apart.plot([1, end], [JUDGED_DIFFERENCE] * 2, color="black", linewidth=1, label=label)
+    losses.set_ylabel("training loss (nats per token)")
+    losses.tick_params(labelbottom=False)
+    apart.set_ylabel("relative difference")
+    apart.set_yscale("symlog", linthresh=1e-8)  # logarithmic, and has a zero: losses may be equal
+    apart.set_ylim(bottom=0)
+    apart.xaxis.set_major_locator(MaxNLocator(integer=True))
+    apart.set_xlabel("step")
+    for axes in (losses, apart):
+        axes.grid(alpha=0.3)
+        if curves:
+            axes.legend(fontsize=8)
+
+
+def _factor(tensor: str) -> int:
+    return GRADIENTS if tensor.startswith("d ") else OUTPUTS
+
+
+def _label(row: Row) -> tuple[str, str]:
+    """Parameters of all blocks share a line."""
+    return row.op, re.sub(r"blocks\.\d+\.", "", row.tensor)

@@ -1,0 +1,118 @@
+"""What `irongpt compare` prints: the table, and what breaks the rule."""
+
+import math
+import re
+import textwrap
+from collections import Counter
+
+from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
+
+from irongpt.compare.model import JUDGED_STEPS, Curve
+from irongpt.compare.ops import Check, Row
+
+WIDTH = 100  # columns
+
+
+def heading(candidate: str) -> str:
+    """Explains the columns and names them."""
+    return (
+        "error: largest distance from float64; rms: root mean square; x: times eager's\n"
+        f"bound: what the rule allows, {OUTPUTS} x eager's error for an output and {GRADIENTS} x "
+        "for a gradient, plus a rounding\n\n"
+        f"  {'':8} {'':28} {'':>8} {'':>8}  {'error':>6} {'rms':>6} {'of':>6}\n"
+        f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'bound':>6}"
+        "  worst at"
+    )
+
+
+def group(title: str, rows: list[Row], checks: list[Check]) -> str:
+    """A title with what was checked, and a line for every tensor.
+
+    Of a parameter that every block of a model has, the block that is nearest to its limit; all of
+    them are in the JSON.
+    """
+    passed = [name for name in dict.fromkeys(c.name for c in checks) if _all_ok(name, checks)]
+    notes = {"repeatable": "same bits in two runs", "dropout mask": "eager's dropout mask"}
+    said = ", ".join(notes[name] for name in passed if name in notes)
+    nearest: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row.dtype, re.sub(r"blocks\.\d+", "blocks.*", row.tensor)
+        if key not in nearest or not _share(row) <= _share(nearest[key]):
+            nearest[key] = row
+    lines = [_line(row) for row in nearest.values()]
+    marks = [f"  {c.dtype:8} {c.name}: FAIL" for c in checks if not c.ok]
+    return "\n".join(["", f"{title}{'; ' if said else ''}{said}", *lines, *marks])
+
+
+def training(curve: Curve) -> str:
+    """A line of what a training curve showed."""
+    steps, judged = len(curve.eager), curve.differences[:JUDGED_STEPS]
+    mark = "" if curve.check().ok else "  FAIL"
+    return (
+        f"  {curve.dtype:8} trained {steps} steps, loss {curve.eager[0]:.3f} to "
+        f"{curve.eager[-1]:.3f}: apart {max(judged):.1e} in the first {len(judged)}, "
+        f"{max(curve.differences):.1e} in all{mark}"
+    )
+
+
+def failures(rows: list[Row], checks: list[Check], candidate: str) -> list[str]:
+    """A few lines for everything that breaks the rule."""
+    found = []
+    for r in rows:
+        if r.ok:
+            continue
+        kind = "gradient" if r.tensor.startswith("d ") else "output"
+        found.append(f"FAIL {r.op}, {r.shape}, {r.dtype}, {kind} {r.tensor}")
+        found += [
+            f"     {norm} error {e.candidate:.2e}, eager's {e.eager:.2e}, allowed {e.bound:.2e}"
+            for norm, e in r.errors.items()
+            if not e.ok
+        ]
+        found.append(
+            f"     worst at {_index(r.index)}: {candidate} {r.candidate:.8g}, eager {r.eager:.8g}, "
+            f"float64 {r.float64:.8g}"
+        )
+    for c in checks:
+        if not c.ok:
+            found.append(f"FAIL {c.op}, {c.shape}, {c.dtype}, {c.name}")
+            found += [f"     {line}" for line in textwrap.wrap(c.detail, WIDTH - 5)]
+    return found
+
+
+def summary(rows: list[Row], checks: list[Check]) -> str:
+    bad = [r for r in rows if not r.ok]
+    done = ", ".join(
+        f"{name} {sum(c.ok for c in checks if c.name == name)}/{n}"
+        for name, n in Counter(c.name for c in checks).items()
+    )
+    verdict = "FAIL" if bad or not all(c.ok for c in checks) else "ok"
+    return f"{verdict}: {len(rows) - len(bad)} of {len(rows)} tensors within the rule; {done}"
+
+
+def _line(row: Row) -> str:
+    largest, rms = row.errors["max"], row.errors["rms"]
+    share = _share(row)
+    used = f"{share:6.0%}" if share < 99 else f"{share:6.0e}"
+    return (
+        f"  {row.dtype:8} {row.tensor:28} {largest.candidate:8.1e} {largest.eager:8.1e}  "
+        f"{_ratio(largest.ratio):>6} {_ratio(rms.ratio):>6} {used}  "
+        f"{_index(row.index)}{'' if row.ok else '  FAIL'}"
+    )
+
+
+def _all_ok(name: str, checks: list[Check]) -> bool:
+    return all(c.ok for c in checks if c.name == name)
+
+
+def _index(index: list[int]) -> str:
+    return "[" + ",".join(map(str, index)) + "]"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}"
+
+
+def _share(row: Row) -> float:
+    """Of what the rule allows, by the norm that is nearest to it; infinite if it is no number."""
+    shares = [e.candidate / e.bound for e in row.errors.values()]
+    return max(math.inf if math.isnan(share) else share for share in shares)

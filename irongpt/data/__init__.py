@@ -1,0 +1,1 @@
+"""Text, its tokenizer, and the batches that are cut from it."""

@@ -1,0 +1,63 @@
+"""What a run's metrics look like: loss.png and sample.txt."""
+
+import io
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from irongpt.files import replace_file
+from irongpt.runs.run_folder import Record, Run
+
+
+def draw(run: Run) -> None:
+    """Draws both files anew from metrics.jsonl; nothing where there is no record yet."""
+    records = run.records()
+    if not records:
+        return
+    replace_file(
+        run.path / "loss.png", loss_png(records, run.path.name.encode(errors="replace").decode())
+    )
+    replace_file(run.path / "sample.txt", samples(records).encode())
+
+
+def loss_png(records: list[Record], title: str) -> bytes:
+    """Training and validation loss over the steps, as the bytes of a PNG."""
+    train = [(r["step"], r["train_loss"]) for r in records if r["train_loss"] is not None]
+    val = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*_columns(train), color="tab:blue", linewidth=1, alpha=0.6, label="training")
+    if val:
+        axes.plot(*_columns(val), color="tab:orange", marker="o", markersize=4, label="validation")
+        step, best = min(val, key=lambda point: point[1])
+        axes.annotate(
+            f"{best:.3f}",
+            (step, best),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color="tab:orange",
+        )
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title, parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def samples(records: list[Record]) -> str:
+    """The text that the model wrote at each evaluation, in order."""
+    return "\n".join(
+        f"--- step {r['step']:,}, validation loss {r['val_loss']} ---\n{r['sample'].strip()}\n"
+        for r in records
+        if "sample" in r
+    )
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

@@ -1,0 +1,1 @@
+"""The `irongpt tune` command: launch options measured on this GPU."""

@@ -1,0 +1,1 @@
+"""Compiles the kernels for a GPU that need not be there."""

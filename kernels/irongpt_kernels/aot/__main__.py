@@ -1,0 +1,246 @@
+"""
+Compiles every kernel as its launcher launches it, for a GPU that need not be there, and reports
+what came out.
+
+    python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
+
+The ops run on small CPU tensors; a launch compiles its kernel on the path of every launch (types,
+constants and alignment of the arguments, tiles of the launch tables) and ends there. What the ops
+return is garbage then.
+
+| column | |
+|---|---|
+| regs, spill | registers a thread; bytes that it keeps in local memory, where registers spill to |
+| shared, w/SM | bytes of shared memory a program; warps that an SM holds at a time |
+| HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
+| | instructions in the innermost loop with most arithmetic; without a loop, in all |
+| MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the |
+| | op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
+| clk, by | kernels with dots: `sass.clocks` of that loop per program, and which unit |
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from irongpt_kernels.aot import sass, shapes
+from irongpt_kernels.runtime import launch, turing
+
+COLUMNS = {  # heading, key, width
+    "kernel": ("kernel", 36),
+    "shape": ("shape", 30),
+    "warps": ("warps", 5),
+    "regs": ("registers", 5),
+    "spill": ("stack", 6),
+    "shared": ("shared", 7),
+    "w/SM": ("warps_per_sm", 5),
+    "HMMA": ("HMMA", 5),
+    "FFMA": ("FFMA", 5),
+    "MUFU": ("MUFU", 5),
+    "local": ("LOCAL", 6),
+    "MB": ("megabytes", 7),
+    "GFLOP": ("gigaflops", 6),
+    "clk": ("clocks", 6),
+    "by": ("bound", 8),
+}
+
+
+class _Driver:
+    """Stands in for Triton's driver of a GPU. The device has the number of its architecture, so
+    that kernels for two of them are not taken for one."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextlib.contextmanager
+def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterator[None]:
+    """Within, a launch compiles for `arch`, and runs nothing.
+
+    done(function, compiled kernel) and failed(function, exception) are told. stock: without what
+    `turing` does. Not for several threads: it changes Triton's launch itself.
+    """
+    original = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        try:
+            kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as e:  # every kernel is tried, and the report names all that fail
+            failed(self, e)
+        else:
+            done(self, kernel)
+
+    active = driver._active
+    hook = triton.knobs.runtime.add_stages_inspection_hook
+    if arch == turing.ARCH:
+        (turing.uninstall if stock else turing.install)()
+    driver.set_active(_Driver(arch))
+    try:
+        with (
+            patch.object(JITFunction, "run", compile_only),
+            patch.object(launch, "architecture", lambda device: arch),
+        ):
+            yield
+    finally:
+        driver._active = active
+        triton.knobs.runtime.add_stages_inspection_hook = hook
+
+
+def report(
+    arch: int, cases: list[shapes.Case], stock: bool = False, dump: Path | None = None
+) -> dict[str, Any]:
+    """Every kernel that the cases launch: under "kernels" a dict of facts each, under "failed" a
+    line each for those that do not compile, under "warnings" what was said."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    failed: dict[str, None] = {}
+    case, clock = cases[0], time.perf_counter()
+
+    def done(function: JITFunction, kernel: Any) -> None:
+        nonlocal clock
+        name = f"{function.fn.__module__.split('.')[-1]}.{function.fn.__name__}"
+        if (name, kernel.hash) in rows:
+            return
+        seconds = time.perf_counter() - clock
+        row = dict(kernel=name, op=case.op, shape=case.shape, dtype=case.dtype, seconds=seconds)
+        rows[name, kernel.hash] = row | _facts(arch, kernel, case.cost(_pass(name)))
+        if dump:
+            _dump(dump / f"{name}-{case.shape.replace(' ', '-')}", kernel)
+        clock = time.perf_counter()
+
+    def broken(function: JITFunction, e: Exception) -> None:
+        failed[f"{function.fn.__name__} in {case.op} {case.shape}: {type(e).__name__}: {e}"] = None
+
+    with warnings.catch_warnings(record=True) as said, compiling(arch, done, broken, stock):
+        warnings.simplefilter("always")
+        for case in cases:  # the functions above read it
+            clock = time.perf_counter()
+            try:
+                case.run()
+            except Exception:
+                failed[f"{case.op} {case.shape}: {traceback.format_exc()[-500:]}"] = None
+    told = sorted({str(w.message) for w in said if "tensor cores" in str(w.message)})
+    return dict(
+        arch=arch,
+        triton=triton.__version__,
+        kernels=list(rows.values()),
+        failed=list(failed),
+        warnings=told,
+    )
+
+
+def _pass(kernel: str) -> str:
+    return "fwd" if "forward" in kernel or "fwd" in kernel else "bwd"
+
+
+def _facts(arch: int, kernel: Any, cost: tuple[float, float]) -> dict[str, Any]:
+    """What the compiled kernel is, in the words of COLUMNS and some more."""
+    binary = sass.read(kernel.asm["cubin"])
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    loop, whole = sass.hot_loop(binary.instructions), sass.count(binary.instructions)
+    inner, dot = sass.count(loop), "tt.dot" in kernel.asm["ttir"]
+    facts = dict(
+        warps=warps,
+        registers=binary.registers,
+        stack=binary.stack,
+        shared=shared,
+        warps_per_sm=sass.warps_per_sm(arch, binary.registers, shared, warps),
+        **{x: inner[x] for x in ("HMMA", "FFMA", "MUFU", "LOCAL")},
+        kernel_HMMA=whole["HMMA"],
+        kernel_FFMA=whole["FFMA"],
+        kernel_LOCAL=whole["LOCAL"],
+        megabytes=cost[0] / 1e6,
+        gigaflops=cost[1] / 1e9,
+        dot=dot,
+        bf16="bf16" in kernel.asm["ttir"] or "bf16" in kernel.asm["ptx"],
+    )
+    if dot:
+        units = sass.clocks(loop, warps, arch)
+        bound = max(units, key=lambda unit: units[unit])
+        facts |= dict(clocks=units[bound], bound=bound, units=units)
+    return facts
+
+
+def _dump(stem: Path, kernel: Any) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    cubin = kernel.asm["cubin"]
+    stem.with_name(stem.name + ".cubin").write_bytes(cubin)
+    stem.with_name(stem.name + ".ptx").write_text(kernel.asm["ptx"])
+    stem.with_name(stem.name + ".sass").write_text(sass.read(cubin).text)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, a line each under COLUMNS."""
+    lines = [" ".join(_cell(name, width) for name, (_, width) in COLUMNS.items())]
+    for row in rows:
+        cells = (_cell(row.get(key, ""), width) for key, width in COLUMNS.values())
+        lines.append(" ".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(x: Any, width: int) -> str:
+    if isinstance(x, str):
+        return x.ljust(width) if width > 8 else x.rjust(width)
+    return (f"{x:.1f}" if isinstance(x, float) else str(x)).rjust(width)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 1 where a kernel did not compile."""
+    parser = argparse.ArgumentParser(
+        prog="python -m irongpt_kernels.aot",
+        description="Compile every kernel for a GPU that need not be there, and report.",
+    )
+    parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
+    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
+    parser.add_argument("--only", default="", metavar="TEXT", help="op and shape, or a part")
+    parser.add_argument("--quick", action="store_true", help="the shapes that the tests compile")
+    parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this type alone")
+    parser.add_argument(
+        "--stock", action="store_true", help="without tensor cores on sm_75, as Triton has it"
+    )
+    args = parser.parse_args(argv)
+    if launch.INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    arch = int(args.arch.removeprefix("sm_"))
+    cases = [
+        c
+        for c in (shapes.representative if args.quick else shapes.every)(arch)
+        if args.only in f"{c.op} {c.shape}" and (args.dtype is None or c.dtype == args.dtype)
+    ]
+    if not cases:
+        parser.error(f"nothing for {args.arch} holds {args.only!r} and has such a dtype")
+    made = report(arch, cases, args.stock, args.dump)
+    if args.json:
+        print(json.dumps(made, indent=1))
+    else:
+        print(f"{args.arch}, Triton {triton.__version__}: compiled, not run\n")
+        print(table(made["kernels"]))
+    for line in made["warnings"] + made["failed"]:
+        print(line, file=sys.stderr)
+    return 1 if made["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

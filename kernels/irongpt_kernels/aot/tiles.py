@@ -1,0 +1,209 @@
+"""
+Tiles that the attention kernels may have, and what they compile to, without a GPU.
+
+    python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
+
+A candidate is BLOCK_M queries by BLOCK_N keys on a number of warps, 16 or 32 rows of the scores a
+warp, as long as what each thread must hold can fit its 255 registers; from sm_80 on in one stage or
+two, the second copied while the first is worked on. Each is compiled, and its inner loop is charged
+to the units of an SM by `sass.clocks`. What spills or does not fit comes last, then what leaves an
+SM fewer than 8 warps (too few to keep it busy), then on sm_75 it is clocks per query-key pair.
+
+From sm_80 on it is clocks of a head of 256 positions: every tile that is visited, those on the
+diagonal whole, of which large tiles have more; and beside the units of the SM its share of L2,
+where keys and values come from once per query tile, and of DRAM, which is the same for all tiles.
+`attention_tiles.table` is chosen from the head of these lists, a tile that stays clear of spills at
+every head dimension and without dropout too.
+
+Limits of the model: a bound from below, of units that work side by side. It charges no latency, no
+bank conflict, no dependence and no mask on the diagonal.
+The rates of L2 and of HMMA on sm_90 are guesses. Tiles that are within a fifth of each other may be
+in another order on the card: `irongpt tune` asks it.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from irongpt_kernels.aot import __main__ as aot
+from irongpt_kernels.aot import sass, shapes
+from irongpt_kernels.fused import attention_tiles
+from irongpt_kernels.runtime import launch, launch_table, turing
+
+KERNELS = {
+    "forward": "attention._forward_kernel",
+    "query": "attention_backward._query_kernel",
+    "key": "attention_backward._key_kernel",
+}
+PRODUCTS = {"forward": 2, "query": 3, "key": 4}
+OWN = {"forward": 2, "query": 4, "key": 4}  # tensors of which a program reads or writes its tile
+FEW_WARPS = 8
+REST = 64  # registers that what is in no tile takes at least
+# Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
+L2 = {80: 5120 / 108, 90: 5120 / 132}
+DRAM = {80: 10.2, 90: 20.7}
+
+
+class Tile(NamedTuple):
+    """A launch of an attention kernel."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int = 0  # registers a thread may have; 0: as many as ptxas likes
+
+    def __str__(self) -> str:
+        return f"{self.BLOCK_M} x {self.BLOCK_N}"
+
+    def options(self) -> launch_table.Options:
+        """As a launch takes them."""
+        return {name: value for name, value in self._asdict().items() if value}
+
+
+def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
+    """Candidates. A warp owns rows of the scores; of the key kernel's, rows are keys."""
+    if itemsize == 4:  # scalar products: what is larger takes minutes to compile, and spills
+        return [
+            Tile(M, N, num_warps)
+            for M, N, num_warps in itertools.product((16, 32), (16, 32), (2, 4, 8))
+        ]
+    # By row and column of D: accumulators of 4 bytes, operands of 2 that stay for all tiles.
+    wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
+    scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
+    new = arch >= 80
+    found = []
+    for num_warps, a_warp in itertools.product((2, 4, 8) if new else (1, 2, 4, 8), (16, 32)):
+        for columns in (16, 32, 64, 128):
+            rows = num_warps * a_warp
+            held = a_warp * (wide + scores * columns) / 32  # registers, without addresses and masks
+            if rows > 128 or held > 230:
+                continue
+            M, N = (columns, rows) if kernel == "key" else (rows, columns)
+            found += [
+                Tile(M, N, num_warps, stages, limit)
+                for stages in ((1, 2) if new else (1,))
+                for limit in (0, 168, 128)
+                # Fewer registers are more programs an SM, if they are enough.
+                if not limit or (new and num_warps >= 4 and held + REST <= limit)
+            ]
+    return found
+
+
+def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
+    """Candidates of any kernel of `tuned.KNOBS`: what it may be launched with."""
+    kernel, size, itemsize = key
+    name = kernel.removeprefix("attention ")
+    if name != kernel:
+        return [tile.options() for tile in tiles(name, launch.block(size), arch, itemsize)]
+    found = []
+    gelu = kernel.startswith("gelu")
+    for M, N, num_warps in itertools.product((1, 2, 4, 8), (256, 512), (1, 2, 4, 8)):
+        a_thread = M * (N if gelu else launch.block(size)) // (32 * num_warps)
+        tile = dict(BLOCK_M=M, BLOCK_N=N, num_warps=num_warps)
+        if not 8 <= a_thread <= (16 if gelu else 32):
+            continue  # few loads in flight, or too many registers
+        for more in (4, 8, 16) if kernel.endswith("backward") else (1,):
+            tile |= dict(warps_per_sm=more, programs_per_sm=more)
+            found.append({knob: tile[knob] for knob in launch_table.KNOBS[kernel]})
+    return [x for i, x in enumerate(found) if x not in found[:i]]
+
+
+def passes(tile: Tile, T: int) -> int:
+    """How many tiles of scores the programs of one head go through: those that the triangle
+    touches, whichever of the kernels owns its rows or its columns. T: a multiple of both sides."""
+    return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
+
+
+def of_a_head(
+    kernel: str, tile: Tile, loop: dict[str, float], arch: int, D: int, size: int
+) -> dict[str, float]:
+    """Clocks by unit of a head of CONTEXT positions, from those of a pass of the inner loop.
+
+    size: bytes of an element.
+    """
+    T = shapes.CONTEXT
+    n = passes(tile, T)
+    one = T * D * size  # bytes of a tensor of the head
+    swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
+    least = one * (4 if kernel == "forward" else 6)
+    return {unit: n * clocks for unit, clocks in loop.items()} | dict(
+        l2=(OWN[kernel] * one + 2 * n * swept * D * size) / L2[arch], dram=least / DRAM[arch]
+    )
+
+
+def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
+    """Every candidate of every kernel, best first by kernel."""
+    wanted = f"D={D} p={p} T={shapes.CONTEXT} {dtype}"
+    case = next(c for c in shapes.every(arch) if c.shape == wanted)
+    size = shapes.DTYPES[dtype].itemsize
+    rows = []
+    lists = {kernel: tiles(kernel, launch.block(D), arch) for kernel in KERNELS}
+    for i in range(max(map(len, lists.values()))):
+        tried = {kernel: found[min(i, len(found) - 1)] for kernel, found in lists.items()}
+
+        def table(kernel: str, *_: Any, tried: dict[str, Tile] = tried) -> dict[str, int]:
+            return tried[kernel].options()
+
+        with patch.object(attention_tiles, "table", table):
+            made = aot.report(arch, [case])
+        for kernel, name in KERNELS.items():
+            for row in made["kernels"]:
+                if row["kernel"] == name and i < len(lists[kernel]):
+                    tile, units = tried[kernel], row.get("units", {})
+                    row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
+                    row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
+                    if arch >= 80:
+                        row["head"] = of_a_head(kernel, tile, units, arch, D, size)
+                        row["bound"] = max(row["head"], key=row["head"].__getitem__)
+                    rows.append(row)
+    return sorted(rows, key=_order)
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    unfit = row["stack"] > 0 or row["warps_per_sm"] == 0
+    few = row["warps_per_sm"] < FEW_WARPS
+    cost: tuple[float, ...] = (row["per_pair"],)
+    if "head" in row:  # where DRAM binds all alike, the rest of the work decides
+        cost = max(row["head"].values()), sum(row["head"].values())
+    return list(KERNELS.values()).index(row["kernel"]), unfit, few, *cost
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m irongpt_kernels.aot.tiles")
+    parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
+    parser.add_argument("--d", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    parser.add_argument("--p", type=float, choices=[0.0, 0.2], default=0.2, help="dropout")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--json", action="store_true", help="JSON, with the clocks of every unit")
+    args = parser.parse_args()
+    arch = int(args.arch.removeprefix("sm_"))
+    if launch.INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    if arch < 80 and args.dtype == "bfloat16":
+        parser.error(f"{args.arch} has no bfloat16")
+    rows = [row for D in args.d for row in rank(arch, D, args.p, args.dtype)]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(
+        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k",
+        end="",
+    )
+    print(" by" if arch < 80 else "   head by")
+    for r in rows:
+        head = f" {max(r['head'].values()):6.0f}" if "head" in r else ""
+        print(
+            f"{r['kernel']:33} {r['D']:3} {r['tile']:>9} {r['warps']:5} {r['stages']:2}"
+            f" {r['registers']:5} {r['stack']:5} {r['shared']:6} {r['warps_per_sm']:4}"
+            f" {1000 * r['per_pair']:6.0f}{head} {r['bound']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

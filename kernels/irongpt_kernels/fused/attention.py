@@ -1,0 +1,228 @@
+"""
+Causal self-attention, forward: exact, and without a T x T matrix in memory.
+
+    out = causal_attention(q, k, v, dropout_p, seed, scale)          q, k, v, out: (B, H, T, D)
+
+Per row, over the columns that it sees:
+
+    S = scale q k^T     m = max S     l = sum exp(S - m)     P = exp(S - m) / l
+    out = (P * keep / (1 - p)) v
+
+Forward     Online softmax (Milakov and Gimpelshein 2018; Dao, "FlashAttention-2", 2023): the keys
+            come in tiles, and a row carries its maximum m, its sum l and its unnormalized output.
+            When a tile raises m, what the row carries is rescaled by 2^(m_old - m_new).
+            Exponents are to base 2: log2(e) is folded into the scale. m and log2(l) are kept.
+            Dropout acts on the weights, not on l: the softmax is that of all columns.
+Backward    see `attention_backward`. It recomputes P from m and log2(l).
+Diagonal    Tiles left of the diagonal are seen whole and take no mask; those that the diagonal
+            crosses are peeled off into a second loop. Tiles right of it are never touched.
+Traffic     reads q, k, v, writes out: 4 B H T D elements, and m and log2(l), 8 bytes a row. k and
+            v come once per query tile, from L2: neighbouring programs share a head.
+Parallelism one program per (head, query tile), the longest rows of a head first.
+Precision   scores, softmax and accumulators in float32; P is rounded to the input dtype for its
+            product with v. No fused multiply-add may join S and m: the exponent of the largest
+            score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are two
+            numbers, for their sum is rounded to the last place of m, a relative error of P.
+Limits      D a multiple of 16, 16 to 128 (others than powers of two are padded in registers).
+Spec        irongpt_kernels/eager.py::causal_attention
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels import dropout
+from irongpt_kernels.fused import attention_tiles, philox
+from irongpt_kernels.fused.attention_backward import causal_attention_backward
+from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
+from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.layout import unpack
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, out_strides, H, T, scale_log2,
+    THRESHOLD: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    query_tiles = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // query_tiles
+    start_m = (query_tiles - 1 - tl.program_id(0) % query_tiles) * BLOCK_M
+    b, h = head // H, head % H
+    seed = tl.load(seed_ptr)
+    q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    diagonal = start_m // BLOCK_N * BLOCK_N  # keys before this one are seen by every row
+    for start_n in range(0, diagonal, BLOCK_N):
+        m, l, acc = _attend(  # noqa: E741
+            m, l, acc, q, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m, start_n, T,
+            scale_log2, seed, False, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for start_n in range(diagonal, tl.minimum(start_m + BLOCK_M, T), BLOCK_N):
+        m, l, acc = _attend(  # noqa: E741
+            m, l, acc, q, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m, start_n, T,
+            scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    keep_scale = 256 / (256 - THRESHOLD)
+    out = acc * (keep_scale / l)[:, None]
+    store_tile(out, out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    stats = tl.cast(head, tl.int64) * T + rows
+    tl.store(m_ptr + stats, m, mask=rows < T)
+    tl.store(log_l_ptr + stats, tl.log2(l), mask=rows < T)
+
+
+@triton.jit
+def _attend(
+    m, l, acc, q, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m, start_n, T,  # noqa: E741
+    scale_log2, seed, DIAGONAL: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins what the rows carry. DIAGONAL: not every row sees all of it."""
+    rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
+    cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
+    k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+    if DIAGONAL:
+        s = tl.where(cols <= rows, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))  # finite: the first tile of either loop has a column to see
+    p = tl.exp2(s - m_new[:, None])
+    rescale = tl.exp2(m - m_new)
+    l = l * rescale + tl.sum(p, 1)  # noqa: E741
+    if THRESHOLD > 0:
+        p = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)
+    v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return m_new, l, acc
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Returns out, (B, T, H, D), and the stats m and log2(l) to base 2, (2, B, H, T) float32."""
+    B, H, T, D = q.shape
+    out = q.new_empty(B, T, H, D)
+    stats = q.new_empty(2, B, H, T, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, stats
+    config = attention_tiles.tiles("forward", q.device, D, q.element_size())
+    grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
+    with launch.on(q.device):
+        _forward_kernel[grid](
+            q, k, v, out, *stats, seed,
+            q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),
+            H, T, scale * math.log2(math.e),
+            THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
+            enable_fp_fusion=False, **config,
+        )  # fmt: skip
+    return out, stats
+
+
+@torch.library.custom_op("irongpt::causal_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, seed, dropout_p, scale)
+
+
+@_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, seed, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, seed, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    q, k, v, seed, out, stats = ctx.saved_tensors
+    wants_q, *wants_kv = ctx.needs_input_grad[:3]
+    packed = causal_attention_backward(
+        dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv)
+    )
+    gradients, wanted = unpack(packed), (wants_q, *wants_kv)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_options(
+    name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
+) -> tuple[Tensor, float]:
+    """Seed and scale as the kernels take them. q: an argument, called `name`, whose last is D.
+
+    Raises ValueError for a D that no kernel takes and for options out of range.
+    """
+    checks.dropout(dropout_p, seed, **{name: q})
+    D = q.shape[-1]
+    if D not in range(16, 129, 16):
+        raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
+    scale = D**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return launch.seed_tensor(seed, q.device), scale
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast where it is on: so PyTorch's attention takes them."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See `eager.causal_attention`. Under autocast the inputs take its dtype, as in PyTorch's.
+
+    Raises TypeError for a dtype other than float32, float16 and bfloat16; ValueError for tensors
+    that differ in shape, dtype or device, and for a D that is no multiple of 16 from 16 to 128.
+    """
+    checks.floating(q=q, k=k, v=v)
+    checks.rank("q", q, 4)
+    for name, x in dict(k=k, v=v).items():
+        checks.shape(name, x, tuple(q.shape))
+    seed, scale = check_options("q", q, dropout_p, seed, scale)
+    q, k, v = autocast(q, k, v)
+    for name, x in dict(k=k, v=v).items():
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    return _op(q, k, v, seed, float(dropout_p), scale)[0].transpose(1, 2)
+
+
+def causal_attention_bytes(B: int, H: int, T: int, D: int, itemsize: int, mode: str) -> int:
+    """Least bytes across DRAM: fwd q, k, v, out and stats; bwd these, dout, dq, dk and dv."""
+    return B * H * T * ({"fwd": 4, "bwd": 8}[mode] * D * itemsize + 8)
+
+
+def causal_attention_flops(B: int, H: int, T: int, D: int, mode: str) -> int:
+    """FLOPs of the products, two per multiply-add, of the T (T + 1) / 2 weights that are not 0.
+
+    fwd: scores and output. bwd: the scores again, dP, dV, dQ and dK.
+    """
+    return {"fwd": 2, "bwd": 5}[mode] * B * H * T * (T + 1) * D

@@ -1,0 +1,247 @@
+"""
+Causal self-attention, backward: dQ, dK and dV in one packed gradient, without atomics.
+
+With P, keep, m and l as in `attention`, and for each row
+
+    Z  = P * keep / (1 - p)            the weights that the forward used
+    dV = Z^T dO                        dZ = dO V^T
+    dS = P * (dZ * keep / (1 - p) - delta)
+    dQ = scale dS K                    dK = scale dS^T Q
+
+where delta = sum_j Z_j dZ_j is also dot(dO, O), one number a row instead of a pass of its own.
+
+Algorithm   Dao, "FlashAttention-2" (2023), with the loops split so that every gradient has one
+            owner: a kernel over query tiles computes delta and dQ, then one over key tiles dK and
+            dV. Both recompute P = 2^(S - m) / l, and the dropout mask from its counter; that is two
+            products of scores more than one kernel with atomics, and the same bits on every run.
+Diagonal    as in the forward, tiles that it crosses are peeled off and masked.
+Traffic     reads q, k, v, out, dout, writes dq, dk, dv: 8 B H T D elements, and m, l; a second
+            read of q, k, v and dout. k and v, or q and dout, come from L2 once per tile.
+            The three gradients lie as (B, T, 3, H, D), where a packed projection wants them.
+Precision   accumulators and dS in float32; Z and dS are rounded to the input dtype for their
+            products. dS is rounded before it is scaled: |dS| is at most a quarter of the spread
+            of dZ keep / (1 - p) over its row, so it does not overflow before dZ would, and small
+            values keep the bits that a scale below 1 would push out of fp16's range.
+            A row of dS sums to 0, and where one key has nearly all of its weight, each dS is a
+            difference of nearly equal numbers. dot(dO, O) rounds apart from dZ and would leave its
+            rounding there; in float32, where that shows, a first pass sums dS, and delta takes
+            what is left. Row 0 sees one key: its dS is 0, in any dtype.
+Limits      those of `attention`. No second derivative.
+Spec        the gradient of irongpt_kernels/eager.py::causal_attention
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels import dropout
+from irongpt_kernels.fused import attention_tiles, philox
+from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
+from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.layout import unpack
+
+
+@triton.jit
+def _query_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr, dq_ptr, delta_ptr,
+    dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, H, T,
+    scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta and dQ of one query tile."""
+    query_tiles = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // query_tiles
+    start_m = (query_tiles - 1 - tl.program_id(0) % query_tiles) * BLOCK_M  # longest rows first
+    b, h = head // H, head % H
+    seed = tl.load(seed_ptr)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    stats = tl.cast(head, tl.int64) * T + rows  # where m, log2(l) and delta lie
+    q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
+    dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
+    out = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
+    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    end = tl.minimum(start_m + BLOCK_M, T)
+    if q.dtype == tl.float32:  # see Precision
+        rest = tl.zeros((BLOCK_M,), tl.float32)
+        for start_n in range(0, end, BLOCK_N):
+            ds, _ = _ds_of_keys(
+                q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+                start_n, T, scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            rest += tl.sum(ds, 1)
+        delta += rest
+    tl.store(delta_ptr + stats, delta, mask=rows < T)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    diagonal = start_m // BLOCK_N * BLOCK_N  # keys before this one are seen by every row
+    for start_n in range(0, diagonal, BLOCK_N):
+        ds, k = _ds_of_keys(
+            q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+            start_n, T, scale_log2, seed, False, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    for start_n in range(diagonal, end, BLOCK_N):
+        ds, k = _ds_of_keys(
+            q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+            start_n, T, scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    store_tile(scale * dq, dq_ptr, dq_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _ds_of_keys(
+    q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
+    start_n, T, scale_log2, seed, DIAGONAL: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dS of a tile of keys, and its k."""
+    rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
+    cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
+    k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
+    v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+    p = weights(s, m[:, None], log_l[:, None], q.dtype == tl.float32)
+    if DIAGONAL:
+        p = tl.where((cols <= rows) & (rows > 0), p, 0.0)  # rows > 0: see Precision
+    dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))
+    if THRESHOLD > 0:
+        dz = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), dz, 0.0)
+    return p * (dz - delta[:, None]), k
+
+
+@triton.jit
+def _key_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, m_ptr, log_l_ptr, delta_ptr, seed_ptr, dk_ptr, dv_ptr,
+    dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, H, T,
+    scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one key tile. WHOLE: the query tiles end at T exactly."""
+    key_tiles = tl.cdiv(T, BLOCK_N)
+    head = tl.program_id(0) // key_tiles
+    start_n = tl.program_id(0) % key_tiles * BLOCK_N  # the keys that most rows see first
+    b, h = head // H, head % H
+    seed = tl.load(seed_ptr)
+    k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, True)
+    v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, True)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    diagonal = start_n // BLOCK_M * BLOCK_M  # the first query tile that sees any of these keys
+    below = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M  # the first that sees all of them
+    for start_m in range(diagonal, tl.minimum(below, T), BLOCK_M):
+        dk, dv = _dkv_of_queries(
+            dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+            b, h, head, start_m, start_n, T, scale_log2, seed, True, True, THRESHOLD, D,
+            BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for start_m in range(below, T, BLOCK_M):
+        dk, dv = _dkv_of_queries(
+            dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+            b, h, head, start_m, start_n, T, scale_log2, seed, False, not WHOLE, THRESHOLD, D,
+            BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    keep_scale = 256 / (256 - THRESHOLD)
+    store_tile(scale * dk, dk_ptr, dk_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+    store_tile(keep_scale * dv, dv_ptr, dv_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _dkv_of_queries(
+    dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
+    b, h, head, start_m, start_n, T, scale_log2, seed,
+    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dK / scale and dV / keep_scale, with what a tile of queries adds to them.
+
+    Scores are transposed, (BLOCK_N, BLOCK_M), so that P and dS are left factors as they are.
+    Rows beyond T have dout = 0 and delta = 0, and add nothing.
+    """
+    rows = start_m + tl.arange(0, BLOCK_M)
+    cols = (start_n + tl.arange(0, BLOCK_N))[:, None]
+    stats = tl.cast(head, tl.int64) * T + rows
+    q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
+    dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
+    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
+    delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)[None, :]
+    rows = rows[None, :]
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # (BLOCK_N, BLOCK_M)
+    p = weights(s, m[None, :], log_l[None, :], q.dtype == tl.float32)
+    if DIAGONAL:
+        p = tl.where(cols <= rows, p, 0.0)
+    z = p
+    dz = tl.dot(v, tl.trans(dout), input_precision="ieee") * (256 / (256 - THRESHOLD))
+    if THRESHOLD > 0:
+        keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD)
+        z = tl.where(keep, p, 0.0)
+        dz = tl.where(keep, dz, 0.0)
+    dv = tl.dot(z.to(dout.dtype), dout, dv, input_precision="ieee")
+    ds = p * (dz - delta)
+    if DIAGONAL:
+        ds = tl.where(rows > 0, ds, 0.0)  # see Precision
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
+    dropout_p: float, scale: float, with_kv: bool,
+) -> Tensor:  # fmt: skip
+    """The packed gradient, (B, T, 3, H, D); dK and dV are left unwritten unless `with_kv`.
+
+    dout, out: (B, T, H, D). q, k, v: (B, H, T, D). stats: (2, B, H, T).
+    """
+    B, H, T, D = q.shape
+    packed = q.new_empty(B, T, 3, H, D)
+    if packed.numel() == 0:
+        return packed
+    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    dq, dk, dv = unpack(packed)
+    m, log_l = stats
+    delta = torch.empty_like(m)
+    sizes = H, T, scale, scale * math.log2(math.e)
+    options = dict(
+        THRESHOLD=dropout.threshold(dropout_p),
+        D=D,
+        BLOCK_D=launch.block(D),
+        enable_fp_fusion=False,  # see Precision in `attention`
+    )
+    config = attention_tiles.tiles("query", q.device, D, q.element_size())
+    with launch.on(q.device):
+        _query_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
+            dout, q, k, v, out, m, log_l, seed, dq, delta,
+            dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
+            *sizes, **options, **config,
+        )  # fmt: skip
+        if not with_kv:
+            return packed
+        config = attention_tiles.tiles("key", q.device, D, q.element_size())
+        _key_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
+            dout, q, k, v, m, log_l, delta, seed, dk, dv,
+            dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),
+            *sizes, WHOLE=T % config["BLOCK_M"] == 0, **options, **config,
+        )  # fmt: skip
+    return packed
+
+
+@torch.library.custom_op("irongpt::causal_attention_backward", mutates_args=())
+def causal_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
+    dropout_p: float, scale: float, with_kv: bool,
+) -> Tensor:  # fmt: skip
+    return attention_backward(dout, q, k, v, seed, out, stats, dropout_p, scale, with_kv)
+
+
+@causal_attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
+    dropout_p: float, scale: float, with_kv: bool,
+) -> Tensor:  # fmt: skip
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, 3, H, D)

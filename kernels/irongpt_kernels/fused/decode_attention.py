@@ -1,0 +1,133 @@
+"""
+Attention of one new position for each text, to itself and to the keys and values kept before it.
+
+    out = cached_attention(qkv, cache_k, cache_v, position, scale)
+
+    qkv: (B, 1, 3, H, D)    caches: (B, H, N, D)    position: (B,) int64    out: (B, 1, H, D)
+
+Per head, with p = position:    cache_k[p], cache_v[p] = k, v       S = scale q cache_k[:p+1]^T
+                                out = softmax(S) cache_v[:p+1]
+
+Traffic     reads the p rows of both caches, q, k and v; writes k, v and out: 2 p D elements a head.
+Parallelism one program per head. It keeps the new key and value in registers, from which its
+            running softmax starts, so no program reads what it writes. Keys come in tiles of as
+            many as registers hold, at the model's context in one: there is one wait for memory.
+Precision   products, softmax and sums in float32. Exponents are to base e: there are few of them,
+            and a score is rounded once less.
+Limits      D a multiple of 16, 16 to 128. No gradient. What lies behind `position` is not read. A
+            position outside the cache writes nothing: no kernel can raise.
+Spec        irongpt_kernels/decode_eager.py::cached_attention
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels.runtime import checks, launch
+
+TILE = 16_384  # elements of a tile of keys: 64 a thread
+
+
+@triton.jit
+def _cached_kernel(
+    qkv_ptr, k_ptr, v_ptr, position_ptr, out_ptr,
+    qkv_strides, k_strides, v_strides, position_stride, H, N, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    position = tl.load(position_ptr + b * position_stride)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    inside = d < D
+    new_ptrs = qkv_ptr + b * qkv_strides[0] + h * qkv_strides[3] + d * qkv_strides[4]
+    q = tl.load(new_ptrs, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(new_ptrs + qkv_strides[2], mask=inside, other=0.0)
+    v = tl.load(new_ptrs + 2 * qkv_strides[2], mask=inside, other=0.0)
+    k_ptrs = k_ptr + b * k_strides[0] + h * k_strides[1] + d * k_strides[3]
+    v_ptrs = v_ptr + b * v_strides[0] + h * v_strides[1] + d * v_strides[3]
+    room = inside & (position >= 0) & (position < N)
+    tl.store(k_ptrs + position * k_strides[2], k, mask=room)
+    tl.store(v_ptrs + position * v_strides[2], v, mask=room)
+
+    m = tl.sum(q * k.to(tl.float32), 0) * scale
+    l = 1.0  # noqa: E741
+    acc = v.to(tl.float32)
+    for start in range(0, tl.minimum(position, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        seen = n < tl.minimum(position, N)
+        mask = seen[:, None] & inside[None, :]
+        keys = tl.load(k_ptrs[None, :] + n[:, None] * k_strides[2], mask=mask, other=0.0)
+        values = tl.load(v_ptrs[None, :] + n[:, None] * v_strides[2], mask=mask, other=0.0)
+        s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
+        s = tl.where(seen, s, float("-inf"))  # (BLOCK_N,)
+        m_new = tl.maximum(m, tl.max(s, 0))
+        p = tl.exp(s - m_new)
+        rescale = tl.exp(m - m_new)
+        l = l * rescale + tl.sum(p, 0)  # noqa: E741
+        acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
+        m = m_new
+    out = (acc / l).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + head * D + d, out, mask=inside)
+
+
+@torch.library.custom_op("irongpt::cached_attention", mutates_args=("cache_k", "cache_v"))
+def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
+    B, _, _, H, D = qkv.shape
+    N = cache_k.shape[2]
+    out = qkv.new_empty(B, 1, H, D)
+    if out.numel() == 0:
+        return out
+    with launch.on(qkv.device):
+        _cached_kernel[(B * H,)](
+            qkv, cache_k, cache_v, position, out,
+            qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
+            scale, D=D, **_tile(N, D, qkv.element_size()),
+        )  # fmt: skip
+    return out
+
+
+def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
+    BLOCK_D = launch.block(D)
+    most = TILE // BLOCK_D // (2 if itemsize == 4 else 1)
+    if launch.INTERPRETED:  # several tiles, on short inputs
+        most = 16
+    return dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+
+
+@_op.register_fake
+def _(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
+    B, _, _, H, D = qkv.shape
+    return qkv.new_empty(B, 1, H, D)
+
+
+def cached_attention(
+    qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """See `eager.cached_attention`.
+
+    Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a position that
+    is not int64; ValueError for shapes, devices and dtypes that do not fit together.
+    """
+    checks.floating(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
+    checks.same_device(qkv=qkv, position=position)
+    checks.rank("qkv", qkv, 5)
+    checks.rank("cache_k", cache_k, 4)
+    B, _, _, H, D = qkv.shape
+    checks.shape("qkv", qkv, (B, 1, 3, H, D))
+    checks.shape("cache_k", cache_k, (B, H, cache_k.shape[2], D))
+    checks.shape("cache_v", cache_v, tuple(cache_k.shape))
+    checks.shape("position", position, (B,))
+    if D not in range(16, 129, 16):
+        raise ValueError(f"D, the last dimension of qkv, must be 16, 32, ... or 128, got {D}")
+    for name, x in dict(cache_k=cache_k, cache_v=cache_v).items():
+        if x.dtype != qkv.dtype:
+            raise ValueError(f"{name} must have the dtype of qkv, {qkv.dtype}, got {x.dtype}")
+    if position.dtype != torch.int64:
+        raise TypeError(f"position must be int64, got {position.dtype}")
+    return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))
+
+
+def cached_attention_bytes(B: int, H: int, position: int, D: int, itemsize: int) -> int:
+    """Least bytes across DRAM: the keys and values seen, q, k and v read; k, v and out written."""
+    return B * H * D * itemsize * (2 * position + 6)

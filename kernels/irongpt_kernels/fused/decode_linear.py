@@ -1,0 +1,192 @@
+"""
+The matrix products of a token, with what stands around them: a few rows of x by a whole matrix.
+
+    norm_linear(x, weight, norm_weight, norm_bias, bias, gelu)      gelu(norm(x) weight^T + bias)
+    linear_add(x, weight, residual, bias)                           residual + x weight^T + bias
+
+    x: (M, K)    weight: (N, K)    residual, result: (M, N)
+
+Per row:    norm as in `layer_norm`, rounded to the weight's dtype; a sum of K products in float32,
+            rounded to it too; then bias and GELU, or the residual: the roundings of a model under
+            autocast, without the tensors between.
+
+Traffic     the weight, once: N K elements. Reading it is all that takes time, so each program norms
+            x anew, which costs it no more than a wait for its part of the weight.
+Parallelism A program per BLOCK_N rows of the weight, which it holds in registers for all rows of
+            x. The weight is asked for first, and arrives while x is normed.
+Precision   float32 between load and store; products are scalar, tensor cores have nothing to do.
+Limits      up to MAX_M rows and MAX_K columns; beyond, norm, product and GELU are separate: a
+            kernel of this package, PyTorch's product on tensor cores, and a kernel again.
+Spec        irongpt_kernels/decode_eager.py::norm_linear, linear_add
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels.fused.gelu import _logistic
+from irongpt_kernels.fused.gelu import gelu as gelu_op
+from irongpt_kernels.fused.layer_norm import layer_norm
+from irongpt_kernels.runtime import checks, launch
+
+MAX_M, MAX_K = 4, 4096
+
+
+@triton.jit
+def _norm(x, weight_ptr, bias_ptr, k, K, eps):
+    """A row as `layer_norm` has it, whose functions take a matrix: one of a single row Triton 3.9
+    has every thread sum alone, from shared memory."""
+    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
+    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  # what rounding took from a large mean
+    x *= tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+    x *= tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr, y_ptr,
+    M, N, K, x_stride, weight_stride, residual_stride, eps,
+    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Pointers of what is not asked for are None."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    weight_ptrs = weight_ptr + n[:, None] * weight_stride + k[None, :]
+    weight = tl.load(weight_ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_K)
+    for row in range(M):
+        at = tl.cast(row, tl.int64)
+        x = tl.load(x_ptr + at * x_stride + k, mask=k < K, other=0.0).to(tl.float32)  # (BLOCK_K,)
+        if norm_weight_ptr is not None:
+            x = _norm(x, norm_weight_ptr, norm_bias_ptr, k, K, eps).to(weight.dtype).to(tl.float32)
+        y = tl.sum(weight.to(tl.float32) * x[None, :], 1)  # (BLOCK_N,)
+        if not GELU and bias_ptr is not None:
+            bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+            y += bias.to(weight.dtype).to(tl.float32)
+        y = y.to(weight.dtype).to(tl.float32)
+        if GELU:
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            s, _, _ = _logistic(y)
+            y = y * s
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + at * residual_stride + n, mask=n < N).to(tl.float32)
+        tl.store(y_ptr + at * N + n, y, mask=n < N)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, y: Tensor, gelu: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    (M, K), N = x.shape, len(weight)
+    if y.numel() == 0:
+        return y
+    x, weight = _rows(x), _rows(weight)
+    residual = None if residual is None else _rows(residual)
+    tile = _tile(N, K)
+    with launch.on(x.device):
+        _row_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
+            x, weight, *map(_dense, (norm_weight, norm_bias, bias)), residual, y,
+            M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+            eps, GELU=gelu, **tile,
+        )  # fmt: skip
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _tile(N: int, K: int) -> dict[str, int]:
+    """So small that a matrix of a small model keeps all SMs of a large GPU reading."""
+    BLOCK_K = launch.block(K)
+    BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
+    if launch.INTERPRETED:  # where each program takes its time
+        BLOCK_N = 16
+    return dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_N * BLOCK_K > 8192 else 4)
+
+
+@torch.library.custom_op("irongpt::norm_linear", mutates_args=())
+def _norm_linear(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None,
+    gelu: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    y = weight.new_empty(len(x), len(weight))
+    return _launch(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
+
+
+@_norm_linear.register_fake
+def _(x, weight, norm_weight, norm_bias, bias, gelu, eps):
+    return weight.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("irongpt::linear_add", mutates_args=())
+def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    y = residual.new_empty(residual.shape)
+    return _launch(x, weight, None, None, bias, residual, y, False, 0.0)
+
+
+@_linear_add.register_fake
+def _(x, weight, residual, bias):
+    return residual.new_empty(residual.shape)
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """See `eager.norm_linear`. Raises TypeError and ValueError for what does not fit together."""
+    vectors = dict(norm_bias=norm_bias, bias=bias)
+    checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
+    M, K, _ = _sizes(x, weight, bias)
+    checks.shape("norm_weight", norm_weight, (K,))
+    checks.shape("norm_bias", norm_bias, (K,))
+    if M <= MAX_M and K <= MAX_K:
+        return _norm_linear(x, weight, norm_weight, norm_bias, bias, gelu, eps)
+    normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
+    if gelu:
+        return gelu_op(F.linear(normed, weight), bias)
+    return F.linear(normed, weight, None if bias is None else bias.to(weight.dtype))
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `eager.linear_add`. Raises TypeError and ValueError for what does not fit together."""
+    checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
+    M, K, N = _sizes(x, weight, bias)
+    checks.shape("residual", residual, (M, N))
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
+    if M <= MAX_M and K <= MAX_K:
+        return _linear_add(x, weight, residual, bias)
+    branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+    return (residual + branch).to(residual.dtype)
+
+
+def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
+    """M, K, N of arguments that fit."""
+    checks.rank("x", x, 2)
+    checks.rank("weight", weight, 2)
+    (M, K), N = x.shape, len(weight)
+    checks.shape("weight", weight, (N, K))
+    checks.shape("bias", bias, (N,))
+    return M, K, N
+
+
+def row_linear_bytes(N: int, K: int, itemsize: int) -> int:
+    """Least bytes that cross DRAM: the weight."""
+    return N * K * itemsize

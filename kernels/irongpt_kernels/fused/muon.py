@@ -1,0 +1,205 @@
+"""
+Muon's two passes over the weights, before and after its matrix products, for n matrices of a shape.
+
+    muon_momentum:  g = g / divisor                  divisor, overflow: of `unscale`
+                    m = beta m + (1 - beta) g
+                    a = beta m + (1 - beta) g        Nesterov's look ahead
+                    y = a / (|a| + 1e-7)             of each matrix, by its Frobenius norm
+    muon_update:    p = p - lr decay p - lr size u   u: y made orthogonal
+                    copy = p, rounded to its type
+
+Traffic     With 16-bit gradients and products, in bytes a weight: reads g and m, writes m; reads
+            both again for y, which needs the norm, and writes it: 18. The update reads u and p,
+            writes p and the copy: 12. Passes of PyTorch's for the same are 92.
+Parallelism A program has BLOCK elements of one matrix, selected by its second number from
+            addresses that are arguments, as in `unscale`; in the first kernel it goes on to
+            further blocks, so that PARTS sums of squares are left of a matrix. Every program of the
+            second adds those of its matrix, in order: no atomics, the same bits on every run.
+Precision   float32, but for y and u, which have the type of the products.
+Limits      Contiguous float32 weights and momentum, at addresses that are multiples of 16, as
+            PyTorch allocates them; gradients that are not so are copied. The gradients are of one
+            type. After an overflow y is 0, and nothing else changes.
+Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels.fused.grad_norm import BLOCK, chunks, load, packed
+from irongpt_kernels.runtime import launch
+
+PARTS = 128  # partial sums of a matrix, at most
+TINY = tl.constexpr(1e-7)
+
+
+@triton.jit
+def _address(pointers, i, N: tl.constexpr):
+    """That of tensor i of N, as a number."""
+    address = pointers[0].to(tl.int64)
+    for k in tl.static_range(1, N):
+        address = tl.where(i == k, pointers[k].to(tl.int64), address)
+    return address
+
+
+@triton.jit
+def _offsets(size, BLOCK: tl.constexpr):
+    """Of a program's elements in their matrix, and which of them are there."""
+    offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return offsets, offsets < size
+
+
+@triton.jit
+def _momentum_kernel(
+    grads, momentum_ptr, unscaled_ptr, sums_ptr, size, beta, rest,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """m, in place, and the sum of squares of a program's parts of a. rest: 1 - beta."""
+    matrix, programs = tl.program_id(1), tl.num_programs(0)
+    if tl.load(unscaled_ptr + 2) == 0.0:
+        dtype: tl.constexpr = grads[0].dtype.element_ty
+        address, divisor = _address(grads, matrix, N), tl.load(unscaled_ptr + 1)
+        momentum_ptr += tl.cast(matrix, tl.int64) * size
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), programs):
+            offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = offsets < size
+            g = load(address, offsets, mask, dtype) / divisor
+            m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
+            tl.store(momentum_ptr + offsets, m, mask=mask)
+            ahead = beta * m + rest * g
+            squares += ahead * ahead
+        tl.store(sums_ptr + matrix * programs + tl.program_id(0), tl.sum(squares, 0))
+
+
+@triton.jit
+def _ahead_kernel(
+    grads, momentum_ptr, unscaled_ptr, sums_ptr, y_ptr, parts, size, beta, rest,
+    N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """y of a program's part, from m as it is now. parts: sums of each matrix."""
+    matrix, part = tl.program_id(1), tl.arange(0, PARTS)
+    offsets, mask = _offsets(size, BLOCK)
+    at = tl.cast(matrix, tl.int64) * size + offsets
+    y = tl.zeros((BLOCK,), tl.float32)
+    if tl.load(unscaled_ptr + 2) == 0.0:
+        sums = tl.load(sums_ptr + matrix * parts + part, mask=part < parts, other=0.0)
+        dtype: tl.constexpr = grads[0].dtype.element_ty
+        g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(unscaled_ptr + 1)
+        ahead = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
+        y = ahead / (tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _update_kernel(
+    weights, copies, update_ptr, lr_ptr, unscaled_ptr, size, scale, decay,
+    N: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p and its copy. scale: of the update, beside lr. Of N matrices all have copies, or none."""
+    matrix = tl.program_id(1)
+    offsets, mask = _offsets(size, BLOCK)
+    if tl.load(unscaled_ptr + 2) == 0.0:
+        lr, weight = tl.load(lr_ptr), _address(weights, matrix, N)
+        p_ptr = tl.multiple_of(weight.to(tl.pointer_type(tl.float32)), 16) + offsets
+        p = tl.load(p_ptr, mask=mask, other=0.0)
+        at = tl.cast(matrix, tl.int64) * size + offsets
+        u = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        p = p - lr * decay * p - lr * scale * u
+        tl.store(p_ptr, p, mask=mask)
+        if COPIES > 0:
+            dtype: tl.constexpr = copies[0].dtype.element_ty
+            copy = _address(copies, matrix, N).to(tl.pointer_type(dtype))
+            tl.store(tl.multiple_of(copy, 16) + offsets, p.to(dtype), mask=mask)
+
+
+def muon_momentum_launch(
+    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """y: (n, rows, columns) of `dtype`; momentum changes in place."""
+    if len({g.dtype for g in grads}) > 1:
+        raise TypeError("the gradients of a group of matrices must be of one type")
+    grads = [packed(g) for g in grads]
+    y = torch.empty_like(momentum, dtype=dtype)
+    size = momentum[0].numel()
+    programs = triton.cdiv(size, BLOCK)
+    parts = min(programs, PARTS)
+    sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
+    with launch.on(y.device):
+        for a, b, _ in chunks(grads):
+            some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
+            numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
+            _momentum_kernel[(parts, len(some))](some, m, unscaled, s, *numbers, **options)
+            _ahead_kernel[(programs, len(some))](
+                some, m, unscaled, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
+            )
+    return y
+
+
+def muon_update_launch(
+    params: list[Tensor],
+    copies: list[Tensor],
+    update: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    scale: float,
+    weight_decay: float,
+) -> None:
+    """See `eager.muon_update`; params and copies change in place."""
+    update = update.contiguous()
+    size = update[0].numel()
+    with launch.on(lr.device):
+        for a, b, _ in chunks(params):
+            some, low = tuple(params[a:b]), tuple(copies[a:b])
+            options = dict(N=len(some), COPIES=len(low), BLOCK=BLOCK, num_warps=4)
+            _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
+                some, low, update[a:b], lr, unscaled, size, scale, weight_decay, **options
+            )
+
+
+_momentum_op = torch.library.custom_op(
+    "irongpt::muon_momentum", muon_momentum_launch, mutates_args=("momentum",)
+)
+_update_op = torch.library.custom_op(
+    "irongpt::muon_update", muon_update_launch, mutates_args=("params", "copies")
+)
+
+
+@_momentum_op.register_fake
+def _(grads: Any, momentum: Tensor, unscaled: Any, beta: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(momentum, dtype=dtype)
+
+
+@_update_op.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def muon_momentum(
+    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """See `eager.muon_momentum`. Raises TypeError for gradients of more than one type."""
+    return _momentum_op(list(grads), momentum, unscaled, float(beta), dtype)
+
+
+def muon_update(
+    params: list[Tensor],
+    copies: list[Tensor],
+    update: Tensor,
+    lr: Tensor,
+    unscaled: Tensor,
+    *,
+    scale: float,
+    weight_decay: float,
+) -> None:
+    """See `eager.muon_update`, and Limits."""
+    lists = list(params), list(copies)
+    _update_op(*lists, update, lr, unscaled, float(scale), float(weight_decay))
+
+
+def muon_bytes(n: int, grad_itemsize: int, product_itemsize: int, copy_itemsize: int) -> int:
+    """Least bytes of both ops for n weights: gradients and momentum are read twice."""
+    return n * (2 * grad_itemsize + 12 + 2 * product_itemsize + 8 + copy_itemsize)

@@ -1,0 +1,87 @@
+"""Every kernel compiles for the GPUs that we name, at the parameters that its launcher chooses."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import irongpt_kernels
+import pytest
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+SHARED_MEMORY = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes a program may have
+
+
+def compiled(arch: int, *flags: str) -> dict[str, Any]:
+    """What `irongpt_kernels.aot` reports, run in a process where Triton does not interpret."""
+    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "irongpt_kernels.aot", "--arch", f"sm_{arch}", "--json", *flags],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def launched_kernels() -> set[str]:
+    """module._name_kernel of the package: what launchers launch is named so."""
+    found = set()
+    for path in Path(irongpt_kernels.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found.add(f"{path.stem}.{node.name}")
+    return found
+
+
+def names(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{r['kernel']} {r['shape']}" for r in rows]
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_every_kernel_compiles_and_fits(arch: int) -> None:
+    report = compiled(arch, "--quick")
+    rows = report["kernels"]
+    assert report["failed"] == []
+    assert report["warnings"] == []
+    assert launched_kernels() - {r["kernel"] for r in rows} == set()
+    assert names([r for r in rows if r["shared"] > SHARED_MEMORY[arch]]) == []
+    assert names([r for r in rows if r["warps_per_sm"] == 0]) == []
+
+    assert names([r for r in rows if r["LOCAL"]]) == []  # in its loop
+
+    products = [r for r in rows if r["dot"] and r["dtype"] != "float32"]
+    assert {r["kernel"] for r in products} == {
+        "attention._forward_kernel",
+        "attention_backward._query_kernel",
+        "attention_backward._key_kernel",
+    }
+    assert names([r for r in products if r["HMMA"] == 0]) == []
+    assert {r["shape"].split()[0] for r in products} >= {"D=64", "D=128"}
+    if arch >= 80 and f"triton=={report['triton']}" in CONSTRAINTS.read_text().split():
+        attention = [r for r in rows if r["op"] == "causal_attention"]
+        assert names([r for r in attention if r["stack"]]) == []
+        kernel = {80: "_query_kernel", 90: "_forward_kernel"}[arch]  # whose registers have a limit
+        tight = [r for r in products if kernel in r["kernel"] and "D=64" in r["shape"]]
+        assert [r["warps_per_sm"] for r in tight] == [12] * len(tight) != []
+    if arch == 75:
+        # Registers fall out a little differently under another compiler.
+        pinned = f"triton=={report['triton']}" in CONSTRAINTS.read_text().split()
+        assert names([r for r in rows if r["stack"] > (0 if pinned else 16)]) == []
+        assert names([r for r in rows if r["bf16"]]) == []
+        assert names([r for r in products if r["FFMA"] > r["HMMA"]]) == []
+        assert names([r for r in products if r["warps_per_sm"] < 4]) == []
+
+
+def test_what_was_compiled_can_be_looked_at(tmp_path: Path) -> None:
+    report = compiled(75, "--only", "gelu N=1536 float16", "--dump", str(tmp_path))
+    assert {r["op"] for r in report["kernels"]} == {"gelu"}
+    assert all(r["megabytes"] > 0 for r in report["kernels"])
+    suffixes = [file.suffix for file in tmp_path.iterdir()]
+    assert {s: suffixes.count(s) for s in suffixes} == dict.fromkeys(
+        (".cubin", ".ptx", ".sass"), len(report["kernels"])
+    )

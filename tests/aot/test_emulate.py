@@ -1,0 +1,146 @@
+"""IRONGPT_EMULATE=sm_75: what Triton is told, and what its loader gets. No GPU runs it here."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from irongpt_kernels.runtime import emulate, launch
+
+from irongpt import device as devices
+from irongpt import ops
+
+GPU = torch.device("cuda", 0)
+
+# A process of its own: Triton must not interpret, and what is installed stays.
+LAUNCH = """
+import torch, triton, triton.language as tl
+from irongpt_kernels import launch, turing
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device):
+        print("ELF" if kernel[:4] == b"\\x7fELF" else kernel.rstrip(b"\\0").decode())
+        print("ends in 0:", kernel[-1] == 0)
+        return 1, 2, 32, 0, 1024
+    def get_device_properties(self, device):
+        return dict(max_shared_mem=232_448)
+
+class H200:
+    utils = Utils()
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def launcher_cls(self, source, metadata): return lambda *args, **kwargs: None
+
+@triton.jit
+def large(a_ptr, c_ptr, K: tl.constexpr):
+    i, k = tl.arange(0, 128), tl.arange(0, K)
+    a, b = tl.load(a_ptr + i[:, None] * K + k), tl.load(a_ptr + k[:, None] * 128 + i)
+    tl.store(c_ptr + i[:, None] * 128 + i, tl.dot(a, b))
+
+driver.set_active(H200())
+torch.cuda.get_device_capability = lambda device: (9, 0)
+launch.prepare(torch.device("cuda", 0))
+x, y = torch.zeros(128, 256, dtype=torch.float16), torch.zeros(128, 128)
+if LARGE:
+    large[(1,)](x, y, 256)
+else:
+    turing.small_product[(1,)](x, x, y)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Launches the small or the large kernel."""
+    hidden = ("TRITON_INTERPRET", emulate.VARIABLE)
+    kept = {n: x for n, x in os.environ.items() if n not in hidden}
+
+    def launched(large: bool = False, **env: str) -> subprocess.CompletedProcess:
+        script = tmp_path / "script.py"
+        script.write_text(LAUNCH.replace("LARGE", str(large)))
+        return subprocess.run(
+            [sys.executable, script], env=kept | env, capture_output=True, text=True
+        )
+
+    return launched
+
+
+def test_the_driver_gets_the_ptx_of_a_t4s_kernel(run) -> None:
+    out = run(IRONGPT_EMULATE="sm_75").stdout
+    assert ".target sm_75" in out
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in out
+    assert "ends in 0: True" in out
+
+
+def test_without_it_the_gpu_gets_its_own(run) -> None:
+    assert run().stdout.startswith("ELF")
+
+
+def test_a_t4s_shared_memory_is_the_limit(run) -> None:
+    refused = run(large=True, IRONGPT_EMULATE="sm_75")
+    assert "OutOfResources" in refused.stderr
+    assert "65536" in refused.stderr
+    assert run(large=True).returncode == 0
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv(emulate.VARIABLE, "sm_75")
+
+
+def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.architecture(GPU) == 75
+    assert launch.num_sms(GPU) == 40
+    dtype, why = devices.precision("auto", GPU)
+    assert dtype == torch.float16
+    assert "7.5 (emulated)" in why
+    assert "timings are no T4's" in ops.slow_note("fused", GPU)
+    assert ops.slow_note("builtin", GPU) is None
+    monkeypatch.delenv(emulate.VARIABLE)
+    assert launch.architecture(GPU) == 90
+    assert devices.precision("auto", GPU).dtype == torch.bfloat16
+    assert ops.slow_note("fused", GPU) is None
+
+
+def test_a_launch_asks_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(emulate.VARIABLE)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    asked: list[torch.device] = []
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    for _ in range(3):
+        launch.prepare(GPU)
+        assert launch.architecture(GPU) == 90
+    assert launch.architecture(torch.device("cuda", 1)) == 90
+    assert asked == [GPU, torch.device("cuda", 1)]
+
+
+def test_another_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(emulate.VARIABLE, "sm_80")
+    with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):
+        emulate.on()
+
+
+def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def device(d: torch.device) -> Iterator[None]:
+        entered.append(d)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with launch.on(torch.device("cuda", 1)), launch.on(torch.device("cpu")):
+        pass
+    assert entered == [torch.device("cuda", 1)]

@@ -1,0 +1,58 @@
+"""What kernels may be launched with, and how candidates are ranked."""
+
+from typing import Any
+
+import pytest
+from irongpt_kernels.aot import tiles
+from irongpt_kernels.runtime import launch_table
+
+
+@pytest.mark.parametrize("kernel", list(launch_table.KNOBS))
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) -> None:
+    size = 64 if kernel.startswith("attention") else 1536 if kernel.startswith("gelu") else 384
+    found = tiles.launches((kernel, size, 2), arch)
+    assert 5 <= len(found) <= 80
+    assert len({tuple(x.values()) for x in found}) == len(found)
+    for options in found:
+        assert launch_table.table_of([dict(kernel=kernel, size=size, itemsize=2, options=options)])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile", "wanted"),
+    [
+        ("forward", (64, 64), 1 + 2 + 3 + 4),
+        ("forward", (128, 64), 2 + 4),
+        ("query", (64, 32), 2 + 4 + 6 + 8),
+        ("key", (32, 64), 8 + 6 + 4 + 2),
+        ("key", (64, 32), 4 + 4 + 3 + 3 + 2 + 2 + 1 + 1),
+    ],
+)
+def test_what_a_head_costs(kernel: str, tile: tuple[int, int], wanted: int) -> None:
+    """Tiles of scores on and below the diagonal; bytes through L2 and DRAM by hand."""
+    chosen = tiles.Tile(*tile, num_warps=4)
+    assert tiles.passes(chosen, 256) == wanted
+    found = tiles.of_a_head(kernel, chosen, dict(alu=10.0), 80, 64, 2)
+    assert found["alu"] == 10 * wanted
+    rows = {"forward": 4, "query": 6, "key": 6}[kernel] * 256 * 128  # bytes, each tensor once
+    assert found["dram"] == pytest.approx(rows / tiles.DRAM[80])
+    once = {"forward": 2, "query": 4, "key": 4}[kernel] * 256 * 128
+    again = 2 * wanted * tile[0 if kernel == "key" else 1] * 128
+    assert found["l2"] == pytest.approx((once + again) / tiles.L2[80])
+
+
+def test_candidates_are_ranked_by_what_binds() -> None:
+    def row(stack: int = 0, warps: int = 8, **head: float) -> dict[str, Any]:
+        return dict(
+            kernel="attention._forward_kernel",
+            stack=stack,
+            warps_per_sm=warps,
+            per_pair=0,
+            head=head,
+        )
+
+    best, second = row(alu=5, dram=9), row(alu=6, dram=9)
+    few, spilled = row(warps=4, alu=1, dram=1), row(stack=8, alu=1, dram=1)
+    assert sorted([spilled, few, second, best], key=tiles._order) == [
+        best, second, few, spilled,
+    ]  # fmt: skip

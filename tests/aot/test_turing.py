@@ -1,0 +1,130 @@
+"""Tensor cores for sm_75: the split of an instruction, here; what compiles, in turing_checks.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from irongpt_kernels.runtime import turing
+from torch import Tensor
+
+CHECKS = Path(__file__).parents[1] / "helpers" / "turing_checks.py"
+D, A, B, C = (
+    [f"%{name}{i}" for i in range(n)] for name, n in (("d", 4), ("a", 4), ("b", 2), ("c", 4))
+)
+
+
+def instruction(d: list[str], a: list[str], b: list[str], c: list[str], acc: str = "f32") -> str:
+    braced = ", ".join("{" + ", ".join(registers) + "}" for registers in (d, a, b, c))
+    return f"\tmma.sync.aligned.m16n8k16.row.col.{acc}.f16.f16.{acc} {braced};\n"
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict[str, str]:
+    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(CHECKS)],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "check", re.findall(r"^def check_(\w+)", CHECKS.read_text(), flags=re.MULTILINE)
+)
+def test_compiled(checked: dict[str, str], check: str) -> None:
+    assert checked[f"check_{check}"] == ""
+
+
+# Where the PTX ISA puts the elements of a fragment: (row, column) of register r's half e in a lane.
+def a_at(r: int, e: int, lane: int) -> tuple[int, int]:
+    return lane // 4 + 8 * (r % 2), lane % 4 * 2 + e + 8 * (r // 2)
+
+
+def b_at(r: int, e: int, lane: int) -> tuple[int, int]:
+    return lane % 4 * 2 + e + 8 * r, lane // 4
+
+
+def d_at(r: int, lane: int) -> tuple[int, int]:
+    return lane // 4 + 8 * (r // 2), lane % 4 * 2 + r % 2
+
+
+def mma(K: int, a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """mma.m16n8kK of one warp: registers in, a and b (32 lanes, 2 halves) each, c (32,) each."""
+    left, right, out = torch.zeros(16, K), torch.zeros(K, 8), torch.zeros(16, 8)
+    for lane in range(32):
+        for r, register in enumerate(a):
+            for e in range(2):
+                left[a_at(r, e, lane)] = register[lane, e]
+        for r, register in enumerate(b):
+            for e in range(2):
+                right[b_at(r, e, lane)] = register[lane, e]
+        for r, register in enumerate(c):
+            out[d_at(r, lane)] = register[lane]
+    out += left @ right
+    return [torch.stack([out[d_at(r, lane)] for lane in range(32)]) for r in range(4)]
+
+
+def run(ptx: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The registers after the mma instructions of a text."""
+    registers = dict(registers)
+    for K, operands in re.findall(r"mma\.sync\.aligned\.m16n8k(\d+)\S+ (.*);", ptx):
+        d, a, b, c = (re.findall(r"%\w+", group) for group in re.findall(r"\{(.*?)\}", operands))
+        assert (len(a), len(b)) == (int(K) // 4, int(K) // 8)
+        out = mma(int(K), *([registers[x] for x in group] for group in (a, b, c)))
+        registers |= dict(zip(d, out, strict=True))
+    return registers
+
+
+@pytest.mark.parametrize("d", [D, C], ids=["own registers", "in place"])
+def test_two_products_of_8_are_one_of_16(d: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> Tensor:  # sums of them are exact in any order
+        return torch.randint(-8, 9, shape, generator=generator).float()
+
+    registers = {x: integers(32, 2) for x in A + B} | {x: integers(32) for x in C}
+    text = instruction(d, A, B, C)
+    split = turing.split_mma(text)
+    assert split.count("m16n8k8") == 2
+    assert "m16n8k16" not in split
+    before, after = run(text, registers), run(split, registers)
+    assert all(torch.equal(before[x], after[x]) for x in before)
+    assert any(before[x].abs().max() > 0 for x in d)
+
+
+def test_fp16_accumulators_are_split_too() -> None:
+    split = turing.split_mma(instruction(D[:2], A, B, C[:2], "f16"))
+    op = "\tmma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16"
+    assert split == (
+        f"{op} {{%d0, %d1}}, {{%a0, %a1}}, {{%b0}}, {{%c0, %c1}};\n"
+        f"{op} {{%d0, %d1}}, {{%a2, %a3}}, {{%b1}}, {{%d0, %d1}};\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        instruction([A[2], *D[1:]], A, B, C),
+        instruction([*D[:3], B[1]], A, B, C),
+        instruction(D, A, B, C).replace("mma", "@%p1 mma"),
+        instruction(D, A, B, C).replace(".f16.f16.", ".bf16.bf16."),
+        instruction(D, A, B, C, "f32").replace("k16.row", "k8.row"),
+    ],
+    ids=["overwrites a2", "overwrites b1", "predicated", "bfloat16", "of 8 already"],
+)
+def test_what_must_not_be_split_is_left(text: str) -> None:
+    assert turing.split_mma(text) == text
+
+
+def test_what_was_split_is_left() -> None:
+    split = turing.split_mma(instruction(D, A, B, C) * 3)
+    assert split.count("mma.sync") == 6
+    assert turing.split_mma(split) == split

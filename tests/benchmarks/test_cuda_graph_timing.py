@@ -1,0 +1,214 @@
+"""Samples of a GPU's time, on a GPU that a clock plays: graphs, their calls, and where none can be
+had."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.measure import cuda_graph, timing
+
+
+class Clock:
+    """A GPU's stream: the host queues, the device works off what is queued, in seconds of its own.
+
+    Launching takes the host `LAUNCH` each; a call keeps the device busy for a time of its own.
+    """
+
+    LAUNCH = 1e-5
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.capturing: list[float] | None = None
+        self.waits: list[float] = []
+
+    def queue(self, seconds: float) -> None:
+        if self.capturing is not None:
+            self.capturing.append(seconds)
+            return
+        self.host += self.LAUNCH
+        self.device = max(self.device, self.host) + seconds
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """CUDA's events and graphs on such a clock."""
+    clock = Clock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            clock.queue(0.0)
+            self.at = clock.device
+
+        def synchronize(self) -> None:
+            clock.host = max(clock.host, self.at)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    class Graph:
+        nodes: list[float]
+
+        def replay(self) -> None:
+            clock.queue(sum(self.nodes))
+
+    @contextlib.contextmanager
+    def graph(made: Graph, pool: object, stream: object) -> Iterator[None]:
+        made.nodes = clock.capturing = []
+        try:
+            yield
+        finally:
+            clock.capturing = None
+
+    def sleep(cycles: int) -> None:
+        clock.waits.append(cycles / 2e9)
+        clock.queue(cycles / 2e9)
+
+    def synchronize(device: object) -> None:
+        clock.host = max(clock.host, clock.device)
+
+    fakes = dict(Event=Event, CUDAGraph=Graph, graph=graph, current_stream=lambda: None)
+    fakes |= dict(synchronize=synchronize, _sleep=sleep, graph_pool_handle=lambda: (0, 1))
+    fakes |= dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None)
+    fakes |= dict(empty_cache=lambda: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return clock
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("busy", [1e-6, 3e-5, 4e-3, 0.1])
+def test_a_sample_is_the_devices_work_alone(gpu: Clock, busy: float) -> None:
+    """Neither launch latency nor what the host takes is in it."""
+    found = timing.measure({"": lambda i: gpu.queue(busy)}, 3, CUDA, rounds=4)[""]
+    assert found.graph
+    assert found.plain_because is None
+    assert found.host >= 0
+    assert found.samples == pytest.approx([busy] * 4, rel=1e-3)
+    assert all(wait > 50 * Clock.LAUNCH for wait in gpu.waits)
+
+
+def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
+    work = cuda_graph.Work(lambda i: gpu.queue(1e-5))
+    made = cuda_graph.Replay(work, 4)
+    assert made.n * made.repeats * 1e-5 == pytest.approx(cuda_graph.SAMPLE, rel=0.2)
+    assert made.n * 1e-5 == pytest.approx(cuda_graph.GRAPH, rel=0.2)
+    assert cuda_graph.Replay(work, 500).n == 500
+    tiny = cuda_graph.Replay(cuda_graph.Work(lambda i: gpu.queue(1e-9)), 2)
+    assert (tiny.n, tiny.repeats) == (cuda_graph.CALLS, cuda_graph.REPEATS)
+    assert cuda_graph.Replay(cuda_graph.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
+
+
+def test_a_graph_takes_all_copies_in_turn_and_keeps_their_outputs(gpu: Clock) -> None:
+    class Output:
+        pass
+
+    captured: list[int] = []
+    alive: weakref.WeakSet[Output] = weakref.WeakSet()
+    most = 0
+
+    def call(i: int) -> Output:
+        nonlocal most
+        gpu.queue(1e-4)
+        out = Output()
+        if gpu.capturing is not None:
+            captured.append(i)
+            alive.add(out)
+            most = max(most, len(alive))
+        return out
+
+    timing.measure({"": call}, 3, CUDA, rounds=2)
+    assert captured == [0, 1, 2] + [0, 1, 2] * 3  # the second graph takes a millisecond
+    assert most == 4  # that of each copy, and the new one
+
+
+def test_what_comes_first_is_captured_too(gpu: Clock) -> None:
+    """A backward in a graph starts from a forward in a graph; one outside from one outside."""
+    seen: list[tuple[bool, bool]] = []
+
+    def backward(made: bool, i: int) -> None:
+        seen.append((made, gpu.capturing is not None))
+        gpu.queue(1e-5)
+
+    work = timing.Work(backward, lambda i: gpu.capturing is not None)
+    assert timing.measure({"": work}, 2, CUDA, rounds=2)[""].graph
+    assert set(seen) == {(False, False), (True, True)}
+
+
+def test_what_waits_for_the_device_is_never_captured(
+    gpu: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode: list[object] = [0]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda m: mode.__setitem__(0, m))
+
+    def call(i: int) -> None:
+        gpu.queue(1e-5)
+        assert gpu.capturing is None
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    found = timing.measure({"": call}, 2, CUDA, rounds=4)[""]
+    assert not found.graph
+    assert "synchronizing" in found.plain_because
+    assert len(found.samples) == 4
+    assert mode == [0]
+
+
+def test_a_capture_that_breaks_is_recovered_from_and_says_why(
+    gpu: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovered: list[object] = []
+    monkeypatch.setattr(cuda_graph, "recover", recovered.append)
+
+    def call(i: int) -> None:
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        gpu.queue(1e-5)
+
+    calls = {"breaks": call, "works": lambda i: gpu.queue(1e-5)}
+    found = timing.measure(calls, 2, CUDA, rounds=4)
+    assert not found["breaks"].graph
+    assert "not permitted" in found["breaks"].plain_because
+    assert len(found["breaks"].samples) == 4
+    assert found["works"].graph
+    assert recovered == [(0, 1)]
+
+
+@pytest.mark.gpu
+def test_a_broken_capture_leaves_the_process_usable() -> None:
+    """The host looks at a value within a capture; then a graph with dropout is captured."""
+    x = torch.ones(1000, device="cuda")
+    with timing.stream(CUDA):
+        with pytest.raises(RuntimeError), cuda_graph.capture(torch.cuda.CUDAGraph()):
+            F.dropout(x, 0.5).sum().item()
+        torch.rand(3, device="cuda")
+        torch.cuda.empty_cache()
+        calls = {"waits": lambda i: x.sum().item(), "drops": lambda i: F.dropout(x, 0.5)}
+        found = timing.measure(calls, 2, CUDA, rounds=3)
+    assert not found["waits"].graph
+    assert "synchronizing" in found["waits"].plain_because
+    assert found["drops"].graph, found["drops"].plain_because
+
+
+@pytest.mark.gpu
+def test_attentions_backward_with_dropout_is_captured_with_its_forward() -> None:
+    def forward(i: int) -> torch.Tensor:
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.2, is_causal=True)
+
+    def backward(y: torch.Tensor, i: int) -> object:
+        return torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+
+    with timing.stream(CUDA):
+        x = torch.randn(2, 2, 64, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        found = timing.measure({"": timing.Work(backward, forward)}, 2, CUDA, rounds=3)[""]
+    assert found.graph, found.plain_because

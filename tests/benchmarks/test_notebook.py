@@ -1,0 +1,105 @@
+"""The T4 notebook's code cells, run in order as they stand, at nano size on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "benchmarks" / "t4.ipynb"
+
+# What stands in for Jupyter. A line that begins with ! is a command; it runs in this process, to
+# import torch once, and its values in braces are Python's. Lines with % install what is here.
+JUPYTER = """
+import runpy, shlex, sys, types
+
+def command(line):
+    python, m, module, *arguments = shlex.split(line)
+    assert (python, m) == ("python", "-m"), line
+    sys.argv = [module, *arguments]
+    print("$", line, flush=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as e:
+        assert not e.code, f"{line}: exit code {e.code}"
+
+class Shown:
+    def __init__(self, path):
+        self.path = path
+
+def display(shown):
+    with open(shown.path, "rb") as f:
+        print("shown:", len(f.read()), "bytes", flush=True)
+
+display_module = types.ModuleType("IPython.display")
+display_module.HTML = display_module.Image = Shown
+display_module.display = display
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].version_info = (9, 0)  # matplotlib asks
+sys.modules["IPython.display"] = display_module
+"""
+
+
+def code_cells() -> list[dict]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def python(cell: dict) -> str:
+    """A cell's source as plain Python."""
+    lines = []
+    for line in "".join(cell["source"]).splitlines():
+        indent, rest = re.fullmatch(r"(\s*)(.*)", line).groups()
+        if rest.startswith("!"):
+            line = f"{indent}command(f{rest[1:]!r})"
+        elif rest.startswith("%"):
+            line = f"{indent}pass"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    parameters, *cells = code_cells()
+    assert parameters["metadata"]["tags"] == ["parameters"]
+    smaller = f"SOURCE, MINUTES, ITERS = {str(ROOT)!r}, 8, 8"
+    script = "\n".join([JUPYTER, python(parameters), smaller, *map(python, cells)])
+    (tmp_path / "cells.py").write_text(script)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path / "out")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "cells.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=480,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("shown:") == 2
+    for stage in ("doctor", "tests", "compare", "kernels", "train", "decode", "runs"):
+        assert re.search(rf"^{stage} +ok ", done.stdout, re.MULTILINE), done.stdout[-2000:]
+    assert "finished at step 8" in done.stdout
+
+
+def test_it_holds_no_output() -> None:
+    for cell in code_cells():
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "becomes"),
+    [
+        ("!python -m a {b}", "command(f'python -m a {b}')"),
+        ("    !python -m a", "    command(f'python -m a')"),
+        ("%pip install .", "pass"),
+        ("x = 5 % 3", "x = 5 % 3"),
+    ],
+)
+def test_a_line_for_jupyter_becomes_python(line: str, becomes: str) -> None:
+    assert python({"source": [line]}) == becomes

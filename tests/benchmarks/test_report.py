@@ -1,0 +1,280 @@
+"""Result files: what they hold, how their rows are told, and what two of them differ in."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.measure import environment, result_file
+from benchmarks.ops.cases import MODES
+from benchmarks.report import __main__ as report
+from benchmarks.report import diff, plots, tables, tables_kernels
+from benchmarks.suite import __main__ as gpu
+from benchmarks.suite import summary
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are; a result file would say so in its name."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_a_file_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert result_file.path(tmp_path, CPU, "abc", "gpu").name.endswith("-abc-gpu.json")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert result_file.path(tmp_path, CPU, "abc").name.endswith("-abc-interpreted.json")
+
+
+def table_of(text: str, head: str) -> list[list[str]]:
+    """The cells of the first table that begins so, its head included."""
+    lines = text[text.index(f"| {head}") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[dict]:
+    """Rows of attention in all modes; `providers`: seconds of both."""
+    row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
+    row |= dict(gate=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
+    row |= dict(least_bytes=8e9, least_flops=16e12) | more
+    parts = dict(forward=0.25, backward=0.75, both=1.0)
+    return [
+        row | dict(provider=name, mode=mode, seconds=seconds * part)
+        for name, seconds in providers.items()
+        for mode, part in parts.items()
+    ]
+
+
+ROOFS = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
+
+
+def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
+    text = tables.kernels({"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "roofs": ROOFS})
+    head, _, ours, theirs = table_of(text, "provider | forward")
+    assert ours[head.index("both") + 2] == "2.00"  # times as fast as builtin
+    head, _, ours, theirs = table_of(text, "provider | GB/s")
+    found = dict(zip(head, ours, strict=True))
+    assert [found[f"GB/s {mode}"] for mode in MODES] == ["32", "10.7", "8"]
+    assert [found[f"TFLOP/s {mode}"] for mode in MODES] == ["64", "21.3", "16"]
+    assert [found[f"copy {mode}"] for mode in MODES] == ["200.0%", "66.7%", "50.0%"]
+    assert [found[f"product {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
+    assert [found[f"MiB {mode}"] for mode in MODES] == ["3", "3", "3"]
+    assert theirs[head.index("GB/s both")] == "4"
+
+
+def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
+    rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
+    text = tables.kernels({"rows": rows, "roofs": ROOFS})
+    cells = table_of(text, "size")[2]
+    assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
+    assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
+    without = [r | dict(peak_bytes=None) for r in rows if r["provider"] == "builtin"]
+    text = tables.kernels({"rows": without, "roofs": ROOFS})
+    assert "MiB at the peak" not in text
+    assert "fused: GB/s" not in text
+
+
+def test_what_follows_from_a_time() -> None:
+    row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
+    roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
+    d = result_file.derive(row, roofs)
+    assert d["bytes_per_s"] == 50
+    assert d["flops_per_s"] == 300
+    assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
+    assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
+    assert result_file.derive(dict(none_because="x", least_bytes=1), roofs) == {}
+
+
+def options(folder: Path, **more: object) -> argparse.Namespace:
+    return argparse.Namespace(out=folder, result=None, commit="abc", **more)
+
+
+def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
+    for name in ("kernels", "train"):
+        with result_file.Section(name, CPU, options(tmp_path)) as section:
+            section.put(rows=[dict(x=math.inf, y=[1.0, 2.0])])
+    (file,) = tmp_path.glob("*/*.json")
+    assert file.name.endswith("-abc.json")
+    values = result_file.load(file)
+    assert set(values) == {"format", "kernels", "train"}
+    e = values["kernels"]["environment"]
+    assert e["commit"] == "abc"
+    assert e["torch"] == torch.__version__
+    assert values["train"]["rows"] == [dict(x=None, y=[1.0, 2.0])]
+    assert '"y": [1.0, 2.0]' in file.read_text()
+
+
+def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
+    section = result_file.Section("runs", CPU, options(tmp_path))
+
+    def measured() -> None:
+        with section:
+            section.put(rows=[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    values = result_file.load(section.path)["runs"]
+    assert values["rows"] == [1]
+    assert values["ended_by"].startswith("KeyboardInterrupt")
+
+
+def test_another_file_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="no result file"):
+        result_file.load(tmp_path / "a.json")
+
+
+def file_of(seconds: float, iqr: float | None, name: str = "T4") -> dict:
+    row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
+    tests = {"environment": {"IRONGPT_EMULATE": "sm_75"}}  # says nothing of the device
+    return {"format": 1, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ((1.0, 0.01), (0.5, 0.01), "2.00x faster"),
+        ((1.0, 0.01), (1.5, 0.01), "1.50x slower"),
+        ((1.0, 0.01), (1.02, 0.0), "0 of 1 times differ"),  # less than 3 %
+        ((1.0, 0.3), (1.5, 0.3), "0 of 1 times differ"),  # within both spreads
+    ],
+)
+def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> None:
+    assert said in diff.text(file_of(*before), file_of(*after), "a", "b")
+
+
+def test_a_difference_without_a_known_noise_is_none() -> None:
+    text = diff.text(file_of(1.0, None), file_of(9.0, 0.01), "a", "b")
+    assert "0 of 1 times differ" in text
+    assert "of 1 times the noise is not known" in text
+
+
+def test_another_device_is_noted() -> None:
+    text = diff.text(file_of(1, 0), file_of(1, 0, "H200"), "a", "b")
+    assert "NOTE: another device: T4 and H200" in text
+
+
+def test_memory_and_whole_trainings_are_compared() -> None:
+    def file(peak: int, seconds: float, loss: float) -> dict:
+        step = dict(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
+        run = dict(run="fast, fused", dtype="float16", seconds=seconds, evaluated=[[500, 1, loss]])
+        nano = dict(name="nano", seconds=seconds, validation_loss=loss)
+        parts = dict(train=[step], target=[run, dict(run="no", none_because="x")], nano=[nano])
+        return {"format": 1} | {name: {"rows": rows} for name, rows in parts.items()}
+
+    text = diff.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
+    assert "| -50% | 100.0 MiB | 50.0 MiB | train: fused, float16 |" in text
+    assert "target: fast, fused, float16: 20.0 to 10.0 s, validation loss 1.3750 to 1.2500" in text
+    assert "nano: nano: 20.0 to 10.0 s, validation loss 1.3750 to 1.2500" in text
+    same = diff.text(*(file(100 << 20, 20.0, 1.375),) * 2, "a", "b")
+    assert "MiB" not in same
+
+
+@pytest.mark.parametrize("section", tables.SECTIONS)
+def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
+    state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
+    values = {section: dict(environment={}, state=state)}
+    assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
+
+
+def test_the_throttle_reasons_of_a_card() -> None:
+    state = environment._state(1590.0, 5000.0, 70.0, 70.0, 84.0, 0x1 | 0x4 | 0x20)
+    assert state["throttled_by"] == ["power cap", "heat (software)"]
+    assert environment._state(None, None, None, None, None, None)["throttled_by"] is None
+
+
+def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> None:
+    """Killed before its first row, or by an error in it: the page has the others."""
+    begun = dict(environment=dict(name="T4"), state=dict(seconds=1.0), ended_by="RuntimeError: a|b")
+    values = {"kernels": begun | dict(rows=[], missing={}), "train": begun, "decode": begun}
+    for name, section in values.items():
+        result_file.save(tmp_path / "a.json", name, section)
+        assert isinstance(gpu._says(name, {name: section}), str)
+    run = dict(run="fast, fused", preset="fast", ops="fused", dtype="float16", target=None)
+    run |= dict(steps=20, warm_steps=3, seconds=1.0, tokens_per_s=1.0, finite=False)
+    run |= dict(curve=[[10, 0.5, 4.0], [20, 1.0, math.nan]], evaluated=[[20, 1.0, math.nan]])
+    result_file.save(tmp_path / "a.json", "runs", dict(text="t", rows=[run]))
+    text = (report.write(tmp_path / "a.json") / "report.md").read_text()
+    for name in values:
+        assert f"> {name}: broke off before its end (RuntimeError: a/b)." in text
+    assert "| fast, fused | 20 | 1.0 | 1 | nan | nan | STOPPED: the loss is not finite |" in text
+    assert "![runs](runs.png)" in text
+    known = result_file.load(tmp_path / "a.json")
+    assert summary.stage("runs", known) == "fast, fused nan after 20"
+
+
+def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
+    for i in range(3):
+        for name in ("kernels", "train"):
+            with result_file.Section(name, CPU, options(tmp_path)) as section:
+                section.put(rows=[i])
+    found = {f.name.split("-abc")[1]: result_file.load(f) for f in tmp_path.glob("*/*.json")}
+    assert sorted(found) == ["-2.json", "-3.json", ".json"]
+    assert [found[end]["train"]["rows"] for end in (".json", "-2.json", "-3.json")] == [
+        [0],
+        [1],
+        [2],
+    ]
+    named = options(tmp_path)
+    named.result = tmp_path / "mine.json"
+    for i in range(2):
+        with result_file.Section("train", CPU, named) as section:
+            section.put(rows=[i])
+    assert result_file.load(named.result)["train"]["rows"] == [1]
+
+
+def test_a_time_beyond_the_rule_is_marked() -> None:
+    def file(seconds: float, ok: bool) -> dict:
+        gate = dict(ok=ok, share=2.0)
+        rows = rows_of({"builtin": seconds}, "T", gate=gate, shape=dict(B=1, T=64))
+        section = dict(rows=rows, roofs=ROOFS, environment={})
+        return {"format": 1, "kernels": section}
+
+    text = diff.text(file(1.0, True), file(2.0, False), "a", "b")
+    assert text.count("builtin † |") == 3
+    assert "less exact" in text
+    assert "†" not in diff.text(file(1.0, True), file(2.0, True), "a", "b")
+    pictured = [plots.draw(file(1.0, ok))["sweep-T"] for ok in (True, False)]
+    assert pictured[0] != pictured[1]
+
+
+def test_other_work_is_noted() -> None:
+    a, b = file_of(1.0, 0.01), file_of(2.0, 0.01)
+    a["train"]["preset"], b["train"]["preset"] = "iron", "fast"
+    assert "NOTE: train: another preset, iron and fast" in diff.text(a, b, "a", "b")
+    assert "NOTE: train" not in diff.text(a, a, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(2812.4, "2,812"), (99.96, "100"), (32.0, "32"), (0.012345, "0.0123"), (0, "0")],
+)
+def test_three_digits(value: float, shown: str) -> None:
+    assert tables_kernels.digits(value) == shown
+
+
+def test_a_reason_fits_in_a_cell() -> None:
+    assert result_file.short("x" * 300) == "x" * 86 + " ..."
+    assert result_file.short("a | b") == "a / b"
+
+
+def test_the_readme_has_the_numbers_of_its_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"benchmarks/results/[\w/.-]+?\.(?:json|md)", text)
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+    (file,) = re.findall(r"two cores of an AMD EPYC \(`(.*?)`\)", text)
+    section = result_file.load(ROOT / file)["nano"]
+    shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", text)
+    keys = ("seconds", "validation_loss", "peak_rss_mb")
+    for cells, row in zip(shown, section["rows"], strict=True):
+        forms = [f"{row[key]:.{digits}f}" for key, digits in zip(keys, (1, 3, 0), strict=True)]
+        assert list(cells) == forms
+    assert f"({section['rows'][2]['seconds']:.0f} s on two cores" in text
+    assert f"takes {section['iron_step']['irongpt_over_nanogpt']:.2f}\nof the time" in text

@@ -1,0 +1,182 @@
+"""Training steps in turns: groups that fit in memory, failures of one, the time that there is, and
+how their rows are told."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import result_file
+from benchmarks.report import tables_train
+from benchmarks.suite import summary
+from benchmarks.training import __main__ as train
+from benchmarks.training import matmuls, steps, variants
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+
+CPU = torch.device("cpu")
+MODEL = GPTConfig(vocab_size=13, n_layer=1, n_head=1, n_embd=16, context=8, dropout=0.0)
+RECIPE = TrainConfig(
+    iters=10, batch_size=2, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
+)
+
+
+class Fake:
+    """A variant of `size` units of memory, of which there are two. fails: at that call."""
+
+    held = 0
+
+    def __init__(self, size: int = 1, fails: int | None = None, seconds: float = 0.0) -> None:
+        if size + Fake.held > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self.size, self.fails, self.seconds, self.calls = size, fails, seconds, 0
+        Fake.held += size
+
+    def __del__(self) -> None:
+        Fake.held -= getattr(self, "size", 0)
+
+    def warm_up(self) -> None:
+        pass
+
+    def seconds_a_step(self, steps: int) -> float:
+        self.calls += 1
+        time.sleep(self.seconds)
+        if self.calls == self.fails:
+            raise RuntimeError("it broke")
+        return 1.0 + self.calls
+
+    def counts(self) -> dict[str, int]:
+        return {"kernels": 5, "launches": 2}
+
+
+def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[str, Any]:
+    """Rows by variant. made: what each is made of, by name."""
+    args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
+    with result_file.Section("train", CPU, args) as section:
+        section.put(rows=[], roofs={"peak": {"float32": 1e12}})
+        run = steps.Steps(section, (MODEL, RECIPE), torch.float32, CPU, args)
+        waiting = [(name, lambda s, o=options: Fake(**o)) for name, options in made.items()]
+        run.measure(waiting, time.perf_counter() + seconds)
+    return {r["variant"]: r for r in result_file.load(section.path)["train"]["rows"]}
+
+
+def test_what_does_not_fit_together_comes_in_groups(tmp_path: Path) -> None:
+    sizes = dict(a=1, b=1, c=1, huge=3, d=1)
+    rows = measured(tmp_path, {name: dict(size=size) for name, size in sizes.items()})
+    assert rows.pop("huge")["none_because"] == "out of memory"
+    assert {name: r["group"] for name, r in rows.items()} == dict(a=0, b=0, c=1, d=2)
+    assert all(r["samples"] == 4 and r["kernels"] == 5 for r in rows.values())
+
+
+def test_a_variant_that_breaks_keeps_what_it_has_and_the_others_go_on(tmp_path: Path) -> None:
+    rows = measured(tmp_path, {"a": {}, "b": dict(fails=3)})
+    assert rows["a"]["samples"] == 4
+    assert rows["b"]["samples"] == 2
+    assert rows["b"]["stopped_because"] == "RuntimeError: it broke"
+    assert rows["b"]["iqr"] is None  # of two samples
+
+
+def test_no_turn_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    rows = measured(tmp_path, {"a": dict(seconds=0.5), "b": {}}, seconds=0.6)
+    assert rows["a"]["samples"] < 4
+    assert "was over" in rows["b"]["none_because"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "builtin"),
+    [
+        ("eager", "builtin"),
+        ("fused graph", "builtin graph"),
+        ("fused as trained", "builtin as trained"),
+        ("textbook compiled", "builtin compiled"),
+        ("eager max-autotune", "builtin max-autotune"),
+        ("nanoGPT", "builtin AdamW"),
+        ("nanoGPT compiled", "builtin AdamW compiled"),
+    ],
+)
+def test_like_is_compared_with_like(variant: str, builtin: str) -> None:
+    assert tables_train.alike(variant) == builtin
+    names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
+    assert {variant, builtin} <= set(names)
+
+
+def section_of(**seconds: float) -> dict[str, Any]:
+    row = dict(dtype="float16", iqr=None, samples=1, tokens_per_s=1.0, mfu=0.5, first_seconds=1.0)
+    rows = [{"variant": name.replace("_", " "), "seconds": s, **row} for name, s in seconds.items()]
+    return {
+        "preset": "iron", "model": vars(MODEL), "batch_size": 2, "rows": rows,
+        "roofs": {"peak": {"float16": 65e12}, "peak_from": {"float16": "data sheet"}},
+        "products": {"float16": dict(seconds=1.0, flops=1.0, computed_floor_seconds=2.0)},
+    }  # fmt: skip
+
+
+def test_the_table_of_steps_says_whom_each_is_compared_with_and_of_what_the_mfu_is() -> None:
+    section = section_of(fused=8.0, fused_graph=3.0, builtin=10.0, builtin_graph=6.0, eager=20.0)
+    text = tables_train.train(section)
+    assert "| fused graph | 3000.00 | ? | 2.00 builtin graph |" in text
+    assert "| fused | 8000.00 | ? | 1.25 builtin |" in text
+    assert "65 TFLOP/s (data sheet)" in text
+    assert "3.33 times as fast as PyTorch's fused functions (builtin)" in text
+    assert "1.50 times the computed floor" in text
+    pytest.importorskip("matplotlib")
+    from benchmarks.report import plots
+
+    assert plots.draw({"train": section})["step"].startswith(b"\x89PNG")
+    assert summary.stage("train", {"train": section}).endswith("eager 2e+04 ms")  # the slowest
+
+
+@pytest.mark.gpu
+def test_kernels_and_launches_of_a_step_are_counted() -> None:
+    """One step launched one by one, and one as a graph, which is launched at once."""
+    device = torch.device("cuda")
+    ids = torch.arange(1000) % MODEL.vocab_size
+    from irongpt_kernels import builtin
+
+    plain, graph = (
+        variants.trained((MODEL, RECIPE, ids), builtin, torch.float32, device, graph=g)
+        for g in (False, True)
+    )
+    for one in (plain, graph):
+        one.warm_up()
+    a, b = plain.counts(), graph.counts()
+    assert a["kernels"] > 50
+    assert b["kernels"] == pytest.approx(a["kernels"], rel=0.2)
+    assert b["launches"] < a["launches"] / 4
+
+
+def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
+    config = GPTConfig(vocab_size=109, **PRESETS["iron"].model)
+    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in matmuls.shapes(config, 64))
+    C, T, tokens = config.n_embd, config.context, 64 * config.context
+    attention = 12 * config.n_layer * C * T * tokens
+    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
+    assert flops == tokens * config.flops_per_token() - attention - norms
+
+
+def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
+    """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
+    matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
+    config = GPTConfig(vocab_size=109, **PRESETS["fast"].model)
+    C, L = config.n_embd, config.n_layer
+    longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
+    gram, square = 2 * C * C * longer, 4 * 2 * C**3
+    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
+    flops = L * (4 * gram + (first + second) * square)
+    assert matmuls.muon_flops(config) == flops
+    own, n = 12 * C * C * L, config.n_params()
+    weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
+    assert matmuls.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
+    adamw, muon = (matmuls.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
+    assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
+    # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
+    assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own
+
+
+def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
+    found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
+    assert matmuls.of_step(found, "fused graph") == 3.0
+    assert matmuls.of_step(found, "nanoGPT compiled") == 2.0
+    assert matmuls.of_step(found, "builtin AdamW") == 2.0
+    assert matmuls.of_step(dict(seconds=2.0), "builtin") == 2.0

@@ -1,0 +1,120 @@
+"""How seconds are measured: turns, groups, copies of the inputs, and what is said of them."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.measure import result_file, timing
+from benchmarks.suite import __main__ as gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def test_providers_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda i, name=name: order.append(name) for name in "abc"}
+    found = timing.measure(calls, 1, CPU, rounds=3)
+    turns = "".join(name for i, name in enumerate(order) if i == 0 or name != order[i - 1])
+    assert turns.endswith("abcbcacab")  # abc, bca, cab
+    assert [len(t.samples) for t in found.values()] == [3, 3, 3]
+
+
+def test_what_does_not_fit_together_is_measured_in_groups() -> None:
+    """There is memory for two units."""
+    held: weakref.WeakSet = weakref.WeakSet()
+
+    class Held:
+        def __init__(self, size: int) -> None:
+            if size + sum(other.size for other in held) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            self.size = size
+            held.add(self)
+
+    def provider(size: int) -> timing.Work:
+        return timing.Work(lambda made, i: None, lambda i: Held(size))
+
+    works = {name: provider(size) for name, size in dict(a=1, b=1, c=1, huge=3, d=1).items()}
+    found = timing.measure(works, 1, CPU, rounds=2)
+    assert found.pop("huge") == "out of memory"
+    assert {name: t.group for name, t in found.items()} == dict(a=0, b=0, c=1, d=2)
+    assert all(len(t.samples) == 2 for t in found.values())
+
+
+def test_one_that_fails_while_it_is_sampled_does_not_stop_the_others() -> None:
+    calls = iter(range(1000))
+
+    def failing(i: int) -> None:
+        if next(calls) > 20:
+            raise RuntimeError("no more")
+        time.sleep(1e-3)
+
+    works = {"a": failing, "b": lambda i: time.sleep(1e-3)}
+    found = timing.measure(works, 1, CPU, rounds=40)
+    assert found["a"] == "RuntimeError: no more"
+    assert len(found["b"].samples) >= 39
+
+
+def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(L2_cache_size=60 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda")
+    assert timing.copies(38 << 20, device) == 4
+    assert timing.copies(1 << 30, device) == 2
+    small = 2048 * 109 * 2  # logits of 8 windows: all of them together pass the cache too
+    assert timing.copies(small, device) * small > 2 * (60 << 20)
+    assert timing.copies(0, device) == timing.copies(1, device) == timing.FEW  # none would do
+    least = (60 << 20) // timing.COPIES
+    assert timing.copies(least, device) == timing.FEW
+    assert timing.copies(least + 1, device) == timing.COPIES  # passes the cache, by little
+    assert timing.copies(1, CPU) == 1
+    assert timing.cold(timing.copies(small, device) * small, device)
+    assert not timing.cold(timing.copies(500, device) * 500, device)
+    assert timing.cold(1 << 40, CPU) is None
+
+
+def test_nothing_is_needed_but_torch_triton_and_numpy() -> None:
+    """make gpu, where nothing can be installed, and the tests that it runs."""
+    blocked = ["matplotlib", "tqdm", "safetensors", "pytest_benchmark", "pynvml", "transformers"]
+    blocked += ["hypothesis", "xdist"]
+    modules = ["suite.__main__", "ops.__main__", "training.__main__", "decode", "train_runs"]
+    code = f"import sys; sys.modules |= dict.fromkeys({blocked!r})\n"
+    code += "\n".join(f"import benchmarks.{name}" for name in modules)
+    code += "\nimport irongpt.compare.command, irongpt.doctor, irongpt.cli\n"
+    files = {f for pattern in gpu.TESTS for f in (ROOT / "tests").rglob(pattern)}
+    tests = {f.stem for f in files}
+    assert len(tests) > 20
+    code += f"import {', '.join(sorted(tests))}"
+    path = os.pathsep.join(
+        [
+            str(ROOT),
+            str(ROOT / "kernels"),
+            str(ROOT / "tests"),
+            str(ROOT / "tests" / "helpers"),
+            *(str(f.parent) for f in files),
+        ]
+    )
+    env = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def test_median_and_spread() -> None:
+    t = timing.Timing([1.0, 2.0, 3.0, 4.0, 100.0], False)
+    assert t.median == 3.0
+    assert t.iqr == pytest.approx(50.5)  # the quartiles are 1.5 and 52
+    assert timing.Timing([1.0, 2.0, 4.0], False).iqr == 3.0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_spread_of_a_sample_or_two_is_unknown(n: int) -> None:
+    t = timing.Timing([1.0] * n, False)
+    assert math.isnan(t.iqr)
+    assert result_file.finite(t.iqr) is None

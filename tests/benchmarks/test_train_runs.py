@@ -1,0 +1,241 @@
+"""The commands of the benchmarks, end to end at tiny size, and the page that is made of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from irongpt_kernels import builtin
+
+from benchmarks import decode, train_runs, vs_nanogpt
+from benchmarks.measure import result_file
+from benchmarks.ops import __main__ as kernels
+from benchmarks.ops import cases
+from benchmarks.report import __main__ as report
+from benchmarks.report import tables
+from benchmarks.suite import summary
+from benchmarks.training import __main__ as train
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.model import GPT
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result file with every section, of a model of some thousand weights."""
+    file = tmp_path_factory.mktemp("results") / "result.json"
+    options = ["--device", "cpu", "--result", str(file), "--commit", "abc"]
+    small = dict(n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.1)
+    recipe = {**PRESETS["nano"].train, "batch_size": 2, "eval_windows": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "nano", PRESETS["nano"].__class__("", small, recipe))
+        patch.setattr(cases, "NANO", cases.Shape(B=2, H=2, T=16, D=16, V=13, L=1))
+        kernels.main([*options, "--providers", "eager", "builtin", "liger", "--rounds", "2"])
+        train.main([*options, "--variants", "builtin", "textbook", "eager", "--turns", "2"])
+        decode.main([*options, "--ops", "builtin"])
+        some = ["--ops", "builtin", "eager", "--data", "python-docs"]
+        train_runs.main([*options, *some, "--iters", "20"])
+        target = [
+            "--section",
+            "target",
+            "--target-loss",
+            "99",
+            "--iters",
+            "20",
+            "--seeds",
+            "1",
+            "2",
+        ]
+        train_runs.main([*options, *some, *target])
+    return file
+
+
+def test_every_section_is_whole(result: Path) -> None:
+    values = result_file.load(result)
+    for name in ("kernels", "train", "decode", "runs", "target"):
+        assert values[name]["environment"]["commit"] == "abc"
+        assert values[name]["state"]["seconds"] >= 0
+        assert "ended_by" not in values[name]
+    assert list(values["kernels"]["missing"]) == ["liger"]
+    # Three of the ops with a gradient have rows with dropout and without; three of the ops of one
+    # token have no builtin of their own.
+    assert len(values["kernels"]["rows"]) == (7 + 3) * 3 * 2 + 7 + 7 - 3
+
+
+def test_a_step_is_measured(result: Path) -> None:
+    section = result_file.load(result)["train"]
+    assert {r["variant"] for r in section["rows"]} == {"builtin", "textbook", "eager"}
+    for r in section["rows"]:
+        assert r["samples"] == 2
+        assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["seconds"], rel=1e-4)
+    products = section["products"]["float32"]
+    assert 0 < products["seconds"] < products["computed_floor_seconds"]
+
+
+def test_writing_is_measured(result: Path) -> None:
+    rows = result_file.load(result)["decode"]["rows"]
+    assert [(r["way"], r["batch"]) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
+    assert all(r["tokens"] == 16 for r in rows)
+
+
+def test_a_way_to_write_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(decode, "naive", broken)
+    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
+    rows = decode.measure(GPT(shape, builtin), torch.float32, 40, [3], 2)
+    assert rows[0]["none_because"] == "RuntimeError: no such kernel"
+    assert [(r["way"], r["batch"], "tokens_per_s" in r) for r in rows[1:]] == [
+        ("cached", 1, True), ("batched", 3, True)
+    ]  # fmt: skip
+    assert all(r["steady_tokens_per_s"] > 0 for r in rows[1:])
+    section = dict(preset="nano", dtype="float32", rows=[r | dict(ops="builtin") for r in rows])
+    assert "no such kernel" in tables.decode(section)
+    assert "no such kernel" in summary._decode(section)
+    assert all(r["ops"] in decode.line(r) for r in section["rows"])
+
+
+def test_whole_runs(result: Path) -> None:
+    values = result_file.load(result)
+    builtin, eager = values["runs"]["rows"]
+    assert builtin["steps"] == eager["steps"] == 20
+    assert [point[0] for point in builtin["curve"]] == [10, 20]
+    assert builtin["evaluated"][-1][0] == 20
+    assert builtin["target"] is None
+    rows = values["target"]["rows"]
+    assert [r["run"] for r in rows] == [
+        f"nano, {ops}, seed {seed}" for seed in (1, 2) for ops in ("builtin", "eager")
+    ]
+    for r in rows:
+        assert r["reached"]
+        assert r["steps"] == r["evaluated"][0][0]
+        assert r["run"] in tables.runs(values["target"])
+    losses = [r["evaluated"][-1][2] for r in rows]
+    assert losses[0] != losses[2]  # another seed, another training
+
+
+class Page(HTMLParser):
+    """Fails on a tag that is closed out of order; collects the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag not in ("meta", "html"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "html":
+            assert self.open.pop() == tag
+
+
+def test_the_page(result: Path, tmp_path: Path) -> None:
+    folder = report.write(result, tmp_path / "page")
+    text = (folder / "report.md").read_text()
+    assert "commit `abc`" in text
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert {p.stem for p in folder.glob("*.png")} >= {"speedup", "step", "runs", "target"}
+    html = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert len(page.pictures) == len(list(folder.glob("*.png")))
+    assert all(src.startswith("data:image/png;base64,") for src in page.pictures)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", html)
+
+
+def test_every_number_of_a_step_is_the_files(result: Path) -> None:
+    section = result_file.load(result)["train"]
+    shown = tables.train(section)
+    for r in section["rows"]:
+        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
+        assert f"{r['tokens_per_s']:,.0f}" in shown
+
+
+def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").touch()
+    row = dict(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
+    step = dict(batch=4, irongpt_ms=915.7, nanogpt_ms=926.5)
+    for name in ("nanogpt", "to_target", "nano"):
+        monkeypatch.setattr(vs_nanogpt, name, lambda scratch, checkout, text: row)
+    monkeypatch.setattr(vs_nanogpt, "iron_step", lambda checkout: step)
+    monkeypatch.setattr(vs_nanogpt.corpus, "load", lambda name, say: SimpleNamespace(text=""))
+    options = ["--nanogpt", str(tmp_path), "--out", str(tmp_path / "out"), "--commit", "abc"]
+    vs_nanogpt.main(options)
+    (file,) = (tmp_path / "out").glob("*/*-abc*.json")
+    section = result_file.load(file)["nano"]
+    assert section["environment"]["commit"] == "abc"
+    assert section["environment"]["date"]
+    assert section["nanogpt"] == "unknown"  # no checkout of git
+    assert len(section["rows"]) == 3
+    text = (report.write(file) / "report.md").read_text()
+    assert "| nanoGPT | 128.3 | 1.724 | 453 |" in text
+    assert "915.7 ms, nanoGPT's 926.5 ms" in text
+
+
+def iron_row(name: str) -> dict:
+    row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="both", dropout=0)
+    row |= dict(provider="fused", seconds=1e-3, least_bytes=250_000_000, least_flops=0)
+    return {"environment": {"name": name}, "rows": [row]}
+
+
+def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
+    elsewhere, there = (
+        tables.t4({"kernels": iron_row(card)}) for card in ("NVIDIA H200", "Tesla T4")
+    )
+    assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
+    assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
+    assert "computed" in elsewhere
+    step = dict(variant="fused as trained", dtype="float16", seconds=0.5)
+    run = dict(preset="fast", ops="fused", dtype="float16", seconds=9.0, steps=500, warm_steps=50)
+    values = {"kernels": iron_row("Tesla T4"), "target": dict(rows=[run])}
+    values["train"] = dict(preset="iron", batch_size=64, rows=[step])
+    text = tables.t4(values)
+    assert "| a training step, iron | 500,000 |" in text
+    assert "| a training step, fast | 20,000 |" in text
+    values["train"]["batch_size"] = 8
+    assert "| a training step, iron |  |" in tables.t4(values)
+
+
+def test_the_readme_has_the_bound_that_is_computed() -> None:
+    text = (ROOT / "README.md").read_text()
+    for preset in ("iron", "fast"):
+        assert f"| {preset} | | {tables.t4_step(preset) * 1e3:.1f} ms |" in text
+
+
+def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
+    """As make bench does, for one op."""
+    hidden = ("TRITON_INTERPRET", "PYTEST_")  # under xdist pytest-benchmark measures nothing
+    env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env["OMP_NUM_THREADS"] = "1"  # another test may run at the same time
+    file = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--no-sweeps", "--device", "cpu"]
+    command += ["--providers", "eager,builtin", "-k", "gelu", "-p", "no:cacheprovider"]
+    command += ["--out", str(tmp_path), f"--benchmark-json={file}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "6 passed" in done.stdout
+    (ours,) = tmp_path.glob("*/*.json")
+    rows = {(r["provider"], r["mode"]): r for r in result_file.load(ours)["kernels"]["rows"]}
+    timed = json.loads(file.read_text())["benchmarks"]
+    assert {(b["name"], b["extra_info"]["mode"]) for b in timed} == set(rows)
+    for b in timed:
+        row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
+        assert b["stats"]["median"] == pytest.approx(row["seconds"], rel=1e-4)
+        assert b["stats"]["rounds"] == len(row["seconds_of_samples"])

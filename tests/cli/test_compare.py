@@ -1,0 +1,288 @@
+"""`irongpt compare`: it finds what is wrong with a candidate, and nothing where nothing is."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_mistake
+from irongpt_kernels import eager
+from numerics import DEVICE, OPS, UPDATES, each_dtype
+
+from irongpt import ops
+from irongpt.compare import model
+from irongpt.compare import ops as compare_ops
+from irongpt.compare.command import compare
+from irongpt.compare.ops import SMALL, Check, Sizes, cases, compare_case
+
+
+class Nudge(torch.autograd.Function):
+    """The identity, with a gradient that is 1e-2 too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx + 1e-2
+
+
+def candidate(**wrong) -> SimpleNamespace:
+    """Eager, but for the ops that are given."""
+    return SimpleNamespace(**{name: getattr(eager, name) for name in (*OPS, *UPDATES)} | wrong)
+
+
+def nudged_weight_gradient():
+    def layer_norm(x, weight, bias=None, eps=1e-5, dtype=None):
+        return eager.layer_norm(x, Nudge.apply(weight), bias, eps, dtype)
+
+    return candidate(layer_norm=layer_norm)
+
+
+def other_elements_dropped():
+    def causal_attention(q, k, v, *, dropout_p=0.0, seed=None, scale=None):
+        seed = seed if seed is None else seed + 1
+        return eager.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+
+    return candidate(causal_attention=causal_attention)
+
+
+def other_elements_dropped_in_one_gradient():
+    def causal_attention(q, k, v, *, dropout_p=0.0, seed=None, scale=None):
+        def op(q, k, v, seed):
+            return eager.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+
+        if not dropout_p:
+            return op(q, k, v, seed)
+        through_k = op(q.detach(), k, v.detach(), seed ^ 1)
+        return op(q, k.detach(), v, seed) + through_k - through_k.detach()
+
+    return candidate(causal_attention=causal_attention)
+
+
+def other_rows_dropped():
+    def dropout_add_layer_norm(branch, residual, weight, bias=None, *, seed=None, **options):
+        seed = seed if seed is None else seed + (1 << 32)
+        return eager.dropout_add_layer_norm(branch, residual, weight, bias, seed=seed, **options)
+
+    return candidate(dropout_add_layer_norm=dropout_add_layer_norm)
+
+
+def not_repeatable():
+    runs = [0]
+
+    def gelu(x, bias=None):
+        runs[0] += 1
+        return eager.gelu(x, bias) * (1 + 2.0**-23 * (runs[0] % 2))
+
+    return candidate(gelu=gelu)
+
+
+def raising():
+    def softmax(x, *, scale=1.0, causal=False):
+        raise RuntimeError("out of registers\nand more" + " of them" * 20)
+
+    return candidate(softmax=softmax)
+
+
+def one_nan():
+    def cross_entropy(logits, targets, ignore_index=-100):
+        return eager.cross_entropy(logits, targets, ignore_index) * float("nan")
+
+    return candidate(cross_entropy=cross_entropy)
+
+
+def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
+    """Runs the whole command, without the model: that has tests of its own."""
+    monkeypatch.setattr(ops, "load", lambda name, device: module)
+    monkeypatch.setattr("irongpt.compare.command._model", lambda *_: ([], [], []))
+    capsys.readouterr()
+    code = compare("cpu", ["float32"], files.get("json_file"), files.get("plot"))
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (nudged_weight_gradient, "FAIL layer_norm, model, float32, gradient d weight"),
+        (other_elements_dropped, "FAIL causal_attention, strided, float32, dropout mask"),
+        (other_rows_dropped, "FAIL dropout_add_layer_norm, model, float32, dropout mask"),
+        (not_repeatable, "FAIL gelu, ragged, float32, repeatable"),
+        (raising, "FAIL softmax, model, float32, runs\n     RuntimeError: out of registers and"),
+        (one_nan, "FAIL cross_entropy, model, float32, output out"),
+    ],
+)
+def test_what_is_wrong_is_named(monkeypatch, capsys, plant, found):
+    code, out = compare_planted(monkeypatch, capsys, plant())
+    assert code == 1
+    assert found in out
+    assert out.splitlines()[-1].startswith("FAIL: ")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("plant", "op", "output", "places"),
+    [
+        (other_elements_dropped, "causal_attention", "out", "d k, d q, d v, out"),
+        (other_rows_dropped, "dropout_add_layer_norm", "total", "total, d branch"),
+    ],
+)
+def test_a_wrong_mask_is_seen_everywhere_and_as_an_error(
+    monkeypatch, capsys, plant, op, output, places
+):
+    _, out = compare_planted(monkeypatch, capsys, plant())
+    assert f"FAIL {op}, model, float32, output {output}\n" in out  # the cases themselves drop
+    for shape in SMALL:
+        check = f"FAIL {op}, {shape}, float32, dropout mask\n     other elements than eager's are"
+        assert f"{check} dropped in {places}\n" in out
+
+
+def test_a_mask_that_is_wrong_in_one_gradient_is_told_from_the_others(monkeypatch, capsys):
+    code, out = compare_planted(monkeypatch, capsys, other_elements_dropped_in_one_gradient())
+    assert code == 1
+    assert "other elements than eager's are dropped in d k\n" in out
+
+
+def test_eager_itself_passes_with_its_dropout(monkeypatch, capsys):
+    code, out = compare_planted(monkeypatch, capsys, candidate())
+    assert code == 0
+    assert "FAIL" not in out
+    assert "dropout mask 6/6" in out  # two ops, three shapes
+
+
+def test_a_failure_is_in_the_files_too(monkeypatch, capsys, tmp_path):
+    json_file, plot = tmp_path / "c.json", tmp_path / "c.png"
+    module = nudged_weight_gradient()
+    compare_planted(monkeypatch, capsys, module, json_file=json_file, plot=plot)
+    values = json.loads(json_file.read_text())
+    assert values["ok"] is False
+    bad = {(r["op"], r["tensor"]) for r in values["rows"] if not r["ok"]}
+    assert bad == {("layer_norm", "d weight")}
+    worst = next(r["worst"] for r in values["rows"] if not r["ok"])
+    assert worst["candidate"] - worst["float64"] == pytest.approx(1e-2, rel=1e-3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_builtin_passes_and_its_files_are_complete(cli):
+    result = cli(
+        *"compare --device cpu --dtype float32 --ops builtin --json c.json --plot c.png".split()
+    )
+    assert result.code == 0, result.out
+    assert "FAIL" not in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
+    assert result.out.splitlines()[-1].startswith("ok: ")
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads(Path("c.json").read_text())
+    assert values["ok"] is True
+    assert {(r["op"], r["shape"]) for r in values["rows"]} == {
+        *((op, shape) for op in OPS for shape in SMALL),
+        ("model", "one step"),
+    }
+    tensors = {r["tensor"] for r in values["rows"] if r["op"] == "model"}
+    assert {"logits", "d wte.weight", "d wpe.weight", "d blocks.1.mlp.proj.weight"} <= tensors
+    assert len(tensors) == 1 + 2 + 2 * 6 + 1
+    for row in values["rows"]:
+        assert set(row["errors"]) == {"max", "rms"}
+        assert set(row["errors"]["max"]) == {"candidate", "eager", "bound", "ratio"}
+        assert set(row["worst"]) == {"index", "candidate", "eager", "float64"}
+    (curve,) = values["training"]
+    assert len(curve["candidate"]) == len(curve["eager"]) == len(curve["difference"]) == 20
+    assert curve["eager"][-1] < curve["eager"][0] - 0.5
+
+
+def test_the_model_of_a_candidate_with_a_wrong_gradient_fails():
+    s = model.setting(full=False, drops=True)
+    cpu = torch.device("cpu")
+    rows = model.compare_step(s, nudged_weight_gradient(), torch.float32, cpu)
+    assert {r.tensor for r in rows if not r.ok} == {"d blocks.0.ln_1.weight"}  # the one plain norm
+    curve = model.train_both(s, other_rows_dropped(), torch.float32, cpu)
+    assert not curve.check().ok
+    assert model.train_both(s, candidate(), torch.float32, cpu).check().ok
+
+
+TINY = Sizes(1, 2, 17, 16, 5, 19, 21)
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@each_dtype
+def test_the_kernels_pass(shape, dtype):
+    device = torch.device(DEVICE)
+    fused = ops.load("fused", device)
+    for case in cases(shape, TINY, compare_ops.DROPOUT_P):
+        rows, checks = compare_case(case, fused, dtype, device, drops=True)
+        assert rows
+        assert [x for x in (*rows, *checks) if not x.ok] == []
+
+
+def test_a_kernel_that_cannot_run_is_a_finding_of_its_own():
+    case = next(c for c in cases("model", TINY, 0.0) if c.op == "softmax")
+    rows, checks = compare_case(case, raising(), torch.float32, torch.device("cpu"), drops=True)
+    assert rows == []
+    assert [(c.name, c.ok) for c in checks] == [("runs", False)]
+    assert isinstance(checks[0], Check)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device cpu --dtype bfloat16", "bfloat16 needs a GPU"),
+        ("--device cpu --ops builtin --json missing/c.json", "its folder is not there"),
+        ("--device cpu --ops builtin --plot .", ". is a folder"),
+        ("--device gpu", "--device must be"),
+    ],
+)
+def test_mistakes(cli, arguments, message):
+    before = set(Path().iterdir())
+    assert_mistake(cli("compare", *arguments.split()), message)
+    assert set(Path().iterdir()) == before
+
+
+def test_kernels_that_cannot_run_here_are_a_mistake(cli, monkeypatch):
+    from irongpt_kernels.runtime import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert_mistake(cli("compare", "--device", "cpu"), "TRITON_INTERPRET=1")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    from irongpt.errors import UserError
+
+    def refuse(path, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("irongpt.files.replace_file", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*c\.json: Permission denied"):
+        compare_planted(monkeypatch, capsys, candidate(), json_file=tmp_path / "c.json")
+
+
+def test_strided_cases_give_an_op_strided_tensors():
+    seen = {}
+
+    def spy(name):
+        class Spy(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, out):
+                return out.view_as(out)
+
+            @staticmethod
+            def backward(ctx, g):
+                seen[name] = seen.get(name, True) and not g.is_contiguous()
+                return g
+
+        def op(x, *args, **options):
+            assert name == "causal_attention" or not x.is_contiguous()
+            out = getattr(eager, name)(x, *args, **options)
+            if isinstance(out, tuple):
+                return tuple(Spy.apply(t) for t in out)
+            return Spy.apply(out)
+
+        return op
+
+    module = SimpleNamespace(**{name: spy(name) for name in OPS})
+    for case in cases("strided", TINY, 0.0):
+        compare_case(case, module, torch.float32, torch.device("cpu"), drops=False)
+    del seen["cross_entropy"]  # its gradient is one number
+    assert len(seen) == 5
+    assert all(seen.values())

@@ -1,0 +1,251 @@
+"""Measured launch options: their file, what of it is refused, and that launches take them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Cli, assert_mistake
+from irongpt_kernels import fused
+from irongpt_kernels.fused import attention_tiles
+from irongpt_kernels.runtime import emulate, launch, launch_table
+from numerics import assert_op, small_inputs
+
+from irongpt import doctor, ops
+from irongpt import launch_cache as cache
+from irongpt.errors import UserError
+from irongpt.files import sealed
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=255)
+ENTRY: dict[str, Any] = dict(kernel="attention forward", size=64, itemsize=2, options=TILE)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    cache.load.cache_clear()
+    yield
+    cache.load.cache_clear()
+    launch_table._tables.clear()
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """Pretends that there is one, whose kernels are compiled, and a cache folder."""
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.delenv(emulate.VARIABLE, raising=False)
+    monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (card.major, 0))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    return card
+
+
+def forward_tile() -> dict[str, int]:
+    return attention_tiles.tiles("forward", GPU, 64, 2)
+
+
+def test_what_was_kept_is_launched(h200) -> None:
+    shipped = forward_tile()
+    assert cache.load(GPU) == ([], "")
+    assert launch_table.digest(GPU) == ""
+    file = cache.save(GPU, [ENTRY])
+    assert file.name.startswith("tuned-NVIDIA-H200-sm-90-")
+    assert forward_tile() == shipped  # this process has looked already
+    cache.load.cache_clear()
+    entries, note = cache.load(GPU)
+    assert entries == [ENTRY]
+    assert f"tiles measured on this GPU, table {launch_table.digest(GPU)}" in note
+    assert forward_tile() == TILE
+    assert attention_tiles.tiles("query", GPU, 64, 2) == attention_tiles.table("query", 90, 64, 2)
+    assert attention_tiles.tiles("forward", GPU, 64, 4) == attention_tiles.table(
+        "forward", 90, 64, 4
+    )
+    assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == shipped
+    assert cache.note("fused", GPU) == note
+    assert cache.note("builtin", GPU) == ""
+
+
+def test_interpreted_tiles_stay_small(h200, monkeypatch) -> None:
+    launch_table.use(GPU, launch_table.table_of([ENTRY]))
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert forward_tile()["BLOCK_M"] == 32
+
+
+def test_nothing_left_is_no_file(h200) -> None:
+    file = cache.save(GPU, [ENTRY])
+    assert cache.save(GPU, []) == file
+    assert not file.exists()
+    cache.save(GPU, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card, m: setattr(card, "name", "NVIDIA H100"),
+        lambda card, m: setattr(card, "major", 8),
+        lambda card, m: m.setattr("triton.__version__", "3.9.0"),
+        lambda card, m: m.setattr(launch_table, "sources", lambda: "123456789abc"),
+    ],
+    ids=["another GPU", "architecture", "Triton", "source"],
+)
+def test_of_another_it_is_not_opened(h200, monkeypatch, change) -> None:
+    file = cache.save(GPU, [ENTRY])
+    change(h200, monkeypatch)
+    assert cache.path(GPU) != file
+    assert cache.load(GPU) == ([], "")
+    cache.path(GPU).write_bytes(file.read_bytes())  # and renamed by hand, not believed
+    cache.load.cache_clear()
+    assert "is of another GPU or version; irongpt tune measures anew" in cache.load(GPU).note
+    assert launch_table.digest(GPU) == ""
+
+
+def edited(file: Path, **changed: Any) -> bytes:
+    """With a digest that fits, as no hand would write it."""
+    values = json.loads(file.read_bytes()) | changed
+    del values["sha256"]
+    return sealed(values)
+
+
+DAMAGES = {
+    "empty": lambda file: b"",
+    "cut": lambda file: file.read_bytes()[:-9],
+    "by hand": lambda file: file.read_bytes().replace(b"128", b"256"),
+    "a list": lambda file: b"[]",
+    "binary": lambda file: b"\xff\x00\xfe",
+    "no entries": lambda file: edited(file, entries=None),
+    "text": lambda file: edited(file, entries="no"),
+    "another kernel": lambda file: edited(file, entries=[ENTRY | dict(kernel="gemm")]),
+    "no size": lambda file: edited(file, entries=[ENTRY | dict(size=None)]),
+    "no options": lambda file: edited(file, entries=[ENTRY | dict(options={})]),
+    "another option": lambda file: edited(
+        file, entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]
+    ),
+    "no power": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
+    "too small": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),
+    "true": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(num_stages=True))]),
+    "format": lambda file: edited(file, format=2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
+    file = cache.save(GPU, [ENTRY])
+    shipped = attention_tiles.table("forward", 90, 64, 2)
+    file.write_bytes(damage(file))
+    loaded = cache.load(GPU)
+    assert loaded.entries == []
+    assert loaded.note.startswith(f"measured tiles ignored: {file}")
+    assert loaded.note.endswith("irongpt tune measures anew")
+    assert "\n" not in loaded.note
+    assert len(loaded.note) < 400
+    assert forward_tile() == shipped
+
+
+def test_off_is_off(h200, monkeypatch, cli: Cli) -> None:
+    cache.save(GPU, [ENTRY])
+    monkeypatch.setenv(cache.VARIABLE, "off")
+    assert cache.load(GPU) == ([], "")
+    cache.load.cache_clear()
+    monkeypatch.setenv(cache.VARIABLE, "no")
+    with pytest.raises(UserError, match="IRONGPT_TUNED must be off or unset, got 'no'"):
+        cache.load(GPU)
+
+
+def test_an_emulated_t4_and_a_cpu_take_none(h200, monkeypatch) -> None:
+    cache.save(GPU, [ENTRY])
+    monkeypatch.setenv(emulate.VARIABLE, "sm_75")
+    assert cache.load(GPU) == ([], "")
+    monkeypatch.delenv(emulate.VARIABLE)
+    assert cache.load(CPU) == ([], "")
+
+
+def test_a_folder_that_cannot_be_written(h200, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write"):
+        cache.save(GPU, [ENTRY])
+
+
+def test_a_run_and_the_doctor_load_and_say_it(h200, monkeypatch) -> None:
+    cache.save(GPU, [ENTRY])
+    monkeypatch.setattr(launch, "prepare", lambda device: None)
+    assert ops.load("fused", GPU) is fused
+    assert forward_tile() == TILE
+    report = doctor.Report()
+    doctor._kernels(report, GPU)
+    assert "forward 128 x 32 in 8 warps" in report.facts["kernels"]
+    assert f"table {launch_table.digest(GPU)}" in report.facts["kernels"]
+
+
+def test_digests_tell_tables_apart() -> None:
+    one = launch_table.table_of([ENTRY, ENTRY | dict(size=128)])
+    other = launch_table.table_of([ENTRY | dict(size=128), ENTRY])
+    assert launch_table.table_digest(one) == launch_table.table_digest(other)
+    assert launch_table.table_digest(one) != launch_table.table_digest(
+        launch_table.table_of([ENTRY])
+    )
+    assert len(launch_table.table_digest(one)) == 12
+    assert len(launch_table.sources()) == 12
+
+
+ROWS = {
+    "norm forward": ("dropout_add_layer_norm", dict(BLOCK_M=4, num_warps=2)),
+    "norm backward": (
+        "dropout_add_layer_norm",
+        dict(BLOCK_M=4, num_warps=2, warps_per_sm=2),
+    ),
+    "gelu forward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1)),
+    "gelu backward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1, programs_per_sm=1)),
+}
+LAUNCHED = {"norm": "dropout_add_layer_norm", "gelu": "gelu"}
+
+
+@pytest.mark.parametrize("kernel", list(ROWS))
+def test_row_kernels_are_right_with_other_tiles_and_are_launched_with_them(
+    kernel: str, monkeypatch
+) -> None:
+    op, options = ROWS[kernel]
+    inputs = small_inputs(torch.float32)[op]
+    first = next(x for x in inputs.values() if x is not None)
+    seen = []
+    looked = launch_table.options
+
+    def look(name: str, *args: Any) -> dict[str, int]:
+        found = looked(name, *args)
+        seen.append((name, found))
+        return found
+
+    monkeypatch.setattr(launch_table, "options", look)
+    launch_table.use(CPU, {(kernel, first.shape[-1], 4): options})
+    options_of_op = dict(dropout_p=0.2, seed=3) if op != "gelu" else {}
+    assert_op(fused, op, inputs, **options_of_op)
+    assert (kernel, options) in seen
+
+
+def test_a_resume_with_other_tiles_says_so(cli: Cli, monkeypatch) -> None:
+    from irongpt.training import loop
+
+    flags = [*TINY, "--iters", "4", "--eval-every", "2"]
+    now = {"tiles": "abc"}
+    monkeypatch.setattr(loop.Training, "_tiles", lambda self: now["tiles"])
+    assert cli("train", *flags, "--out", "run").code == 0
+    assert "saved with" not in cli("train", "--resume", "run", "--iters", "6").out
+    now["tiles"] = ""
+    out = cli("train", "--resume", "run", "--iters", "8").out
+    said = "saved with the measured tiles abc, goes on with the shipped tiles: not to the bit"
+    assert said in " ".join(out.split())
+    now["tiles"] = None  # ops that are not ours
+    assert "saved with" not in cli("train", "--resume", "run", "--iters", "10").out
+
+
+def test_mistakes(cli: Cli, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_mistake(cli("tune"), "irongpt tune measures on an NVIDIA GPU, and there is none")
+    assert_mistake(cli("tune", "--device", "cuda"), "--device cuda: torch finds no NVIDIA GPU")
+    assert_mistake(cli("tune", "--preset", "huge"), "--preset")
+    assert_mistake(cli("tune", "--dtype", "int8"), "--dtype")

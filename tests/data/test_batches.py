@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from irongpt.data.batches import TrainBatches, ValBatches, split
+from irongpt.errors import UserError
+
+CONTEXT = 8
+
+
+def train_batches(length: int = 200, batch_size: int = 4, seed: int = 1) -> TrainBatches:
+    return TrainBatches(torch.arange(length), CONTEXT, batch_size, seed)
+
+
+def test_targets_are_the_next_tokens():
+    batches = train_batches()
+    for number in range(50):
+        x, y = batches(number)
+        assert x.shape == y.shape == (4, CONTEXT)
+        assert torch.equal(y, x + 1)
+        assert torch.equal(x, x[:, :1] + torch.arange(CONTEXT))
+
+
+@pytest.mark.parametrize("length", [9, 10, 16, 17, 24, 25, 200])
+def test_an_epoch_has_no_token_twice_and_misses_less_than_two_windows(length):
+    batches = train_batches(length, batch_size=1)
+    for epoch in range(5):
+        first = epoch * batches.windows
+        targets = torch.cat([batches(first + i)[1][0] for i in range(batches.windows)])
+        assert len(targets.unique()) == len(targets)
+        assert length - 1 - len(targets) < 2 * CONTEXT
+
+
+def test_every_position_starts_a_window_and_every_token_is_a_target():
+    batches = train_batches(100, batch_size=1)
+    rows = [batches(i) for i in range(60 * batches.windows)]
+    assert {int(x[0, 0]) for x, _ in rows} == set(range(100 - CONTEXT))
+    assert {int(t) for _, y in rows for t in y[0]} == set(range(1, 100))
+
+
+def test_a_batch_depends_on_seed_and_number_alone():
+    forward = [train_batches()(i)[0] for i in range(40)]
+    batches = train_batches()
+    backward = [batches(i)[0] for i in reversed(range(40))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    other = [train_batches(seed=1 + 2**30)(i)[0] for i in range(40)]
+    assert not any(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def test_epochs_come_in_another_order_and_phase():
+    batches = train_batches(batch_size=train_batches().windows)
+    epochs = [batches(i)[0][:, 0] for i in range(8)]
+    assert len({tuple(e.tolist()) for e in epochs}) == 8
+    assert len({int(e[0]) % CONTEXT for e in epochs}) > 1
+
+
+def test_the_split_is_contiguous_disjoint_and_nine_to_one():
+    train, val = split(torch.arange(1000), CONTEXT)
+    assert torch.equal(train, torch.arange(900))
+    assert torch.equal(val, torch.arange(900, 1000))
+
+
+@pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT])
+def test_a_text_too_short_for_a_window_in_each_split_is_refused(length):
+    with pytest.raises(UserError, match=f"the corpus has {length:,} tokens"):
+        split(torch.arange(length), CONTEXT)
+
+
+def test_the_shortest_text_that_is_enough():
+    train, val = split(torch.arange(10 * CONTEXT + 1), CONTEXT)
+    assert len(val) == CONTEXT + 1
+    assert len(ValBatches(val, CONTEXT, 4, 100)) == 1
+    assert TrainBatches(train, CONTEXT, 4, 1)(0)[0].shape == (4, CONTEXT)
+
+
+def test_validation_covers_the_split_once_in_order():
+    val = ValBatches(torch.arange(100), CONTEXT, 5, 10**9)
+    rows = [val[i] for i in range(len(val))]
+    assert [len(x) for x, _ in rows] == [5, 5, 2]
+    assert torch.equal(torch.cat([x for x, _ in rows]).flatten(), torch.arange(96))
+    assert torch.equal(torch.cat([y for _, y in rows]).flatten(), torch.arange(1, 97))
+
+
+def test_a_part_of_the_validation_windows_is_spread_evenly():
+    val = ValBatches(torch.arange(1000 * CONTEXT + 1), CONTEXT, 100, 10)
+    assert torch.equal(val.starts, torch.arange(10) * 100 * CONTEXT)

@@ -1,0 +1,226 @@
+import hashlib
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from book_server import Lines, refused
+
+from irongpt.data import corpus
+from irongpt.data.corpus import BUILT_IN, Corpus, load
+from irongpt.data.tokenizer import CharTokenizer
+
+TEXT = "“Well, naïve Prince,”\n\n she said…\n"
+PLAIN = "naïve – “so”\n"  # has the same characters in Windows-1252
+START = "*** START OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n"
+END = "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def text_of(raw: bytes, *said: str) -> str:
+    """What a file of these bytes is loaded as, and that only this is said about it."""
+    Path("file.txt").write_bytes(raw)
+    lines = Lines()
+    text = load("file.txt", say=lines).text
+    assert len(lines) == len(said), lines
+    for line, part in zip(lines, said, strict=True):
+        assert part in line
+    return text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_one_text_has_one_sequence_of_ids_however_it_was_saved(
+    encoding: str, line_end: str
+) -> None:
+    bom = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    text = text_of(bom + TEXT.replace("\n", line_end).encode(encoding))
+    assert text == TEXT
+    tokenizer = CharTokenizer.from_text(TEXT)
+    assert tokenizer.encode(text).equal(tokenizer.encode(TEXT))
+
+
+def test_windows_1252_is_read_with_a_warning() -> None:
+    assert text_of(PLAIN.encode("cp1252"), "warning: 'file.txt' is not UTF-8") == PLAIN
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
+    Path("file.txt").write_bytes(TEXT.encode())
+    code = (
+        "import locale, sys; from irongpt import corpus; print(locale.getpreferredencoding(False), "
+        "*(corpus.load(name, say=print).sha256 for name in sys.argv[1:]))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "file.txt"), "python-docs", "python-code"],
+        cwd=Path(corpus.__file__).parents[2],
+        env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    ).stdout.split()
+    if locale == "C" and sys.platform == "linux":
+        assert "UTF-8" not in printed[0].upper()
+    assert printed[1] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert printed[2:] == [load(name, say=print).sha256 for name in BUILT_IN[1:]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b" \r\n\t\n", "is empty"),
+        (f"{START}\n{END}".encode(), "is empty"),
+        (b"text\0text" * 100, "looks binary"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "looks binary"),
+        (b"text\x01\x02" * 100, "looks binary"),
+        ("no byte order mark".encode("utf-16-le"), "looks binary"),
+        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not text in UTF-8"),
+        (b"\xff\xfea", "not text in UTF-8"),
+    ],
+)
+def test_a_file_without_text_is_refused(raw: bytes, reason: str) -> None:
+    Path("file.txt").write_bytes(raw)
+    assert len(refused("file.txt", "'file.txt'", reason)) < 200
+    assert os.listdir() == ["file.txt"]
+
+
+def test_a_few_control_characters_are_text() -> None:
+    text = "\f\x1b[1mA page of a manual\x1b[0m, printed with its colours." * 10 + "x" * 2000
+    assert text_of(text.encode()) == text
+
+
+@pytest.mark.parametrize("data", ["", "-", "nosuch.txt", "War-and-Peace", "a\nb", "a\0b", "\udcff"])
+def test_a_name_that_is_no_file_is_refused_with_the_names_there_are(data: str) -> None:
+    assert len(refused(data, repr(data), *BUILT_IN)) < 200
+
+
+def test_what_is_no_regular_file_is_refused() -> None:
+    Path("folder").mkdir()
+    Path("file").touch()
+    refused("folder", "'folder' is a folder")
+    refused("file/text", "cannot read 'file/text': ")
+    refused("x" * 5000, "cannot read ")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("fifo")
+        os.symlink(os.devnull, "device")
+        refused("device", "'device' is no regular file")  # first: a fifo would make it wait
+        refused("fifo", "'fifo' is no regular file")
+
+
+def test_a_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file.txt").write_bytes(b"text")
+
+    def forbidden(*args: object) -> bytes:  # chmod does not keep root out
+        raise PermissionError(13, "Permission denied", "file.txt")
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert refused("file.txt") == "cannot read 'file.txt': Permission denied"
+
+
+def test_a_file_over_2_gb_is_refused_before_it_is_read() -> None:
+    with open("file.txt", "wb") as file:
+        file.truncate(corpus.MAX_FILE_BYTES + 1)  # takes no space
+    refused("file.txt", "'file.txt' is larger than 2 GB")
+
+
+def test_the_text_keeps_its_white_space() -> None:
+    assert text_of(b"\n\n  a \t\n\n b  \n\n") == "\n\n  a \t\n\n b  \n\n"
+
+
+@pytest.mark.parametrize("word", ["THE", "THIS"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_gutenbergs_license_is_cut_off(word: str, line_end: str) -> None:
+    book = f"License\n{START}\n \n  A\n\n b \n\n\n{END}License\n".replace("THE", word)
+    assert text_of(book.replace("\n", line_end).encode(), "'file.txt': 8 char") == "  A\n\n b\n"
+
+
+def test_all_the_books_of_a_file_are_kept() -> None:
+    books = f"License\n{START}one\n{END}License\n{START}two\n{END}License\n"
+    assert text_of(books.encode(), "licence") == "one\n\n\ntwo\n"
+
+
+@pytest.mark.parametrize("text", [f"a\n{START}b\n", f"a\n{END}b\n", f"a\n{END}b\n{START}c\n"])
+def test_a_single_marker_cuts_nothing(text: str) -> None:
+    assert text_of(text.encode()) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("text.txt", "text"),
+        ("sub/my book (1).txt", "my-book-1"),
+        ("v1.2.txt", "v1.2"),
+        ("--x_.txt", "x_"),
+        (".hidden", "hidden"),
+        ("война.txt", "text"),
+        ("a" * 100, "a" * 64),
+    ],
+)
+def test_a_files_corpus_has_a_name_fit_for_a_folder(folder: Path, path: str, name: str) -> None:
+    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).write_bytes(b"text")
+    assert load(path, say=Lines()) == Corpus(name, "text")
+
+
+def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = Corpus("war-and-peace", "book")
+    monkeypatch.setattr(corpus, "_war_and_peace", lambda say: book)
+    for name in BUILT_IN:
+        Path(name).write_bytes(b"mine")
+        assert load(name, say=Lines()).text != "mine"
+        assert load(f"./{name}", say=Lines()).text == "mine"
+    assert load("war-and-peace", say=Lines()) is book
+
+
+def test_python_docs_is_the_manuals_topics_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = load("python-docs", say=Lines())
+    assert docs.name == "python-docs"
+    assert len(docs.text) > 300_000
+    monkeypatch.setattr("pydoc_data.topics.topics", {"b": "two\n", "a": "one"})
+    assert load("python-docs", say=Lines()).text == "one\n\ntwo\n"
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # as if it were not installed
+    refused("python-docs", "pydoc_data.topics", "--data FILE")
+
+
+def test_python_code_is_printable_ascii_and_large() -> None:
+    code = load("python-code", say=Lines())
+    assert code.name == "python-code"
+    assert set(code.text) <= {*string.printable}
+    assert 5e6 < len(code.text) < 12e6
+
+
+def test_python_code_is_the_standard_librarys_and_nothing_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "ast.py": b"ast\r\n",
+        "json/__init__.py": b"json\n",
+        "json/tool.py": b"tool\n",
+        "json/tests/test_tool.py": b"a test\n",
+        "unittest/test/test_it.py": b"a test\n",
+        "lib2to3/main.py": b"old\n",
+        "abc.py": "é\n".encode(),
+        "heapq.py": b"\xe9\n",
+        "json/data.txt": b"data\n",
+        "site-packages/torch/ast.py": b"installed\n",
+        "dist-packages/ast.py": b"installed\n",
+        "sitecustomize.py": b"mine\n",
+    }
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(raw)
+    monkeypatch.setattr(os, "__file__", str(folder / "os.py"))
+    assert load("python-code", say=Lines()).text == "ast\n\njson\n\ntool\n"
+    monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
+    refused("python-code", "no source of the standard library", "--data FILE")

@@ -1,0 +1,164 @@
+"""The rule of `irongpt_kernels.tolerance` as an assertion, and the inputs it is tried on.
+
+`eager` itself is held in float64 against other formulas, to `EXACT`.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from irongpt_kernels import eager, tolerance
+from irongpt_kernels.runtime import emulate
+from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter computes bfloat16 wrongly, and a T4 emulates it.
+HALVES = [torch.float16]
+if DEVICE == "cuda" and emulate.capability(torch.device(DEVICE)) >= (8, 0):
+    HALVES.append(torch.bfloat16)
+DTYPES = [torch.float32, *HALVES]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+# Two float64 formulas of one function differ by the rounding of some thousand operations.
+EXACT = 1e-12
+EPS32 = 2.0**-23
+
+
+def assert_rule(
+    factor: int,
+    candidate: Tensor,
+    baseline: Tensor,
+    oracle: Tensor,
+    slack: Tensor | None = None,
+) -> None:
+    """e(candidate) <= factor e(baseline) + floor, by the maximum and by the root mean square.
+
+    slack, where the baseline is not eager but the oracle itself, rounded: what float32 costs, such
+    as the error of an exponential, which is its argument in roundings.
+    """
+    assert candidate.shape == baseline.shape == oracle.shape
+    assert candidate.dtype == baseline.dtype
+    if oracle.numel() == 0:
+        return
+    finite = oracle.isfinite()
+    for x in (candidate, baseline):
+        torch.testing.assert_close(x[~finite].double(), oracle[~finite], equal_nan=True)
+        assert x[finite].isfinite().all(), "not finite where the oracle is"
+    for name, e in tolerance.errors(factor, candidate, baseline, oracle).items():
+        bound = e.bound + (0.0 if slack is None else float(tolerance.NORMS[name](slack)))
+        found = f"{name} error {e.candidate:.3g}, eager's {e.eager:.3g}, bound {bound:.3g}"
+        assert e.candidate <= bound, found
+
+
+def assert_exact(x: Any, y: Any) -> None:
+    """Equal but for float64 rounding. Tensors, or tuples of them."""
+    torch.testing.assert_close(x, y, rtol=EXACT, atol=EXACT, equal_nan=True)
+
+
+Inputs = dict[str, Tensor | None]
+
+
+def run(
+    op: Callable[..., Any], inputs: Inputs, upstream: tuple[Tensor, ...] = (), **options: Any
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The op's outputs, and the gradients of its floating inputs where `upstream` is given."""
+    leaves = {
+        name: x.detach().requires_grad_(bool(upstream) and x.is_floating_point())
+        for name, x in inputs.items()
+        if x is not None
+    }
+    out = op(**leaves, **options)
+    outputs = out if isinstance(out, tuple) else (out,)
+    if not upstream:
+        return outputs, ()
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    pairs = [(x, g.clone()) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
+    gradients = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs])
+    return tuple(x.detach() for x in outputs), gradients
+
+
+def assert_op(
+    module: ModuleType,
+    name: str,
+    inputs: Inputs,
+    upstream: tuple[Tensor, ...] | None = None,
+    **options: Any,
+) -> None:
+    """Holds an op of `module` to the rule, forward and backward, in the dtype of the inputs.
+
+    upstream: random unless given.
+    """
+    op, reference = getattr(module, name), getattr(eager, name)
+    if upstream is None:
+        outputs, _ = run(reference, inputs, **options)
+        upstream = tuple(randn(*x.shape, dtype=x.dtype, seed=i) for i, x in enumerate(outputs, 90))
+    results = run(op, inputs, upstream, **options)
+    baseline = run(reference, inputs, upstream, **options)
+    wide = {n: x.double() if _is_float(x) else x for n, x in inputs.items()}
+    oracle = run(reference, wide, tuple(g.double() for g in upstream), **options)
+    for tensors in zip(results[0], baseline[0], oracle[0], strict=True):
+        assert_rule(OUTPUTS, *tensors)
+    for tensors in zip(results[1], baseline[1], oracle[1], strict=True):
+        assert_rule(GRADIENTS, *tensors)
+
+
+def _is_float(x: Tensor | None) -> bool:
+    return x is not None and x.is_floating_point()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """`randn` where kernels run."""
+    return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
+
+
+def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
+    """Small inputs of every op, sizes that no tile divides."""
+    x, y, weight, bias = (
+        randn(*shape, dtype=dtype, seed=seed)
+        for seed, shape in enumerate([(4, 5, 19), (4, 5, 19), (19,), (19,)])
+    )
+    q, k, v = (randn(2, 3, 7, 5, dtype=dtype, seed=10 + i) for i in range(3))
+    targets = torch.tensor([3, -100, 18, 0, 7])
+    return {
+        "causal_attention": {"q": q, "k": k, "v": v},
+        "causal_attention_packed": {"qkv": torch.stack([q, k, v], 2).transpose(1, 3)},
+        "layer_norm": {"x": x, "weight": weight, "bias": bias},
+        "softmax": {"x": x},
+        "cross_entropy": {"logits": x[0], "targets": targets},
+        "gelu": {"x": x, "bias": bias},
+        "dropout_add_layer_norm": {"branch": x, "residual": y, "weight": weight, "bias": bias},
+    }
+
+
+OPS = list(small_inputs())
+UPDATES = [
+    "unscale",
+    "adamw",
+    "muon_momentum",
+    "muon_update",
+]  # ops of the optimizer, which have no gradient
+# Those of one token: they have no gradient, and some write into their arguments.
+DECODING = ["cached_attention", "draw_tokens", "embed_tokens", "linear_add", "norm_linear"]
+
+
+def _between_nans(x: Tensor) -> Tensor:
+    return F.pad(x, (3, 5), value=float("nan")).narrow(-1, 3, x.shape[-1])
+
+
+# Where a tensor's values may lie. Memory that is none of its own is NaN.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second value": lambda x: torch.stack([x, x * float("nan")], -1)[..., 0],
+    "slice of a wider tensor": _between_nans,
+    "one value expanded": lambda x: x.flatten()[0].expand(x.shape),  # the gradient of a sum
+    "first row expanded": lambda x: x[:1].expand_as(x),
+}

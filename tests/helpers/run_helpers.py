@@ -1,0 +1,31 @@
+"""Two run folders, to the bit."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+
+SECONDS = ("seconds", "tokens_per_s", "mfu")  # what two runs need not share
+
+
+def history(run: Path) -> list[dict]:
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: v for k, v in record.items() if k not in SECONDS} for record in records]
+
+
+def state(run: Path) -> dict:
+    state = json.loads((run / "last/state.json").read_text())
+    return {k: v for k, v in state.items() if k not in ("seconds", "sha256")}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert history(a) == history(b)
+    for name in ("last", "best"):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            x, y = (safetensors.torch.load_file(run / name / file) for run in (a, b))
+            assert x.keys() == y.keys()
+            assert [k for k in x if not x[k].equal(y[k])] == []
+    assert state(a) == state(b)
+    assert (a / "sample.txt").read_text() == (b / "sample.txt").read_text()

@@ -1,0 +1,301 @@
+"""
+What `turing` promises, checked by compiling. For test_turing.py, in a process of its own, where
+Triton compiles and does not interpret.
+
+    python tests/turing_checks.py       prints JSON: by check, "" or what went wrong
+"""
+
+import contextlib
+import json
+import re
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from irongpt_kernels.aot import __main__ as aot
+from irongpt_kernels.aot import sass
+from irongpt_kernels.fused import attention_tiles
+from irongpt_kernels.runtime import launch, turing
+from numerics import randn
+from triton import knobs
+from turing_kernels import (
+    add_kernel,
+    dot_kernel,
+    half_kernel,
+    loop_kernel,
+    made,
+    ptx,
+    saying,
+    staged_kernel,
+    stock,
+    two_dots_kernel,
+    without,
+)
+
+MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+
+
+def check_stock_triton_has_no_tensor_cores() -> None:
+    with without():
+        kernel = made()
+    assert "mma" not in kernel.asm["ptx"]
+    n = sass.count(sass.read(kernel.asm["cubin"]).instructions)
+    assert n["HMMA"] == 0
+    assert n["FFMA"] > 500, n
+
+
+def check_fp16_runs_on_tensor_cores() -> None:
+    kernel = made()
+    assert kernel.asm["ptx"].count(MMA) == kernel.asm["ptx"].count("mma.sync") == 32
+    names = [x.name for x in sass.read(kernel.asm["cubin"]).instructions]
+    assert names.count("HMMA.1688.F32") == 32
+    assert not any(x.startswith("FFMA") for x in names)
+
+
+def check_fp16_accumulators_too() -> None:
+    names = [x.name for x in sass.read(made(half_kernel, "fp16 fp16 fp16").asm["cubin"])[2]]
+    assert names.count("HMMA.1688.F16") == 32
+
+
+def check_stages_of_an_option_are_one() -> None:
+    with saying():
+        assert MMA in ptx(loop_kernel, num_stages=3)
+
+
+def check_float32_is_as_ever() -> None:
+    for precision in ("ieee", "tf32"):
+        same = dict(types="fp32 fp32 fp32", precision=precision)
+        assert ptx(**same) == stock(**same)
+    with saying():
+        text = ptx(two_dots_kernel)
+    assert MMA in text
+    assert "tf32" not in text
+    assert text.count("fma.rn.f32") >= 32 * 32
+
+
+def check_no_dot_no_change() -> None:
+    for types in ("fp16 fp16 fp16", "fp32 fp32 fp32"):
+        assert ptx(add_kernel, types) == stock(add_kernel, types)
+
+
+def check_bfloat16_is_as_ever() -> None:
+    with saying():
+        assert ptx(types="bf16 bf16 fp32") == stock(types="bf16 bf16 fp32")
+
+
+def check_other_gpus_are_as_ever() -> None:
+    for arch in (80, 86, 89, 90):
+        assert ptx(arch=arch) == stock(arch=arch)
+
+
+def check_what_cannot_be_served_is_as_ever_and_said_once() -> None:
+    other = two_dots_kernel, "fp16 fp16 bf16"
+    with saying("two_dots_kernel runs without", "staged_kernel runs without"):
+        for num_warps in (1, 2):
+            same = dict(N=16, num_warps=num_warps)
+            assert ptx(*other, **same) == stock(*other, **same)
+            assert ptx(staged_kernel, **same) == stock(staged_kernel, **same)
+
+
+def check_ptx_that_is_not_known_falls_back() -> None:
+    with (
+        saying("m16n8k16"),
+        patch.object(turing, "split_mma", lambda text: text),
+        patch.object(turing, "KEY", "not known"),  # in a cache key of its own
+    ):
+        assert ptx(N=16) == stock(N=16)
+
+
+def check_a_lowering_that_fails_falls_back() -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such pass")
+
+    with (
+        saying("no such pass"),
+        patch.object(turing.dataclasses, "replace", fail),
+        patch.object(turing, "KEY", "fails"),
+    ):
+        assert ptx(N=16) == stock(N=16)
+
+
+def check_hooks_compose() -> None:
+    """One that watches TTGIR, installed before ours, or after it and calling it."""
+    for first in (True, False):
+        seen: list[str] = []
+
+        def watch(*args: Any, before: Any = None, seen: list[str] = seen) -> Any:
+            if not args:
+                key, hashed = before() if before else ("", "")
+                return f"watch{key}", f"watch{hashed}"
+            if before:
+                before(*args)
+            stages = args[1]
+            ttgir = stages["ttgir"]
+
+            def watched(module: Any, metadata: Any) -> Any:
+                module = ttgir(module, metadata)
+                seen.append(str(module))
+                return module
+
+            stages["ttgir"] = watched
+            return None
+
+        with without():
+            if first:
+                knobs.runtime.add_stages_inspection_hook = watch
+            else:
+                turing.install()
+                ours = knobs.runtime.add_stages_inspection_hook
+                knobs.runtime.add_stages_inspection_hook = lambda *args, ours=ours, watch=watch: (
+                    watch(*args, before=ours)
+                )
+            turing.install()
+            keys = knobs.runtime.add_stages_inspection_hook()
+            assert all("watch" in key and turing.KEY in key for key in keys), keys
+            with patch.object(turing, "KEY", f"first {first}"):
+                assert ptx(N=16).count("mma.sync") == ptx(N=16).count(MMA) == 4
+            assert ["nvidia_mma" in text for text in seen] == [True]
+
+
+def check_install_again_is_the_same() -> None:
+    hook = knobs.runtime.add_stages_inspection_hook
+    turing.install()
+    assert knobs.runtime.add_stages_inspection_hook is hook
+
+
+def check_the_cache_is_honest() -> None:
+    """One folder, with and without the hook, in either order, and for other GPUs the same entry."""
+    for hooked_first in (True, False):
+        with tempfile.TemporaryDirectory() as folder, patch.object(knobs.cache, "dir", folder):
+            kernels = {}
+            for hooked in (hooked_first, not hooked_first, hooked_first):
+                with contextlib.nullcontext() if hooked else without():
+                    kernels[hooked] = made()
+                assert (MMA in kernels[hooked].asm["ptx"]) == hooked
+            assert kernels[True].hash != kernels[False].hash
+
+
+def check_threads() -> None:
+    """GPUs of two kinds, kernels that are served and others, all at a time."""
+    plans = [
+        dict(arch=arch, N=N, types=types)
+        for N in (16, 32)
+        for arch in (75, 90)
+        for types in ("fp16 fp16 fp32", "fp32 fp32 fp32")
+    ]
+    alone = [ptx(**plan) for plan in plans]
+    with (
+        without(),
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(knobs.cache, "dir", folder),
+    ):
+        together: dict[int, str] = {}
+
+        def work(i: int) -> None:
+            turing.install()
+            together[i] = ptx(**plans[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(plans))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [together[i] for i in range(len(plans))] == alone
+        assert not isinstance(knobs.runtime.add_stages_inspection_hook.before, turing.Hook)
+
+
+def check_a_triton_without_the_hook_is_told() -> None:
+    bare = SimpleNamespace(runtime=SimpleNamespace())
+    with patch.object(turing, "knobs", bare), patch.object(turing, "_proved", False):
+        _assert_refused("no hook")
+
+
+def check_a_triton_with_other_ptx_is_told() -> None:
+    with (
+        without(),
+        patch.object(turing, "split_mma", lambda text: text),
+        patch.object(turing, "KEY", "other ptx"),
+        patch.object(turing, "_proved", False),
+    ):
+        _assert_refused("not known")
+        assert knobs.runtime.add_stages_inspection_hook is None
+
+
+def _assert_refused(why: str) -> None:
+    with pytest.raises(RuntimeError) as e:
+        turing.install()
+    assert why in str(e.value)
+    assert "install a Triton" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def check_a_launch_on_sm_75_installs_it_and_no_other() -> None:
+    for arch in (90, 75):
+        with (
+            without(),
+            patch.object(launch, "architecture", lambda device, arch=arch: arch),
+            patch.object(torch.cuda, "device", contextlib.nullcontext),
+        ):
+            launch.on(torch.device("cuda", 0))
+            hook = knobs.runtime.add_stages_inspection_hook
+            assert isinstance(hook, turing.Hook) == (arch == 75)
+
+
+def check_a_launch_compiles_with_it() -> None:
+    """The path of `kernel[grid](...)`, for GPUs of two kinds in one process."""
+    x = randn(32, 32, dtype=torch.float16)
+    z = x.float()
+    for arch in (75, 90, 75):
+        done: list[Any] = []
+        with aot.compiling(arch, lambda f, kernel: done.append(kernel), _raise):  # noqa: B023
+            dot_kernel[(1,)](x, x, z, 32, "tf32", num_warps=1)
+        assert (MMA in done[0].asm["ptx"]) == (arch == 75)
+
+
+def _raise(function: Any, e: Exception) -> None:
+    raise e
+
+
+def check_spills_are_seen() -> None:
+    """The facts that test_compile.py demands can be otherwise."""
+    kernel = made(N=128)  # 512 accumulators a thread
+    binary = sass.read(kernel.asm["cubin"])
+    assert binary.stack > 0
+    assert sass.count(binary.instructions)["LOCAL"] > 0
+    assert sass.warps_per_sm(75, binary.registers, kernel.metadata.shared, 1) < 8
+
+
+def check_stock_attention_has_no_tensor_cores() -> None:
+    case = next(c for c in aot.shapes.every(75) if c.shape == "D=16 p=0.0 T=256 float16")
+    tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1)  # scalar, it unrolls far
+    with patch.object(attention_tiles, "table", lambda *args: tile):
+        rows = aot.report(75, [case], stock=True)["kernels"]
+    assert len(rows) == 3
+    assert all(r["kernel_HMMA"] == 0 and r["kernel_FFMA"] > 300 for r in rows), aot.table(rows)
+
+
+def main() -> dict[str, str]:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        knobs.cache.dir = folder  # what is in a cache compiles no more, and warns no more
+        turing.install()
+        every = re.findall(r"^def (check_\w+)", Path(__file__).read_text(), re.MULTILINE)
+        for name in sys.argv[1:] or every:
+            try:
+                globals()[name]()
+            except Exception:
+                found[name] = traceback.format_exc()[-2000:]
+            else:
+                found[name] = ""
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(main(), sys.stdout)

@@ -1,0 +1,204 @@
+"""The optimizer's ops, unscale and adamw: each implementation against eager in float64."""
+
+import contextlib
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels.fused import grad_norm as norm_kernel
+from numerics import DEVICE, OUTPUTS, assert_rule, each_dtype, values
+from torch import Tensor
+
+kernel = importlib.import_module("irongpt_kernels.fused.adamw")
+each_ops = pytest.mark.parametrize("ops", [builtin, fused], ids=["builtin", "fused"])
+SHAPES = [(33, 40), (1025,), (1024,), (1,), (3, 5), (2100,), (16,)]
+COPIES = 2  # of the first weights
+BETAS = dict(beta1=0.9, beta2=0.999)
+
+
+class State:
+    """Weights, copies of the first ones, gradients, moments and all else of a few steps."""
+
+    def __init__(
+        self, dtype: torch.dtype, narrow: bool, shapes: list[tuple[int, ...]] = SHAPES
+    ) -> None:
+        self.params = [values(*s, seed=i) for i, s in enumerate(shapes)]
+        self.copies = [p.to(dtype) for p in self.params[:COPIES]]
+        self.narrow = dtype if narrow else torch.float32
+        self.m = [0.1 * values(*s, seed=20 + i) for i, s in enumerate(shapes)]
+        self.v = [0.01 * values(*s, seed=40 + i).square() for i, s in enumerate(shapes)]
+        self.steps = 3.0 * torch.arange(len(shapes), device=DEVICE)  # a restored run's may differ
+        self.scale = torch.tensor(64.0, device=DEVICE)
+        self.good = torch.tensor(0, device=DEVICE)
+        self.lr = torch.tensor(0.01, device=DEVICE)
+        self.decays = [0.1 * (len(s) - 1) for s in shapes]
+
+    def double(self) -> "State":
+        for name in ("params", "m", "v"):
+            setattr(self, name, [t.double() for t in getattr(self, name)])
+        for name in ("steps", "scale", "lr"):
+            setattr(self, name, getattr(self, name).double())
+        return self
+
+    def grads(self, step: int, size: float = 1.0) -> list[Tensor]:
+        made = [size * values(*p.shape, seed=99 * step + i) for i, p in enumerate(self.params)]
+        return [g.to(self.narrow) if i < COPIES else g for i, g in enumerate(made)]
+
+    def step(self, ops: ModuleType, grads: list[Tensor], max_norm: float = 1.0) -> Tensor:
+        wide = self.params[0].dtype == torch.float64
+        grads = [g.double() if wide else g.clone() for g in grads]
+        unscaled = ops.unscale(grads, self.scale, self.good, self.steps, max_norm=max_norm, calm=3)
+        ops.adamw(
+            self.params, self.copies, grads, self.m, self.v, self.steps, self.lr, unscaled,
+            **BETAS, weight_decays=self.decays,
+        )  # fmt: skip
+        return unscaled
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.params, *self.m, *self.v, *self.copies, self.steps, self.scale, self.good]
+
+
+@each_ops
+@each_dtype
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("size", [0.01, 50.0], ids=["whole", "clipped"])
+def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: float) -> None:
+    ours, theirs = (State(dtype, narrow) for _ in range(2))
+    oracle = State(dtype, narrow).double()
+    for step in range(5):
+        grads = ours.grads(step, size)
+        rows = [s.step(o, grads) for s, o in ((ours, ops), (theirs, eager), (oracle, eager))]
+        assert_rule(OUTPUTS, rows[0][:2], rows[1][:2], rows[2][:2])
+        assert rows[0][2] == 0
+        for name in ("params", "m", "v"):
+            for tensors in zip(*(getattr(s, name) for s in (ours, theirs, oracle)), strict=True):
+                assert_rule(OUTPUTS, *tensors)
+    for copy, p in zip(ours.copies, ours.params, strict=False):
+        assert torch.equal(copy, p.to(dtype))
+    assert torch.equal(ours.steps, State(dtype, narrow).steps + 5)
+    assert (ours.scale, ours.good) == (theirs.scale, theirs.good) == (128, 2)
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 400, 100_000])
+@each_ops
+def test_any_step_has_its_bias_corrected(ops: ModuleType, step: int) -> None:
+    states = [State(torch.float32, False) for _ in range(3)]
+    states[2].double()
+    for s, o in zip(states, (ops, eager, eager), strict=True):
+        s.steps += step - 1
+        s.m = [torch.zeros_like(m) for m in s.m]
+        s.v = [torch.zeros_like(v) for v in s.v]
+        s.params = [torch.zeros_like(p) for p in s.params]  # what is left is the update
+        s.step(o, states[0].grads(1))
+    for tensors in zip(*(s.params for s in states), strict=True):
+        assert_rule(OUTPUTS, *tensors)
+
+
+@each_ops
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("where", [0, 3, 6])
+def test_an_overflow_changes_the_scale_alone(ops: ModuleType, bad: float, where: int) -> None:
+    state = State(torch.float16, True)
+    state.step(ops, state.grads(0))
+    before = [t.clone() for t in state.tensors()]
+    grads = state.grads(1)
+    grads[where].view(-1)[-1] = bad
+    row = state.step(ops, grads)
+    assert not row[0].isfinite()
+    assert row[2] == 1
+    *kept, scale, good = state.tensors()
+    assert all(map(torch.equal, kept, before))
+    assert (scale, good) == (32, 0)
+    state.step(ops, state.grads(2))
+    assert not any(map(torch.equal, state.tensors()[:-2], before))
+
+
+@pytest.mark.parametrize("ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"])
+def test_the_scale_doubles_after_a_calm_halves_and_stays_within_its_bounds(ops) -> None:
+    scale, good = torch.tensor(65536.0, device=DEVICE), torch.tensor(0, device=DEVICE)
+    steps, g = torch.zeros(1, device=DEVICE), torch.ones(3, device=DEVICE)
+
+    def after(value: float, calm: int) -> float:
+        ops.unscale([value * g], scale, good, steps, max_norm=1.0, calm=calm)
+        return float(scale)
+
+    inf = float("inf")
+    found = [after(x, 3) / 65536 for x in (1, 1, inf, 1, 1, 1, 1, 1, 1)]
+    assert found == [1, 1, 0.5, 0.5, 0.5, 1, 1, 1, 2]
+    assert steps == 8
+    assert [after(inf, 1) for _ in range(40)][-1] == 1
+    assert [after(1.0, 1) for _ in range(40)][-1] == 2**24
+    assert after(inf, 0) == 2**24  # without loss scaling
+
+
+def test_more_weights_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = (State(torch.float16, True) for _ in range(2))
+    rows = [whole.step(fused, whole.grads(0))]
+    monkeypatch.setattr(norm_kernel, "MAX_TENSORS", 3)
+    monkeypatch.setattr(norm_kernel, "SUMS", 4)
+    rows.append(parts.step(fused, parts.grads(0)))
+    torch.testing.assert_close(*rows)
+    for a, b in zip(whole.tensors(), parts.tensors(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    runs = []
+    for _ in range(2):
+        state = State(torch.float16, True)
+        runs.append([*(state.step(fused, state.grads(i)) for i in range(2)), *state.tensors()])
+    assert all(map(torch.equal, *runs))
+
+
+def test_gradients_of_any_layout() -> None:
+    shapes = [(40, 24), (24, 8)]
+    straight, other = (State(torch.float16, True, shapes) for _ in range(2))
+    grads = straight.grads(0)
+    rows = straight.step(fused, grads)
+    layouts = [g.t().contiguous().t() for g in grads]
+    unscaled = fused.unscale(layouts, other.scale, other.good, other.steps, max_norm=1.0, calm=3)
+    lists = (other.params, other.copies, layouts, other.m, other.v)
+    fused.adamw(*lists, other.steps, other.lr, unscaled, **BETAS, weight_decays=other.decays)
+    assert torch.equal(rows, unscaled)
+    assert all(map(torch.equal, straight.tensors(), other.tensors()))
+
+
+def test_gradients_of_two_narrow_types_are_refused() -> None:
+    one = torch.ones((), device=DEVICE)
+    grads = [torch.ones(3, device=DEVICE, dtype=d) for d in (torch.float16, torch.bfloat16)]
+    with pytest.raises(TypeError, match="of one other type at most"):
+        fused.unscale(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
+
+
+def test_cost() -> None:
+    assert kernel.adamw_bytes(10, 2, 2) == 300
+    assert kernel.adamw_bytes(10, 4, 0) == 320
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the sanitizer works on Triton's interpreter")
+@pytest.mark.parametrize("order", [0, 1, None])
+def test_an_op_runs_clean_in_any_order(order: int | None) -> None:
+    from sanitizer import sanitize
+
+    shapes = [(30, 40), (1025,), (1,), (3, 5)]
+    results = []
+    for watched in (False, True):
+        state = State(torch.float16, True, shapes)
+        with sanitize(order) if watched else contextlib.nullcontext() as report:
+            rows = [state.step(fused, state.grads(i)) for i in range(2)]
+        results.append([*rows, *state.tensors()])
+    assert all(map(torch.equal, *results))
+    assert len(report.kernels) == 2 * 3
+
+
+def test_fakes_keep_the_ops_promises() -> None:
+    state = State(torch.float16, True, [(3, 5), (4,), (2,)])
+    grads = state.grads(0)
+    arguments = (grads, state.scale, state.good, state.steps, 1.0, 3)
+    torch.library.opcheck(norm_kernel._op, arguments)
+    unscaled = fused.unscale(*arguments[:4], max_norm=1.0)
+    lists = (state.params, state.copies, grads, state.m, state.v)
+    numbers = (state.steps, state.lr, unscaled, 0.9, 0.999, state.decays, 1e-8)
+    torch.library.opcheck(kernel._op, (*lists, *numbers))

@@ -1,0 +1,261 @@
+"""The cross-entropy kernels, held to the rule of `numerics`."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from irongpt_kernels import eager
+from numerics import (
+    DEVICE,
+    EPS32,
+    GRADIENTS,
+    LAYOUTS,
+    OUTPUTS,
+    assert_op,
+    assert_rule,
+    each_dtype,
+    run,
+    values,
+)
+from torch import Tensor
+
+kernel = importlib.import_module("irongpt_kernels.fused.cross_entropy")
+INF = math.inf
+
+
+@pytest.fixture(params=["one block", "blocks"])
+def path(request, monkeypatch) -> None:
+    """A row at once, and walked in blocks."""
+    if request.param == "blocks":
+        monkeypatch.setattr(kernel, "MAX_BLOCK", 16)
+        monkeypatch.setattr(kernel, "TILE", 32)
+        monkeypatch.setattr(kernel, "PARTS", 2)
+
+
+def hold(logits: Tensor, targets: Tensor, upstream: float = 1.7, **options: object) -> None:
+    inputs = dict(logits=logits, targets=targets.to(DEVICE))
+    dloss = torch.tensor(upstream, device=DEVICE)
+    assert_op(kernel, "cross_entropy", inputs, (dloss,), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("scale", [1, 20], ids=["untrained", "confident"])
+@pytest.mark.parametrize("M", [1, 7, 19])
+def test_cross_entropy(M: int, scale: int, dtype: torch.dtype, path: None) -> None:
+    targets = torch.arange(M) * 3 % 50
+    targets[1::7] = -100
+    hold(values(M, 50, dtype=dtype) * scale, targets)
+
+
+@each_dtype
+@pytest.mark.parametrize("V", [1, 2, 7, 15, 16, 17, 112, 128, 1000, 50257])
+def test_any_vocabulary(V: int, dtype: torch.dtype) -> None:
+    hold(values(4, V, dtype=dtype) * 3, torch.tensor([0, V - 1, V // 2, -100]))
+
+
+@each_dtype
+@pytest.mark.parametrize("upstream", [3.7, 65536.0, -1.0, 0.0])
+def test_the_upstream_gradient_counts(upstream: float, dtype: torch.dtype) -> None:
+    hold(values(40, 19, dtype=dtype), torch.arange(40) % 19, upstream)
+
+
+@each_dtype
+def test_extreme_logits(dtype: torch.dtype, path: None) -> None:
+    """To the edge of the dtype, and -inf: in front, behind, in whole blocks, all but the target."""
+    top = 65504.0 if dtype == torch.float16 else 1e30
+    V = 37
+    x = values(12, V, dtype=dtype)
+    x[1], x[2], x[3] = 3.0, top, -top
+    x[4, ::2], x[4, 1::2] = top, -top
+    x[5] = torch.arange(V) * (top / V)
+    x[6] = x[5].flip(0)
+    x[7, :36], x[8, 1:], x[9, 20:], x[10, :20] = -INF, -INF, -INF, -INF
+    targets = torch.tensor([5, 0, 36, 18, 0, 36, 0, 36, 0, 19, 20, 3])
+    hold(x, targets)
+    hold(x[4:5], torch.tensor([1]))  # the least likely class
+
+
+def test_an_infinite_loss_is_infinite(path: None) -> None:
+    x = values(3, 37, dtype=torch.float32)
+    x[1, 5] = -INF
+    hold(x, torch.tensor([0, 5, 7]))
+
+
+@each_dtype
+@pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+def test_an_ignored_row_does_not_matter(bad: float, dtype: torch.dtype, path: None) -> None:
+    x, targets = values(6, 37, dtype=dtype), torch.tensor([3, -100, 0, 36, -100, 8], device=DEVICE)
+    x[1], x[4, ::2] = bad, bad
+    dloss = torch.tensor(1.0, device=DEVICE)
+    (loss,), (dx,) = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
+    counted = targets != -100
+    alone = dict(logits=x[counted], targets=targets[counted])
+    oracle = run(eager.cross_entropy, alone | dict(logits=x[counted].double()), (dloss.double(),))
+    baseline = run(eager.cross_entropy, alone, (dloss,))
+    assert_rule(OUTPUTS, loss, baseline[0][0], oracle[0][0])
+    assert_rule(GRADIENTS, dx[counted], baseline[1][0], oracle[1][0])
+    assert (dx[~counted] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [INF, math.nan])
+def test_what_is_not_finite_elsewhere_shows(bad: float, path: None) -> None:
+    x = values(3, 37, dtype=torch.float32)
+    x[1, 20] = bad
+    for target in (20, 5):
+        targets = torch.tensor([0, target, 1], device=DEVICE)
+        assert kernel.cross_entropy(x, targets).isnan()
+
+
+def test_another_ignored_class() -> None:
+    hold(values(4, 10, dtype=torch.float32), torch.tensor([3, 3, 1, 2]), ignore_index=3)
+    hold(values(4, 10, dtype=torch.float32), torch.tensor([3, 3, 1, 77]), ignore_index=77)
+
+
+@pytest.mark.parametrize("M", [0, 4], ids=["no rows", "all ignored"])
+def test_with_nothing_left_the_loss_is_nan_and_the_gradient_zero(M: int) -> None:
+    x = values(M, 10, dtype=torch.float32)
+    targets = torch.full((M,), -100, device=DEVICE)
+    dloss = torch.tensor(1.0, device=DEVICE)
+    (loss,), (dx,) = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
+    assert loss.isnan()
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
+@each_dtype
+@pytest.mark.parametrize("doubt", [0.5, 0.1, 0.01, 1e-3, 1e-6, 1e-8])
+def test_a_confident_row_keeps_its_loss_and_gradient(doubt: float, dtype, path: None) -> None:
+    """Both are the probability of being wrong: 1 - p would leave nothing of it."""
+    x = values(1, 37, dtype=dtype) / 8
+    x[0, 5] = math.log(36 * (1 - doubt) / doubt)
+    targets = torch.tensor([5], device=DEVICE)
+    dloss = torch.tensor(2.0 ** math.floor(-math.log2(doubt)), device=DEVICE)  # as by loss scaling
+    (loss,), (dx,) = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
+    inputs = dict(logits=x.double(), targets=targets)
+    (exact,), (exact_dx,) = run(eager.cross_entropy, inputs, (dloss.double(),))
+    # Better than eager, which has rounded to 0 by then: as good as the oracle's own rounding, but
+    # for an exponential's error, which is its argument in roundings of float32.
+    roundings = EPS32 * float(x.abs().max())
+    assert_rule(OUTPUTS, loss, exact.float(), exact, exact.abs() * roundings)
+    for part in (slice(5, 6), slice(None)):
+        got, wanted = dx[0, part], exact_dx[0, part]
+        assert_rule(GRADIENTS, got, wanted.to(dtype), wanted, wanted.abs() * roundings)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_change_nothing(layout: str, path: None) -> None:
+    x = LAYOUTS[layout](values(19, 23, dtype=torch.float32))
+    targets = torch.stack([torch.arange(19), torch.full((19,), 99)], 1).to(DEVICE)[:, 0]
+    assert targets.stride() == (2,)
+    dloss = torch.ones(3, device=DEVICE)[1].expand(())
+    laid = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
+    straight = dict(logits=x.contiguous(), targets=targets.contiguous())
+    wanted = run(kernel.cross_entropy, straight, (dloss,))
+    assert torch.equal(laid[0][0], wanted[0][0])
+    assert torch.equal(laid[1][0], wanted[1][0])
+
+
+def test_targets_may_be_the_tail_of_a_tensor() -> None:
+    targets = torch.arange(8, device=DEVICE)
+    hold(values(7, 9, dtype=torch.float32), targets[1:])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does not look")
+@pytest.mark.parametrize("target", [-1, 10, 20, -101])
+def test_a_target_outside_the_vocabulary_is_named(target: int) -> None:
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, 10\) or -100, got {target}"):
+        kernel.cross_entropy(torch.zeros(2, 10), torch.tensor([1, target]))
+
+
+@pytest.mark.parametrize("target", [-1, 37, 10**12, -(2**60)])
+def test_on_a_gpu_such_a_target_makes_the_loss_nan(target: int, path: None) -> None:
+    x, targets = values(3, 37, dtype=torch.float32), torch.tensor([1, target, 2], device=DEVICE)
+    loss, m, rest, n = kernel.cross_entropy_fwd(x, targets, -100)
+    assert loss.isnan()
+    dx = kernel.cross_entropy_bwd(torch.ones((), device=DEVICE), x, targets, m, rest, n, -100)
+    assert dx[1].isnan().all()
+    assert dx[::2].isfinite().all()
+
+
+def test_two_runs_give_the_same_bits(path: None) -> None:
+    x, targets = values(9, 133, dtype=torch.float16), torch.arange(9, device=DEVICE)
+    dloss = torch.tensor(1.0, device=DEVICE)
+    first, again = (
+        run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,)) for _ in range(2)
+    )
+    assert torch.equal(first[0][0], again[0][0])
+    assert torch.equal(first[1][0], again[1][0])
+
+
+def test_a_graph_may_be_walked_twice() -> None:
+    x = values(5, 9, dtype=torch.float32).requires_grad_()
+    loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
+    first, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+
+
+def test_the_custom_op_keeps_its_promises() -> None:
+    x = values(5, 9, dtype=torch.float32).requires_grad_()
+    targets = torch.tensor([0, 8, -100, 3, 3], device=DEVICE)
+    torch.library.opcheck(kernel._cross_entropy, (x, targets, -100))
+    loss, m, rest, n = kernel._cross_entropy(x.detach(), targets, -100)
+    arguments = (torch.ones_like(loss), x.detach(), targets, m, rest, n, -100)
+    torch.library.opcheck(kernel._cross_entropy_backward, arguments)
+
+
+def test_compiled_it_is_the_same() -> None:
+    targets = torch.arange(5, device=DEVICE)
+
+    def loss(x: Tensor) -> Tensor:
+        return 3 * kernel.cross_entropy(x * 2, targets)
+
+    x = values(5, 9, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(x), x)[0] for f in (loss, compiled)]
+    assert torch.equal(*gradients)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = values(5, 9, dtype=torch.float32).requires_grad_()
+    loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cross_entropy_backward"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+@each_dtype
+def test_autocast_changes_no_dtype(dtype: torch.dtype) -> None:
+    x = values(5, 9, dtype=dtype).requires_grad_()
+    with torch.autocast(DEVICE, torch.float16):
+        loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
+    (dx,) = torch.autograd.grad(loss, x)
+    assert loss.dtype == torch.float32
+    assert dx.dtype == dtype
+
+
+X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "error", "message"),
+    [
+        (X.double(), T, TypeError, "logits must be .* got torch.float64"),
+        (X[0], T, ValueError, r"logits must have 2 dimensions, got shape \(3,\)"),
+        (X[:, :0], T, ValueError, r"logits must have a class, got shape \(2, 0\)"),
+        (X, T.int(), TypeError, "targets must be an int64 tensor, got torch.int32"),
+        (X, [0, 1], TypeError, "targets must be an int64 tensor, got list"),
+        (X, T[:1], ValueError, r"targets must have shape \(2,\), got \(1,\)"),
+        (X, T[:, None], ValueError, r"targets must have shape \(2,\), got \(2, 1\)"),
+        (X, T.to("meta"), ValueError, "targets is on meta, and logits on cpu"),
+    ],
+)
+def test_bad_arguments_are_named(logits, targets, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        kernel.cross_entropy(logits, targets)
+
+
+def test_cost() -> None:
+    assert kernel.cross_entropy_bytes(10, 20, 2, "fwd") == 10 * (20 * 2 + 16)
+    assert kernel.cross_entropy_bytes(10, 20, 4, "bwd") == 10 * (2 * 20 * 4 + 16)

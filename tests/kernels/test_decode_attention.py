@@ -1,0 +1,147 @@
+"""Attention of one position to a cache: eager against causal attention, kernel against the rule."""
+
+import math
+
+import pytest
+import torch
+from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels.fused import decode_attention
+from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
+from torch import Tensor
+
+each_ops = pytest.mark.parametrize(
+    "ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"]
+)
+POSITIONS = [[0, 0], [1, 0], [15, 16], [17, 39], [39, 31]]
+
+
+def inputs(positions: list[int], dtype=torch.float32, H: int = 3, N: int = 40, D: int = 16) -> dict:
+    """What nobody has written yet is NaN."""
+    B = len(positions)
+    position = torch.tensor(positions, dtype=torch.int64, device=DEVICE)
+    past = torch.arange(N, device=DEVICE) < position[:, None, None]
+    caches = {
+        name: values(B, H, N, D, dtype=dtype, seed=i).where(past[..., None], math.nan)
+        for i, name in enumerate(("cache_k", "cache_v"))
+    }
+    return dict(qkv=values(B, 1, 3, H, D, dtype=dtype, seed=5), **caches, position=position)
+
+
+def call(ops, given: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the caches after it."""
+    given = {n: x.clone() for n, x in given.items()}
+    out = ops.cached_attention(**given, **options)
+    return out, given["cache_k"], given["cache_v"]
+
+
+def test_eager_is_the_last_row_of_causal_attention() -> None:
+    B, H, N, D = 2, 3, 9, 16
+    qkv = randn(B, N, 3, H, D)
+    cache_k, cache_v = torch.zeros(B, H, N, D).double(), torch.zeros(B, H, N, D).double()
+    rows = []
+    for i in range(N):
+        position = torch.full((B,), i)
+        rows.append(eager.cached_attention(qkv[:, i : i + 1], cache_k, cache_v, position))
+    assert_exact(torch.cat(rows, 1), eager.causal_attention_packed(qkv))
+    assert_exact(cache_k, qkv[:, :, 1].transpose(1, 2))
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@each_dtype
+@pytest.mark.parametrize("D", [16, 48, 128])
+def test_the_rule(D: int, dtype: torch.dtype, positions: list[int]) -> None:
+    given = inputs(positions, dtype, D=D)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    for scale in (None, 2.0):
+        results = [call(ops, given, scale=scale) for ops in (fused, eager)]
+        oracle, *_ = call(eager, wide, scale=scale)
+        assert_rule(OUTPUTS, results[0][0], results[1][0], oracle)
+        for a, b in zip(results[0][1:], results[1][1:], strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@each_dtype
+def test_builtin(dtype: torch.dtype) -> None:
+    given = {n: x.nan_to_num(3) for n, x in inputs([17, 39], dtype).items()}
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    results = [call(ops, given)[0] for ops in (builtin, eager)]
+    assert_rule(OUTPUTS, *results, call(eager, wide)[0])
+
+
+@each_ops
+def test_only_the_new_row_is_written(ops) -> None:
+    given = {n: x.nan_to_num(3) for n, x in inputs([5, 0]).items()}
+    _, *caches = call(ops, given)
+    for which, (name, cache) in enumerate(zip(("cache_k", "cache_v"), caches, strict=True), 1):
+        for b, position in enumerate((5, 0)):
+            assert torch.equal(cache[b, :, position], given["qkv"][b, 0, which])
+        changed = (cache != given[name]).any(-1)
+        assert changed.nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[0, 5], [1, 0]]
+
+
+def test_huge_scores_are_rescaled() -> None:
+    """Of keys that grow, and where the new one is by far the likeliest, or the least."""
+    for factor in (30.0, -30.0):
+        given = inputs([39, 20])
+        given["cache_k"] *= torch.linspace(1, 30, 40, device=DEVICE)[:, None]
+        given["qkv"][:, :, 1] = factor * given["qkv"][:, :, 0]
+        wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+        results = [call(ops, given)[0] for ops in (fused, eager)]
+        assert_rule(OUTPUTS, *results, call(eager, wide)[0])
+
+
+def test_strides_change_no_bit() -> None:
+    given = inputs([17, 39])
+    laid = dict(given)
+    for name in ("cache_k", "cache_v"):
+        laid[name] = given[name].transpose(1, 3).contiguous().transpose(1, 3)
+    laid["qkv"] = given["qkv"].transpose(2, 4).contiguous().transpose(2, 4)
+    laid["position"] = torch.stack([given["position"], given["position"] * 99], 1)[:, 0]
+    before = laid["cache_k"].clone()
+    assert torch.equal(fused.cached_attention(**laid), fused.cached_attention(**given))
+    assert torch.equal(laid["cache_k"].nan_to_num(7), given["cache_k"].nan_to_num(7))
+    assert not torch.equal(laid["cache_k"].nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("position", [-1, 40, 2**40])
+def test_a_position_outside_writes_nothing(position: int) -> None:
+    given = inputs([5, 5])
+    given = {n: x.nan_to_num(3) for n, x in given.items()}
+    given["position"] = torch.tensor([position, 5], device=DEVICE)
+    _, k, v = call(fused, given)
+    assert torch.equal(k[0], given["cache_k"][0])
+    assert torch.equal(v[0], given["cache_v"][0])
+    assert not torch.equal(k[1], given["cache_k"][1])
+
+
+def test_no_texts_at_all() -> None:
+    assert call(fused, inputs([]))[0].shape == (0, 1, 3, 16)
+
+
+def test_registration() -> None:
+    given = {n: x.nan_to_num(3) for n, x in inputs([3, 7]).items()}
+    torch.library.opcheck(decode_attention._op, (*given.values(), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (dict(qkv=None), TypeError, "qkv must be a tensor"),
+        (dict(qkv=torch.zeros(2, 2, 3, 3, 16)), ValueError, r"qkv must have shape \(2, 1, 3, 3"),
+        (dict(cache_v=torch.zeros(2, 3, 9, 16)), ValueError, "cache_v must have shape"),
+        (dict(cache_k=torch.zeros(2, 3, 40, 16).half()), ValueError, "cache_k must have the dtype"),
+        (dict(position=torch.zeros(3).long()), ValueError, r"position must have shape \(2,\)"),
+        (dict(position=torch.zeros(2).int()), TypeError, "position must be int64"),
+        (dict(qkv=torch.zeros(2, 1, 3, 3, 40)), ValueError, "cache_k must have shape"),
+    ],
+)
+def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> None:
+    given = {n: x.cpu() for n, x in inputs([3, 7]).items()}
+    with pytest.raises(error, match=message):
+        fused.cached_attention(**given | changed)
+    with pytest.raises(ValueError, match="D, the last dimension of qkv"):
+        fused.cached_attention(**inputs([3, 7], D=40))
+
+
+def test_cost() -> None:
+    assert decode_attention.cached_attention_bytes(2, 3, 10, 16, 2) == 2 * 3 * 16 * 2 * 26

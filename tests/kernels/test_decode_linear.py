@@ -1,0 +1,163 @@
+"""Products of a few rows with what stands around them, to the rule of `numerics`."""
+
+import pytest
+import torch
+from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels.fused import decode_linear
+from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
+from torch import Tensor
+
+SIZES = [(1, 16, 16), (3, 37, 21), (4, 384, 109), (2, 100, 33), (5, 37, 21), (0, 16, 16)]
+each_size = pytest.mark.parametrize(("M", "K", "N"), SIZES, ids=str)
+with_and_without = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+
+
+def hold(op: str, ops, given: dict, **options) -> None:
+    """To the rule, against float64 of what is given."""
+    wide = {n: x if x is None else x.double() for n, x in given.items()}
+    results = [getattr(module, op)(**given, **options) for module in (ops, eager)]
+    assert_rule(OUTPUTS, *results, getattr(eager, op)(**wide, **options))
+
+
+def normed(M: int, K: int, N: int, dtype: torch.dtype, bias: bool) -> dict[str, Tensor | None]:
+    return dict(
+        x=values(M, K) * 3 + 5,
+        weight=values(N, K, dtype=dtype, seed=1),
+        norm_weight=values(K, seed=2),
+        norm_bias=values(K, seed=3) if bias else None,
+        bias=values(N, seed=4) if bias else None,
+    )
+
+
+@each_dtype
+@each_size
+@with_and_without
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "GELU"])
+def test_norm_linear(M: int, K: int, N: int, dtype, bias: bool, gelu: bool) -> None:
+    for ops in (fused, builtin):
+        hold("norm_linear", ops, normed(M, K, N, dtype, bias), gelu=gelu, eps=1e-3)
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e6 / 3])
+@pytest.mark.parametrize("K", [37, 384])
+def test_a_large_mean_costs_no_more_than_eager_s(mean: float, K: int) -> None:
+    """Its rounding, left in, would be a shift of the whole row, which the product adds up."""
+    given = normed(3, K, 21, torch.float32, False)
+    given["x"] = (mean + 0.1 * randn(3, K)).float().to(DEVICE)
+    given["weight"] = given["weight"].abs()
+    hold("norm_linear", fused, given)
+
+
+@each_dtype
+@each_size
+@with_and_without
+def test_linear_add(M: int, K: int, N: int, dtype, bias: bool) -> None:
+    given = dict(
+        x=values(M, K, dtype=dtype),
+        weight=values(N, K, dtype=dtype, seed=1),
+        residual=values(M, N, seed=2),
+        bias=values(N, seed=3) if bias else None,
+    )
+    for ops in (fused, builtin):
+        hold("linear_add", ops, given)
+
+
+def test_eager_is_what_it_says() -> None:
+    x, weight, norm, bias = randn(3, 9), randn(5, 9, seed=1), randn(9, seed=2), randn(5, seed=3)
+    y = torch.nn.functional.layer_norm(x, (9,), norm, norm) @ weight.T + bias
+    assert_exact(eager.norm_linear(x, weight, norm, norm, bias), y)
+    wanted = torch.nn.functional.gelu(y, approximate="tanh")
+    assert_exact(eager.norm_linear(x, weight, norm, norm, bias, gelu=True), wanted)
+    assert_exact(eager.linear_add(x, weight, y, bias), y + x @ weight.T + bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_eager_rounds_as_autocast_does(dtype: torch.dtype) -> None:
+    x, weight, norm, bias = (
+        randn(*shape, dtype=torch.float32, seed=i)
+        for i, shape in enumerate([(3, 40), (7, 40), (40,), (7,)])
+    )
+    with torch.autocast("cpu", dtype):
+        plain = torch.nn.functional.linear(eager.layer_norm(x, norm), weight, bias)
+        y = eager.gelu(torch.nn.functional.linear(eager.layer_norm(x, norm), weight), bias)
+        z = x[:, :7] + torch.nn.functional.linear(x, weight, bias)
+    cast = weight.to(dtype)
+    assert torch.equal(eager.norm_linear(x, cast, norm, None, bias), plain)
+    assert torch.equal(eager.norm_linear(x, cast, norm, None, bias, gelu=True), y)
+    assert torch.equal(eager.linear_add(x.to(dtype), cast, x[:, :7], bias), z)
+
+
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "GELU"])
+def test_the_kernel_rounds_where_eager_rounds(gelu: bool) -> None:
+    """Sums of two, which float32 holds, so that nothing but the roundings can differ; hardly ever
+    does the norm's last bit decide one of them."""
+    x, weight = values(4, 64), torch.zeros(64, 64)
+    at = torch.arange(64)
+    weight[at, at] = weight[at, (at + 1) % 64] = 1.0
+    weight, norm = weight.half().to(x.device), values(64, seed=2)
+    same = [ops.norm_linear(x, weight, norm, gelu=gelu) for ops in (fused, eager)]
+    assert (same[0] == same[1]).float().mean() > 0.97
+    halves = values(4, 64).half()
+    zero = torch.zeros(4, 64, device=x.device)
+    sums = [ops.linear_add(halves, values(64, 64).half(), zero) for ops in (fused, eager)]
+    assert torch.equal(sums[0], sums[0].half().float())
+    assert torch.equal(sums[1], sums[1].half().float())
+
+
+def test_rows_far_from_zero_keep_their_digits() -> None:
+    given = normed(2, 64, 16, torch.float32, False)
+    given["x"] = given["x"] + 1000
+    hold("norm_linear", fused, given)
+
+
+def test_strides_change_no_bit() -> None:
+    given = normed(3, 37, 21, torch.float16, True)
+    wanted = fused.norm_linear(**given)
+    for name in ("x", "weight"):
+        for laid in (given[name].T.contiguous().T, torch.cat([given[name]] * 2, 1)[:, :37]):
+            assert torch.equal(fused.norm_linear(**given | {name: laid}), wanted)
+    rest = values(21, 3, seed=7).T
+    x, weight = given["x"].half(), given["weight"]
+    wanted = fused.linear_add(x, weight, rest.contiguous())
+    assert torch.equal(fused.linear_add(x, weight, rest), wanted)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    given = normed(4, 37, 21, torch.float16, True)
+    alone = fused.norm_linear(**given | dict(x=given["x"][2:3]))
+    assert torch.equal(fused.norm_linear(**given)[2:3], alone)
+
+
+def test_registration() -> None:
+    given = normed(2, 37, 21, torch.float32, True)
+    torch.library.opcheck(decode_linear._norm_linear, (*given.values(), True, 1e-5))
+    add = (given["x"], given["weight"], values(2, 21), None)
+    torch.library.opcheck(decode_linear._linear_add, add)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (dict(x=None), TypeError, "x must be a tensor"),
+        (dict(x=torch.zeros(3)), ValueError, "x must have 2 dimensions"),
+        (dict(weight=torch.zeros(21, 36)), ValueError, r"weight must have shape \(21, 37\)"),
+        (dict(norm_weight=torch.zeros(36)), ValueError, r"norm_weight must have shape \(37,\)"),
+        (dict(bias=torch.zeros(20)), ValueError, r"bias must have shape \(21,\)"),
+    ],
+)
+def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> None:
+    given = normed(2, 37, 21, torch.float32, True)
+    with pytest.raises(error, match=message):
+        fused.norm_linear(**given | changed)
+
+
+def test_bad_arguments_of_the_sum_are_named() -> None:
+    x, weight = torch.zeros(2, 16), torch.zeros(8, 16)
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 8\)"):
+        fused.linear_add(x, weight, torch.zeros(2, 9))
+    with pytest.raises(ValueError, match="x must have the dtype of weight"):
+        fused.linear_add(x.half(), weight, torch.zeros(2, 8))
+
+
+def test_cost() -> None:
+    assert decode_linear.row_linear_bytes(3, 5, 2) == 30

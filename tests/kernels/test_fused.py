@@ -1,0 +1,113 @@
+"""The fused ops as a set: eager's signatures, and a model that trains as it does on eager."""
+
+import importlib
+import inspect
+
+import numerics
+import pytest
+import torch
+from irongpt_kernels import eager
+from numerics import DECODING, GRADIENTS, OPS, OUTPUTS, UPDATES, assert_rule
+
+from irongpt import device as devices
+from irongpt.config import GPTConfig, SampleConfig, TrainConfig
+from irongpt.generation.sample import generate
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
+
+fused = importlib.import_module("irongpt_kernels.fused")
+DEVICE = torch.device(numerics.DEVICE)
+V, T = 29, 32
+CLOSE = 2e-5  # Liger-Kernel's, for the relative gap of a float32 loss
+
+
+def model(ops, dropout: float = 0.2, bias: bool = True) -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(V, n_layer=2, n_head=2, n_embd=32, context=T, dropout=dropout, bias=bias)
+    return GPT(config, ops).to(DEVICE)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(V, shape, generator=generator).to(DEVICE)
+
+
+def loss_and_gradients(gpt: GPT, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    x = tokens(2, T + 1)
+    loss = gpt.loss(x[:, :-1], x[:, 1:], seed=seed)
+    return loss.detach(), list(torch.autograd.grad(loss, list(gpt.parameters())))
+
+
+@pytest.mark.parametrize("name", [*OPS, *UPDATES, *DECODING])
+def test_the_signatures_are_those_of_eager(name: str) -> None:
+    assert inspect.signature(getattr(fused, name)) == inspect.signature(getattr(eager, name))
+    assert sorted(fused.__all__) == sorted([*OPS, *UPDATES, *DECODING])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_model_computes_what_it_computes_on_eager(bias: bool, dropout: float) -> None:
+    ours, theirs, oracle = (model(ops, dropout, bias) for ops in (fused, eager, eager))
+    oracle.double()
+    x = tokens(2, T)
+    with torch.no_grad():
+        assert_rule(OUTPUTS, *(gpt(x, seed=7) for gpt in (ours, theirs, oracle)))
+    results = [loss_and_gradients(gpt, seed=7) for gpt in (ours, theirs, oracle)]
+    assert_rule(OUTPUTS, *(loss for loss, _ in results))
+    for gradients in zip(*(g for _, g in results), strict=True):
+        assert_rule(GRADIENTS, *gradients)
+
+
+def test_the_seed_decides_what_is_dropped() -> None:
+    ours, theirs = model(fused), model(eager)
+    losses = [[float(loss_and_gradients(m, seed)[0]) for m in (ours, theirs)] for seed in (1, 2)]
+    for a, b in losses:
+        assert abs(a - b) <= CLOSE * b
+    assert abs(losses[0][0] - losses[1][0]) > 5 * CLOSE * losses[0][0]
+
+
+def test_32_steps_of_training_are_those_of_eager() -> None:
+    ids = tokens(600) % 7 * 3
+    recipe = TrainConfig(
+        iters=32, batch_size=1, lr=1e-3, warmup=4, decay="constant", weight_decay=0.1, eval_every=32
+    )
+    losses = []
+    for ops in (fused, eager):
+        trainer = Trainer(model(ops), ids, recipe, DEVICE, torch.float32)
+        losses.append([float(trainer.train_step()[0]) for _ in range(32)])
+    assert losses[1][-1] < losses[1][0] - 0.1  # it learns
+    for step, (a, b) in enumerate(zip(*losses, strict=True)):
+        assert abs(a - b) <= CLOSE * b, f"step {step}: {a} fused, {b} eager"
+
+
+def test_one_checkpoint_fits_both() -> None:
+    ours, theirs = model(fused), model(eager)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for a, b in ((ours, theirs), (theirs, ours)):
+        b.load_state_dict(a.state_dict(), strict=True)
+
+
+def test_the_text_is_the_same_past_the_context() -> None:
+    recipe = SampleConfig(tokens=9, temperature=1.0, seed=3)
+    prompt = [i % V for i in range(T - 4)]
+    texts = [list(generate(model(ops), prompt, recipe)) for ops in (fused, eager)]
+    assert texts[0] == texts[1]
+
+
+def test_autocast_gives_the_dtypes_of_eager() -> None:
+    dtypes = []
+    for ops in (fused, eager):
+        gpt = model(ops)
+        found = []
+        for module in gpt.modules():
+            module.register_forward_hook(
+                lambda _, args, out, found=found: found.extend(
+                    x.dtype for x in (out if isinstance(out, tuple) else (out,))
+                )
+            )
+        with devices.autocast(DEVICE, torch.float16):
+            x = tokens(1, 9)
+            loss = gpt.loss(x[:, :-1], x[:, 1:], seed=1)
+        loss.backward()
+        dtypes.append((loss.dtype, found, [p.grad.dtype for p in gpt.parameters()]))
+    assert dtypes[0] == dtypes[1]

@@ -1,0 +1,50 @@
+"""The masks in Triton against the table of `dropout`'s docstring, where no op's test comes."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from irongpt_kernels.fused import philox
+from numerics import DEVICE
+from test_dropout import attention_byte, row_byte
+
+SEED, THRESHOLD = -(2**40) - 7, 77
+
+
+@triton.jit
+def _rows_kernel(keep_ptr, seed_ptr, first, threshold, M: tl.constexpr, N: tl.constexpr):
+    i, cols = tl.arange(0, M), tl.arange(0, N)
+    rows = first + i.to(tl.int64)
+    keep = philox.row_keep(tl.load(seed_ptr), rows[:, None], cols[None, :], threshold)
+    tl.store(keep_ptr + i[:, None] * N + cols[None, :], keep)
+
+
+@triton.jit
+def _attention_kernel(
+    keep_ptr, seed_ptr, head, row, col, threshold, M: tl.constexpr, N: tl.constexpr
+):
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    keep = philox.attention_keep(tl.load(seed_ptr), head, row + i, col + j, threshold)
+    tl.store(keep_ptr + i * N + j, keep)
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 3, 2**32 - 3, 2**40 - 3])
+def test_rows_past_2_to_the_32_go_on_counting(first: int) -> None:
+    M, N = 8, 32
+    keep = torch.empty(M, N, dtype=torch.bool, device=DEVICE)
+    _rows_kernel[(1,)](keep, torch.tensor(SEED, device=DEVICE), first, THRESHOLD, M, N)
+    wanted = [[row_byte(SEED, first + r, c) >= THRESHOLD for c in range(N)] for r in range(M)]
+    assert keep.tolist() == wanted
+
+
+@pytest.mark.parametrize(("head", "row", "col"), [(0, 0, 0), (5, 32, 1000), (2**31 - 1, 99968, 7)])
+def test_attention_far_from_the_first_head_and_tile(head: int, row: int, col: int) -> None:
+    M, N = 32, 16
+    keep = torch.empty(M, N, dtype=torch.bool, device=DEVICE)
+    seed = torch.tensor(SEED, device=DEVICE)
+    _attention_kernel[(1,)](keep, seed, head, row, col, THRESHOLD, M, N)
+    wanted = [
+        [attention_byte(SEED, head, row + r, col + c) >= THRESHOLD for c in range(N)]
+        for r in range(M)
+    ]
+    assert keep.tolist() == wanted

@@ -1,0 +1,205 @@
+"""The softmax kernels, held to the rule of `numerics` in registers and online."""
+
+import importlib
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from irongpt_kernels import eager
+from numerics import DEVICE, LAYOUTS, assert_op, each_dtype, run, values
+from torch import Tensor
+
+kernel = importlib.import_module("irongpt_kernels.fused.softmax")
+INF = math.inf
+
+
+@pytest.fixture(params=["registers", "online"])
+def path(request, monkeypatch) -> str:
+    """Both ways through a row, on rows short enough to try."""
+    if request.param == "online":
+        monkeypatch.setattr(kernel, "MAX_BLOCK", 0)
+        monkeypatch.setattr(kernel, "ONLINE_BLOCK", 16)
+    return request.param
+
+
+def hold(x: Tensor, **options: object) -> None:
+    assert_op(kernel, "softmax", dict(x=x), (values(*x.shape, dtype=x.dtype, seed=9),), **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("scale", [1.0, 0.125, 30.0, -0.7, 0.0])
+def test_softmax(path: str, scale: float, causal: bool, dtype: torch.dtype) -> None:
+    hold(values(2, 1, 19, 19, dtype=dtype) * 4, scale=scale, causal=causal)
+
+
+@each_dtype
+@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 33, 127, 129])
+def test_any_length(N: int, path: str, dtype: torch.dtype) -> None:
+    hold(values(2, N, dtype=dtype) * 3)
+    if N < 32:
+        hold(values(N, N, dtype=dtype) * 3, causal=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("past", [0, 1], ids=["the longest in registers", "the shortest online"])
+def test_long_rows(past: int, dtype: torch.dtype) -> None:
+    hold(values(2, kernel.MAX_BLOCK + past, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (70, 7), (2, 0, 7), (0, 7), (3, 0), (0,)])
+def test_any_rank_and_nothing_at_all(shape: tuple[int, ...], path: str) -> None:
+    x = values(*shape, dtype=torch.float32)
+    if x.numel():
+        return hold(x)
+    (y,), (dx,) = run(kernel.softmax, dict(x=x), (x.clone(),))
+    assert y.shape == dx.shape == shape
+    return None
+
+
+def test_an_empty_causal_batch() -> None:
+    for shape in [(0, 4, 4), (3, 0, 0)]:
+        assert kernel.softmax(torch.empty(shape, device=DEVICE), causal=True).shape == shape
+
+
+@each_dtype
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_extreme_rows(path: str, causal: bool, dtype: torch.dtype) -> None:
+    """To the edge of the dtype, and -inf: in front, behind, in whole blocks, all but one."""
+    top = 65504.0 if dtype == torch.float16 else 1e30
+    N = 25
+    x = values(N, N, dtype=dtype)
+    x[1], x[2], x[3] = 3.0, top, -top
+    x[4, 4:] = top  # equal to the last bit
+    x[5, ::2], x[5, 1::2] = top, -top
+    x[6] = torch.arange(N) * (top / N)  # the maximum is the last
+    x[7] = x[6].flip(0)
+    x[20, :20], x[21, 1:], x[22, 16:], x[23, :16] = -INF, -INF, -INF, -INF
+    x[24, :24] = -INF
+    hold(x, causal=causal)
+
+
+@pytest.mark.parametrize("bad", [-INF, INF, math.nan])
+def test_a_row_without_a_finite_maximum_is_nan_and_no_other(bad: float, path: str) -> None:
+    x = values(3, 37, dtype=torch.float32)
+    x[1, 20:] = bad
+    x[1] = bad if bad == -INF else x[1]
+    y = kernel.softmax(x)
+    assert torch.equal(y.isnan(), eager.softmax(x).isnan())
+    assert y[1].isnan().all()
+    assert y[::2].isfinite().all()
+
+
+def test_the_future_of_a_causal_row_does_not_matter(path: str) -> None:
+    x, dy = values(1, 21, 21, dtype=torch.float32), values(1, 21, 21, dtype=torch.float32, seed=1)
+    past = torch.ones(21, 21, device=DEVICE).tril().bool()
+    wanted = run(kernel.softmax, dict(x=x), (dy,), causal=True)
+    poisoned = x.where(past, math.nan)
+    ((y,), (dx,)) = run(kernel.softmax, dict(x=poisoned), (dy.where(past, math.nan),), causal=True)
+    assert torch.equal(y, wanted[0][0])
+    assert torch.equal(dx, wanted[1][0])
+    assert (dx.where(past, 0) == dx).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.25])
+@pytest.mark.parametrize("logit", [2.0, 5.0, 8.0, 11.0, 14.0, 20.0])
+@each_dtype
+def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, path: str) -> None:
+    """dy - delta cancels: 1 - p of its size is left. In float16 most of y has few digits or none.
+
+    Errors of equal weights do not average out.
+    """
+    x = values(4, 256, dtype=dtype) * noise
+    x[:, 3] = logit
+    hold(x)
+
+
+def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
+    x = (torch.arange(2000.0) / 2).to(DEVICE)
+    dy = 1 + values(2000, dtype=torch.float32)
+    assert_op(kernel, "softmax", dict(x=x), (dy,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", [(9, 9), (2, 9, 9)], ids=["read by strides", "copied"])
+def test_layouts_change_nothing(shape, causal: bool, layout: str, path: str) -> None:
+    x, dy = values(*shape, dtype=torch.float32), values(*shape, dtype=torch.float32, seed=1)
+    x, dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
+    before = x.clone(), dy.clone()
+    (y,), _ = run(kernel.softmax, dict(x=x), causal=causal)
+    leaf = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(kernel.softmax(leaf, causal=causal), leaf, dy)
+    wanted = run(kernel.softmax, dict(x=x.contiguous()), (dy.contiguous(),), causal=causal)
+    assert torch.equal(y, wanted[0][0])
+    assert torch.equal(dx, wanted[1][0])
+    assert torch.equal(x, before[0])
+    assert torch.equal(dy, before[1])
+
+
+def test_two_runs_give_the_same_bits(path: str) -> None:
+    x, dy = values(3, 133, dtype=torch.float16), values(3, 133, dtype=torch.float16, seed=1)
+    results = [run(kernel.softmax, dict(x=x), (dy,)) for _ in range(3)]
+    for a, b in pairwise(results):
+        assert torch.equal(a[0][0], b[0][0])
+        assert torch.equal(a[1][0], b[1][0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_custom_op_keeps_its_promises(causal: bool) -> None:
+    x = values(2, 5, 5, dtype=torch.float32).requires_grad_()
+    torch.library.opcheck(kernel._softmax, (x, 0.5, causal))
+    torch.library.opcheck(kernel._softmax, (x.transpose(0, 2), 0.5, False))
+    dy = values(2, 5, 5, dtype=torch.float32, seed=1)
+    torch.library.opcheck(kernel._softmax_backward, (dy, x.detach(), 0.5, causal))
+
+
+def test_compiled_it_is_the_same() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return kernel.softmax(x * 2, scale=0.3, causal=True).square().sum()
+
+    x = values(2, 9, 9, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(x), x)[0] for f in (loss, compiled)]
+    assert torch.equal(*gradients)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = values(3, 5, dtype=torch.float32).requires_grad_()
+    y = kernel.softmax(x).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="softmax_backward"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+@each_dtype
+def test_autocast_changes_no_dtype(dtype: torch.dtype) -> None:
+    x = values(3, 5, dtype=dtype).requires_grad_()
+    with torch.autocast(DEVICE, torch.float16):
+        y = kernel.softmax(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert y.dtype == dx.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        ([1.0], {}, TypeError, "x must be a tensor, got list"),
+        (torch.zeros(3, dtype=torch.float64), {}, TypeError, "x must be .* got torch.float64"),
+        (torch.zeros(3, dtype=torch.int64), {}, TypeError, "x must be .* got torch.int64"),
+        (torch.zeros(()), {}, ValueError, r"x must have .* got shape \(\)"),
+        (torch.zeros(3), {"causal": True}, ValueError, r"x must have .* got shape \(3,\)"),
+        (torch.zeros(3, 4), {"causal": True}, ValueError, r"\(..., T, T\), got shape \(3, 4\)"),
+        (torch.zeros(3), {"scale": "a"}, TypeError, "scale must be a number, got 'a'"),
+    ],
+)
+def test_bad_arguments_are_named(x, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        kernel.softmax(x, **options)
+
+
+def test_cost() -> None:
+    assert kernel.softmax_bytes(10, 20, 2, "fwd") == 2 * 10 * 20 * 2
+    assert kernel.softmax_bytes(10, 20, 4, "bwd") == 3 * 10 * 20 * 4
+    assert kernel.softmax_bytes(4, 4, 2, "fwd", causal=True) == (10 + 16) * 2

@@ -1,0 +1,256 @@
+"""The model: against transformers' GPT-2, and what every GPT owes: causality, a cache, a seed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from irongpt_kernels import builtin, eager
+from model_helpers import CONFIG, build, tokens
+from numerics import OUTPUTS, assert_exact, assert_rule
+from torch import Tensor
+
+from irongpt.config import PRESETS, GPTConfig
+from irongpt.model import GPT, Attention, KVCache
+
+DROPPING = replace(CONFIG, dropout=0.3)
+both_ops = pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "builtin"])
+with_and_without_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+
+
+def as_transformers(model: GPT) -> torch.nn.Module:
+    """The same weights in the GPT-2 that is not ours. Its Conv1D keeps weights transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.context,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            activation_function="gelu_new",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="eager",
+        )
+    )
+    names = {
+        "blocks.": "h.",
+        "attn.qkv": "attn.c_attn",
+        "attn.proj": "attn.c_proj",
+        "mlp.fc": "mlp.c_fc",
+        "mlp.proj": "mlp.c_proj",
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        conv = any(x in name for x in ("qkv.weight", "proj.weight", "fc.weight"))
+        for ours, other in names.items():
+            name = name.replace(ours, other)
+        state["transformer." + name] = value.T if conv else value
+    state["lm_head.weight"] = model.wte.weight
+    theirs.load_state_dict(state)
+    return theirs.to(model.wte.weight.dtype).eval()
+
+
+@both_ops
+def test_float32_logits_of_the_iron_model_are_transformers_to_1e_4(ops) -> None:
+    config = GPTConfig(vocab_size=104, bias=True, **{**PRESETS["iron"].model, "dropout": 0.0})
+    torch.manual_seed(1)
+    model = GPT(config, ops).eval()
+    idx = torch.randint(104, (1, config.context), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, theirs = model(idx), as_transformers(model)(idx).logits
+    assert logits.std() > 0.1  # so that 1e-4 is small
+    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)
+
+
+@both_ops
+def test_logits_and_gradients_are_transformers(ops) -> None:
+    model = build(ops=ops).double().eval()
+    theirs = as_transformers(model)
+    idx, targets = tokens(), tokens(seed=2)
+    logits = theirs(idx).logits
+    assert_exact(model(idx), logits)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    model.loss(idx, targets).backward()
+    assert_exact(model.wte.weight.grad, theirs.transformer.wte.weight.grad)
+    assert_exact(model.wpe.weight.grad, theirs.transformer.wpe.weight.grad)
+    first = theirs.transformer.h[0].attn.c_attn
+    assert_exact(model.blocks[0].attn.qkv.weight.grad, first.weight.grad.T)
+    assert_exact(model.blocks[0].attn.qkv.bias.grad, first.bias.grad)
+
+
+@both_ops
+@with_and_without_bias
+def test_float32_logits_keep_to_the_rule(ops, bias: bool) -> None:
+    config = replace(CONFIG, bias=bias)
+    with torch.no_grad():
+        candidate, baseline = (build(config, x)(tokens()) for x in (ops, eager))
+        assert_rule(OUTPUTS, candidate, baseline, build(config).double()(tokens()))
+
+
+def test_the_iron_preset_has_10_8_million_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=112, **PRESETS["iron"].model), builtin)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == model.config.n_params()
+    assert 10_600_000 < count < 10_900_000
+
+
+def test_the_head_is_the_token_embedding() -> None:
+    model = build().double()
+    names = [name for name, p in model.named_parameters() if p.shape[0] == CONFIG.vocab_size]
+    assert names == ["wte.weight"]
+    before = model(tokens())
+    with torch.no_grad():
+        model.wte.weight[64] += 1  # a token that the input is made not to hold
+    changed = (model(tokens().clamp(max=63)) - before).abs().amax((0, 1)) > 0
+    assert changed[64]
+
+
+def test_init_is_gpt_2s() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, n_layer=8, n_embd=128, vocab_size=500, context=100)
+    model = GPT(config, eager)
+    for name, p in model.state_dict().items():
+        if p.dim() == 1:
+            norm = ".ln_" in "." + name and name.endswith("weight")
+            assert torch.equal(p, torch.full_like(p, float(norm))), name
+            continue
+        std = 0.02 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.02
+        sigma = 1 / math.sqrt(2 * p.numel())  # of a standard deviation, relative
+        assert abs(float(p.std()) / std - 1) < 5 * sigma, name
+        assert abs(float(p.mean())) < 5 * std / math.sqrt(p.numel()), name
+
+
+@both_ops
+@pytest.mark.parametrize("training", [False, True])
+def test_a_later_token_changes_no_earlier_logit(ops, training: bool) -> None:
+    model = build(DROPPING, ops).train(training)
+    idx = tokens()
+    for cut in (1, 7, CONFIG.context - 1):
+        changed = idx.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % CONFIG.vocab_size
+        torch.manual_seed(0)
+        one = model(idx, seed=4)
+        torch.manual_seed(0)
+        other = model(changed, seed=4)
+        torch.testing.assert_close(one[:, :cut], other[:, :cut], rtol=0, atol=0)
+        assert (one[:, cut] != other[:, cut]).any()
+
+
+def test_positions_past_the_context_are_refused() -> None:
+    with pytest.raises(ValueError, match="25 positions, but the context is 24"):
+        build()(tokens(T=25))
+
+
+def test_a_cache_gets_the_keys_and_values_of_its_rows() -> None:
+    model, idx = build().double().eval(), tokens(B=3)
+    whole = KVCache(CONFIG, 3, torch.float64, idx.device)
+    with torch.no_grad():
+        assert torch.equal(model(idx, cache=whole), model(idx))
+        parts = KVCache(CONFIG, 3, torch.float64, idx.device)
+        for rows in ([2, 0], [1]):
+            parts.rows = torch.tensor(rows)
+            model(idx[rows, :17], cache=parts)
+    assert whole.k.abs().sum(-1).min() > 0
+    for a, b in ((parts.k, whole.k), (parts.v, whole.v)):
+        assert_exact(a[:, :, :, :17], b[:, :, :, :17])
+        assert not a[:, :, :, 17:].any()
+
+
+def test_a_seed_decides_what_is_dropped() -> None:
+    model, idx = build(DROPPING), tokens()
+    first = model(idx, seed=5)
+    torch.manual_seed(99)
+    assert torch.equal(first, model(idx, seed=5))
+    assert torch.equal(first, model(idx, seed=torch.tensor(5)))
+    assert not torch.equal(first, model(idx, seed=6))
+    with pytest.raises(ValueError, match="seed"):
+        model(idx)
+
+
+@both_ops
+def test_evaluation_drops_nothing(ops) -> None:
+    model, idx = build(DROPPING, ops).eval(), tokens()
+    assert torch.equal(model(idx, seed=5), model(idx))
+    assert torch.equal(model(idx), build(CONFIG, ops)(idx))
+    assert not torch.equal(model(idx), model.train()(idx, seed=5))
+
+
+def test_every_dropout_of_the_model_has_its_own_seed(monkeypatch) -> None:
+    seeds, rates = [], []
+
+    def recorded(op):
+        def record(*args, **kwargs):
+            seeds.append(kwargs["seed"])
+            rates.append(kwargs["dropout_p"])
+            return op(*args, **kwargs)
+
+        return record
+
+    for name in ("causal_attention_packed", "dropout_add_layer_norm"):
+        monkeypatch.setattr(eager, name, recorded(getattr(eager, name)))
+    build(DROPPING)(tokens(), seed=1000)
+    assert seeds == list(range(1000, 1000 + 3 * CONFIG.n_layer))
+    assert rates == [0.3] * 3 * CONFIG.n_layer
+
+
+@both_ops
+def test_loss_is_the_cross_entropy_of_the_logits(ops) -> None:
+    model, idx, targets = build(ops=ops).double(), tokens(), tokens(seed=2)
+    targets[0, :5] = -100
+    wanted = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    assert_exact(model.loss(idx, targets), wanted)
+    assert model.loss(idx, targets).shape == ()
+    dropping = build(DROPPING).double()
+    logits = dropping(idx, seed=3).flatten(0, 1)
+    assert_exact(dropping.loss(idx, targets, seed=3), F.cross_entropy(logits, targets.flatten()))
+
+
+@with_and_without_bias
+def test_one_state_dict_fits_any_ops(bias: bool) -> None:
+    config = replace(CONFIG, bias=bias)
+    one, other = build(config, eager).double(), GPT(config, builtin).double()
+    assert list(one.state_dict()) == list(other.state_dict())
+    assert any("bias" in name for name in one.state_dict()) == bias
+    other.load_state_dict(one.state_dict())
+    assert_exact(one(tokens()), other(tokens()))
+
+
+@with_and_without_bias
+def test_gradients_of_the_loss_are_its_finite_differences(bias: bool) -> None:
+    """Dropout on, every parameter at once along one random direction."""
+    model = build(replace(DROPPING, n_layer=2, n_embd=8, bias=bias)).double()
+    names, values = zip(*model.named_parameters(), strict=True)
+    idx, targets = tokens(T=9), tokens(T=9, seed=2)
+
+    def loss(*params: Tensor) -> Tensor:
+        logits = torch.func.functional_call(
+            model, dict(zip(names, params, strict=True)), (idx,), {"seed": 7}
+        )
+        return eager.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    leaves = [p.detach().clone().requires_grad_() for p in values]
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+def test_attention_hands_its_op_the_projection_without_a_copy(monkeypatch) -> None:
+    taken = []
+
+    def record(qkv: Tensor, **kwargs) -> Tensor:
+        taken.append(qkv)
+        return packed_attention(qkv, **kwargs)
+
+    packed_attention = eager.causal_attention_packed
+    monkeypatch.setattr(eager, "causal_attention_packed", record)
+    attention = Attention(CONFIG, eager, 0)
+    projections = []
+    attention.qkv.register_forward_hook(lambda _, __, y: projections.append(y))
+    attention(torch.randn(2, 24, 32), 0.0, None, None)
+    assert [x.shape for x in taken] == [(2, 24, 3, 2, 16)]
+    assert taken[0].data_ptr() == projections[0].data_ptr()

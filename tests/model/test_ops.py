@@ -1,0 +1,84 @@
+"""The seam: eager, builtin and fused from the command line, and what stands in fused's way."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import TINY, Cli, assert_mistake
+from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels.runtime import launch
+from numerics import DEVICE
+
+from irongpt import ops
+from irongpt.config import GPTConfig
+from irongpt.errors import UserError
+from irongpt.training import loop
+
+CPU = torch.device("cpu")
+SHAPE = GPTConfig(vocab_size=16, n_layer=2, n_head=1, n_embd=16, context=16, dropout=0.0)
+HEAD_OF_16 = [*TINY, "--n-head", "1", "--device", DEVICE, "--dtype", "float32"]
+
+
+def losses(run) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["val_loss"] for line in lines]
+
+
+def test_each_name_is_its_module():
+    modules = {"eager": eager, "builtin": builtin, "fused": fused}
+    assert {name: ops.load(name, torch.device(DEVICE), SHAPE) for name in modules} == modules
+
+
+@pytest.fixture
+def _no_samples(monkeypatch):
+    """Two hundred tokens through the interpreter take a minute."""
+    monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
+
+
+@pytest.mark.usefixtures("_no_samples")
+def test_fused_trains_like_eager_and_says_where_it_is_slow(cli: Cli, tmp_path):
+    flags = [*HEAD_OF_16, "--iters", "4", "--eval-every", "2", "--dropout", "0.1"]
+    assert cli("train", *flags, "--ops", "eager", "--out", "eager").code == 0
+    result = cli("train", *flags, "--fused", "--out", "fused")
+    assert result.code == 0, result.err
+    slow = "the kernels run in Triton's interpreter on the CPU, slowly" in result.out
+    assert slow == (DEVICE == "cpu")
+    assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "eager"), rel=2e-5)
+
+
+@pytest.mark.usefixtures("_no_samples")
+def test_a_run_changes_its_ops_and_writes_with_any(cli: Cli, tmp_path):
+    flags = [*HEAD_OF_16, "--iters", "4", "--eval-every", "4"]
+    assert cli("train", *flags, "--ops", "eager", "--out", "run").code == 0
+    assert cli("train", "--resume", "run", "--iters", 6, "--fused").code == 0
+    texts = []
+    for name in ("eager", "builtin", "fused"):
+        result = cli("generate", "run", "--ops", name, "--tokens", 20)
+        assert result.code == 0, result.err
+        assert ("slowly" in result.err) == (name == "fused" and DEVICE == "cpu")
+        texts.append(result.out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_fused_without_a_gpu_or_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, and the device is cpu"):
+        ops.load("fused", CPU, SHAPE)
+
+
+def test_fused_on_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match=r"compute capability 7\.5 or newer"):
+        ops.load("fused", torch.device("cuda", 0), SHAPE)
+
+
+def test_fused_without_triton_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "irongpt_kernels.runtime.launch", None)
+    monkeypatch.delattr("irongpt_kernels.runtime.launch")
+    with pytest.raises(UserError, match="needs Triton, which is not here"):
+        ops.load("fused", CPU, SHAPE)
+
+
+def test_fused_says_which_heads_it_takes(cli: Cli):
+    assert_mistake(cli("train", *TINY, "--fused"), "heads of 16, 32, ... or 128")

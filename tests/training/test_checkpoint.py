@@ -1,0 +1,189 @@
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from irongpt import files
+from irongpt.errors import UserError
+from irongpt.runs import checkpoint
+
+STEP = {"model": 1, "optimizer": 2}
+
+
+def save(folder, value: float = 1.0, step: int = 1) -> None:
+    checkpoint.save(
+        folder,
+        {"w": torch.full((3, 2), value), "odd": torch.arange(5)},
+        {"exp_avg.w": torch.full((3, 2), -value), "rng.cpu": torch.arange(9, dtype=torch.uint8)},
+        {"kind": "char", "chars": "ab"},
+        {"step": step, "best_val": 0.1 + 0.2, "rows": [[1.5, 2.5, 1.0]], "nothing": None},
+    )
+
+
+def step_of(folder) -> int:
+    weights, _, _, state = checkpoint.load(folder)
+    assert weights["w"].unique().tolist() == [state["step"]]
+    return state["step"]
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+    save(tmp_path / "last")
+    weights, optimizer, tokenizer, state = checkpoint.load(tmp_path / "last")
+    assert torch.equal(weights["w"], torch.ones(3, 2))
+    assert torch.equal(weights["odd"], torch.arange(5))
+    assert torch.equal(optimizer["exp_avg.w"], -torch.ones(3, 2))
+    assert optimizer["rng.cpu"].dtype == torch.uint8
+    assert tokenizer == {"kind": "char", "chars": "ab"}
+    assert (state["step"], state["best_val"], state["nothing"]) == (1, 0.1 + 0.2, None)
+    assert state["rows"] == [[1.5, 2.5, 1.0]]
+
+
+def test_a_folder_holds_the_four_files_and_nothing_stays_beside_it(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path / "last", float(step), step)
+    assert names(tmp_path) == ["last"]
+    assert names(tmp_path / "last") == sorted([*checkpoint.FILES, "state.json"])
+    assert step_of(tmp_path / "last") == 3
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "longer", "gone", "folder"])
+def test_damage_is_noticed(tmp_path, name, damage):
+    save(tmp_path / "last")
+    file = tmp_path / "last" / name
+    data = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "gone":
+        if damage == "flip":
+            data[len(data) // 2] ^= 1
+        file.write_bytes(
+            {"cut": data[:-3], "empty": b"", "longer": data + b" {}"}.get(damage, data)
+        )
+    with pytest.raises(UserError, match=f"{name} is damaged|cannot read .*{name}"):
+        checkpoint.load(tmp_path / "last")
+
+
+def test_every_flipped_bit_of_the_state_is_noticed(tmp_path):
+    save(tmp_path / "last")
+    file = tmp_path / "last" / "state.json"
+    data = file.read_bytes()
+    state = json.loads(data)
+    for position in range(0, 8 * len(data), 7):
+        changed = bytearray(data)
+        changed[position // 8] ^= 1 << position % 8
+        file.write_bytes(changed)
+        try:
+            checkpoint.load(tmp_path / "last")
+        except UserError:
+            continue
+        assert json.loads(changed) == state  # white space between the values
+
+
+@pytest.mark.parametrize("value", [b"[]", b"null", b"3", b"[" * 100_000, b'{"sha256": 1}', b"\xff"])
+def test_json_that_is_no_state_is_refused(tmp_path, value):
+    with pytest.raises(UserError, match="is damaged"):
+        files.unsealed(value, tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("failing", range(6))
+def test_a_save_that_fails_anywhere_leaves_the_one_before(tmp_path, monkeypatch, code, failing):
+    save(tmp_path / "last", 1.0, 1)
+    calls = 0
+
+    def fail(original):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == failing + 1:
+                raise OSError(code, os.strerror(code))
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    # Four files are written and flushed, then the folder is flushed and swapped.
+    monkeypatch.setattr(os, "fsync", fail(os.fsync))
+    monkeypatch.setattr(checkpoint, "exchange", fail(checkpoint.exchange))
+    if failing == 4:  # a folder that cannot be flushed is no reason to lose a save
+        save(tmp_path / "last", 2.0, 2)
+    else:
+        with pytest.raises(OSError, match=r".+") as caught:
+            save(tmp_path / "last", 2.0, 2)
+        assert caught.value.errno == code
+    assert names(tmp_path) == ["last"]
+    assert step_of(tmp_path / "last") == (2 if failing == 4 else 1)
+
+
+def test_without_an_atomic_swap_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+    save(tmp_path / "last", 1.0, 1)
+    renames = []
+
+    class Killed(BaseException):
+        pass
+
+    def rename(a, b):
+        renames.append(b)
+        if len(renames) == 2:
+            raise Killed
+        os.replace(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a kill cleans nothing
+    with pytest.raises(Killed):
+        save(tmp_path / "last", 2.0, 2)
+    assert not (tmp_path / "last").exists()
+    assert step_of(tmp_path / "last") == 1
+    monkeypatch.undo()
+    save(tmp_path / "last", 3.0, 3)
+    assert step_of(tmp_path / "last") == 3
+    assert not (tmp_path / ".last.old").exists()
+
+
+def test_what_was_set_aside_is_not_read_where_a_checkpoint_is(tmp_path):
+    save(tmp_path / "last", 2.0, 2)
+    save(tmp_path / ".last.old", 1.0, 1)
+    assert step_of(tmp_path / "last") == 2
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_rights_that_the_user_wants(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "last")
+        files.replace_file(tmp_path / "config.json", b"{}")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "last", tmp_path / "last/state.json", tmp_path / "config.json"):
+        full = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == full & ~mask
+
+
+def test_the_swap_is_one_system_call_on_linux(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    assert files.exchange(a, b)
+    assert names(a) == ["b"]
+    assert names(b) == ["a"]
+    assert not files.exchange(a, tmp_path / "missing")
+
+
+def test_a_file_is_replaced_in_one_instant(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    files.replace_file(file, b"old")
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        files.replace_file(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert names(tmp_path) == ["config.json"]

@@ -1,0 +1,227 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import GRADIENTS, OUTPUTS, assert_rule
+from torch import nn
+
+from irongpt.config import PRESETS, TrainConfig
+from irongpt.training import muon
+from irongpt.training import optimizer as optim
+
+CONFIG = TrainConfig(**{**PRESETS["nano"].train, "lr": 1e-2, "grad_clip": 1.0})
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Matrices in blocks, twice of one shape, and some parameters beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7)])
+        self.head = nn.Linear(7, 3)
+
+
+def optimizer_of(
+    net: nn.Module, loss_scale: float | None = None, name: str = "adamw", lr: float = CONFIG.lr
+) -> optim.Optimizer:
+    """Without a loss scale; or, where one is given, in float16's way, from that scale on."""
+    scaler = optim.LossScaler(loss_scale is not None, CPU)
+    scaler.scale.fill_(loss_scale or 1.0)
+    return optim.Optimizer(net, replace(CONFIG, optimizer=name), scaler, torch.tensor(lr))
+
+
+def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in net.parameters():
+        p.grad = scale * torch.randn(p.shape, generator=generator)
+
+
+def snapshot(net: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in [*net.parameters(), *optimizer.tensors().values()]]
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [  # at steps 0, 3, 4, 7, 10, 12, of warmup 4, iters 10, lr 1, min_lr 0.1
+        ("constant", [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]),
+        ("cosine", [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]),
+    ],
+)
+def test_the_schedule(decay, expected):
+    config = replace(CONFIG, lr=1.0, min_lr=0.1, warmup=4, iters=10, decay=decay)
+    assert [optim.lr_at(step, config) for step in (0, 3, 4, 7, 10, 12)] == pytest.approx(expected)
+
+
+def test_cosine_is_above_the_line_first_and_below_it_later():
+    line, cosine = (replace(CONFIG, warmup=0, iters=100, decay=d) for d in ("linear", "cosine"))
+    assert optim.lr_at(25, cosine) > optim.lr_at(25, line)
+    assert optim.lr_at(75, cosine) < optim.lr_at(75, line)
+
+
+def test_only_matrices_decay():
+    net = Net()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = optimizer_of(net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for old, p in zip(before, net.parameters(), strict=True):
+        decay = CONFIG.lr * CONFIG.weight_decay if p.dim() == 2 else 0.0
+        torch.testing.assert_close(p.detach(), old * (1 - decay))
+
+
+def reference_step(params, moments, grads, t: int) -> None:
+    """AdamW with clipping, in float64, from the paper."""
+    norm = torch.sqrt(sum((g**2).sum() for g in grads))
+    for p, (m, v), g in zip(params, moments, grads, strict=True):
+        g = g * min(1.0, CONFIG.grad_clip / (float(norm) + 1e-6))
+        m.mul_(CONFIG.beta1).add_((1 - CONFIG.beta1) * g)
+        v.mul_(CONFIG.beta2).add_((1 - CONFIG.beta2) * g**2)
+        m_hat, v_hat = m / (1 - CONFIG.beta1**t), v / (1 - CONFIG.beta2**t)
+        p.mul_(1 - CONFIG.lr * (CONFIG.weight_decay if p.dim() >= 2 else 0))
+        p.sub_(CONFIG.lr * m_hat / (v_hat.sqrt() + 1e-8))
+
+
+@pytest.mark.parametrize("scale", [None, 65536.0])
+def test_fifty_steps_are_adamw_on_clipped_gradients_whatever_the_loss_scale(scale):
+    net, baseline = Net(), Net()
+    params = [p.detach().double() for p in net.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    optimizer = optimizer_of(net, scale)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for p in baseline.parameters() if p.dim() >= 2]},
+            {"params": [p for p in baseline.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=CONFIG.lr,
+        betas=(CONFIG.beta1, CONFIG.beta2),
+        weight_decay=CONFIG.weight_decay,
+    )
+    for t in range(1, 51):
+        size = 10.0 if t % 2 else 0.01  # every other step is clipped
+        give_gradients(net, t, size * (scale or 1))
+        give_gradients(baseline, t, size)
+        grads = [p.grad.double() for p in baseline.parameters()]
+        norm = optimizer.step()
+        expected = nn.utils.clip_grad_norm_(baseline.parameters(), CONFIG.grad_clip)
+        torch.testing.assert_close(norm, expected)
+        plain.step()
+        reference_step(params, moments, grads, t)
+    for ours, theirs, oracle in zip(net.parameters(), baseline.parameters(), params, strict=True):
+        assert_rule(OUTPUTS, ours.detach(), theirs.detach(), oracle)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    net = Net()
+    optimizer = optimizer_of(net, name="muon")
+    assert set(optimizer.muon.momentum) == {block.weight for block in net.blocks}
+    assert set(optimizer.adamw) == set(net.parameters()) - set(optimizer.muon.momentum)
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """The iteration as it is published: every step from the matrix itself."""
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_groups_go_together_and_keep_their_own(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(2, 4, 6), (1, 6, 4), (3, 5, 5), (2, 4, 9)]
+    groups = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    groups = [x / x.norm(dim=(1, 2), keepdim=True) for x in groups]
+    sizes, factor = [], muon._factor
+    monkeypatch.setattr(muon, "_factor", lambda g, n: sizes.append(len(g)) or factor(g, n))
+    for x, y in zip(groups, muon.orthogonal(groups), strict=True):
+        torch.testing.assert_close(y, newton_schulz(x))
+    assert sizes == [5, 5, 3, 3]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (1, 24, 6), (1, 1, 5)])
+def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    (even,) = muon.orthogonal([x / x.norm(dim=(1, 2), keepdim=True)])
+    # In x's own directions even is diagonal, with what the iteration makes of singular values.
+    diagonal = u.mT @ even @ vt.mT
+    sizes = diagonal.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, torch.diag_embed(sizes), atol=1e-9, rtol=0)
+    high = s > 0.05 * s.amax(dim=1, keepdim=True)
+    assert 0.6 < sizes[high].min() <= sizes.max() < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("least", [1.0, 1e-2, 1e-4])  # singular value, of the largest
+@pytest.mark.parametrize("shape", [(48, 192), (48, 48), (144, 48)], ids=str)
+def test_orthogonal_is_as_exact_as_the_published_iteration(dtype, least, shape):
+    generator = torch.Generator().manual_seed(3)
+    factors = [torch.randn(n, 48, generator=generator, dtype=torch.float64) for n in shape]
+    u, v = (torch.linalg.qr(f).Q for f in factors)
+    x = (u * torch.logspace(0, math.log10(least), 48, dtype=torch.float64) @ v.mT)[None]
+    x /= x.norm()
+    (found,) = muon.orthogonal([x.to(dtype)])
+    assert found.dtype == dtype
+    # What a gradient becomes: held to the rule for gradients.
+    assert_rule(GRADIENTS, found, newton_schulz(x.to(dtype)), newton_schulz(x))
+
+
+def test_the_iteration_takes_float16_on_a_gpu_and_the_steps_own_type_elsewhere():
+    gpu = torch.device("cuda")
+    for dtype, there in (
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16),
+    ):
+        assert muon.products_type(dtype, gpu) == there
+        assert muon.products_type(dtype, CPU) == dtype
+
+
+def test_the_moments_share_no_memory_so_that_a_file_takes_them():
+    tensors = optimizer_of(Net(), name="muon").tensors()
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
+
+
+def test_a_step_of_muon_is_the_formula_on_each_matrix_alone():
+    net = Net()
+    optimizer = optimizer_of(net, 1024.0, "muon", lr=0.1)
+    before = [block.weight.detach().double() for block in net.blocks]
+    momentum = [torch.zeros_like(w) for w in before]
+    for t in (1, 2, 3):
+        give_gradients(net, t, 1024.0)
+        grads = [block.weight.grad.double() / 1024 for block in net.blocks]
+        norm = optimizer.step().double()
+        for i, (g, w) in enumerate(zip(grads, before, strict=True)):
+            g = g / (norm + 1e-6).clamp(min=1)
+            momentum[i] = 0.95 * momentum[i] + 0.05 * g
+            look = (0.05 * g + 0.95 * momentum[i])[None]
+            update = newton_schulz(look / look.norm())[0]
+            before[i] = w * (1 - 0.1 * CONFIG.weight_decay) - 0.1 * 0.2 * 7**0.5 * update
+    for block, w in zip(net.blocks, before, strict=True):
+        torch.testing.assert_close(block.weight.detach().double(), w, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("scale", [None, 65536.0])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, name):
+    net = Net()
+    optimizer = optimizer_of(net, scale, name)
+    give_gradients(net, 1)
+    optimizer.step()
+    before = snapshot(net, optimizer)
+    give_gradients(net, 2)
+    net.blocks[1].weight.grad[0] = bad
+    norm = optimizer.step()
+    assert not norm.isfinite()
+    after = snapshot(net, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizer.scaler.scale == (32768 if scale else 1)
+    give_gradients(net, 3)
+    optimizer.step()
+    after = snapshot(net, optimizer)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,255 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from irongpt_kernels import builtin, eager
+
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+SHAPE = GPTConfig(vocab_size=11, n_layer=2, n_head=2, n_embd=16, context=16, dropout=0.0)
+RECIPE = TrainConfig(
+    **{
+        **PRESETS["nano"].train,
+        "iters": 40,
+        "batch_size": 8,
+        "warmup": 2,
+        "lr": 0.01,
+        "optimizer": "adamw",
+    }
+)
+IDS = torch.arange(3000) ** 2 // 5 % 11
+
+
+def trainer(ops=builtin, dtype=torch.float32, dropout=0.0, **recipe) -> Trainer:
+    torch.manual_seed(1)
+    model = GPT(replace(SHAPE, dropout=dropout), ops)
+    return Trainer(model, IDS, replace(RECIPE, **recipe), CPU, dtype)
+
+
+def train(t: Trainer, steps: int) -> torch.Tensor:
+    return torch.stack([t.train_step() for _ in range(steps)])
+
+
+def test_training_lowers_the_loss_of_both_splits():
+    t = trainer()
+    before = t.evaluate()
+    rows = train(t, 40)
+    assert rows[-5:, 0].mean() < rows[:5, 0].mean() - 0.1
+    assert t.evaluate() < before - 0.1
+
+
+class Still:
+    """Ops of an optimizer that changes nothing."""
+
+    unscale = staticmethod(builtin.unscale)
+    adamw = staticmethod(lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("split", [(4, 2), (2, 4), (1, 8)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
+    """In float64, by the gradients that the optimizer is given; the norm is taken of them too."""
+    batch_size, grad_accum = split
+    given = []
+    for t in (trainer(), trainer(batch_size=batch_size, grad_accum=grad_accum)):
+        t.model.double()
+        monkeypatch.setattr(t.optimizer, "ops", Still)
+        row = t.train_step()
+        given.append([row[0], row[1], *(p.grad for p in t.model.parameters())])
+    for whole, accumulated in zip(*given, strict=True):
+        torch.testing.assert_close(accumulated.double(), whole.double(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_training_follows_float32(dtype):
+    wide, narrow = trainer(), trainer(dtype=dtype)
+    losses, rows = train(wide, 20)[:, 0], train(narrow, 20)
+    # 2^-7 is bfloat16's step; float16's is finer.
+    torch.testing.assert_close(rows[:, 0], losses, rtol=2**-7, atol=0)
+    assert rows[0, 2] == (65536 if dtype == torch.float16 else 1)
+    assert all(p.dtype == torch.float32 for p in narrow.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_accum", [1, 3])
+def test_copies_of_the_weights_give_the_bits_of_autocast(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, optimizer: str, grad_accum: int
+) -> None:
+    """Which casts every weight at its use, and its gradient back, to float32."""
+    options = dict(ops=eager, dtype=dtype, dropout=0.2, optimizer=optimizer, grad_accum=grad_accum)
+    copied = trainer(**options)
+    assert {c.dtype for c in copied.optimizer.copies.values()} == {dtype}
+    assert len(copied.optimizer.copies) == 4 * SHAPE.n_layer
+    rows = train(copied, 8)
+    with monkeypatch.context() as m:
+        m.setattr(GPT, "copy_weights", lambda self, dtype: {})
+        cast = trainer(**options)
+    assert torch.equal(train(cast, 8), rows)
+    assert copied.evaluate() == cast.evaluate()
+    for a, b in zip(copied.model.parameters(), cast.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for weight, copy in copied.optimizer.copies.items():
+        assert torch.equal(copy, weight.to(dtype))
+
+
+def test_weights_that_are_loaded_are_copied() -> None:
+    t, other = trainer(dtype=torch.float16), trainer(dtype=torch.float16)
+    train(t, 3)
+    other.model.load_state_dict(t.model.state_dict())
+    assert other.evaluate() == t.evaluate()
+    assert {w.dtype for w in t.model.state_dict().values()} == {torch.float32}
+    assert set(t.model.state_dict()) == set(trainer().model.state_dict())
+
+
+@pytest.mark.parametrize("ops", [eager, builtin])
+def test_evaluation_leaves_no_trace(ops):
+    """builtin drops by PyTorch's generator, eager by the seed of the step."""
+    plain = trainer(ops, dropout=0.2)
+    rows = train(plain, 12)
+    watched, seen = trainer(ops, dropout=0.2), []
+    for _ in range(12):
+        seen.append(watched.train_step())
+        watched.evaluate()
+    assert torch.equal(torch.stack(seen), rows)
+    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_is_without_dropout_and_repeatable():
+    t = trainer(dropout=0.9)
+    assert t.evaluate() == t.evaluate()
+    assert t.model.training
+
+
+def test_evaluation_is_the_mean_over_windows_even_if_the_last_batch_is_smaller():
+    t = trainer()
+    whole = t.evaluate()
+    t.val_batches.batch_size = 7
+    assert t.evaluate() == pytest.approx(whole, rel=1e-6)
+
+
+def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkeypatch):
+    t = trainer()
+    t.val_batches.batch_size = 4
+    answers = iter([True, False])
+    assert t.evaluate(lambda: next(answers)) is None
+    assert t.model.training
+    monkeypatch.setattr(t.model, "loss", lambda x, y: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        t.evaluate()
+    assert t.model.training
+
+
+def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
+    seeds = []
+
+    class Spy:
+        def __getattr__(self, name):
+            def op(*args, seed=None, **kwargs):
+                seeds.append(seed)
+                return getattr(builtin, name)(*args, seed=seed, **kwargs)
+
+            return (
+                op
+                if name in ("causal_attention_packed", "dropout_add_layer_norm")
+                else getattr(builtin, name)
+            )
+
+    for run_seed in (1, 2):
+        train(trainer(Spy(), dropout=0.1, seed=run_seed, grad_accum=2), 3)
+    assert len(seeds) == 2 * 3 * 2 * 2 * 3  # runs, steps, accumulation, layers, dropouts of a block
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("ops", [eager, builtin])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_state_goes_on_bitwise(ops, dtype, optimizer):
+    whole = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+    rows = train(whole, 10)
+    first = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+    train(first, 6)
+    weights = {k: v.clone() for k, v in first.model.state_dict().items()}
+    tensors = {k: v.clone() for k, v in first.optimizer_tensors().items()}
+    for _ in range(2):  # the second load must see what the first one saw
+        second = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+        second.model.load_state_dict(weights)
+        second.restore(6, tensors)
+        assert torch.equal(train(second, 4), rows[6:])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_part_of_the_state_is_needed(optimizer):
+    t = trainer(dropout=0.1, dtype=torch.float16, optimizer=optimizer)
+    train(t, 3)
+    tensors = t.optimizer_tensors()
+    for name in tensors:
+        if not name.startswith("scaler."):
+            with pytest.raises(KeyError):
+                trainer(optimizer=optimizer).restore(
+                    3, {k: v for k, v in tensors.items() if k != name}
+                )
+
+
+def test_a_run_can_change_its_type():
+    t = trainer(dtype=torch.float16)
+    train(t, 3)
+    other = trainer()
+    other.restore(3, t.optimizer_tensors())
+    assert other.scaler.scale == 1
+    again = trainer(dtype=torch.float16)
+    again.restore(3, other.optimizer_tensors())
+    assert again.scaler.scale == 65536
+
+
+def test_overflow_storms_are_survived():
+    """One, five and twenty steps in a row that overflow in float16 change the scale alone."""
+    t = trainer(dtype=torch.float16)
+    clean = train(trainer(dtype=torch.float16), 40)[-1, 0]
+    poison = {2: 1, 7: 5, 15: 20}
+    for at, length in poison.items():
+        while t.step < at:
+            t.train_step()
+        before = [p.detach().clone() for p in t.model.parameters()]
+        hook = t.model.ln_f.weight.register_hook(lambda g: g * float("inf"))
+        rows = train(t, length)
+        hook.remove()
+        assert not rows[:, 1].isfinite().any()
+        assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
+    t.step = 14
+    train(t, 26)
+    assert float(t.train_step()[0]) == pytest.approx(float(clean), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("blocks.1.mlp.fc.weight", "the weight blocks.1.mlp.fc.weight"),
+        ("wte.weight", "the weight wte.weight"),
+    ],
+)
+def test_the_first_bad_weight_is_named(name, expected):
+    t = trainer()
+    with torch.no_grad():
+        t.model.get_parameter(name)[0] = float("nan")
+    assert t.first_nonfinite() == expected
+
+
+def test_the_first_bad_output_is_named():
+    t = trainer()
+    with torch.no_grad():
+        t.model.blocks[1].mlp.fc.weight.fill_(3e38)
+    assert t.first_nonfinite() == "the output of blocks.1.mlp.proj"
+
+
+def test_the_first_bad_gradient_is_named():
+    t = trainer()
+    t.model.blocks[0].mlp.fc.weight.register_hook(lambda g: g * float("nan"))
+    assert t.first_nonfinite() == "the gradient of blocks.0.mlp.fc.weight"
+
+
+def test_nothing_bad_is_not_blamed_on_a_tensor():
+    assert trainer().first_nonfinite().startswith("none")
