@@ -36,7 +36,7 @@ VOCABULARY = 109  # of War and Peace
 # do (a test runs them and counts); of PyTorch's CUDA code, read in its source, the least.
 LAUNCHES = {
     "irongpt::causal_attention_backward": 2,  # queries; keys and values
-    "irongpt::unscale": 2,  # squares; their sum and what follows of it
+    "irongpt::grad_norm": 2,  # squares; their sum and what follows of it
     "irongpt::muon_momentum": 2,  # momentum; what is ahead
     "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
     "irongpt::cross_entropy": 2,  # rows; their mean
@@ -51,7 +51,7 @@ AGAIN = {"irongpt::muon_momentum": ("grads", "momentum")}  # what the second of 
 GROUPS = {  # by a part of the operation's name; the first that fits
     "attention": ("attention",),
     "norms": ("layer_norm",),
-    "optimizer": ("adamw", "unscale", "muon"),
+    "optimizer": ("adamw", "grad_norm", "muon"),
     "gelu": ("gelu", "tanh", "pow"),
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
     "batch, embedding": ("embedding", "index"),

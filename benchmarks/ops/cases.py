@@ -215,7 +215,7 @@ def own_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) ->
 
 def dropping(op: str) -> float:
     """As the iron model has it, where an op is random."""
-    return inplace_ops.TEMPERATURE if op == "draw_tokens" else 0.2 if op in DROPS else 0.0
+    return inplace_ops.TEMPERATURE if op == "sample_tokens" else 0.2 if op in DROPS else 0.0
 
 
 SWEEPS = ("T", "D", "batch", "width", "V")
@@ -272,7 +272,7 @@ def _over_t(base: Shape, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[C
         *_attention("T", dtype, shapes),
         *packed,
         *(Case("softmax", "T", s, dtype) for s in shapes),
-        *(Case("cached_attention", "T", replace(base, B=1, T=T), dtype) for T in lengths),
+        *(Case("decode_attention", "T", replace(base, B=1, T=T), dtype) for T in lengths),
     ]
 
 

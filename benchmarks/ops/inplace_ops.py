@@ -1,9 +1,9 @@
 """The ops that have no gradient: the optimizer's, over a whole model, and those of one token.
 
-    adamw        unscale and adamw over all weights: a step of the optimizer
-    muon         unscale, and muon_momentum and muon_update over the blocks' matrices, by shape;
+    adamw        grad_norm and adamw over all weights: a step of the optimizer
+    muon         grad_norm, and muon_momentum and muon_update over the blocks' matrices, by shape;
                  what stands between the two, the iteration, is PyTorch's products for all ops
-    embed_tokens, norm_linear, cached_attention, linear_add, draw_tokens
+    embed_tokens, norm_linear, decode_attention, linear_add, sample_tokens
                  of one token for each of B texts that fill the context; norm_linear is the MLP's
                  first product with its GELU, linear_add the second one
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from irongpt_kernels.decode_builtin import write_row
+from irongpt_kernels.builtin import write_row
 from torch import Tensor
 
 from benchmarks.training import matmuls
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from benchmarks.ops.cases import Case
 
 OPTIMIZERS = ("adamw", "muon")
-TOKEN = ("embed_tokens", "norm_linear", "cached_attention", "linear_add", "draw_tokens")
+TOKEN = ("embed_tokens", "norm_linear", "decode_attention", "linear_add", "sample_tokens")
 OPS = (*OPTIMIZERS, *TOKEN)
-AS_EAGER = ("embed_tokens", "linear_add", "draw_tokens")  # in builtin
+AS_EAGER = ("embed_tokens", "linear_add", "sample_tokens")  # in builtin
 
 DECAY = 0.1
 SEED = (5 << 32) + 7  # beyond 32 bits
@@ -75,9 +75,9 @@ def size(case: "Case") -> str:
         "muon": f"{count / 1e6:.1f} M weights",
         "embed_tokens": f"{s.B}x{C}",
         "norm_linear": f"{s.B}x{C} by {4 * C}x{C}",
-        "cached_attention": f"B={s.B} H={s.H} N={s.T} D={s.D}",
+        "decode_attention": f"B={s.B} H={s.H} N={s.T} D={s.D}",
         "linear_add": f"{s.B}x{4 * C} by {C}x{4 * C}",
-        "draw_tokens": f"{s.B}x{s.V}",
+        "sample_tokens": f"{s.B}x{s.V}",
     }[case.op]
 
 
@@ -103,7 +103,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
     def step() -> Inputs:
         return {
             "scale": torch.ones((), device=device),
-            "good_steps": torch.zeros((), dtype=torch.int64, device=device),
+            "growth_tracker": torch.zeros((), dtype=torch.int64, device=device),
             "lr": torch.full((), 0.01, device=device),  # a copy in 16 bits has to show a step
         }
 
@@ -136,7 +136,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
             "weight": 0.02 * randn(4 * C, C),
             "norm_weight": 1 + 0.1 * randn(C, dtype=wide),
         },
-        "cached_attention": lambda: {
+        "decode_attention": lambda: {
             "qkv": randn(B, 1, 3, s.H, s.D),
             "cache_k": randn(*cache),
             "cache_v": randn(*cache),
@@ -147,7 +147,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
             "weight": 0.02 * randn(C, 4 * C),
             "residual": randn(B, C, dtype=wide),
         },
-        "draw_tokens": lambda: {
+        "sample_tokens": lambda: {
             **ring(),
             # No two are equal, not even in bfloat16: the likeliest is one.
             "logits": torch.linspace(-3, 3, s.V, device=device)[
@@ -166,10 +166,10 @@ def call(ops: ModuleType, case: "Case") -> Function:
     if case.op == "muon":
         return lambda x: _muon(ops, x, shapes(case)[0])
     op = getattr(ops, case.op)
-    if case.op == "draw_tokens":
+    if case.op == "sample_tokens":
         options = dict(temperature=case.p, top_k=TOP_K)
         return lambda x: (op(**x, **options), x["tokens"], x["counts"])[1:]
-    if case.op == "cached_attention":
+    if case.op == "decode_attention":
         return lambda x: (op(**x), x["cache_k"], x["cache_v"])
     options = {"gelu": True} if case.op == "norm_linear" else {}
     return lambda x: (op(**x, **options),)
@@ -179,9 +179,9 @@ def textbook(case: "Case") -> Function:
     """The op as one would write it; of norm_linear that is builtin's."""
     return {
         "embed_tokens": _embed,
-        "cached_attention": _cached_attention,
+        "decode_attention": _cached_attention,
         "linear_add": lambda x: (x["residual"] + F.linear(x["x"], x["weight"]),),
-        "draw_tokens": lambda x: _draw(x, case.p),
+        "sample_tokens": lambda x: _draw(x, case.p),
     }[case.op]
 
 
@@ -218,15 +218,15 @@ def _parts(flat: Tensor, sizes: Sizes) -> list[Tensor]:
 
 
 def _unscale(ops: ModuleType, x: Inputs, grads: list[Tensor]) -> Tensor:
-    found: Tensor = ops.unscale(
-        grads, x["scale"], x["good_steps"], x["steps"], max_norm=1.0, calm=0
+    found: Tensor = ops.grad_norm(
+        grads, x["scale"], x["growth_tracker"], x["steps"], max_norm=1.0, growth_interval=0
     )
     return found
 
 
 def _changed(x: Inputs, *names: str) -> tuple[Tensor, ...]:
     """What an optimizer is there to change."""
-    own = (*names, "copies", "steps", "good_steps")
+    own = (*names, "copies", "steps", "growth_tracker")
     return tuple(t for name, t in x.items() if name.split(".")[-1] in own)
 
 
@@ -236,41 +236,42 @@ def _adamw(ops: ModuleType, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Te
 
     copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
     grads = both("grads")
-    unscaled = _unscale(ops, x, grads)
+    stats = _unscale(ops, x, grads)
     ops.adamw(
         both("params"), copies, grads, both("moment0"), both("moment1"), x["steps"], x["lr"],
-        unscaled, beta1=0.9, beta2=0.99,
+        stats, beta1=0.9, beta2=0.99,
         weight_decays=[DECAY if len(size) == 2 else 0.0 for size in matrices + rest],
     )  # fmt: skip
-    return (unscaled, *_changed(x, "params", "moment0", "moment1"))
+    return (stats, *_changed(x, "params", "moment0", "moment1"))
 
 
 def _muon(ops: ModuleType, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
     grads, params = (_parts(x[f"matrices.{name}"], matrices) for name in ("grads", "params"))
     copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
     momentum, update = x["matrices.moment0"], x["update"]
-    unscaled = _unscale(ops, x, grads)
+    stats = _unscale(ops, x, grads)
     ahead, begin = [], 0
     for shape in dict.fromkeys(matrices):
         at = [i for i, s in enumerate(matrices) if s == shape]
         end = begin + len(at) * math.prod(shape)
         m, u = (t[begin:end].view(len(at), *shape) for t in (momentum, update))
         ahead.append(
-            ops.muon_momentum([grads[i] for i in at], m, unscaled, beta=0.95, dtype=update.dtype)
+            ops.muon_momentum([grads[i] for i in at], m, stats, beta=0.95, dtype=update.dtype)
         )
         ops.muon_update(
             [params[i] for i in at], [copies[i] for i in at] if copies else [], u, x["lr"],
-            unscaled, scale=muon.RMS * max(shape) ** 0.5, weight_decay=DECAY,
+            stats, scale=muon.RMS * max(shape) ** 0.5, weight_decay=DECAY,
         )  # fmt: skip
         begin = end
-    return (unscaled, *_changed(x, "params", "moment0"), *ahead)
+    return (stats, *_changed(x, "params", "moment0"), *ahead)
 
 
 def cost(case: "Case") -> tuple[int, int]:
     """Least bytes across DRAM and FLOPs: by the kernels' own cost functions, and by counting."""
-    from irongpt_kernels.fused import decode_attention, decode_linear
+    from irongpt_kernels.fused import decode_linear
     from irongpt_kernels.fused import muon as kernel
     from irongpt_kernels.fused.adamw import adamw_bytes
+    from irongpt_kernels.fused.decode_attention import decode_attention_bytes
 
     s, item = case.shape, case.dtype.itemsize
     B, C = s.B, s.H * s.D
@@ -280,15 +281,15 @@ def cost(case: "Case") -> tuple[int, int]:
         "adamw": lambda: (
             adamw_bytes(matrices, item, copy) + adamw_bytes(rest, 4, 0), 0
         ),
-        # unscale has read the gradients before
+        # grad_norm has read the gradients before
         "muon": lambda: (kernel.muon_bytes(matrices, item, item, copy) + matrices * item, 0),
         "embed_tokens": lambda: (3 * B * C * 4, 0),
         "norm_linear": lambda: (decode_linear.row_linear_bytes(4 * C, C, item), 2 * B * 4 * C * C),
-        "cached_attention": lambda: (
-            decode_attention.cached_attention_bytes(B, s.H, s.T - 1, s.D, item),
+        "decode_attention": lambda: (
+            decode_attention_bytes(B, s.H, s.T - 1, s.D, item),
             4 * B * s.H * s.T * s.D,
         ),
         "linear_add": lambda: (decode_linear.row_linear_bytes(C, 4 * C, item), 2 * B * 4 * C * C),
-        "draw_tokens": lambda: (B * s.V * item, 0),
+        "sample_tokens": lambda: (B * s.V * item, 0),
     }  # fmt: skip
     return found[case.op]()

@@ -168,7 +168,7 @@ class Textbook:
     softmax = staticmethod(builtin.softmax)
     layer_norm = staticmethod(builtin.layer_norm)
     dropout_add_layer_norm = staticmethod(builtin.dropout_add_layer_norm)
-    unscale, adamw = staticmethod(builtin.unscale), staticmethod(builtin.adamw)
+    grad_norm, adamw = staticmethod(builtin.grad_norm), staticmethod(builtin.adamw)
     muon_momentum = staticmethod(builtin.muon_momentum)
     muon_update = staticmethod(builtin.muon_update)
     gelu = staticmethod(builtin.gelu)

@@ -18,7 +18,7 @@ NOTES = {
     "adamw": "All weights of the model; the norm of the gradients is in it.",
     "muon": "The blocks' matrices; the norm of the gradients is in it, the iteration is not.",
     "embed_tokens": "The embeddings are float32, whatever the type of a training.",
-    "draw_tokens": "textbook and compile draw by PyTorch's generator; checked near temperature 0.",
+    "sample_tokens": "textbook and compile use PyTorch's generator; checked near temperature 0.",
 }
 
 

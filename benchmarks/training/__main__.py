@@ -13,7 +13,7 @@
                              builtin AdamW, which does the same work where our preset has another
                              optimizer
 
-A step is `Trainer.train_step`: batch, forward, backward, unscale, clip, optimizer. The variants
+A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants
 take turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
 
 Of the step's matrix products each shape is timed alone, and so is Muon's iteration; what is left

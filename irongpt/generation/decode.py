@@ -109,7 +109,7 @@ class Decoder:
             x = ops.embed_tokens(self.tokens, self.counts, wte, wpe)  # (B, C)
             for layer, (ln_1, qkv, proj, ln_2, fc, fc_proj) in enumerate(self.blocks):
                 y = ops.norm_linear(x, qkv.weight, *ln_1, qkv.bias).view(B, 1, 3, H, C // H)
-                y = ops.cached_attention(y, cache.k[layer], cache.v[layer], self.counts[:, 1])
+                y = ops.decode_attention(y, cache.k[layer], cache.v[layer], self.counts[:, 1])
                 x = ops.linear_add(y.reshape(B, C), proj.weight, x, proj.bias)
                 y = ops.norm_linear(x, fc.weight, *ln_2, fc.bias, gelu=True)
                 x = ops.linear_add(y, fc_proj.weight, x, fc_proj.bias)
@@ -118,7 +118,7 @@ class Decoder:
     def _draw(self, logits: Tensor) -> None:
         """logits: (B, V)."""
         how = self.config
-        self.model.ops.draw_tokens(
+        self.model.ops.sample_tokens(
             logits, self.tokens, self.counts, self.seed,
             temperature=how.temperature, top_k=how.top_k, top_p=how.top_p,
         )  # fmt: skip

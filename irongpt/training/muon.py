@@ -43,16 +43,16 @@ class Muon:
     def step(
         self,
         lr: Tensor,
-        unscaled: Tensor,
+        stats: Tensor,
         gradients: Mapping[Tensor, Tensor],
         copies: Mapping[Tensor, Tensor],
     ) -> None:
-        """lr: 0-d. unscaled: of the op `unscale`. gradients, 16-bit copies: by their weights."""
+        """lr: 0-d. stats: of the op `grad_norm`. gradients, 16-bit copies: by their weights."""
         ahead = [
             self.ops.muon_momentum(
                 [gradients[p] for p in params],
                 momentum,
-                unscaled,
+                stats,
                 beta=self.beta,
                 dtype=self.dtype,
             )
@@ -64,7 +64,7 @@ class Muon:
                 [copies[p] for p in params if p in copies],
                 update,
                 lr,
-                unscaled,
+                stats,
                 # An orthogonal matrix has a mean square of 1 / its longer side.
                 scale=RMS * max(momentum.shape[1:]) ** 0.5,
                 weight_decay=self.weight_decay,

@@ -1,6 +1,6 @@
 """The optimizer as the training step drives it: AdamW, Muon, schedule, loss scale, clipping.
 
-One pass over the gradients takes their norm, the op `unscale`; then, in `adamw` or in Muon's ops,
+One pass over the gradients takes their norm, the op `grad_norm`; then, in `adamw` or in Muon's ops,
 they are unscaled, clipped and applied, or, if the norm is not finite, weights and moments stay as
 they are. The host never waits for the device, and float32, bfloat16 and float16 go the same way.
 """
@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from irongpt_kernels import builtin
+from irongpt_kernels.eager import GradStats
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
@@ -36,15 +37,15 @@ class LossScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018): half after an overflow, double after a calm.
 
     A float16 gradient below 6e-8 is zero; multiplying the loss keeps them above. Without
-    `enabled` the scale stays 1. The op `unscale` updates both tensors.
+    `enabled` the scale stays 1. The op `grad_norm` updates both tensors.
     """
 
-    calm = 2000  # steps without an overflow before the scale doubles
+    growth_interval = 2000  # steps without an overflow before the scale doubles
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
-        self.good_steps = torch.tensor(0, device=device)
+        self.growth_tracker = torch.tensor(0, device=device)
 
 
 class Optimizer:
@@ -123,13 +124,13 @@ class Optimizer:
         """
         config, scaler = self.config, self.scaler
         grads = {p: self.gradient(p) for p in self.names}
-        unscaled = self.ops.unscale(
+        stats = self.ops.grad_norm(
             list(grads.values()),
             scaler.scale,
-            scaler.good_steps,
+            scaler.growth_tracker,
             self.steps,
             max_norm=config.grad_clip,
-            calm=scaler.calm if scaler.enabled else 0,
+            growth_interval=scaler.growth_interval if scaler.enabled else 0,
         )
         self.ops.adamw(
             self.adamw,
@@ -139,13 +140,13 @@ class Optimizer:
             list(self.exp_avg_sq.values()),
             self.steps,
             self.lr,
-            unscaled,
+            stats,
             beta1=config.beta1,
             beta2=config.beta2,
             weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw],
         )
-        self.muon.step(self.lr, unscaled, grads, self.copies)
-        return unscaled[0]
+        self.muon.step(self.lr, stats, grads, self.copies)
+        return GradStats(*stats).norm
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}

@@ -124,7 +124,7 @@ class Trainer:
         tensors = self.optimizer.tensors()
         if self.scaler.enabled:
             tensors["scaler.scale"] = self.scaler.scale
-            tensors["scaler.good_steps"] = self.scaler.good_steps
+            tensors["scaler.good_steps"] = self.scaler.growth_tracker
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -140,7 +140,7 @@ class Trainer:
             self.optimizer.restore(tensors)
         if self.scaler.enabled and "scaler.scale" in tensors:
             self.scaler.scale.copy_(tensors["scaler.scale"])
-            self.scaler.good_steps.copy_(tensors["scaler.good_steps"])
+            self.scaler.growth_tracker.copy_(tensors["scaler.good_steps"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)

@@ -1,42 +1,148 @@
-"""The operations of a GPT, in interchangeable implementations with one signature each.
+"""The operations of a GPT in three interchangeable implementations.
 
-    import irongpt_kernels.eager      plain PyTorch: the specification, and the oracle of every test
-    import irongpt_kernels.builtin    PyTorch's own fused functions: scaled_dot_product_attention...
-    import irongpt_kernels.fused      Triton kernels, each in the file of its name
+    irongpt_kernels.eager      plain PyTorch: the specification, and the reference of every test
+    irongpt_kernels.builtin    PyTorch's fused functions, such as scaled_dot_product_attention
+    irongpt_kernels.fused      our Triton kernels, one file per op
 
-| op | inputs | result |
-|---|---|---|
-| `causal_attention(q, k, v, *, dropout_p, seed, scale)` | (B, H, T, D) each | (B, H, T, D) |
-| `causal_attention_packed(qkv, *, dropout_p, seed, scale)` | (B, T, 3, H, D) | (B, T, H, D) |
-| `layer_norm(x, weight, bias, eps, dtype)` | (..., N), (N,), (N,) or None | (..., N) |
-| `softmax(x, *, scale, causal)` | (..., N); causal: (..., T, T) | like x |
-| `cross_entropy(logits, targets, ignore_index)` | (M, V), (M,) int64 | mean, 0-d |
-| `gelu(x, bias)` | (..., N), (N,) or None | (..., N) |
-| `dropout_add_layer_norm(branch, residual, weight, bias, *, dropout_p, seed, eps)` | (..., N) | 2 |
-| `unscale(grads, scale, good_steps, steps, *, max_norm, calm)` | lists | norm, divisor, overflow |
-| `adamw(params, copies, grads, exp_avgs, exp_avg_sqs, steps, lr, unscaled, *, ...)` | lists | |
-| `muon_momentum(grads, momentum, unscaled, *, beta, dtype)` | n of (R, C), (n, R, C) | (n, R, C) |
-| `muon_update(params, copies, update, lr, unscaled, *, scale, weight_decay)` | lists, (n, R, C) | |
+Each is a module that satisfies the Protocol `Ops`. The caller imports the one it wants; nothing is
+selected here, and only `fused` imports Triton. `eager` documents shapes, dtypes and results.
 
-`dropout_add_layer_norm` returns the sum and its norm; the last four are an optimizer's step. The
-next ones write one token of B texts: they have no gradient, write into tensors that stay where they
-are, and wait for nothing, so that one CUDA graph holds a token. Their specification is
-`decode_eager`.
+`seed` is a Python int or a 0-d int64 tensor on the device of the inputs. Which elements dropout
+zeroes is a function of the seed and the position alone (see `dropout`), the same in `eager` and
+`fused`. `builtin` uses PyTorch's global generator and ignores the seed.
 
-| op | inputs | result |
-|---|---|---|
-| `embed_tokens(tokens, counts, wte, wpe)` | (B, N), (B, 2) int64, (V, C), (T, C) | (B, C) |
-| `norm_linear(x, weight, norm_weight, norm_bias, bias, gelu, eps)` | (B, K), (N, K) | (B, N) |
-| `cached_attention(qkv, cache_k, cache_v, position, *, scale)` | (B, 1, 3, H, D) | (B, 1, H, D) |
-| `linear_add(x, weight, residual, bias)` | (B, K), (N, K), (B, N) | (B, N) |
-| `draw_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)` | (B, V) | writes |
-
-A caller takes one of the modules and uses it; nothing is chosen here. Importing this package, eager
-or builtin imports no Triton.
-
-`seed` is a Python int or a 0-d int64 tensor on the device of the inputs. The elements that `eager`
-drops are a pure function of the seed and the position (see `dropout`). `builtin` alone drops by
-PyTorch's global generator and ignores the seed.
-
-B batch, H heads, T positions, D head dimension, N features, M rows, V vocabulary.
+Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
 """
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Ops(Protocol):
+    """The signatures of the ops. A module that has them all can serve a model."""
+
+    def causal_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout_p: float = 0.0,
+        seed: int | Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
+    def causal_attention_packed(
+        self,
+        qkv: Tensor,
+        *,
+        dropout_p: float = 0.0,
+        seed: int | Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+    def softmax(self, x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor: ...
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, ignore_index: int = -100
+    ) -> Tensor: ...
+    def gelu(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def dropout_add_layer_norm(
+        self,
+        branch: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        seed: int | Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> tuple[Tensor, Tensor]: ...
+    def grad_norm(
+        self,
+        grads: list[Tensor],
+        scale: Tensor,
+        growth_tracker: Tensor,
+        state_steps: Tensor,
+        *,
+        max_norm: float,
+        growth_interval: int = 0,
+    ) -> Tensor: ...
+    def adamw(
+        self,
+        params: list[Tensor],
+        low_precision_params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        state_steps: Tensor,
+        lr: Tensor,
+        stats: Tensor,
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decays: list[float],
+        eps: float = 1e-08,
+    ) -> None: ...
+    def muon_momentum(
+        self,
+        grads: list[Tensor],
+        momentum: Tensor,
+        stats: Tensor,
+        *,
+        beta: float,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+    def muon_update(
+        self,
+        params: list[Tensor],
+        low_precision_params: list[Tensor],
+        update: Tensor,
+        lr: Tensor,
+        stats: Tensor,
+        *,
+        scale: float,
+        weight_decay: float,
+    ) -> None: ...
+    def decode_attention(
+        self,
+        qkv: Tensor,
+        cache_k: Tensor,
+        cache_v: Tensor,
+        position: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> Tensor: ...
+    def embed_tokens(self, tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor: ...
+    def norm_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        eps: float = 1e-5,
+    ) -> Tensor: ...
+    def linear_add(
+        self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None
+    ) -> Tensor: ...
+    def sample_tokens(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        seed: int | Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> None: ...

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irongpt_kernels import scaling
-from irongpt_kernels.decode_builtin import cached_attention as cached_attention
-from irongpt_kernels.decode_builtin import draw_tokens as draw_tokens
-from irongpt_kernels.decode_builtin import embed_tokens as embed_tokens
-from irongpt_kernels.decode_builtin import linear_add as linear_add
-from irongpt_kernels.decode_builtin import norm_linear as norm_linear
+from irongpt_kernels.eager import GradStats, append, grad_stats
+from irongpt_kernels.eager import embed_tokens as embed_tokens
+from irongpt_kernels.eager import linear_add as linear_add
+from irongpt_kernels.eager import sample_tokens as sample_tokens
 
 
 def causal_attention(
@@ -91,34 +89,34 @@ def dropout_add_layer_norm(
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
 
-def unscale(
+def grad_norm(
     grads: list[Tensor],
     scale: Tensor,
-    good_steps: Tensor,
-    steps: Tensor,
+    growth_tracker: Tensor,
+    state_steps: Tensor,
     *,
     max_norm: float,
-    calm: int = 0,
+    growth_interval: int = 0,
 ) -> Tensor:
-    """See `eager.unscale`."""
+    """See `eager.grad_norm`."""
     norms: dict[int, Tensor] = {}
     for dtype in {g.dtype for g in grads}:  # a fused pass takes tensors of one dtype
         at = [i for i, g in enumerate(grads) if g.dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)
         norms |= zip(at, torch._foreach_norm([grads[i] for i in at], 2.0, wide), strict=True)
     norm = torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
-    return scaling.finish(norm, scale, good_steps, steps, max_norm, calm)
+    return grad_stats(norm, scale, growth_tracker, state_steps, max_norm, growth_interval)
 
 
 def adamw(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: Tensor,
+    state_steps: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     beta1: float,
     beta2: float,
@@ -126,14 +124,14 @@ def adamw(
     eps: float = 1e-8,
 ) -> None:
     """See `eager.adamw`. Gradients of float32 end divided, as PyTorch leaves them."""
-    _, divisor, overflow = unscaled.unbind()
+    _, grad_scale, found_inf = GradStats(*stats)
     narrow = [i for i, (p, g) in enumerate(zip(params, grads, strict=True)) if g.dtype != p.dtype]
     if narrow:  # the fused pass wants them in the type of the weights
         wide = [torch.empty_like(params[i]) for i in narrow]
         torch._foreach_copy_(wide, [grads[i] for i in narrow])
         widened = dict(zip(narrow, wide, strict=True))
         grads = [widened.get(i, g) for i, g in enumerate(grads)]
-    every_step = steps.unbind()
+    every_step = state_steps.unbind()
     for decay in dict.fromkeys(weight_decays):
         at = [i for i, d in enumerate(weight_decays) if d == decay]
         weights, gradients, m, v = (
@@ -153,38 +151,79 @@ def adamw(
             eps=eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
-            found_inf=overflow,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
-    if copies:
-        torch._foreach_copy_(copies, params[: len(copies)])
+    if low_precision_params:
+        torch._foreach_copy_(low_precision_params, params[: len(low_precision_params)])
 
 
 def muon_momentum(
-    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+    grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
     """See `eager.muon_momentum`."""
-    _, divisor, overflow = unscaled.unbind()
-    g = torch.stack(grads) / divisor.view(1, 1, 1)  # of three dimensions, which makes it float32
-    g.masked_fill_(overflow > 0, 0)
-    momentum.lerp_(g, (1 - beta) * (1 - overflow))
+    _, grad_scale, found_inf = GradStats(*stats)
+    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # of three dimensions, which makes it float32
+    g.masked_fill_(found_inf > 0, 0)
+    momentum.lerp_(g, (1 - beta) * (1 - found_inf))
     ahead = g.lerp_(momentum, beta)
     return (ahead / (ahead.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
 
 
 def muon_update(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     update: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     scale: float,
     weight_decay: float,
 ) -> None:
     """See `eager.muon_update`."""
-    lr = lr * (1 - unscaled[2])
+    lr = lr * (1 - GradStats(*stats).found_inf)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_add_(params, list((update * (lr * -scale).view(1, 1, 1)).unbind()))
-    if copies:
-        torch._foreach_copy_(copies, params)
+    if low_precision_params:
+        torch._foreach_copy_(low_precision_params, params)
+
+
+def decode_attention(
+    qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """See `eager.decode_attention`. What was not written is read, as far as PyTorch reads it, and
+    has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays: a
+    position outside is an IndexError there, or counts from the end."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
+    write = write_row if qkv.device.type == "cpu" else append
+    mask = write(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
+    out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
+
+
+def write_row(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
+    """As `append`, by an index: nothing but the new row is written."""
+    texts, columns = (torch.arange(n, device=k.device) for n in (len(k), cache_k.shape[2]))
+    cache_k[texts, :, position] = k.to(cache_k.dtype)
+    cache_v[texts, :, position] = v.to(cache_v.dtype)
+    return columns <= position[:, None, None]
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """See `eager.norm_linear`."""
+    normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
+    if gelu:
+        return _gelu(F.linear(normed, weight), bias)
+    return F.linear(normed, weight, None if bias is None else bias.to(weight.dtype))
+
+
+_gelu = gelu  # `norm_linear` has an argument of that name

@@ -4,19 +4,33 @@ oracle that the other implementations are held to.
 
 Statistics and sums are taken in float32 (float64 for float64 inputs), results come in the dtype of
 the first argument unless said otherwise.
+
+The ops of one token (`decode_attention` and those after it) have no gradient. They write into
+preallocated tensors (caches, counters, tokens) and read no value on the host, so that a CUDA graph
+can hold a whole token. Their matmuls are in the weights' dtype: the normalized input is rounded to
+it before, and the result after, as under autocast.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from irongpt_kernels import dropout, scaling
-from irongpt_kernels.decode_eager import cached_attention as cached_attention
-from irongpt_kernels.decode_eager import draw_tokens as draw_tokens
-from irongpt_kernels.decode_eager import embed_tokens as embed_tokens
-from irongpt_kernels.decode_eager import linear_add as linear_add
-from irongpt_kernels.decode_eager import norm_linear as norm_linear
+from irongpt_kernels import dropout
+
+MASS_BITS = 40  # the likeliest token's mass is 2^40; what is 2^40 times less likely has none
+MAX_V = 1 << 22  # so many masses fit into 63 bits
+GREATEST_INVERSE = 3e38  # of a temperature: a factor that float32 holds
+
+
+class GradStats(NamedTuple):
+    """The three elements of `grad_norm`'s result, each a 0-d tensor."""
+
+    norm: Tensor  # of the unscaled gradients, before clipping
+    grad_scale: Tensor  # divide gradients by it to unscale them and to clip their norm
+    found_inf: Tensor  # 1 where the norm is not finite, else 0
 
 
 def causal_attention(
@@ -135,77 +149,99 @@ def dropout_add_layer_norm(
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
 
-def unscale(
+def grad_norm(
     grads: list[Tensor],
     scale: Tensor,
-    good_steps: Tensor,
-    steps: Tensor,
+    growth_tracker: Tensor,
+    state_steps: Tensor,
     *,
     max_norm: float,
-    calm: int = 0,
+    growth_interval: int = 0,
 ) -> Tensor:
-    """What `adamw` has to know of the gradients of scale * loss before it uses any of them.
+    """The norm of all gradients of scale * loss, the clipping factor, and dynamic loss scaling.
 
-    scale: 0-d float32. good_steps: 0-d int64, steps since the last change of the scale. steps:
-    (n,) float32, updates so far; one is added to each unless a gradient is not finite. calm: after
-    so many good steps the scale doubles, and halves after a bad one, between 1 and 2^24 (dynamic
-    loss scaling, Micikevicius et al. 2018); 0 leaves it. Returns (norm, divisor, overflow), (3,):
-    the norm of all unscaled gradients, what to divide gradients by so that it is `max_norm` at
-    most, and 1 if it is not finite, else 0.
+    scale: 0-d float32, the loss scale. growth_tracker: 0-d int64, the number of finite steps since
+    the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
+    increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
+    many finite steps in a row and halves after a step that is not finite, between 1 and 2^24
+    (Micikevicius et al. 2018); with 0 it stays. All three tensors are updated in place.
+    Returns a (3,) tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
-    return scaling.finish(total.sqrt(), scale, good_steps, steps, max_norm, calm)
+    return grad_stats(total.sqrt(), scale, growth_tracker, state_steps, max_norm, growth_interval)
+
+
+def grad_stats(
+    scaled_norm: Tensor,
+    scale: Tensor,
+    growth_tracker: Tensor,
+    state_steps: Tensor,
+    max_norm: float,
+    growth_interval: int,
+) -> Tensor:
+    """`grad_norm` from the norm of the scaled gradients on."""
+    norm = scaled_norm / scale
+    bad = ~norm.isfinite()
+    grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    state_steps += (~bad).float()
+    if growth_interval:
+        good = (growth_tracker + 1).masked_fill(bad, 0)
+        grow = good >= growth_interval
+        factor = torch.ones_like(scale).masked_fill(grow, 2.0).masked_fill(bad, 0.5)
+        scale.copy_((scale * factor).clamp(1.0, 2.0**24))
+        growth_tracker.copy_(good.masked_fill(grow, 0))
+    return torch.stack(GradStats(norm, grad_scale, bad.to(norm.dtype)))
 
 
 def adamw(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: Tensor,
+    state_steps: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     beta1: float,
     beta2: float,
     weight_decays: list[float],
     eps: float = 1e-8,
 ) -> None:
-    """AdamW (Loshchilov and Hutter 2019) in place, unless `unscaled` tells of an overflow.
+    """AdamW (Loshchilov and Hutter 2019) in place, unless `stats` tells of an overflow.
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
-    copies: of the first params, rounded to their own dtype. steps: (n,), with this one. lr: 0-d.
-    unscaled: what `unscale` returned.
+    low_precision_params: 16-bit copies of the first params, rounded after the update.
+    state_steps: (n,), including this step. lr: 0-d. stats: the result of `grad_norm`.
     """
-    _, divisor, overflow = unscaled.unbind()
-    keep = overflow > 0
-    corrections = [1 - beta ** steps.double() for beta in (beta1, beta2)]
+    _, grad_scale, found_inf = GradStats(*stats)
+    keep = found_inf > 0
+    corrections = [1 - beta ** state_steps.double() for beta in (beta1, beta2)]
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         bias1, bias2 = (c[i].to(p.dtype) for c in corrections)
-        g = g.to(p.dtype) / divisor
+        g = g.to(p.dtype) / grad_scale
         new_m = beta1 * m + (1 - beta1) * g
         new_v = beta2 * v + (1 - beta2) * g.square()
         new_p = p - lr * weight_decays[i] * p
         new_p -= lr / bias1 * new_m / (new_v.sqrt() / bias2.sqrt() + eps)
         for old, new in ((p, new_p), (m, new_m), (v, new_v)):
             old.copy_(old.where(keep, new))
-    for copy, p in zip(copies, params, strict=False):
+    for copy, p in zip(low_precision_params, params, strict=False):
         copy.copy_(p)
 
 
 def muon_momentum(
-    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+    grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
     """What Muon (Jordan et al. 2024) makes orthogonal: Nesterov's look ahead, of Frobenius norm 1.
 
     grads: n of (rows, columns), of any one dtype. momentum: (n, rows, columns) float32, changes in
-    place. unscaled: what `unscale` returned; if it tells of an overflow, momentum stays and the
+    place. stats: what `grad_norm` returned; if it tells of an overflow, momentum stays and the
     result is finite and of no use. Returns (n, rows, columns) of `dtype`.
     """
-    _, divisor, overflow = unscaled.unbind()
-    keep = overflow > 0
-    g = (torch.stack(grads).to(momentum.dtype) / divisor).masked_fill(keep, 0)
+    _, grad_scale, found_inf = GradStats(*stats)
+    keep = found_inf > 0
+    g = (torch.stack(grads).to(momentum.dtype) / grad_scale).masked_fill(keep, 0)
     new = beta * momentum + (1 - beta) * g
     ahead = beta * new + (1 - beta) * g
     momentum.copy_(momentum.where(keep, new))
@@ -214,25 +250,160 @@ def muon_momentum(
 
 def muon_update(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     update: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     scale: float,
     weight_decay: float,
 ) -> None:
-    """Weights less lr times scale times their update, decayed as by `adamw`, unless `unscaled`
+    """Weights less lr times scale times their update, decayed as by `adamw`, unless `stats`
     tells of an overflow.
 
     params: n of (rows, columns), contiguous float32, change in place. copies: of each, rounded to
     their own dtype, or none at all. update: (n, rows, columns), of any dtype. lr: 0-d.
     """
-    keep = unscaled[2] > 0
+    keep = GradStats(*stats).found_inf > 0
     for p, u in zip(params, update, strict=True):
         p.copy_(p.where(keep, p - lr * weight_decay * p - lr * scale * u.to(p.dtype)))
-    for copy, p in zip(copies, params, strict=False):
+    for copy, p in zip(low_precision_params, params, strict=False):
         copy.copy_(p)
+
+
+def decode_attention(
+    qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attention of one new position for each text, to itself and to all that came before it.
+
+    qkv: (B, 1, 3, H, D). cache_k, cache_v: (B, H, N, D); the new key and value are written at
+    `position`, (B,) int64, each from 0 to N - 1, and what lies behind it is never read.
+    scale: 1/sqrt(D) unless given. Returns (B, 1, H, D).
+    """
+    q, k, v = qkv[:, 0].unbind(1)  # (B, H, D)
+    seen = append(k, v, cache_k, cache_v, position)
+    scores = (cache_k @ q[..., None])[..., 0]  # (B, H, N)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = (wide * (q.shape[-1] ** -0.5 if scale is None else scale)).where(seen, -math.inf)
+    weights = weights.softmax(-1).to(v.dtype)[:, :, None]
+    return (weights @ cache_v.where(seen[..., None], 0.0)).transpose(1, 2)
+
+
+def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
+    """Writes k, v (B, H, D) at `position`. Returns what is seen, bool, (B, 1, N).
+
+    Not by an index: where determinism is asked for, PyTorch writes by one through numbers of the
+    host, which no CUDA graph holds.
+    """
+    columns = torch.arange(cache_k.shape[2], device=position.device)
+    new = (columns == position[:, None, None])[..., None]  # (B, 1, N, 1)
+    cache_k.copy_(k[:, :, None].where(new, cache_k))
+    cache_v.copy_(v[:, :, None].where(new, cache_v))
+    return columns <= position[:, None, None]
+
+
+def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    """Embeddings of each text's last token and of its position, added. Returns (B, C).
+
+    tokens: (B, N) int64, a ring: the last of n tokens stands in column (n - 1) mod N. counts:
+    (B, 2) int64, n and the last token's position. wte: (V, C). wpe: (context, C). A token -1, which
+    `sample_tokens` gives for logits of no use, counts as 0.
+    """
+    last = tokens.gather(1, ((counts[:, :1] - 1) % tokens.shape[1]))[:, 0]
+    return wte[last.clamp(min=0)] + wpe[counts[:, 1]]
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """layer_norm(x) weight^T + bias, with `gelu` its GELU.
+
+    x: (B, K). weight: (N, K). norm_weight, norm_bias: (K,). bias: (N,).
+    Returns (B, N) in the weight's dtype.
+    """
+    normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
+    if gelu:
+        return _gelu(normed @ weight.T, bias)
+    return F.linear(normed, weight, None if bias is None else bias.to(weight.dtype))
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual + x weight^T + bias, in the residual's dtype.
+
+    x: (B, K), weight: (N, K), residual: (B, N), bias: (N,).
+    """
+    branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+    return (residual + branch).to(residual.dtype)
+
+
+def sample_tokens(
+    logits: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    seed: int | Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Draws the next token of each text, writes it into `tokens`, and counts on.
+
+    logits: (B, V). tokens: (B, N) int64: token number n goes into column n mod N. counts: (B, K)
+    int64: n is in column 0, and every column advances by one.
+
+    Temperature divides the logits; at 0 the likeliest token is taken. top_k keeps the k likeliest;
+    top_p (Holtzman et al. 2020) the fewest likeliest that hold p of what is left, one at least. Of
+    equal ones the first are likelier. What is kept has masses exp((logit - greatest) / temperature)
+    in units of 2^-40, integers, whose sums no order of adding changes. The draw is the first token
+    whose masses up to it exceed `uniform` times all, a pure function of (seed, text, n).
+    Where a logit is not finite the token is -1.
+    """
+    V = logits.shape[1]
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
+    inverse, keep = limits(V, temperature, top_k)
+    mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
+    mass[:, keep:] = 0
+    if top_p is not None and top_p < 1:
+        wanted = (mass.sum(-1, keepdim=True).double() * top_p).ceil()
+        mass *= mass.cumsum(-1) - mass < wanted
+    mass = mass.gather(1, index.argsort(-1))  # in the order of the vocabulary
+    total = mass.sum(-1)
+    target = (uniform(seed, counts[:, 0]) * total.double()).long().minimum(total - 1)
+    token = (mass.cumsum(-1) <= target[:, None]).sum(-1)
+    token = token.where(x.isfinite().all(-1), -1)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    tokens.copy_(token[:, None].where(columns == counts[:, :1] % len(columns), tokens))
+    counts += 1
+
+
+def limits(V: int, temperature: float, top_k: int | None) -> tuple[float, int]:
+    """The factor of the logits, which float32 holds, and how many tokens are kept."""
+    if temperature == 0:
+        return 1.0, 1
+    inverse = min(1 / temperature, GREATEST_INVERSE)
+    return inverse, V if top_k is None else min(top_k, V)
+
+
+def uniform(seed: int | Tensor, number: Tensor) -> Tensor:
+    """Numbers in [0, 1) by 53 bits of Philox for texts 0 to B - 1. number: (B,) int64.
+
+    Philox of `dropout`; the counter's words: number's low and high 32 bits, text, 2.
+    """
+    text = torch.arange(len(number), device=number.device)
+    m32 = 0xFFFFFFFF
+    words = dropout.philox(seed, number & m32, number >> 32, text, torch.full_like(text, 2))
+    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-53
+
+
+_gelu = gelu  # `norm_linear` has an argument of that name
 
 
 def _wide(x: Tensor) -> Tensor:

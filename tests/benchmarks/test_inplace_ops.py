@@ -57,7 +57,9 @@ def test_what_is_left_undone_is_beyond_the_rule(op: str, monkeypatch: pytest.Mon
     tokens, counts) as if nobody had written it, and each output that is no input, wrong."""
     one, right = case(op, torch.float16), inplace_ops.call
     names = changed_by_eager(one)
-    assert len(names) == {"adamw": 8, "muon": 4, "cached_attention": 2, "draw_tokens": 2}.get(op, 0)
+    assert len(names) == {"adamw": 8, "muon": 4, "decode_attention": 2, "sample_tokens": 2}.get(
+        op, 0
+    )
     x = one.inputs(CPU)
     given = {t.data_ptr() for t in x.values()}
     fresh = sum(t.data_ptr() not in given for t in right(eager, one)(x))
@@ -97,7 +99,7 @@ def test_the_copies_are_the_weights_and_nothing_is_clipped() -> None:
 
 
 def test_a_textbook_draw_is_of_the_likeliest() -> None:
-    one = case("draw_tokens")
+    one = case("sample_tokens")
     best = one.inputs(CPU)["logits"].topk(
         inplace_ops.TOP_K if one.shape.V > inplace_ops.TOP_K else 3
     )

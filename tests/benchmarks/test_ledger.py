@@ -109,14 +109,14 @@ def test_the_optimizer_launches_what_the_ledger_says(monkeypatch: pytest.MonkeyP
     scalars = [torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
     steps = torch.zeros(3, device=DEVICE)
     with launches(monkeypatch) as count:
-        unscaled = fused.unscale(lists[0], *scalars, steps, max_norm=1.0, calm=5)
+        stats = fused.grad_norm(lists[0], *scalars, steps, max_norm=1.0, growth_interval=5)
         options = dict(beta1=0.9, beta2=0.99, weight_decays=[0.0] * 3)
         params, grads, m, v = lists
-        fused.adamw(params, [], grads, m, v, steps, scalars[0], unscaled, **options)
+        fused.adamw(params, [], grads, m, v, steps, scalars[0], stats, **options)
         momentum, y = torch.ones(2, 5, 1, device=DEVICE), torch.ones(2, 5, 1, device=DEVICE)
         matrices = [p.view(5, 1) for p in params[:2]]
-        fused.muon_momentum(matrices, momentum, unscaled, beta=0.9, dtype=torch.float32)
-        fused.muon_update(matrices, [], y, scalars[0], unscaled, scale=1.0, weight_decay=0.0)
+        fused.muon_momentum(matrices, momentum, stats, beta=0.9, dtype=torch.float32)
+        fused.muon_update(matrices, [], y, scalars[0], stats, scale=1.0, weight_decay=0.0)
     assert {n: k for n, k in count.items() if n} == {
         f"irongpt::{n}": ledger.LAUNCHES.get(f"irongpt::{n}", 1) for n in UPDATES
     }

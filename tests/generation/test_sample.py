@@ -36,7 +36,7 @@ def draw(logits: Tensor, config: SampleConfig, number: int, text: int = 0, ops=e
     tokens = torch.zeros(text + 1, 4, dtype=torch.int64)
     counts = torch.full((text + 1, 1), number)
     how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    ops.draw_tokens(logits.expand(text + 1, -1), tokens, counts, config.seed, **how)
+    ops.sample_tokens(logits.expand(text + 1, -1), tokens, counts, config.seed, **how)
     return int(tokens[text, number % 4])
 
 

@@ -141,13 +141,13 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 
 OPS = list(small_inputs())
 UPDATES = [
-    "unscale",
+    "grad_norm",
     "adamw",
     "muon_momentum",
     "muon_update",
 ]  # ops of the optimizer, which have no gradient
 # Those of one token: they have no gradient, and some write into their arguments.
-DECODING = ["cached_attention", "draw_tokens", "embed_tokens", "linear_add", "norm_linear"]
+DECODING = ["decode_attention", "sample_tokens", "embed_tokens", "linear_add", "norm_linear"]
 
 
 def _between_nans(x: Tensor) -> Tensor:

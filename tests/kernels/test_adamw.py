@@ -7,10 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from irongpt_kernels.fused import grad_norm as norm_kernel
 from numerics import DEVICE, OUTPUTS, assert_rule, each_dtype, values
 from torch import Tensor
 
+norm_kernel = importlib.import_module("irongpt_kernels.fused.grad_norm")
 kernel = importlib.import_module("irongpt_kernels.fused.adamw")
 each_ops = pytest.mark.parametrize("ops", [builtin, fused], ids=["builtin", "fused"])
 SHAPES = [(33, 40), (1025,), (1024,), (1,), (3, 5), (2100,), (16,)]
@@ -49,12 +49,14 @@ class State:
     def step(self, ops: ModuleType, grads: list[Tensor], max_norm: float = 1.0) -> Tensor:
         wide = self.params[0].dtype == torch.float64
         grads = [g.double() if wide else g.clone() for g in grads]
-        unscaled = ops.unscale(grads, self.scale, self.good, self.steps, max_norm=max_norm, calm=3)
+        stats = ops.grad_norm(
+            grads, self.scale, self.good, self.steps, max_norm=max_norm, growth_interval=3
+        )
         ops.adamw(
-            self.params, self.copies, grads, self.m, self.v, self.steps, self.lr, unscaled,
+            self.params, self.copies, grads, self.m, self.v, self.steps, self.lr, stats,
             **BETAS, weight_decays=self.decays,
         )  # fmt: skip
-        return unscaled
+        return stats
 
     def tensors(self) -> list[Tensor]:
         return [*self.params, *self.m, *self.v, *self.copies, self.steps, self.scale, self.good]
@@ -120,8 +122,10 @@ def test_the_scale_doubles_after_a_calm_halves_and_stays_within_its_bounds(ops) 
     scale, good = torch.tensor(65536.0, device=DEVICE), torch.tensor(0, device=DEVICE)
     steps, g = torch.zeros(1, device=DEVICE), torch.ones(3, device=DEVICE)
 
-    def after(value: float, calm: int) -> float:
-        ops.unscale([value * g], scale, good, steps, max_norm=1.0, calm=calm)
+    def after(value: float, growth_interval: int) -> float:
+        ops.grad_norm(
+            [value * g], scale, good, steps, max_norm=1.0, growth_interval=growth_interval
+        )
         return float(scale)
 
     inf = float("inf")
@@ -158,10 +162,12 @@ def test_gradients_of_any_layout() -> None:
     grads = straight.grads(0)
     rows = straight.step(fused, grads)
     layouts = [g.t().contiguous().t() for g in grads]
-    unscaled = fused.unscale(layouts, other.scale, other.good, other.steps, max_norm=1.0, calm=3)
+    stats = fused.grad_norm(
+        layouts, other.scale, other.good, other.steps, max_norm=1.0, growth_interval=3
+    )
     lists = (other.params, other.copies, layouts, other.m, other.v)
-    fused.adamw(*lists, other.steps, other.lr, unscaled, **BETAS, weight_decays=other.decays)
-    assert torch.equal(rows, unscaled)
+    fused.adamw(*lists, other.steps, other.lr, stats, **BETAS, weight_decays=other.decays)
+    assert torch.equal(rows, stats)
     assert all(map(torch.equal, straight.tensors(), other.tensors()))
 
 
@@ -169,7 +175,7 @@ def test_gradients_of_two_narrow_types_are_refused() -> None:
     one = torch.ones((), device=DEVICE)
     grads = [torch.ones(3, device=DEVICE, dtype=d) for d in (torch.float16, torch.bfloat16)]
     with pytest.raises(TypeError, match="of one other type at most"):
-        fused.unscale(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
+        fused.grad_norm(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
 
 
 def test_cost() -> None:
@@ -198,7 +204,7 @@ def test_fakes_keep_the_ops_promises() -> None:
     grads = state.grads(0)
     arguments = (grads, state.scale, state.good, state.steps, 1.0, 3)
     torch.library.opcheck(norm_kernel._op, arguments)
-    unscaled = fused.unscale(*arguments[:4], max_norm=1.0)
+    stats = fused.grad_norm(*arguments[:4], max_norm=1.0)
     lists = (state.params, state.copies, grads, state.m, state.v)
-    numbers = (state.steps, state.lr, unscaled, 0.9, 0.999, state.decays, 1e-8)
+    numbers = (state.steps, state.lr, stats, 0.9, 0.999, state.decays, 1e-8)
     torch.library.opcheck(kernel._op, (*lists, *numbers))

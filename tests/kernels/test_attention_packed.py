@@ -3,7 +3,7 @@
 import pytest
 import torch
 from irongpt_kernels import builtin, eager
-from irongpt_kernels.fused import attention_packed
+from irongpt_kernels.fused import attention
 from irongpt_kernels.runtime import launch
 from numerics import DEVICE, assert_op, each_dtype, randn, run
 from torch import Tensor
@@ -17,10 +17,8 @@ def projection(B: int, T: int, H: int, D: int, dtype=torch.float32) -> Tensor:
 @pytest.mark.parametrize(("T", "D"), [(1, 16), (37, 48), (65, 64)])
 def test_the_rule(T: int, D: int, dtype) -> None:
     qkv, dout = projection(2, T, 3, D, dtype), randn(2, T, 3, D, seed=5).to(DEVICE, dtype)
-    assert_op(attention_packed, "causal_attention_packed", dict(qkv=qkv), (dout,), scale=0.2)
-    assert_op(
-        attention_packed, "causal_attention_packed", dict(qkv=qkv), (dout,), dropout_p=0.3, seed=2
-    )
+    assert_op(attention, "causal_attention_packed", dict(qkv=qkv), (dout,), scale=0.2)
+    assert_op(attention, "causal_attention_packed", dict(qkv=qkv), (dout,), dropout_p=0.3, seed=2)
 
 
 @each_dtype
@@ -33,7 +31,7 @@ def test_strides_change_no_bit() -> None:
     qkv, dout = projection(2, 3, 37, 32), randn(2, 3, 37, 32, seed=5).to(DEVICE, torch.float32)
     qkv, dout = qkv.transpose(1, 3), dout.transpose(1, 2)  # (2, 37, 3, 3, 32)
     options = dict(dropout_p=0.3, seed=2)
-    op = attention_packed.causal_attention_packed
+    op = attention.causal_attention_packed
     first = run(op, dict(qkv=qkv), (dout,), **options)
     again = run(op, dict(qkv=qkv.contiguous()), (dout.contiguous(),), **options)
     assert torch.equal(first[0][0], again[0][0])
@@ -43,7 +41,7 @@ def test_strides_change_no_bit() -> None:
 def test_nothing_stands_between_the_projections() -> None:
     """Whoever unbinds q, k and v pays for a stack of their gradients."""
     qkv = projection(2, 37, 3, 16).requires_grad_()
-    out = attention_packed.causal_attention_packed(qkv)
+    out = attention.causal_attention_packed(qkv)
     assert out.is_contiguous()
     (before, *_), *others = out.grad_fn.next_functions
     assert before.variable is qkv
@@ -60,7 +58,7 @@ def test_registration() -> None:
 
 def test_it_compiles_whole() -> None:
     qkv, dout = projection(1, 33, 2, 16), randn(1, 33, 2, 16).to(DEVICE, torch.float32)
-    op = attention_packed.causal_attention_packed
+    op = attention.causal_attention_packed
     options = dict(dropout_p=0.2, seed=torch.tensor(3, device=DEVICE))
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     (out,), (dqkv,) = run(compiled, dict(qkv=qkv), (dout,), **options)
@@ -71,13 +69,13 @@ def test_it_compiles_whole() -> None:
 
 def test_autocast_gives_the_dtypes_of_eager() -> None:
     found = {}
-    for module in (eager, attention_packed):
+    for module in (eager, attention):
         qkv = projection(1, 33, 2, 16).requires_grad_()
         with torch.autocast(DEVICE, torch.float16):
             out = module.causal_attention_packed(qkv)
         out.float().sum().backward()
         found[module] = out.dtype, qkv.grad.dtype
-    assert found[eager] == found[attention_packed] == (torch.float16, torch.float32)
+    assert found[eager] == found[attention] == (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +95,4 @@ def test_autocast_gives_the_dtypes_of_eager() -> None:
 )  # fmt: skip
 def test_bad_arguments(error: type[Exception], message: str, changed: dict) -> None:
     with pytest.raises(error, match=message):
-        attention_packed.causal_attention_packed(**dict(qkv=torch.zeros(2, 8, 3, 4, 16)) | changed)
+        attention.causal_attention_packed(**dict(qkv=torch.zeros(2, 8, 3, 4, 16)) | changed)

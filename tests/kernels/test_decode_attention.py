@@ -1,14 +1,15 @@
 """Attention of one position to a cache: eager against causal attention, kernel against the rule."""
 
+import importlib
 import math
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from irongpt_kernels.fused import decode_attention
 from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
 from torch import Tensor
 
+kernel = importlib.import_module("irongpt_kernels.fused.decode_attention")
 each_ops = pytest.mark.parametrize(
     "ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"]
 )
@@ -30,7 +31,7 @@ def inputs(positions: list[int], dtype=torch.float32, H: int = 3, N: int = 40, D
 def call(ops, given: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and the caches after it."""
     given = {n: x.clone() for n, x in given.items()}
-    out = ops.cached_attention(**given, **options)
+    out = ops.decode_attention(**given, **options)
     return out, given["cache_k"], given["cache_v"]
 
 
@@ -41,7 +42,7 @@ def test_eager_is_the_last_row_of_causal_attention() -> None:
     rows = []
     for i in range(N):
         position = torch.full((B,), i)
-        rows.append(eager.cached_attention(qkv[:, i : i + 1], cache_k, cache_v, position))
+        rows.append(eager.decode_attention(qkv[:, i : i + 1], cache_k, cache_v, position))
     assert_exact(torch.cat(rows, 1), eager.causal_attention_packed(qkv))
     assert_exact(cache_k, qkv[:, :, 1].transpose(1, 2))
 
@@ -98,7 +99,7 @@ def test_strides_change_no_bit() -> None:
     laid["qkv"] = given["qkv"].transpose(2, 4).contiguous().transpose(2, 4)
     laid["position"] = torch.stack([given["position"], given["position"] * 99], 1)[:, 0]
     before = laid["cache_k"].clone()
-    assert torch.equal(fused.cached_attention(**laid), fused.cached_attention(**given))
+    assert torch.equal(fused.decode_attention(**laid), fused.decode_attention(**given))
     assert torch.equal(laid["cache_k"].nan_to_num(7), given["cache_k"].nan_to_num(7))
     assert not torch.equal(laid["cache_k"].nan_to_num(7), before.nan_to_num(7))
 
@@ -120,7 +121,7 @@ def test_no_texts_at_all() -> None:
 
 def test_registration() -> None:
     given = {n: x.nan_to_num(3) for n, x in inputs([3, 7]).items()}
-    torch.library.opcheck(decode_attention._op, (*given.values(), 0.25))
+    torch.library.opcheck(kernel._op, (*given.values(), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +139,10 @@ def test_registration() -> None:
 def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> None:
     given = {n: x.cpu() for n, x in inputs([3, 7]).items()}
     with pytest.raises(error, match=message):
-        fused.cached_attention(**given | changed)
+        fused.decode_attention(**given | changed)
     with pytest.raises(ValueError, match="D, the last dimension of qkv"):
-        fused.cached_attention(**inputs([3, 7], D=40))
+        fused.decode_attention(**inputs([3, 7], D=40))
 
 
 def test_cost() -> None:
-    assert decode_attention.cached_attention_bytes(2, 3, 10, 16, 2) == 2 * 3 * 16 * 2 * 26
+    assert kernel.decode_attention_bytes(2, 3, 10, 16, 2) == 2 * 3 * 16 * 2 * 26

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from irongpt_kernels import decode_eager, eager, fused
+from irongpt_kernels import eager, fused
 from irongpt_kernels.fused import decode_tokens
 from numerics import DEVICE, each_dtype, values
 from torch import Tensor
@@ -21,7 +21,7 @@ def drawn(ops, logits: Tensor, number: int = 0, seed: int | Tensor = SEED, **how
     B, N = len(logits), 3
     ring = torch.full((B, N), -9, device=DEVICE)
     counts = torch.tensor([[number, 5]] * B, device=DEVICE).reshape(B, 2)
-    ops.draw_tokens(logits.to(DEVICE), ring, counts, seed, **how)
+    ops.sample_tokens(logits.to(DEVICE), ring, counts, seed, **how)
     assert counts.tolist() == [[number + 1, 6]] * B
     assert (ring == -9).sum() == B * (N - 1)
     return ring[:, number % N].tolist()
@@ -155,7 +155,7 @@ def test_a_draw_is_a_function_of_seed_text_and_number(ops) -> None:
 
 def test_uniform_numbers_are_uniform() -> None:
     number = torch.arange(20_000)
-    u = decode_eager.uniform(3, number)
+    u = eager.uniform(3, number)
     assert 0 <= u.min() < 1e-3
     assert 1 - 1e-3 < u.max() < 1
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * len(u))
@@ -165,7 +165,7 @@ def test_uniform_numbers_are_uniform() -> None:
 def test_all_of_a_mass_can_be_drawn(monkeypatch) -> None:
     """The ends of the unit interval are the first and the last token of some mass."""
     for u, token in ((0.0, 1), (1 - 2**-53, 4)):
-        monkeypatch.setattr(decode_eager, "uniform", lambda *_, u=u: torch.tensor([u]).double())
+        monkeypatch.setattr(eager, "uniform", lambda *_, u=u: torch.tensor([u]).double())
         logits = torch.tensor([[-200.0, 0.0, 3.0, 0.0, 1.0, -200.0]])
         assert drawn(eager, logits.cpu()) == [token] if DEVICE == "cpu" else True
 
@@ -218,4 +218,4 @@ def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> No
         seed=1,
     )
     with pytest.raises(error, match=message):
-        fused.draw_tokens(**given | changed)
+        fused.sample_tokens(**given | changed)

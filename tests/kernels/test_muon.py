@@ -24,11 +24,11 @@ class State:
         self.copies = [p.to(dtype, copy=True) for p in self.params] if copies else []
         self.momentum = 0.1 * values(*shape, seed=20)
         self.dtype = dtype
-        self.unscaled = torch.tensor([3.0, 64.0, 0.0], device=DEVICE)  # norm, divisor, overflow
+        self.stats = torch.tensor([3.0, 64.0, 0.0], device=DEVICE)  # norm, divisor, overflow
         self.lr = torch.tensor(0.01, device=DEVICE)
 
     def double(self) -> "State":
-        for name in ("momentum", "unscaled", "lr"):
+        for name in ("momentum", "stats", "lr"):
             setattr(self, name, getattr(self, name).double())
         self.params = [p.double() for p in self.params]
         return self
@@ -42,11 +42,11 @@ class State:
     def ahead(self, ops: ModuleType, grads: list[Tensor]) -> Tensor:
         wide = self.momentum.dtype == torch.float64
         dtype = torch.float64 if wide else self.dtype
-        return ops.muon_momentum(grads, self.momentum, self.unscaled, beta=0.95, dtype=dtype)
+        return ops.muon_momentum(grads, self.momentum, self.stats, beta=0.95, dtype=dtype)
 
     def update(self, ops: ModuleType, update: Tensor) -> None:
         ops.muon_update(
-            self.params, self.copies, update, self.lr, self.unscaled, scale=4.0, weight_decay=0.1
+            self.params, self.copies, update, self.lr, self.stats, scale=4.0, weight_decay=0.1
         )
 
     def tensors(self) -> list[Tensor]:
@@ -98,12 +98,12 @@ def test_an_overflow_changes_nothing(ops: ModuleType, bad: float) -> None:
     before = [t.clone() for t in state.tensors()]
     grads = state.grads(0)
     grads[1][-1, -1] = bad
-    state.unscaled.copy_(torch.tensor([bad, bad, 1.0]))
+    state.stats.copy_(torch.tensor([bad, bad, 1.0]))
     ahead = state.ahead(ops, grads)
     assert ahead.isfinite().all()
     state.update(ops, ahead)
     assert all(map(torch.equal, state.tensors(), before))
-    state.unscaled.copy_(torch.tensor([3.0, 64.0, 0.0]))
+    state.stats.copy_(torch.tensor([3.0, 64.0, 0.0]))
     state.update(ops, state.ahead(ops, state.grads(1)))
     assert not any(map(torch.equal, state.tensors(), before))
 
@@ -187,8 +187,8 @@ def test_an_op_runs_clean_in_any_order(order: int | None) -> None:
 
 def test_fakes_keep_the_ops_promises() -> None:
     state = State((2, 3, 5), torch.float16, True)
-    arguments = (state.grads(0), state.momentum, state.unscaled, 0.95, torch.float16)
+    arguments = (state.grads(0), state.momentum, state.stats, 0.95, torch.float16)
     torch.library.opcheck(kernel._momentum_op, arguments)
     update = state.ahead(fused, state.grads(0))
-    lists = (state.params, state.copies, update, state.lr, state.unscaled)
+    lists = (state.params, state.copies, update, state.lr, state.stats)
     torch.library.opcheck(kernel._update_op, (*lists, 4.0, 0.1))

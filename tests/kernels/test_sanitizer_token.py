@@ -19,7 +19,7 @@ from test_sanitizer import F16, F32, _far_apart, of_no_values
 TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in DECODING},
     "norm_linear with GELU": ("norm_linear", dict(gelu=True)),
-    "draw_tokens of a few": ("draw_tokens", dict(top_k=5, top_p=0.7)),
+    "draw_tokens of a few": ("sample_tokens", dict(top_k=5, top_p=0.7)),
 }
 each_token = pytest.mark.parametrize("case", TOKENS)
 
@@ -49,7 +49,7 @@ def _token_inputs(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     columns = randn(3, 2 * 21, dtype=dtype)[:, ::2]
     bias, residual = randn(21, dtype=F32), randn(3, 30, dtype=F32)[:, 4:25]
     return {
-        "cached_attention": dict(
+        "decode_attention": dict(
             qkv=randn(3, 1, 3, 2, 48, dtype=dtype, seed=1), cache_k=cache[0],
             cache_v=cache[1], position=counts[:, 1],
         ),
@@ -59,7 +59,7 @@ def _token_inputs(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
             tokens=tokens, counts=counts, wte=randn(11, 37, dtype=dtype),
             wpe=randn(34, 37, dtype=dtype),
         ),
-        "draw_tokens": dict(
+        "sample_tokens": dict(
             logits=columns, tokens=tokens, counts=counts, seed=torch.tensor(3)
         ),
     }[name]  # fmt: skip

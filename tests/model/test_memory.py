@@ -5,7 +5,7 @@ import torch
 from irongpt_kernels import eager, fused
 
 from irongpt.config import PRESETS, GPTConfig
-from irongpt.memory import training_bytes
+from irongpt.doctor import training_bytes
 
 CONFIG = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
 C, T, B, V, LAYERS = 32, 16, 4, 29, 2

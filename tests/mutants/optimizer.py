@@ -18,7 +18,11 @@ UNSCALE: list[Bug] = [
     ("NaN counts as good", 'good = norm < float("inf")', 'good = norm != float("inf")'),
     ("an overflow counts as a step", "before + tl.where(good, 1.0, 0.0)", "before + 1.0"),
     ("the scale has no bounds", "tl.minimum(tl.maximum(scale, 1.0), 16777216.0)", "scale"),
-    ("calm goes on after an overflow", "tl.load(good_ptr) + 1, 0)", "tl.load(good_ptr) + 1, 1)"),
+    (
+        "growth_interval goes on after an overflow",
+        "tl.load(good_ptr) + 1, 0)",
+        "tl.load(good_ptr) + 1, 1)",
+    ),
 ]
 
 ADAMW: list[Bug] = [
@@ -27,7 +31,7 @@ ADAMW: list[Bug] = [
         "tl.load(unscaled_ptr + 2) == 0.0",
         "tl.load(unscaled_ptr + 2) < 2.0",
     ),
-    ("gradients are not divided", "NARROW < N, dtype) / divisor", "NARROW < N, dtype)"),
+    ("gradients are not divided", "NARROW < N, dtype) / grad_scale", "NARROW < N, dtype)"),
     (
         "the decay of the first tensor for all",
         "decay = tl.where(mine, decays[i], decay)",
@@ -79,7 +83,7 @@ MUON: list[Bug] = [
     ),
     (
         "gradients are not divided in the momentum",
-        "mask, dtype) / divisor",
+        "mask, dtype) / grad_scale",
         "mask, dtype)",
     ),
     (

@@ -15,6 +15,7 @@ DTYPES = {
 }
 BATCH, HEADS, CONTEXT = 64, 6, 256  # of the iron model, at which costs are given
 TOKENS = BATCH * CONTEXT
+TEXTS, V = 2, 109  # of the ops of one token
 ROWS = 48  # of the tensors that stand in: a multiple of 16, like any row count of a real model
 WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 Cost = Callable[[str], tuple[float, float]]  # fwd or bwd -> bytes, FLOPs (0: not counted)
@@ -86,8 +87,6 @@ def representative(arch: int) -> list[Case]:
 
 
 def _cases(dtype: str) -> Iterator[Case]:
-    from irongpt_kernels.aot import shapes_decode
-
     zeros = partial(torch.zeros, dtype=DTYPES[dtype])
     yield from _attention(dtype, zeros)
     yield from _norms(dtype, zeros)
@@ -95,7 +94,7 @@ def _cases(dtype: str) -> Iterator[Case]:
     yield from _cross_entropy(dtype, zeros)
     yield from _gelu(dtype, zeros)
     yield from _updates(dtype, zeros)
-    yield from shapes_decode.cases(dtype, zeros)
+    yield from _decode(dtype, zeros)
 
 
 def _attention(dtype: str, zeros: Any) -> Iterator[Case]:
@@ -200,8 +199,8 @@ def _gelu(dtype: str, zeros: Any) -> Iterator[Case]:
 
 def _updates(dtype: str, zeros: Any) -> Iterator[Case]:
     """The weights of the iron model: those of its blocks have copies where `dtype` is 16-bit."""
-    from irongpt_kernels.fused import grad_norm
     from irongpt_kernels.fused.adamw import adamw, adamw_bytes
+    from irongpt_kernels.fused.grad_norm import grad_norm
 
     C, size = 384, DTYPES[dtype].itemsize
 
@@ -216,11 +215,13 @@ def _updates(dtype: str, zeros: Any) -> Iterator[Case]:
             numbers, one = torch.zeros(len(params)), torch.ones(())
             grads = [*narrow, *wide[copies:]]
             count = torch.zeros((), dtype=torch.int64)
-            calm = 2000 if dtype == "float16" else 0
-            unscaled = grad_norm.unscale(grads, one, count, numbers, max_norm=1.0, calm=calm)
+            growth_interval = 2000 if dtype == "float16" else 0
+            stats = grad_norm(
+                grads, one, count, numbers, max_norm=1.0, growth_interval=growth_interval
+            )
             lists = (params, narrow, grads, m, v)
             decays = [0.1 * (len(s) - 1) for s in shapes]
-            adamw(*lists, numbers, one, unscaled, beta1=0.9, beta2=0.999, weight_decays=decays)
+            adamw(*lists, numbers, one, stats, beta1=0.9, beta2=0.999, weight_decays=decays)
         return sum(torch.Size(s).numel() for s in shapes)
 
     def cost(mode: str) -> tuple[float, float]:
@@ -239,13 +240,69 @@ def _muon(dtype: str) -> Iterator[Case]:
     def make() -> dict[str, Any]:
         params = [torch.zeros(C, C) for _ in range(6)]
         narrow = [p.to(DTYPES[dtype]) for p in params]
-        momentum, unscaled = torch.zeros(6, C, C), torch.ones(3)
-        y = muon.muon_momentum(narrow, momentum, unscaled, beta=0.95, dtype=DTYPES[dtype])
+        momentum, stats = torch.zeros(6, C, C), torch.ones(3)
+        y = muon.muon_momentum(narrow, momentum, stats, beta=0.95, dtype=DTYPES[dtype])
         copies = narrow if size == 2 else []
-        muon.muon_update(params, copies, y, unscaled[0], unscaled, scale=1.0, weight_decay=0.1)
+        muon.muon_update(params, copies, y, stats[0], stats, scale=1.0, weight_decay=0.1)
         return {}
 
     def cost(mode: str) -> tuple[float, float]:
         return muon.muon_bytes(6 * C * C, size, size, 2 if size == 2 else 0), 0
 
     yield Update("muon", f"N={C} {dtype} matrices", dtype, make, {}, cost)
+
+
+@dataclass(frozen=True)
+class Token(Case):
+    """An op of a token, which has no gradient."""
+
+    def run(self) -> None:
+        """Calls the fused op on CPU tensors."""
+        from irongpt_kernels import fused
+
+        getattr(fused, self.op)(**self.make(), **self.options)
+
+
+def _decode(dtype: str, zeros: Any) -> Iterator[Case]:
+    """zeros: makes tensors of dtype."""
+    from irongpt_kernels.fused.decode_attention import decode_attention_bytes
+    from irongpt_kernels.fused.decode_linear import row_linear_bytes
+
+    size, heads = DTYPES[dtype].itemsize, HEADS
+    counts = torch.zeros(TEXTS, 2, dtype=torch.int64)
+
+    def case(op: str, shape: str, inputs: dict[str, Any], bytes_: int, **options: Any) -> Token:
+        name = f"{shape} {dtype}"
+        return Token(op, name, dtype, lambda: dict(inputs), options, lambda _: (bytes_, 0))
+
+    for D in range(16, 129, 16):
+        cache = zeros(2, TEXTS, heads, CONTEXT, D).unbind()
+        inputs = dict(qkv=zeros(TEXTS, 1, 3, heads, D), position=counts[:, 1])
+        bytes_ = decode_attention_bytes(1, heads, CONTEXT, D, size)
+        inputs |= dict(cache_k=cache[0], cache_v=cache[1])
+        yield case("decode_attention", f"D={D} N={CONTEXT}", inputs, bytes_)
+
+    for K, N in [(16, 16), (384, 1152), (384, V), (1024, 4096), (4096, 1024)]:
+        weight, bias, norm = zeros(N, K), torch.zeros(N), torch.zeros(K)
+        inputs = dict(x=torch.zeros(TEXTS, K), weight=weight, norm_weight=norm)
+        bytes_ = row_linear_bytes(N, K, size)
+        for gelu in (False, True):
+            both = inputs | dict(norm_bias=norm, bias=bias) if gelu else inputs
+            shape = f"K={K} N={N}{' gelu' if gelu else ''}"
+            yield case("norm_linear", shape, both, bytes_, gelu=gelu)
+    for K, N in [(16, 16), (384, 384), (1536, 384), (4096, 1024)]:
+        inputs = dict(x=zeros(TEXTS, K), weight=zeros(N, K), residual=torch.zeros(TEXTS, N))
+        yield case("linear_add", f"K={K} N={N}", inputs, row_linear_bytes(N, K, size))
+
+    tokens = torch.zeros(TEXTS, 32, dtype=torch.int64)
+    for columns in (V, 50257):
+        logits, shape = zeros(TEXTS, columns), f"V={columns} draw"
+        options: list[dict[str, Any]] = [{}, dict(temperature=0.0), dict(top_k=20, top_p=0.9)]
+        for i, option in enumerate(options):
+            inputs = dict(logits=logits, tokens=tokens, counts=counts, seed=1)
+            bytes_ = columns * size
+            yield case("sample_tokens", f"{shape} {i}", inputs, bytes_, **option)
+    if dtype == "float32":
+        embeddings = dict(wte=zeros(V, 384), wpe=zeros(CONTEXT, 384))
+        inputs = dict(tokens=tokens, counts=counts, **embeddings)
+        yield case("embed_tokens", "C=384", inputs, 3 * 384 * size)

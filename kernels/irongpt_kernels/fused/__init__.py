@@ -5,34 +5,33 @@ Importing this module imports Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw
-from irongpt_kernels.fused.attention import causal_attention
-from irongpt_kernels.fused.attention_packed import causal_attention_packed
+from irongpt_kernels.fused.attention import causal_attention, causal_attention_packed
 from irongpt_kernels.fused.cross_entropy import cross_entropy
-from irongpt_kernels.fused.decode_attention import cached_attention
+from irongpt_kernels.fused.decode_attention import decode_attention
 from irongpt_kernels.fused.decode_linear import linear_add, norm_linear
-from irongpt_kernels.fused.decode_tokens import draw_tokens, embed_tokens
+from irongpt_kernels.fused.decode_tokens import embed_tokens, sample_tokens
 from irongpt_kernels.fused.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.fused.gelu import gelu
-from irongpt_kernels.fused.grad_norm import unscale
+from irongpt_kernels.fused.grad_norm import grad_norm
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.fused.muon import muon_momentum, muon_update
 from irongpt_kernels.fused.softmax import softmax
 
 __all__ = [
     "adamw",
-    "cached_attention",
     "causal_attention",
     "causal_attention_packed",
     "cross_entropy",
-    "draw_tokens",
+    "decode_attention",
     "dropout_add_layer_norm",
     "embed_tokens",
     "gelu",
+    "grad_norm",
     "layer_norm",
     "linear_add",
     "muon_momentum",
     "muon_update",
     "norm_linear",
+    "sample_tokens",
     "softmax",
-    "unscale",
 ]

@@ -1,16 +1,16 @@
 """
 AdamW for all weights at once, with unscaling and clipping before it and the 16-bit copies after it.
 
-    g = g / divisor                        divisor, overflow: of `unscale`
+    g = g / grad_scale                        grad_scale, found_inf: of `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
     p = p - lr decay p                     t: the steps so far, with this one
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to its type
 
 Traffic     With gradients of 2 bytes: reads g, p, m, v and writes p, m, v and the copy, 28 bytes a
-            weight; with `unscale` 30. Passes of their own for unscaling, clipping and casts cost 20
+            weight; with `grad_norm` 30. Other passes for unscaling, clipping and casts cost 20
             more. A step that overflows reads its flag and leaves.
-Parallelism As in `unscale`: one kernel for up to 48 weights. No program needs another's result.
+Parallelism As in `grad_norm`: one kernel for up to 48 weights. No program needs another's result.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 a difference would lose four digits at t = 1.
 Limits      Contiguous weights, moments and copies, at addresses that are multiples of 16; the first
@@ -58,7 +58,7 @@ def _correction(t, log_beta):
 
 @triton.jit
 def _adamw_kernel(
-    grads, weights, copies, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
+    grads, weights, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
     steps_ptr, lr_ptr, unscaled_ptr, beta1, rest1, log1, beta2, rest2, log2, eps,
     N: tl.constexpr, NARROW: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,23 +73,23 @@ def _adamw_kernel(
     index, narrow, copied = 0, NARROW > 0, COPIES > 0
     copy_at = p_at
     if COPIES > 0:
-        copy_at = copies[0].to(tl.int64)
+        copy_at = low_precision_params[0].to(tl.int64)
     for i in tl.static_range(1, N):
         mine = program >= firsts[i]
         g_at, p_at = address_of(grads, i, mine, g_at), address_of(weights, i, mine, p_at)
         m_at, v_at = address_of(exp_avgs, i, mine, m_at), address_of(exp_avg_sqs, i, mine, v_at)
         if i < COPIES:
-            copy_at = address_of(copies, i, mine, copy_at)
+            copy_at = address_of(low_precision_params, i, mine, copy_at)
         index = tl.where(mine, i, index)
         first, size = tl.where(mine, firsts[i], first), tl.where(mine, sizes[i], size)
         decay = tl.where(mine, decays[i], decay)
         narrow, copied = tl.where(mine, i < NARROW, narrow), tl.where(mine, i < COPIES, copied)
     if tl.load(unscaled_ptr + 2) == 0.0:
-        divisor, lr, t = tl.load(unscaled_ptr + 1), tl.load(lr_ptr), tl.load(steps_ptr + index)
+        grad_scale, lr, t = tl.load(unscaled_ptr + 1), tl.load(lr_ptr), tl.load(steps_ptr + index)
         offsets = tl.cast(program - first, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        g = load_gradient(g_at, offsets, mask, narrow, NARROW > 0, NARROW < N, dtype) / divisor
+        g = load_gradient(g_at, offsets, mask, narrow, NARROW > 0, NARROW < N, dtype) / grad_scale
         m = beta1 * load(m_at, offsets, mask, tl.float32) + rest1 * g
         v = beta2 * load(v_at, offsets, mask, tl.float32) + rest2 * (g * g)
         p = load(p_at, offsets, mask, tl.float32)
@@ -100,18 +100,18 @@ def _adamw_kernel(
         _store(v_at, offsets, v, mask, tl.float32)
         _store(p_at, offsets, p, mask, tl.float32)
         if COPIES > 0:
-            _store(copy_at, offsets, p, mask & copied, copies[0].dtype.element_ty)
+            _store(copy_at, offsets, p, mask & copied, low_precision_params[0].dtype.element_ty)
 
 
 def adamw_launch(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: Tensor,
+    state_steps: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     beta1: float,
     beta2: float,
     weight_decays: list[float],
@@ -125,16 +125,16 @@ def adamw_launch(
         for a, b, count in chunks(params):
             if not count:
                 continue
-            lists = (grads, params, copies, exp_avgs, exp_avg_sqs)
+            lists = (grads, params, low_precision_params, exp_avgs, exp_avg_sqs)
             options = dict(
                 N=len(params[a:b]),
                 NARROW=narrow_count(grads[a:b]),
-                COPIES=len(copies[a:b]),
+                COPIES=len(low_precision_params[a:b]),
                 BLOCK=BLOCK,
             )
             _adamw_kernel[(count,)](
                 *(tuple(tensors[a:b]) for tensors in lists), *layout(params[a:b]),
-                tuple(weight_decays[a:b]), steps[a:], lr, unscaled, *numbers,
+                tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *numbers,
                 **options, num_warps=4,
             )  # fmt: skip
 
@@ -153,13 +153,13 @@ def _(*_: Any) -> None:
 
 def adamw(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: Tensor,
+    state_steps: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     beta1: float,
     beta2: float,
@@ -167,8 +167,14 @@ def adamw(
     eps: float = 1e-8,
 ) -> None:
     """See `eager.adamw`, and Limits."""
-    lists = (list(params), list(copies), list(grads), list(exp_avgs), list(exp_avg_sqs))
-    _op(*lists, steps, lr, unscaled, beta1, beta2, list(weight_decays), eps)
+    lists = (
+        list(params),
+        list(low_precision_params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+    )
+    _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)
 
 
 def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:

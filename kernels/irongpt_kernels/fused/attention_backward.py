@@ -41,7 +41,7 @@ from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
 from irongpt_kernels.runtime import launch
-from irongpt_kernels.runtime.layout import unpack
+from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit

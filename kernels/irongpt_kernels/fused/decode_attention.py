@@ -1,7 +1,7 @@
 """
 Attention of one new position for each text, to itself and to the keys and values kept before it.
 
-    out = cached_attention(qkv, cache_k, cache_v, position, scale)
+    out = decode_attention(qkv, cache_k, cache_v, position, scale)
 
     qkv: (B, 1, 3, H, D)    caches: (B, H, N, D)    position: (B,) int64    out: (B, 1, H, D)
 
@@ -16,7 +16,7 @@ Precision   products, softmax and sums in float32. Exponents are to base e: ther
             and a score is rounded once less.
 Limits      D a multiple of 16, 16 to 128. No gradient. What lies behind `position` is not read. A
             position outside the cache writes nothing: no kernel can raise.
-Spec        irongpt_kernels/decode_eager.py::cached_attention
+Spec        irongpt_kernels/eager.py::decode_attention
 """
 
 import torch
@@ -71,7 +71,7 @@ def _cached_kernel(
     tl.store(out_ptr + head * D + d, out, mask=inside)
 
 
-@torch.library.custom_op("irongpt::cached_attention", mutates_args=("cache_k", "cache_v"))
+@torch.library.custom_op("irongpt::decode_attention", mutates_args=("cache_k", "cache_v"))
 def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
     B, _, _, H, D = qkv.shape
     N = cache_k.shape[2]
@@ -101,10 +101,10 @@ def _(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: fl
     return qkv.new_empty(B, 1, H, D)
 
 
-def cached_attention(
+def decode_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """See `eager.cached_attention`.
+    """See `eager.decode_attention`.
 
     Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a position that
     is not int64; ValueError for shapes, devices and dtypes that do not fit together.
@@ -128,6 +128,6 @@ def cached_attention(
     return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))
 
 
-def cached_attention_bytes(B: int, H: int, position: int, D: int, itemsize: int) -> int:
+def decode_attention_bytes(B: int, H: int, position: int, D: int, itemsize: int) -> int:
     """Least bytes across DRAM: the keys and values seen, q, k and v read; k, v and out written."""
     return B * H * D * itemsize * (2 * position + 6)

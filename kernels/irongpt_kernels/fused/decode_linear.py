@@ -17,7 +17,7 @@ Parallelism A program per BLOCK_N rows of the weight, which it holds in register
 Precision   float32 between load and store; products are scalar, tensor cores have nothing to do.
 Limits      up to MAX_M rows and MAX_K columns; beyond, norm, product and GELU are separate: a
             kernel of this package, PyTorch's product on tensor cores, and a kernel again.
-Spec        irongpt_kernels/decode_eager.py::norm_linear, linear_add
+Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
 
 import torch

@@ -2,7 +2,7 @@
 Both ends of a token: the embedding of the last one, and the draw of the next.
 
     x = embed_tokens(tokens, counts, wte, wpe)
-    draw_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
+    sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
     tokens: (B, N) int64, a ring    counts: (B, K) int64    logits: (B, V)    wte: (V, C)
 
@@ -17,7 +17,7 @@ Parallelism one program per text; without top-k and top-p four passes over its r
 Precision   exponentials in float32; sums of integers, which no order changes. A temperature below
             1/3e38 counts as that; logits are then apart or equal.
 Limits      V up to 2^22, whose masses fit into 63 bits. No gradient.
-Spec        irongpt_kernels/decode_eager.py::embed_tokens, draw_tokens
+Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """
 
 import torch
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.decode_eager import MASS_BITS, MAX_V, limits
+from irongpt_kernels.eager import MASS_BITS, MAX_V, limits
 from irongpt_kernels.runtime import checks, launch
 
 MAX_BLOCK = 2048  # logits of a program at a time
@@ -104,7 +104,7 @@ def _threshold(
 
 @triton.jit
 def _uniform(seed, number, text):
-    """`decode_eager.uniform`, for one text."""
+    """`eager.uniform`, for one text."""
     zero = tl.zeros((1,), tl.uint32)
     low, high = zero + (number & 0xFFFFFFFF).to(tl.uint32), zero + (number >> 32).to(tl.uint32)
     w0, w1, _, _ = tl.philox(seed, low, high, zero + text.to(tl.uint32), zero + 2, 7)
@@ -192,7 +192,7 @@ def _(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     return wte.new_empty(len(tokens), wte.shape[1])
 
 
-@torch.library.custom_op("irongpt::draw_tokens", mutates_args=("tokens", "counts"))
+@torch.library.custom_op("irongpt::sample_tokens", mutates_args=("tokens", "counts"))
 def _draw(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: Tensor,
     temperature: float, top_k: int | None, top_p: float | None,
@@ -229,7 +229,7 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     return _embed(tokens, counts, wte.contiguous(), wpe.contiguous())
 
 
-def draw_tokens(
+def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
     counts: Tensor,
@@ -239,7 +239,7 @@ def draw_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> None:
-    """See `eager.draw_tokens`. Raises TypeError and ValueError for what does not fit together."""
+    """See `eager.sample_tokens`. Raises TypeError and ValueError for what does not fit together."""
     checks.floating(logits=logits)
     checks.rank("logits", logits, 2)
     _check(tokens, counts, logits=logits)

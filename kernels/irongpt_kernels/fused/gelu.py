@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch, launch_table
-from irongpt_kernels.runtime.layout import matrix
+from irongpt_kernels.runtime.launch import matrix
 
 BLOCK_N = 256
 BLOCK_M = 4

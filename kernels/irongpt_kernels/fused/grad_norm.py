@@ -14,7 +14,7 @@ Parallelism A program has BLOCK elements of one tensor. A launch takes its tenso
 Precision   float32, sums of squares too: beyond 1.8e19 a gradient counts as an overflow.
 Limits      Gradients of float32 and of one 16-bit type; those that are not contiguous from an
             address that is a multiple of 16, as PyTorch allocates them, are copied.
-Spec        irongpt_kernels/eager.py::unscale
+Spec        irongpt_kernels/eager.py::grad_norm
 """
 
 from typing import Any
@@ -96,9 +96,9 @@ def _finish_kernel(
     tl.store(out_ptr, norm)
     tl.store(out_ptr + 1, scale * tl.where(larger > 1.0, larger, 1.0))
     tl.store(out_ptr + 2, tl.where(good, 0.0, 1.0))
-    steps = tl.arange(0, STEPS)
-    before = tl.load(steps_ptr + steps, mask=steps < n, other=0.0)
-    tl.store(steps_ptr + steps, before + tl.where(good, 1.0, 0.0), mask=steps < n)
+    state_steps = tl.arange(0, STEPS)
+    before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
+    tl.store(steps_ptr + state_steps, before + tl.where(good, 1.0, 0.0), mask=state_steps < n)
     if CALM > 0:
         count = tl.where(good, tl.load(good_ptr) + 1, 0)
         grow = count >= CALM
@@ -147,10 +147,10 @@ def narrow_count(grads: list[Tensor]) -> int:
 def unscale_launch(
     grads: list[Tensor],
     scale: Tensor,
-    good_steps: Tensor,
-    steps: Tensor,
+    growth_tracker: Tensor,
+    state_steps: Tensor,
     max_norm: float,
-    calm: int,
+    growth_interval: int,
 ) -> Tensor:
     """(norm, divisor, overflow), (3,) float32; the other tensors change in place."""
     grads = sorted(map(packed, grads), key=lambda g: g.dtype == torch.float32)
@@ -166,14 +166,14 @@ def unscale_launch(
             _square_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
             done += count
         _finish_kernel[(1,)](
-            sums, scale, good_steps, steps, out, programs, len(steps), max_norm,
-            CALM=calm, SUMS=SUMS, STEPS=launch.block(len(steps)), num_warps=4,
+            sums, scale, growth_tracker, state_steps, out, programs, len(state_steps), max_norm,
+            CALM=growth_interval, SUMS=SUMS, STEPS=launch.block(len(state_steps)), num_warps=4,
         )  # fmt: skip
     return out
 
 
 _op = torch.library.custom_op(
-    "irongpt::unscale", unscale_launch, mutates_args=("scale", "good_steps", "steps")
+    "irongpt::grad_norm", unscale_launch, mutates_args=("scale", "growth_tracker", "steps")
 )
 
 
@@ -182,14 +182,14 @@ def _(grads: Any, scale: Tensor, *_: Any) -> Tensor:
     return scale.new_empty(3, dtype=torch.float32)
 
 
-def unscale(
+def grad_norm(
     grads: list[Tensor],
     scale: Tensor,
-    good_steps: Tensor,
-    steps: Tensor,
+    growth_tracker: Tensor,
+    state_steps: Tensor,
     *,
     max_norm: float,
-    calm: int = 0,
+    growth_interval: int = 0,
 ) -> Tensor:
-    """See `eager.unscale`. Raises TypeError for gradients of more than one 16-bit type."""
-    return _op(list(grads), scale, good_steps, steps, float(max_norm), calm)
+    """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit type."""
+    return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)

@@ -1,7 +1,7 @@
 """
 Muon's two passes over the weights, before and after its matrix products, for n matrices of a shape.
 
-    muon_momentum:  g = g / divisor                  divisor, overflow: of `unscale`
+    muon_momentum:  g = g / grad_scale                  grad_scale, found_inf: of `grad_norm`
                     m = beta m + (1 - beta) g
                     a = beta m + (1 - beta) g        Nesterov's look ahead
                     y = a / (|a| + 1e-7)             of each matrix, by its Frobenius norm
@@ -12,7 +12,7 @@ Traffic     With 16-bit gradients and products, in bytes a weight: reads g and m
             both again for y, which needs the norm, and writes it: 18. The update reads u and p,
             writes p and the copy: 12. Passes of PyTorch's for the same are 92.
 Parallelism A program has BLOCK elements of one matrix, selected by its second number from
-            addresses that are arguments, as in `unscale`; in the first kernel it goes on to
+            addresses that are arguments, as in `grad_norm`; in the first kernel it goes on to
             further blocks, so that PARTS sums of squares are left of a matrix. Every program of the
             second adds those of its matrix, in order: no atomics, the same bits on every run.
 Precision   float32, but for y and u, which have the type of the products.
@@ -61,13 +61,13 @@ def _momentum_kernel(
     matrix, programs = tl.program_id(1), tl.num_programs(0)
     if tl.load(unscaled_ptr + 2) == 0.0:
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        address, divisor = _address(grads, matrix, N), tl.load(unscaled_ptr + 1)
+        address, grad_scale = _address(grads, matrix, N), tl.load(unscaled_ptr + 1)
         momentum_ptr += tl.cast(matrix, tl.int64) * size
         squares = tl.zeros((BLOCK,), tl.float32)
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), programs):
             offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < size
-            g = load(address, offsets, mask, dtype) / divisor
+            g = load(address, offsets, mask, dtype) / grad_scale
             m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
             tl.store(momentum_ptr + offsets, m, mask=mask)
             ahead = beta * m + rest * g
@@ -96,7 +96,7 @@ def _ahead_kernel(
 
 @triton.jit
 def _update_kernel(
-    weights, copies, update_ptr, lr_ptr, unscaled_ptr, size, scale, decay,
+    weights, low_precision_params, update_ptr, lr_ptr, unscaled_ptr, size, scale, decay,
     N: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """p and its copy. scale: of the update, beside lr. Of N matrices all have copies, or none."""
@@ -111,13 +111,13 @@ def _update_kernel(
         p = p - lr * decay * p - lr * scale * u
         tl.store(p_ptr, p, mask=mask)
         if COPIES > 0:
-            dtype: tl.constexpr = copies[0].dtype.element_ty
-            copy = _address(copies, matrix, N).to(tl.pointer_type(dtype))
+            dtype: tl.constexpr = low_precision_params[0].dtype.element_ty
+            copy = _address(low_precision_params, matrix, N).to(tl.pointer_type(dtype))
             tl.store(tl.multiple_of(copy, 16) + offsets, p.to(dtype), mask=mask)
 
 
 def muon_momentum_launch(
-    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, beta: float, dtype: torch.dtype
+    grads: list[Tensor], momentum: Tensor, stats: Tensor, beta: float, dtype: torch.dtype
 ) -> Tensor:
     """y: (n, rows, columns) of `dtype`; momentum changes in place."""
     if len({g.dtype for g in grads}) > 1:
@@ -132,19 +132,19 @@ def muon_momentum_launch(
         for a, b, _ in chunks(grads):
             some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
             numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
-            _momentum_kernel[(parts, len(some))](some, m, unscaled, s, *numbers, **options)
+            _momentum_kernel[(parts, len(some))](some, m, stats, s, *numbers, **options)
             _ahead_kernel[(programs, len(some))](
-                some, m, unscaled, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
+                some, m, stats, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
             )
     return y
 
 
 def muon_update_launch(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     update: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     scale: float,
     weight_decay: float,
 ) -> None:
@@ -153,10 +153,10 @@ def muon_update_launch(
     size = update[0].numel()
     with launch.on(lr.device):
         for a, b, _ in chunks(params):
-            some, low = tuple(params[a:b]), tuple(copies[a:b])
+            some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
             options = dict(N=len(some), COPIES=len(low), BLOCK=BLOCK, num_warps=4)
             _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
-                some, low, update[a:b], lr, unscaled, size, scale, weight_decay, **options
+                some, low, update[a:b], lr, stats, size, scale, weight_decay, **options
             )
 
 
@@ -169,7 +169,7 @@ _update_op = torch.library.custom_op(
 
 
 @_momentum_op.register_fake
-def _(grads: Any, momentum: Tensor, unscaled: Any, beta: Any, dtype: torch.dtype) -> Tensor:
+def _(grads: Any, momentum: Tensor, stats: Any, beta: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(momentum, dtype=dtype)
 
 
@@ -179,25 +179,25 @@ def _(*_: Any) -> None:
 
 
 def muon_momentum(
-    grads: list[Tensor], momentum: Tensor, unscaled: Tensor, *, beta: float, dtype: torch.dtype
+    grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
     """See `eager.muon_momentum`. Raises TypeError for gradients of more than one type."""
-    return _momentum_op(list(grads), momentum, unscaled, float(beta), dtype)
+    return _momentum_op(list(grads), momentum, stats, float(beta), dtype)
 
 
 def muon_update(
     params: list[Tensor],
-    copies: list[Tensor],
+    low_precision_params: list[Tensor],
     update: Tensor,
     lr: Tensor,
-    unscaled: Tensor,
+    stats: Tensor,
     *,
     scale: float,
     weight_decay: float,
 ) -> None:
     """See `eager.muon_update`, and Limits."""
-    lists = list(params), list(copies)
-    _update_op(*lists, update, lr, unscaled, float(scale), float(weight_decay))
+    lists = list(params), list(low_precision_params)
+    _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))
 
 
 def muon_bytes(n: int, grad_itemsize: int, product_itemsize: int, copy_itemsize: int) -> int:

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch
-from irongpt_kernels.runtime.layout import matrix
+from irongpt_kernels.runtime.launch import matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 ONLINE_BLOCK = 4096
