@@ -113,7 +113,9 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
         for t in tensors(x):
             written = a.alias_info is not None and a.alias_info.is_write
             inputs.add(t.untyped_storage()._cdata)
-            total += size(t) * (1 if not written or overwrites or a.name == "copies" else 2)
+            total += size(t) * (
+                1 if not written or overwrites or a.name == "low_precision_params" else 2
+            )
             total += size(t) * (a.name in AGAIN.get(func._schema.name, ()))
     made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)

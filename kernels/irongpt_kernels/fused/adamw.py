@@ -142,7 +142,7 @@ def adamw_launch(
 _op = torch.library.custom_op(
     "irongpt::adamw",
     adamw_launch,
-    mutates_args=("params", "copies", "exp_avgs", "exp_avg_sqs"),
+    mutates_args=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs"),
 )
 
 

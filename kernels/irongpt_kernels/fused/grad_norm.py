@@ -173,7 +173,7 @@ def unscale_launch(
 
 
 _op = torch.library.custom_op(
-    "irongpt::grad_norm", unscale_launch, mutates_args=("scale", "growth_tracker", "steps")
+    "irongpt::grad_norm", unscale_launch, mutates_args=("scale", "growth_tracker", "state_steps")
 )
 
 

@@ -164,7 +164,7 @@ _momentum_op = torch.library.custom_op(
     "irongpt::muon_momentum", muon_momentum_launch, mutates_args=("momentum",)
 )
 _update_op = torch.library.custom_op(
-    "irongpt::muon_update", muon_update_launch, mutates_args=("params", "copies")
+    "irongpt::muon_update", muon_update_launch, mutates_args=("params", "low_precision_params")
 )
 
 
