@@ -171,11 +171,3 @@ def dropout_add_layer_norm(
     drops = launch.seed_tensor(seed, branch.device) if dropout_p > 0 else None
     total, norm, _, _ = _op(branch, residual, weight, bias, drops, dropout_p, eps)
     return total, norm
-
-
-def dropout_add_layer_norm_bytes(
-    M: int, N: int, branch_itemsize: int, residual_itemsize: int, backward: bool = False
-) -> int:
-    """Least bytes that cross DRAM: the rows, and the statistics of each. Parameters stay in L2."""
-    branches, residuals = (2, 3) if backward else (2, 2)
-    return M * (N * (branches * branch_itemsize + residuals * residual_itemsize) + 8)
