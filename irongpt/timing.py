@@ -1,17 +1,17 @@
-"""Seconds of a call, so that two of them can be compared.
+"""Seconds per call of several functions, measured so that they can be compared.
 
-On a GPU a provider's calls are captured in a CUDA graph (`replay`), and CUDA events time some
-replays of it: what is measured is the device's work, not Python's. A short wait on the device
-stands before them, so that all of them are queued when the first one begins. Each call of a graph
-takes another copy of its inputs and writes other outputs, so many that together they do not fit in
-the L2 cache; a training step finds its inputs cold too. Some kilobytes stay in the cache all the
-same: see `cold`.
-What cannot be captured is timed by events around plain calls, and says why.
+On a GPU the calls of a provider are captured in a CUDA graph (`Replay`), and CUDA events time some
+replays of it, so the device's work is measured and not Python's. The device waits a little before
+them, so that all of them are queued when the first one begins. Each call of a graph takes another
+copy of its inputs and writes other outputs. Together the copies do not fit in the L2 cache, since a
+training step finds its inputs cold too; inputs of some kilobytes stay in the cache nevertheless,
+see `cold`. A call that cannot be captured is timed by events around plain calls, and its result
+has the reason.
 
-Providers take turns, a sample each, in an order that rotates: a card that gets hot or a neighbour
-on the same CPU slows all of them alike. Those that do not fit in memory together are measured in
-groups, one group after the other. Reported are the median of the samples and the distance of their
-quartiles.
+Providers are interleaved, one sample each, in an order that rotates: a GPU that gets hot or another
+process on the same CPU slows all of them alike. Those that do not fit in memory together are
+measured in groups, one group after the other. The results are the median of the samples and the
+distance of their quartiles.
 """
 
 import contextlib
@@ -41,12 +41,11 @@ Call = Callable[[int], object]  # of copy i of the inputs
 
 @dataclass(frozen=True)
 class Work:
-    """call: of copy i. first: of copy i, not timed; `call` then takes what it made and i.
+    """A function to be timed. call(i) uses copy i of the inputs. If first(i) is given, it is not
+    timed, and call(result of first(i), i) is. around: a context for many calls together.
 
-    around: entered once about many calls, not at each of them.
-
-    In a graph what comes first is captured too: PyTorch's attention keeps the state of its dropout
-    on the host outside of a graph, where the backward inside of one cannot reach it.
+    In a graph `first` is captured too: outside of a graph PyTorch's attention keeps the state of
+    its dropout on the host, where a backward inside of a graph cannot reach it.
     """
 
     call: Callable[..., object]
@@ -54,7 +53,7 @@ class Work:
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def begin(self, sets: int) -> Call:
-        """The call, with what comes first done for every copy of the inputs."""
+        """The call, after `first` has run for every copy of the inputs."""
         first = self.first
         if first is None:
             return self.call
@@ -63,14 +62,14 @@ class Work:
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory that nobody holds."""
+    """Gives back the memory that no tensor uses."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def reason(e: Exception) -> str:
-    """A line for an exception."""
+    """An exception in one line."""
     if isinstance(e, torch.cuda.OutOfMemoryError):
         return "out of memory"
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
@@ -78,9 +77,10 @@ def reason(e: Exception) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """samples: seconds a call. host: seconds that Python takes to issue one; None on a CPU.
+    """samples: seconds per call. host: seconds that Python takes to issue one; None on a CPU.
 
-    plain_because: why there is no graph, on a GPU. group: of those that were measured together.
+    plain_because: the reason why there is no graph, on a GPU. group: providers with the same number
+    were measured together.
     """
 
     samples: list[float]
@@ -95,8 +95,8 @@ class Timing:
 
     @property
     def iqr(self) -> float:
-        """Distance of the quartiles; of 3 samples the whole range. NaN, in a file null, for fewer:
-        nobody knows."""
+        """Distance of the quartiles; the range of 3 samples. It is unknown for fewer: NaN, in a
+        file null."""
         if len(self.samples) < 3:
             return math.nan
         if len(self.samples) == 3:
@@ -126,7 +126,7 @@ class Ready:
 
 
 def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where calls are prepared and measured: a graph cannot be captured on the default stream."""
+    """The stream of all calls: a graph cannot be captured on the default stream."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     aside = torch.cuda.Stream(device)
@@ -135,8 +135,8 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def copies(used_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs it takes so that a call, which uses so many bytes of them,
-    finds its own out of the L2 cache; a few where not even COPIES would do."""
+    """How many copies of the inputs it takes so that a call, which uses so many bytes of them, does
+    not find its copy in the L2 cache; FEW if not even COPIES are enough."""
     if device.type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -146,8 +146,8 @@ def copies(used_bytes: int, device: torch.device) -> int:
 
 
 def cold(used_bytes: int, device: torch.device) -> bool | None:
-    """Whether that many bytes, of all copies, are more than the L2 cache holds, so that a call
-    finds its own out of it; None on a CPU, where nobody knows."""
+    """Whether that many bytes, of all copies, exceed the L2 cache, so that a call does not find its
+    inputs there. Unknown on a CPU: None."""
     if device.type != "cuda":
         return None
     return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
@@ -156,10 +156,7 @@ def cold(used_bytes: int, device: torch.device) -> bool | None:
 def measure(
     calls: Mapping[str, Call | Work], sets: int, device: torch.device, rounds: int
 ) -> dict[str, Timing | str]:
-    """Timings by provider; for one that cannot run, why.
-
-    calls: a Call or Work for each. sets: copies of the inputs.
-    """
+    """Timings by provider; the reason for one that cannot run. sets: copies of the inputs."""
     works = {name: c if isinstance(c, Work) else Work(c) for name, c in calls.items()}
     results: dict[str, Timing | str] = {}
     waiting, group = list(works), 0
@@ -190,7 +187,8 @@ def _together(
     device: torch.device,
     results: dict[str, Timing | str],
 ) -> tuple[dict[str, Ready], list[str]]:
-    """As many as fit in memory, and who has to wait; one that cannot run goes to the results."""
+    """As many as fit in memory together, and the names of the others. The reason of one that cannot
+    run goes to the results."""
     ready: dict[str, Ready] = {}
     for i, name in enumerate(waiting):
         try:
@@ -234,7 +232,7 @@ def prepare(work: Work, sets: int, device: torch.device) -> Ready:
 
 
 class Wall:
-    """Plain calls by the host's clock."""
+    """Times plain calls by the host's clock."""
 
     def __init__(self, call: Call, sets: int) -> None:
         self.call, self.sets, self.n = call, sets, 1
@@ -248,8 +246,8 @@ class Wall:
 
 
 def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
-    """Memory that a call takes at its peak, on top of what is there; None on a CPU and where it
-    does not fit."""
+    """Peak memory of a call beyond what is allocated before; None on a CPU and where it does not
+    fit."""
     if device.type != "cuda":
         return None
     work = call if isinstance(call, Work) else Work(call)
@@ -267,7 +265,7 @@ def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
 
 
 class Events:
-    """Plain calls between two events: where Python is slower than the device, Python's time."""
+    """Times plain calls by two events. Where Python is the slower side, it is Python's time."""
 
     def __init__(self, call: Call, sets: int) -> None:
         self.call, self.sets, self.n = call, sets, sets
@@ -278,10 +276,10 @@ class Events:
 
 
 class Replay:
-    """Replays of a graph of calls, captured on the current stream; see `timing.stream`.
+    """Times replays of a graph of calls, captured on the current stream, which is `stream`'s.
 
-    Outputs are kept until their copy's turn comes again, so that no call writes to memory that the
-    cache still holds.
+    Outputs are kept until their copy of the inputs is used again, so that no call writes to memory
+    that the cache still holds.
     """
 
     def __init__(self, work: Work, sets: int) -> None:
@@ -319,15 +317,15 @@ class Replay:
 
 def _calls(seconds: float, of_one: float, sets: int) -> int:
     """How many calls, a multiple of `sets`, take so long; bounded."""
-    turns = round(seconds / max(1e-9, of_one * sets))
-    return sets * max(1, min(CALLS // sets, turns))
+    passes = round(seconds / max(1e-9, of_one * sets))
+    return sets * max(1, min(CALLS // sets, passes))
 
 
 @contextlib.contextmanager
 def capture(graph: Any) -> Iterator[None]:
-    """On the current stream: what autograd has recorded there runs its backward there.
+    """Captures on the current stream, because a backward runs on the stream of its forward.
 
-    Raises what the captured code raises, and leaves a process that can go on.
+    Raises what the captured code raises, and the process can go on.
     """
     pool, broken = torch.cuda.graph_pool_handle(), None
     try:
@@ -341,15 +339,15 @@ def capture(graph: Any) -> Iterator[None]:
         recover(pool)
         if broken is None or e is broken:
             raise
-        raise broken from None  # the end of a broken capture raises another error, and tells less
+        raise broken from None  # the end of a broken capture raises an error that says less
 
 
 def recover(pool: Any = None) -> None:
-    """After a capture that broke. PyTorch then goes on allocating from the graph's pool, and the
-    default generator believes that it is captured and refuses to draw. pool: if it is known."""
+    """Repairs the state after a failed capture. PyTorch then goes on allocating from the graph's
+    pool, if it is known, and its default generator still refuses to generate."""
     device = torch.cuda.current_device()
     if pool is not None:
-        with contextlib.suppress(RuntimeError):  # where it has ended that itself
+        with contextlib.suppress(RuntimeError):  # if PyTorch has ended that itself
             torch._C._cuda_endAllocateToPool(device, pool)
     fresh = torch.Generator(torch.device("cuda", device)).manual_seed(0)
     torch.cuda.default_generators[device].graphsafe_set_state(fresh)
@@ -367,9 +365,10 @@ def between(work: Callable[[], object]) -> float:
 
 
 def waits(call: Callable[[], object], device: torch.device) -> str | None:
-    """Why a call can be in no graph: the host waits for the device in it, as for an `.item()`.
+    """The reason why a call cannot be captured: the host waits for the device in it, as for an
+    `.item()`. None if it does not.
 
-    Found by PyTorch's own check before a capture is tried, because one that breaks leaves traces.
+    PyTorch's own check finds it before a capture is tried, because a failed one leaves traces.
     """
     torch.cuda.synchronize(device)
     mode = torch.cuda.get_sync_debug_mode()
