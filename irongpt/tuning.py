@@ -198,10 +198,12 @@ def measure(
         with timing.stream(work.device):
             timings = timing.measure(calls, len(inputs), work.device, rounds)
         for i, t in timings.items():
-            failed = isinstance(t, str)
-            check(not failed or i != str(DEFAULT), f"{work.kernel} with the default tiles: {t}")
-            old = rows[int(i)]
-            rows[int(i)] = Row(old.options, out=t) if failed else Row(old.options, tuple(t.samples))
+            options = rows[int(i)].options
+            ran = isinstance(t, timing.Timing) or i != str(DEFAULT)
+            check(ran, f"{work.kernel} with the default tiles: {t}")
+            rows[int(i)] = (
+                Row(options, out=t) if isinstance(t, str) else Row(options, (*t.samples,))
+            )
 
     sample(list(launches), rounds)
     if (best := winner(rows)) is not None:
@@ -238,7 +240,7 @@ def record(work: Work, module: ModuleType, inputs: Tensors) -> Launch:
         compiled = original(self, *args, **kwargs)
         if f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}" == wanted:
             touched = {x.data_ptr(): x.nbytes for x in args if isinstance(x, torch.Tensor)}
-            spilled = sass.read(compiled.asm["cubin"]).stack
+            spilled = sass.usage(compiled.asm["cubin"])[1]
             again = lambda: original(self, *args, **kwargs)  # noqa: E731
             made.append(Launch(again, spilled, sum(touched.values())))
         return compiled

@@ -46,9 +46,12 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
             axes.plot(x, y, "o", color=COLORS[r.dtype], markerfacecolor=face, markersize=4)
         else:
             axes.plot(x, y, "X", color="tab:red", markersize=8, clip_on=False, zorder=5)
-    for (_, tensor), y in labels.items():
-        limit = _factor(tensor)
-        axes.plot([limit, limit], [y - 0.5, y + 0.5], color="black", linewidth=1)
+    # A tolerance is a factor times eager's error plus a floor, so each point has its own limit.
+    for r in rows:
+        e = r.errors["max"]
+        limit = min(SHOWN, e.bound / e.eager) if e.eager else SHOWN
+        y = labels[_label(r)] + 0.2 * (dtypes.index(r.dtype) - (len(dtypes) - 1) / 2)
+        axes.plot([limit] * 2, [y - 0.09, y + 0.09], color=COLORS[r.dtype], linewidth=1, alpha=0.7)
     ops = [op for op, _ in labels]
     for y in range(1, len(ops)):
         if ops[y] != ops[y - 1]:
@@ -67,14 +70,14 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
         Line2D([], [], color=COLORS[d], marker="o", linestyle="", markersize=4, label=d)
         for d in dtypes
     ]
-    handles.append(Line2D([], [], color="black", linewidth=1, label="limit"))
+    handles.append(Line2D([], [], color="0.3", linewidth=1, label="tolerance, per dtype"))
     if any(r.ok and r.errors["max"].ratio > _factor(r.tensor) for r in rows):
         label = "within one rounding"
         handles.append(
             Line2D([], [], color="0.3", marker="o", linestyle="", mfc="white", label=label)
         )
     if any(not r.ok for r in rows):
-        label = "breaks the rule"
+        label = "exceeds tolerance"
         handles.append(Line2D([], [], color="tab:red", marker="X", linestyle="", label=label))
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
