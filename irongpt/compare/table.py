@@ -17,10 +17,10 @@ def heading(candidate: str) -> str:
     """Explains the columns and names them."""
     return (
         "error: largest distance from float64; rms: root mean square; x: times eager's\n"
-        f"tolerance: {OUTPUTS} x eager's error for an output and {GRADIENTS} x for a gradient, "
-        "plus a rounding\n\n"
+        f"tolerance (tol.): {OUTPUTS} x eager's error for an output and {GRADIENTS} x for a "
+        "gradient, plus a rounding\n\n"
         f"  {'':8} {'':28} {'':>8} {'':>8}  {'error':>6} {'rms':>6} {'% of':>6}\n"
-        f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'toler.':>6}"
+        f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'tol.':>6}"
         "  worst at"
     )
 
