@@ -20,6 +20,8 @@ import pytest
 from irongpt_kernels import Ops
 from numerics import DECODING, OPS, UPDATES
 
+from benchmarks.measure import result_file
+
 ROOT = Path(__file__).resolve().parents[2]
 IRONGPT = sorted(ROOT.glob("irongpt/**/*.py"))
 KERNELS = sorted(ROOT.glob("kernels/irongpt_kernels/**/*.py"))
@@ -286,3 +288,7 @@ def test_a_wheel_has_every_folder_with_sources() -> None:
     assert packages == {module(path.parent / "__init__.py") for path in PACKAGED}
     assert settings["package-data"] == {p: ["py.typed"] for p in ("irongpt", "irongpt_kernels")}
     assert all((ROOT / p / "py.typed").exists() for p in ("irongpt", "kernels/irongpt_kernels"))
+
+
+def test_results_are_read_and_written_where_the_pages_say() -> None:
+    assert result_file.FOLDER == ROOT / "benchmarks" / "results"
