@@ -19,11 +19,11 @@ OPS = {
     "gelu": "gelu",
 }
 FUNCTIONS = {  # what is timed of an op's launches
-    "attention forward": "attention._forward_kernel",
-    "attention query": "attention_backward._query_kernel",
-    "attention key": "attention_backward._key_kernel",
-    "norm forward": "dropout_add_layer_norm._forward_kernel",
-    "norm backward": "layer_norm_backward._kernel",
+    "attention forward": "attention._fwd_kernel",
+    "attention query": "attention_backward._bwd_dq_kernel",
+    "attention key": "attention_backward._bwd_dkdv_kernel",
+    "norm forward": "dropout_add_layer_norm._fwd_kernel",
+    "norm backward": "layer_norm_backward._bwd_kernel",
     "gelu forward": "gelu._fwd_kernel",
     "gelu backward": "gelu._bwd_kernel",
 }
