@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import result_file, timing
+from benchmarks.measure import result_file
 from irongpt import device as devices
-from irongpt import ops
+from irongpt import ops, timing
 from irongpt.config import PRESETS, GPTConfig, SampleConfig
 from irongpt.errors import UserError
 from irongpt.generation import sample

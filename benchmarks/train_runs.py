@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import result_file, timing
+from benchmarks.measure import result_file
 from irongpt import device as devices
-from irongpt import ops
+from irongpt import ops, timing
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.cuda_graph import WARMUP
 from irongpt.data import corpus

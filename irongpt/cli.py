@@ -274,7 +274,7 @@ def doctor_command(given: dict[str, Any]) -> int:
 
 
 def tune_command(given: dict[str, Any]) -> int:
-    from irongpt.tuning.command import tune
+    from irongpt.tuning import tune
 
     return tune(given["device"], given["preset"], given["dtype"], given["quick"])
 

@@ -60,6 +60,12 @@ class GPTConfig:
         biases = 11 * C * L + C  # qkv 3, projections 2, fc 4, norms 2 in a block; the last norm
         return weights + (biases if self.bias else 0)
 
+    def matrices(self) -> list[tuple[int, int]]:
+        """(rows, columns) of a block's weight matrices: qkv, projection, fc, fc projection."""
+        from irongpt_kernels.op_inputs import block_matrices  # imports torch
+
+        return block_matrices(self.n_embd)
+
     def flops_per_token(self) -> int:
         """FLOPs of one training token, forward and backward, as PaLM's appendix B counts them.
 

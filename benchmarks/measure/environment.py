@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from irongpt_kernels.runtime import emulate, launch_table
 
-from benchmarks.measure import timing
-from irongpt import __version__, gpu_state
+from irongpt import __version__, gpu_state, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import environment, result_file, timing
-from benchmarks.measure.work import Work, free, reason
+from benchmarks.measure import environment, result_file
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import Gate, passes, tensors_of
 from benchmarks.ops.cases import OWN, Case, Inputs
 from benchmarks.ops.providers import NAMES, Provider, computes, missing, providers
 from irongpt import device as devices
+from irongpt import timing
+from irongpt.timing import Work, free, reason
 
 ROUNDS = {"cuda": 20, "cpu": 9}
 LARGE = 1 << 28  # elements of all T x T matrices, from which on one copy of the inputs will do:
@@ -108,7 +109,7 @@ def _times(
     inputs = [case.inputs(device)]
     cost = case.cost(mode)
     used = sum(x.nbytes for x in inputs[0].values())
-    used = used if cost is None else min(used, cost[0])  # an embedding reads a few rows of many
+    used = min(used, cost[0])  # an embedding reads a few rows of many
     sets = timing.copies(used, device)
     if case.shape.B * case.shape.H * case.shape.T**2 > LARGE:
         sets = 1
@@ -124,7 +125,7 @@ def _times(
         del outputs
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
-    moved = used if cost is None or sets > 1 else cost[0]
+    moved = used if sets > 1 else cost[0]
     cold = timing.cold(sets * moved, device)
     found: dict[str, Measured | str] = {}
     for name, t in timings.items():
@@ -191,8 +192,7 @@ def row(
         "gate": gate,
     }
     cost = case.cost(mode)
-    if cost is not None:
-        values |= {"least_bytes": cost[0], "least_flops": cost[1]}
+    values |= {"least_bytes": cost[0], "least_flops": cost[1]}
     if isinstance(found, str):
         return values | {"none_because": found}
     t = found.timing

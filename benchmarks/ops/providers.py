@@ -177,10 +177,8 @@ class Textbook:
 
 def by(module: Any, case: Case, device: torch.device) -> Function:
     """The op of a module of ops."""
-    if case.op in inplace_ops.OPS:
-        return inplace_ops.call(module, case)
-    op, options = getattr(module, case.op), case.options(device)
-    return lambda x: op(**x, **options)
+    options = case.options(device)
+    return lambda x: case.spec.run(module, case.shape, x, **options)
 
 
 def _unpacked(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +194,7 @@ def _packed_like(case: Case, out: Tensor) -> Tensor:
 
 def _textbook(case: Case) -> Function:
     if case.op in inplace_ops.OPS:
-        return inplace_ops.textbook(case)
+        return inplace_ops.textbook(case.op, case.p)
     return lambda x: _packed_like(case, attention_textbook(*_unpacked(x), p=case.p))
 
 

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from irongpt_kernels import op_specs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import timing
+from benchmarks.ops.cases import Case, Shape
+from irongpt import timing
 from irongpt.config import GPTConfig, TrainConfig
 from irongpt.training import muon
 
@@ -17,21 +19,15 @@ def shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int,
     names = ("qkv", "projection", "fc", "fc projection")
     blocks = [
         (name, config.n_layer, M, columns, rows)
-        for name, (rows, columns) in zip(names, matrices(config), strict=True)
+        for name, (rows, columns) in zip(names, config.matrices(), strict=True)
     ]
     return [*blocks, ("head", 1, M, config.n_embd, config.vocab_size)]
-
-
-def matrices(config: GPTConfig) -> list[tuple[int, int]]:
-    """Of one block: qkv, projection, fc, fc projection, as (rows, columns)."""
-    C = config.n_embd
-    return [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
 
 
 def momenta(config: GPTConfig, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
     """What Muon makes orthogonal in a step: (L, rows, columns), each matrix of norm 1."""
     found = []
-    for size in matrices(config):
+    for size in config.matrices():
         x = torch.randn(config.n_layer, *size, device=device)
         found.append((x / x.norm(dim=(1, 2), keepdim=True)).to(dtype))
     return found
@@ -103,15 +99,8 @@ def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
     Gradients of the blocks' matrices have `itemsize` bytes, and so have the copies that are written
     where that is not 4; all else is float32.
     """
-    from irongpt_kernels.fused.adamw import adamw_bytes
-    from irongpt_kernels.fused.muon import muon_bytes
-
-    n = config.n_layer * sum(r * c for r, c in matrices(config))
-    copy = itemsize if itemsize < 4 else 0
-    rest = adamw_bytes(config.n_params() - n, 4, 0)
-    if optimizer == "muon":  # for the norm of all, gradients are read once more
-        return rest + muon_bytes(n, itemsize, itemsize, copy) + n * itemsize
-    return rest + adamw_bytes(n, itemsize, copy)
+    n = config.n_layer * sum(r * c for r, c in config.matrices())
+    return op_specs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
 
 
 def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, int] | None:
@@ -119,8 +108,6 @@ def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> di
 
     By the kernels' cost functions; the embedding by counting.
     """
-    from benchmarks.ops.cases import Case, Shape
-
     H, C, L, T = config.n_head, config.n_embd, config.n_layer, config.context
     shape = Shape(train.batch_size, H, T, C // H, config.vocab_size)
     counts = {

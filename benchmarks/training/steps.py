@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import cuda_graph, result_file, timing
-from benchmarks.measure.work import free, reason
+from benchmarks.measure import result_file
 from benchmarks.training.variants import Variant, peak_of
+from irongpt import timing
 from irongpt.errors import UserError
+from irongpt.timing import free, reason
 
 STEPS = {"cuda": 10, "cpu": 2}  # in a turn of a variant
 TURNS = {"cuda": 8, "cpu": 4}
@@ -112,7 +113,7 @@ class Steps:
     def _mend(self) -> None:
         """After a failure, which may have been that of a capture."""
         if self.device.type == "cuda":
-            cuda_graph.recover()
+            timing.recover()
         free(self.device)
 
     def _take(self, name: str, variant: Variant) -> None:

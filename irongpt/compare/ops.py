@@ -1,27 +1,25 @@
-"""Every op of a candidate against eager: error, repeatability, and what dropout drops.
+"""Every op of a candidate against eager: error, repeatability, and the dropout mask.
 
 A case is an op on inputs of one shape class:
 
-    model      the model's own shape; in Triton's interpreter one of its kind that is small
+    model      the model's shape; in Triton's interpreter a small one of its kind
     ragged     sizes that no tile divides
-    strided    views: q, k and v of one packed projection, columns of a wider matrix; the gradient
-               that comes from above has strides too
+    strided    views: q, k and v of one packed projection, columns of a wider matrix; the upstream
+               gradient has strides too
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from irongpt_kernels import dropout, eager, tolerance
+from irongpt_kernels import dropout, eager, op_inputs, tolerance
+from irongpt_kernels.op_inputs import SEED, Input, RowShape, Tensors
+from irongpt_kernels.op_specs import LAYERS, OpSpec
 from torch import Tensor
 
 DROPOUT_P = 0.2
-SEED = (5 << 32) + 7  # both halves of the generator's key are in use
-
-Tensors = dict[str, Tensor]
-Leaves = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """What is true or not: that two runs give the same bits, that the same elements are dropped."""
+    """A property that holds or not: two runs give the same bits, the dropout mask is eager's."""
 
     op: str
     shape: str
@@ -56,121 +54,118 @@ class Check:
     detail: str = ""
 
 
-class Sizes(NamedTuple):
-    B: int
-    H: int
-    T: int
-    D: int
-    M: int  # rows of the ops that work on rows
-    N: int
-    V: int
-
-
 FULL = {
-    "model": Sizes(8, 6, 256, 64, 2048, 384, 96),
-    "ragged": Sizes(3, 5, 131, 48, 1021, 401, 1009),
-    "strided": Sizes(2, 6, 200, 64, 512, 384, 96),
+    "model": RowShape(8, 6, 256, 64, 96, M=2048, N=384),
+    "ragged": RowShape(3, 5, 131, 48, 1009, M=1021, N=401),
+    "strided": RowShape(2, 6, 200, 64, 96, M=512, N=384),
 }
 SMALL = {
-    "model": Sizes(2, 2, 32, 16, 64, 32, 24),
-    "ragged": Sizes(1, 3, 37, 48, 13, 29, 101),
-    "strided": Sizes(2, 2, 20, 32, 11, 48, 24),
+    "model": RowShape(2, 2, 32, 16, 24, M=64, N=32),
+    "ragged": RowShape(1, 3, 37, 48, 101, M=13, N=29),
+    "strided": RowShape(2, 2, 20, 32, 24, M=11, N=48),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    op: str
+    """An op at a shape of one class. p: dropout."""
+
+    spec: OpSpec
     shape: str
-    leaves: Leaves  # the inputs that have gradients: names and sizes
-    call: Callable[[ModuleType, Tensors], Any]
-    outputs: tuple[str, ...] = ("out",)
+    at: RowShape
+    p: float
+
+    @property
+    def op(self) -> str:
+        return self.spec.name
+
+    @property
+    def strided(self) -> bool:
+        return self.shape == "strided"
 
     @property
     def sizes(self) -> str:
         """Of the first input; the others follow from it."""
-        name, size = next(iter(self.leaves.items()))
-        return f"{name} {' x '.join(map(str, size))}"
+        name, one = next(iter(self.inputs().items()))
+        return f"{name} {' x '.join(map(str, one.size))}"
+
+    def inputs(self) -> dict[str, Input]:
+        """The tensors that are made, of which `views` takes the op's inputs."""
+        found = self.spec.inputs(self.at)
+        if not self.strided:
+            return found
+        if "q" in found:
+            return {"qkv": Input((self.at.B, self.at.T, 3, self.at.H, self.at.D))}
+        return {n: replace(x, size=_wider(x)) for n, x in found.items()}
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
+        """Every floating input in `dtype`, whatever it is in a training."""
+        return {
+            name: op_inputs.indices(x, ignored=self.shape == "ragged").to(device)
+            if x.role == "integer"
+            else op_inputs.normal(x.size, i).to(device, dtype)
+            for i, (name, x) in enumerate(self.inputs().items())
+        }
+
+    def views(self, x: Tensors) -> Tensors:
+        """The op's inputs."""
+        if not self.strided:
+            return x
+        inputs = self.inputs()
+        if "qkv" in x and "q" in self.spec.inputs(self.at):
+            return dict(zip("qkv", x["qkv"].permute(2, 0, 3, 1, 4), strict=True))
+        return {
+            n: t[..., 3 : t.shape[-1] - 5] if _is_matrix(inputs[n]) else t for n, t in x.items()
+        }
+
+    def run(self, ops: ModuleType, inputs: Tensors) -> Tensors:
+        """Outputs by their names, gradients as `d x`."""
+        options = self.spec.options(self.at, self.p, SEED if self.p else None)
+
+        def upstream(i: int, x: Tensor) -> Tensor:
+            g = op_inputs.normal(tuple(x.shape), 90 + i).to(x.device, x.dtype)
+            return torch.stack([g, g], -1)[..., 0] if self.strided else g
+
+        def call(x: Tensors) -> Any:
+            return self.spec.run(ops, self.at, self.views(x), **options)
+
+        return op_inputs.results(call, inputs, self.spec.outputs, upstream)
 
 
-def cases(shape: str, s: Sizes, p: float) -> Iterator[Case]:
-    """p: dropout of the ops that drop. The ragged class has none."""
-    strided, ragged = shape == "strided", shape == "ragged"
-    drop: dict[str, Any] = {} if ragged or p == 0 else dict(dropout_p=p, seed=SEED)
-    margin = 8 if strided else 0
+def _is_matrix(x: Input) -> bool:
+    """Whether the strided class takes columns of a wider tensor; a packed projection is whole."""
+    return 2 <= len(x.size) <= 4
 
-    def view(x: Tensor) -> Tensor:
-        return x[..., 3 : x.shape[-1] - 5] if strided else x
 
-    def attention(ops: ModuleType, x: Tensors) -> Tensor:
-        q, k, v = x["qkv"].permute(2, 0, 3, 1, 4) if strided else x.values()
-        return ops.causal_attention(q, k, v, **drop)
+def _wider(x: Input) -> tuple[int, ...]:
+    return (*x.size[:-1], x.size[-1] + 8) if _is_matrix(x) else x.size
 
-    heads: Leaves = dict.fromkeys("qkv", (s.B, s.H, s.T, s.D))
-    packed: Leaves = {"qkv": (s.B, s.T, 3, s.H, s.D)}
-    yield Case("causal_attention", shape, packed if strided else heads, attention)
-    yield Case(
-        "causal_attention_packed",
-        shape,
-        packed,
-        lambda ops, x: ops.causal_attention_packed(x["qkv"], **drop),
-    )
-    norm: Leaves = dict(weight=(s.N,), bias=(s.N,))
-    rows = (s.M, s.N + margin)
-    yield Case(
-        "layer_norm",
-        shape,
-        {"x": rows, **norm},
-        lambda ops, x: ops.layer_norm(view(x["x"]), x["weight"], x["bias"]),
-    )
-    yield Case(
-        "softmax",
-        shape,
-        dict(x=(s.M, s.V) if ragged else (s.B, s.H, s.T, s.T + margin)),
-        lambda ops, x: ops.softmax(view(x["x"]), scale=s.D**-0.5, causal=not ragged),
-    )
 
-    def cross_entropy(ops: ModuleType, x: Tensors) -> Tensor:
-        targets = torch.arange(s.M, device=x["logits"].device) * 7 % s.V
-        if ragged:
-            targets[::5] = -100
-        return ops.cross_entropy(view(x["logits"]), targets)
-
-    yield Case("cross_entropy", shape, dict(logits=(s.M, s.V + margin)), cross_entropy)
-    yield Case(
-        "gelu",
-        shape,
-        dict(x=(s.M, 4 * s.N + margin), bias=(4 * s.N,)),
-        lambda ops, x: ops.gelu(view(x["x"]), x["bias"]),
-    )
-    yield Case(
-        "dropout_add_layer_norm",
-        shape,
-        {"branch": rows, "residual": rows, **norm},
-        lambda ops, x: ops.dropout_add_layer_norm(
-            view(x["branch"]), view(x["residual"]), x["weight"], x["bias"], **drop
-        ),
-        ("total", "normed"),
-    )
+def cases(shape: str, at: RowShape, p: float) -> Iterator[Case]:
+    """Every op with a gradient. p: dropout, which the ragged class does not have."""
+    for spec in LAYERS:
+        ragged = shape == "ragged"
+        chosen = spec.full_rows if ragged and spec.full_rows else spec
+        yield Case(chosen, shape, at, 0.0 if ragged or not spec.dropout else p)
 
 
 def compare_case(
     case: Case, candidate: ModuleType, dtype: torch.dtype, device: torch.device, drops: bool
 ) -> tuple[list[Row], list[Check]]:
-    """drops: the candidate drops what the seed says, which is checked where the op drops."""
-    leaves = {
-        name: randn(size, i).to(device, dtype) for i, (name, size) in enumerate(case.leaves.items())
-    }
-    baseline = _run(case, eager, leaves)
-    oracle = _run(case, eager, {name: x.double() for name, x in leaves.items()})
+    """drops: the candidate takes its dropout masks from the seed, which is checked where the op
+    applies dropout."""
+    inputs = case.values(dtype, device)
+    baseline = case.run(eager, inputs)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    oracle = case.run(eager, wide)
     name = str(dtype).removeprefix("torch.")
 
     def check(what: str, ok: bool, detail: str = "") -> Check:
         return Check(case.op, case.shape, name, what, ok, detail)
 
     try:
-        results, again = (_run(case, candidate, leaves) for _ in range(2))
-        wrong = _wrongly_dropped(case, candidate, leaves) if drops else None
+        results, again = (case.run(candidate, inputs) for _ in range(2))
+        wrong = _wrongly_dropped(case, candidate, inputs) if drops else None
     except Exception as e:  # a kernel that cannot run here is a finding among the others
         return [], [check("runs", False, " ".join(f"{type(e).__name__}: {e}".split())[:300])]
     rows = [
@@ -198,36 +193,13 @@ def make_row(
     )
 
 
-def randn(size: tuple[int, ...], seed: int) -> Tensor:
-    """The same values on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, dtype=torch.float64, generator=generator)
-
-
-def _run(case: Case, ops: ModuleType, leaves: Tensors) -> Tensors:
-    """Outputs by their names, gradients as `d x`."""
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    out = case.call(ops, leaves)
-    outputs = out if isinstance(out, tuple) else (out,)
-    upstream = []
-    for i, x in enumerate(outputs, 90):
-        g = randn(tuple(x.shape), i).to(x.device, x.dtype)
-        upstream.append(torch.stack([g, g], -1)[..., 0] if case.shape == "strided" else g)
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return {
-        **{name: x.detach() for name, x in zip(case.outputs, outputs, strict=True)},
-        **{f"d {name}": g for name, g in zip(leaves, gradients, strict=True)},
-    }
-
-
-def _wrongly_dropped(case: Case, ops: ModuleType, leaves: Tensors) -> list[str] | None:
-    """Where the op drops other elements than the seed says; None for an op that drops nothing."""
-    x = next(iter(leaves.values()))
+def _wrongly_dropped(case: Case, ops: ModuleType, inputs: Tensors) -> list[str] | None:
+    """Where the op drops other elements than the seed decides; None for an op without dropout."""
+    x = next(iter(inputs.values()))
     if case.op == "dropout_add_layer_norm":
         return _wrong_rows(ops, x)
     if case.op == "causal_attention":  # the packed op runs the same kernels
-        shape = x.permute(2, 0, 3, 1, 4)[0].shape if "qkv" in leaves else x.shape
-        return _wrong_weights(ops, x.new_zeros(shape))
+        return _wrong_weights(ops, x.new_zeros(case.spec.inputs(case.at)["q"].size))
     return None
 
 

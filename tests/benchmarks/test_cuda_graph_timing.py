@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import cuda_graph, timing
+from irongpt import timing
 
 
 class Clock:
@@ -98,14 +98,14 @@ def test_a_sample_is_the_devices_work_alone(gpu: Clock, busy: float) -> None:
 
 
 def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
-    work = cuda_graph.Work(lambda i: gpu.queue(1e-5))
-    made = cuda_graph.Replay(work, 4)
-    assert made.n * made.repeats * 1e-5 == pytest.approx(cuda_graph.SAMPLE, rel=0.2)
-    assert made.n * 1e-5 == pytest.approx(cuda_graph.GRAPH, rel=0.2)
-    assert cuda_graph.Replay(work, 500).n == 500
-    tiny = cuda_graph.Replay(cuda_graph.Work(lambda i: gpu.queue(1e-9)), 2)
-    assert (tiny.n, tiny.repeats) == (cuda_graph.CALLS, cuda_graph.REPEATS)
-    assert cuda_graph.Replay(cuda_graph.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
+    work = timing.Work(lambda i: gpu.queue(1e-5))
+    made = timing.Replay(work, 4)
+    assert made.n * made.repeats * 1e-5 == pytest.approx(timing.SAMPLE, rel=0.2)
+    assert made.n * 1e-5 == pytest.approx(timing.GRAPH, rel=0.2)
+    assert timing.Replay(work, 500).n == 500
+    tiny = timing.Replay(timing.Work(lambda i: gpu.queue(1e-9)), 2)
+    assert (tiny.n, tiny.repeats) == (timing.CALLS, timing.REPEATS)
+    assert timing.Replay(timing.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
 
 
 def test_a_graph_takes_all_copies_in_turn_and_keeps_their_outputs(gpu: Clock) -> None:
@@ -167,7 +167,7 @@ def test_a_capture_that_breaks_is_recovered_from_and_says_why(
     gpu: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[object] = []
-    monkeypatch.setattr(cuda_graph, "recover", recovered.append)
+    monkeypatch.setattr(timing, "recover", recovered.append)
 
     def call(i: int) -> None:
         if gpu.capturing is not None:
@@ -188,7 +188,7 @@ def test_a_broken_capture_leaves_the_process_usable() -> None:
     """The host looks at a value within a capture; then a graph with dropout is captured."""
     x = torch.ones(1000, device="cuda")
     with timing.stream(CUDA):
-        with pytest.raises(RuntimeError), cuda_graph.capture(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError), timing.capture(torch.cuda.CUDAGraph()):
             F.dropout(x, 0.5).sum().item()
         torch.rand(3, device="cuda")
         torch.cuda.empty_cache()

@@ -1,16 +1,17 @@
 """The benchmarks of the ops without a gradient: who has a time, and that nothing is left undone."""
 
-from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager
+from irongpt_kernels.op_inputs import TOP_K
+from irongpt_kernels.op_specs import OpSpec
 
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import inplace_ops
-from benchmarks.ops.cases import Case, Inputs, Shape, dropping
-from benchmarks.ops.providers import computes
+from benchmarks.ops.cases import Case, Shape, dropping
+from benchmarks.ops.providers import by, computes
 
 CPU = torch.device("cpu")
 TINY = Shape(B=2, H=2, T=8, D=16, V=13, L=1)
@@ -47,7 +48,7 @@ def test_the_kernels_keep_the_rule(op: str, dtype: torch.dtype) -> None:
 
 def changed_by_eager(one: Case) -> list[str]:
     x, before = one.inputs(CPU), one.inputs(CPU)
-    inplace_ops.call(eager, one)(x)
+    by(eager, one, CPU)(x)
     return [name for name, t in x.items() if not torch.equal(t, before[name])]
 
 
@@ -55,33 +56,28 @@ def changed_by_eager(one: Case) -> list[str]:
 def test_what_is_left_undone_is_beyond_the_rule(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the inputs that eager changes (weights, moments, 16-bit copies, steps, caches,
     tokens, counts) as if nobody had written it, and each output that is no input, wrong."""
-    one, right = case(op, torch.float16), inplace_ops.call
+    one, right = case(op, torch.float16), OpSpec.run
     names = changed_by_eager(one)
     assert len(names) == {"adamw": 8, "muon": 4, "decode_attention": 2, "sample_tokens": 2}.get(
         op, 0
     )
     x = one.inputs(CPU)
     given = {t.data_ptr() for t in x.values()}
-    fresh = sum(t.data_ptr() not in given for t in right(eager, one)(x))
+    fresh = sum(t.data_ptr() not in given for t in by(eager, one, CPU)(x))
     for undone in [*names, *range(fresh)]:
 
-        def call(ops: ModuleType, wanted: Case, undone: str | int = undone) -> Callable[..., tuple]:
-            function = right(ops, wanted)
+        def run(self: OpSpec, ops: Any, *args: Any, undone: Any = undone, **options: Any) -> tuple:
+            x = args[1]
+            before = {name: t.clone() for name, t in x.items()}
+            out = right(self, ops, *args, **options)
+            if ops is builtin and isinstance(undone, str):
+                x[undone].copy_(before[undone])
+            elif ops is builtin:
+                given = {t.data_ptr() for t in x.values()}
+                [t for t in out if t.data_ptr() not in given][undone].view(-1)[-1] += 1
+            return out
 
-            def broken(x: Inputs) -> tuple:
-                before = {name: t.clone() for name, t in x.items()}
-                out = function(x)
-                if isinstance(undone, str):
-                    x[undone].copy_(before[undone])
-                else:
-                    given = {t.data_ptr() for t in x.values()}
-                    made = [t for t in out if t.data_ptr() not in given]
-                    made[undone].view(-1)[-1] += 1
-                return out
-
-            return broken if ops is builtin else function
-
-        monkeypatch.setattr(inplace_ops, "call", call)
+        monkeypatch.setattr(OpSpec, "run", run)
         monkeypatch.setattr("benchmarks.ops.providers.computes", lambda name, op: True)
         (row,) = kernels.measure_case(one, CPU, ("builtin",), 1)
         assert not row["gate"]["ok"], (op, undone)
@@ -92,7 +88,7 @@ def test_the_copies_are_the_weights_and_nothing_is_clipped() -> None:
         one = case(op, torch.float16)
         x, before = one.inputs(CPU), one.inputs(CPU)
         for _ in range(3):
-            inplace_ops.call(builtin, one)(x)
+            by(builtin, one, CPU)(x)
         assert torch.equal(x["matrices.copies"], x["matrices.params"].half())
         grads = [name for name in x if name.endswith("grads")]
         assert all(torch.equal(x[name], before[name]) for name in grads)
@@ -100,12 +96,10 @@ def test_the_copies_are_the_weights_and_nothing_is_clipped() -> None:
 
 def test_a_textbook_draw_is_of_the_likeliest() -> None:
     one = case("sample_tokens")
-    best = one.inputs(CPU)["logits"].topk(
-        inplace_ops.TOP_K if one.shape.V > inplace_ops.TOP_K else 3
-    )
+    best = one.inputs(CPU)["logits"].topk(TOP_K if one.shape.V > TOP_K else 3)
     x = one.inputs(CPU)
     x["logits"] = x["logits"].scatter(1, best.indices, 50.0)
-    tokens, counts = inplace_ops.textbook(one)(x)
+    tokens, counts = inplace_ops.textbook(one.op, one.p)(x)
     assert all(tokens[b, 0] in best.indices[b] for b in range(len(tokens)))
     before = one.inputs(CPU)
     assert torch.equal(tokens[:, 1:], before["tokens"][:, 1:])

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.measure import result_file, timing
+from benchmarks.measure import result_file
 from benchmarks.suite import __main__ as gpu
+from irongpt import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager
+from irongpt_kernels.op_inputs import RowShape
 from numerics import DEVICE, OPS, UPDATES, each_dtype
 
 from irongpt import ops
 from irongpt.compare import model
 from irongpt.compare import ops as compare_ops
 from irongpt.compare.command import compare
-from irongpt.compare.ops import SMALL, Check, Sizes, cases, compare_case
+from irongpt.compare.ops import SMALL, Check, cases, compare_case
 
 
 class Nudge(torch.autograd.Function):
@@ -202,7 +203,7 @@ def test_the_model_of_a_candidate_with_a_wrong_gradient_fails():
     assert model.train_both(s, candidate(), torch.float32, cpu).check().ok
 
 
-TINY = Sizes(1, 2, 17, 16, 5, 19, 21)
+TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 
 
 @pytest.mark.parametrize("shape", SMALL)

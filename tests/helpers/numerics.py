@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import eager, tolerance
+from irongpt_kernels.op_inputs import Input, RowShape, indices
+from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, TOKEN
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
@@ -120,34 +122,31 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
+SMALL = RowShape(2, 3, 7, 5, V=17, M=20, N=19)  # sizes that no tile divides
+
+
 def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
-    """Small inputs of every op, sizes that no tile divides."""
-    x, y, weight, bias = (
-        randn(*shape, dtype=dtype, seed=seed)
-        for seed, shape in enumerate([(4, 5, 19), (4, 5, 19), (19,), (19,)])
-    )
-    q, k, v = (randn(2, 3, 7, 5, dtype=dtype, seed=10 + i) for i in range(3))
-    targets = torch.tensor([3, -100, 18, 0, 7])
+    """Small inputs of every op with a gradient."""
+
+    def made(i: int, x: Input) -> Tensor:
+        if x.role == "integer":
+            return indices(x, ignored=True)
+        value = randn(*x.size, dtype=dtype, seed=i)
+        rows = x.size[0] == SMALL.M and x.size[-1] != SMALL.V  # logits have two dimensions
+        return value.unflatten(0, (4, 5)) if rows else value
+
     return {
-        "causal_attention": {"q": q, "k": k, "v": v},
-        "causal_attention_packed": {"qkv": torch.stack([q, k, v], 2).transpose(1, 3)},
-        "layer_norm": {"x": x, "weight": weight, "bias": bias},
-        "softmax": {"x": x},
-        "cross_entropy": {"logits": x[0], "targets": targets},
-        "gelu": {"x": x, "bias": bias},
-        "dropout_add_layer_norm": {"branch": x, "residual": y, "weight": weight, "bias": bias},
+        spec.name: {
+            name: made(i, x)
+            for i, (name, x) in enumerate((spec.full_rows or spec).inputs(SMALL).items())
+        }
+        for spec in LAYERS
     }
 
 
-OPS = list(small_inputs())
-UPDATES = [
-    "grad_norm",
-    "adamw",
-    "muon_momentum",
-    "muon_update",
-]  # ops of the optimizer, which have no gradient
-# Those of one token: they have no gradient, and some write into their arguments.
-DECODING = ["decode_attention", "sample_tokens", "embed_tokens", "linear_add", "norm_linear"]
+OPS = [spec.name for spec in LAYERS]
+UPDATES = [name for spec in OPTIMIZERS for name in spec.names]  # they have no gradient
+DECODING = [spec.name for spec in TOKEN]  # one token; no gradient, some write into arguments
 
 
 def _between_nans(x: Tensor) -> Tensor:

@@ -178,11 +178,6 @@ def test_gradients_of_two_narrow_types_are_refused() -> None:
         fused.grad_norm(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
 
 
-def test_cost() -> None:
-    assert kernel.adamw_bytes(10, 2, 2) == 300
-    assert kernel.adamw_bytes(10, 4, 0) == 320
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="the sanitizer works on Triton's interpreter")
 @pytest.mark.parametrize("order", [0, 1, None])
 def test_an_op_runs_clean_in_any_order(order: int | None) -> None:

@@ -142,7 +142,3 @@ def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> No
         fused.decode_attention(**given | changed)
     with pytest.raises(ValueError, match="D, the last dimension of qkv"):
         fused.decode_attention(**inputs([3, 7], D=40))
-
-
-def test_cost() -> None:
-    assert kernel.decode_attention_bytes(2, 3, 10, 16, 2) == 2 * 3 * 16 * 2 * 26

@@ -157,7 +157,3 @@ def test_bad_arguments_of_the_sum_are_named() -> None:
         fused.linear_add(x, weight, torch.zeros(2, 9))
     with pytest.raises(ValueError, match="x must have the dtype of weight"):
         fused.linear_add(x.half(), weight, torch.zeros(2, 8))
-
-
-def test_cost() -> None:
-    assert decode_linear.row_linear_bytes(3, 5, 2) == 30

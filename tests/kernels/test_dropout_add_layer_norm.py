@@ -288,9 +288,3 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], message: 
     inputs = dict(branch=x, residual=x, weight=ones, bias=ones)
     with pytest.raises(error, match=message):
         OP(**inputs | change)
-
-
-def test_least_bytes() -> None:
-    assert fused.dropout_add_layer_norm_bytes(10, 384, 2, 4) == 10 * (384 * (4 + 8) + 8)
-    backward = fused.dropout_add_layer_norm_bytes(10, 384, 2, 4, backward=True)
-    assert backward == 10 * (384 * (4 + 12) + 8)

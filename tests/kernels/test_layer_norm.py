@@ -236,11 +236,6 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], message: 
         layer_norm.layer_norm(**inputs | change)
 
 
-def test_least_bytes() -> None:
-    assert layer_norm.layer_norm_bytes(10, 384, 2) == 10 * (2 * 384 * 2 + 8)
-    assert layer_norm.layer_norm_bytes(10, 384, 4, backward=True) == 10 * (3 * 384 * 4 + 8)
-
-
 @pytest.mark.parametrize("ops", [builtin, layer_norm], ids=["builtin", "fused"])
 def test_a_result_of_another_type_is_the_float32_one_rounded(ops) -> None:
     """And so is the gradient that of the rounded one, widened."""

@@ -166,11 +166,6 @@ def test_gradients_of_two_types_are_refused() -> None:
         state.ahead(fused, [grads[0], grads[1].half()])
 
 
-def test_cost() -> None:
-    assert kernel.muon_bytes(10, 2, 2, 2) == 300
-    assert kernel.muon_bytes(10, 4, 4, 0) == 360
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="the sanitizer works on Triton's interpreter")
 @pytest.mark.parametrize("order", [0, 1, None])
 def test_an_op_runs_clean_in_any_order(order: int | None) -> None:

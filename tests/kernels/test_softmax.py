@@ -197,9 +197,3 @@ def test_autocast_changes_no_dtype(dtype: torch.dtype) -> None:
 def test_bad_arguments_are_named(x, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         kernel.softmax(x, **options)
-
-
-def test_cost() -> None:
-    assert kernel.softmax_bytes(10, 20, 2, "fwd") == 2 * 10 * 20 * 2
-    assert kernel.softmax_bytes(10, 20, 4, "bwd") == 3 * 10 * 20 * 4
-    assert kernel.softmax_bytes(4, 4, 2, "fwd", causal=True) == (10 + 16) * 2

@@ -167,8 +167,3 @@ def adamw(
     """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for other gradients."""
     lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)
-
-
-def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:
-    """Least bytes of both ops for n weights, their gradients read twice."""
-    return n * (24 + 2 * grad_itemsize + copy_itemsize)

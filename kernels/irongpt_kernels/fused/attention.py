@@ -263,16 +263,3 @@ def causal_attention_packed(
     seed, scale = check_options("qkv", qkv, dropout_p, seed, scale)
     (qkv,) = autocast(qkv)
     return _packed_op(qkv, seed, float(dropout_p), scale)[0]
-
-
-def causal_attention_bytes(B: int, H: int, T: int, D: int, itemsize: int, mode: str) -> int:
-    """Least bytes across DRAM: fwd q, k, v, out and stats; bwd these, dout, dq, dk and dv."""
-    return B * H * T * ({"fwd": 4, "bwd": 8}[mode] * D * itemsize + 8)
-
-
-def causal_attention_flops(B: int, H: int, T: int, D: int, mode: str) -> int:
-    """FLOPs of the products, two per multiply-add, of the T (T + 1) / 2 weights that are not 0.
-
-    fwd: scores and output. bwd: the scores again, dP, dV, dQ and dK.
-    """
-    return {"fwd": 2, "bwd": 5}[mode] * B * H * T * (T + 1) * D

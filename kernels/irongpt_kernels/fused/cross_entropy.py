@@ -230,8 +230,3 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     if logits.shape[1] == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     return _op(logits, targets, ignore_index)[0]
-
-
-def cross_entropy_bytes(M: int, V: int, itemsize: int, mode: str) -> int:
-    """Least bytes that must cross DRAM, mode fwd or bwd: logits, targets, two statistics a row."""
-    return M * ({"fwd": 1, "bwd": 2}[mode] * V * itemsize + 8 + 8)

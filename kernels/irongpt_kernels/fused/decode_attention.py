@@ -133,8 +133,3 @@ def decode_attention(
     if position.dtype != torch.int64:
         raise TypeError(f"position must be int64, got {position.dtype}")
     return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))
-
-
-def decode_attention_bytes(B: int, H: int, position: int, D: int, itemsize: int) -> int:
-    """Least bytes across DRAM: the keys and values seen, q, k and v read; k, v and out written."""
-    return B * H * D * itemsize * (2 * position + 6)

@@ -185,8 +185,3 @@ def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, in
     checks.shape("weight", weight, (N, K))
     checks.shape("bias", bias, (N,))
     return M, K, N
-
-
-def row_linear_bytes(N: int, K: int, itemsize: int) -> int:
-    """Least bytes that cross DRAM: the weight."""
-    return N * K * itemsize

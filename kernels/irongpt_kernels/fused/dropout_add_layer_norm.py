@@ -150,11 +150,3 @@ def dropout_add_layer_norm(
     mask_seed = launch.seed_tensor(seed, branch.device) if dropout_p > 0 else None
     total, norm, _, _ = _op(branch, residual, weight, bias, mask_seed, dropout_p, eps)
     return total, norm
-
-
-def dropout_add_layer_norm_bytes(
-    M: int, N: int, branch_itemsize: int, residual_itemsize: int, backward: bool = False
-) -> int:
-    """Least bytes that cross DRAM: the rows, and the statistics of each. Parameters stay in L2."""
-    branches, residuals = (2, 3) if backward else (2, 2)
-    return M * (N * (branches * branch_itemsize + residuals * residual_itemsize) + 8)

@@ -180,8 +180,3 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.rank("x", x, 1, 64)
     checks.shape("bias", bias, (x.shape[-1],))
     return _op(x, bias)
-
-
-def gelu_bytes(M: int, N: int, itemsize: int, mode: str) -> int:
-    """Least bytes that must cross DRAM, mode fwd or bwd."""
-    return {"fwd": 2, "bwd": 3}[mode] * M * N * itemsize

@@ -150,8 +150,3 @@ def layer_norm(
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(x, weight, bias, "x")
     return _op(x, weight, bias, eps, dtype or x.dtype)[0]
-
-
-def layer_norm_bytes(M: int, N: int, itemsize: int, backward: bool = False) -> int:
-    """Least bytes that cross DRAM: the rows, and the statistics of each. Parameters stay in L2."""
-    return M * ((3 if backward else 2) * N * itemsize + 8)

@@ -198,8 +198,3 @@ def muon_update(
     """See `eager.muon_update`; Limits in the module's docstring."""
     lists = list(params), list(low_precision_params)
     _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))
-
-
-def muon_bytes(n: int, grad_itemsize: int, product_itemsize: int, copy_itemsize: int) -> int:
-    """Least bytes of both ops for n weights: gradients and momentum are read twice."""
-    return n * (2 * grad_itemsize + 12 + 2 * product_itemsize + 8 + copy_itemsize)

@@ -251,9 +251,3 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     if causal and x.shape[-2] != x.shape[-1]:
         raise ValueError(f"a causal x must be (..., T, T), got shape {tuple(x.shape)}")
     return _op(x, float(scale), bool(causal))
-
-
-def softmax_bytes(M: int, N: int, itemsize: int, mode: str, causal: bool = False) -> int:
-    """Least bytes that must cross DRAM, mode fwd or bwd. A causal row reads what it sees."""
-    seen = M * (N + 1) // 2 if causal else M * N
-    return ({"fwd": 1, "bwd": 2}[mode] * seen + M * N) * itemsize

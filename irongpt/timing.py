@@ -1,0 +1,385 @@
+"""Seconds per call of several functions, measured so that they can be compared.
+
+On a GPU the calls of a provider are captured in a CUDA graph (`Replay`), and CUDA events time some
+replays of it, so the device's work is measured and not Python's. The device waits a little before
+them, so that all of them are queued when the first one begins. Each call of a graph takes another
+copy of its inputs and writes other outputs. Together the copies do not fit in the L2 cache, since a
+training step finds its inputs cold too; inputs of some kilobytes stay in the cache nevertheless,
+see `cold`. A call that cannot be captured is timed by events around plain calls, and its result
+has the reason.
+
+Providers are interleaved, one sample each, in an order that rotates: a GPU that gets hot or another
+process on the same CPU slows all of them alike. Those that do not fit in memory together are
+measured in groups, one group after the other. The results are the median of the samples and the
+distance of their quartiles.
+"""
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
+SAMPLE = 5e-3  # the same on a GPU, unless that is too many calls
+GRAPH = 1e-3  # seconds of a graph: the gap between two of them is a thousandth of it
+CALLS = 200  # in a graph or a sample of plain calls at most, except for the copies of the inputs
+REPEATS = 64  # of a graph in a sample, at most
+AHEAD = 2_000_000  # clocks that the device waits, about a millisecond: by then the host is ahead
+COLD = 2  # inputs together are so many times the L2
+COPIES = 1024  # of the inputs at most: a graph holds a call of each
+FEW = 16  # copies of inputs that stay in the cache in any case
+WARM = 3
+
+Call = Callable[[int], object]  # of copy i of the inputs
+
+
+@dataclass(frozen=True)
+class Work:
+    """A function to be timed. call(i) uses copy i of the inputs. If first(i) is given, it is not
+    timed, and call(result of first(i), i) is. around: a context for many calls together.
+
+    In a graph `first` is captured too: outside of a graph PyTorch's attention keeps the state of
+    its dropout on the host, where a backward inside of a graph cannot reach it.
+    """
+
+    call: Callable[..., object]
+    first: Call | None = None
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+    def begin(self, sets: int) -> Call:
+        """The call, after `first` has run for every copy of the inputs."""
+        first = self.first
+        if first is None:
+            return self.call
+        made = [first(i) for i in range(sets)]
+        return lambda i: self.call(made[i], i)
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory that no tensor uses."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def reason(e: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(e, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """samples: seconds per call. host: seconds that Python takes to issue one; None on a CPU.
+
+    plain_because: the reason why there is no graph, on a GPU. group: providers with the same number
+    were measured together.
+    """
+
+    samples: list[float]
+    graph: bool
+    host: float | None = None
+    plain_because: str | None = None
+    group: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def iqr(self) -> float:
+        """Distance of the quartiles; the range of 3 samples. It is unknown for fewer: NaN, in a
+        file null."""
+        if len(self.samples) < 3:
+            return math.nan
+        if len(self.samples) == 3:
+            return max(self.samples) - min(self.samples)
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return high - low
+
+
+class Sampler(Protocol):
+    def sample(self) -> float: ...
+
+
+@dataclass
+class Ready:
+    """A provider that can be sampled."""
+
+    work: Work
+    sampler: Sampler
+    graph: bool = False
+    host: float | None = None
+    plain_because: str | None = None
+    samples: list[float] = field(default_factory=list)
+
+    def take(self) -> None:
+        with self.work.around():
+            self.samples.append(self.sampler.sample())
+
+
+def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The stream of all calls: a graph cannot be captured on the default stream."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(aside)
+
+
+def copies(used_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs it takes so that a call, which uses so many bytes of them, does
+    not find its copy in the L2 cache; FEW if not even COPIES are enough."""
+    if device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    if COPIES * used_bytes <= l2:
+        return FEW
+    return min(COPIES, max(2, -(-COLD * l2 // used_bytes)))
+
+
+def cold(used_bytes: int, device: torch.device) -> bool | None:
+    """Whether that many bytes, of all copies, exceed the L2 cache, so that a call does not find its
+    inputs there. Unknown on a CPU: None."""
+    if device.type != "cuda":
+        return None
+    return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def measure(
+    calls: Mapping[str, Call | Work], sets: int, device: torch.device, rounds: int
+) -> dict[str, Timing | str]:
+    """Timings by provider; the reason for one that cannot run. sets: copies of the inputs."""
+    works = {name: c if isinstance(c, Work) else Work(c) for name, c in calls.items()}
+    results: dict[str, Timing | str] = {}
+    waiting, group = list(works), 0
+    while waiting:
+        ready, waiting = _together(works, waiting, sets, device, results)
+        names = list(ready)
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
+                try:
+                    ready[name].take()
+                except Exception as e:  # the others go on
+                    results[name] = reason(e)
+                    names.remove(name)
+                    break
+        for name in names:
+            one = ready[name]
+            results[name] = Timing(one.samples, one.graph, one.host, one.plain_because, group)
+        ready.clear()
+        free(device)
+        group += 1
+    return {name: results[name] for name in calls}
+
+
+def _together(
+    works: dict[str, Work],
+    waiting: list[str],
+    sets: int,
+    device: torch.device,
+    results: dict[str, Timing | str],
+) -> tuple[dict[str, Ready], list[str]]:
+    """As many as fit in memory together, and the names of the others. The reason of one that cannot
+    run goes to the results."""
+    ready: dict[str, Ready] = {}
+    for i, name in enumerate(waiting):
+        try:
+            with works[name].around():
+                ready[name] = prepare(works[name], sets, device)
+            continue
+        except Exception as e:  # a provider that cannot run here is a result
+            full = isinstance(e, torch.cuda.OutOfMemoryError)
+            if not (full and ready):
+                results[name] = reason(e)
+        free(device)
+        if full and ready:
+            return ready, waiting[i:]
+    return ready, []
+
+
+def prepare(work: Work, sets: int, device: torch.device) -> Ready:
+    """Warms a call up and makes it ready to be timed. Raises what the call raises."""
+    call = work.begin(sets)
+    for i in range(WARM):
+        call(i % sets)
+    if device.type != "cuda":
+        return Ready(work, Wall(call, sets))
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for i in range(WARM):
+        call(i % sets)
+    host = (time.perf_counter() - start) / WARM
+    why = waits(lambda: call(0), device)
+    if why is None:
+        del call  # its memory is for the graph
+        try:
+            return Ready(work, Replay(work, sets), graph=True, host=host)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:  # not every call can be captured
+            why = reason(e)
+        free(device)
+        call = work.begin(sets)
+    return Ready(work, Events(call, sets), host=host, plain_because=why)
+
+
+class Wall:
+    """Times plain calls by the host's clock."""
+
+    def __init__(self, call: Call, sets: int) -> None:
+        self.call, self.sets, self.n = call, sets, 1
+        self.n = max(1, min(CALLS, round(CPU_SAMPLE / self.sample())))
+
+    def sample(self) -> float:
+        start = time.perf_counter()
+        for i in range(self.n):
+            self.call(i % self.sets)
+        return (time.perf_counter() - start) / self.n
+
+
+def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
+    """Peak memory of a call beyond what is allocated before; None on a CPU and where it does not
+    fit."""
+    if device.type != "cuda":
+        return None
+    work = call if isinstance(call, Work) else Work(call)
+    try:
+        with work.around():
+            begun = work.begin(1)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            begun(0)
+            torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class Events:
+    """Times plain calls by two events. Where Python is the slower side, it is Python's time."""
+
+    def __init__(self, call: Call, sets: int) -> None:
+        self.call, self.sets, self.n = call, sets, sets
+        self.n = _calls(SAMPLE, self.sample(), sets)
+
+    def sample(self) -> float:
+        return between(lambda: [self.call(i % self.sets) for i in range(self.n)]) / self.n
+
+
+class Replay:
+    """Times replays of a graph of calls, captured on the current stream, which is `stream`'s.
+
+    Outputs are kept until their copy of the inputs is used again, so that no call writes to memory
+    that the cache still holds.
+    """
+
+    def __init__(self, work: Work, sets: int) -> None:
+        self.repeats = 1
+        self.before = torch.cuda.CUDAGraph()
+        if work.first is None:
+            call = work.begin(sets)
+        else:
+            with capture(self.before):
+                call = work.begin(sets)
+            self.before.replay()
+        self._capture(call, sets, sets)
+        n = _calls(GRAPH, self.sample(), sets)
+        if n > sets:
+            self._capture(call, sets, n)
+        sample = self.sample() * self.n
+        self.repeats = max(1, min(REPEATS, round(SAMPLE / sample)))
+
+    def _capture(self, call: Call, sets: int, n: int) -> None:
+        self.n, self.graph = n, torch.cuda.CUDAGraph()
+        self.kept: list[object] = [None] * sets
+        with capture(self.graph):
+            for i in range(n):
+                self.kept[i % sets] = call(i % sets)
+        for _ in range(2):
+            self.graph.replay()
+
+    def sample(self) -> float:
+        return between(self._replays) / (self.n * self.repeats)
+
+    def _replays(self) -> None:
+        for _ in range(self.repeats):
+            self.graph.replay()
+
+
+def _calls(seconds: float, of_one: float, sets: int) -> int:
+    """How many calls, a multiple of `sets`, take so long; bounded."""
+    passes = round(seconds / max(1e-9, of_one * sets))
+    return sets * max(1, min(CALLS // sets, passes))
+
+
+@contextlib.contextmanager
+def capture(graph: Any) -> Iterator[None]:
+    """Captures on the current stream, because a backward runs on the stream of its forward.
+
+    Raises what the captured code raises, and the process can go on.
+    """
+    pool, broken = torch.cuda.graph_pool_handle(), None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            try:
+                yield
+            except Exception as e:
+                broken = e
+                raise
+    except Exception as e:
+        recover(pool)
+        if broken is None or e is broken:
+            raise
+        raise broken from None  # the end of a broken capture raises an error that says less
+
+
+def recover(pool: Any = None) -> None:
+    """Repairs the state after a failed capture. PyTorch then goes on allocating from the graph's
+    pool, if it is known, and its default generator still refuses to generate."""
+    device = torch.cuda.current_device()
+    if pool is not None:
+        with contextlib.suppress(RuntimeError):  # if PyTorch has ended that itself
+            torch._C._cuda_endAllocateToPool(device, pool)
+    fresh = torch.Generator(torch.device("cuda", device)).manual_seed(0)
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh)
+
+
+def between(work: Callable[[], object]) -> float:
+    """Seconds of device time. The device waits a little first, for the host to get ahead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def waits(call: Callable[[], object], device: torch.device) -> str | None:
+    """The reason why a call cannot be captured: the host waits for the device in it, as for an
+    `.item()`. None if it does not.
+
+    PyTorch's own check finds it before a capture is tried, because a failed one leaves traces.
+    """
+    torch.cuda.synchronize(device)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        return reason(e)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.synchronize(device)
+    return None

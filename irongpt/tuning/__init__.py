@@ -1,1 +1,0 @@
-"""The `irongpt tune` command: launch options measured on this GPU."""

@@ -1,0 +1,154 @@
+"""Inputs of an op: the sizes of a model, what a tensor of an op is, and values for it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEED = (5 << 32) + 7  # uses both halves of the generator's key
+RING = 32  # tokens that a sequence keeps while it is generated
+TOP_K = 20
+IGNORED = -100  # the target that cross_entropy leaves out
+
+Tensors = dict[str, Tensor]
+Weights = list[tuple[int, ...]]
+Dtypes = dict[str, torch.dtype]  # by role
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch: B sequences, H heads, T positions, head dimension D, vocabulary V,
+    L layers. The defaults are the iron preset on War and Peace."""
+
+    B: int = 64
+    H: int = 6
+    T: int = 256
+    D: int = 64
+    V: int = 109
+    L: int = 6
+
+    @property
+    def rows(self) -> int:
+        return self.B * self.T
+
+    @property
+    def width(self) -> int:
+        return self.H * self.D
+
+    def matrices(self) -> Weights:
+        """Sizes of the weight matrices in all blocks."""
+        return [*block_matrices(self.width)] * self.L
+
+    def other_weights(self) -> Weights:
+        """Sizes of the two embeddings and of the layer norms' weights."""
+        return [(self.V, self.width), (self.T, self.width), *[(self.width,)] * (2 * self.L + 1)]
+
+
+@dataclass(frozen=True)
+class RowShape(Shape):
+    """A shape whose rows and width are M and N, whatever the heads are."""
+
+    M: int = 1
+    N: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.M
+
+    @property
+    def width(self) -> int:
+        return self.N
+
+
+def block_matrices(C: int) -> list[tuple[int, int]]:
+    """(rows, columns) of a block's weights: qkv, projection, fc and fc projection."""
+    return [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that an op takes.
+
+    role: what decides its dtype, see `dtypes`. Values are scale times standard normal plus mean, or
+    `fill` throughout, or what `values` makes of the normal ones (of an empty tensor for integers),
+    or integers below `below`. optional: a model of the presets has no such input (a bias).
+    copy_of: a 16-bit copy of that input, which does not exist in float32.
+    """
+
+    size: tuple[int, ...]
+    role: str = "compute"
+    scale: float = 1.0
+    mean: float = 0.0
+    fill: float | None = None
+    below: int = 0
+    values: Callable[[Tensor], Tensor] | None = None
+    optional: bool = False
+    copy_of: str = ""
+
+
+def dtypes(compute: torch.dtype, **roles: torch.dtype) -> Dtypes:
+    """The dtype by role as in a training under autocast, where the residual stream and the weights
+    are float32; `update` is the result of Muon's iteration."""
+    wide = torch.float32
+    integer = dict(integer=torch.int64)
+    return dict(compute=compute, stream=wide, weight=wide, update=compute) | integer | roles
+
+
+def random_inputs(
+    inputs: dict[str, Input], kinds: Dtypes, device: torch.device, seed: int = 0
+) -> Tensors:
+    """Random inputs without the optional ones. kinds: dtypes by role."""
+    generator = torch.Generator(device).manual_seed(seed)
+    made: Tensors = {}
+    for name, one in inputs.items():
+        dtype = kinds[one.role]
+        if one.optional or (one.copy_of and kinds["compute"] == torch.float32):
+            continue
+        if one.copy_of:
+            made[name] = made[one.copy_of].to(dtype)
+        elif one.fill is not None:
+            made[name] = torch.full(one.size, one.fill, dtype=dtype, device=device)
+        elif one.below:
+            made[name] = torch.randint(one.below, one.size, generator=generator, device=device)
+        elif one.role == "integer" and one.values:
+            made[name] = one.values(torch.empty(one.size, dtype=dtype, device=device))
+        else:
+            x = torch.randn(one.size, generator=generator, device=device)
+            x = (one.values(x) if one.values else x).to(dtype)
+            made[name] = x if one.values else one.scale * x + one.mean
+    return made
+
+
+def indices(one: Input, ignored: bool = False) -> Tensor:
+    """Integers below `one.below`, the same on every device; ignored: some are IGNORED."""
+    found = torch.arange(math.prod(one.size)).view(one.size) * 7 % max(1, one.below)
+    if ignored:
+        found[::5] = IGNORED
+    return found
+
+
+def results(
+    call: Callable[[Tensors], Any],
+    inputs: Tensors,
+    outputs: tuple[str, ...],
+    upstream: Callable[[int, Tensor], Tensor],
+) -> Tensors:
+    """Outputs by name, and the gradient of each floating input as `d name`. upstream(i, x): the
+    gradient of output i, which is x."""
+    leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
+    out = call(leaves)
+    found = out if isinstance(out, tuple) else (out,)
+    wanted = {n: x for n, x in leaves.items() if x.requires_grad}
+    above = [upstream(i, x) for i, x in enumerate(found)]
+    gradients = torch.autograd.grad(found, list(wanted.values()), above)
+    named = {n: x.detach() for n, x in zip(outputs, found, strict=True)}
+    return named | {f"d {n}": g for n, g in zip(wanted, gradients, strict=True)}
+
+
+def normal(size: tuple[int, ...], seed: int) -> Tensor:
+    """float64, standard normal, the same values on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, dtype=torch.float64, generator=generator)

@@ -1,0 +1,443 @@
+"""One row per op: its inputs at a shape, its call, its outputs, its least bytes and FLOPs.
+
+`irongpt compare`, `irongpt tune`, the benchmarks, `aot` and the tests iterate over `SPECS` and have
+no list of ops of their own, so a new op needs a row here and nothing there. The file imports no
+Triton.
+
+The optimizer is described as a step over all weights: the row `adamw` is grad_norm and adamw, the
+row `muon` is grad_norm, muon_momentum and muon_update, without the iteration between the last two.
+The one-token ops work on one token for each of B sequences that fill the context.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Tensors, Weights
+
+
+class Cost(NamedTuple):
+    """The least that an op needs: bytes across DRAM, and FLOPs, two for a multiply-add. FLOPs are
+    counted for matmuls only."""
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op. kind: "layer" for the ops with a gradient, "optimizer" or "token".
+
+    options(shape, p, seed): arguments that are no tensors; p is dropout, or the temperature of
+    sample_tokens. cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype,
+    stream that of the residual stream. changes: inputs that are written in place, which are results
+    too. call: for a row that is more than one op of `Ops`, whose names are in `functions`.
+    scores: the op has a T x T matrix per head. sweeps: what the benchmarks vary.
+    full_rows: the same op without a causal mask, on rows of V columns.
+    """
+
+    name: str
+    kind: str
+    inputs: Callable[[Any], dict[str, Input]]
+    cost: Callable[[Any, int, int, bool], Cost]
+    size: Callable[[Any], str]
+    outputs: tuple[str, ...] = ("out",)
+    options: Callable[[Any, float, Any], dict[str, Any]] = lambda s, p, seed: {}
+    dropout: bool = False
+    changes: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    call: Callable[..., tuple[Tensor, ...]] | None = None
+    scores: bool = False
+    sweeps: tuple[str, ...] = ("batch",)
+    full_rows: "OpSpec | None" = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The functions of `Ops` that it calls."""
+        return self.functions or (self.name,)
+
+    @property
+    def differentiable(self) -> bool:
+        return self.kind == "layer"
+
+    def float32_only(self) -> bool:
+        """Whether none of its tensors has the compute dtype: it is the same in every training."""
+        return all(x.role != "compute" for x in self.inputs(Shape()).values())
+
+    def run(self, ops: Any, shape: Shape, x: Tensors, **options: Any) -> tuple[Tensor, ...]:
+        """The outputs by a module of ops, then the inputs that it has changed."""
+        if self.call is not None:
+            return self.call(ops, shape, x, **options)
+        out = getattr(ops, self.name)(**x, **options)
+        found = () if out is None else out if isinstance(out, tuple) else (out,)
+        return (*found, *(x[name] for name in self.changes))
+
+
+def _dropout(s: Shape, p: float, seed: Any) -> dict[str, Any]:
+    return dict(dropout_p=p, seed=seed)
+
+
+def _attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
+    T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
+    and dK."""
+    rows = s.B * s.H * s.T
+    return Cost(
+        rows * ((8 if backward else 4) * s.D * item + 8),
+        (5 if backward else 2) * rows * (s.T + 1) * s.D,
+    )
+
+
+def _norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """The rows, and the statistics of each. Parameters stay in L2."""
+    return Cost(s.rows * ((3 if backward else 2) * s.width * stream + 8))
+
+
+def _add_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    return Cost(s.rows * (s.width * (2 * item + (3 if backward else 2) * stream) + 8))
+
+
+def _softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """A causal row reads the positions that it sees, and writes all."""
+    rows = s.B * s.H * s.T
+    return Cost(((2 if backward else 1) * (rows * (s.T + 1) // 2) + rows * s.T) * item)
+
+
+def _norm_inputs(s: Shape) -> dict[str, Input]:
+    weight = Input((s.width,), "weight", scale=0.1, mean=1.0)
+    return dict(weight=weight, bias=Input((s.width,), "weight", optional=True))
+
+
+def _attention_size(s: Shape) -> str:
+    return f"B={s.B} H={s.H} T={s.T} D={s.D}"
+
+
+LAYERS = (
+    OpSpec(
+        "causal_attention",
+        "layer",
+        lambda s: dict.fromkeys("qkv", Input((s.B, s.H, s.T, s.D))),
+        _attention_cost,
+        _attention_size,
+        options=_dropout,
+        dropout=True,
+        scores=True,
+        sweeps=("T", "D", "batch"),
+    ),
+    OpSpec(
+        "causal_attention_packed",
+        "layer",
+        lambda s: dict(qkv=Input((s.B, s.T, 3, s.H, s.D))),
+        _attention_cost,
+        _attention_size,
+        options=_dropout,
+        dropout=True,
+        scores=True,
+        sweeps=("T", "batch"),
+    ),
+    OpSpec(
+        "layer_norm",
+        "layer",
+        lambda s: dict(x=Input((s.rows, s.width), "stream")) | _norm_inputs(s),
+        _norm_cost,
+        lambda s: f"{s.rows}x{s.width}",
+        sweeps=("batch", "width"),
+    ),
+    OpSpec(
+        "softmax",
+        "layer",
+        lambda s: dict(x=Input((s.B, s.H, s.T, s.T))),
+        _softmax_cost,
+        lambda s: f"{s.B}x{s.H}x{s.T}x{s.T}",
+        options=lambda s, p, seed: dict(scale=s.D**-0.5, causal=True),
+        scores=True,
+        sweeps=("T", "batch"),
+        full_rows=OpSpec(
+            "softmax",
+            "layer",
+            lambda s: dict(x=Input((s.rows, s.V))),
+            lambda s, item, stream, backward: Cost((3 if backward else 2) * s.rows * s.V * item),
+            lambda s: f"{s.rows}x{s.V}",
+            options=lambda s, p, seed: dict(scale=s.D**-0.5),
+        ),
+    ),
+    OpSpec(
+        "cross_entropy",
+        "layer",
+        lambda s: dict(logits=Input((s.rows, s.V)), targets=Input((s.rows,), "integer", below=s.V)),
+        lambda s, item, stream, backward: Cost(
+            s.rows * ((2 if backward else 1) * s.V * item + 8 + 8)  # a target, two statistics
+        ),
+        lambda s: f"{s.rows}x{s.V}",
+        sweeps=("batch", "V"),
+    ),
+    OpSpec(
+        "gelu",
+        "layer",
+        lambda s: dict(
+            x=Input((s.rows, 4 * s.width)), bias=Input((4 * s.width,), "weight", optional=True)
+        ),
+        lambda s, item, stream, backward: Cost(
+            (3 if backward else 2) * s.rows * 4 * s.width * item
+        ),
+        lambda s: f"{s.rows}x{4 * s.width}",
+        sweeps=("batch", "width"),
+    ),
+    OpSpec(
+        "dropout_add_layer_norm",
+        "layer",
+        lambda s: dict(
+            branch=Input((s.rows, s.width)),
+            residual=Input((s.rows, s.width), "stream"),
+            **_norm_inputs(s),
+        ),
+        _add_norm_cost,
+        lambda s: f"{s.rows}x{s.width}",
+        outputs=("total", "normed"),
+        options=_dropout,
+        dropout=True,
+        sweeps=("batch", "width"),
+    ),
+)
+
+
+# The optimizer -----------------------------------------------------------------------------------
+
+WEIGHT_DECAY = 0.1
+
+
+def numel(sizes: Weights) -> int:
+    return sum(math.prod(size) for size in sizes)
+
+
+def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:
+    """Of grad_norm and adamw for n weights, whose gradients are read twice."""
+    return n * (24 + 2 * grad_itemsize + copy_itemsize)
+
+
+def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: int) -> int:
+    """Of muon_momentum and muon_update for n weights; gradients and momentum are read twice."""
+    return n * (2 * grad_itemsize + 12 + 2 * update_itemsize + 8 + copy_itemsize)
+
+
+def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
+    """Of a step over so many weights in the blocks' matrices, whose gradients and copies have
+    `itemsize` bytes (there are no copies in float32), and so many others, which are float32."""
+    copy = itemsize if itemsize < 4 else 0
+    rest = adamw_bytes(others, 4, 0)
+    if optimizer == "muon":  # grad_norm has read the gradients before
+        return rest + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
+    return rest + adamw_bytes(matrices, itemsize, copy)
+
+
+def _state(name: str, n: int, moments: int, role: str) -> dict[str, Input]:
+    """n weights as one flat tensor, and what an optimizer has for each."""
+    found = {"params": Input((n,), "weight", scale=0.02)}
+    found["grads"] = Input((n,), role, values=lambda x: 1e-4 * x)  # so small that none is clipped
+    found["moment0"] = Input((n,), "weight", scale=1e-3)
+    if moments > 1:
+        found["moment1"] = Input((n,), "weight", values=lambda x: 1e-6 * x.square())
+    if role == "compute":
+        found["copies"] = Input((n,), copy_of=f"{name}.params")
+    return {f"{name}.{part}": one for part, one in found.items()}
+
+
+def _step(n: int) -> dict[str, Input]:
+    return dict(
+        scale=Input((), "weight", fill=1),
+        growth_tracker=Input((), "integer", fill=0),
+        lr=Input((), "weight", fill=0.01),  # large enough that a 16-bit copy changes
+        steps=Input((n,), "weight", fill=1),
+    )
+
+
+def _adamw_inputs(s: Shape) -> dict[str, Input]:
+    matrices, others = s.matrices(), s.other_weights()
+    made = _state("matrices", numel(matrices), 2, "compute")
+    return made | _state("rest", numel(others), 2, "weight") | _step(len(matrices) + len(others))
+
+
+def _muon_inputs(s: Shape) -> dict[str, Input]:
+    n = numel(s.matrices())
+    return {
+        **_state("matrices", n, 1, "compute"),
+        "update": Input((n,), "update", values=lambda x: 0.02 * x),
+        **_step(1),
+    }
+
+
+def _parts(flat: Tensor, sizes: Weights) -> list[Tensor]:
+    parts = flat.split([math.prod(size) for size in sizes])
+    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _grad_norm(ops: Any, x: Tensors, grads: list[Tensor], growth_interval: int) -> Any:
+    numbers = x["scale"], x["growth_tracker"], x["steps"]
+    return ops.grad_norm(grads, *numbers, max_norm=1.0, growth_interval=growth_interval)
+
+
+def _changed(x: Tensors, *names: str) -> tuple[Tensor, ...]:
+    changed = (*names, "copies", "steps", "growth_tracker")
+    return tuple(t for name, t in x.items() if name.split(".")[-1] in changed)
+
+
+def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Tensor, ...]:
+    matrices, others = s.matrices(), s.other_weights()
+
+    def every(name: str) -> list[Tensor]:
+        return _parts(x[f"matrices.{name}"], matrices) + _parts(x[f"rest.{name}"], others)
+
+    copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
+    grads = every("grads")
+    stats = _grad_norm(ops, x, grads, growth_interval)
+    state = every("params"), copies, grads, every("moment0"), every("moment1")
+    decays = [WEIGHT_DECAY if len(size) == 2 else 0.0 for size in matrices + others]
+    ops.adamw(*state, x["steps"], x["lr"], stats, beta1=0.9, beta2=0.99, weight_decays=decays)
+    return (stats, *_changed(x, "params", "moment0", "moment1"))
+
+
+def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Tensor, ...]:
+    """Matrices of one size are updated together."""
+    matrices = s.matrices()
+    grads, params = (_parts(x[f"matrices.{name}"], matrices) for name in ("grads", "params"))
+    copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
+    momentum, update = x["matrices.moment0"], x["update"]
+    stats = _grad_norm(ops, x, grads, growth_interval)
+    normalized, begin = [], 0
+    for size in dict.fromkeys(matrices):
+        at = [i for i, other in enumerate(matrices) if other == size]
+        end = begin + len(at) * math.prod(size)
+        m, u = (t[begin:end].view(len(at), *size) for t in (momentum, update))
+        some = [grads[i] for i in at]
+        normalized.append(ops.muon_momentum(some, m, stats, beta=0.95, dtype=u.dtype))
+        some, some_copies = [params[i] for i in at], [copies[i] for i in at] if copies else []
+        scale = 0.2 * max(size) ** 0.5
+        decay = WEIGHT_DECAY
+        ops.muon_update(some, some_copies, u, x["lr"], stats, scale=scale, weight_decay=decay)
+        begin = end
+    return (stats, *_changed(x, "params", "moment0"), *normalized)
+
+
+OPTIMIZERS = (
+    OpSpec(
+        "adamw",
+        "optimizer",
+        _adamw_inputs,
+        lambda s, item, stream, backward: Cost(
+            optimizer_bytes("adamw", numel(s.matrices()), numel(s.other_weights()), item)
+        ),
+        lambda s: f"{numel(s.matrices() + s.other_weights()) / 1e6:.1f} M weights",
+        functions=("grad_norm", "adamw"),
+        call=_adamw,
+        sweeps=(),
+    ),
+    OpSpec(
+        "muon",
+        "optimizer",
+        _muon_inputs,
+        lambda s, item, stream, backward: Cost(
+            optimizer_bytes("muon", numel(s.matrices()), 0, item)
+        ),
+        lambda s: f"{numel(s.matrices()) / 1e6:.1f} M weights",
+        functions=("muon_momentum", "muon_update"),
+        call=_muon,
+        sweeps=(),
+    ),
+)
+
+
+def _ring(s: Shape) -> dict[str, Input]:
+    """Sequences near the end of their context, as far as there is one, each at another position and
+    with another token."""
+
+    def tokens(x: Tensor) -> Tensor:
+        return (torch.arange(len(x), device=x.device)[:, None] % s.V).repeat(1, RING)
+
+    def counts(x: Tensor) -> Tensor:
+        position = s.T - 1 - torch.arange(len(x), device=x.device) % s.T
+        return torch.stack([torch.full_like(position, RING), position], 1)
+
+    return dict(
+        tokens=Input((s.B, RING), "integer", values=tokens),
+        counts=Input((s.B, 2), "integer", values=counts),
+    )
+
+
+def _logits(x: Tensor) -> Tensor:
+    """No two are equal, not even in bfloat16, so there is one most likely token."""
+    return torch.linspace(-3, 3, x.shape[1], device=x.device)[x.argsort(-1)]
+
+
+TOKEN = (
+    OpSpec(
+        "embed_tokens",
+        "token",
+        lambda s: (
+            _ring(s)
+            | dict(wte=Input((s.V, s.width), "weight"), wpe=Input((s.T, s.width), "weight"))
+        ),
+        lambda s, item, stream, backward: Cost(3 * s.B * s.width * stream),
+        lambda s: f"{s.B}x{s.width}",
+    ),
+    OpSpec(  # the MLP's first matmul and its GELU
+        "norm_linear",
+        "token",
+        lambda s: dict(
+            x=Input((s.B, s.width), "stream"),
+            weight=Input((4 * s.width, s.width), scale=0.02),
+            norm_weight=Input((s.width,), "weight", scale=0.1, mean=1.0),
+            norm_bias=Input((s.width,), "weight", optional=True),
+            bias=Input((4 * s.width,), "weight", optional=True),
+        ),
+        lambda s, item, stream, backward: Cost(4 * s.width**2 * item, 2 * s.B * 4 * s.width**2),
+        lambda s: f"{s.B}x{s.width} by {4 * s.width}x{s.width}",
+        options=lambda s, p, seed: dict(gelu=True),
+    ),
+    OpSpec(
+        "decode_attention",
+        "token",
+        lambda s: dict(
+            qkv=Input((s.B, 1, 3, s.H, s.D)),
+            cache_k=Input((s.B, s.H, s.T, s.D)),
+            cache_v=Input((s.B, s.H, s.T, s.D)),
+            position=Input(  # a column of `counts`, as in generation
+                (s.B,), "integer", values=lambda x: x.new_full((len(x), 2), s.T - 1)[:, 1]
+            ),
+        ),
+        # The keys and values of the positions before, q, k and v are read; k, v and out written.
+        lambda s, item, stream, backward: Cost(
+            s.B * s.H * s.D * item * (2 * (s.T - 1) + 6), 4 * s.B * s.H * s.T * s.D
+        ),
+        lambda s: f"B={s.B} H={s.H} N={s.T} D={s.D}",
+        changes=("cache_k", "cache_v"),
+        sweeps=("T", "batch"),
+    ),
+    OpSpec(  # the MLP's second matmul
+        "linear_add",
+        "token",
+        lambda s: dict(
+            x=Input((s.B, 4 * s.width)),
+            weight=Input((s.width, 4 * s.width), scale=0.02),
+            residual=Input((s.B, s.width), "stream"),
+            bias=Input((s.width,), "weight", optional=True),
+        ),
+        lambda s, item, stream, backward: Cost(4 * s.width**2 * item, 2 * s.B * 4 * s.width**2),
+        lambda s: f"{s.B}x{4 * s.width} by {s.width}x{4 * s.width}",
+    ),
+    OpSpec(
+        "sample_tokens",
+        "token",
+        lambda s: _ring(s) | dict(logits=Input((s.B, s.V), values=_logits)),
+        lambda s, item, stream, backward: Cost(s.B * s.V * item),
+        lambda s: f"{s.B}x{s.V}",
+        outputs=(),
+        options=lambda s, p, seed: dict(seed=seed, temperature=p, top_k=TOP_K),
+        changes=("tokens", "counts"),
+    ),
+)
+
+SPECS = {spec.name: spec for spec in (*LAYERS, *OPTIMIZERS, *TOKEN)}
