@@ -87,6 +87,17 @@ def precision(name: str, device: torch.device) -> Precision:
     return Precision(torch.float32, f"{card} has no tensor cores")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work. A CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """Matrix products in `dtype`; weights, the residual stream and statistics stay float32."""
     if dtype == torch.float32:
@@ -138,14 +149,9 @@ def _gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(n, n, generator=generator, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

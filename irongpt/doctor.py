@@ -7,10 +7,9 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from irongpt_kernels import eager
+from irongpt_kernels import Ops, eager
 from irongpt_kernels.runtime import emulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -147,7 +146,7 @@ def _software(report: Report) -> None:
 def _training(report: Report, device: torch.device) -> None:
     preset = "iron" if device.type == "cuda" else "nano"
     dtype, why = devices.precision("auto", device)
-    name = str(dtype).removeprefix("torch.")
+    name = devices.dtype_name(dtype)
     report.facts["training"] = f"{name} ({why}); preset {preset} unless another is named"
     if device.type == "cuda":
         bf16 = "native" if emulate.capability(device) >= (8, 0) else "emulated and slow: not used"
@@ -228,7 +227,7 @@ def _iron() -> GPTConfig:
 STATE = 3  # numbers of every weight in float32: itself, AdamW's two moments
 
 
-def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: torch.dtype) -> int:
+def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dtype) -> int:
     """Weights, gradients, optimizer, and every tensor that the forward keeps for the backward.
 
     dtype: of the matrix products. What a kernel needs for a moment comes on top, so it is a bound

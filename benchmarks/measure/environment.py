@@ -18,6 +18,7 @@ from irongpt_kernels.runtime import emulate, launch_table
 
 from benchmarks.measure import timing
 from irongpt import __version__, gpu_state
+from irongpt.device import dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth
@@ -227,7 +228,7 @@ def roofs(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
     for dtype in dtypes:
         size = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 512
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype)[6:]] = 2 * size**3 / _seconds(partial(_product, a, b), device)
+        rates[dtype_name(dtype)] = 2 * size**3 / _seconds(partial(_product, a, b), device)
     return found | {"gemm_flops_per_s": rates}
 
 

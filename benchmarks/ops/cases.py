@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import inplace_ops
+from irongpt.device import dtype_name
 
 MODES = ("forward", "backward", "both")
 WHOLE = ("both", "call")  # modes that are all of an op, with a gradient and without
@@ -72,7 +73,7 @@ class Case:
     @property
     def name(self) -> str:
         dropout = f" p={self.p:g}" if self.op in DROPS else ""
-        return f"{self.op} {self.size} {str(self.dtype)[6:]}{dropout}"
+        return f"{self.op} {self.size} {dtype_name(self.dtype)}{dropout}"
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ PyTorch anyway. What one would write without such a duty is `textbook`; torch.co
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from irongpt_kernels import Ops
 from irongpt_kernels.builtin import write_row
 from torch import Tensor
 
@@ -159,7 +159,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
     return make[case.op]()
 
 
-def call(ops: ModuleType, case: "Case") -> Function:
+def call(ops: Ops, case: "Case") -> Function:
     """The op by a module of ops. Of inputs: the outputs, and what was changed in place."""
     if case.op == "adamw":
         return lambda x: _adamw(ops, x, *shapes(case))
@@ -217,7 +217,7 @@ def _parts(flat: Tensor, sizes: Sizes) -> list[Tensor]:
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _unscale(ops: ModuleType, x: Inputs, grads: list[Tensor]) -> Tensor:
+def _unscale(ops: Ops, x: Inputs, grads: list[Tensor]) -> Tensor:
     found: Tensor = ops.grad_norm(
         grads, x["scale"], x["growth_tracker"], x["steps"], max_norm=1.0, growth_interval=0
     )
@@ -230,7 +230,7 @@ def _changed(x: Inputs, *names: str) -> tuple[Tensor, ...]:
     return tuple(t for name, t in x.items() if name.split(".")[-1] in own)
 
 
-def _adamw(ops: ModuleType, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Tensor, ...]:
+def _adamw(ops: Ops, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Tensor, ...]:
     def both(name: str) -> list[Tensor]:
         return _parts(x[f"matrices.{name}"], matrices) + _parts(x[f"rest.{name}"], rest)
 
@@ -245,7 +245,7 @@ def _adamw(ops: ModuleType, x: Inputs, matrices: Sizes, rest: Sizes) -> tuple[Te
     return (stats, *_changed(x, "params", "moment0", "moment1"))
 
 
-def _muon(ops: ModuleType, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
+def _muon(ops: Ops, x: Inputs, matrices: Sizes) -> tuple[Tensor, ...]:
     grads, params = (_parts(x[f"matrices.{name}"], matrices) for name in ("grads", "params"))
     copies = _parts(x["matrices.copies"], matrices) if "matrices.copies" in x else []
     momentum, update = x["matrices.moment0"], x["update"]

@@ -10,6 +10,7 @@ import torch
 from benchmarks.measure import cuda_graph, result_file, timing
 from benchmarks.measure.work import free, reason
 from benchmarks.training.variants import Variant, peak_of
+from irongpt.device import dtype_name
 from irongpt.errors import UserError
 
 STEPS = {"cuda": 10, "cpu": 2}  # in a turn of a variant
@@ -35,7 +36,7 @@ class Steps:
         args: argparse.Namespace,
     ) -> None:
         self.section, self.setting, self.device = section, setting, device
-        self.dtype = str(dtype)[6:]
+        self.dtype = dtype_name(dtype)
         self.steps = args.steps or STEPS[device.type]
         self.turns = args.turns or TURNS[device.type]
         self.rows: dict[str, Row] = {}

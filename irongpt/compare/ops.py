@@ -10,12 +10,13 @@ A case is an op on inputs of one shape class:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from irongpt_kernels import dropout, eager, tolerance
+from irongpt_kernels import Ops, dropout, eager, tolerance
 from torch import Tensor
+
+from irongpt.device import dtype_name
 
 DROPOUT_P = 0.2
 SEED = (5 << 32) + 7  # both halves of the generator's key are in use
@@ -83,7 +84,7 @@ class Case:
     op: str
     shape: str
     leaves: Leaves  # the inputs that have gradients: names and sizes
-    call: Callable[[ModuleType, Tensors], Any]
+    call: Callable[[Ops, Tensors], Any]
     outputs: tuple[str, ...] = ("out",)
 
     @property
@@ -102,7 +103,7 @@ def cases(shape: str, s: Sizes, p: float) -> Iterator[Case]:
     def view(x: Tensor) -> Tensor:
         return x[..., 3 : x.shape[-1] - 5] if strided else x
 
-    def attention(ops: ModuleType, x: Tensors) -> Tensor:
+    def attention(ops: Ops, x: Tensors) -> Tensor:
         q, k, v = x["qkv"].permute(2, 0, 3, 1, 4) if strided else x.values()
         return ops.causal_attention(q, k, v, **drop)
 
@@ -130,7 +131,7 @@ def cases(shape: str, s: Sizes, p: float) -> Iterator[Case]:
         lambda ops, x: ops.softmax(view(x["x"]), scale=s.D**-0.5, causal=not ragged),
     )
 
-    def cross_entropy(ops: ModuleType, x: Tensors) -> Tensor:
+    def cross_entropy(ops: Ops, x: Tensors) -> Tensor:
         targets = torch.arange(s.M, device=x["logits"].device) * 7 % s.V
         if ragged:
             targets[::5] = -100
@@ -155,7 +156,7 @@ def cases(shape: str, s: Sizes, p: float) -> Iterator[Case]:
 
 
 def compare_case(
-    case: Case, candidate: ModuleType, dtype: torch.dtype, device: torch.device, drops: bool
+    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, drops: bool
 ) -> tuple[list[Row], list[Check]]:
     """drops: the candidate drops what the seed says, which is checked where the op drops."""
     leaves = {
@@ -163,7 +164,7 @@ def compare_case(
     }
     baseline = _run(case, eager, leaves)
     oracle = _run(case, eager, {name: x.double() for name, x in leaves.items()})
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
 
     def check(what: str, ok: bool, detail: str = "") -> Check:
         return Check(case.op, case.shape, name, what, ok, detail)
@@ -204,7 +205,7 @@ def randn(size: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(size, dtype=torch.float64, generator=generator)
 
 
-def _run(case: Case, ops: ModuleType, leaves: Tensors) -> Tensors:
+def _run(case: Case, ops: Ops, leaves: Tensors) -> Tensors:
     """Outputs by their names, gradients as `d x`."""
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     out = case.call(ops, leaves)
@@ -220,7 +221,7 @@ def _run(case: Case, ops: ModuleType, leaves: Tensors) -> Tensors:
     }
 
 
-def _wrongly_dropped(case: Case, ops: ModuleType, leaves: Tensors) -> list[str] | None:
+def _wrongly_dropped(case: Case, ops: Ops, leaves: Tensors) -> list[str] | None:
     """Where the op drops other elements than the seed says; None for an op that drops nothing."""
     x = next(iter(leaves.values()))
     if case.op == "dropout_add_layer_norm":
@@ -231,7 +232,7 @@ def _wrongly_dropped(case: Case, ops: ModuleType, leaves: Tensors) -> list[str] 
     return None
 
 
-def _wrong_rows(ops: ModuleType, x: Tensor) -> list[str]:
+def _wrong_rows(ops: Ops, x: Tensor) -> list[str]:
     """A branch of ones on a residual of zeros: what is zero was dropped, and so its gradient."""
     M, N = x.shape
     keep = dropout.row_keep(SEED, M, N, DROPOUT_P, x.device)
@@ -244,7 +245,7 @@ def _wrong_rows(ops: ModuleType, x: Tensor) -> list[str]:
     return [name for name, t in found.items() if not torch.equal(t != 0, keep)]
 
 
-def _wrong_weights(ops: ModuleType, zeros: Tensor) -> list[str]:
+def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
     """The mask as the output and each gradient of attention show it, D rows or columns at a time.
 
     Scores of zero make all weights of row i equal, 1 / (i + 1). A v, k, q or upstream gradient

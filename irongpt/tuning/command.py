@@ -8,10 +8,10 @@ shipped, and is kept if it is faster beyond the noise both times.
 
 import statistics
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
+from irongpt_kernels import Ops
 from irongpt_kernels.runtime import emulate, launch_table
 
 from irongpt import device as devices
@@ -61,7 +61,8 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     module = ops.load("fused", target, model)
     batch = int(PRESETS[preset].train["batch_size"])
     calls, rounds = (QUICK_CALLS, QUICK_ROUNDS) if quick else (CALLS, ROUNDS)
-    say(f"tuning for {preset}, {batch} windows in {str(chosen)[6:]}, on {devices.describe(target)}")
+    name = devices.dtype_name(chosen)
+    say(f"tuning for {preset}, {batch} windows in {name}, on {devices.describe(target)}")
     say("minutes, most of them for compiling; the device should have nothing else to do")
     entries = list(cache.load(target).entries)
     clock = Gpu(target, calls)
@@ -90,7 +91,7 @@ def candidates(work: Work, quick: bool = False) -> list[launch_table.Options]:
 
 
 def measure(
-    work: Work, module: ModuleType, clock: Clock, found: list[launch_table.Options], rounds: int
+    work: Work, module: Ops, clock: Clock, found: list[launch_table.Options], rounds: int
 ) -> list[Row]:
     """A row for what is shipped, and one for each candidate. Leaves what is shipped in use."""
     gate, inputs = Gate(work), [work.inputs(work.batch)]
@@ -121,7 +122,7 @@ def measure(
 
 
 def _prepared(
-    work: Work, module: ModuleType, clock: Clock, gate: Gate, inputs: list[dict[str, torch.Tensor]]
+    work: Work, module: Ops, clock: Clock, gate: Gate, inputs: list[dict[str, torch.Tensor]]
 ) -> list[Launch]:
     """A launch for each copy of the inputs. Raises for what is wrong, spills or cannot run."""
     if beyond := gate.wrong(module):

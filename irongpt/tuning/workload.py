@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
-from irongpt_kernels import eager, tolerance
+from irongpt_kernels import Ops, eager, tolerance
 from irongpt_kernels.runtime import launch_table
 from torch import Tensor
 
@@ -77,7 +76,7 @@ class Work:
             for name, (size, dtype) in sizes[self.op].items()
         }
 
-    def run(self, ops: ModuleType, inputs: Tensors) -> Tensors:
+    def run(self, ops: Ops, inputs: Tensors) -> Tensors:
         """The op's outputs, and its gradients as `d x`."""
         above = [x for name, x in inputs.items() if name.startswith("above")]
         leaves = {
@@ -103,7 +102,7 @@ class Gate:
         self.baseline = work.run(eager, self.inputs)
         self.oracle = work.run(eager, {n: x.double() for n, x in self.inputs.items()})
 
-    def wrong(self, ops: ModuleType) -> list[str]:
+    def wrong(self, ops: Ops) -> list[str]:
         """The tensors beyond the rule."""
         return list(self._beyond(self.work.run(ops, self.inputs)))
 
