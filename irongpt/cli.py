@@ -211,9 +211,8 @@ def train_command(given: dict[str, Any]) -> int:
 
 def generate_command(given: dict[str, Any]) -> int:
     from irongpt import device as devices
-    from irongpt import launch_cache, ops
-    from irongpt.generation.sample import generate_texts, printable, start_ids
-    from irongpt.training.start import trained_model
+    from irongpt import ops
+    from irongpt.generation.sample import generate_texts, printable, start_ids, trained_model
 
     run, checkpoint = Path(given.pop("run")), given.pop("checkpoint")
     prompt, file = given.pop("prompt"), given.pop("prompt_file")
@@ -225,9 +224,7 @@ def generate_command(given: dict[str, Any]) -> int:
         say_aside("the run has not been evaluated yet: its last checkpoint writes")
         checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
-    if note := ops.slow_note(op_set, model.wte.weight.device):
-        say_aside(note)
-    if note := launch_cache.note(op_set, model.wte.weight.device):
+    for note in ops.notes(op_set, model.wte.weight.device):
         say_aside(note)
     ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
     context = model.config.context

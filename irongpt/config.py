@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from irongpt.errors import UserError
 
+# The flags that the user gave: fields of the configs by name, and preset, data, out.
+Flags = dict[str, Any]
 Config = TypeVar("Config", "GPTConfig", "TrainConfig", "SampleConfig")
 
 

@@ -69,7 +69,7 @@ def test_the_default_folder_is_numbered(cli, tmp_path):
 
 def test_the_preset_is_named_where_the_user_names_none(cli):
     flags = TINY[2:]
-    assert "preset    nano, as this is for a CPU; --preset chooses" in cli("train", *flags).out
+    assert "preset    nano, the default on a CPU; --preset selects another" in cli("train", *flags).out
     assert "preset" not in cli("train", *TINY).out
 
 
