@@ -18,13 +18,14 @@ from irongpt.data.tokenizer import CharTokenizer
 from irongpt.files import damaged
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
-from irongpt.runs.run_folder import load_checkpoint, open_run
 
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, CharTokenizer]:
     """The model of a run's checkpoint `best` or `last`, on the device, and its tokenizer."""
+    from irongpt.runs.run_folder import load_checkpoint, open_run  # needs safetensors
+
     run = open_run(path)
     target = devices.pick(device)
     op_module = ops.load(op_set, target, run.config.model)

@@ -79,9 +79,8 @@ def _setup(
 
 def new_run(flags: Flags, clock: Clock) -> Training:
     """Creates the run's folder, with a first checkpoint."""
-    out = Path(flags["out"]) if "out" in flags else None
-    if out is not None:
-        check_free(out)
+    if "out" in flags:
+        check_free(flags["out"])
     setup = new_setup(flags)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
@@ -91,7 +90,7 @@ def new_run(flags: Flags, clock: Clock) -> Training:
     setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
     data = text.name if setup.data is None else _absolute(setup.data)
     config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-    run = Run(out or default_path(f"{text.name}-{setup.preset}"), config)
+    run = Run(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
     training = _training(run, setup, text, tokenizer, clock)
     run.create(training.save)
     return training
