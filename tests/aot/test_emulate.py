@@ -101,7 +101,7 @@ def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     dtype, why = devices.precision("auto", GPU)
     assert dtype == torch.float16
     assert "7.5 (emulated)" in why
-    assert "timings are no T4's" in ops.slow_note("fused", GPU)
+    assert "timings do not predict a T4's" in ops.slow_note("fused", GPU)
     assert ops.slow_note("builtin", GPU) is None
     monkeypatch.delenv(emulate.VARIABLE)
     assert launch.architecture(GPU) == 90
