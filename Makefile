@@ -1,48 +1,65 @@
-# Everything from a bare machine with Python 3.11 or newer: each target makes .venv if need be.
-#
-#     make train                        a GPT that writes like Tolstoy; ARGS="..." for its options
-#     make test                         the tests; ARGS="..." for pytest's
-#     make test-tritons                 what compiles for a T4, under each Triton that we support
-#     make lint                         style and types
-#     make bench                        every op by every provider; ARGS="--no-sweeps" for no sweeps
-#     make bench-train                  ms a training step, tokens/s, writing, seconds to a loss;
-#                                       ARGS="--preset iron" on a CPU, which takes nano else
-#     make bench-nano NANOGPT=folder    nano against nanoGPT's CPU recipe; folder: its checkout
-#     make gpu                          all that a GPU is asked for, in ten minutes; sets nothing up
-#     make report                       the page of the newest result
+# Each target sets up .venv first if it needs it. ARGS="..." passes options on.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 
-TRITONS := 3.6.0 3.7.1 3.9.0
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -n 1)
 
-.PHONY: train test test-tritons lint bench bench-train bench-nano gpu report clean
+.DEFAULT_GOAL := help
+.PHONY: help setup train generate compare doctor test test-tritons mutants lint format check \
+	bench bench-train bench-nano gpu report clean
 
-train: .venv/run
+help: ## print this list
+	@echo 'usage: make TARGET [ARGS="options of the command"]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/dev ## create .venv with all dependencies, for development (Python 3.11 or newer)
+
+train: .venv/run ## train on War and Peace; ARGS="--data my.txt" for another text
 	$(BIN)/irongpt train $(ARGS)
 
-test: .venv/dev
+generate: .venv/run ## generate text with the newest run, or RUN=folder; ARGS="--prompt Well"
+	$(if $(RUN),,$(error there is no run in runs/ yet: `make train` makes one))
+	$(BIN)/irongpt generate $(RUN) $(ARGS)
+
+compare: .venv/run ## check the kernels against eager PyTorch (needs a GPU or TRITON_INTERPRET=1)
+	$(BIN)/irongpt compare $(ARGS)
+
+doctor: .venv/run ## print what will run on this machine, and why
+	$(BIN)/irongpt doctor $(ARGS)
+
+test: .venv/dev ## run the tests; ARGS="-k gelu" for some of them
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-test-tritons: $(TRITONS:%=test-triton-%)
+test-tritons: $(TRITONS:%=test-triton-%) ## compile for a T4 with every supported version of Triton
 
 test-triton-%: .venv-triton-%/ready
 	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \
 		tests/aot/test_compile.py $(ARGS)
 
-lint: .venv/dev
+mutants: .venv/dev ## run the mutation tests (half an hour); ARGS="--only gelu" for some of them
+	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+lint: .venv/dev ## check style and types (ruff, mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev
+format: .venv/dev ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test ## everything that CI runs: lint and test
+
+bench: .venv/dev ## time every op with every provider; ARGS="--no-sweeps" for one shape each
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
-# ARGS are for all three (--preset, --device, --out, --result, --commit). One that fails does not
-# keep the others from running.
-bench-train: .venv/dev
+# ARGS go to all three commands (--preset, --device, --out, --result, --commit). If one fails, the
+# others still run.
+bench-train: .venv/dev ## time training steps, generation, and training to a target loss
 	@failed=0; \
 	run() { (set -x; "$$@" $(ARGS)) || failed=1; }; \
 	run $(BIN)/python -m benchmarks.training $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
@@ -50,18 +67,18 @@ bench-train: .venv/dev
 	run $(BIN)/python -m benchmarks.train_runs --section target; \
 	exit $$failed
 
-bench-nano: .venv/dev
+bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=its checkout
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
-# With the packages of .venv if it is there, else with those of PYTHON.
-gpu:
+# With the packages of .venv if it exists, else with those of PYTHON.
+gpu: ## run the full GPU suite (at most 10 minutes) in the current Python environment
 	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.suite $(ARGS)
 
-report: .venv/run
+report: .venv/run ## draw the page of the newest benchmark result; ARGS=file for another
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 .venv/run: pyproject.toml constraints.txt
-	@echo "setting up .venv with torch and what else a run needs: minutes the first time"
+	@echo "setting up .venv with torch and the other dependencies: takes minutes the first time"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@$(PIP) --editable .
 	@touch $@
@@ -72,7 +89,7 @@ report: .venv/run
 	@touch $@
 
 .PRECIOUS: .venv-triton-%/ready
-# A torch for CUDA brings its own Triton, which this one replaces: nothing runs on a GPU here.
+# A torch for CUDA brings its own Triton, which is replaced here: these tests run nothing on a GPU.
 .venv-triton-%/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv-triton-$*"
 	@$(PYTHON) -m venv --clear .venv-triton-$*
@@ -80,5 +97,5 @@ report: .venv/run
 	@.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
 	@touch $@
 
-clean:
-	rm -rf .venv .venv-triton-*
+clean: ## delete .venv, .venv-triton-* and build output (never runs or results)
+	rm -rf .venv .venv-triton-* build *.egg-info

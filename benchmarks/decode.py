@@ -82,10 +82,10 @@ def measure(
             if way in failed:
                 continue
             try:
-                _wait(device)
+                devices.synchronize(device)
                 start = time.perf_counter()
                 stamps = write()
-                _wait(device)
+                devices.synchronize(device)
             except Exception as e:  # the other ways have their turn
                 failed[way] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
                 continue
@@ -122,18 +122,13 @@ def nodes(model: GPT, dtype: torch.dtype, texts: int) -> int | str:
         decoder = Decoder(model, texts, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
         decoder.read({text: [0] for text in range(texts)})
         decoder.step()
-        _wait(decoder.tokens.device)
+        devices.synchronize(decoder.tokens.device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             decoder.step()
-            _wait(decoder.tokens.device)
+            devices.synchronize(decoder.tokens.device)
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events() or ())
     except Exception as e:  # a count that is not there spoils no measurement
         return " ".join(f"{type(e).__name__}: {e}".split())[:200]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def line(row: Row) -> str:
@@ -160,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = min(args.tokens or config.context, config.context)
     dtype = devices.precision("auto", device).dtype
     with result_file.Section("decode", device, args) as section:
-        section.put(preset=preset, dtype=str(dtype)[6:], rows=[])
+        section.put(preset=preset, dtype=devices.dtype_name(dtype), rows=[])
         for name in args.ops:
             try:
                 model = GPT(config, ops.load(name, device, config)).to(device)

@@ -14,12 +14,11 @@ import argparse
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from irongpt_kernels import builtin, eager
+from irongpt_kernels import Ops, builtin, eager
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,7 +149,7 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 
 
 def step(
-    ops: ModuleType, dtype: torch.dtype, preset: str = "iron", **recipe: Any
+    ops: Ops, dtype: torch.dtype, preset: str = "iron", **recipe: Any
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one step, and its trainer, whose tensors have no memory."""
     chosen = PRESETS[preset]

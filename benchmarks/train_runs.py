@@ -54,7 +54,7 @@ def train(
     began = time.perf_counter()
     for _ in range(warm):
         recent.append(trainer.train_step())
-    _wait(device)
+    devices.synchronize(device)
     first = time.perf_counter() - began
     seconds, evaluation, reached, finite = 0.0, 0.0, False, True
     while trainer.step < recipe.iters and seconds + evaluation < limit and not reached and finite:
@@ -74,7 +74,7 @@ def train(
             evaluated.append([trainer.step, seconds, loss])
             reached = target is not None and loss <= target
     return {
-        "dtype": str(dtype)[6:],
+        "dtype": devices.dtype_name(dtype),
         "steps": trainer.step,
         "seconds": seconds,
         "warm_steps": warm,
@@ -87,11 +87,6 @@ def train(
         "curve": curve,
         "evaluated": evaluated,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def line(run: dict[str, Any]) -> str:

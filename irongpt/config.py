@@ -1,7 +1,7 @@
-"""What a user can set: the model, its training, its sampling, and the presets.
+"""The settings of a model, of its training and of sampling, and the presets.
 
-A field made by `option` is a flag of the command line, its help the flag's help. The others belong
-to a preset and are read in config.json. Every value is checked when the object is made.
+A field made by `option` is a flag of the command line. The other fields are set by a preset and
+stored in config.json. Every value is checked when the object is made.
 """
 
 import dataclasses
@@ -14,11 +14,20 @@ from typing import Any, TypeVar
 from irongpt.errors import UserError
 
 Config = TypeVar("Config", "GPTConfig", "TrainConfig", "SampleConfig")
+# The flags that the user gave: fields of the configs by name, and preset, data, out.
+Flags = dict[str, Any]
+
+OPS = ("eager", "builtin", "fused")
+OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("float32", "float16", "bfloat16")
+WAR_AND_PEACE_VOCAB = 104  # characters of the text as `data.corpus` yields it
 
 
-def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that the command line offers as a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    group: str, help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A dataclass field that is also a flag. group: its section in `irongpt train --help`."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
 
 
 def check(ok: bool, message: str) -> None:
@@ -28,14 +37,14 @@ def check(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. Two of these that are equal take the same weights."""
+    """The shape of a model. Models of equal shape can load the same weights."""
 
     vocab_size: int
-    n_layer: int = option("number of blocks")
-    n_head: int = option("attention heads per block")
-    n_embd: int = option("width: size of a token's vector, a multiple of the heads")
-    context: int = option("positions the model sees at once, in tokens")
-    dropout: float = option("probability of dropping, in [0, 1)")
+    n_layer: int = option("model", "number of transformer blocks")
+    n_head: int = option("model", "attention heads per block")
+    n_embd: int = option("model", "embedding size, a multiple of --n-head")
+    context: int = option("model", "context length in tokens")
+    dropout: float = option("model", "dropout probability, in [0, 1)")
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -44,17 +53,17 @@ class GPTConfig:
             check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
         check(
             self.n_embd % self.n_head == 0,
-            f"{flag('n_embd')} {self.n_embd} does not divide by {flag('n_head')} {self.n_head}",
+            f"--n-embd ({self.n_embd}) must be divisible by --n-head ({self.n_head})",
         )
         check(0 <= self.dropout < 1, f"{flag('dropout')} must be in [0, 1), got {self.dropout}")
         check(
             self.n_params() <= 10**10,
             f"a model of {self.n_params():,} parameters is too large: "
-            f"lower {flag('n_embd')}, {flag('n_layer')} or {flag('context')}",
+            f"use a smaller {flag('n_embd')}, {flag('n_layer')} or {flag('context')}",
         )
 
     def n_params(self) -> int:
-        """Number of parameters; the head shares the token embedding's."""
+        """Number of parameters. The output head shares the token embedding."""
         C, L = self.n_embd, self.n_layer
         weights = 12 * C * C * L + (self.vocab_size + self.context) * C + (2 * L + 1) * C
         biases = 11 * C * L + C  # qkv 3, projections 2, fc 4, norms 2 in a block; the last norm
@@ -69,8 +78,8 @@ class GPTConfig:
     def flops_per_token(self) -> int:
         """FLOPs of one training token, forward and backward, as PaLM's appendix B counts them.
 
-        6 for every weight that multiplies (the position embedding does not), and 12 C per layer
-        and position for the attention's two products over the full square.
+        6 for every weight of a matmul (the position embedding is in none), and 12 C per layer and
+        position for the two matmuls of attention over the full T x T matrix.
         """
         C, T = self.n_embd, self.context
         return 6 * (self.n_params() - T * C) + 12 * self.n_layer * C * T
@@ -78,32 +87,35 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe of a run and where it runs. The model's shape is in GPTConfig."""
+    """The training recipe, and the machine settings of a run."""
 
-    iters: int = option("training steps")
-    batch_size: int = option("windows per forward pass")
-    lr: float = option("peak learning rate of AdamW")
-    warmup: int = option("steps of linear warmup")
-    decay: str = option("learning rate after the warmup", choices=("constant", "linear", "cosine"))
-    weight_decay: float = option("weight decay of the matrices (norms and biases have none)")
-    eval_every: int = option("steps between evaluations, each with a sample and a checkpoint")
-    optimizer: str = option("muon: for the blocks' matrices", "adamw", ("adamw", "muon"))
-    grad_accum: int = option("forward passes per step; the batch is this many times larger", 1)
-    target_loss: float | None = option("stop as soon as the validation loss is this low", None)
-    seed: int = option("seed of the weights, the batches, the dropout and the samples", 1337)
-    ops: str = option("implementation of the ops", "builtin", ("eager", "builtin", "fused"))
-    device: str = option("cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto")
-    dtype: str = option(
-        "type of the matrix products; auto: float32 on a CPU, on a GPU bfloat16 from compute "
-        "capability 8.0 on, float16 with loss scaling at 7.0 and 7.5",
-        "auto",
-        ("auto", "float32", "float16", "bfloat16"),
+    iters: int = option("recipe", "training steps")
+    batch_size: int = option("recipe", "sequences per forward pass")
+    lr: float = option("recipe", "peak learning rate, of AdamW and of Muon")
+    warmup: int = option("recipe", "steps of linear warmup of the learning rate")
+    decay: str = option(
+        "recipe", "learning rate after the warmup", choices=("constant", "linear", "cosine")
     )
-    graph: bool = True  # on a GPU the step is one CUDA graph
+    weight_decay: float = option("recipe", "weight decay of matrices; norms and biases have none")
+    eval_every: int = option("run", "steps between evaluations, each with a sample and checkpoint")
+    optimizer: str = option("recipe", "muon: Muon in the blocks, else AdamW", "adamw", OPTIMIZERS)
+    grad_accum: int = option("recipe", "forward passes per step, whose gradients are added", 1)
+    target_loss: float | None = option("run", "stop at a validation loss this low", None)
+    seed: int = option("run", "seed of the weights, batches, dropout and samples", 1337)
+    ops: str = option("machine", "PyTorch's plain or fused ops, or our kernels", "builtin", OPS)
+    device: str = option("machine", "cpu, cuda or cuda:N; auto is a GPU if there is one", "auto")
+    dtype: str = option(
+        "machine",
+        "dtype of the matmuls; auto is float32 on a CPU; on a GPU it is bfloat16 from compute "
+        "capability 8.0 on, and float16 with loss scaling at 7.0 and 7.5 (a T4)",
+        "auto",
+        ("auto", *DTYPES),
+    )
+    graph: bool = True  # on a GPU a step is one CUDA graph; --no-graph
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
-    momentum: float = 0.95  # of muon
+    momentum: float = 0.95  # of Muon
     grad_clip: float = 1.0
     eval_windows: int = 1 << 30  # all of them
     log_every: int = 10
@@ -129,14 +141,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to draw text from a model."""
+    """How text is sampled from a model."""
 
-    tokens: int = option("how many tokens to write", 1000)
-    temperature: float = option("divides the logits; 0 always takes the likeliest token", 0.8)
-    samples: int = option("how many texts to write, all at once, with a line --- between", 1)
-    top_k: int | None = option("draw from the K likeliest tokens only", None)
-    top_p: float | None = option("draw from the likeliest tokens that hold P of the mass", None)
-    seed: int = option("seed of the draws: the same seed, the same text", 1337)
+    tokens: int = option("sampling", "number of tokens to generate", 1000)
+    temperature: float = option("sampling", "divides the logits; 0 is greedy decoding", 0.8)
+    samples: int = option("sampling", "number of samples, in one batch, separated by ---", 1)
+    top_k: int | None = option("sampling", "sample only from the N likeliest tokens", None)
+    top_p: float | None = option(
+        "sampling", "sample from the likeliest tokens of probability X", None
+    )
+    seed: int = option("sampling", "the same seed gives the same text", 1337)
 
     def __post_init__(self) -> None:
         check(self.tokens >= 0, f"{flag('tokens')} must not be negative")
@@ -152,7 +166,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and its recipe, all but what the corpus decides."""
+    """Values for a GPTConfig and a TrainConfig; the vocabulary comes from the corpus."""
 
     summary: str
     model: dict[str, Any]
@@ -160,7 +174,7 @@ class Preset:
 
 
 IRON = dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2)
-FEW_STEPS: dict[str, Any] = dict(  # a recipe for a training of an epoch or less
+FEW_STEPS: dict[str, Any] = dict(  # a recipe for an epoch or less
     batch_size=16,
     lr=6e-3,
     warmup=20,
@@ -173,7 +187,7 @@ FEW_STEPS: dict[str, Any] = dict(  # a recipe for a training of an epoch or less
 
 PRESETS = {
     "iron": Preset(
-        "10.8 M parameters, 5,000 steps: for a GPU",
+        "10.8 M parameters, 82 M training tokens, for a GPU",
         model=IRON,
         train=dict(
             iters=5000,
@@ -185,13 +199,13 @@ PRESETS = {
             eval_every=500,
         ),
     ),
-    "fast": Preset(  # less than an epoch: nothing for dropout to prevent
-        "iron's model in 600 steps of 4,096 tokens: for a GPU",
+    "fast": Preset(  # less than an epoch, which cannot overfit: no dropout
+        "the same model and 2.5 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.0),
         train=dict(iters=600, **FEW_STEPS),
     ),
     "nano": Preset(
-        "0.8 M parameters, some minutes on two CPU cores",
+        "0.8 M parameters, a few minutes on a CPU",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
         train=dict(iters=1700, eval_windows=512, **FEW_STEPS),
     ),
@@ -199,7 +213,7 @@ PRESETS = {
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of a field."""
+    """The flag of a field: --n-layer for n_layer."""
     return "--" + name.replace("_", "-")
 
 
@@ -217,10 +231,10 @@ def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:
 
 
 def from_json(cls: type[Config], values: Any) -> Config:
-    """The config that `to_json` wrote. Raises UserError on a missing, unknown or mistyped field."""
+    """Inverse of `to_json`. Raises UserError on a missing or unknown field or a wrong type."""
     known = {f.name: f for f in fields(cls)}
     if not isinstance(values, dict) or set(values) != set(known):
-        raise UserError(f"the fields of a {cls.__name__} are {', '.join(known)}")
+        raise UserError(f"the fields of a {cls.__name__} must be {', '.join(known)}")
     for name, value in values.items():
         if not _has_type(value, known[name].type):
             raise UserError(f"{name} of a {cls.__name__} cannot be {reprlib.repr(value)}")

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, plain lines elsewhere, and where the time went."""
+"""The output of a run: a progress bar on a terminal, plain lines elsewhere; signals and timing."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no termin
 
 
 def say(text: str) -> None:
-    """A line for the user, above the progress bar if there is one."""
+    """Prints a line, above the progress bar if there is one."""
     try:
-        bars = sys.modules.get("tqdm")  # loaded with the first bar, and not needed without one
+        bars = sys.modules.get("tqdm")  # imported with the first bar
         above = bars.tqdm.external_write_mode(file=sys.stdout) if bars else contextlib.nullcontext()
         with above:
             print(text, flush=True)
-    except BrokenPipeError:  # whoever read it has seen enough; what says it goes on
+    except BrokenPipeError:  # the reader of our output has closed it; the run continues
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 class Clock:
-    """Where a process's seconds went, by what it did."""
+    """The seconds that a process has spent, by activity."""
 
     def __init__(self, start: float) -> None:
         """start: time.perf_counter() when the process began."""
@@ -51,15 +51,15 @@ class Clock:
             self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
 
     def summary(self) -> str:
-        """`1:02 in all: 50.1 s training, 8.2 s evaluation, ...`, with nothing left out."""
+        """`1:02 in total: 50.1 s training, 8.2 s evaluation, ...`; the parts add up."""
         total = self.total()
         parts = {**self.parts, "other": total - sum(self.parts.values())}
         listed = [f"{duration(s)} {name}" for name, s in parts.items() if s >= 0.05]
-        return f"{duration(total)} in all: {', '.join(listed)}"
+        return f"{duration(total)} in total: {', '.join(listed)}"
 
 
 class Progress:
-    """The state of a run: `tqdm`'s bar on a terminal, a line every ten seconds elsewhere."""
+    """Progress of a run: tqdm's bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, steps: int, start: int) -> None:
         from tqdm import tqdm
@@ -73,11 +73,13 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
-        self.steps, self.said = steps, time.monotonic()
+        self.steps, self.printed_at = steps, time.monotonic()
 
     def advance(self, step: int) -> None:
         self.bar.update()
-        if not self.terminal and time.monotonic() - self.said >= 3 * PLAIN_EVERY:  # slow steps
+        if (
+            not self.terminal and time.monotonic() - self.printed_at >= 3 * PLAIN_EVERY
+        ):  # slow steps
             self._say(f"step {step:,} of {self.steps:,}")
 
     def show(self, record: dict[str, Any]) -> None:
@@ -86,7 +88,7 @@ class Progress:
             f"MFU {record['mfu']:.1%}"
         )
         self.bar.set_postfix_str(text, refresh=False)
-        if not self.terminal and time.monotonic() - self.said >= PLAIN_EVERY:
+        if not self.terminal and time.monotonic() - self.printed_at >= PLAIN_EVERY:
             self._say(f"step {record['step']:,} of {self.steps:,}: {text}")
 
     def _say(self, text: str) -> None:
@@ -98,9 +100,9 @@ class Progress:
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM and a closed terminal as a flag that the training loop looks at.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the training loop checks.
 
-    The second signal is final.
+    A second signal ends the process at once.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))

@@ -1,4 +1,4 @@
-"""What depends on the device: the type of the matrix products and why, and the peak for the MFU."""
+"""Selects the device and the dtype, with the reason, and knows the peak FLOP/s for the MFU."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from irongpt.errors import UserError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first
-# name found as whole words in the card's own name decides.
+# name that occurs as whole words in the name of the GPU is used.
 PEAK_16_BIT = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -44,7 +44,7 @@ class Precision(NamedTuple):
 
 
 def pick(name: str) -> torch.device:
-    """`auto`: a GPU if there is one. Raises UserError for a device that is not there."""
+    """The device called `name`; auto is a GPU if there is one. Raises UserError."""
     try:
         emulate.on()
     except ValueError as e:
@@ -57,57 +57,67 @@ def pick(name: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no NVIDIA GPU here; use --device cpu")
+        raise UserError("--device cuda: torch finds no NVIDIA GPU; use --device cpu")
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
-        raise UserError(f"--device {name}: there are {count} GPUs, counted from cuda:0")
+        raise UserError(f"--device {name}: there are {count} GPUs, and the first is cuda:0")
     return torch.device("cuda", int(index or torch.cuda.current_device()))
 
 
 def precision(name: str, device: torch.device) -> Precision:
-    """The type that `--dtype name` means on this device, and why.
+    """The dtype that `--dtype name` selects on this device, and the reason.
 
-    Decided by compute capability: torch.cuda.is_bf16_supported() is true on a T4, where bfloat16
-    is emulated and slow.
+    It depends on the compute capability: torch.cuda.is_bf16_supported() is true on a T4, where
+    bfloat16 is emulated and slow.
     """
     if device.type == "cpu":
         if name == "auto":
-            return Precision(torch.float32, "a CPU")
-        return Precision(DTYPES[name], "as asked")
+            return Precision(torch.float32, "the default on a CPU")
+        return Precision(DTYPES[name], "requested")
     major, minor = emulate.capability(device)
     card = f"compute capability {major}.{minor}{' (emulated)' if emulate.on() else ''}"
     if name == "bfloat16" and major < 8:
         raise UserError(f"--dtype bfloat16 is only emulated on {card}: use float16 or auto")
     if name != "auto":
-        return Precision(DTYPES[name], "as asked")
+        return Precision(DTYPES[name], "requested")
     if major >= 8:
-        return Precision(torch.bfloat16, f"{card} computes it natively")
+        return Precision(torch.bfloat16, f"{card} supports it natively")
     if major == 7:
         return Precision(torch.float16, f"{card} has no bfloat16; with loss scaling")
     return Precision(torch.float32, f"{card} has no tensor cores")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work. A CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Matrix products in `dtype`; weights, the residual stream and statistics stay float32."""
+    """Matmuls in `dtype`; weights, the residual stream and statistics stay float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def reserve_workspace() -> None:
-    """The cuBLAS workspace of products that repeat to the bit. PyTorch reads it once, at the first
-    matrix product of a process."""
+    """Makes cuBLAS deterministic. PyTorch reads the variable at the first matmul of a process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def make_deterministic() -> None:
-    """The same bits on every run of one environment. Call before the first matrix product.
+    """Makes every run give the same bits in one environment. Call it before the first matmul.
 
-    Not with warn_only: PyTorch's attention then keeps its atomics on a GPU.
+    warn_only is not used, because PyTorch's attention then keeps its atomics on a GPU.
     """
     reserve_workspace()
     torch.use_deterministic_algorithms(True)
-    # A debugging aid, and not free.
+    # This is an aid for debugging, and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -120,32 +130,27 @@ def describe(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that count as 100 % MFU here, and where the figure is from.
+    """The FLOP/s that count as 100 % MFU, and their source.
 
-    The data sheet's for a known card's tensor cores, else the rate of a large matrix product.
+    For 16-bit dtypes on a known GPU they come from its data sheet, else from a timed matmul.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, flops in PEAK_16_BIT.items():
             if re.search(rf"\b{known}\b", name):
                 return flops, "data sheet"
-    return _gemm_flops(device, dtype), "measured matrix product"
+    return _gemm_flops(device, dtype), "measured with a large matmul"
 
 
 def _gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
-    generator = torch.Generator(device).manual_seed(0)  # not the one that training draws from
+    generator = torch.Generator(device).manual_seed(0)  # not the one that training uses
     a = torch.randn(n, n, generator=generator, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,23 +1,21 @@
-"""What this machine will run, and why: one screen, with what to do about what is amiss."""
+"""`irongpt doctor`: what this machine will run, and why, with problems and their solutions."""
 
 import json
 import platform
-import shutil
 import textwrap
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from irongpt_kernels import eager
+from irongpt_kernels import Ops, eager
 from irongpt_kernels.runtime import emulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from irongpt import __version__, gpu_state, launch_cache, ops
+from irongpt import __version__, gpu_state, ops
 from irongpt import device as devices
-from irongpt.config import PRESETS, GPTConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
 from irongpt.errors import UserError
 from irongpt.files import check_result, write_result
 from irongpt.model import GPT
@@ -26,32 +24,21 @@ FLOAT32 = 4  # bytes
 STATE = 3  # float32 numbers per weight: the weight and AdamW's two moments
 
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
-VOCABULARY = 109  # characters of War and Peace
-WIDTH = 96  # of what is printed
-HOT = 85  # degrees Celsius from which a T4 slows down
-CLOCKS = [  # nvidia-smi's names
-    "driver_version",
-    "clocks.sm",
-    "clocks.max.sm",
-    "clocks.mem",
-    "power.draw",
-    "power.limit",
-    "power.default_limit",
-    "temperature.gpu",
-]
+WIDTH = 96  # columns of the report
+HOT = 85  # degrees Celsius at which a T4 slows down
 
 
 @dataclass
 class Report:
-    """facts: a line each, by what it is about. amiss: what is wrong and what to do, a line each."""
+    """facts: lines by topic. problems: what is wrong and what to do. advice: what is slow."""
 
     facts: dict[str, str] = field(default_factory=dict)
-    amiss: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = {name: text.splitlines() for name, text in self.facts.items()}
-        parts |= {"amiss": self.amiss, "advice": self.advice}
+        parts |= {"problems": self.problems, "advice": self.advice}
         return "\n".join(
             textwrap.fill(
                 line, WIDTH, initial_indent=f"{'' if i else name:<10}", subsequent_indent=" " * 10
@@ -62,14 +49,14 @@ class Report:
 
 
 def doctor(device: str, json_file: Path | None) -> int:
-    """Prints the report, and writes it to `json_file`. Returns 1 where something is amiss."""
+    """Prints the report, and writes it to `json_file`. Returns 1 if there is a problem."""
     if json_file is not None:
         check_result(json_file)
     report = examine(devices.pick(device))
     print(report)
     if json_file is not None:
         write_result(json_file, (json.dumps(asdict(report), indent=1) + "\n").encode())
-    return 1 if report.amiss else 0
+    return 1 if report.problems else 0
 
 
 def examine(device: torch.device) -> Report:
@@ -77,7 +64,7 @@ def examine(device: torch.device) -> Report:
     _machine(report, device)
     _software(report)
     _training(report, device)
-    _products(report, device)
+    _matmuls(report, device)
     _kernels(report, device)
     _memory(report, device)
     return report
@@ -88,15 +75,15 @@ def _machine(report: Report, device: torch.device) -> None:
     report.facts["machine"] = f"{devices.describe(device)}; {system}"
     if device.type == "cuda":
         _card(report, device)
-    elif shutil.which("nvidia-smi"):
-        report.amiss.append(
-            f"nvidia-smi is here, but torch {torch.__version__} finds no GPU: install a torch "
-            "with CUDA, or look at the driver and CUDA_VISIBLE_DEVICES"
+    elif driver := gpu_state.driver_version():
+        report.problems.append(
+            f"NVIDIA driver {driver} is installed, but torch {torch.__version__} finds no GPU: "
+            "install a torch with CUDA for this driver, or check CUDA_VISIBLE_DEVICES"
         )
     else:
         report.advice.append(
             "no NVIDIA GPU: irongpt train runs the nano preset on the CPU in minutes; the iron "
-            "preset wants a GPU, such as the free T4 of a Colab notebook"
+            "preset needs a GPU, such as the free T4 of a Colab notebook"
         )
 
 
@@ -105,27 +92,32 @@ def _card(report: Report, device: torch.device) -> None:
     cores = f"{p.multi_processor_count} multiprocessors"
     report.facts["machine"] += f"\n{cores}, CUDA {torch.version.cuda}"
     if (p.major, p.minor) < (7, 5):
-        report.amiss.append("the kernels need compute capability 7.5 or newer: use --ops builtin")
-    now = gpu_state.query(str(p.uuid), CLOCKS)
+        report.problems.append(
+            "the kernels need compute capability 7.5 or newer: use --ops builtin"
+        )
+    now = gpu_state.query(device)
     if now is None:
-        report.advice.append("nvidia-smi does not answer: clocks, power and heat are not known")
+        report.advice.append(
+            "clocks, power and temperature are unknown: nvidia-ml-py is missing or fails"
+        )
         return
-    report.facts["machine"] += f", driver {now['driver_version']}"
+    report.facts["machine"] += f", driver {now.driver}"
     report.facts["clocks"] = (
-        f"{now['clocks.sm']} of {now['clocks.max.sm']} MHz, memory {now['clocks.mem']} MHz, "
-        f"{now['power.draw']} of {now['power.limit']} W, {now['temperature.gpu']} degrees C"
+        f"{_number(now.sm_mhz)} of {_number(now.max_sm_mhz)} MHz, memory "
+        f"{_number(now.memory_mhz)} MHz, {_number(now.watt)} of {_number(now.limit_watt)} W, "
+        f"{_number(now.celsius)} degrees C"
     )
-    limit, default = (
-        gpu_state.number(now["power.limit"]),
-        gpu_state.number(now["power.default_limit"]),
-    )
+    limit, default = now.limit_watt, now.default_limit_watt
     if limit is not None and default is not None and limit < default:
         report.advice.append(
-            f"the power limit is {limit:g} W, below the card's {default:g}: slower"
+            f"the power limit is {limit:g} W, below the GPU's default of {default:g} W: slower"
         )
-    heat = gpu_state.number(now["temperature.gpu"])
-    if heat is not None and heat >= HOT:
-        report.advice.append(f"{heat:g} degrees C: the card lowers its clocks until it is cooler")
+    if now.celsius is not None and now.celsius >= HOT:
+        report.advice.append(f"{now.celsius} degrees C: the GPU lowers its clocks until it cools")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}"
 
 
 def _software(report: Report) -> None:
@@ -135,46 +127,49 @@ def _software(report: Report) -> None:
             have = version(name)
         except PackageNotFoundError:
             found.append(f"no {name}")
-            report.amiss.append(f"{name} is not installed: without it there is no --fused")
+            report.problems.append(f"{name} is not installed: --fused needs it")
             continue
         found.append(f"{name} {have}")
         if tuple(int(x) for x in have.split("+")[0].split(".")[:2]) < oldest:
             wanted = ".".join(map(str, oldest))
-            report.amiss.append(f"{name} {have} is too old: {wanted} or newer is what is tested")
+            report.problems.append(f"{name} {have} is too old: {wanted} or newer is tested")
     report.facts["software"] = f"irongpt {__version__}, {', '.join(found)}"
 
 
 def _training(report: Report, device: torch.device) -> None:
     preset = "iron" if device.type == "cuda" else "nano"
     dtype, why = devices.precision("auto", device)
-    name = str(dtype).removeprefix("torch.")
-    report.facts["training"] = f"{name} ({why}); preset {preset} unless another is named"
+    name = devices.dtype_name(dtype)
+    report.facts["training"] = f"{name} ({why}); the default preset is {preset}"
     if device.type == "cuda":
         bf16 = "native" if emulate.capability(device) >= (8, 0) else "emulated and slow: not used"
         report.facts["training"] += f"\nbfloat16 is {bf16}"
 
 
-def _products(report: Report, device: torch.device) -> None:
-    """By probe kernels, for the GPU that is here; on a CPU for a T4, as an example."""
+def _matmuls(report: Report, device: torch.device) -> None:
+    """Compiles a small kernel for each dtype and looks for tensor cores in it.
+
+    It is compiled for this machine's GPU, or for a T4 where there is none.
+    """
     try:
         from irongpt_kernels.aot import probe
         from irongpt_kernels.runtime import launch
     except ImportError:
         return
     if launch.INTERPRETED:
-        report.facts["products"] = "not compiled: TRITON_INTERPRET is set"
+        report.facts["matmuls"] = "not compiled: TRITON_INTERPRET is set"
         return
     arch = launch.architecture(device)
-    whose = "" if device.type == "cuda" else "compiled here for a T4: "
+    target = "" if device.type == "cuda" else "compiled for a T4: "
     try:
         made = probe.products(arch)
     except RuntimeError as e:
-        report.amiss.append(str(e))
+        report.problems.append(str(e))
         return
     listed = ", ".join(f"{dtype} by {how}" for dtype, how in made.items())
-    report.facts["products"] = f"{whose}{listed} (sm_{arch})"
+    report.facts["matmuls"] = f"{target}{listed} (sm_{arch})"
     if arch >= 75 and made["float16"] != probe.TENSOR_CORES:
-        report.amiss.append("float16 products miss the tensor cores: the kernels will be slow")
+        report.problems.append("float16 matmuls do not use tensor cores: the kernels will be slow")
 
 
 def _kernels(report: Report, device: torch.device) -> None:
@@ -192,8 +187,8 @@ def _kernels(report: Report, device: torch.device) -> None:
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")
     report.facts["kernels"] = f"--fused runs; attention tiles: {', '.join(lines)}"
-    for note in (ops.slow_note("fused", device), launch_cache.note("fused", device)):
-        report.facts["kernels"] += f"\n{note}" if note else ""
+    for note in ops.notes("fused", device):
+        report.facts["kernels"] += f"\n{note}"
 
 
 def _memory(report: Report, device: torch.device) -> None:
@@ -208,38 +203,35 @@ def _memory(report: Report, device: torch.device) -> None:
         needs["fused"] = training_bytes(config, batch, fused, dtype) / 2**30
     listed = ", ".join(f"{gib:.1f} GiB with --ops {name}" for name, gib in needs.items())
     report.facts["memory"] = (
-        f"the iron preset keeps {listed} (computed, in {str(dtype).removeprefix('torch.')}; "
-        "builtin is between)"
+        f"training the iron preset needs {listed} (computed, in {devices.dtype_name(dtype)}; "
+        "builtin is in between)"
     )
     if device.type == "cuda":
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info(device))
         report.facts["memory"] += f"\n{free:.1f} of {total:.1f} GiB are free"
         if free < 1.5 * min(needs.values()):
-            report.amiss.append(
-                f"{free:.1f} GiB are free: end what else uses the GPU, or train with half the "
-                f"--batch-size ({batch // 2}) and --grad-accum 2"
+            report.problems.append(
+                f"{free:.1f} GiB are free: end other processes on the GPU, or use half the "
+                f"--batch-size ({batch // 2}) with --grad-accum 2"
             )
 
 
 def _iron() -> GPTConfig:
-    return GPTConfig(vocab_size=VOCABULARY, **PRESETS["iron"].model)
+    return GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
 
 
-STATE = 3  # numbers of every weight in float32: itself, AdamW's two moments
+def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dtype) -> int:
+    """Memory of weights, gradients, optimizer and the tensors saved for the backward pass.
 
-
-def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: torch.dtype) -> int:
-    """Weights, gradients, optimizer, and every tensor that the forward keeps for the backward.
-
-    dtype: of the matrix products. What a kernel needs for a moment comes on top, so it is a bound
-    from below; each storage counts once.
+    dtype: of the matmuls. Each storage counts once. It is a lower bound, because the workspace of
+    the kernels comes on top.
     """
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
-        alive.append(x)  # or its number might be another's later
+        alive.append(x)  # so that its address is not reused
         return x
 
     alive: list[Tensor] = []
@@ -253,7 +245,7 @@ def training_bytes(config: GPTConfig, batch_size: int, ops: ModuleType, dtype: t
             model.loss(idx, idx, seed=torch.zeros((), dtype=torch.int64))
         state = STATE * FLOAT32 * sum(p.numel() for p in model.parameters())
         state += sum(c.nbytes for c in copies.values())
-        # A copy has the gradient of its weight, in its own type.
+        # The gradient of a weight with a 16-bit copy has the dtype of the copy.
         state += sum(copies.get(p, p).nbytes for p in model.parameters())
     activations = sum(n for key, n in kept.items() if key not in weights)
     return state + activations

@@ -1,13 +1,13 @@
-"""The exceptions that the command line turns into one line on stderr and an exit code."""
+"""The exceptions that the command line prints as one line on stderr, with an exit code."""
 
 
 class UserError(Exception):
-    """A user's mistake, or a machine that cannot do what was asked.
+    """A user's mistake, or a request that this machine cannot fulfil. The exit code is 2.
 
-    The message is one line: what is wrong, then what to do about it. `irongpt.cli` prints it as
-    `irongpt: error: <message>` and leaves with exit code 2; a traceback never reaches the user.
+    The message is one line: what is wrong, then what to do. `irongpt.cli` prints it as
+    `irongpt: error: <message>`, without a traceback.
     """
 
 
 class DivergenceError(Exception):
-    """The gradients stay non-finite. One line too, but no mistake of the user's: exit code 1."""
+    """The gradients stay non-finite. This is not a user's mistake, and the exit code is 1."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and that show when they were changed."""
+"""Files that are written atomically and carry a digest that detects changes."""
 
 import contextlib
 import ctypes
@@ -14,12 +14,12 @@ from irongpt.errors import UserError
 
 
 def sealed(values: dict[str, Any]) -> bytes:
-    """JSON with a digest of its own, so that a changed or cut file is noticed."""
+    """JSON with a digest of its content, so that a changed or truncated file is noticed."""
     return (json.dumps({**values, "sha256": _seal(values)}, indent=1) + "\n").encode()
 
 
 def unsealed(data: bytes, path: Path) -> dict[str, Any]:
-    """What `sealed` was given. Raises UserError, with `path`, if it is anything else."""
+    """Inverse of `sealed`. Raises UserError, with `path`, if the digest is wrong or missing."""
     try:
         values: dict[str, Any] = json.loads(data)
         if values.pop("sha256") != _seal(values):
@@ -38,7 +38,7 @@ def digest(data: bytes) -> str:
 
 
 def damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: it is cut off, or was changed after it was saved")
+    return UserError(f"{path} is damaged: it is truncated, or was changed after it was saved")
 
 
 def read(path: Path) -> bytes:
@@ -57,12 +57,12 @@ def write(path: Path, data: bytes) -> None:
 
 
 def beside(path: Path) -> Path:
-    """A name for what is to take the place of `path`: in the same folder, and not there yet."""
+    """An unused name in the same folder, for a file or folder that will replace `path`."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` in one instant: a reader sees the old file or the new one."""
+    """Writes `data` to `path` atomically: a reader sees the old file or the new one."""
     temporary = beside(path)
     try:
         write(temporary, data)
@@ -73,11 +73,11 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def check_result(path: Path) -> None:
-    """Before work is done whose result goes to `path`, and without writing anything."""
+    """Raises UserError if no file can be written to `path`. Called before the work is done."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: its folder is not there")
+        raise UserError(f"cannot write {path}: its folder does not exist")
 
 
 def write_result(path: Path, data: bytes) -> None:
@@ -89,7 +89,7 @@ def write_result(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, where the system can: Windows and some network drives cannot."""
+    """Flushes a folder's entries. Does nothing on systems that cannot, such as Windows."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders atomically: renameat2 with RENAME_EXCHANGE. False where it cannot."""
+    """Swaps two folders atomically, by renameat2. False on systems that cannot."""
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)

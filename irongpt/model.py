@@ -5,11 +5,11 @@ B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vo
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from irongpt_kernels import Ops
 from torch import Tensor, nn
 
 from irongpt.config import GPTConfig
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, ops: ModuleType, layer: int) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig, ops: ModuleType) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
         self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -80,7 +80,7 @@ class Block(nn.Module):
     norm and hands both on, normed for whoever comes next.
     """
 
-    def __init__(self, config: GPTConfig, ops: ModuleType, layer: int) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.ops, self.layer = ops, layer
         self.ln_1 = LayerNorm(config)
@@ -113,7 +113,7 @@ class GPT(nn.Module):
     fits a model on any ops.
     """
 
-    def __init__(self, config: GPTConfig, ops: ModuleType) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)

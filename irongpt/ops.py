@@ -1,8 +1,7 @@
-"""The seam: which implementation of the ops a model is built on. All of it is here."""
-
-from types import ModuleType
+"""Chooses the implementation of the ops, and says why it cannot run or will be slow."""
 
 import torch
+from irongpt_kernels import Ops
 from irongpt_kernels.runtime import emulate
 
 from irongpt import launch_cache
@@ -10,32 +9,33 @@ from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError
 
 
-def load(name: str, device: torch.device, config: GPTConfig | None = None) -> ModuleType:
-    """The module of ops called `name`: eager, builtin or fused. config: the model that it is for.
+def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Ops:
+    """The module `eager`, `builtin` or `fused` of irongpt_kernels.
 
-    Raises UserError where fused cannot run: it never falls back on another one.
+    config: the model that the ops are for. Raises UserError where fused cannot run: there is no
+    silent fallback.
     """
-    if name == "fused" and config is not None:
+    if name != "fused":
+        from irongpt_kernels import builtin, eager
+
+        return {"eager": eager, "builtin": builtin}[name]
+    if config is not None:
         head = config.n_embd // config.n_head
         check(
             head in range(16, 129, 16),
-            f"--fused takes heads of 16, 32, ... or 128, and --n-embd {config.n_embd} over "
-            f"--n-head {config.n_head} is {head}",
+            f"--fused needs a head dimension of 16, 32, ... or 128, and --n-embd {config.n_embd} "
+            f"divided by --n-head {config.n_head} is {head}",
         )
-    if name == "fused":
-        return _load_fused(device)
-    from irongpt_kernels import builtin, eager
-
-    return {"eager": eager, "builtin": builtin}[name]
+    return _load_fused(device)
 
 
-def _load_fused(device: torch.device) -> ModuleType:
-    hint = "--ops builtin takes PyTorch's own fused ops"
+def _load_fused(device: torch.device) -> Ops:
+    hint = "use --ops builtin, PyTorch's own fused ops"
     try:
         from irongpt_kernels import fused
         from irongpt_kernels.runtime import launch
     except ImportError as e:
-        raise UserError(f"--fused needs Triton, which is not here ({e}): {hint}") from e
+        raise UserError(f"--fused needs Triton, which cannot be imported ({e}): {hint}") from e
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (7, 5):
             raise UserError(f"--fused needs compute capability 7.5 or newer: {hint}")
@@ -53,11 +53,19 @@ def _load_fused(device: torch.device) -> ModuleType:
 
 
 def slow_note(name: str, device: torch.device) -> str | None:
-    """What to tell a user whose kernels do not run as they would on the GPU they are for."""
+    """Why the kernels are slow here, or their timings mean little; None if neither."""
     if name != "fused":
         return None
     if device.type == "cpu":
         return "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
     if emulate.on():
-        return f"{emulate.VARIABLE}=sm_{emulate.ARCH}: a T4's kernels; their timings are no T4's"
+        return (
+            f"{emulate.VARIABLE}=sm_{emulate.ARCH}: the kernels of a T4 run on a newer GPU; "
+            "their timings do not predict a T4's"
+        )
     return None
+
+
+def notes(name: str, device: torch.device) -> list[str]:
+    """Lines for the user about how the ops run on the device."""
+    return [x for x in (slow_note(name, device), launch_cache.note(name, device)) if x]

@@ -31,11 +31,11 @@ QUICK_EVERY = 3  # of so many candidates one is measured
 COPIES = 16  # of the inputs at most
 MIN_GAIN = 0.02  # of the time: less is not worth sums in another order
 FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
-    "attention forward": ("causal_attention_packed", "attention._forward_kernel"),
-    "attention query": ("causal_attention_packed", "attention_backward._query_kernel"),
-    "attention key": ("causal_attention_packed", "attention_backward._key_kernel"),
-    "norm forward": ("dropout_add_layer_norm", "dropout_add_layer_norm._forward_kernel"),
-    "norm backward": ("dropout_add_layer_norm", "layer_norm_backward._kernel"),
+    "attention forward": ("causal_attention_packed", "attention._fwd_kernel"),
+    "attention query": ("causal_attention_packed", "attention_backward._bwd_dq_kernel"),
+    "attention key": ("causal_attention_packed", "attention_backward._bwd_dkdv_kernel"),
+    "norm forward": ("dropout_add_layer_norm", "dropout_add_layer_norm._fwd_kernel"),
+    "norm backward": ("dropout_add_layer_norm", "layer_norm_backward._bwd_kernel"),
     "gelu forward": ("gelu", "gelu._fwd_kernel"),
     "gelu backward": ("gelu", "gelu._bwd_kernel"),
 }

@@ -17,19 +17,12 @@ import torch
 from irongpt_kernels.runtime import emulate, launch_table
 
 from irongpt import __version__, gpu_state, timing
+from irongpt.device import dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth
 PERIOD = 2.0  # seconds between two looks at the card
 
-# The bits of NVML's clock event reasons by which a card says that it runs slower than it could.
-THROTTLE = {
-    0x4: "power cap",
-    0x8: "hardware slowdown",
-    0x20: "heat (software)",
-    0x40: "heat (hardware)",
-    0x80: "power brake",
-}
 State = dict[str, Any]
 PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn")
 
@@ -60,9 +53,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
             "memory_bytes": p.total_memory,
             "l2_bytes": p.L2_cache_size,
             "cuda": torch.version.cuda,
-            "driver": (gpu_state.query(str(p.uuid), ["driver_version"]) or {}).get(
-                "driver_version"
-            ),
+            "driver": gpu_state.driver_version(),
         }
     return facts
 
@@ -105,65 +96,10 @@ def git_commit(checkout: Path = ROOT) -> str:
 
 
 def state(device: torch.device) -> State | None:
-    """Clock, power, heat and what holds the card back now; None where nobody tells.
-
-    By nvidia-ml-py if it is installed, else by nvidia-smi.
-    """
-    if device.type != "cuda":
-        return None
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    try:
-        import pynvml
-    except ImportError:
-        return _state_by_smi(uuid)
-    try:
-        pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return _state(
-            pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
-            pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-            pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
-            pynvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1e3,
-            pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
-            pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
-        )
-    except pynvml.NVMLError:
-        return _state_by_smi(uuid)
-
-
-def _state_by_smi(uuid: str) -> State | None:
-    fields = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
-    found = gpu_state.query(uuid, fields)
-    if found is None:
-        return None
-    reasons = None
-    for field in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # new, old name
-        answer = gpu_state.query(uuid, [field])
-        if answer is not None and answer[field].startswith("0x"):
-            reasons = int(answer[field], 16)
-            break
-    sm, memory, power, limit, heat = (gpu_state.number(found[field]) for field in fields)
-    return _state(sm, memory, power, limit, heat, reasons)
-
-
-def _state(
-    sm: float | None,
-    memory: float | None,
-    power: float | None,
-    limit: float | None,
-    heat: float | None,
-    reasons: int | None,
-) -> State:
-    held = None if reasons is None else [text for bit, text in THROTTLE.items() if reasons & bit]
-    return {
-        "sm_mhz": sm,
-        "memory_mhz": memory,
-        "watt": power,
-        "limit_watt": limit,
-        "celsius": heat,
-        "throttled_by": held,
-    }
+    """Clocks, power, temperature and throttling now; None on a CPU or where NVML is missing."""
+    found = gpu_state.query(device) if device.type == "cuda" else None
+    keys = ("sm_mhz", "memory_mhz", "watt", "limit_watt", "celsius", "throttled_by")
+    return None if found is None else {key: getattr(found, key) for key in keys}
 
 
 class Watch:
@@ -187,7 +123,7 @@ class Watch:
         self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.set()
-        if e is None:  # else time is short, and the last look has to do: nvidia-smi may take long
+        if e is None:  # else time is short, and the last look has to do
             if self.before is not None:
                 self.thread.join()
             self.seen += [now] if (now := state(self.device)) is not None else []
@@ -226,7 +162,7 @@ def roofs(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
     for dtype in dtypes:
         size = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 512
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype)[6:]] = 2 * size**3 / _seconds(partial(_product, a, b), device)
+        rates[dtype_name(dtype)] = 2 * size**3 / _seconds(partial(_product, a, b), device)
     return found | {"gemm_flops_per_s": rates}
 
 

@@ -184,7 +184,7 @@ def row(
         "sweep": case.sweep,
         "shape": vars(case.shape),
         "size": case.size,
-        "dtype": str(case.dtype)[6:],
+        "dtype": devices.dtype_name(case.dtype),
         "dropout": case.p if case.op in workloads.DROPS else 0.0,
         "mode": mode,
         "provider": name,
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
                 names = tuple(name for name in names if name != "compile")
             rows = measure_case(case, device, names, args.rounds)
             if len(names) < len(args.providers) and computes("compile", case.op):
-                why = f"not compiled in {str(case.dtype)[6:]}: --quick"
+                why = f"not compiled in {devices.dtype_name(case.dtype)}: --quick"
                 rows.append(row(case, case.modes[-1], None, "compile", why, None))
             for r in rows:
                 print(line(r, section.values["roofs"]), flush=True)

@@ -56,7 +56,7 @@ def tests(section: Values) -> str:
 
 
 def _doctor(section: Values) -> str:
-    return "; ".join(section["amiss"])[:150] or "nothing is amiss"
+    return "; ".join(section["problems"])[:150] or "no problems"
 
 
 def _compare(section: Values) -> str:

@@ -105,8 +105,8 @@ def _products(
     found = matmuls.measure(config, recipe, dtype, device)
     roofs = section.values["roofs"]
     found |= matmuls.floor(config, recipe, dtype, matmuls.of_step(found), roofs)
-    section.put(products=section.values["products"] | {str(dtype)[6:]: found})
-    print(matmuls.line(str(dtype)[6:], found), flush=True)
+    section.put(products=section.values["products"] | {devices.dtype_name(dtype): found})
+    print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
             rows=[],
         )
         roofs = environment.roofs(device, dtypes)
-        found = {str(d)[6:]: devices.peak_flops(device, d) for d in dtypes}
+        found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
         roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
         roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
         section.put(roofs=roofs)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ops.cases import Case, Shape
 from irongpt import timing
 from irongpt.config import GPTConfig, TrainConfig
+from irongpt.device import dtype_name, synchronize
 from irongpt.training import muon
 
 
@@ -77,8 +78,7 @@ def measure(
                         "flops_per_s": 2 * M * K * N / taken,
                     }
                 )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return found | {"seconds": total, "flops": flops, "rows": rows}
 
 
@@ -145,7 +145,7 @@ def bound(
     Triton."""
     work = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes(config, train.batch_size))
     work += muon_flops(config) if train.optimizer == "muon" else 0
-    products = work / roofs["gemm_flops_per_s"][str(dtype)[6:]]
+    products = work / roofs["gemm_flops_per_s"][dtype_name(dtype)]
     found = floor(config, train, dtype, products, roofs)
     return found.get("computed_floor_seconds")
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.measure import result_file
 from benchmarks.training.variants import Variant, peak_of
 from irongpt import timing
+from irongpt.device import dtype_name
 from irongpt.errors import UserError
 from irongpt.timing import free, reason
 
@@ -36,7 +37,7 @@ class Steps:
         args: argparse.Namespace,
     ) -> None:
         self.section, self.setting, self.device = section, setting, device
-        self.dtype = str(dtype)[6:]
+        self.dtype = dtype_name(dtype)
         self.steps = args.steps or STEPS[device.type]
         self.turns = args.turns or TURNS[device.type]
         self.rows: dict[str, Row] = {}

@@ -35,11 +35,11 @@ class Variant:
     def seconds_a_step(self, steps: int) -> float:
         """Wall time: what a run waits for, the host's part included."""
         with self._algorithms():
-            self._wait()
+            devices.synchronize(self.device)
             start = time.perf_counter()
             for _ in range(steps):
                 self.step()
-            self._wait()
+            devices.synchronize(self.device)
             return (time.perf_counter() - start) / steps
 
     def warm_up(self) -> None:
@@ -60,15 +60,11 @@ class Variant:
             profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
         ):
             self.step()
-            self._wait()
+            devices.synchronize(self.device)
         ours = [e for e in trace.events() or [] if not getattr(e, "is_user_annotation", False)]
         kernels = sum(e.device_type == DeviceType.CUDA for e in ours)
         launches = sum(e.device_type == DeviceType.CPU and e.name.startswith(LAUNCH) for e in ours)
         return {"kernels": kernels, "launches": launches} if kernels else {}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def _algorithms(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ def compare(
     full, drops = target.type == "cuda", candidate != "builtin"
     whole = setting(full, drops)
 
-    names = ", ".join(str(d)[6:] for d in chosen)
+    names = ", ".join(devices.dtype_name(d) for d in chosen)
     say(f"{candidate} against eager and float64, in {names}")
     say(f"on {devices.describe(target)}")
     if note := ops.slow_note(candidate, target):
@@ -87,7 +87,7 @@ def compare(
             "device": devices.describe(target),
             "candidate": candidate,
             "tiles": tiles.digest(target),
-            "dtypes": [str(d)[6:] for d in chosen],
+            "dtypes": [devices.dtype_name(d) for d in chosen],
             "seconds": round(seconds, 1),
         }
         write_result(json_file, to_json(environment, rows, checks, curves))
@@ -147,7 +147,9 @@ def _model(
             checks.append(curves[-1].check())
         except Exception as e:  # as in compare_case, this is a finding and the others go on
             detail = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-            checks.append(Check("model", "one step", str(dtype)[6:], "runs", False, detail))
+            checks.append(
+                Check("model", "one step", devices.dtype_name(dtype), "runs", False, detail)
+            )
     return rows, curves, checks
 
 

@@ -1,10 +1,9 @@
 """A GPT on a candidate's ops against the same on eager: one step, and a training curve."""
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
-from irongpt_kernels import eager
+from irongpt_kernels import Ops, eager
 from torch import Tensor
 
 from irongpt import device as devices
@@ -84,22 +83,18 @@ def setting(full: bool, drops: bool) -> Setting:
     )
 
 
-def compare_step(
-    s: Setting, candidate: ModuleType, dtype: torch.dtype, device: torch.device
-) -> list[Row]:
+def compare_step(s: Setting, candidate: Ops, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """Logits and every parameter's gradient, from the same weights and batch."""
     results, baseline = (_step(s, ops, dtype, device) for ops in (candidate, eager))
     oracle = _step(s, eager, torch.float64, device)
-    name = str(dtype).removeprefix("torch.")
+    name = devices.dtype_name(dtype)
     return [
         make_row("model", "one step", s.sizes, name, t, results[t], baseline[t], oracle[t])
         for t in results
     ]
 
 
-def _step(
-    s: Setting, ops: ModuleType, dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
+def _step(s: Setting, ops: Ops, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     t = _trainer(s, ops, dtype, device)
     x, y = t.train_batches(0)
     if dtype == torch.float64:
@@ -117,7 +112,7 @@ def _step(
 
 def train_both(
     s: Setting,
-    candidate: ModuleType,
+    candidate: Ops,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Curve:
@@ -125,9 +120,9 @@ def train_both(
         [float(t.train_step()[0]) for _ in range(s.recipe.iters)]
         for t in (_trainer(s, ops, dtype, device) for ops in (candidate, eager))
     ]
-    return Curve(str(dtype).removeprefix("torch."), *losses)
+    return Curve(devices.dtype_name(dtype), *losses)
 
 
-def _trainer(s: Setting, ops: ModuleType, dtype: torch.dtype, device: torch.device) -> Trainer:
+def _trainer(s: Setting, ops: Ops, dtype: torch.dtype, device: torch.device) -> Trainer:
     torch.manual_seed(s.recipe.seed)
     return Trainer(GPT(s.model, ops).to(device), s.ids, s.recipe, device, dtype)

@@ -7,15 +7,35 @@ values, so a window cannot slide by one. A token thus sees between half a contex
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
+from irongpt import device as devices
+from irongpt import ops
 from irongpt.config import SampleConfig
 from irongpt.data.tokenizer import CharTokenizer
+from irongpt.files import damaged
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, CharTokenizer]:
+    """The model of a run's checkpoint `best` or `last`, on the device, and its tokenizer."""
+    from irongpt.runs.run_folder import load_checkpoint, open_run  # needs safetensors
+
+    run = open_run(path)
+    target = devices.pick(device)
+    op_module = ops.load(op_set, target, run.config.model)
+    weights, _, tokenizer, _ = load_checkpoint(run, which)
+    model = GPT(run.config.model, op_module)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise damaged(path / which) from e
+    return model.to(target), tokenizer
 
 
 def generate(

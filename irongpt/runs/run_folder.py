@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from irongpt import __version__
-from irongpt.config import GPTConfig, TrainConfig, from_json, to_json
+from irongpt.config import GPTConfig, TrainConfig, check, from_json, to_json
+from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import UserError
 from irongpt.files import beside, read, replace_file, sealed, unsealed
+from irongpt.runs import checkpoint
 
 FORMAT = 1
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # what is read back; a record has more
@@ -137,6 +139,33 @@ def open_run(path: Path) -> Run:
     except (UserError, KeyError) as e:
         raise UserError(f"{path / 'config.json'} does not describe a run: {e}") from e
     return Run(path, RunConfig(model=model, train=train, **texts))
+
+
+def load_checkpoint(
+    run: Run, which: str
+) -> tuple[checkpoint.Tensors, checkpoint.Tensors, CharTokenizer, dict[str, Any]]:
+    """Weights, optimizer, tokenizer and state of the checkpoint `last` or `best`.
+
+    Raises UserError unless it fits the run's model, before any memory is allocated for the model.
+    """
+    folder = run.path / which
+    weights, optimizer, vocabulary, state = checkpoint.load(folder)
+    try:
+        tokenizer = CharTokenizer.from_json(vocabulary)
+    except UserError as e:
+        raise UserError(f"{folder / 'tokenizer.json'}: {e}") from e
+    config, count = run.config.model, sum(w.numel() for w in weights.values())
+    check(
+        tokenizer.vocab_size == config.vocab_size,
+        f"{folder} has another vocabulary: {tokenizer.vocab_size} tokens, "
+        f"and the run's model has {config.vocab_size}",
+    )
+    check(
+        count == config.n_params(),
+        f"{folder} has another model: {count:,} weights, "
+        f"and the run's model has {config.n_params():,}",
+    )
+    return weights, optimizer, tokenizer, state
 
 
 def check_free(path: Path) -> None:

@@ -6,10 +6,9 @@ few that most gradients share. A Newton-Schulz iteration finds it by matrix prod
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 
 import torch
-from irongpt_kernels import builtin
+from irongpt_kernels import Ops, builtin
 from torch import Tensor
 
 STEPS = (3, 2)  # of the iteration, with a fresh Gram matrix for each number
@@ -25,7 +24,7 @@ class Muon:
         beta: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
-        ops: ModuleType = builtin,
+        ops: Ops = builtin,
     ) -> None:
         """dtype: of the iteration's products; see `products_type`."""
         self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops

@@ -6,10 +6,9 @@ they are. The host never waits for the device, and float32, bfloat16 and float16
 """
 
 import math
-from types import ModuleType
 
 import torch
-from irongpt_kernels import builtin
+from irongpt_kernels import Ops, builtin
 from irongpt_kernels.eager import GradStats
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class Optimizer:
         config: TrainConfig,
         scaler: LossScaler,
         lr: Tensor,
-        ops: ModuleType = builtin,
+        ops: Ops = builtin,
         copies: dict[Tensor, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:

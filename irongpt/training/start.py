@@ -1,83 +1,118 @@
-"""From what the user asked for to a Training that is ready: a new run, or one taken up again."""
+"""From the flags of `irongpt train` to a `Training` that can start: a new run or a resumed one."""
 
 import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from irongpt_kernels import Ops
 
 from irongpt import device as devices
-from irongpt import launch_cache, ops
-from irongpt.config import PRESETS, GPTConfig, TrainConfig, check, flag, to_json
+from irongpt import ops
+from irongpt.config import PRESETS, Flags, GPTConfig, TrainConfig, check, flag, to_json
 from irongpt.console import Clock, say
 from irongpt.data import corpus
-from irongpt.data.batches import split
 from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
-from irongpt.runs import checkpoint
-from irongpt.runs.run_folder import Run, RunConfig, check_free, default_path, open_run
+from irongpt.runs.run_folder import (
+    Run,
+    RunConfig,
+    check_free,
+    default_path,
+    load_checkpoint,
+    open_run,
+)
 from irongpt.training.loop import Training
 from irongpt.training.trainer import Trainer
 
-# What may change when a run is taken up: none of it belongs to what has been computed so far.
+# A resumed run may change these: the steps done so far do not depend on them.
 CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype", "graph")
 
 
-def new_run(given: dict[str, Any], clock: Clock) -> Training:
-    """given: the flags that the user gave, by their names in the configs, and preset, data, out."""
-    out = Path(given["out"]) if "out" in given else None
-    if out is not None:
-        check_free(out)
-    device = devices.pick(given.get("device", "auto"))
-    preset = given.get("preset") or ("iron" if device.type == "cuda" else "nano")
-    train = TrainConfig(**_choose(TrainConfig, PRESETS[preset].train, given))
-    # Mistakes in the flags are told before a corpus is downloaded: any vocabulary does for that.
-    shape = _choose(GPTConfig, PRESETS[preset].model, given)
-    devices.precision(train.dtype, device)
-    ops.load(train.ops, device, GPTConfig(vocab_size=1, **shape))
-    if "preset" not in given:
-        why = "there is a GPU" if device.type == "cuda" else "this is for a CPU"
-        say(f"preset    {preset}, as {why}; {flag('preset')} chooses")
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a training is built from, except the text. It is decided once, from the
+    flags, so that a mistake in a flag is reported before anything is downloaded."""
 
-    data = given.get("data")
-    text = corpus.load(data, say=say)
+    preset: str
+    data: str | None  # None: War and Peace, or python-docs where it cannot be downloaded
+    model: GPTConfig  # vocab_size is 1 in a new run until the text is read
+    train: TrainConfig
+    device: torch.device
+    precision: devices.Precision
+    ops: Ops
+
+
+def new_setup(flags: Flags) -> Setup:
+    """The preset's values, replaced by those that the user gave. Raises UserError."""
+    device = devices.pick(flags.get("device", "auto"))
+    preset = flags.get("preset") or ("iron" if device.type == "cuda" else "nano")
+    train = TrainConfig(**_fields(TrainConfig, PRESETS[preset].train | flags))
+    model = GPTConfig(vocab_size=1, **_fields(GPTConfig, PRESETS[preset].model | flags))
+    return _setup(preset, flags.get("data"), model, train, device)
+
+
+def resumed_setup(run: Run, flags: Flags) -> Setup:
+    """The run's own values, with the changes that a resumed run may make. Raises UserError."""
+    config = run.config
+    stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
+    for name, value in flags.items():
+        check(
+            name in (*CHANGEABLE, "data") or value == stored.get(name),
+            f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
+        )
+    train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
+    data = flags.get("data", config.data)
+    return _setup(config.preset, data, config.model, train, devices.pick(train.device))
+
+
+def _setup(
+    preset: str, data: str | None, model: GPTConfig, train: TrainConfig, device: torch.device
+) -> Setup:
+    precision = devices.precision(train.dtype, device)
+    return Setup(preset, data, model, train, device, precision, ops.load(train.ops, device, model))
+
+
+def new_run(flags: Flags, clock: Clock) -> Training:
+    """Creates the run's folder, with a first checkpoint."""
+    if "out" in flags:
+        check_free(flags["out"])
+    setup = new_setup(flags)
+    if "preset" not in flags:
+        kind = "GPU" if setup.device.type == "cuda" else "CPU"
+        say(f"preset    {setup.preset}, the default on a {kind}; {flag('preset')} selects another")
+    text = corpus.load(setup.data, say=say)
     tokenizer = CharTokenizer.from_text(text.text)
-    model = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
-    spec = text.name if data is None else _data_spec(data)
-    config = RunConfig(preset, spec, text.sha256, model, train)
-    run = Run(out or default_path(f"{text.name}-{preset}"), config)
-    training = _prepare(run, config, text, tokenizer, clock)
+    setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
+    data = text.name if setup.data is None else _absolute(setup.data)
+    config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
+    run = Run(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
+    training = _training(run, setup, text, tokenizer, clock)
     run.create(training.save)
     return training
 
 
-def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> Training:
-    """Takes up a run where its last checkpoint stands. `given` may hold what is in CHANGEABLE."""
+def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
+    """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE."""
     run = open_run(path)
-    stored = {**to_json(run.config.model), **to_json(run.config.train), "preset": run.config.preset}
-    for name, value in given.items():
-        check(
-            name in (*CHANGEABLE, "data") or value == stored.get(name),
-            f"{flag(name)} cannot change in a run that is resumed: leave it out or start anew",
-        )
-    data = given.get("data", run.config.data)
-    train = replace(run.config.train, **{k: v for k, v in given.items() if k in CHANGEABLE})
-    weights, optimizer, tokenizer, state = _load(run, "last")
+    setup = resumed_setup(run, flags)
+    weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
+    data = setup.data or run.config.data
     text = corpus.load(data, say=say)
     check(
         text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: name that text with {flag('data')}",
+        f"{data} is not the text that {path} is trained on: give that text with {flag('data')}",
     )
-    config = replace(run.config, train=train, data=_data_spec(data))
-    training = _prepare(run, config, text, tokenizer, clock)
+    training = _training(run, setup, text, tokenizer, clock)
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
+        config = replace(run.config, train=setup.train, data=_absolute(data))
         run.resume(config, training.trainer.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
@@ -86,60 +121,19 @@ def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> Training:
     return training
 
 
-def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, CharTokenizer]:
-    """The model of a run's best or last checkpoint, ready to sample from, and its vocabulary."""
-    run = open_run(path)
-    target = devices.pick(device)
-    op_module = ops.load(op_set, target, run.config.model)
-    weights, _, tokenizer, _ = _load(run, which)
-    model = GPT(run.config.model, op_module)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise damaged(path / which) from e
-    return model.to(target), tokenizer
-
-
-def _load(
-    run: Run, which: str
-) -> tuple[checkpoint.Tensors, checkpoint.Tensors, CharTokenizer, dict[str, Any]]:
-    """A checkpoint that fits the run's model. Looks before anything of the model's size is made."""
-    folder = run.path / which
-    weights, optimizer, vocabulary, state = checkpoint.load(folder)
-    try:
-        tokenizer = CharTokenizer.from_json(vocabulary)
-    except UserError as e:
-        raise UserError(f"{folder / 'tokenizer.json'}: {e}") from e
-    config, count = run.config.model, sum(w.numel() for w in weights.values())
-    check(
-        tokenizer.vocab_size == config.vocab_size,
-        f"{folder} is of another vocabulary: {tokenizer.vocab_size} tokens, "
-        f"and the run's model has {config.vocab_size}",
-    )
-    check(
-        count == config.n_params(),
-        f"{folder} is of another model: {count:,} weights, "
-        f"and the run's model has {config.n_params():,}",
-    )
-    return weights, optimizer, tokenizer, state
-
-
-def _prepare(
-    run: Run, config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: Clock
+def _training(
+    run: Run, setup: Setup, text: Corpus, tokenizer: CharTokenizer, clock: Clock
 ) -> Training:
-    """A model with fresh weights, on its device, with its batches; and says what they are."""
-    train = config.train
-    device = devices.pick(train.device)
-    precision = devices.precision(train.dtype, device)
+    """A model with new weights and its trainer, on the device. Prints what they are."""
+    m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)
     ids = tokenizer.encode(text.text)
-    split(ids, config.model.context)  # a text too short is told of before a model is made
-    model = GPT(config.model, ops.load(train.ops, device, config.model)).to(device)
+    model = GPT(m, setup.ops).to(device)
     trainer = Trainer(model, ids, train, device, precision.dtype)
     peak, source = devices.peak_flops(device, precision.dtype)
 
-    m, tokens = config.model, trainer.tokens_per_step()
+    tokens = trainer.tokens_per_step()
     epochs = train.iters * tokens / len(trainer.train_batches.ids)
     say(f"corpus    {text.name}: {len(text.text):,} characters, {m.vocab_size} distinct")
     say(
@@ -147,12 +141,10 @@ def _prepare(
         f"width {m.n_embd}, context {m.context}"
     )
     say(
-        f"device    {devices.describe(device)}; {str(precision.dtype)[6:]} ({precision.reason}); "
-        f"{train.ops} ops; MFU 100% is {peak / 1e12:,.3g} TFLOP/s ({source})"
+        f"device    {devices.describe(device)}; {devices.dtype_name(precision.dtype)} "
+        f"({precision.reason}); {train.ops} ops; 100% MFU is {peak / 1e12:,.3g} TFLOP/s ({source})"
     )
-    if note := ops.slow_note(train.ops, device):
-        say(f"kernels   {note}")
-    if note := launch_cache.note(train.ops, device):
+    for note in ops.notes(train.ops, device):
         say(f"kernels   {note}")
     say(
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
@@ -161,12 +153,12 @@ def _prepare(
     return Training(run, trainer, tokenizer, peak, clock)
 
 
-def _choose(cls: type, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The preset's values with what the user gave over them, as far as `cls` has such fields."""
+def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of `cls`."""
     names = [f.name for f in dataclasses.fields(cls)]
-    return {k: v for k, v in {**preset, **given}.items() if k in names}
+    return {k: v for k, v in values.items() if k in names}
 
 
-def _data_spec(data: str) -> str:
-    """What config.json remembers of --data: still right in another working folder."""
+def _absolute(data: str) -> str:
+    """--data as config.json stores it: a path stays valid in another working folder."""
     return data if data in corpus.BUILT_IN else str(Path(data).resolve())

@@ -4,12 +4,12 @@
     irongpt_kernels.builtin    PyTorch's fused functions, such as scaled_dot_product_attention
     irongpt_kernels.fused      our Triton kernels, one file per op
 
-Each is a module that satisfies the Protocol `Ops`. The caller imports the one it wants; nothing is
-selected here, and only `fused` imports Triton. `eager` documents shapes, dtypes and results.
+Each module satisfies the Protocol `Ops`, and the caller imports the one it wants. Only `fused`
+imports Triton. `eager` documents shapes, dtypes and results.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. Which elements dropout
-zeroes is a function of the seed and the position alone (see `dropout`), the same in `eager` and
-`fused`. `builtin` uses PyTorch's global generator and ignores the seed.
+zeroes depends only on the seed and their position (see `dropout`), so `eager` and `fused` drop the
+same ones. `builtin` uses PyTorch's global generator and ignores the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Ops(Protocol):
-    """The signatures of the ops. A module that has them all can serve a model."""
+    """The signatures of the ops. A model runs on any module that has all of them."""
 
     def causal_attention(
         self,

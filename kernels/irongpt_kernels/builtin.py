@@ -1,8 +1,7 @@
-"""
-Every op by PyTorch's own fused functions: the default of the model, and what a kernel has to beat.
+"""Every op by PyTorch's own fused functions: the model's default, and the baseline of our kernels.
 
-The contract is that of `eager`, but for dropout: PyTorch's global generator decides what is
-dropped, and the seed is ignored.
+The contract is that of `eager` except for dropout: PyTorch's global generator decides which
+elements are dropped, and the seed is ignored.
 """
 
 import torch
@@ -26,7 +25,7 @@ def causal_attention(
 ) -> Tensor:
     """See `eager.causal_attention`."""
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # copies only where a backend must
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # most backends need no copy
 
 
 def causal_attention_packed(
@@ -100,7 +99,7 @@ def grad_norm(
 ) -> Tensor:
     """See `eager.grad_norm`."""
     norms: dict[int, Tensor] = {}
-    for dtype in {g.dtype for g in grads}:  # a fused pass takes tensors of one dtype
+    for dtype in {g.dtype for g in grads}:  # _foreach_norm is fused only for tensors of one dtype
         at = [i for i, g in enumerate(grads) if g.dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)
         norms |= zip(at, torch._foreach_norm([grads[i] for i in at], 2.0, wide), strict=True)
@@ -123,37 +122,25 @@ def adamw(
     weight_decays: list[float],
     eps: float = 1e-8,
 ) -> None:
-    """See `eager.adamw`. Gradients of float32 end divided, as PyTorch leaves them."""
+    """See `eager.adamw`. Like PyTorch, it unscales float32 gradients in place."""
     _, grad_scale, found_inf = GradStats(*stats)
-    narrow = [i for i, (p, g) in enumerate(zip(params, grads, strict=True)) if g.dtype != p.dtype]
-    if narrow:  # the fused pass wants them in the type of the weights
-        wide = [torch.empty_like(params[i]) for i in narrow]
-        torch._foreach_copy_(wide, [grads[i] for i in narrow])
-        widened = dict(zip(narrow, wide, strict=True))
-        grads = [widened.get(i, g) for i, g in enumerate(grads)]
-    every_step = state_steps.unbind()
+    at = [i for i, (p, g) in enumerate(zip(params, grads, strict=True)) if g.dtype != p.dtype]
+    if at:  # _fused_adamw_ needs gradients in the dtype of the weights
+        float32_grads = [torch.empty_like(params[i]) for i in at]
+        torch._foreach_copy_(float32_grads, [grads[i] for i in at])
+        converted = dict(zip(at, float32_grads, strict=True))
+        grads = [converted.get(i, g) for i, g in enumerate(grads)]
+    steps = state_steps.unbind()
     for decay in dict.fromkeys(weight_decays):
         at = [i for i, d in enumerate(weight_decays) if d == decay]
         weights, gradients, m, v = (
             [tensors[i] for i in at] for tensors in (params, grads, exp_avgs, exp_avg_sqs)
         )
         torch._fused_adamw_(
-            weights,
-            gradients,
-            m,
-            v,
-            [],
-            [every_step[i] for i in at],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+            weights, gradients, m, v, [], [steps[i] for i in at],
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+            maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
     if low_precision_params:
         torch._foreach_copy_(low_precision_params, params[: len(low_precision_params)])
 
@@ -163,11 +150,11 @@ def muon_momentum(
 ) -> Tensor:
     """See `eager.muon_momentum`."""
     _, grad_scale, found_inf = GradStats(*stats)
-    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # of three dimensions, which makes it float32
+    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # 3-d, so that the result is float32
     g.masked_fill_(found_inf > 0, 0)
     momentum.lerp_(g, (1 - beta) * (1 - found_inf))
-    ahead = g.lerp_(momentum, beta)
-    return (ahead / (ahead.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    nesterov = g.lerp_(momentum, beta)
+    return (nesterov / (nesterov.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
 
 
 def muon_update(
@@ -191,9 +178,11 @@ def muon_update(
 def decode_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """See `eager.decode_attention`. What was not written is read, as far as PyTorch reads it, and
-    has to be finite. On a CPU one row of a cache is written, by an index, and the rest stays: a
-    position outside is an IndexError there, or counts from the end."""
+    """See `eager.decode_attention`, but cache rows after `position` may be read and must be finite.
+
+    On a CPU the new row is written by indexing: a position of N or above raises IndexError, and a
+    negative one counts from the end.
+    """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
     write = write_row if qkv.device.type == "cpu" else append
     mask = write(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
@@ -202,10 +191,10 @@ def decode_attention(
 
 
 def write_row(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
-    """As `append`, by an index: nothing but the new row is written."""
-    texts, columns = (torch.arange(n, device=k.device) for n in (len(k), cache_k.shape[2]))
-    cache_k[texts, :, position] = k.to(cache_k.dtype)
-    cache_v[texts, :, position] = v.to(cache_v.dtype)
+    """Like `append`, but by indexing, so that only the new row is written."""
+    sequences, columns = (torch.arange(n, device=k.device) for n in (len(k), cache_k.shape[2]))
+    cache_k[sequences, :, position] = k.to(cache_k.dtype)
+    cache_v[sequences, :, position] = v.to(cache_v.dtype)
     return columns <= position[:, None, None]
 
 

@@ -3,22 +3,22 @@ Counter-based dropout masks: a pure function of (seed, position), whatever the t
 
 A mask bit comes from Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the counter is the position.
-Nothing is stored between forward and backward; whoever needs a bit computes it again.
+Nothing is stored between forward and backward: both compute the bits they need.
 
-Cost        7 rounds, the fewest that pass BigCrush in that paper, are about 70 integer
+Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70 integer
             instructions and give 128 bits. One byte decides one element, so a call serves 16
-            elements, 4 to 5 instructions each; on a T4 a call per element (60 of them) would take
-            longer than moving the attention's bytes.
-Layout      A call is shared by 16 elements that one GPU thread holds anyway, so that a kernel
-            writes the formula for each element and the compiler merges the equal calls.
-            Attention: a tensor-core accumulator gives a thread rows r + 8i and columns c + 8j, in
-            a tile of scores and in its transpose (the backward's) alike. So a call serves the 4 x 4
-            elements (r + 8i, c + 8j) of a 32 x 32 tile.
+            elements at 4 to 5 instructions each. On a T4 one call per element, about 60
+            instructions, would take longer than the memory traffic of the attention.
+Layout      The 16 elements of a call are held by one GPU thread in any case. A kernel can
+            therefore apply the formula to each element, and the compiler merges equal calls.
+            Attention: a tensor-core accumulator gives a thread rows r + 8i and columns c + 8j, both
+            in a tile of scores and in its transpose, which the backward uses. So a call serves the
+            4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile.
             Rows (dropout before a residual add): a thread holds neighbouring columns, so a call
             serves columns 16j to 16j + 15 of a row.
 Rate        A byte gives probabilities in steps of 1/256: p is rounded (0.2 becomes 51/256 =
-            0.1992, and any p > 0 at least 1/256), and what is kept is scaled by the reciprocal of
-            the rate really used, so that the expectation is exact.
+            0.1992, and any p > 0 at least 1/256). Kept elements are scaled by the reciprocal of
+            this rounded keep rate, so that the expectation is exact.
 
 | word of the counter | attention element (b, h, row, col) | row element (row, col) |
 |---|---|---|
@@ -44,8 +44,8 @@ def philox(
 ) -> tuple[Tensor, ...]:
     """Philox4x32-7 of the counters (int64 tensors that broadcast, values below 2^32).
 
-    Returns the 4 output words as int64 tensors below 2^32. A product of two 32-bit words wraps
-    around in int64; the shift and the mask after it still take the right bits.
+    Returns the 4 output words as int64 tensors below 2^32. The product of two 32-bit words can wrap
+    around in int64, but the shift and mask after it still extract the right bits.
     """
     w0, w1, w2, w3 = torch.broadcast_tensors(c0, c1, c2, c3)
     k0, k1 = seed & _M32, (seed >> 32) & _M32
@@ -58,14 +58,14 @@ def philox(
 
 
 def threshold(p: float) -> int:
-    """Bytes below this are dropped: p in units of 1/256. Raises ValueError outside 0 <= p < 1."""
+    """p in units of 1/256: a byte below it drops its element. ValueError unless 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     return min(max(round(256 * p), 1), 255) if p > 0 else 0
 
 
 def keep_scale(p: float) -> float:
-    """The factor of what is kept: the reciprocal of the keep rate really used."""
+    """The factor of kept elements: the reciprocal of the keep rate after rounding."""
     return 256 / (256 - threshold(p))
 
 
@@ -74,7 +74,7 @@ def attention_keep(
 ) -> Tensor:
     """The keep mask of attention weights: bool, (B, H, T, T), rows are queries."""
     tiles = -(-T // 32)
-    i = torch.arange(8 * tiles, device=device)  # the counter's c0 or c1: one per 4 rows or columns
+    i = torch.arange(8 * tiles, device=device)  # the values of c0 and of c1
     head = torch.arange(B * H, device=device)
     words = philox(seed, i[:, None], i[None, :], head[:, None, None], head.new_zeros(()))
     bits = _bytes(words)  # (B H, c0, c1, 16)
@@ -94,6 +94,6 @@ def row_keep(
 
 
 def _bytes(words: tuple[Tensor, ...]) -> Tensor:
-    """The 16 bytes of every 4 words, in a new last dimension, int64."""
+    """Splits 4 words into 16 bytes, int64, in a new last dimension."""
     shifts = torch.arange(0, 32, 8, device=words[0].device)
     return ((torch.stack(words, -1)[..., None] >> shifts) & 0xFF).flatten(-2)

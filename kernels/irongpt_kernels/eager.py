@@ -1,14 +1,14 @@
-"""
-Every op in plain PyTorch: the specification, the eager path of the model, and, run in float64, the
-oracle that the other implementations are held to.
+"""Every op in plain PyTorch: the specification, and the eager path of the model.
 
-Statistics and sums are taken in float32 (float64 for float64 inputs), results come in the dtype of
-the first argument unless said otherwise.
+Run in float64, it is the oracle that the other implementations are compared with.
 
-The ops of one token (`decode_attention` and those after it) have no gradient. They write into
-preallocated tensors (caches, counters, tokens) and read no value on the host, so that a CUDA graph
-can hold a whole token. Their matmuls are in the weights' dtype: the normalized input is rounded to
-it before, and the result after, as under autocast.
+Statistics and sums are computed in float32 (float64 for float64 inputs). Results have the dtype of
+the first argument unless documented otherwise.
+
+The ops of one decoding step (`decode_attention` and those after it) have no gradient. They write
+into preallocated tensors (caches, counters, tokens) and read no value on the host, so that a CUDA
+graph can hold a whole step. Their matmuls are in the weights' dtype: the normalized input is
+rounded to it before, and the result after, as under autocast.
 """
 
 import math
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 
-MASS_BITS = 40  # the likeliest token's mass is 2^40; what is 2^40 times less likely has none
-MAX_V = 1 << 22  # so many masses fit into 63 bits
-GREATEST_INVERSE = 3e38  # of a temperature: a factor that float32 holds
+MASS_BITS = 40  # the most likely token has mass 2^40; one 2^40 times less likely has mass 0
+MAX_V = 1 << 22  # the sum of so many masses fits into 63 bits
+MAX_INVERSE = 3e38  # the largest 1 / temperature: it fits into float32
 
 
 class GradStats(NamedTuple):
@@ -42,9 +42,9 @@ def causal_attention(
     seed: int | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """dropout(softmax(scale q k^T, no row sees a later column)) v, after Vaswani et al. 2017.
+    """dropout(softmax(scale q k^T + causal mask)) v (Vaswani et al. 2017).
 
-    q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout is on the weights.
+    q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout acts on the weights.
     Returns (B, H, T, D), a view whose (B, T, H, D) memory is contiguous.
     """
     B, H, T, D = q.shape
@@ -65,7 +65,7 @@ def causal_attention_packed(
     seed: int | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`causal_attention` from a packed projection to the next one, in the layout of both.
+    """`causal_attention` in the layout of the projections before and after it.
 
     qkv: (B, T, 3, H, D), any strides. Returns (B, T, H, D), contiguous.
     """
@@ -83,8 +83,8 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
 
-    x: (..., N). weight, bias: (N,). dtype: of the result, x's own unless given. The
-    variance is the biased one, from centred values.
+    x: (..., N). weight, bias: (N,). dtype: of the result, by default that of x.
+    The variance is the biased one, computed from centred values.
     """
     centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -93,7 +93,7 @@ def layer_norm(
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """exp(scale x) over its sum, along the last dimension.
+    """exp(scale x) / sum(exp(scale x)) along the last dimension.
 
     x: (..., N). causal: the last two dimensions are (T, T), and row i sees columns 0 to i.
     """
@@ -109,11 +109,11 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean of -log softmax(logits)[target] over the rows whose target is not `ignore_index`.
 
-    logits: (M, V). targets: (M,) int64. Returns a 0-d tensor, float32 at least; NaN where every
-    row is ignored, as in PyTorch.
+    logits: (M, V). targets: (M,) int64. Returns a 0-d tensor in float32 (float64 for
+    float64 logits); NaN if every row is ignored, as in PyTorch.
     """
     counted = targets != ignore_index
-    log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit loses a confident class's digits
+    log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit loses digits near 0
     picked = log_p.gather(1, targets.masked_fill(~counted, 0)[:, None])[:, 0]
     return -picked.masked_fill(~counted, 0.0).sum() / counted.sum()
 
@@ -135,7 +135,7 @@ def dropout_add_layer_norm(
     seed: int | Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The step between two branches of a pre-norm block: residual + dropout(branch), and its norm.
+    """residual + dropout(branch), and the layer norm of that sum.
 
     branch, residual: (..., N). weight, bias: (N,).
     Returns the sum in the residual's dtype, and its layer norm in the branch's dtype.
@@ -164,7 +164,7 @@ def grad_norm(
     the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
     increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
     many finite steps in a row and halves after a step that is not finite, between 1 and 2^24
-    (Micikevicius et al. 2018); with 0 it stays. All three tensors are updated in place.
+    (Micikevicius et al. 2018); with 0 it never changes. All three tensors are updated in place.
     Returns a (3,) tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
@@ -179,18 +179,18 @@ def grad_stats(
     max_norm: float,
     growth_interval: int,
 ) -> Tensor:
-    """`grad_norm` from the norm of the scaled gradients on."""
+    """The part of `grad_norm` after the norm of the scaled gradients."""
     norm = scaled_norm / scale
-    bad = ~norm.isfinite()
+    not_finite = ~norm.isfinite()
     grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    state_steps += (~bad).float()
+    state_steps += (~not_finite).float()
     if growth_interval:
-        good = (growth_tracker + 1).masked_fill(bad, 0)
+        good = (growth_tracker + 1).masked_fill(not_finite, 0)
         grow = good >= growth_interval
-        factor = torch.ones_like(scale).masked_fill(grow, 2.0).masked_fill(bad, 0.5)
+        factor = torch.ones_like(scale).masked_fill(grow, 2.0).masked_fill(not_finite, 0.5)
         scale.copy_((scale * factor).clamp(1.0, 2.0**24))
         growth_tracker.copy_(good.masked_fill(grow, 0))
-    return torch.stack(GradStats(norm, grad_scale, bad.to(norm.dtype)))
+    return torch.stack(GradStats(norm, grad_scale, not_finite.to(norm.dtype)))
 
 
 def adamw(
@@ -208,7 +208,7 @@ def adamw(
     weight_decays: list[float],
     eps: float = 1e-8,
 ) -> None:
-    """AdamW (Loshchilov and Hutter 2019) in place, unless `stats` tells of an overflow.
+    """AdamW (Loshchilov and Hutter 2019) in place. Nothing changes if found_inf is set in `stats`.
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
     low_precision_params: 16-bit copies of the first params, rounded after the update.
@@ -233,19 +233,20 @@ def adamw(
 def muon_momentum(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """What Muon (Jordan et al. 2024) makes orthogonal: Nesterov's look ahead, of Frobenius norm 1.
+    """The Nesterov momentum that Muon (Jordan et al. 2024) orthogonalizes, with Frobenius norm 1.
 
-    grads: n of (rows, columns), of any one dtype. momentum: (n, rows, columns) float32, changes in
-    place. stats: what `grad_norm` returned; if it tells of an overflow, momentum stays and the
-    result is finite and of no use. Returns (n, rows, columns) of `dtype`.
+    grads: n tensors (rows, columns) of one dtype. momentum: (n, rows, columns) float32, updated in
+    place. stats: the result of `grad_norm`; if found_inf is set, momentum does not change, and the
+    result is finite but must not be used. Returns (n, rows, columns) of `dtype`.
     """
     _, grad_scale, found_inf = GradStats(*stats)
     keep = found_inf > 0
     g = (torch.stack(grads).to(momentum.dtype) / grad_scale).masked_fill(keep, 0)
     new = beta * momentum + (1 - beta) * g
-    ahead = beta * new + (1 - beta) * g
+    nesterov = beta * new + (1 - beta) * g
     momentum.copy_(momentum.where(keep, new))
-    return (ahead / (ahead.square().sum((1, 2), keepdim=True).sqrt() + 1e-7)).to(dtype)
+    norm = nesterov.square().sum((1, 2), keepdim=True).sqrt()
+    return (nesterov / (norm + 1e-7)).to(dtype)
 
 
 def muon_update(
@@ -258,11 +259,11 @@ def muon_update(
     scale: float,
     weight_decay: float,
 ) -> None:
-    """Weights less lr times scale times their update, decayed as by `adamw`, unless `stats`
-    tells of an overflow.
+    """p = p - lr weight_decay p - lr scale update, in place. Nothing changes if found_inf is set.
 
-    params: n of (rows, columns), contiguous float32, change in place. copies: of each, rounded to
-    their own dtype, or none at all. update: (n, rows, columns), of any dtype. lr: 0-d.
+    params: n tensors (rows, columns), contiguous float32. low_precision_params: a 16-bit copy of
+    each, rounded after the update, or an empty list. update: (n, rows, columns), of any dtype.
+    lr: 0-d. stats: the result of `grad_norm`.
     """
     keep = GradStats(*stats).found_inf > 0
     for p, u in zip(params, update, strict=True):
@@ -274,10 +275,10 @@ def muon_update(
 def decode_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of one new position for each text, to itself and to all that came before it.
+    """Attention of one new position per sequence to itself and to all earlier positions.
 
     qkv: (B, 1, 3, H, D). cache_k, cache_v: (B, H, N, D); the new key and value are written at
-    `position`, (B,) int64, each from 0 to N - 1, and what lies behind it is never read.
+    `position`, (B,) int64, from 0 to N - 1. Cache rows after it are never read.
     scale: 1/sqrt(D) unless given. Returns (B, 1, H, D).
     """
     q, k, v = qkv[:, 0].unbind(1)  # (B, H, D)
@@ -290,10 +291,10 @@ def decode_attention(
 
 
 def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
-    """Writes k, v (B, H, D) at `position`. Returns what is seen, bool, (B, 1, N).
+    """Writes k, v (B, H, D) at `position`. Returns the mask of visible rows, bool, (B, 1, N).
 
-    Not by an index: where determinism is asked for, PyTorch writes by one through numbers of the
-    host, which no CUDA graph holds.
+    It does not use indexing: in deterministic mode PyTorch's indexed write synchronizes with the
+    host, which a CUDA graph cannot capture.
     """
     columns = torch.arange(cache_k.shape[2], device=position.device)
     new = (columns == position[:, None, None])[..., None]  # (B, 1, N, 1)
@@ -303,11 +304,11 @@ def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Ten
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    """Embeddings of each text's last token and of its position, added. Returns (B, C).
+    """The sum of the embeddings of each sequence's last token and of its position. Returns (B, C).
 
-    tokens: (B, N) int64, a ring: the last of n tokens stands in column (n - 1) mod N. counts:
-    (B, 2) int64, n and the last token's position. wte: (V, C). wpe: (context, C). A token -1, which
-    `sample_tokens` gives for logits of no use, counts as 0.
+    tokens: (B, N) int64, a ring buffer: the last of n tokens is in column (n - 1) mod N. counts:
+    (B, 2) int64, n and the last token's position. wte: (V, C). wpe: (context, C). A token of -1,
+    which `sample_tokens` writes if a logit is not finite, is treated as 0.
     """
     last = tokens.gather(1, ((counts[:, :1] - 1) % tokens.shape[1]))[:, 0]
     return wte[last.clamp(min=0)] + wpe[counts[:, 1]]
@@ -323,7 +324,7 @@ def norm_linear(
     gelu: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
-    """layer_norm(x) weight^T + bias, with `gelu` its GELU.
+    """layer_norm(x) weight^T + bias, and with `gelu` the GELU of that.
 
     x: (B, K). weight: (N, K). norm_weight, norm_bias: (K,). bias: (N,).
     Returns (B, N) in the weight's dtype.
@@ -353,17 +354,18 @@ def sample_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> None:
-    """Draws the next token of each text, writes it into `tokens`, and counts on.
+    """Samples the next token of each sequence, stores it in `tokens` and increments `counts`.
 
-    logits: (B, V). tokens: (B, N) int64: token number n goes into column n mod N. counts: (B, K)
-    int64: n is in column 0, and every column advances by one.
+    logits: (B, V). tokens: (B, N) int64, a ring buffer: token number n is stored in column n mod N.
+    counts: (B, K) int64: column 0 is n, and every column is incremented.
 
-    Temperature divides the logits; at 0 the likeliest token is taken. top_k keeps the k likeliest;
-    top_p (Holtzman et al. 2020) the fewest likeliest that hold p of what is left, one at least. Of
-    equal ones the first are likelier. What is kept has masses exp((logit - greatest) / temperature)
-    in units of 2^-40, integers, whose sums no order of adding changes. The draw is the first token
-    whose masses up to it exceed `uniform` times all, a pure function of (seed, text, n).
-    Where a logit is not finite the token is -1.
+    Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
+    likely tokens; top_p (Holtzman et al. 2020) keeps the smallest set of most likely tokens, at
+    least one, that has p of the remaining probability. Of equal logits the first are kept. Kept
+    tokens have masses exp((logit - max logit) / temperature) in units of 2^-40, integers, so that
+    their sum does not depend on the order. The sampled token is the first at which the running sum
+    exceeds `uniform` times the total: a function of (logits, seed, sequence, n).
+    The token is -1 if a logit is not finite.
     """
     V = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -374,7 +376,7 @@ def sample_tokens(
     if top_p is not None and top_p < 1:
         wanted = (mass.sum(-1, keepdim=True).double() * top_p).ceil()
         mass *= mass.cumsum(-1) - mass < wanted
-    mass = mass.gather(1, index.argsort(-1))  # in the order of the vocabulary
+    mass = mass.gather(1, index.argsort(-1))  # in the order of token ids
     total = mass.sum(-1)
     target = (uniform(seed, counts[:, 0]) * total.double()).long().minimum(total - 1)
     token = (mass.cumsum(-1) <= target[:, None]).sum(-1)
@@ -385,21 +387,21 @@ def sample_tokens(
 
 
 def limits(V: int, temperature: float, top_k: int | None) -> tuple[float, int]:
-    """The factor of the logits, which float32 holds, and how many tokens are kept."""
+    """Returns 1 / temperature, limited to float32, and the number of tokens that top-k keeps."""
     if temperature == 0:
         return 1.0, 1
-    inverse = min(1 / temperature, GREATEST_INVERSE)
+    inverse = min(1 / temperature, MAX_INVERSE)
     return inverse, V if top_k is None else min(top_k, V)
 
 
 def uniform(seed: int | Tensor, number: Tensor) -> Tensor:
-    """Numbers in [0, 1) by 53 bits of Philox for texts 0 to B - 1. number: (B,) int64.
+    """Uniform numbers in [0, 1) with 53 bits for sequences 0 to B - 1. number: (B,) int64.
 
-    Philox of `dropout`; the counter's words: number's low and high 32 bits, text, 2.
+    By `dropout.philox`; the counter is (low and high 32 bits of number, sequence index, 2).
     """
-    text = torch.arange(len(number), device=number.device)
+    sequence = torch.arange(len(number), device=number.device)
     m32 = 0xFFFFFFFF
-    words = dropout.philox(seed, number & m32, number >> 32, text, torch.full_like(text, 2))
+    words = dropout.philox(seed, number & m32, number >> 32, sequence, torch.full_like(sequence, 2))
     return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-53
 
 

@@ -19,7 +19,7 @@ GPU = torch.device("cuda", 0)
 # A process of its own: Triton must not interpret, and what is installed stays.
 LAUNCH = """
 import torch, triton, triton.language as tl
-from irongpt_kernels import launch, turing
+from irongpt_kernels.runtime import launch, turing
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -51,7 +51,7 @@ x, y = torch.zeros(128, 256, dtype=torch.float16), torch.zeros(128, 128)
 if LARGE:
     large[(1,)](x, y, 256)
 else:
-    turing.small_product[(1,)](x, x, y)
+    turing.small_dot[(1,)](x, x, y)
 """
 
 
@@ -101,7 +101,7 @@ def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     dtype, why = devices.precision("auto", GPU)
     assert dtype == torch.float16
     assert "7.5 (emulated)" in why
-    assert "timings are no T4's" in ops.slow_note("fused", GPU)
+    assert "timings do not predict a T4's" in ops.slow_note("fused", GPU)
     assert ops.slow_note("builtin", GPU) is None
     monkeypatch.delenv(emulate.VARIABLE)
     assert launch.architecture(GPU) == 90

@@ -44,7 +44,7 @@ def test_what_a_head_costs(kernel: str, tile: tuple[int, int], wanted: int) -> N
 def test_candidates_are_ranked_by_what_binds() -> None:
     def row(stack: int = 0, warps: int = 8, **head: float) -> dict[str, Any]:
         return dict(
-            kernel="attention._forward_kernel",
+            kernel="attention._fwd_kernel",
             stack=stack,
             warps_per_sm=warps,
             per_pair=0,

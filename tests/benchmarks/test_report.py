@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import environment, result_file
+from benchmarks.measure import result_file
 from benchmarks.ops.cases import MODES
 from benchmarks.report import __main__ as report
 from benchmarks.report import diff, plots, tables, tables_kernels
@@ -181,12 +181,6 @@ def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> No
     state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
     values = {section: dict(environment={}, state=state)}
     assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
-
-
-def test_the_throttle_reasons_of_a_card() -> None:
-    state = environment._state(1590.0, 5000.0, 70.0, 70.0, 84.0, 0x1 | 0x4 | 0x20)
-    assert state["throttled_by"] == ["power cap", "heat (software)"]
-    assert environment._state(None, None, None, None, None, None)["throttled_by"] is None
 
 
 def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> None:

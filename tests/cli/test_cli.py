@@ -44,7 +44,7 @@ def test_a_run_leaves_what_the_design_says(cli, tmp_path):
 def test_the_summary_explains_every_second(cli):
     long = [*TINY, "--iters", 300, "--eval-every", 150]
     line = next(x for x in cli("train", *long).out.splitlines() if x.startswith("time"))
-    total, parts = line.removeprefix("time      ").split(" s in all: ")
+    total, parts = line.removeprefix("time      ").split(" s in total: ")
     seconds = [float(part.split(" s ")[0]) for part in parts.split(", ")]
     # Parts under 0.05 s are left out, and each is rounded to 0.1 s.
     assert sum(seconds) == pytest.approx(float(total), abs=0.1 * (len(seconds) + 3))
@@ -69,7 +69,9 @@ def test_the_default_folder_is_numbered(cli, tmp_path):
 
 def test_the_preset_is_named_where_the_user_names_none(cli):
     flags = TINY[2:]
-    assert "preset    nano, as this is for a CPU; --preset chooses" in cli("train", *flags).out
+    assert (
+        "preset    nano, the default on a CPU; --preset selects another" in cli("train", *flags).out
+    )
     assert "preset" not in cli("train", *TINY).out
 
 

@@ -73,7 +73,7 @@ def test_prompts_from_a_file_and_from_standard_input(
 def test_a_prompt_longer_than_the_context_is_told_of(cli, run):
     result = cli("generate", run, "--prompt", "happy " * 20, "--tokens", 9)
     assert result.out.startswith("happy " * 20)
-    assert "the prompt has 120 tokens: its last 16 count" in result.err
+    assert "the prompt has 120 tokens: only the last 16 are used" in result.err
     assert "its last" not in cli("generate", run, "--prompt", "happy", "--tokens", 9).err
 
 

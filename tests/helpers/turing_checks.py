@@ -97,7 +97,7 @@ def check_other_gpus_are_as_ever() -> None:
 
 def check_what_cannot_be_served_is_as_ever_and_said_once() -> None:
     other = two_dots_kernel, "fp16 fp16 bf16"
-    with saying("two_dots_kernel runs without", "staged_kernel runs without"):
+    with saying("two_dots_kernel runs slowly, without", "staged_kernel runs slowly, without"):
         for num_warps in (1, 2):
             same = dict(N=16, num_warps=num_warps)
             assert ptx(*other, **same) == stock(*other, **same)
@@ -224,7 +224,7 @@ def check_a_triton_with_other_ptx_is_told() -> None:
         patch.object(turing, "KEY", "other ptx"),
         patch.object(turing, "_proved", False),
     ):
-        _assert_refused("not known")
+        _assert_refused("unexpected PTX")
         assert knobs.runtime.add_stages_inspection_hook is None
 
 

@@ -99,7 +99,7 @@ def without() -> Iterator[None]:
 @contextlib.contextmanager
 def saying(*wanted: str) -> Iterator[None]:
     """One warning for each text, and no other."""
-    turing._told.clear()
+    turing._warned.clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield

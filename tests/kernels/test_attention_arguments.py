@@ -28,8 +28,8 @@ GOOD = torch.zeros(2, 3, 8, 16)
         (ValueError, r"dropout_p must be in \[0, 1\), got 1.0", dict(dropout_p=1.0, seed=1)),
         (ValueError, "dropout_p > 0 needs a seed", dict(dropout_p=0.1)),
         (TypeError, "seed must be an int or a 0-d int64 tensor", dict(seed=torch.zeros(1))),
-        (ValueError, "k is on meta, and q on cpu", dict(k=GOOD.to("meta"))),
-        (ValueError, "seed is on meta, and q on cpu",
+        (ValueError, "k is on meta, but q is on cpu", dict(k=GOOD.to("meta"))),
+        (ValueError, "seed is on meta, but q is on cpu",
          dict(dropout_p=0.1, seed=torch.tensor(1, device="meta"))),
     ],
 )  # fmt: skip

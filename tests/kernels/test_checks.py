@@ -23,11 +23,15 @@ def test_none_for_a_tensor_is_named(op: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("seed", "error", "message"),
     [
-        (torch.tensor(1, device="meta"), ValueError, "^seed is on meta, and {first} on cpu$"),
+        (torch.tensor(1, device="meta"), ValueError, "^seed is on meta, but {first} is on cpu$"),
         (torch.tensor([1]), TypeError, "^seed must be an int or a 0-d int64 tensor, got torch.int"),
         (torch.tensor(1.0), TypeError, "^seed must be .*, got torch.float32"),
         (1.5, TypeError, "^seed must be .*, got 1.5$"),
-        (2**63, ValueError, "^seed must be a number of 64 bits, got 9223372036854775808$"),
+        (
+            2**63,
+            ValueError,
+            "^seed must fit into a signed 64-bit integer, got 9223372036854775808$",
+        ),
     ],
     ids=["another device", "not 0-d", "floating tensor", "floating number", "too large"],
 )

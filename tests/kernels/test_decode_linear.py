@@ -130,9 +130,9 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 def test_registration() -> None:
     given = normed(2, 37, 21, torch.float32, True)
-    torch.library.opcheck(decode_linear._norm_linear, (*given.values(), True, 1e-5))
+    torch.library.opcheck(decode_linear._norm_linear_op, (*given.values(), True, 1e-5))
     add = (given["x"], given["weight"], values(2, 21), None)
-    torch.library.opcheck(decode_linear._linear_add, add)
+    torch.library.opcheck(decode_linear._linear_add_op, add)
 
 
 @pytest.mark.parametrize(

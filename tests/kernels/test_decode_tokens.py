@@ -194,8 +194,8 @@ def test_the_ops_keep_their_promises() -> None:
     ring, counts = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
     ring, counts = ring.to(DEVICE), counts.to(DEVICE)
     seed = torch.tensor(3, device=DEVICE)
-    torch.library.opcheck(decode_tokens._draw, (values(2, 9), ring, counts, seed, 0.8, 3, 0.5))
-    torch.library.opcheck(decode_tokens._embed, (ring, counts, values(9, 16), values(8, 16)))
+    torch.library.opcheck(decode_tokens._sample_op, (values(2, 9), ring, counts, seed, 0.8, 3, 0.5))
+    torch.library.opcheck(decode_tokens._embed_op, (ring, counts, values(9, 16), values(8, 16)))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_ops_keep_their_promises() -> None:
         (dict(logits=torch.zeros(2, 5).double()), TypeError, "logits must be .* torch.float64"),
         (dict(logits=torch.zeros(2, 0)), ValueError, "logits must have 1 to 4,194,304 columns"),
         (dict(logits=torch.zeros(3, 5)), ValueError, r"tokens must have shape \(3, 4\)"),
-        (dict(tokens=torch.zeros(2, 4)), TypeError, "tokens must be int64 in rows"),
+        (dict(tokens=torch.zeros(2, 4)), TypeError, "tokens must be int64 with contiguous rows"),
         (dict(counts=torch.zeros(3, 2).long()), ValueError, r"counts must have shape \(2, 2\)"),
         (dict(seed="a"), TypeError, "seed must be an int or a 0-d int64 tensor"),
     ],

@@ -231,7 +231,7 @@ def test_opcheck(branch, residual, params, p: float) -> None:
     seed = torch.tensor(3, device=DEVICE) if p else None
     leaves = [x.clone().requires_grad_() for x in inputs.values()]
     torch.library.opcheck(fused._op, (*leaves, seed, p, 1e-5))
-    total, _, mean, rstd = fused.forward(*inputs.values(), seed, p, 1e-5)
+    total, _, mean, rstd = fused.dropout_add_layer_norm_fwd(*inputs.values(), seed, p, 1e-5)
     saved = total, inputs["weight"], mean, rstd, seed, p, branch
     upstream = gradients_of(inputs)
     for dsum, dnorm, wanted in [

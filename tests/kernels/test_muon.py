@@ -153,8 +153,8 @@ def test_gradients_and_updates_of_any_layout(layout: str) -> None:
 
 def test_what_kernels_read_begins_at_a_multiple_of_16_bytes() -> None:
     x = torch.arange(20.0, device=DEVICE).half()
-    assert grad_norm.packed(x) is x
-    moved = grad_norm.packed(x[3:])
+    assert grad_norm.aligned(x) is x
+    moved = grad_norm.aligned(x[3:])
     assert moved.data_ptr() % 16 == 0
     assert torch.equal(moved, x[3:])
 
@@ -162,7 +162,7 @@ def test_what_kernels_read_begins_at_a_multiple_of_16_bytes() -> None:
 def test_gradients_of_two_types_are_refused() -> None:
     state = State((2, 3, 5), torch.float32, False)
     grads = state.grads(0)
-    with pytest.raises(TypeError, match="must be of one type"):
+    with pytest.raises(TypeError, match="must have one dtype"):
         state.ahead(fused, [grads[0], grads[1].half()])
 
 

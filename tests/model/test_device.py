@@ -105,7 +105,7 @@ def test_the_peak_of_a_known_card(gpu, name, tera):
 def test_the_peak_of_another_card_is_measured(gpu, monkeypatch, name):
     gpu(name)
     monkeypatch.setattr(device, "_gemm_flops", lambda device, dtype: 1e12)
-    assert device.peak_flops(GPU, torch.float16) == (1e12, "measured matrix product")
+    assert device.peak_flops(GPU, torch.float16) == (1e12, "measured with a large matmul")
 
 
 def test_the_measured_peak_of_this_cpu_is_plausible_and_draws_from_no_training_generator():

@@ -1,1 +1,1 @@
-"""Bugs planted into the kernels one at a time, to see that the tests find them: see `run`."""
+"""Mutation tests: bugs planted into the kernels, one at a time, which the tests must find.

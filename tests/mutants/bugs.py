@@ -1,9 +1,9 @@
-"""The bugs: kinds that kernels like these have had elsewhere, each in one line of ours.
+"""Kinds of bugs that other kernels have had, each as a one-line change of ours.
 
-A bug is (name, old text, new text); the old text stands once in its file.
+A bug is (name, old text, new text); the old text occurs exactly once in its file.
 """
 
-from tests.mutants.optimizer import ADAMW, MUON, UNSCALE
+from tests.mutants.optimizer import ADAMW, GRAD_NORM, MUON
 from tests.mutants.rows import (
     CROSS_ENTROPY,
     DROPOUT_ADD_LAYER_NORM,
@@ -13,7 +13,7 @@ from tests.mutants.rows import (
     SOFTMAX,
     Bug,
 )
-from tests.mutants.tokens import CACHED_ATTENTION, ROW_LINEAR, TOKENS
+from tests.mutants.tokens import DECODE_ATTENTION, DECODE_LINEAR, DECODE_TOKENS
 
 ATTENTION: list[Bug] = [
     ("a row sees the next column", "cols <= rows, s,", "cols <= rows + 1, s,"),
@@ -21,55 +21,39 @@ ATTENTION: list[Bug] = [
     ("the carry is not rescaled", "acc * rescale[:, None]", "acc"),
     ("the sum is not rescaled", "l = l * rescale +", "l = l +"),
     ("the last key tile is skipped", "tl.minimum(start_m + BLOCK_M, T)", "start_m"),
-    (
-        "dropout before the softmax's sum",
-        "    l = l * rescale + tl.sum(p, 1)  # noqa: E741\n    if THRESHOLD > 0:\n"
-        "        p = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)\n",
-        "    if THRESHOLD > 0:\n"
-        "        p = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)\n"
-        "    l = l * rescale + tl.sum(p, 1)  # noqa: E741\n",
-    ),
+    ("dropout before the softmax's sum",
+     "    l = l * rescale + tl.sum(p, 1)  # noqa: E741\n    if THRESHOLD > 0:\n"
+     "        p = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)\n",
+     "    if THRESHOLD > 0:\n"
+     "        p = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)\n"
+     "    l = l * rescale + tl.sum(p, 1)  # noqa: E741\n"),
     ("every head drops alike", "attention_keep(seed, head, rows,", "attention_keep(seed, 0, rows,"),
-    (
-        "a row drops as its column",
-        "seed, head, rows, cols, THRESHOLD), p,",
-        "seed, head, cols, rows, THRESHOLD), p,",
-    ),
+    ("a row drops as its column",
+     "seed, head, rows, cols, THRESHOLD), p,", "seed, head, cols, rows, THRESHOLD), p,"),
     ("no keep scale", "acc * (keep_scale / l)[:, None]", "acc * (1.0 / l)[:, None]"),
     ("a natural logarithm is kept", "tl.log2(l)", "tl.log(l)"),
     ("exponents to base 2 of scores to base e", "scale * math.log2(math.e)", "scale"),
-    (
-        "statistics' offset in int32",
-        "stats = tl.cast(head, tl.int64) * T + rows",
-        "stats = head * T + rows",
-    ),
+    ("statistics' offset in int32",
+     "stats = tl.cast(head, tl.int64) * T + rows", "stats = head * T + rows"),
     ("m written past the end", "m, mask=rows < T)", "m)"),
     ("l written past the end", "tl.log2(l), mask=rows < T)", "tl.log2(l))"),
     ("heads and batches swapped", "b, h = head // H, head % H", "b, h = head % H, head // H"),
-]
+]  # fmt: skip
 
 ATTENTION_TILES: list[Bug] = [
     ("batch offset in int32", "tl.cast(b, tl.int64) * strides[0]", "b * strides[0]"),
     ("head read at another's stride", "tl.cast(h, tl.int64) * strides[1]", "h * strides[0]"),
     ("columns taken for contiguous", "cols[None, :] * strides[3]", "cols[None, :]"),
-    (
-        "rows past the end are read",
-        "tl.load(ptrs, mask=(rows < T)[:, None] & (cols < D)[None, :], other=0.0)",
-        "tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)",
-    ),
-    (
-        "weights are not normalized, exact",
-        "tl.exp2((s - m) - log_l)",
-        "tl.exp2(s - m + 0 * log_l)",
-    ),
+    ("rows past the end are read",
+     "tl.load(ptrs, mask=(rows < T)[:, None] & (cols < D)[None, :], other=0.0)",
+     "tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)"),
+    ("weights are not normalized, exact", "tl.exp2((s - m) - log_l)", "tl.exp2(s - m + 0 * log_l)"),
     ("weights are not normalized", "        m += log_l\n", "        m += 0\n"),
     ("m and log2(l) are rounded together", "tl.exp2((s - m) - log_l)", "tl.exp2(s - (m + log_l))"),
-    (
-        "padded columns are written",
-        "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :]",
-        "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None]",
-    ),
-]
+    ("padded columns are written",
+     "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :]",
+     "tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None]"),
+]  # fmt: skip
 
 ATTENTION_BACKWARD: list[Bug] = [
     ("delta dropped", "return p * (dz - delta[:, None]), k", "return p * dz, k"),
@@ -79,57 +63,39 @@ ATTENTION_BACKWARD: list[Bug] = [
     ("keep scale missing in dv", "store_tile(keep_scale * dv,", "store_tile(dv,"),
     ("dv of weights that were dropped", "z = tl.where(keep, p, 0.0)", "z = p"),
     ("dk of weights that were dropped", "dz = tl.where(keep, dz, 0.0)", "dz = 1.0 * dz"),
-    (
-        "dq with the mask of another head",
-        "attention_keep(seed, head, rows, cols, THRESHOLD), dz,",
-        "attention_keep(seed, head + 1, rows, cols, THRESHOLD), dz,",
-    ),
-    (
-        "keep scale missing in dq",
-        'dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))',
-        'dz = tl.dot(dout, tl.trans(v), input_precision="ieee")',
-    ),
-    (
-        "dq of what a row does not see",
-        "tl.where((cols <= rows) & (rows > 0), p, 0.0)",
-        "tl.where(rows > 0, p, 0.0)",
-    ),
-    (
-        "the first query tile is skipped",
-        "diagonal = start_n // BLOCK_M * BLOCK_M",
-        "diagonal = start_n // BLOCK_M * BLOCK_M + BLOCK_M",
-    ),
-    ("a ragged query tile is read whole", "False, not WHOLE, THRESHOLD", "False, False, THRESHOLD"),
-    (
-        "m read past the end",
-        "stats, rows < T, q.dtype == tl.float32)\n    delta = tl.load",
-        "stats, rows < T + 9, q.dtype == tl.float32)\n    delta = tl.load",
-    ),
+    ("dq with the mask of another head", "attention_keep(seed, head, rows, cols, THRESHOLD), dz,",
+     "attention_keep(seed, head + 1, rows, cols, THRESHOLD), dz,"),
+    ("keep scale missing in dq",
+     'dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))',
+     'dz = tl.dot(dout, tl.trans(v), input_precision="ieee")'),
+    ("dq of what a row does not see",
+     "tl.where((cols <= rows) & (rows > 0), p, 0.0)", "tl.where(rows > 0, p, 0.0)"),
+    ("the first query tile is skipped", "diagonal = start_n // BLOCK_M * BLOCK_M",
+     "diagonal = start_n // BLOCK_M * BLOCK_M + BLOCK_M"),
+    ("a ragged query tile is read whole",
+     "False, not EVEN_M, THRESHOLD", "False, False, THRESHOLD"),
+    ("m read past the end", "stats, rows < T, q.dtype == tl.float32)\n    delta = tl.load",
+     "stats, rows < T + 9, q.dtype == tl.float32)\n    delta = tl.load"),
     ("float32's delta keeps its rounding", "        delta += rest\n", ""),
     ("the first row has a gradient in dq", "(cols <= rows) & (rows > 0)", "cols <= rows"),
     ("the first row has a gradient in dk", "ds = tl.where(rows > 0, ds, 0.0)", "ds = 1.0 * ds"),
-    (
-        "dout read at the strides of out",
-        "dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),",
-        "out.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),",
-    ),
-    (
-        "statistics' offset in int32",
-        "stats = tl.cast(head, tl.int64) * T + rows\n",
-        "stats = head * T + rows\n",
-    ),
+    ("dout read at the strides of out",
+     "dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),",
+     "out.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),"),
+    ("statistics' offset in int32",
+     "stats = tl.cast(head, tl.int64) * T + rows\n", "stats = head * T + rows\n"),
     ("delta left unwritten past the first tile", "delta, mask=rows < T)", "delta, mask=rows < 32)"),
-]
+]  # fmt: skip
 
 PHILOX: list[Bug] = [
     ("fewer calls for a row's columns", "cols // 16, rows", "cols // 32, rows"),
     ("rows repeat after 2^32", "(row >> 32).to(tl.uint32)", "(row >> 40).to(tl.uint32)"),
     ("every head drops alike", "zero + head, zero, 7)", "zero, zero, 7)"),
     ("one row in eight draws", "rows // 32 * 8 + rows % 8", "rows // 32 * 8 + rows // 8 % 4"),
-]
+]  # fmt: skip
 
-# By module: its bugs, the tests of its own, and the ops by which `test_sanitizer` names it,
-# if it does.
+# For each module: its bugs, its own test files, and the name of its cases in `test_sanitizer`, if
+# it has some.
 BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "attention": (ATTENTION, "test_attention.py test_attention_dropout.py", "causal_attention"),
     "attention_tiles": (
@@ -155,11 +121,11 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     ),
     "softmax": (SOFTMAX, "test_softmax.py", "softmax"),
     "cross_entropy": (CROSS_ENTROPY, "test_cross_entropy.py", "cross_entropy"),
-    "decode_attention": (CACHED_ATTENTION, "test_decode_attention.py test_sanitizer_token.py", ""),
-    "decode_linear": (ROW_LINEAR, "test_decode_linear.py test_sanitizer_token.py", ""),
-    "decode_tokens": (TOKENS, "test_decode_tokens.py test_sanitizer_token.py", ""),
+    "decode_attention": (DECODE_ATTENTION, "test_decode_attention.py test_sanitizer_token.py", ""),
+    "decode_linear": (DECODE_LINEAR, "test_decode_linear.py test_sanitizer_token.py", ""),
+    "decode_tokens": (DECODE_TOKENS, "test_decode_tokens.py test_sanitizer_token.py", ""),
     "gelu": (GELU, "test_gelu.py", "gelu"),
-    "grad_norm": (UNSCALE, "test_adamw.py", "gelu"),
+    "grad_norm": (GRAD_NORM, "test_adamw.py", "gelu"),
     "adamw": (ADAMW, "test_adamw.py", "gelu"),
     "muon": (MUON, "test_muon.py", ""),
     "philox": (

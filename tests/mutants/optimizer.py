@@ -1,145 +1,82 @@
-"""The bugs of the optimizer's ops: see `bugs`."""
+"""The bugs of the optimizer's ops; see `bugs`."""
 
 from tests.mutants.rows import Bug
 
-UNSCALE: list[Bug] = [
+GRAD_NORM: list[Bug] = [
     ("another tensor's program", "mine = program >= firsts[i]", "mine = program > firsts[i]"),
     ("a size of the tensor before", "size = tl.where(mine, sizes[i], size)", "size = size"),
     ("offsets from the launch's start", "tl.cast(program - first,", "tl.cast(program,"),
-    ("narrow and wide confused", "mask & narrow, dtype", "mask & (not narrow), dtype"),
+    ("narrow and wide confused", "mask & is_16bit, dtype", "mask & (not is_16bit), dtype"),
     ("partial sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
-    (
-        "the scale stays in the norm",
-        "tl.sqrt_rn(tl.sum(total, 0)) / scale",
-        "tl.sqrt_rn(tl.sum(total, 0))",
-    ),
+    ("the scale stays in the norm",
+     "tl.sqrt_rn(tl.sum(total, 0)) / scale", "tl.sqrt_rn(tl.sum(total, 0))"),
     ("small gradients are blown up", "tl.where(larger > 1.0, larger, 1.0)", "larger"),
     ("the scale stays in the gradients", "scale * tl.where(larger", "tl.where(larger"),
-    ("NaN counts as good", 'good = norm < float("inf")', 'good = norm != float("inf")'),
-    ("an overflow counts as a step", "before + tl.where(good, 1.0, 0.0)", "before + 1.0"),
+    ("NaN counts as good", 'finite = norm < float("inf")', 'finite = norm != float("inf")'),
+    ("an overflow counts as a step", "before + tl.where(finite, 1.0, 0.0)", "before + 1.0"),
     ("the scale has no bounds", "tl.minimum(tl.maximum(scale, 1.0), 16777216.0)", "scale"),
-    (
-        "growth_interval goes on after an overflow",
-        "tl.load(good_ptr) + 1, 0)",
-        "tl.load(good_ptr) + 1, 1)",
-    ),
-]
+    ("growth_interval goes on after an overflow",
+     "tl.load(growth_tracker_ptr) + 1, 0)", "tl.load(growth_tracker_ptr) + 1, 1)"),
+]  # fmt: skip
 
 ADAMW: list[Bug] = [
-    (
-        "an overflow is applied",
-        "tl.load(unscaled_ptr + 2) == 0.0",
-        "tl.load(unscaled_ptr + 2) < 2.0",
-    ),
-    ("gradients are not divided", "NARROW < N, dtype) / grad_scale", "NARROW < N, dtype)"),
-    (
-        "the decay of the first tensor for all",
-        "decay = tl.where(mine, decays[i], decay)",
-        "decay = decay",
-    ),
+    ("an overflow is applied", "tl.load(stats_ptr + 2) == 0.0", "tl.load(stats_ptr + 2) < 2.0"),
+    ("gradients are not divided", "        g = g / grad_scale\n", ""),
+    ("the decay of the first tensor for all",
+     "decay = tl.where(mine, decays[i], decay)", "decay = decay"),
     ("the step of the first tensor for all", "index = tl.where(mine, i, index)", "index = 0 * i"),
     ("decay is not times lr", "p -= lr * decay * p", "p -= decay * p"),
     ("moments are swapped", "m = beta1 * load(m_at", "m = beta1 * load(v_at"),
     ("no correction of the first moment", "lr / _correction(t, log1) * m", "lr * m"),
     ("no correction of the second moment", "tl.sqrt_rn(_correction(t, log2))", "1.0"),
-    (
-        "the correction is a difference",
-        "tl.where(x > -0.5, -x * series,",
-        "tl.where(x > 0.5, -x * series,",
-    ),
+    ("the correction is a difference",
+     "tl.where(x > -0.5, -x * series,", "tl.where(x > 0.5, -x * series,"),
     ("eps under the root", "tl.sqrt_rn(v) /", "tl.sqrt_rn(v + eps) /"),
-    ("copies are those of every weight", "p, mask & copied,", "p, mask,"),
-    (
-        "no copy is written",
-        "        if COPIES > 0:\n            _store(",
-        "        if COPIES < 0:\n            _store(",
-    ),
+    ("copies are those of every weight", "p, mask & has_copy,", "p, mask,"),
+    ("no copy is written", "        if N_COPIES > 0:\n            _store(",
+     "        if N_COPIES < 0:\n            _store("),
     ("later launches read the first steps", "steps[a:]", "steps"),
-]
+]  # fmt: skip
 
 MUON: list[Bug] = [
-    (
-        "every matrix has the gradient of the first",
-        "address = tl.where(i == k, pointers",
-        "address = tl.where(i < 0, pointers",
-    ),
-    (
-        "the mask takes one more",
-        "return offsets, offsets < size",
-        "return offsets, offsets <= size",
-    ),
+    ("every matrix has the gradient of the first",
+     "address = tl.where(i == k, pointers", "address = tl.where(i < 0, pointers"),
+    ("the mask takes one more",
+     "return offsets, offsets < size", "return offsets, offsets <= size"),
     ("offsets of the first block for all", "tl.cast(tl.program_id(0), tl.int64) * BLOCK", "0"),
-    (
-        "momentum of the first matrix for all",
-        "momentum_ptr += tl.cast(matrix, tl.int64) * size",
-        "momentum_ptr += 0 * matrix",
-    ),
-    (
-        "momentum after an overflow",
-        "unscaled_ptr + 2) == 0.0:\n"
-        "        dtype: tl.constexpr = grads[0].dtype.element_ty\n        address",
-        "unscaled_ptr + 2) < 2.0:\n"
-        "        dtype: tl.constexpr = grads[0].dtype.element_ty\n        address",
-    ),
-    (
-        "gradients are not divided in the momentum",
-        "mask, dtype) / grad_scale",
-        "mask, dtype)",
-    ),
-    (
-        "gradients are not divided in what is ahead",
-        "mask, dtype) / tl.load(unscaled_ptr + 1)",
-        "mask, dtype)",
-    ),
-    ("no look ahead in the norm", "ahead = beta * m + rest * g", "ahead = m"),
-    (
-        "no look ahead",
-        "ahead = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g",
-        "ahead = tl.load(momentum_ptr + at, mask=mask, other=0.0)",
-    ),
-    (
-        "partial sums of the first matrix",
-        "sums_ptr + matrix * parts",
-        "sums_ptr",
-    ),
-    (
-        "blocks beyond the first of a program lost",
-        "tl.cdiv(size, BLOCK), programs)",
-        "programs, programs)",
-    ),
-    ("squares of the last block alone", "squares += ahead * ahead", "squares = ahead * ahead"),
+    ("momentum of the first matrix for all",
+     "momentum_ptr += tl.cast(matrix, tl.int64) * size", "momentum_ptr += 0 * matrix"),
+    ("momentum after an overflow",
+     "stats_ptr + 2) == 0.0:\n        dtype: tl.constexpr = grads[0].dtype.element_ty\n"
+     "        address",
+     "stats_ptr + 2) < 2.0:\n        dtype: tl.constexpr = grads[0].dtype.element_ty\n"
+     "        address"),
+    ("gradients are not divided in the momentum", "mask, dtype) / grad_scale", "mask, dtype)"),
+    ("gradients are not divided in what is ahead",
+     "mask, dtype) / tl.load(stats_ptr + 1)", "mask, dtype)"),
+    ("no look ahead in the norm", "a = beta * m + rest * g", "a = m"),
+    ("no look ahead", "a = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g",
+     "a = tl.load(momentum_ptr + at, mask=mask, other=0.0)"),
+    ("partial sums of the first matrix", "sums_ptr + matrix * parts", "sums_ptr"),
+    ("blocks beyond the first of a program lost",
+     "tl.cdiv(size, BLOCK), programs)", "programs, programs)"),
+    ("squares of the last block alone", "squares += a * a", "squares = a * a"),
     ("sums of all where there are fewer", "mask=part < parts", "mask=part < PARTS"),
     ("the square of the norm", "tl.sqrt_rn(tl.sum(sums, 0))", "tl.sum(sums, 0)"),
     ("a matrix of zeros is divided by zero", "+ TINY)", ")"),
-    (
-        "infinity after an overflow",
-        "y = tl.zeros((BLOCK,), tl.float32)",
-        'y = tl.full((BLOCK,), float("inf"), tl.float32)',
-    ),
-    (
-        "an update after an overflow",
-        "unscaled_ptr + 2) == 0.0:\n        lr,",
-        "unscaled_ptr + 2) < 2.0:\n        lr,",
-    ),
+    ("infinity after an overflow",
+     "y = tl.zeros((BLOCK,), tl.float32)", 'y = tl.full((BLOCK,), float("inf"), tl.float32)'),
+    ("an update after an overflow",
+     "stats_ptr + 2) == 0.0:\n        lr,", "stats_ptr + 2) < 2.0:\n        lr,"),
     ("decay is not times lr", "p - lr * decay * p -", "p - decay * p -"),
-    (
-        "the update decays too",
-        "p = p - lr * decay * p - lr * scale * u",
-        "p = (p - lr * scale * u) * (1 - lr * decay)",
-    ),
-    ("no copy is written", "if COPIES > 0:", "if COPIES < 0:"),
-    (
-        "the copy is what was before",
-        "p.to(dtype), mask=mask)",
-        "(p + lr * scale * u).to(dtype), mask=mask)",
-    ),
-    (
-        "later launches read the first momentum",
-        "momentum[a:b], sums[a:b]",
-        "momentum, sums[a:b]",
-    ),
+    ("the update decays too",
+     "p = p - lr * decay * p - lr * scale * u", "p = (p - lr * scale * u) * (1 - lr * decay)"),
+    ("no copy is written", "if COPY:", "if not COPY:"),
+    ("the copy is what was before",
+     "p.to(dtype), mask=mask)", "(p + lr * scale * u).to(dtype), mask=mask)"),
+    ("later launches read the first momentum", "momentum[a:b], sums[a:b]", "momentum, sums[a:b]"),
     ("later launches write the first result", "y[a:b], parts, *numbers", "y, parts, *numbers"),
     ("later launches read the first updates", "some, low, update[a:b]", "some, low, update"),
     ("updates of another layout as they are", "update = update.contiguous()", "update = update"),
-    ("gradients of another layout as they are", "[packed(g) for g in grads]", "list(grads)"),
-]
+    ("gradients of another layout as they are", "[aligned(g) for g in grads]", "list(grads)"),
+]  # fmt: skip

@@ -1,145 +1,98 @@
-"""The bugs of the ops that go row by row: see `bugs`."""
+"""The bugs of the ops that work row by row; see `bugs`."""
 
 Bug = tuple[str, str, str]
 
 LAYER_NORM: list[Bug] = [
-    (
-        "variance as a difference of squares",
-        "tl.sum(centred * centred, axis=1) / N + eps",
-        "tl.sum(x * x, axis=1) / N - mean * mean + eps",
-    ),
+    ("variance as a difference of squares", "tl.sum(centred * centred, axis=1) / N + eps",
+     "tl.sum(x * x, axis=1) / N - mean * mean + eps"),
     ("eps forgotten", "centred, axis=1) / N + eps)", "centred, axis=1) / N)"),
     ("bias read past the end", "bias_ptr + cols, mask=cols < N, other=0.0", "bias_ptr + cols"),
-    (
-        "rstd written past the end",
-        "rstd_ptr + rows, rstd, mask=rows < M)",
-        "rstd_ptr + rows, rstd)",
-    ),
-]
+    ("rstd written past the end",
+     "rstd_ptr + rows, rstd, mask=rows < M)", "rstd_ptr + rows, rstd)"),
+]  # fmt: skip
 
 LAYER_NORM_BACKWARD: list[Bug] = [
-    (
-        "padding counts in the mean's correction",
-        "centred = tl.where(valid, x - mean[:, None], 0.0)",
-        "centred = x - mean[:, None]",
-    ),
-    (
-        "padding counts in the variance",
-        "return tl.where(valid, centred - rest[:, None], 0.0)",
-        "return centred - rest[:, None]",
-    ),
+    ("padding counts in the mean's correction",
+     "centred = tl.where(valid, x - mean[:, None], 0.0)", "centred = x - mean[:, None]"),
+    ("padding counts in the variance",
+     "return tl.where(valid, centred - rest[:, None], 0.0)", "return centred - rest[:, None]"),
     ("mean uncorrected", "rest = tl.sum(centred, axis=1) / N", "rest = 0.0 * mean"),
-    (
-        "mean uncorrected in the backward",
-        "xhat = centre(x, valid, mean, N) * rstd[:, None]",
-        "xhat = tl.where(valid, (x - mean[:, None]) * rstd[:, None], 0.0)",
-    ),
+    ("mean uncorrected in the backward", "xhat = centre(x, valid, mean, N) * rstd[:, None]",
+     "xhat = tl.where(valid, (x - mean[:, None]) * rstd[:, None], 0.0)"),
     ("projection on xhat missing", " - xhat * mean_gx[:, None])", ")"),
     ("projection on 1 missing", "(g - mean_g[:, None] -", "(g -"),
     ("weight missing in dx", "g = dnorm * weight[None, :]", "g = dnorm"),
-    (
-        "the weight of wide rows is another one's",
-        "                weight = tl.load(weight_ptr + cols,",
-        "                weight = tl.load(weight_ptr + cols * 0,",
-    ),
+    ("the weight of wide rows is another one's",
+     "                weight = tl.load(weight_ptr + cols,",
+     "                weight = tl.load(weight_ptr + cols * 0,"),
     ("dweight of the last rows only", "dweight += tl.sum(", "dweight = tl.sum("),
     ("dbias of the last rows only", "dbias += tl.sum(", "dbias = tl.sum("),
     ("partials not all summed", "dweight.sum(0)", "dweight[0]"),
-    ("dy read at the stride of x", "rows[:, None] * stride_dnm", "rows[:, None] * stride_xm"),
-    ("rows in int32", "tl.cast(row_block, tl.int64) * BLOCK_M", "row_block * BLOCK_M"),
+    ("dy read at the stride of x", "rows[:, None] * dnorm_stride", "rows[:, None] * sum_stride"),
+    ("rows in int32", "tl.cast(row_tile, tl.int64) * BLOCK_M", "row_tile * BLOCK_M"),
     ("programs write one partial", "tl.cast(program, tl.int64) * N", "tl.cast(0, tl.int64) * N"),
-    (
-        "any layout taken for contiguous rows",
-        "return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()",
-        "return x",
-    ),
+    ("any layout taken for contiguous rows",
+     "rows = contiguous_rows(total)", "rows = launch.as_matrix(total)"),
     ("no keep scale", "threshold), scale, 0.0)", "threshold), 1.0, 0.0)"),
     ("gradient of the sum ignored", "dx += tl.load(dsum_ptrs", "dx += 0 * tl.load(dsum_ptrs"),
     ("gradient of the sum replaces", "dx += tl.load(dsum_ptrs", "dx = tl.load(dsum_ptrs"),
-    (
-        "gradient of what was dropped",
-        "dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)",
-        "dx *= scale",
-    ),
-    (
-        "dropped from the residual's gradient too",
-        "        if dresidual_ptr is not None:\n"
-        "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
-        "        if dbranch_ptr is not None:\n"
-        "            if seed_ptr is not None:\n"
-        "                dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n",
-        "        if seed_ptr is not None:\n"
-        "            dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n"
-        "        if dresidual_ptr is not None:\n"
-        "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
-        "        if dbranch_ptr is not None:\n",
-    ),
-]
+    ("gradient of what was dropped",
+     "dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)", "dx *= scale"),
+    ("dropped from the residual's gradient too",
+     "        if dresidual_ptr is not None:\n"
+     "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
+     "        if dbranch_ptr is not None:\n            if seed_ptr is not None:\n"
+     "                dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n",
+     "        if seed_ptr is not None:\n"
+     "            dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n"
+     "        if dresidual_ptr is not None:\n"
+     "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
+     "        if dbranch_ptr is not None:\n"),
+]  # fmt: skip
 
 DROPOUT_ADD_LAYER_NORM: list[Bug] = [
-    (
-        "norm of the unrounded sum",
-        "normalize(total.to(tl.float32),",
-        "normalize(residual + branch,",
-    ),
-    ("residual at the branch's stride", "rows[:, None] * stride_rm", "rows[:, None] * stride_bm"),
+    ("norm of the unrounded sum",
+     "normalize(total.to(tl.float32),", "normalize(residual + branch,"),
+    ("residual at the branch's stride",
+     "rows[:, None] * residual_stride", "rows[:, None] * branch_stride"),
     ("rows in int32", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     ("sum rounded twice", "residual + branch).to(", "residual + branch).to(tl.float16).to("),
-    (
-        "gradient of dropout's rate",
-        "seed, ctx.dropout_p, ctx.branch_dtype, wanted",
-        "seed, 0.0, ctx.branch_dtype, wanted",
-    ),
-]
+    ("gradient of dropout's rate",
+     "seed, ctx.dropout_p, ctx.branch_dtype, wanted", "seed, 0.0, ctx.branch_dtype, wanted"),
+]  # fmt: skip
 
 SOFTMAX: list[Bug] = [
     ("no maximum subtracted", "e = tl.exp(a - tl.max(a, axis=1)[:, None])", "e = tl.exp(a)"),
     ("the sum is not rescaled", "total = total * rescale + e", "total = total + e"),
     ("delta is not rescaled", "weighted = weighted * rescale +", "weighted = weighted +"),
     ("lanes meet without their maxima", "tl.sum(total * rescale, axis=0)", "tl.sum(total, axis=0)"),
-    (
-        "causal by the row of the matrix",
-        "seen = seen & (cols <= rows % N)",
-        "seen = seen & (cols <= rows)",
-    ),
+    ("causal by the row of the matrix",
+     "seen = seen & (cols <= rows % N)", "seen = seen & (cols <= rows)"),
     ("columns are loaded too late", "cols // 16 * 16 <= rows % N", "cols // 16 * 16 < rows % N"),
     ("a row does not see itself", "end = row % N + 1", "end = row % N"),
     ("scale missing in dx", "tl.where(seen, scale * y * dy, 0.0)", "tl.where(seen, y * dy, 0.0)"),
     ("scale missing in dx of long rows", "scale * y * (dy - delta", "y * (dy - delta"),
-    (
-        "delta dropped",
-        "    dy -= tl.sum(dy * y, axis=1)[:, None]\n"
-        "    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta\n",
-        "",
-    ),
-    (
-        "delta taken off once",
-        "    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta\n",
-        "",
-    ),
+    ("delta dropped",
+     "    dy -= tl.sum(dy * y, axis=1)[:, None]\n"
+     "    dy -= tl.sum(dy * y, axis=1)[:, None]  # subtracts the rounding error of delta\n",
+     ""),
+    ("delta taken off once",
+     "    dy -= tl.sum(dy * y, axis=1)[:, None]  # subtracts the rounding error of delta\n", ""),
     ("delta of long rows taken off once", "(dy - delta - left_row)", "(dy - delta)"),
     ("dy of the future counts", "tl.where(seen, dy.to(tl.float32), 0.0)", "dy.to(tl.float32)"),
-    ("dy taken for contiguous", "dy_ptr + rows * dy_stride_m", "dy_ptr + rows * N"),
-    (
-        "offsets in int32",
-        "tl.program_id(0).to(tl.int64)  # int64: M N passes 2^31 on big batches",
-        "tl.program_id(0)",
-    ),
-    (
-        "rows past the end are written",
-        "y, mask=(rows < M) & (cols < N))",
-        "y, mask=(rows > -1) & (cols < N))",
-    ),
-    (
-        "the last block of a long row is left out",
-        "for start in range(0, end, BLOCK_N):\n"
-        "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
-        "        x = tl.load(x_row + cols * x_stride,",
-        "for start in range(0, end - BLOCK_N + 1, BLOCK_N):\n"
-        "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
-        "        x = tl.load(x_row + cols * x_stride,",
-    ),
-]
+    ("dy taken for contiguous", "dy_ptr + rows * dy_strides[0]", "dy_ptr + rows * N"),
+    ("offsets in int32",
+     "tl.program_id(0).to(tl.int64)  # int64: M N can exceed 2^31", "tl.program_id(0)"),
+    ("rows past the end are written",
+     "y, mask=(rows < M) & (cols < N))", "y, mask=(rows > -1) & (cols < N))"),
+    ("the last block of a long row is left out",
+     "for start in range(0, end, BLOCK_N):\n"
+     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
+     "        x = tl.load(x_row + cols * x_stride,",
+     "for start in range(0, end - BLOCK_N + 1, BLOCK_N):\n"
+     "        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)\n"
+     "        x = tl.load(x_row + cols * x_stride,"),
+]  # fmt: skip
 
 CROSS_ENTROPY: list[Bug] = [
     ("ignored rows lose", "tl.where(counted, loss, 0.0)", "loss"),
@@ -153,12 +106,14 @@ CROSS_ENTROPY: list[Bug] = [
     ("no 1 taken from the true class", "tl.where(cols == t[:, None], -rest[:, None], e)", "e"),
     ("ignored rows learn", "mask = counted[:, None] & (cols < V)\n    x = tl.load(x_rows",
      "mask = (rows < M)[:, None] & (cols < V)\n    x = tl.load(x_rows"),
-    ("targets taken for contiguous", "t_ptr + rows * t_stride, mask=rows < M, other=0)\n"
-     "    counted = (rows < M) & (t != ignore_index)\n    x_rows = x_ptr + rows * x_stride_m\n\n",
-     "t_ptr + rows, mask=rows < M, other=0)\n"
-     "    counted = (rows < M) & (t != ignore_index)\n    x_rows = x_ptr + rows * x_stride_m\n\n"),
-    ("logits taken for contiguous", "x_rows = x_ptr + rows * x_stride_m\n    x_t",
-     "x_rows = x_ptr + rows * V\n    x_t"),
+    ("targets taken for contiguous",
+     "t_ptr + rows * t_stride, mask=rows < M, other=0)\n"
+     "    counted = (rows < M) & (t != ignore_index)\n    x_rows = x_ptr + rows * x_strides[0]\n"
+     "\n",
+     "t_ptr + rows, mask=rows < M, other=0)\n    counted = (rows < M) & (t != ignore_index)\n"
+     "    x_rows = x_ptr + rows * x_strides[0]\n\n"),
+    ("logits taken for contiguous",
+     "x_rows = x_ptr + rows * x_strides[0]\n    x_t", "x_rows = x_ptr + rows * V\n    x_t"),
     ("offsets in int32", "row_tile, col_tile = tl.program_id(0).to(tl.int64),",
      "row_tile, col_tile = tl.program_id(0),"),
     ("columns past the end are written",
@@ -169,12 +124,12 @@ CROSS_ENTROPY: list[Bug] = [
 GELU: list[Bug] = [
     ("another constant", "(1.0 + 0.044715 * z * z)", "(1.0 + 0.04471 * z * z)"),
     ("another constant in the slope", "0.134145", "0.044715"),
-    ("dbias of the last rows only", "db += dx", "db = dx"),
-    ("bias forgotten in the backward", "            z += b\n", "            z += 0 * b\n"),
-    ("partials not all summed", "db.sum(0)", "db[:1].sum(0)"),
+    ("dbias of the last rows only", "dbias += dx", "dbias = dx"),
+    ("bias forgotten in the backward", "            z += bias\n", "            z += 0 * bias\n"),
+    ("partials not all summed", "dbias.sum(0)", "dbias[:1].sum(0)"),
     ("rows past the end are written", "z * s, mask=mask)", "z * s, mask=cols < N)"),
-    ("dy taken for contiguous", "dy_ptr + rows * dy_stride_m", "dy_ptr + rows * N"),
+    ("dy taken for contiguous", "dy_ptr + rows * dy_strides[0]", "dy_ptr + rows * N"),
     ("slope without its sign", "tl.where(u2 >= 0.0, 1.0, e) * r", "1.0 * r"),
     ("rows in int32", "tl.cast(row_tile, tl.int64) * BLOCK_M", "row_tile * BLOCK_M"),
     ("two programs write one partial", "tl.cast(part, tl.int64) * N", "tl.cast(0, tl.int64) * N"),
-]
+]  # fmt: skip

@@ -1,13 +1,13 @@
-"""
-Plants each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel there.
+"""Plants each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel on it.
 
-    python -m tests.mutants.run                          all of them: half an hour
-    python -m tests.mutants.run --only gelu              those whose module or name contains it
+    python -m tests.mutants.run                          all bugs; takes half an hour
+    python -m tests.mutants.run --only gelu              bugs whose module or name contains the text
+    python -m tests.mutants.run --check                  only checks that every bug fits its source
 
-A bug is caught where a test fails, or memory is corrupted and Python dies. The kernel's own tests
-run first, the sanitizer's where they pass. Before a module's bugs its tests have to pass without
-any, or what they catch means nothing, and the module is left out as RED. Prints a table and how
-many were caught; exits 1 where fewer than 95 % were.
+A bug is caught if a test fails, or if Python crashes after memory was corrupted. The kernel's own
+test files run first; if they pass, the sanitizer's tests run too. The tests of a module must pass
+without a bug, or the module is reported as RED and skipped. The command prints a row per bug and
+how many were caught, and exits with 1 if fewer than 95 % were.
 """
 
 import argparse
@@ -24,14 +24,19 @@ from tests.mutants.bugs import BUGS
 
 REPOSITORY = Path(__file__).parents[2]
 GOAL = 0.95
-PASSED, FAILED = 0, 1  # pytest's exit codes; others mean that the tests did not run
+PASSED, FAILED = 0, 1  # pytest's exit codes; with others the tests did not run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.run", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only check that every bug fits")
     parser.add_argument("--only", default="", help="part of a module's or a bug's name")
     parser.add_argument("--seconds", type=float, default=600, help="for the tests of one bug")
     args = parser.parse_args()
+    if args.check:
+        stale = _stale()
+        print("\n".join(stale) or f"all {sum(len(bugs) for bugs, *_ in BUGS.values())} bugs fit")
+        return 1 if stale else 0
     caught = total = 0
     for module, (bugs, files, ops) in BUGS.items():
         wanted = [bug for bug in bugs if args.only in f"{module}: {bug[0]}"]
@@ -50,15 +55,24 @@ def main() -> int:
     return 0 if total and caught >= GOAL * total else 1
 
 
+def _stale() -> list[str]:
+    """Bugs whose old text does not occur exactly once, or that change nothing."""
+    found = []
+    for module, (bugs, *_) in BUGS.items():
+        text = (REPOSITORY / f"kernels/irongpt_kernels/fused/{module}.py").read_text()
+        found += [f"{module}: {n}" for n, old, new in bugs if text.count(old) != 1 or old == new]
+    return found
+
+
 def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: float) -> str:
-    """What the tests say with `old` replaced by `new`; an empty `old` is no bug."""
+    """The result of the tests with `old` replaced by `new`. An empty `old` plants no bug."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "irongpt_kernels")
         shutil.copytree(REPOSITORY / "kernels" / "irongpt_kernels", package)
         source = package / "fused" / f"{module}.py"
         text = source.read_text()
         if old and text.count(old) != 1:
-            return f"STALE, the text stands there {text.count(old)} times"
+            return f"STALE, the text occurs {text.count(old)} times"
         source.write_text(text.replace(old, new) if old else text)
         own = [f"tests/kernels/{name}" for name in files.split()]
         under_sanitizer = ["tests/kernels/test_sanitizer.py", "-k", f"an_op and {ops}"]
@@ -73,7 +87,7 @@ def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: flo
             if code < 0:
                 return f"caught by a crash, signal {-code}"
             if code != PASSED:
-                return f"BROKEN, pytest ends with {code}: {out[-300:]}"
+                return f"BROKEN, pytest exits with {code}: {out[-300:]}"
     return "MISSED"
 
 

@@ -158,7 +158,7 @@ def report(
 
 
 def _pass(kernel: str) -> str:
-    return "fwd" if "forward" in kernel or "fwd" in kernel else "bwd"
+    return "fwd" if "fwd" in kernel else "bwd"
 
 
 def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> dict[str, Any]:

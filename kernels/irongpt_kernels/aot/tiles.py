@@ -34,9 +34,9 @@ from irongpt_kernels.fused import attention_tiles
 from irongpt_kernels.runtime import launch, launch_table, turing
 
 KERNELS = {
-    "forward": "attention._forward_kernel",
-    "query": "attention_backward._query_kernel",
-    "key": "attention_backward._key_kernel",
+    "forward": "attention._fwd_kernel",
+    "query": "attention_backward._bwd_dq_kernel",
+    "key": "attention_backward._bwd_dkdv_kernel",
 }
 PRODUCTS = {"forward": 2, "query": 3, "key": 4}
 OWN = {"forward": 2, "query": 4, "key": 4}  # tensors of which a program reads or writes its tile

@@ -1,7 +1,7 @@
-"""Every op by a Triton kernel of its own: the contract of `eager`, and its dropout masks.
+"""Every op as a Triton kernel, with the contract of `eager` and its dropout masks.
 
-Each kernel stands in the module that bears its name, with its formulas and what they cost.
-Importing this module imports Triton.
+Each module contains the kernels of one op and documents its formulas, memory traffic and limits.
+Importing this package imports Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw
@@ -18,20 +18,7 @@ from irongpt_kernels.fused.muon import muon_momentum, muon_update
 from irongpt_kernels.fused.softmax import softmax
 
 __all__ = [
-    "adamw",
-    "causal_attention",
-    "causal_attention_packed",
-    "cross_entropy",
-    "decode_attention",
-    "dropout_add_layer_norm",
-    "embed_tokens",
-    "gelu",
-    "grad_norm",
-    "layer_norm",
-    "linear_add",
-    "muon_momentum",
-    "muon_update",
-    "norm_linear",
-    "sample_tokens",
-    "softmax",
-]
+    "adamw", "causal_attention", "causal_attention_packed", "cross_entropy", "decode_attention",
+    "dropout_add_layer_norm", "embed_tokens", "gelu", "grad_norm", "layer_norm", "linear_add",
+    "muon_momentum", "muon_update", "norm_linear", "sample_tokens", "softmax",
+]  # fmt: skip

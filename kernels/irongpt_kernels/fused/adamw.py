@@ -1,21 +1,20 @@
-"""
-AdamW for all weights at once, with unscaling and clipping before it and the 16-bit copies after it.
+"""AdamW for all weights in one kernel, with gradient unscaling and clipping and the 16-bit copies.
 
-    g = g / grad_scale                        grad_scale, found_inf: of `grad_norm`
+    g = g / grad_scale                     grad_scale and found_inf come from `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
-    p = p - lr decay p                     t: the steps so far, with this one
+    p = p - lr decay p                     t: the number of steps, including this one
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-    copy = p, rounded to its type
+    copy = p, rounded to the dtype of the copy
 
-Traffic     With gradients of 2 bytes: reads g, p, m, v and writes p, m, v and the copy, 28 bytes a
-            weight; with `grad_norm` 30. Other passes for unscaling, clipping and casts cost 20
-            more. A step that overflows reads its flag and leaves.
-Parallelism As in `grad_norm`: one kernel for up to 48 weights. No program needs another's result.
+Traffic     With 16-bit gradients: reads g, p, m, v and writes p, m, v and the copy, 28 bytes per
+            weight, or 30 with `grad_norm`. Separate passes for unscaling, clipping and casts would
+            cost 20 more. If found_inf is set, a program reads only that flag.
+Parallelism as in `grad_norm`: one launch for up to 48 weights. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
-            beta2 = 0.999 a difference would lose four digits at t = 1.
-Limits      Contiguous weights, moments and copies, at addresses that are multiples of 16; the first
-            two are float32. The copies are those of the first weights, and gradients are float32
-            but for those, whose gradients may be of a 16-bit type.
+            beta2 = 0.999 the subtraction would lose four digits at t = 1.
+Limits      Weights and moments are contiguous float32, copies are contiguous, and all addresses are
+            multiples of 16. The copies are those of the first weights. Gradients are float32,
+            except those of the first weights, which may have one 16-bit dtype.
 Spec        irongpt_kernels/eager.py::adamw
 """
 
@@ -29,14 +28,14 @@ from torch import Tensor
 
 from irongpt_kernels.fused.grad_norm import (
     BLOCK,
-    address_of,
+    aligned,
     chunks,
+    count_16bit,
     layout,
     load,
     load_gradient,
-    narrow_count,
-    packed,
-)
+    select_address,
+)  # fmt: skip
 from irongpt_kernels.runtime import launch
 
 
@@ -48,8 +47,8 @@ def _store(address, offsets, x, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _correction(t, log_beta):
-    """1 - beta^t, t > 0: near zero by the series of expm1, where a difference loses digits."""
-    x = t * log_beta  # at most 0
+    """1 - beta^t for t > 0, near 0 by the series of expm1, since a subtraction loses digits."""
+    x = t * log_beta  # never positive
     series = 1.0 + x / 10.0
     for i in tl.static_range(9, 1, -1):
         series = 1.0 + x / i * series
@@ -58,49 +57,54 @@ def _correction(t, log_beta):
 
 @triton.jit
 def _adamw_kernel(
-    grads, weights, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
-    steps_ptr, lr_ptr, unscaled_ptr, beta1, rest1, log1, beta2, rest2, log2, eps,
-    N: tl.constexpr, NARROW: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    grads, params, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
+    steps_ptr, lr_ptr, stats_ptr, beta1, rest1, log1, beta2, rest2, log2, eps,
+    N: tl.constexpr, N_16BIT: tl.constexpr, N_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of N tensors the first NARROW have narrow gradients, and the first COPIES have copies.
+    """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
-    rest1, log1: 1 - beta1 and log(beta1), and so for beta2. steps_ptr: that of the first tensor.
+    firsts: the first program of each tensor; sizes: its number of elements. rest1, log1: 1 - beta1
+    and log(beta1), likewise for beta2. steps_ptr: the step of the first tensor. stats_ptr: the
+    result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
-    g_at, p_at = grads[0].to(tl.int64), weights[0].to(tl.int64)
+    g_at, p_at = grads[0].to(tl.int64), params[0].to(tl.int64)
     m_at, v_at = exp_avgs[0].to(tl.int64), exp_avg_sqs[0].to(tl.int64)
-    index, narrow, copied = 0, NARROW > 0, COPIES > 0
+    index, is_16bit, has_copy = 0, N_16BIT > 0, N_COPIES > 0
     copy_at = p_at
-    if COPIES > 0:
+    if N_COPIES > 0:
         copy_at = low_precision_params[0].to(tl.int64)
     for i in tl.static_range(1, N):
         mine = program >= firsts[i]
-        g_at, p_at = address_of(grads, i, mine, g_at), address_of(weights, i, mine, p_at)
-        m_at, v_at = address_of(exp_avgs, i, mine, m_at), address_of(exp_avg_sqs, i, mine, v_at)
-        if i < COPIES:
-            copy_at = address_of(low_precision_params, i, mine, copy_at)
+        g_at, p_at = select_address(grads, i, mine, g_at), select_address(params, i, mine, p_at)
+        m_at = select_address(exp_avgs, i, mine, m_at)
+        v_at = select_address(exp_avg_sqs, i, mine, v_at)
+        if i < N_COPIES:
+            copy_at = select_address(low_precision_params, i, mine, copy_at)
         index = tl.where(mine, i, index)
         first, size = tl.where(mine, firsts[i], first), tl.where(mine, sizes[i], size)
         decay = tl.where(mine, decays[i], decay)
-        narrow, copied = tl.where(mine, i < NARROW, narrow), tl.where(mine, i < COPIES, copied)
-    if tl.load(unscaled_ptr + 2) == 0.0:
-        grad_scale, lr, t = tl.load(unscaled_ptr + 1), tl.load(lr_ptr), tl.load(steps_ptr + index)
+        is_16bit = tl.where(mine, i < N_16BIT, is_16bit)
+        has_copy = tl.where(mine, i < N_COPIES, has_copy)
+    if tl.load(stats_ptr + 2) == 0.0:  # found_inf
+        grad_scale, lr, t = tl.load(stats_ptr + 1), tl.load(lr_ptr), tl.load(steps_ptr + index)
         offsets = tl.cast(program - first, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        g = load_gradient(g_at, offsets, mask, narrow, NARROW > 0, NARROW < N, dtype) / grad_scale
+        g = load_gradient(g_at, offsets, mask, is_16bit, N_16BIT > 0, N_16BIT < N, dtype)
+        g = g / grad_scale
         m = beta1 * load(m_at, offsets, mask, tl.float32) + rest1 * g
         v = beta2 * load(v_at, offsets, mask, tl.float32) + rest2 * (g * g)
         p = load(p_at, offsets, mask, tl.float32)
         p -= lr * decay * p
-        spread = tl.sqrt_rn(v) / tl.sqrt_rn(_correction(t, log2)) + eps
-        p -= lr / _correction(t, log1) * m / spread
+        denominator = tl.sqrt_rn(v) / tl.sqrt_rn(_correction(t, log2)) + eps
+        p -= lr / _correction(t, log1) * m / denominator
         _store(m_at, offsets, m, mask, tl.float32)
         _store(v_at, offsets, v, mask, tl.float32)
         _store(p_at, offsets, p, mask, tl.float32)
-        if COPIES > 0:
-            _store(copy_at, offsets, p, mask & copied, low_precision_params[0].dtype.element_ty)
+        if N_COPIES > 0:
+            _store(copy_at, offsets, p, mask & has_copy, low_precision_params[0].dtype.element_ty)
 
 
 def adamw_launch(
@@ -117,25 +121,19 @@ def adamw_launch(
     weight_decays: list[float],
     eps: float,
 ) -> None:
-    """See `eager.adamw`; params, copies and moments change in place."""
-    grads = [packed(g) for g in grads]
-    betas = (x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324)))
-    numbers = (*betas, eps)
+    """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
+    grads = [aligned(g) for g in grads]
+    betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
     with launch.on(lr.device):
         for a, b, count in chunks(params):
             if not count:
                 continue
             lists = (grads, params, low_precision_params, exp_avgs, exp_avg_sqs)
-            options = dict(
-                N=len(params[a:b]),
-                NARROW=narrow_count(grads[a:b]),
-                COPIES=len(low_precision_params[a:b]),
-                BLOCK=BLOCK,
-            )
             _adamw_kernel[(count,)](
                 *(tuple(tensors[a:b]) for tensors in lists), *layout(params[a:b]),
-                tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *numbers,
-                **options, num_warps=4,
+                tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *betas, eps,
+                N=len(params[a:b]), N_16BIT=count_16bit(grads[a:b]),
+                N_COPIES=len(low_precision_params[a:b]), BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
 
 
@@ -166,12 +164,6 @@ def adamw(
     weight_decays: list[float],
     eps: float = 1e-8,
 ) -> None:
-    """See `eager.adamw`, and Limits."""
-    lists = (
-        list(params),
-        list(low_precision_params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-    )
+    """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for other gradients."""
+    lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

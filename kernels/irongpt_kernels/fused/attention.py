@@ -1,32 +1,31 @@
-"""
-Causal self-attention, forward: exact, and without a T x T matrix in memory.
+"""Causal self-attention, forward: exact, and without a T x T matrix in memory.
 
     out = causal_attention(q, k, v, dropout_p, seed, scale)          q, k, v, out: (B, H, T, D)
 
-Per row, over the columns that it sees:
+Forward, per row, over the columns up to the diagonal:
 
     S = scale q k^T     m = max S     l = sum exp(S - m)     P = exp(S - m) / l
     out = (P * keep / (1 - p)) v
 
-Forward     Online softmax (Milakov and Gimpelshein 2018; Dao, "FlashAttention-2", 2023): the keys
-            come in tiles, and a row carries its maximum m, its sum l and its unnormalized output.
-            When a tile raises m, what the row carries is rescaled by 2^(m_old - m_new).
-            Exponents are to base 2: log2(e) is folded into the scale. m and log2(l) are kept.
-            Dropout acts on the weights, not on l: the softmax is that of all columns.
+Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2", 2023): a program
+            loops over tiles of keys and carries, for each row, the maximum m, the sum l and the
+            unnormalized output. When a tile raises m, the carried l and output are rescaled by
+            2^(m_old - m_new). Exponents are to base 2: log2(e) is folded into the scale. m and
+            log2(l) are saved. Dropout acts on the weights and not on l, as in eager.
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
-Diagonal    Tiles left of the diagonal are seen whole and take no mask; those that the diagonal
-            crosses are peeled off into a second loop. Tiles right of it are never touched.
-Traffic     reads q, k, v, writes out: 4 B H T D elements, and m and log2(l), 8 bytes a row. k and
-            v come once per query tile, from L2: neighbouring programs share a head.
-Parallelism one program per (head, query tile), the longest rows of a head first.
-Precision   scores, softmax and accumulators in float32; P is rounded to the input dtype for its
-            product with v. No fused multiply-add may join S and m: the exponent of the largest
-            score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are two
-            numbers, for their sum is rounded to the last place of m, a relative error of P.
+Diagonal    Tiles left of the diagonal need no mask; those that it crosses are handled by a second,
+            masked loop. Tiles right of it are never read.
+Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l), 8 bytes per row. k
+            and v are read once per query tile, mostly from L2: neighbouring programs share a head.
+Parallelism one program per head and query tile; the longest rows of a head come first.
+Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
+            matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
+            score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
+            separately: their sum would be rounded to the last digit of m, a relative error of P.
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D). Its
-            backward writes the three gradients side by side. Without it autograd stacks them,
+            backward writes the three gradients into one tensor. Otherwise autograd stacks them,
             which moves 6 B H T D elements more.
-Limits      D a multiple of 16, 16 to 128 (others than powers of two are padded in registers).
+Limits      D is a multiple of 16 from 16 to 128; D that is no power of two is padded in registers.
 Spec        irongpt_kernels/eager.py::causal_attention
 """
 
@@ -40,14 +39,14 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
-from irongpt_kernels.fused.attention_backward import causal_attention_backward
+from irongpt_kernels.fused.attention_backward import backward_op
 from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit
-def _forward_kernel(
+def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, H, T, scale_log2,
     THRESHOLD: tl.constexpr, D: tl.constexpr,
@@ -63,7 +62,7 @@ def _forward_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    diagonal = start_m // BLOCK_N * BLOCK_N  # keys before this one are seen by every row
+    diagonal = start_m // BLOCK_N * BLOCK_N  # every row sees the keys before this one
     for start_n in range(0, diagonal, BLOCK_N):
         m, l, acc = _attend(  # noqa: E741
             m, l, acc, q, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m, start_n, T,
@@ -90,14 +89,14 @@ def _attend(
     scale_log2, seed, DIAGONAL: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys joins what the rows carry. DIAGONAL: not every row sees all of it."""
+    """Updates m, l and acc by one tile of keys. DIAGONAL: the diagonal crosses the tile."""
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
     k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
     if DIAGONAL:
         s = tl.where(cols <= rows, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))  # finite: the first tile of either loop has a column to see
+    m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees a column of a loop's first tile
     p = tl.exp2(s - m_new[:, None])
     rescale = tl.exp2(m - m_new)
     l = l * rescale + tl.sum(p, 1)  # noqa: E741
@@ -108,10 +107,10 @@ def _attend(
     return m_new, l, acc
 
 
-def attention_forward(
+def causal_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns out, (B, T, H, D), and the stats m and log2(l) to base 2, (2, B, H, T) float32."""
+    """Returns out, (B, T, H, D), and m and log2(l) in one tensor, (2, B, H, T) float32."""
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
     stats = q.new_empty(2, B, H, T, dtype=torch.float32)
@@ -120,7 +119,7 @@ def attention_forward(
     config = attention_tiles.tiles("forward", q.device, D, q.element_size())
     grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
     with launch.on(q.device):
-        _forward_kernel[grid](
+        _fwd_kernel[grid](
             q, k, v, out, *stats, seed,
             q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),
             H, T, scale * math.log2(math.e),
@@ -134,7 +133,7 @@ def attention_forward(
 def _op(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, seed, dropout_p, scale)
+    return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
 
 
 @_op.register_fake
@@ -157,9 +156,7 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
         return (None,) * 6
     q, k, v, seed, out, stats = ctx.saved_tensors
     wants_q, *wants_kv = ctx.needs_input_grad[:3]
-    packed = causal_attention_backward(
-        dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv)
-    )
+    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv))
     gradients, wanted = unpack(packed), (wants_q, *wants_kv)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
@@ -170,9 +167,9 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def check_options(
     name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
 ) -> tuple[Tensor, float]:
-    """Seed and scale as the kernels take them. q: an argument, called `name`, whose last is D.
+    """Returns the seed as a tensor and the scale as a float. q: the argument `name`, (..., D).
 
-    Raises ValueError for a D that no kernel takes and for options out of range.
+    Raises ValueError for an unsupported D and for options out of range, TypeError for a bad seed.
     """
     checks.dropout(dropout_p, seed, **{name: q})
     D = q.shape[-1]
@@ -185,7 +182,7 @@ def check_options(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of autocast where it is on: so PyTorch's attention takes them."""
+    """The tensors cast to the autocast dtype if autocast is on, as for PyTorch's attention."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -201,10 +198,10 @@ def causal_attention(
     seed: int | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """See `eager.causal_attention`. Under autocast the inputs take its dtype, as in PyTorch's.
+    """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
 
     Raises TypeError for a dtype other than float32, float16 and bfloat16; ValueError for tensors
-    that differ in shape, dtype or device, and for a D that is no multiple of 16 from 16 to 128.
+    that differ in shape, dtype or device, and unless D is a multiple of 16 from 16 to 128.
     """
     checks.floating(q=q, k=k, v=v)
     checks.rank("q", q, 4)
@@ -221,7 +218,7 @@ def causal_attention(
 @torch.library.custom_op("irongpt::causal_attention_packed", mutates_args=())
 def _packed_op(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = unpack(qkv)
-    return attention_forward(q, k, v, seed, dropout_p, scale)
+    return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
 
 
 @_packed_op.register_fake
@@ -244,9 +241,7 @@ def _packed_backward(
         return None, None, None, None
     qkv, seed, out, stats = ctx.saved_tensors
     q, k, v = unpack(qkv)
-    packed = causal_attention_backward(
-        dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, True
-    )
+    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, True)
     return packed, None, None, None
 
 
@@ -260,7 +255,7 @@ def causal_attention_packed(
     seed: int | Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """See `eager.causal_attention_packed`; dtypes, autocast and errors as in `causal_attention`."""
+    """See `eager.causal_attention_packed`. Dtypes, autocast, errors: see `causal_attention`."""
     checks.floating(qkv=qkv)
     checks.rank("qkv", qkv, 5)
     B, T, _, H, D = qkv.shape

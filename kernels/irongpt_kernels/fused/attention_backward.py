@@ -1,36 +1,39 @@
-"""
-Causal self-attention, backward: dQ, dK and dV in one packed gradient, without atomics.
+"""Causal self-attention, backward: dQ, dK and dV in one packed gradient, without atomics.
 
-With P, keep, m and l as in `attention`, and for each row
+With P, keep, m and l as in `attention`, the backward computes for each row
 
     Z  = P * keep / (1 - p)            the weights that the forward used
     dV = Z^T dO                        dZ = dO V^T
     dS = P * (dZ * keep / (1 - p) - delta)
     dQ = scale dS K                    dK = scale dS^T Q
 
-where delta = sum_j Z_j dZ_j is also dot(dO, O), one number a row instead of a pass of its own.
+where delta = sum_j Z_j dZ_j is also dot(dO, O), one number per row, which needs no extra pass.
 
-Algorithm   Dao, "FlashAttention-2" (2023), with the loops split so that every gradient has one
-            owner: a kernel over query tiles computes delta and dQ, then one over key tiles dK and
-            dV. Both recompute P = 2^(S - m) / l, and the dropout mask from its counter; that is two
-            products of scores more than one kernel with atomics, and the same bits on every run.
-Diagonal    as in the forward, tiles that it crosses are peeled off and masked.
-Traffic     reads q, k, v, out, dout, writes dq, dk, dv: 8 B H T D elements, and m, l; a second
-            read of q, k, v and dout. k and v, or q and dout, come from L2 once per tile.
-            The three gradients lie as (B, T, 3, H, D), where a packed projection wants them.
-Precision   accumulators and dS in float32; Z and dS are rounded to the input dtype for their
-            products. dS is rounded before it is scaled: |dS| is at most a quarter of the spread
-            of dZ keep / (1 - p) over its row, so it does not overflow before dZ would, and small
-            values keep the bits that a scale below 1 would push out of fp16's range.
-            A row of dS sums to 0, and where one key has nearly all of its weight, each dS is a
-            difference of nearly equal numbers. dot(dO, O) rounds apart from dZ and would leave its
-            rounding there; in float32, where that shows, a first pass sums dS, and delta takes
-            what is left. Row 0 sees one key: its dS is 0, in any dtype.
+Algorithm   Dao, "FlashAttention-2" (2023), with two kernels so that one program computes each
+            gradient tile: a kernel over query tiles computes delta and dQ, then one over key tiles
+            dK and dV. Both recompute P = 2^(S - m) / l, and the dropout mask from its counter. That
+            is two matmuls more than one kernel with atomics needs, and every run gives the same
+            bits.
+Diagonal    As in the forward, tiles that the diagonal crosses have a masked loop of their own.
+Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
+            The second kernel reads q, k, v and dout again. Each tile of queries reads k and v, and
+            each tile of keys q and dout, mostly from L2. The gradients are one (B, T, 3, H, D)
+            tensor, as a packed projection needs them.
+Parallelism one program per head and query tile, then one per head and key tile.
+Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
+            matmuls. dS is rounded before it is scaled: |dS| is at most a quarter of the spread of
+            dZ keep / (1 - p) over its row, so it overflows no earlier than dZ, and small values
+            keep the bits that a scale below 1 would push out of float16's range.
+            A row of dS sums to 0, and where one key has nearly all of the weight, each dS is a
+            difference of nearly equal numbers. dot(dO, O) is rounded differently from dZ, which
+            leaves an error in dS. In float32, where that error is visible, a first pass sums dS and
+            adds the sum to delta. Row 0 sees one key: its dS is exactly 0, in any dtype.
 Limits      those of `attention`. No second derivative.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,20 +48,20 @@ from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit
-def _query_kernel(
+def _bwd_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, m_ptr, log_l_ptr, seed_ptr, dq_ptr, delta_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, H, T,
     scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta and dQ of one query tile."""
+    """Computes delta and dQ of one query tile."""
     query_tiles = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // query_tiles
     start_m = (query_tiles - 1 - tl.program_id(0) % query_tiles) * BLOCK_M  # longest rows first
     b, h = head // H, head % H
     seed = tl.load(seed_ptr)
     rows = start_m + tl.arange(0, BLOCK_M)
-    stats = tl.cast(head, tl.int64) * T + rows  # where m, log2(l) and delta lie
+    stats = tl.cast(head, tl.int64) * T + rows  # offsets of m, log2(l) and delta
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     out = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
@@ -77,7 +80,7 @@ def _query_kernel(
     tl.store(delta_ptr + stats, delta, mask=rows < T)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    diagonal = start_m // BLOCK_N * BLOCK_N  # keys before this one are seen by every row
+    diagonal = start_m // BLOCK_N * BLOCK_N  # every row sees the keys before this one
     for start_n in range(0, diagonal, BLOCK_N):
         ds, k = _ds_of_keys(
             q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
@@ -99,7 +102,7 @@ def _ds_of_keys(
     start_n, T, scale_log2, seed, DIAGONAL: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dS of a tile of keys, and its k."""
+    """Returns dS of a tile of keys, (BLOCK_M, BLOCK_N), and the tile of k."""
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
     k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
@@ -115,16 +118,16 @@ def _ds_of_keys(
 
 
 @triton.jit
-def _key_kernel(
+def _bwd_dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, m_ptr, log_l_ptr, delta_ptr, seed_ptr, dk_ptr, dv_ptr,
     dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, H, T,
-    scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr,
+    scale, scale_log2, THRESHOLD: tl.constexpr, D: tl.constexpr, EVEN_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile. WHOLE: the query tiles end at T exactly."""
+    """Computes dK and dV of one key tile. EVEN_M: T is a multiple of BLOCK_M."""
     key_tiles = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // key_tiles
-    start_n = tl.program_id(0) % key_tiles * BLOCK_N  # the keys that most rows see first
+    start_n = tl.program_id(0) % key_tiles * BLOCK_N  # longest columns first
     b, h = head // H, head % H
     seed = tl.load(seed_ptr)
     k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, True)
@@ -132,7 +135,7 @@ def _key_kernel(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    diagonal = start_n // BLOCK_M * BLOCK_M  # the first query tile that sees any of these keys
+    diagonal = start_n // BLOCK_M * BLOCK_M  # the first query tile that sees one of these keys
     below = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M  # the first that sees all of them
     for start_m in range(diagonal, tl.minimum(below, T), BLOCK_M):
         dk, dv = _dkv_of_queries(
@@ -143,7 +146,7 @@ def _key_kernel(
     for start_m in range(below, T, BLOCK_M):
         dk, dv = _dkv_of_queries(
             dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
-            b, h, head, start_m, start_n, T, scale_log2, seed, False, not WHOLE, THRESHOLD, D,
+            b, h, head, start_m, start_n, T, scale_log2, seed, False, not EVEN_M, THRESHOLD, D,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     keep_scale = 256 / (256 - THRESHOLD)
@@ -158,10 +161,10 @@ def _dkv_of_queries(
     DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dK / scale and dV / keep_scale, with what a tile of queries adds to them.
+    """Adds the contribution of a tile of queries to dK / scale and dV / keep_scale.
 
-    Scores are transposed, (BLOCK_N, BLOCK_M), so that P and dS are left factors as they are.
-    Rows beyond T have dout = 0 and delta = 0, and add nothing.
+    Scores are computed transposed, (BLOCK_N, BLOCK_M), so that P and dS need no transpose as left
+    operands. Rows beyond T have dout = 0 and delta = 0, and contribute nothing.
     """
     rows = start_m + tl.arange(0, BLOCK_M)
     cols = (start_n + tl.arange(0, BLOCK_N))[:, None]
@@ -189,11 +192,11 @@ def _dkv_of_queries(
     return dk, dv
 
 
-def attention_backward(
+def causal_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
     dropout_p: float, scale: float, with_kv: bool,
 ) -> Tensor:  # fmt: skip
-    """The packed gradient, (B, T, 3, H, D); dK and dV are left unwritten unless `with_kv`.
+    """Returns the packed gradient, (B, T, 3, H, D). Only `with_kv` computes dK and dV.
 
     dout, out: (B, T, H, D). q, k, v: (B, H, T, D). stats: (2, B, H, T).
     """
@@ -214,7 +217,7 @@ def attention_backward(
     )
     config = attention_tiles.tiles("query", q.device, D, q.element_size())
     with launch.on(q.device):
-        _query_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
+        _bwd_dq_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
             dout, q, k, v, out, m, log_l, seed, dq, delta,
             dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
             *sizes, **options, **config,
@@ -222,26 +225,20 @@ def attention_backward(
         if not with_kv:
             return packed
         config = attention_tiles.tiles("key", q.device, D, q.element_size())
-        _key_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
+        _bwd_dkdv_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
             dout, q, k, v, m, log_l, delta, seed, dk, dv,
             dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),
-            *sizes, WHOLE=T % config["BLOCK_M"] == 0, **options, **config,
+            *sizes, EVEN_M=T % config["BLOCK_M"] == 0, **options, **config,
         )  # fmt: skip
     return packed
 
 
-@torch.library.custom_op("irongpt::causal_attention_backward", mutates_args=())
-def causal_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
-    dropout_p: float, scale: float, with_kv: bool,
-) -> Tensor:  # fmt: skip
-    return attention_backward(dout, q, k, v, seed, out, stats, dropout_p, scale, with_kv)
+backward_op = torch.library.custom_op(
+    "irongpt::causal_attention_backward", causal_attention_bwd, mutates_args=()
+)
 
 
-@causal_attention_backward.register_fake
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
-    dropout_p: float, scale: float, with_kv: bool,
-) -> Tensor:  # fmt: skip
+@backward_op.register_fake
+def _(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
     B, H, T, D = q.shape
     return q.new_empty(B, T, 3, H, D)

@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of (B, H, T, D) tensors in any strides, their sizes."""
+"""Tile loads and stores of (B, H, T, D) tensors with any strides, and the tile sizes per GPU."""
 
 import functools
 
@@ -14,9 +14,9 @@ def load_tile(
     ptr, strides, b, h, start, T,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start to start + BLOCK_T of head (b, h): (BLOCK_T, BLOCK_D), 0 beyond column D.
+    """Returns rows start to start + BLOCK_T of head (b, h), (BLOCK_T, BLOCK_D), 0 beyond column D.
 
-    BOUNDED: the tile may reach beyond row T, and is 0 there.
+    BOUNDED: the tile can extend beyond row T, and is 0 there.
     """
     rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
     ptrs, cols = _pointers(ptr, strides, b, h, rows, BLOCK_D)
@@ -34,17 +34,17 @@ def store_tile(
     tile, ptr, strides, b, h, start, T,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes what `load_tile` would read, in the dtype of the memory."""
+    """Stores a tile where `load_tile` would load it, cast to the dtype of the tensor."""
     rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
     ptrs, cols = _pointers(ptr, strides, b, h, rows, BLOCK_D)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :])
 
 
 @triton.jit
-def load_stats(m_ptr, log_l_ptr, at, seen, EXACT: tl.constexpr):
-    """m and log2(l) of rows. Unless EXACT, m is their rounded sum."""
-    m = tl.load(m_ptr + at, mask=seen, other=0.0)
-    log_l = tl.load(log_l_ptr + at, mask=seen, other=0.0)
+def load_stats(m_ptr, log_l_ptr, at, mask, EXACT: tl.constexpr):
+    """Returns m and log2(l) of the rows. Unless EXACT, m is replaced by their rounded sum."""
+    m = tl.load(m_ptr + at, mask=mask, other=0.0)
+    log_l = tl.load(log_l_ptr + at, mask=mask, other=0.0)
     if not EXACT:
         m += log_l
     return m, log_l
@@ -52,42 +52,44 @@ def load_stats(m_ptr, log_l_ptr, at, seen, EXACT: tl.constexpr):
 
 @triton.jit
 def weights(s, m, log_l, EXACT: tl.constexpr):
-    """P = 2^(s - m) / l, of scores to base 2 and what `load_stats` gave."""
+    """Returns P = 2^(s - m) / l from scores to base 2 and the results of `load_stats`."""
     return tl.exp2((s - m) - log_l) if EXACT else tl.exp2(s - m)
 
 
 @triton.jit
 def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
-    # int64 throughout: in a transposed layout any of the four strides may be the big one.
+    # int64 throughout: in a transposed layout any of the four strides can be the largest.
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
     base = ptr + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
 def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
-    """The launch of a kernel: BLOCK_M queries, BLOCK_N keys, and its warps and stages.
+    """The launch options of a kernel: BLOCK_M queries, BLOCK_N keys, its warps and stages.
 
-    kernel: forward, query (delta, dQ) or key (dK, dV). Measured on this GPU where `tuned` has it.
+    kernel: forward, query (delta, dQ) or key (dK, dV). Options that `irongpt tune` has measured on
+    this GPU replace those of `table`.
     """
-    if launch.INTERPRETED:  # many small tiles: every boundary case, on short inputs
+    if launch.INTERPRETED:  # small tiles reach every boundary case on short inputs
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    shipped = table(kernel, launch.architecture(device), launch.block(D), itemsize)
-    return launch_table.options(f"attention {kernel}", D, itemsize, device, shipped)
+    default = table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    return launch_table.options(f"attention {kernel}", D, itemsize, device, default)
 
 
-@functools.cache  # a launch asks for it: nobody changes what it returns
+@functools.cache  # called at every launch; no caller changes the result
 def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
-    """The launch for a GPU: what fits its registers and shared memory, chosen by compiling.
+    """Default launch options per GPU, chosen by compiling: `python -m irongpt_kernels.aot.tiles`.
 
-    By `python -m irongpt_kernels.aot.tiles`: no spills, then 8 warps an SM, then clocks. On sm_75
-    a warp of 32 rows reads each key half as often as two of 16, and shared memory is what binds.
-    From sm_80 on DRAM binds at short contexts, or on sm_90 the ALU that makes dropout's masks:
-    tiles of 128 rows read keys less often, but see more of the diagonal, a fifth more work at 256.
+    The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
+    bottleneck is shared memory, and a warp of 32 rows reads each key half as often as two warps of
+    16. From sm_80 on the bottleneck at short contexts is DRAM, or on sm_90 the ALU work of dropout
+    masks: tiles of 128 rows read keys less often, but at T = 256 they compute a fifth more, because
+    more of their area is masked.
 
-    maxnreg: registers a thread may have, where a limit lets an SM hold half as many warps again, or
-    keeps ptxas from spilling a few for even more of them.
+    maxnreg: a limit of registers per thread. It is set where it lets an SM hold half as many warps
+    again, or keeps ptxas from spilling registers to fit even more warps.
     """
-    if itemsize == 4 and BLOCK_D > 64:  # products of float32 are scalar, and fill the registers
+    if itemsize == 4 and BLOCK_D > 64:  # float32 matmuls are scalar, and fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)
         tile = {"forward": forward, "query": (16, 16, 8), "key": (16, 32, 4)}[kernel]
     elif itemsize == 4:
@@ -101,14 +103,14 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
         tile = (32, 64, 4)
     else:
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
-    # Below sm_80 nothing is copied asynchronously, and a second stage is memory for nothing. Two
-    # accumulators of wide heads, or float32 ones, leave no registers for its addresses.
+    # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. With
+    # two accumulators of wide heads, or float32 ones, no registers are left for its addresses.
     wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
     crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
     num_stages = 1 if arch < 80 or crowded else 2
     BLOCK_M, BLOCK_N, num_warps = tile
-    found = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
-    three = (("forward", 64),) if arch == 90 else (("forward", 32), ("query", 64))
-    if arch >= 80 and itemsize == 2 and (kernel, BLOCK_D) in three:
-        found["maxnreg"] = 168  # three programs of 4 warps fit the 65,536 of an SM
-    return found
+    options = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+    limited = (("forward", 64),) if arch == 90 else (("forward", 32), ("query", 64))
+    if arch >= 80 and itemsize == 2 and (kernel, BLOCK_D) in limited:
+        options["maxnreg"] = 168  # three programs of 4 warps fit the 65,536 of an SM
+    return options

@@ -1,28 +1,31 @@
-"""
-Cross-entropy of logits against class indices, averaged over the rows that count.
+"""Mean cross-entropy of logits against class indices, forward and backward.
 
     loss = cross_entropy(x, t)           x: (M, V)      t: (M,) int64      loss: 0-d float32
 
 Forward, per row:   m = max(x)      rest = sum over v != t of exp(x_v - m)
-                    loss_row = log(rest + exp(x_t - m)) - (x_t - m), 0 where t is ignored
-        over rows:  loss = sum(loss_row) / n, n the number of rows not ignored
+                    loss_row = log(rest + exp(x_t - m)) - (x_t - m), and 0 where t is ignored
+        over rows:  loss = sum(loss_row) / n, where n is the number of rows that are not ignored
 Backward, per row:  p_v = exp(x_v - m) / (rest + exp(x_t - m))
                     dx_v = p_v dloss / n      dx_t = (p_t - 1) dloss / n = -sum(the other dx)
 
-Traffic     fwd reads x: MV elements. bwd reads x, writes dx: 2MV. Nothing of size MV is saved:
-            p is recomputed from (m, rest), 8 bytes a row.
-Parallelism fwd: a program owns BLOCK_M rows and walks their V in blocks of BLOCK_N, the sum
-            rescaled whenever m grows. bwd: a program per tile, since no row needs a second sum.
-            Every program of the forward leaves the sum of its rows' losses and their number, and
-            one more program adds those in order: two kernels, no atomics, every run the same bits.
-Precision   float32 between load and store. m and rest are kept apart: m + log(sum) as one
-            float32 would round p by m's last digit. Summing `rest` without the true class gives
-            a confident row both its loss, log1p(rest), and its p_t - 1, which 1 - p_t would lose.
-Limits      a target outside [0, V) that is not ignore_index is a ValueError on the CPU. On a
-            GPU, where looking would make the host wait, the loss and that row's gradient are NaN.
-            dloss and n are read through pointers, for the same reason.
+Traffic     The forward reads x: MV elements. The backward reads x and writes dx: 2MV. Nothing of
+            size MV is saved: p is recomputed from m and rest, 8 bytes per row.
+Parallelism In the forward a program handles BLOCK_M rows and loops over V in blocks of BLOCK_N; the
+            sum is rescaled whenever m grows. It stores the sum of its rows' losses and their
+            number, which one program of a second kernel adds up in order. The backward needs no
+            reduction and has one program per tile. There are no atomics, so every run gives the
+            same bits.
+Precision   float32 between load and store. m and rest are stored separately, because a float32
+            m + log(sum) would limit the precision of p to the last digit of m. For a confident row
+            (p_t near 1) a sum without the true class gives the loss as log1p(rest) and p_t - 1 as
+            -rest / (rest + exp(x_t - m)), both without cancellation.
+Limits      On the CPU a target outside [0, V) that is not ignore_index raises ValueError. On a GPU
+            that check would make the host wait; the loss and the gradient of that row become NaN
+            instead. For the same reason the kernels read dloss and n through pointers.
 Spec        irongpt_kernels/eager.py::cross_entropy
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -32,8 +35,8 @@ from torch import Tensor
 from irongpt_kernels.runtime import checks, launch
 
 MAX_BLOCK = 4096  # columns in registers at a time
-TILE = 1024  # elements of a program whose rows are short: 2 warps
-PARTS = 1024  # sums of programs that the last one reads at a time
+TILE = 1024  # elements per program where rows are short: 2 warps
+PARTS = 1024  # partial sums that the second kernel reads at a time
 
 
 @triton.jit
@@ -46,21 +49,21 @@ def _log1p(x):
 @triton.jit
 def _fwd_kernel(
     x_ptr, t_ptr, sums_ptr, counts_ptr, m_ptr, rest_ptr,
-    M, V, x_stride_m, x_stride_v, t_stride, ignore_index,
+    M, V, x_strides, t_stride, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row_tile = tl.program_id(0).to(tl.int64)  # int64: M V passes 2^31 on big batches
+    row_tile = tl.program_id(0).to(tl.int64)  # int64: M V can exceed 2^31
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t = tl.load(t_ptr + rows * t_stride, mask=rows < M, other=0)
     counted = (rows < M) & (t != ignore_index)
-    x_rows = x_ptr + rows * x_stride_m
+    x_rows = x_ptr + rows * x_strides[0]
 
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     rest = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, V, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
         mask = counted[:, None] & (cols < V)  # an ignored row may hold inf or NaN
-        x = tl.load(x_rows[:, None] + cols * x_stride_v, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_rows[:, None] + cols * x_strides[1], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(cols < V, x, float("-inf"))  # (BLOCK_M, BLOCK_N)
         m_new = tl.maximum(m, tl.max(x, axis=1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
@@ -69,9 +72,9 @@ def _fwd_kernel(
         m = m_new
 
     bad = counted & ((t < 0) | (t >= V))
-    x_t = tl.load(x_rows + t * x_stride_v, mask=counted & ~bad, other=0.0).to(tl.float32)
+    x_t = tl.load(x_rows + t * x_strides[1], mask=counted & ~bad, other=0.0).to(tl.float32)
     m = tl.where(bad, float("nan"), m)
-    below = x_t - m  # 0 where the true class is the likeliest
+    below = x_t - m  # 0 where the target has the largest logit
     loss = tl.where(below == 0.0, _log1p(rest), tl.log(rest + tl.exp(below)) - below)
     tl.store(sums_ptr + row_tile, tl.sum(tl.where(counted, loss, 0.0), 0))
     tl.store(counts_ptr + row_tile, tl.sum(counted.to(tl.int64), 0))
@@ -81,7 +84,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _fwd_mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.constexpr):
-    """One program: the loss, and n."""
+    """A single program adds the partial sums and stores the loss and n."""
     total, n = tl.zeros((PARTS,), tl.float32), tl.zeros((PARTS,), tl.int64)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -95,7 +98,7 @@ def _fwd_mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.con
 @triton.jit
 def _bwd_kernel(
     x_ptr, t_ptr, m_ptr, rest_ptr, dloss_ptr, n_ptr, dx_ptr,
-    M, V, x_stride_m, x_stride_v, t_stride, ignore_index,
+    M, V, x_strides, t_stride, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tile, col_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -103,15 +106,15 @@ def _bwd_kernel(
     cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     t = tl.load(t_ptr + rows * t_stride, mask=rows < M, other=0)
     counted = (rows < M) & (t != ignore_index)
-    x_rows = x_ptr + rows * x_stride_m
-    x_t = tl.load(x_rows + t * x_stride_v, mask=counted & (t >= 0) & (t < V), other=0.0)
+    x_rows = x_ptr + rows * x_strides[0]
+    x_t = tl.load(x_rows + t * x_strides[1], mask=counted & (t >= 0) & (t < V), other=0.0)
     m = tl.load(m_ptr + rows, mask=counted, other=0.0)
     rest = tl.load(rest_ptr + rows, mask=counted, other=0.0)
     total = rest + tl.exp(x_t.to(tl.float32) - m)
     scale = tl.load(dloss_ptr) / tl.load(n_ptr).to(tl.float32) / total  # (BLOCK_M,)
 
     mask = counted[:, None] & (cols < V)
-    x = tl.load(x_rows[:, None] + cols * x_stride_v, mask=mask, other=float("-inf"))
+    x = tl.load(x_rows[:, None] + cols * x_strides[1], mask=mask, other=float("-inf"))
     e = tl.exp(x.to(tl.float32) - m[:, None])  # (BLOCK_M, BLOCK_N)
     e = tl.where(cols == t[:, None], -rest[:, None], e)
     dx = tl.where(mask, e * scale[:, None], 0.0)  # n = 0 makes the scale infinite
@@ -122,7 +125,7 @@ Statistics = tuple[Tensor, Tensor, Tensor]
 
 
 def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, *Statistics]:
-    """Any strides. Returns the loss, 0-d; m and rest, (M,) float32; and n, 0-d int64."""
+    """x, t: any strides. Returns the loss, 0-d; m and rest, (M,) float32; n, 0-d int64."""
     M, V = x.shape
     block_m, tile = _tile(V)
     parts = triton.cdiv(M, block_m)
@@ -133,7 +136,7 @@ def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, 
     with launch.on(x.device):
         if M:
             _fwd_kernel[(parts,)](
-                x, t, sums, counts, m, rest, M, V, *x.stride(), *t.stride(), ignore_index, **tile
+                x, t, sums, counts, m, rest, M, V, x.stride(), t.stride(0), ignore_index, **tile
             )
         _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
     return loss, m, rest, n
@@ -142,7 +145,7 @@ def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, 
 def cross_entropy_bwd(
     dloss: Tensor, x: Tensor, t: Tensor, m: Tensor, rest: Tensor, n: Tensor, ignore_index: int
 ) -> Tensor:
-    """dloss: 0-d float32 on the device. The others: as the forward took and gave them."""
+    """dloss: 0-d float32. The others are inputs and results of the forward. Returns dx, (M, V)."""
     M, V = x.shape
     dx = torch.empty((M, V), dtype=x.dtype, device=x.device)
     if M:
@@ -150,7 +153,7 @@ def cross_entropy_bwd(
         grid = (triton.cdiv(M, block_m), triton.cdiv(V, tile["BLOCK_N"]))
         with launch.on(x.device):
             _bwd_kernel[grid](
-                x, t, m, rest, dloss, n, dx, M, V, *x.stride(), *t.stride(), ignore_index, **tile
+                x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **tile
             )
     return dx
 
@@ -163,10 +166,10 @@ def _tile(V: int) -> tuple[int, dict[str, int]]:
 
 
 @torch.library.custom_op("irongpt::cross_entropy", mutates_args=())
-def _cross_entropy(
+def _op(
     logits: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if targets.device.type == "cpu":  # here and not in the public function: a trace has no values
+    if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
         V = logits.shape[1]
         bad = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
         if bad.numel():
@@ -175,60 +178,47 @@ def _cross_entropy(
 
 
 @torch.library.custom_op("irongpt::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(
-    dloss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    m: Tensor,
-    rest: Tensor,
-    n: Tensor,
+def _backward_op(
+    dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, rest: Tensor, n: Tensor,
     ignore_index: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return cross_entropy_bwd(dloss, logits, targets, m, rest, n, ignore_index)
 
 
-@_cross_entropy.register_fake
+@_op.register_fake
 def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     n = targets.new_empty(())
     return row.new_empty(()), row, torch.empty_like(row), n
 
 
-@_cross_entropy_backward.register_fake
-def _(
-    dloss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    m: Tensor,
-    rest: Tensor,
-    n: Tensor,
-    ignore_index: int,
-) -> Tensor:
+@_backward_op.register_fake
+def _(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, ctx.ignore_index = inputs
     _, m, rest, n = output
     ctx.mark_non_differentiable(m, rest, n)
     ctx.save_for_backward(logits, targets, m, rest, n)
-    ctx.set_materialize_grads(False)  # zeros for each statistic otherwise
+    ctx.set_materialize_grads(False)  # else zeros are allocated for each statistic
 
 
-def _backward(ctx, dloss, *_):
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return None, None, None
-    return _cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
+    return _backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
-_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """See `eager.cross_entropy`, and the docstring of this module.
+    """See `eager.cross_entropy`.
 
-    Raises TypeError for the dtypes, ValueError for shapes, devices and, on the CPU, for targets
-    outside the vocabulary.
+    Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
+    targets outside the vocabulary.
     """
     checks.floating(logits=logits)
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
@@ -238,5 +228,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     checks.shape("targets", targets, (logits.shape[0],))
     checks.same_device(logits=logits, targets=targets)
     if logits.shape[1] == 0:
-        raise ValueError(f"logits must have a class, got shape {tuple(logits.shape)}")
-    return _cross_entropy(logits, targets, ignore_index)[0]
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+    return _op(logits, targets, ignore_index)[0]

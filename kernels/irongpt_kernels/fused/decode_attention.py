@@ -1,5 +1,4 @@
-"""
-Attention of one new position for each text, to itself and to the keys and values kept before it.
+"""Attention of one new position per sequence to itself and to the cached keys and values before it.
 
     out = decode_attention(qkv, cache_k, cache_v, position, scale)
 
@@ -8,14 +7,15 @@ Attention of one new position for each text, to itself and to the keys and value
 Per head, with p = position:    cache_k[p], cache_v[p] = k, v       S = scale q cache_k[:p+1]^T
                                 out = softmax(S) cache_v[:p+1]
 
-Traffic     reads the p rows of both caches, q, k and v; writes k, v and out: 2 p D elements a head.
-Parallelism one program per head. It keeps the new key and value in registers, from which its
-            running softmax starts, so no program reads what it writes. Keys come in tiles of as
-            many as registers hold, at the model's context in one: there is one wait for memory.
-Precision   products, softmax and sums in float32. Exponents are to base e: there are few of them,
-            and a score is rounded once less.
-Limits      D a multiple of 16, 16 to 128. No gradient. What lies behind `position` is not read. A
-            position outside the cache writes nothing: no kernel can raise.
+Traffic     reads p rows of both caches, q, k and v; writes k, v and out: 2 p D elements per head.
+Parallelism one program per head. It keeps the new key and value in registers and starts its online
+            softmax from them, so no program reads what it writes. A tile of keys is as large as
+            registers allow; at the default context one tile is enough, so memory latency is paid
+            once.
+Precision   Dot products, softmax and sums are in float32. Exponents are to base e: they are few,
+            and base 2 would round each score once more.
+Limits      D is a multiple of 16 from 16 to 128. No gradient. Cache rows after `position` are not
+            read. A position outside the cache writes nothing, since a kernel cannot raise.
 Spec        irongpt_kernels/eager.py::decode_attention
 """
 
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch
 
-TILE = 16_384  # elements of a tile of keys: 64 a thread
+TILE = 16_384  # elements of a tile of keys: 64 per thread
 
 
 @triton.jit
-def _cached_kernel(
+def _fwd_kernel(
     qkv_ptr, k_ptr, v_ptr, position_ptr, out_ptr,
     qkv_strides, k_strides, v_strides, position_stride, H, N, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -46,9 +46,9 @@ def _cached_kernel(
     v = tl.load(new_ptrs + 2 * qkv_strides[2], mask=inside, other=0.0)
     k_ptrs = k_ptr + b * k_strides[0] + h * k_strides[1] + d * k_strides[3]
     v_ptrs = v_ptr + b * v_strides[0] + h * v_strides[1] + d * v_strides[3]
-    room = inside & (position >= 0) & (position < N)
-    tl.store(k_ptrs + position * k_strides[2], k, mask=room)
-    tl.store(v_ptrs + position * v_strides[2], v, mask=room)
+    in_cache = inside & (position >= 0) & (position < N)
+    tl.store(k_ptrs + position * k_strides[2], k, mask=in_cache)
+    tl.store(v_ptrs + position * v_strides[2], v, mask=in_cache)
 
     m = tl.sum(q * k.to(tl.float32), 0) * scale
     l = 1.0  # noqa: E741
@@ -71,15 +71,17 @@ def _cached_kernel(
     tl.store(out_ptr + head * D + d, out, mask=inside)
 
 
-@torch.library.custom_op("irongpt::decode_attention", mutates_args=("cache_k", "cache_v"))
-def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
+def decode_attention_fwd(
+    qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float
+) -> Tensor:
+    """Any strides. Returns out, (B, 1, H, D), contiguous. Both caches are updated in place."""
     B, _, _, H, D = qkv.shape
     N = cache_k.shape[2]
     out = qkv.new_empty(B, 1, H, D)
     if out.numel() == 0:
         return out
     with launch.on(qkv.device):
-        _cached_kernel[(B * H,)](
+        _fwd_kernel[(B * H,)](
             qkv, cache_k, cache_v, position, out,
             qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
             scale, D=D, **_tile(N, D, qkv.element_size()),
@@ -90,9 +92,14 @@ def _op(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: 
 def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
     BLOCK_D = launch.block(D)
     most = TILE // BLOCK_D // (2 if itemsize == 4 else 1)
-    if launch.INTERPRETED:  # several tiles, on short inputs
+    if launch.INTERPRETED:  # several tiles even on short inputs
         most = 16
     return dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+
+
+_op = torch.library.custom_op(
+    "irongpt::decode_attention", decode_attention_fwd, mutates_args=("cache_k", "cache_v")
+)
 
 
 @_op.register_fake
@@ -107,7 +114,7 @@ def decode_attention(
     """See `eager.decode_attention`.
 
     Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a position that
-    is not int64; ValueError for shapes, devices and dtypes that do not fit together.
+    is not int64; ValueError for shapes, devices and dtypes that do not match.
     """
     checks.floating(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
     checks.same_device(qkv=qkv, position=position)

@@ -1,24 +1,26 @@
-"""
-The matrix products of a token, with what stands around them: a few rows of x by a whole matrix.
+"""The linear layers of one decoding step, fused with what precedes or follows them.
 
     norm_linear(x, weight, norm_weight, norm_bias, bias, gelu)      gelu(norm(x) weight^T + bias)
     linear_add(x, weight, residual, bias)                           residual + x weight^T + bias
 
-    x: (M, K)    weight: (N, K)    residual, result: (M, N)
+    x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Per row:    norm as in `layer_norm`, rounded to the weight's dtype; a sum of K products in float32,
-            rounded to it too; then bias and GELU, or the residual: the roundings of a model under
-            autocast, without the tensors between.
+Forward, per row:   the layer norm, rounded to the dtype of the weight; the matmul, summed in
+                    float32 and rounded to that dtype; then bias and GELU, or the residual. This is
+                    how a model under autocast rounds, without storing the intermediate results.
 
-Traffic     the weight, once: N K elements. Reading it is all that takes time, so each program norms
-            x anew, which costs it no more than a wait for its part of the weight.
-Parallelism A program per BLOCK_N rows of the weight, which it holds in registers for all rows of
-            x. The weight is asked for first, and arrives while x is normed.
-Precision   float32 between load and store; products are scalar, tensor cores have nothing to do.
-Limits      up to MAX_M rows and MAX_K columns; beyond, norm, product and GELU are separate: a
-            kernel of this package, PyTorch's product on tensor cores, and a kernel again.
+Traffic     reads the weight once: N K elements, which takes nearly all the time. Every program
+            normalizes x for itself, while its part of the weight is being loaded.
+Parallelism A program holds BLOCK_N rows of the weight in registers and applies them to all rows of
+            x. It issues the loads of the weight first.
+Precision   float32 between load and store. The matmul is scalar: so few rows do not fill a tensor
+            core.
+Limits      up to MAX_M rows and MAX_K columns. Larger inputs take separate steps: our layer norm,
+            PyTorch's matmul and our GELU. No gradient.
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +28,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.gelu import _logistic
 from irongpt_kernels.fused.gelu import gelu as gelu_op
+from irongpt_kernels.fused.gelu import logistic
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_M, MAX_K = 4, 4096
 
 
 @triton.jit
 def _norm(x, weight_ptr, bias_ptr, k, K, eps):
-    """A row as `layer_norm` has it, whose functions take a matrix: one of a single row Triton 3.9
-    has every thread sum alone, from shared memory."""
+    """The layer norm of one row, (BLOCK_K,). The functions of `layer_norm` take a matrix, and for a
+    matrix of one row Triton 3.9 lets every thread compute the whole sum from shared memory."""
     x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
-    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  # what rounding took from a large mean
+    x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  # the rounding error of the mean
     x *= tl.rsqrt(tl.sum(x * x, 0) / K + eps)
     x *= tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -48,12 +51,12 @@ def _norm(x, weight_ptr, bias_ptr, k, K, eps):
 
 
 @triton.jit
-def _row_kernel(
+def _fwd_kernel(
     x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr, y_ptr,
     M, N, K, x_stride, weight_stride, residual_stride, eps,
     GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pointers of what is not asked for are None."""
+    """norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr: None without that step."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (n < N)[:, None] & (k < K)[None, :]
@@ -72,71 +75,68 @@ def _row_kernel(
         if GELU:
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-            s, _, _ = _logistic(y)
+            s, _, _ = logistic(y)
             y = y * s
         if residual_ptr is not None:
             y += tl.load(residual_ptr + at * residual_stride + n, mask=n < N).to(tl.float32)
         tl.store(y_ptr + at * N + n, y, mask=n < N)
 
 
-def _launch(
+def decode_linear_fwd(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, y: Tensor, gelu: bool, eps: float,
 ) -> Tensor:  # fmt: skip
+    """Writes the result to y, (M, N), contiguous, and returns y."""
     (M, K), N = x.shape, len(weight)
     if y.numel() == 0:
         return y
-    x, weight = _rows(x), _rows(weight)
-    residual = None if residual is None else _rows(residual)
+    x, weight = contiguous_rows(x), contiguous_rows(weight)
+    residual = None if residual is None else contiguous_rows(residual)
     tile = _tile(N, K)
     with launch.on(x.device):
-        _row_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
-            x, weight, *map(_dense, (norm_weight, norm_bias, bias)), residual, y,
+        _fwd_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
+            x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
             M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
             eps, GELU=gelu, **tile,
         )  # fmt: skip
     return y
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
 def _tile(N: int, K: int) -> dict[str, int]:
-    """So small that a matrix of a small model keeps all SMs of a large GPU reading."""
+    """Tiles small enough that the weight of a small model occupies all SMs of a large GPU."""
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
-    if launch.INTERPRETED:  # where each program takes its time
+    if launch.INTERPRETED:  # where time is per program
         BLOCK_N = 16
     return dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_N * BLOCK_K > 8192 else 4)
 
 
 @torch.library.custom_op("irongpt::norm_linear", mutates_args=())
-def _norm_linear(
+def _norm_linear_op(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None,
     gelu: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     y = weight.new_empty(len(x), len(weight))
-    return _launch(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
+    return decode_linear_fwd(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
 
 
-@_norm_linear.register_fake
-def _(x, weight, norm_weight, norm_bias, bias, gelu, eps):
+@_norm_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(len(x), len(weight))
 
 
 @torch.library.custom_op("irongpt::linear_add", mutates_args=())
-def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_add_op(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     y = residual.new_empty(residual.shape)
-    return _launch(x, weight, None, None, bias, residual, y, False, 0.0)
+    return decode_linear_fwd(x, weight, None, None, bias, residual, y, False, 0.0)
 
 
-@_linear_add.register_fake
-def _(x, weight, residual, bias):
+@_linear_add_op.register_fake
+def _(x: Any, weight: Any, residual: Tensor, bias: Any) -> Tensor:
     return residual.new_empty(residual.shape)
 
 
@@ -150,14 +150,14 @@ def norm_linear(
     gelu: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
-    """See `eager.norm_linear`. Raises TypeError and ValueError for what does not fit together."""
+    """See `eager.norm_linear`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
     M, K, _ = _sizes(x, weight, bias)
     checks.shape("norm_weight", norm_weight, (K,))
     checks.shape("norm_bias", norm_bias, (K,))
     if M <= MAX_M and K <= MAX_K:
-        return _norm_linear(x, weight, norm_weight, norm_bias, bias, gelu, eps)
+        return _norm_linear_op(x, weight, norm_weight, norm_bias, bias, gelu, eps)
     normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
     if gelu:
         return gelu_op(F.linear(normed, weight), bias)
@@ -165,20 +165,20 @@ def norm_linear(
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `eager.linear_add`. Raises TypeError and ValueError for what does not fit together."""
+    """See `eager.linear_add`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
     checks.shape("residual", residual, (M, N))
     if x.dtype != weight.dtype:
         raise ValueError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
     if M <= MAX_M and K <= MAX_K:
-        return _linear_add(x, weight, residual, bias)
+        return _linear_add_op(x, weight, residual, bias)
     branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
     return (residual + branch).to(residual.dtype)
 
 
 def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
-    """M, K, N of arguments that fit."""
+    """Returns M, K and N. Raises ValueError unless the shapes match."""
     checks.rank("x", x, 2)
     checks.rank("weight", weight, 2)
     (M, K), N = x.shape, len(weight)

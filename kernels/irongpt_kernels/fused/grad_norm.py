@@ -1,19 +1,19 @@
-"""
-The norm of all gradients, and what follows of it for the update: the first of the optimizer's two
-passes. The second is `adamw`.
+"""Gradient norm, clipping factor and loss scale: the first of the optimizer's two passes.
 
-    norm = sqrt(sum(g^2)) / scale      divisor = scale max(1, (norm + 1e-6) / max_norm)
-    overflow = norm is not finite      the loss scale and the counts of steps, in place
+The second is `adamw` or `muon`.
 
-Traffic     Reads every gradient, 2 or 4 bytes a weight.
-Parallelism A program has BLOCK elements of one tensor. A launch takes its tensors' addresses as
-            arguments: nothing is copied to the device, and none need lie beside another. Of them
-            a program selects its own by its number. Every program keeps a partial sum, and one
-            more program sums those in order: two kernels for up to 48 tensors, no atomics, the
-            same bits on every run.
-Precision   float32, sums of squares too: beyond 1.8e19 a gradient counts as an overflow.
-Limits      Gradients of float32 and of one 16-bit type; those that are not contiguous from an
-            address that is a multiple of 16, as PyTorch allocates them, are copied.
+    norm = sqrt(sum(g^2)) / scale      grad_scale = scale max(1, (norm + 1e-6) / max_norm)
+    found_inf = norm is not finite     scale, growth_tracker and state_steps are updated in place
+
+Traffic     reads every gradient: 2 or 4 bytes per weight.
+Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
+            arguments, so no table is copied to the device, and the tensors may lie anywhere. A
+            program selects its tensor by its program id. Every program stores a partial sum, and
+            one program of a second kernel adds those in order: two launches for up to 48 tensors,
+            no atomics, the same bits on every run.
+Precision   float32, also for sums of squares: a gradient beyond 1.8e19 sets found_inf.
+Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
+            and their address is a multiple of 16, which PyTorch's allocator ensures.
 Spec        irongpt_kernels/eager.py::grad_norm
 """
 
@@ -27,91 +27,97 @@ from torch import Tensor
 from irongpt_kernels.runtime import launch
 
 BLOCK = 1024
-MAX_TENSORS = 48  # of a launch: five addresses each are 1.9 of the 4 KB that arguments may take
-SUMS = 1024  # partial sums that the last program reads at a time
+MAX_TENSORS = 48  # per launch: five addresses each take 1.9 of the 4 KB for arguments
+SUMS = 1024  # partial sums that the second kernel reads at a time
 
 
 @triton.jit
-def address_of(pointers, i: tl.constexpr, mine, address):
-    """That of tensor i as a number, for the programs that are its own."""
+def select_address(pointers, i: tl.constexpr, mine, address):
+    """The address of tensor i, as an integer, if `mine`, else `address`."""
     return tl.where(mine, pointers[i].to(tl.int64), address)
 
 
 @triton.jit
 def load(address, offsets, mask, dtype: tl.constexpr):
-    """float32 of what lies at an address, which is a multiple of 16."""
+    """Loads `dtype` at a 16-byte aligned address plus offsets, and returns it in float32."""
     pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_gradient(
-    address, offsets, mask, narrow, NARROW: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr
+    address, offsets, mask, is_16bit,
+    SOME_16BIT: tl.constexpr, SOME_FLOAT32: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """NARROW, WIDE: gradients of `dtype`, or of float32, are in the launch. narrow: this is one."""
+    """Returns a gradient in float32. is_16bit: its dtype is `dtype` and not float32.
+
+    SOME_16BIT, SOME_FLOAT32: the launch has gradients of `dtype`, of float32.
+    """
     g = tl.zeros(offsets.shape, tl.float32)
-    if WIDE:
-        g += load(address, offsets, mask & (not narrow), tl.float32)
-    if NARROW:
-        g += load(address, offsets, mask & narrow, dtype)
+    if SOME_FLOAT32:
+        g += load(address, offsets, mask & (not is_16bit), tl.float32)
+    if SOME_16BIT:
+        g += load(address, offsets, mask & is_16bit, dtype)
     return g
 
 
 @triton.jit
-def _square_kernel(
-    grads, firsts, sizes, sums_ptr, N: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr
+def _sum_squares_kernel(
+    grads, firsts, sizes, sums_ptr, N: tl.constexpr, N_16BIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The sum of squares of each program's elements. Of N gradients the first NARROW are narrow.
+    """Stores each program's sum of squares. Of N gradients the first N_16BIT are 16-bit.
 
-    firsts: of each tensor, the number of its first program; sizes: its elements.
+    firsts: the first program of each tensor; sizes: its number of elements.
     """
     program = tl.program_id(0)
-    address, first, size, narrow = grads[0].to(tl.int64), 0, tl.cast(sizes[0], tl.int64), NARROW > 0
+    address, first, size = grads[0].to(tl.int64), 0, tl.cast(sizes[0], tl.int64)
+    is_16bit = N_16BIT > 0
     for i in tl.static_range(1, N):
         mine = program >= firsts[i]
-        address = address_of(grads, i, mine, address)
+        address = select_address(grads, i, mine, address)
         first = tl.where(mine, firsts[i], first)
         size = tl.where(mine, sizes[i], size)
-        narrow = tl.where(mine, i < NARROW, narrow)
+        is_16bit = tl.where(mine, i < N_16BIT, is_16bit)
     offsets = tl.cast(program - first, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = grads[0].dtype.element_ty
-    g = load_gradient(address, offsets, offsets < size, narrow, NARROW > 0, NARROW < N, dtype)
+    g = load_gradient(address, offsets, offsets < size, is_16bit, N_16BIT > 0, N_16BIT < N, dtype)
     tl.store(sums_ptr + program, tl.sum(g * g, 0))
 
 
 @triton.jit
-def _finish_kernel(
-    sums_ptr, scale_ptr, good_ptr, steps_ptr, out_ptr, programs, n, max_norm,
-    CALM: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr,
+def _stats_kernel(
+    sums_ptr, scale_ptr, growth_tracker_ptr, steps_ptr, stats_ptr, programs, n, max_norm,
+    GROWTH_INTERVAL: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: (norm, divisor, overflow); the loss scale and the counts of steps."""
+    """A single program stores (norm, grad_scale, found_inf), and updates the loss scale, the
+    growth tracker and the n step counts."""
     total = tl.zeros((SUMS,), tl.float32)
     cols = tl.arange(0, SUMS)
     for start in range(0, programs, SUMS):
         total += tl.load(sums_ptr + start + cols, mask=start + cols < programs, other=0.0)
     scale = tl.load(scale_ptr)
     norm = tl.sqrt_rn(tl.sum(total, 0)) / scale
-    good = norm < float("inf")  # not so for NaN
+    finite = norm < float("inf")  # False for NaN
     larger = (norm + 1e-6) / max_norm
-    tl.store(out_ptr, norm)
-    tl.store(out_ptr + 1, scale * tl.where(larger > 1.0, larger, 1.0))
-    tl.store(out_ptr + 2, tl.where(good, 0.0, 1.0))
+    tl.store(stats_ptr, norm)
+    tl.store(stats_ptr + 1, scale * tl.where(larger > 1.0, larger, 1.0))
+    tl.store(stats_ptr + 2, tl.where(finite, 0.0, 1.0))
     state_steps = tl.arange(0, STEPS)
     before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
-    tl.store(steps_ptr + state_steps, before + tl.where(good, 1.0, 0.0), mask=state_steps < n)
-    if CALM > 0:
-        count = tl.where(good, tl.load(good_ptr) + 1, 0)
-        grow = count >= CALM
-        scale *= tl.where(good, tl.where(grow, 2.0, 1.0), 0.5)
+    tl.store(steps_ptr + state_steps, before + tl.where(finite, 1.0, 0.0), mask=state_steps < n)
+    if GROWTH_INTERVAL > 0:
+        count = tl.where(finite, tl.load(growth_tracker_ptr) + 1, 0)
+        grow = count >= GROWTH_INTERVAL
+        scale *= tl.where(finite, tl.where(grow, 2.0, 1.0), 0.5)
         tl.store(scale_ptr, tl.minimum(tl.maximum(scale, 1.0), 16777216.0))
-        tl.store(good_ptr, tl.where(grow, 0, count))
+        tl.store(growth_tracker_ptr, tl.where(grow, 0, count))
 
 
-Chunk = tuple[int, int, int]  # tensors from one number to another; programs for them
+Chunk = tuple[int, int, int]  # first tensor, one past the last, number of programs
 
 
 def chunks(tensors: list[Tensor]) -> list[Chunk]:
-    """The launches for so many tensors."""
+    """Splits the tensors into launches of at most MAX_TENSORS."""
     ranges = [(i, i + MAX_TENSORS) for i in range(0, len(tensors), MAX_TENSORS)]
     return [(a, b, sum(map(_programs, tensors[a:b]))) for a, b in ranges]
 
@@ -121,30 +127,30 @@ def _programs(t: Tensor) -> int:
 
 
 def layout(tensors: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The number of each tensor's first program, and its elements."""
+    """The first program of each tensor, and its number of elements."""
     firsts = [0]
     for t in tensors:
         firsts.append(firsts[-1] + _programs(t))
     return tuple(firsts[:-1]), tuple(t.numel() for t in tensors)
 
 
-def packed(g: Tensor) -> Tensor:
-    """The same, contiguous from an address as `load` takes it."""
+def aligned(g: Tensor) -> Tensor:
+    """g itself if it is contiguous and 16-byte aligned, as `load` needs it, else a copy."""
     fits = g.is_contiguous() and g.data_ptr() % 16 == 0
     return g if fits else g.clone(memory_format=torch.contiguous_format)
 
 
-def narrow_count(grads: list[Tensor]) -> int:
-    """How many of the gradients, the first ones, are of a 16-bit type, which is one."""
+def count_16bit(grads: list[Tensor]) -> int:
+    """The number of 16-bit gradients. Raises TypeError unless they come first and share a dtype."""
     count = sum(g.dtype != torch.float32 for g in grads)
     if len({g.dtype for g in grads[:count]} - {torch.float32}) > 1:
-        raise TypeError("gradients must be float32 and of one other type at most")
+        raise TypeError("gradients must be float32, or float32 and one 16-bit dtype")
     if any(g.dtype != torch.float32 for g in grads[count:]):
-        raise TypeError("gradients of another type than float32 must be those of the first weights")
+        raise TypeError("16-bit gradients must be those of the first weights")
     return count
 
 
-def unscale_launch(
+def grad_norm_launch(
     grads: list[Tensor],
     scale: Tensor,
     growth_tracker: Tensor,
@@ -152,28 +158,29 @@ def unscale_launch(
     max_norm: float,
     growth_interval: int,
 ) -> Tensor:
-    """(norm, divisor, overflow), (3,) float32; the other tensors change in place."""
-    grads = sorted(map(packed, grads), key=lambda g: g.dtype == torch.float32)
+    """See `eager.grad_norm`. scale, growth_tracker and state_steps are updated in place."""
+    grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
     launches = chunks(grads)
     programs = sum(count for *_, count in launches)
     sums = torch.empty(programs, dtype=torch.float32, device=scale.device)
-    out = torch.empty(3, dtype=torch.float32, device=scale.device)
+    stats = torch.empty(3, dtype=torch.float32, device=scale.device)
     done = 0
     with launch.on(scale.device):
         for a, b, count in launches:
             some = grads[a:b]
-            options = dict(N=len(some), NARROW=narrow_count(some), BLOCK=BLOCK, num_warps=4)
-            _square_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
+            options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
+            _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
             done += count
-        _finish_kernel[(1,)](
-            sums, scale, growth_tracker, state_steps, out, programs, len(state_steps), max_norm,
-            CALM=growth_interval, SUMS=SUMS, STEPS=launch.block(len(state_steps)), num_warps=4,
+        _stats_kernel[(1,)](
+            sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
+            GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
+            STEPS=launch.block(len(state_steps)), num_warps=4,
         )  # fmt: skip
-    return out
+    return stats
 
 
 _op = torch.library.custom_op(
-    "irongpt::grad_norm", unscale_launch, mutates_args=("scale", "growth_tracker", "state_steps")
+    "irongpt::grad_norm", grad_norm_launch, mutates_args=("scale", "growth_tracker", "state_steps")
 )
 
 
@@ -191,5 +198,5 @@ def grad_norm(
     max_norm: float,
     growth_interval: int = 0,
 ) -> Tensor:
-    """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit type."""
+    """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit dtype."""
     return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)

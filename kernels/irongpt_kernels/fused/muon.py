@@ -1,24 +1,24 @@
-"""
-Muon's two passes over the weights, before and after its matrix products, for n matrices of a shape.
+"""Muon's passes over n weight matrices of one shape, before and after its orthogonalization.
 
-    muon_momentum:  g = g / grad_scale                  grad_scale, found_inf: of `grad_norm`
+    muon_momentum:  g = g / grad_scale               grad_scale and found_inf come from `grad_norm`
                     m = beta m + (1 - beta) g
-                    a = beta m + (1 - beta) g        Nesterov's look ahead
-                    y = a / (|a| + 1e-7)             of each matrix, by its Frobenius norm
-    muon_update:    p = p - lr decay p - lr size u   u: y made orthogonal
-                    copy = p, rounded to its type
+                    a = beta m + (1 - beta) g        Nesterov momentum
+                    y = a / (|a| + 1e-7)             |a| is the Frobenius norm of each matrix
+    muon_update:    p = p - lr decay p - lr size u   u is y made orthogonal by matmuls
+                    copy = p, rounded to the dtype of the copy
 
-Traffic     With 16-bit gradients and products, in bytes a weight: reads g and m, writes m; reads
-            both again for y, which needs the norm, and writes it: 18. The update reads u and p,
-            writes p and the copy: 12. Passes of PyTorch's for the same are 92.
-Parallelism A program has BLOCK elements of one matrix, selected by its second number from
-            addresses that are arguments, as in `grad_norm`; in the first kernel it goes on to
-            further blocks, so that PARTS sums of squares are left of a matrix. Every program of the
-            second adds those of its matrix, in order: no atomics, the same bits on every run.
-Precision   float32, but for y and u, which have the type of the products.
-Limits      Contiguous float32 weights and momentum, at addresses that are multiples of 16, as
-            PyTorch allocates them; gradients that are not so are copied. The gradients are of one
-            type. After an overflow y is 0, and nothing else changes.
+Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
+            writes m, then reads both again for y, which needs the norm, and writes y: 18.
+            muon_update reads u and p and writes p and the copy: 12. The same by PyTorch's ops: 92.
+Parallelism A program handles BLOCK elements of one matrix, the second program id. It selects the
+            matrix from addresses that are kernel arguments, as in `grad_norm`. The first kernel's
+            programs loop over further blocks, which leaves at most PARTS sums of squares per
+            matrix. Every program of the second kernel adds those of its matrix in order: no
+            atomics, the same bits on every run.
+Precision   float32, except y and u, which have the dtype of the matmuls.
+Limits      Weights and momentum are contiguous float32, at addresses that are multiples of 16, as
+            PyTorch allocates them. Gradients have one dtype and are copied where they are not
+            contiguous or aligned. If found_inf is set, y is 0 and nothing else changes.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
 
@@ -29,16 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.grad_norm import BLOCK, chunks, load, packed
+from irongpt_kernels.fused.grad_norm import BLOCK, aligned, chunks, load
 from irongpt_kernels.runtime import launch
 
-PARTS = 128  # partial sums of a matrix, at most
+PARTS = 128  # partial sums per matrix, at most
 TINY = tl.constexpr(1e-7)
 
 
 @triton.jit
 def _address(pointers, i, N: tl.constexpr):
-    """That of tensor i of N, as a number."""
+    """The address of tensor i of N, as an integer."""
     address = pointers[0].to(tl.int64)
     for k in tl.static_range(1, N):
         address = tl.where(i == k, pointers[k].to(tl.int64), address)
@@ -47,21 +47,21 @@ def _address(pointers, i, N: tl.constexpr):
 
 @triton.jit
 def _offsets(size, BLOCK: tl.constexpr):
-    """Of a program's elements in their matrix, and which of them are there."""
+    """The offsets of a program's elements in their matrix, and their mask."""
     offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return offsets, offsets < size
 
 
 @triton.jit
 def _momentum_kernel(
-    grads, momentum_ptr, unscaled_ptr, sums_ptr, size, beta, rest,
+    grads, momentum_ptr, stats_ptr, sums_ptr, size, beta, rest,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m, in place, and the sum of squares of a program's parts of a. rest: 1 - beta."""
+    """Updates m and stores each program's sum of squares of a. rest: 1 - beta."""
     matrix, programs = tl.program_id(1), tl.num_programs(0)
-    if tl.load(unscaled_ptr + 2) == 0.0:
+    if tl.load(stats_ptr + 2) == 0.0:
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        address, grad_scale = _address(grads, matrix, N), tl.load(unscaled_ptr + 1)
+        address, grad_scale = _address(grads, matrix, N), tl.load(stats_ptr + 1)
         momentum_ptr += tl.cast(matrix, tl.int64) * size
         squares = tl.zeros((BLOCK,), tl.float32)
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), programs):
@@ -70,59 +70,59 @@ def _momentum_kernel(
             g = load(address, offsets, mask, dtype) / grad_scale
             m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
             tl.store(momentum_ptr + offsets, m, mask=mask)
-            ahead = beta * m + rest * g
-            squares += ahead * ahead
+            a = beta * m + rest * g
+            squares += a * a
         tl.store(sums_ptr + matrix * programs + tl.program_id(0), tl.sum(squares, 0))
 
 
 @triton.jit
-def _ahead_kernel(
-    grads, momentum_ptr, unscaled_ptr, sums_ptr, y_ptr, parts, size, beta, rest,
+def _nesterov_kernel(
+    grads, momentum_ptr, stats_ptr, sums_ptr, y_ptr, parts, size, beta, rest,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y of a program's part, from m as it is now. parts: sums of each matrix."""
+    """Stores y, from the updated m. parts: the number of partial sums per matrix."""
     matrix, part = tl.program_id(1), tl.arange(0, PARTS)
     offsets, mask = _offsets(size, BLOCK)
     at = tl.cast(matrix, tl.int64) * size + offsets
     y = tl.zeros((BLOCK,), tl.float32)
-    if tl.load(unscaled_ptr + 2) == 0.0:
+    if tl.load(stats_ptr + 2) == 0.0:
         sums = tl.load(sums_ptr + matrix * parts + part, mask=part < parts, other=0.0)
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(unscaled_ptr + 1)
-        ahead = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
-        y = ahead / (tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
+        g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(stats_ptr + 1)
+        a = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
+        y = a / (tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _update_kernel(
-    weights, low_precision_params, update_ptr, lr_ptr, unscaled_ptr, size, scale, decay,
-    N: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    params, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
+    N: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p and its copy. scale: of the update, beside lr. Of N matrices all have copies, or none."""
+    """Updates p and, with COPY, its copy. scale: the size in the formula."""
     matrix = tl.program_id(1)
     offsets, mask = _offsets(size, BLOCK)
-    if tl.load(unscaled_ptr + 2) == 0.0:
-        lr, weight = tl.load(lr_ptr), _address(weights, matrix, N)
-        p_ptr = tl.multiple_of(weight.to(tl.pointer_type(tl.float32)), 16) + offsets
+    if tl.load(stats_ptr + 2) == 0.0:
+        lr, p_at = tl.load(lr_ptr), _address(params, matrix, N)
+        p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(tl.float32)), 16) + offsets
         p = tl.load(p_ptr, mask=mask, other=0.0)
         at = tl.cast(matrix, tl.int64) * size + offsets
         u = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
         p = p - lr * decay * p - lr * scale * u
         tl.store(p_ptr, p, mask=mask)
-        if COPIES > 0:
+        if COPY:
             dtype: tl.constexpr = low_precision_params[0].dtype.element_ty
-            copy = _address(low_precision_params, matrix, N).to(tl.pointer_type(dtype))
-            tl.store(tl.multiple_of(copy, 16) + offsets, p.to(dtype), mask=mask)
+            copy_ptr = _address(low_precision_params, matrix, N).to(tl.pointer_type(dtype))
+            tl.store(tl.multiple_of(copy_ptr, 16) + offsets, p.to(dtype), mask=mask)
 
 
 def muon_momentum_launch(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """y: (n, rows, columns) of `dtype`; momentum changes in place."""
+    """Returns y, (n, rows, columns) of `dtype`. momentum is updated in place."""
     if len({g.dtype for g in grads}) > 1:
-        raise TypeError("the gradients of a group of matrices must be of one type")
-    grads = [packed(g) for g in grads]
+        raise TypeError("the gradients of a group of matrices must have one dtype")
+    grads = [aligned(g) for g in grads]
     y = torch.empty_like(momentum, dtype=dtype)
     size = momentum[0].numel()
     programs = triton.cdiv(size, BLOCK)
@@ -133,7 +133,7 @@ def muon_momentum_launch(
             some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
             numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
             _momentum_kernel[(parts, len(some))](some, m, stats, s, *numbers, **options)
-            _ahead_kernel[(programs, len(some))](
+            _nesterov_kernel[(programs, len(some))](
                 some, m, stats, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
             )
     return y
@@ -148,13 +148,13 @@ def muon_update_launch(
     scale: float,
     weight_decay: float,
 ) -> None:
-    """See `eager.muon_update`; params and copies change in place."""
+    """See `eager.muon_update`. params and low_precision_params are updated in place."""
     update = update.contiguous()
     size = update[0].numel()
     with launch.on(lr.device):
         for a, b, _ in chunks(params):
             some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
-            options = dict(N=len(some), COPIES=len(low), BLOCK=BLOCK, num_warps=4)
+            options = dict(N=len(some), COPY=bool(low), BLOCK=BLOCK, num_warps=4)
             _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
                 some, low, update[a:b], lr, stats, size, scale, weight_decay, **options
             )
@@ -181,7 +181,7 @@ def _(*_: Any) -> None:
 def muon_momentum(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """See `eager.muon_momentum`. Raises TypeError for gradients of more than one type."""
+    """See `eager.muon_momentum`. Raises TypeError for gradients of more than one dtype."""
     return _momentum_op(list(grads), momentum, stats, float(beta), dtype)
 
 
@@ -195,6 +195,6 @@ def muon_update(
     scale: float,
     weight_decay: float,
 ) -> None:
-    """See `eager.muon_update`, and Limits."""
+    """See `eager.muon_update`; Limits in the module's docstring."""
     lists = list(params), list(low_precision_params)
     _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))

@@ -1,7 +1,7 @@
-"""The dropout masks of `dropout`, for Triton kernels: the same bits for the same seed and position.
+"""The dropout masks of `dropout` for Triton kernels: same seed and position, same bits.
 
-The formulas are written for each element. Elements that share a generator call sit in one thread
-(see the layout in `dropout`), and the compiler merges their calls.
+The formulas are written for each element. Elements that share a call of the generator are in one
+thread (see the layout in `dropout`), and the compiler merges their calls.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def attention_keep(seed, head, rows, cols, threshold):
-    """The keep mask of attention weights: int1 of rows' and cols' common shape.
+    """The keep mask of attention weights, int1, in the shape that rows and cols broadcast to.
 
     seed: int64 scalar. head: b H + h. rows, cols: int32 indices that broadcast, such as (M, 1) and
     (1, N). threshold: `dropout.threshold(p)`.
@@ -28,7 +28,7 @@ def attention_keep(seed, head, rows, cols, threshold):
 
 @triton.jit
 def row_keep(seed, rows, cols, threshold):
-    """The keep mask of a matrix: int1 of rows' and cols' common shape.
+    """The keep mask of a matrix, int1, in the shape that rows and cols broadcast to.
 
     rows: int64 indices, cols: int32; they broadcast. seed, threshold: as in `attention_keep`.
     """

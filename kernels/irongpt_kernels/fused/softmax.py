@@ -1,27 +1,30 @@
-"""
-Softmax of scaled scores along the last dimension, forward and backward, causal if asked.
+"""Softmax of scaled scores along the last dimension, forward and backward, optionally causal.
 
     y = softmax(x, scale=s, causal=c)         x, y: (..., N); causal: (..., T, T)
 
-Forward, per row:   a = s x, where row i of a causal T x T block sees only columns 0 to i
-                    m = max(a)    y = exp(a - m) / sum(exp(a - m)), 0 where nothing is seen
-Backward, per row:  y again, in float32    delta = sum(dy * y)    dx = s * y * (dy - delta)
+Forward, per row:   a = s x; with a causal mask, row i of a T x T block sees columns 0 to i only
+                    m = max(a)    y = exp(a - m) / sum(exp(a - m)), and y = 0 for masked columns
+Backward, per row:  y is recomputed in float32    delta = sum(dy * y)    dx = s * y * (dy - delta)
 
-Traffic     fwd reads x, writes y: 2MN elements. bwd reads x, dy, writes dx: 3MN. What a causal
-            row does not see is not read, but for the rest of 16 columns, so that a thread loads
-            several at once. Above MAX_BLOCK columns: 3MN and 7MN.
-Parallelism Rows that fit in registers: a program owns BLOCK_M whole rows. Longer ones: a program
-            walks its row first for m, the sum and delta (online: what is summed is rescaled
-            whenever m grows; Milakov and Gimelshein 2018), last for y or dx, bwd once in between.
-            Each lane has a maximum and sums of its own, which meet at the end of the walk.
-Precision   float32 between load and store. x is saved, not y: a y rounded to float16 does not sum
-            to 1, has few digits below 6e-5 and none below 3e-8, and with it dx erred by up to 46
-            times eager's. In a confident row dy - delta is all cancellation: delta comes off
-            twice, the second time what rounding left of it.
-Limits      rows of x and dy are read through their strides; leading dimensions that no single
-            stride describes are copied. A row that sees no finite score is NaN, as in PyTorch.
+Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
+            dx: 3MN. Masked columns are not read, except those in the same aligned group of 16 as a
+            visible one, so that a thread can still issue vector loads. Rows longer than MAX_BLOCK
+            are read more than once: 3MN and 7MN.
+Parallelism Rows of at most MAX_BLOCK columns fit in registers: a program handles BLOCK_M rows.
+            For longer rows a program loops over one row (online softmax; Milakov and Gimelshein
+            2018). The first loop computes m, the sum and delta, and rescales what has been summed
+            whenever m grows; the last loop computes y or dx; the backward has one loop in between.
+            Each lane keeps its own maximum and sums, which are combined after the loop.
+Precision   float32 between load and store. The backward saves x and not y: a y rounded to float16
+            does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
+            it had up to 46 times the error of eager. Where one column has nearly all the weight,
+            dy - delta cancels, so the rounding error of delta is estimated and subtracted too.
+Limits      Rows of x and dy may have any two strides. Leading dimensions that no single stride
+            describes are copied. A row without a finite visible score is NaN, as in PyTorch.
 Spec        irongpt_kernels/eager.py::softmax
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -29,22 +32,22 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch
-from irongpt_kernels.runtime.launch import matrix
+from irongpt_kernels.runtime.launch import as_matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 ONLINE_BLOCK = 4096
-TILE = 1024  # elements of a program whose rows are short: 2 warps
+TILE = 1024  # elements per program where rows are short: 2 warps
 
 
 @triton.jit
-def _whole_rows(x_ptr, rows, cols, M, N, stride_m, stride_n, scale, CAUSAL: tl.constexpr):
-    """y in float32, and the masks (BLOCK_M, BLOCK_N) of what is seen and of what to load."""
+def _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL: tl.constexpr):
+    """y in float32, and two (BLOCK_M, BLOCK_N) masks: the visible and the loaded elements."""
     seen = cols < N
     load = seen & (rows < M)
     if CAUSAL:
         seen = seen & (cols <= rows % N)
-        load = load & (cols // 16 * 16 <= rows % N)  # one bit for 16 columns
-    x = tl.load(x_ptr + rows * stride_m + cols * stride_n, mask=load, other=0.0)
+        load = load & (cols // 16 * 16 <= rows % N)  # one mask bit per 16 columns
+    x = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=load, other=0.0)
     a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))
     e = tl.exp(a - tl.max(a, axis=1)[:, None])
     return e / tl.sum(e, axis=1)[:, None], seen, load
@@ -52,36 +55,36 @@ def _whole_rows(x_ptr, rows, cols, M, N, stride_m, stride_n, scale, CAUSAL: tl.c
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, y_ptr, M, N, x_stride_m, x_stride_n, scale,
+    x_ptr, y_ptr, M, N, x_strides, scale,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row_tile = tl.program_id(0).to(tl.int64)  # int64: M N passes 2^31 on big batches
+    row_tile = tl.program_id(0).to(tl.int64)  # int64: M N can exceed 2^31
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
-    y, _, _ = _whole_rows(x_ptr, rows, cols, M, N, x_stride_m, x_stride_n, scale, CAUSAL)
+    y, _, _ = _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL)
     tl.store(y_ptr + rows * N + cols, y, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
 def _bwd_kernel(
-    x_ptr, dy_ptr, dx_ptr, M, N, x_stride_m, x_stride_n, dy_stride_m, dy_stride_n, scale,
+    x_ptr, dy_ptr, dx_ptr, M, N, x_strides, dy_strides, scale,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tile = tl.program_id(0).to(tl.int64)
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
-    y, seen, load = _whole_rows(x_ptr, rows, cols, M, N, x_stride_m, x_stride_n, scale, CAUSAL)
-    dy = tl.load(dy_ptr + rows * dy_stride_m + cols * dy_stride_n, mask=load, other=0.0)
+    y, seen, load = _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL)
+    dy = tl.load(dy_ptr + rows * dy_strides[0] + cols * dy_strides[1], mask=load, other=0.0)
     dy = tl.where(seen, dy.to(tl.float32), 0.0)
     dy -= tl.sum(dy * y, axis=1)[:, None]
-    dy -= tl.sum(dy * y, axis=1)[:, None]  # what rounding left of delta
+    dy -= tl.sum(dy * y, axis=1)[:, None]  # subtracts the rounding error of delta
     dx = tl.where(seen, scale * y * dy, 0.0)
     tl.store(dx_ptr + rows * N + cols, dx, mask=(rows < M) & (cols < N))
 
 
 @triton.jit
 def _end(row, N, CAUSAL: tl.constexpr):
-    """One past the last column that the row sees."""
+    """One past the last visible column of the row."""
     end = tl.zeros((), dtype=tl.int64) + N
     if CAUSAL:
         end = row % N + 1
@@ -89,8 +92,8 @@ def _end(row, N, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _walk(x_row, dy_row, x_stride, dy_stride, end, scale, BLOCK_N: tl.constexpr):
-    """m, sum(exp(a - m)) and sum(dy exp(a - m)) of a row. dy_row: None in the forward."""
+def _row_statistics(x_row, dy_row, x_stride, dy_stride, end, scale, BLOCK_N: tl.constexpr):
+    """m, sum(exp(a - m)) and sum(dy exp(a - m)) of a row. dy_row is None in the forward."""
     m = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -114,50 +117,52 @@ def _walk(x_row, dy_row, x_stride, dy_stride, end, scale, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def _fwd_online_kernel(
-    x_ptr, y_ptr, N, x_stride_m, x_stride_n, scale,
+    x_ptr, y_ptr, N, x_strides, scale,
     CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     end = _end(row, N, CAUSAL)
-    x_row = x_ptr + row * x_stride_m
-    m, total, _ = _walk(x_row, None, x_stride_n, 0, end, scale, BLOCK_N)
+    x_row = x_ptr + row * x_strides[0]
+    m, total, _ = _row_statistics(x_row, None, x_strides[1], 0, end, scale, BLOCK_N)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
+        x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
         tl.store(y_ptr + row * N + cols, y, mask=cols < N)
 
 
 @triton.jit
 def _bwd_online_kernel(
-    x_ptr, dy_ptr, dx_ptr, N, x_stride_m, x_stride_n, dy_stride_m, dy_stride_n, scale,
+    x_ptr, dy_ptr, dx_ptr, N, x_strides, dy_strides, scale,
     CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     end = _end(row, N, CAUSAL)
-    x_row = x_ptr + row * x_stride_m
-    dy_row = dy_ptr + row * dy_stride_m
-    m, total, weighted = _walk(x_row, dy_row, x_stride_n, dy_stride_n, end, scale, BLOCK_N)
+    x_row = x_ptr + row * x_strides[0]
+    dy_row = dy_ptr + row * dy_strides[0]
+    m, total, weighted = _row_statistics(
+        x_row, dy_row, x_strides[1], dy_strides[1], end, scale, BLOCK_N
+    )
     delta = weighted / total
-    left = tl.zeros((BLOCK_N,), dtype=tl.float32)  # what rounding left of delta
+    left = tl.zeros((BLOCK_N,), dtype=tl.float32)  # the rounding error of delta
     for start in range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
-        dy = tl.load(dy_row + cols * dy_stride_n, mask=cols < end, other=0.0).to(tl.float32)
+        x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
+        dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
         y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
         left += y * (dy - delta)
     left_row = tl.sum(left, axis=0)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        x = tl.load(x_row + cols * x_stride_n, mask=cols < end, other=0.0)
-        dy = tl.load(dy_row + cols * dy_stride_n, mask=cols < end, other=0.0).to(tl.float32)
+        x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
+        dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
         y = tl.exp(x.to(tl.float32) * scale - m) / total
         dx = tl.where(cols < end, scale * y * (dy - delta - left_row), 0.0)
         tl.store(dx_ptr + row * N + cols, dx, mask=cols < N)
 
 
 def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
-    """x: (M, N), any strides; causal: M a multiple of N. Returns a contiguous (M, N)."""
+    """x: (M, N), any strides; and, if causal, M is a multiple of N. Returns a contiguous (M, N)."""
     M, N = x.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -165,25 +170,25 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
     with launch.on(x.device):
         if N <= MAX_BLOCK:
             grid, tile = _tile(M, N)
-            _fwd_kernel[grid](x, y, M, N, *x.stride(), scale, CAUSAL=causal, **tile)
+            _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **tile)
         else:
-            _fwd_online_kernel[(M,)](x, y, N, *x.stride(), scale, CAUSAL=causal, **_blocks())
+            _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_tile())
     return y
 
 
 def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    """dy, x: (M, N), any strides, x as the forward took it. Returns a contiguous (M, N)."""
+    """dy, x: (M, N), any strides, x the input of the forward. Returns a contiguous (M, N)."""
     M, N = x.shape
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return dx
-    strides = *x.stride(), *dy.stride()
+    strides = x.stride(), dy.stride()
     with launch.on(x.device):
         if N <= MAX_BLOCK:
             grid, tile = _tile(M, N)
             _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **tile)
         else:
-            _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_blocks())
+            _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_tile())
     return dx
 
 
@@ -194,49 +199,50 @@ def _tile(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(M, block_m),), tile
 
 
-def _blocks() -> dict[str, int]:
-    """Of the kernels that walk a row. scale x - m must not be one fused operation: m is rounded,
-    and the exponent of the largest element has to be exactly 0."""
+def _online_tile() -> dict[str, int]:
+    """Launch options of the online kernels. scale x - m must not be one fused multiply-add: m is
+    rounded, and the exponent of the maximum has to be exactly 0."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 
 @torch.library.custom_op("irongpt::softmax", mutates_args=())
-def _softmax(x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_fwd(matrix(x), scale, causal).view(x.shape)
+def _op(x: Tensor, scale: float, causal: bool) -> Tensor:
+    return softmax_fwd(as_matrix(x), scale, causal).view(x.shape)
 
 
 @torch.library.custom_op("irongpt::softmax_backward", mutates_args=())
-def _softmax_backward(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_bwd(matrix(dy), matrix(x), scale, causal).view(x.shape)
+def _backward_op(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
+    return softmax_bwd(as_matrix(dy), as_matrix(x), scale, causal).view(x.shape)
 
 
-@_softmax.register_fake
+@_op.register_fake
 def _(x: Tensor, scale: float, causal: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_softmax_backward.register_fake
+@_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.scale, ctx.causal = inputs
     ctx.save_for_backward(x)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     (x,) = ctx.saved_tensors
-    return _softmax_backward(dy, x, ctx.scale, ctx.causal), None, None
+    return _backward_op(dy, x, ctx.scale, ctx.causal), None, None
 
 
-_softmax.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """See `eager.softmax`, and the docstring of this module.
+    """See `eager.softmax`.
 
-    Raises TypeError for what is no floating tensor or no number, ValueError for a shape.
+    Raises TypeError unless x is a floating-point tensor and scale a number; ValueError for a 0-d x,
+    and for a causal x whose last two dimensions differ.
     """
     checks.floating(x=x)
     if not isinstance(scale, int | float):
@@ -244,4 +250,4 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     checks.rank("x", x, 2 if causal else 1, 64)
     if causal and x.shape[-2] != x.shape[-1]:
         raise ValueError(f"a causal x must be (..., T, T), got shape {tuple(x.shape)}")
-    return _softmax(x, float(scale), bool(causal))
+    return _op(x, float(scale), bool(causal))

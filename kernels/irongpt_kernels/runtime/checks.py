@@ -1,4 +1,4 @@
-"""What an op refuses: each message names the argument and its value."""
+"""Argument validation shared by all fused ops. Messages name the argument and its value."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def floating(*, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
-    """Every argument is a tensor of a float type that kernels take, on the first one's device.
-
-    optional: those that may be None. Raises TypeError for another type, ValueError for another
-    device.
+    """Raises TypeError unless all are tensors in one of FLOATS, ValueError unless all are on the
+    device of the first. optional: tensors that may be None.
     """
     tensors |= {name: t for name, t in (optional or {}).items() if t is not None}
     for name, t in tensors.items():
@@ -22,29 +20,29 @@ def floating(*, optional: dict[str, Tensor | None] | None = None, **tensors: Ten
 
 
 def same_device(**tensors: Tensor) -> None:
-    """Raises ValueError unless all are on the first one's device."""
+    """Raises ValueError unless all tensors are on the device of the first."""
     (first, device), *others = ((name, t.device) for name, t in tensors.items())
     for name, other in others:
         if other != device:
-            raise ValueError(f"{name} is on {other}, and {first} on {device}")
+            raise ValueError(f"{name} is on {other}, but {first} is on {device}")
 
 
 def shape(name: str, t: Tensor | None, wanted: tuple[int, ...]) -> None:
-    """Raises ValueError unless t, where there is one, has the shape `wanted`."""
+    """Raises ValueError unless t is None or has the shape `wanted`."""
     if t is not None and tuple(t.shape) != wanted:
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(t.shape)}")
 
 
 def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
-    """Raises ValueError unless t has `low` to `high` dimensions; just `low` if no high is given."""
+    """Raises ValueError unless t has `low` to `high` dimensions, or exactly `low` without high."""
     if not low <= t.dim() <= (high or low):
         wanted = f"{low} dimensions" if high is None else f"{low} to {high} dimensions"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(t.shape)}")
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
-    """Raises ValueError for a probability that is none or a seed on another device than `tensor`,
-    one argument of the op by its name; TypeError for a seed that is none."""
+    """Raises ValueError for p outside [0, 1), a missing seed, a seed beyond 64 bits or on another
+    device than `tensor` (one argument of the op, by name); TypeError for any other seed."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:
@@ -53,7 +51,7 @@ def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
         return
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be a number of 64 bits, got {seed}")
+            raise ValueError(f"seed must fit into a signed 64-bit integer, got {seed}")
         return
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {seed!r}")

@@ -1,17 +1,16 @@
-"""
-A T4 where there is none: with IRONGPT_EMULATE=sm_75 in the environment every kernel is chosen and
-compiled as for a T4, and runs on the NVIDIA GPU that is there, as long as it is newer.
+"""Emulation of a T4 on a newer NVIDIA GPU: IRONGPT_EMULATE=sm_75 compiles every kernel as for a T4.
 
-A cubin for sm_75 runs on sm_75 alone. PTX runs on what is newer too: the driver compiles it when it
-is loaded. So Triton is told that its target is sm_75, all of its stages run as they would for a T4
-(with `turing`, to the cubin), and then its loader gets the PTX that the cubin was made from.
+A cubin for sm_75 runs on sm_75 only. PTX for sm_75 also runs on newer GPUs, where the driver
+compiles it at load time. So this module sets Triton's target to sm_75, lets all stages run as for a
+T4 (with `turing`, up to the cubin), and then gives the loader the PTX from which the cubin was
+made.
 
-What it shows     the tiles, the layouts, the instructions that the PTX names and a T4's limit of
-                  shared memory; so results, masks and losses are those of a T4's code
-What it does not  a T4's speed, its SASS, its registers (both are the driver's for this GPU), and
-                  how its HMMA rounds inside an instruction; PyTorch's own kernels stay this GPU's
+Tested      the tiles, the layouts, the instructions in the PTX and a T4's shared-memory limit;
+            hence the results, masks and losses of the code that a T4 runs
+Not tested  a T4's speed, its SASS and registers (the driver makes both for this GPU), and how its
+            HMMA rounds internally; PyTorch's own kernels remain those of this GPU
 
-Spec        CUDA C++ Programming Guide, "Just-in-Time Compilation" and "PTX Compatibility"
+Source      CUDA C++ Programming Guide, "Just-in-Time Compilation" and "PTX Compatibility"
 """
 
 import functools
@@ -22,11 +21,11 @@ import torch
 VARIABLE = "IRONGPT_EMULATE"
 ARCH = 75
 NUM_SMS = 40
-SHARED = 65_536  # bytes that a program may have on sm_75
+SHARED = 65_536  # bytes of shared memory per program on sm_75
 
 
 def on() -> bool:
-    """Whether kernels are those of a T4. Raises ValueError for a value that is not sm_75."""
+    """Whether T4 emulation is on. Raises ValueError if the variable is set to another value."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", f"sm_{ARCH}"):
         raise ValueError(f"{VARIABLE} must be sm_{ARCH} or unset, got {wanted!r}")
@@ -34,15 +33,14 @@ def on() -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability that kernels are made for: of the GPU, or (7, 5) in its place."""
+    """The compute capability that kernels are compiled for: (7, 5) under emulation."""
     return divmod(ARCH, 10) if on() else torch.cuda.get_device_capability(device)
 
 
 @functools.cache
 def install() -> None:
-    """From here on Triton's target is sm_75, and what it compiles for sm_75 is loaded as PTX.
-
-    For this process, as the variable is; the second call does nothing.
+    """Sets Triton's target to sm_75 and makes it load kernels as PTX, for the rest of the process.
+    Further calls do nothing.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compiler

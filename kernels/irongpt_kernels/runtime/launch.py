@@ -1,11 +1,12 @@
-"""Everything that depends on the GPU: which one, how many programs, how they launch.
+"""Everything about a launch that depends on the GPU: its architecture, its SMs, block sizes, warps.
 
 In Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) kernels run on CPU
-tensors, program after program, and stand in for a small GPU.
+tensors, one program after another, and these functions describe a small GPU.
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,35 +21,35 @@ INTERPRETED = bool(knobs.runtime.interpret)
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as in sm_75: 75, 80, 90. A CPU, for the interpreter, counts as a T4."""
+    """The compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
     if device.type != "cuda":
         return turing.ARCH
     if emulate.on():
         return emulate.ARCH
-    major, minor = _asked(torch.cuda.get_device_capability, device)
+    major, minor = _query(torch.cuda.get_device_capability, device)
     return 10 * major + minor
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the GPU; in the interpreter 2, so that programs share rows."""
+    """The number of SMs; in the interpreter 2, so that several programs share the rows."""
     if device.type != "cuda":
         return 2
     if emulate.on():
         return emulate.NUM_SMS
-    return int(_asked(torch.cuda.get_device_properties, device).multi_processor_count)
+    return int(_query(torch.cuda.get_device_properties, device).multi_processor_count)
 
 
 @functools.cache
-def _asked(torch_function: Callable[[torch.device], Any], device: torch.device) -> Any:
-    """What torch says of a device, asked once: each launch needs it. The function is a part of the
-    question, so that one which stands in for torch's is asked itself."""
+def _query(torch_function: Callable[[torch.device], Any], device: torch.device) -> Any:
+    """torch_function(device), cached because every launch needs it. The function is part of the
+    cache key, so that a test's replacement is called too."""
     return torch_function(device)
 
 
 def prepare(device: torch.device) -> None:
-    """From here on launches use the device's tensor cores. Cheap when it is done.
+    """Installs the compiler hooks that the device needs; later calls return at once.
 
-    Raises RuntimeError where `turing` cannot make them do so.
+    Raises RuntimeError if `turing` cannot enable the tensor cores of an sm_75 GPU.
     """
     if device.type != "cuda" or INTERPRETED:
         return
@@ -59,34 +60,39 @@ def prepare(device: torch.device) -> None:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of the tensors, whatever the current one is. See `prepare`."""
+    """A context in which kernels launch on `device`, after `prepare`."""
     prepare(device)
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def block(n: int) -> int:
-    """The power of two that covers n, and 16 at least."""
+    """The smallest power of two that is at least n and at least 16."""
     return max(16, triton.next_power_of_2(n))
 
 
 def warps(elements: int) -> int:
-    """Warps for a program that holds `elements` in registers: 8 to 16 a thread."""
+    """Warps for a program with `elements` values in registers: 8 to 16 values per thread."""
     return min(16, max(1, elements // 512))
 
 
 def seed_tensor(seed: "int | Tensor | None", device: torch.device) -> Tensor:
-    """The seed as kernels read it: 0-d int64 on the device. None, where nothing drops, is 0."""
+    """The seed as a 0-d int64 tensor on the device. None, which means no dropout, becomes 0."""
     if isinstance(seed, Tensor):
         return seed
     return torch.full((), 0 if seed is None else seed, dtype=torch.int64, device=device)
 
 
-def matrix(x: Tensor) -> Tensor:
-    """x as (M, N): a view where one stride leads from row to row, else a copy."""
-    N = x.shape[-1]
-    return x.reshape(x.numel() // N if N else 0, N)
+def as_matrix(x: Tensor) -> Tensor:
+    """x as (M, N): a view if the leading dimensions collapse to one row stride, else a copy."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`as_matrix` with a column stride of 1, which a copy ensures where needed."""
+    x = as_matrix(x)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
-    """(B, T, 3, H, D) -> q, k and v, or their gradients, as (B, H, T, D) views."""
+    """Splits (B, T, 3, H, D) into q, k and v, or their gradients, as (B, H, T, D) views."""
     return qkv.permute(2, 0, 3, 1, 4).unbind()

@@ -1,21 +1,20 @@
-"""
-Tensor cores on Turing (sm_75: T4, RTX 20xx) from a stock Triton.
+"""Tensor cores on Turing (sm_75: T4, RTX 20xx) with an unmodified Triton.
 
-Since Triton 3.3, `tl.dot` below compute capability 8.0 is scalar FMA (triton-lang/triton#5066,
-#10918): an eighth of a T4's speed at best, and tiles made for tensor cores spill. The hardware
-still has its instruction. A hook of Triton's compiler is enough to put the lowering back:
+Since Triton 3.3, `tl.dot` below compute capability 8.0 is compiled to scalar FMAs
+(triton-lang/triton#5066, #10918): an eighth of a T4's speed at best, and tiles made for tensor
+cores spill. The hardware still has its instruction. A hook of Triton's compiler can restore it:
 
-    1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, in one stage
-       (more would be cp.async, which sm_75 lacks);
-    2. LLVM IR, PTX and SASS are made for sm_75, as ever;
+    1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, with one pipeline
+       stage (more would use cp.async, which sm_75 lacks);
+    2. LLVM IR, PTX and SASS are made for sm_75, as usual;
     3. in the PTX each mma.m16n8k16, which needs sm_80, becomes two mma.m16n8k8, which sm_75 has:
 
        mma.m16n8k16  d, {a0, a1, a2, a3}, {b0, b1}, c    =   mma.m16n8k8  d, {a0, a1}, {b0}, c
                                                              mma.m16n8k8  d, {a2, a3}, {b1}, d
 
-Why it is right
-    D = A B + C, with A 16 x 16, B 16 x 8. Lane 4g + t of a warp holds, by the fragment tables of
-    the PTX ISA ("Matrix Fragments for mma.m16n8k8" and "... mma.m16n8k16", .f16):
+Correctness
+    D = A B + C, where A is 16 x 16 and B is 16 x 8. Lane 4g + t of a warp holds, by the fragment
+    tables of the PTX ISA ("Matrix Fragments for mma.m16n8k8" and "... mma.m16n8k16", .f16):
 
     | register | of m16n8k16 | of m16n8k8 |
     |---|---|---|
@@ -25,24 +24,23 @@ Why it is right
     | b1 | B[8+2t:8+2t+2, g] | |
     | c0..c3, d0..d3 | rows g and g+8, columns 2t and 2t+1 | the same |
 
-    So (a0, a1), b0 are whole k8 fragments of columns 0 to 7 of A and rows 0 to 7 of B, (a2, a3),
-    b1 those of 8 to 15, and the sum over k falls into the two parts. No lane needs another's data.
-    What may differ is the rounding inside one accumulation: 8 + 8 products for 16.
-    The first product writes d before the second reads a2, a3, b1. Triton ties d to c, and c is
-    read by the same instruction as they, so no register is both, and a mma where one was is left.
+    So (a0, a1), b0 are complete k8 fragments of columns 0 to 7 of A and rows 0 to 7 of B, and
+    (a2, a3), b1 are those of 8 to 15; the sum over k splits into these two parts. No lane needs
+    data of another. Only the rounding inside an accumulation can differ: 8 + 8 terms instead of 16.
+    The first instruction writes d before the second reads a2, a3, b1. Triton gives d the registers
+    of c, and the same instruction reads c, a and b, so d overlaps neither a nor b. An instruction
+    where it does is left unchanged.
 
-What it touches
-    Kernels for sm_75 with a dot of fp16 by fp16, nothing else. In them float32 dots stay IEEE FMA,
-    as stock Triton has it there. A kernel that cannot be served (other dots that sm_80 gives to
-    tensor cores, async copies asked for in the source, an instruction that sm_75 lacks) compiles
-    as Triton would, and a RuntimeWarning says so, once.
-
-Cache       Triton 3.7 and newer ask the hook for its part of a cache key. 3.6 does not: there the
-            key of the backend for sm_75, which is in every cache key, gets the same part.
-Company     A hook that somebody else installed is called first, and what it does to the stages is
-            kept: the lowering is changed below them, in the backend of this one compilation, so
-            that order does not matter. A hook that replaces this one is wrapped at the next launch.
-Threads     All state is that of one compilation; installing takes a lock.
+Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their float32 dots remain
+            IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
+            dots that sm_80 gives to tensor cores, with async copies in the source, or with an
+            instruction that sm_75 lacks. They compile as in stock Triton, with one RuntimeWarning.
+Cache       Triton 3.7 and newer ask the hook for a part of the cache key. Triton 3.6 does not, so
+            there the key of the sm_75 backend, which is in every cache key, gets that part.
+Other hooks A hook that was installed before is called first and keeps its effect on the stages,
+            because the lowering is changed in the backend of the one compilation. A hook that
+            replaces this one is wrapped at the next launch.
+Threads     State belongs to one compilation; installing takes a lock.
 """
 
 import dataclasses
@@ -63,7 +61,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCH = 75
-KEY = "irongpt-turing-1"  # in cache keys: to be raised when the lowering below changes
+KEY = "irongpt-turing-1"  # part of cache keys: increment it when the lowering below changes
 
 _DOT = re.compile(r"\btt\.dot\w* .*: tensor<(?:\d+x)+(\w+)> \* tensor<(?:\d+x)+(\w+)> -> .*")
 _PRECISION = re.compile(r", inputPrecision = (\w+)")
@@ -72,19 +70,19 @@ _MMA = re.compile(
     r"\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*,\s*\{([^}]*)\}\s*;",
     re.MULTILINE,
 )
-# What the PTX must not hold for sm_75, beyond what Triton itself emits for it.
+# Instructions that sm_75 lacks and that the PTX must not contain.
 _TOO_NEW = re.compile(
     r"\b(mma\.sync\S*(?<!\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32)"
     r"(?<!\.m16n8k8\.row\.col\.f16\.f16\.f16\.f16)(?=[\s{])|wgmma\S*|stmatrix\S*|cp\.async\S*)"
 )
 
 _lock = threading.Lock()
-_told: set[str] = set()  # kernels whose fallback was said
+_warned: set[str] = set()  # kernels for which a fallback was reported
 _proved = False
 
 
 def _two_k8(mma: re.Match[str]) -> str:
-    """The two instructions of the docstring. One that reads what the first overwrote is left."""
+    """Splits one instruction as in the module's docstring, unless d overlaps a2, a3 or b1."""
     indent, acc = mma.group(1, 2)
     d, a, b, c = ([r.strip() for r in g.split(",")] for g in mma.group(3, 4, 5, 6))
     if len(a) != 4 or len(b) != 2 or {*d} & {a[2], a[3], b[1]}:
@@ -98,17 +96,17 @@ def _two_k8(mma: re.Match[str]) -> str:
 
 
 def split_mma(ptx: str) -> str:
-    """PTX with every mma.m16n8k16 of fp16 as two mma.m16n8k8."""
+    """Replaces every mma.m16n8k16 of fp16 in the PTX by two mma.m16n8k8."""
     return _MMA.sub(_two_k8, ptx)
 
 
 def _ieee(dot: re.Match[str]) -> str:
-    """A float32 dot as sm_75 does it: IEEE, where sm_80 would give it to tensor cores."""
+    """Makes a float32 dot IEEE, as on sm_75; on sm_80 it could use tensor cores."""
     return _PRECISION.sub("", dot.group()) if dot.group(1) == "f32" else dot.group()
 
 
 def _other_dots(ttir: str) -> str:
-    """Dots, if any, that sm_80 would give to tensor cores and sm_75 cannot."""
+    """The operand dtypes of dots that sm_80 would give to tensor cores and sm_75 cannot."""
     found = {f"{a} x {b}" for a, b in _DOT.findall(ttir)} - {"f16 x f16", "f32 x f32"}
     found |= {"dot_scaled"} if "tt.dot_scaled" in ttir else set()
     return ", ".join(sorted(found))
@@ -119,18 +117,18 @@ def _parse(text: str, context: Any) -> Any:
         path = Path(folder, "kernel.mlir")
         path.write_text(text)
         module = ir.parse_mlir_module(str(path), context)
-    module.context = context  # as Triton keeps it: the module does not own its context
+    module.context = context  # keeps the context alive, which the module does not own
     return module
 
 
 class _Lowering:
-    """How one kernel for sm_75 becomes TTGIR, and then PTX."""
+    """The TTGIR and PTX stages of one compilation for sm_75."""
 
     def __init__(self, backend: Any, stages: dict[str, Any]) -> None:
         self.backend, self.stages = backend, stages
-        self.ttir = ""  # of a kernel that is lowered as for sm_80
+        self.ttir = ""  # of a kernel that is lowered as for sm_80, else empty
         self.given_up = False
-        # The stages call these methods of their backend, which serves this compilation alone.
+        # The stages call these methods of their backend, which belongs to this compilation.
         backend.make_ttgir, backend.make_ptx = self.make_ttgir, self.make_ptx
 
     def make_ttgir(self, module: Any, metadata: Any, options: Any, capability: int) -> Any:
@@ -143,7 +141,7 @@ class _Lowering:
         context = module.context
         reason = _other_dots(text)
         if reason:
-            reason = f"it multiplies {reason} too"
+            reason = f"it also has a dot of {reason}"
         else:
             try:
                 if ("f32", "f32") in dots:
@@ -151,13 +149,13 @@ class _Lowering:
                 one_stage = dataclasses.replace(options, num_stages=1)
                 lowered = stock(module, metadata, one_stage, 80)
             except RuntimeError as e:
-                reason = f"Triton does not lower it as for sm_80 ({e})"
+                reason = f"Triton cannot lower it as for sm_80 ({e})"
             else:
                 if "async_copy" not in str(lowered):
                     self.ttir = text
                     return lowered
-                reason = "its source asks for loops in stages, with async copies"
-        _tell(text, reason)
+                reason = "its source requests pipelined loops with async copies"
+        _warn(text, reason)
         return stock(_parse(text, context), metadata, options, capability)
 
     def make_ptx(self, llir: Any, metadata: Any, options: Any, capability: int) -> str:
@@ -169,7 +167,7 @@ class _Lowering:
         left = _TOO_NEW.search(ptx)
         if left is None:
             return ptx
-        _tell(self.ttir, f"its PTX has {left.group()}, which sm_75 lacks")
+        _warn(self.ttir, f"its PTX has {left.group()}, which sm_75 lacks")
         self.given_up = True
         context = ir.context()
         ir.load_dialects(context)
@@ -179,29 +177,28 @@ class _Lowering:
         return stock(self.backend, llir, metadata, options, capability)
 
 
-def _tell(ttir: str, reason: str) -> None:
+def _warn(ttir: str, reason: str) -> None:
     kernel = re.findall(r"tt\.func public @(\w+)|$", ttir)[0] or "a kernel"
     with _lock:
-        if kernel in _told:
+        if kernel in _warned:
             return
-        _told.add(kernel)
+        _warned.add(kernel)
     warnings.warn(
-        f"{kernel} runs without the tensor cores of sm_75, slowly: {reason}",
+        f"{kernel} runs slowly, without the tensor cores of sm_75: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 class Hook:
-    """For `knobs.runtime.add_stages_inspection_hook`; before: the hook that was there, if any."""
+    """A hook for `knobs.runtime.add_stages_inspection_hook`. before: the hook it wraps, if any."""
 
     def __init__(self, before: Callable[..., Any] | None = None) -> None:
         self.before = before
 
     def __call__(self, *args: Any) -> tuple[str, str] | None:
-        """No arguments: (part of the disk cache's key, part of the memory cache's).
-
-        (backend, stages, options, language, capability): changes how one kernel is compiled.
+        """Without arguments it returns parts of the keys of the disk and the memory cache. With
+        (backend, stages, options, language, capability) it changes how one kernel is compiled.
         """
         if not args:
             key, hashed = self.before() if self.before else ("", "")
@@ -216,9 +213,9 @@ class Hook:
 
 
 def install() -> None:
-    """Kernels compiled for sm_75 from here on use its tensor cores. Called at every launch there.
+    """Makes kernels that are compiled for sm_75 use its tensor cores. Every launch there calls it.
 
-    Raises RuntimeError where this Triton does not let it: no hook, or a PTX of another shape.
+    Raises RuntimeError if this version of Triton has no hook or compiles a dot to other PTX.
     """
     if _proved and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
         return
@@ -234,7 +231,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Gives the hook's place back to what was there before."""
+    """Restores the hook that was installed before."""
     with _lock:
         hook = knobs.runtime.add_stages_inspection_hook
         if isinstance(hook, Hook):
@@ -242,7 +239,7 @@ def uninstall() -> None:
 
 
 def _key_the_backend() -> None:
-    """Triton 3.6 asks no hook for a key: what the backend says of itself stands in its place."""
+    """Puts KEY into the backend's hash for Triton 3.6, which does not ask the hook for a key."""
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import compiler
 
@@ -261,40 +258,40 @@ def _key_the_backend() -> None:
 
 
 @triton.jit
-def small_product(a_ptr, b_ptr, c_ptr):
+def small_dot(a_ptr, b_ptr, c_ptr):
     i = tl.arange(0, 16)
     at = i[:, None] * 16 + i[None, :]
     tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="ieee"))
 
 
 def probe() -> str:
-    """The PTX of a product of fp16 tiles for sm_75, as Triton is set up now. Needs no GPU. With
-    tensor cores there are mma.sync instructions in it."""
+    """The PTX for sm_75 of a dot of fp16 tiles, with the current hooks. Needs no GPU. If tensor
+    cores are used, it has mma.sync instructions."""
     pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(small_product, pointers, {}, aligned)
+    source = ASTSource(small_dot, pointers, {}, aligned)
     target = GPUTarget("cuda", ARCH, 32)
     return triton.compile(source, target=target, options=dict(num_warps=1)).asm["ptx"]
 
 
 def prove() -> None:
-    """Raises RuntimeError unless the probe comes out as the docstring says."""
+    """Raises RuntimeError unless `probe` compiles as the module's docstring describes."""
     global _proved
-    with warnings.catch_warnings():  # what a fallback would say, the error says
+    with warnings.catch_warnings():  # the error reports what a fallback would
         warnings.simplefilter("ignore")
         try:
             good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in probe()
         except Exception as e:
             uninstall()
-            raise RuntimeError(_unfit("does not compile the probe of them")) from e
+            raise RuntimeError(_unfit("does not compile a probe kernel that uses them")) from e
     if not good:
         uninstall()
-        raise RuntimeError(_unfit("compiles a dot of fp16 in a way that is not known here"))
+        raise RuntimeError(_unfit("compiles a dot of fp16 to unexpected PTX"))
     _proved = True
 
 
 def _unfit(why: str) -> str:
     return (
-        f"Triton {triton.__version__} {why}, so the tensor cores of this GPU (sm_75) are out of "
-        "reach: install a Triton from 3.6 to 3.9, or use the builtin ops"
+        f"Triton {triton.__version__} {why}, so our kernels cannot use the tensor cores of this "
+        "GPU (sm_75): install a Triton from 3.6 to 3.9, or use the builtin ops"
     )
