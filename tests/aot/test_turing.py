@@ -24,8 +24,8 @@ def instruction(d: list[str], a: list[str], b: list[str], c: list[str], acc: str
 
 
 def test_compiled() -> None:
-    """Every check of turing_checks.py, in one process: each worker of pytest-xdist would compile for
-    tests of its own."""
+    """Every check of turing_checks.py in one process. Each worker of pytest-xdist that ran a part
+    would compile all of them."""
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(CHECKS)],
