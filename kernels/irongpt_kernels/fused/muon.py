@@ -99,7 +99,7 @@ def _update_kernel(
     weights, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
     N: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates p and, with COPY, its copy. weights: the parameters, see adamw. scale: the size in the
+    """Updates p and, with COPY, its copy. weights: the parameters. scale: the size in the
     formula."""
     matrix = tl.program_id(1)
     offsets, mask = _offsets(size, BLOCK)
