@@ -98,7 +98,6 @@ def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate
             limit = [JUDGED_DIFFERENCE] * 2
             axes.plot([1, end], limit, color="black", linewidth=1, label="tolerance")
         axes.set_yscale("symlog", linthresh=1e-8)  # logarithmic with a zero: losses may be equal
-        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.tick_params(labelleft=axes is apart[0])
@@ -110,6 +109,7 @@ def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate
     for axes in (losses, *apart):
         axes.grid(alpha=0.3)
     for axes in apart:
+        axes.set_ylim(bottom=0)  # after all panels are drawn: they share the axis
         axes.legend(fontsize=8)
 
 
