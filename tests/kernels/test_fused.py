@@ -68,9 +68,7 @@ def test_the_seed_decides_what_is_dropped() -> None:
 
 def test_32_steps_of_training_match_eager(monkeypatch) -> None:
     grad_norm = importlib.import_module("irongpt_kernels.fused.grad_norm")
-    monkeypatch.setattr(grad_norm, "MAX_TENSORS", 4)
-        importlib.import_module("irongpt_kernels.fused.grad_norm"), "MAX_TENSORS", 4
-    )
+    monkeypatch.setattr(grad_norm, "MAX_TENSORS", 4)  # selecting one of many is slow here
     ids = tokens(600) % 7 * 3
     recipe = TrainConfig(
         iters=32, batch_size=1, lr=1e-2, warmup=4, decay="constant", weight_decay=0.1, eval_every=32
