@@ -162,7 +162,7 @@ def _matmuls(report: Report, device: torch.device) -> None:
     arch = launch.architecture(device)
     target = "" if device.type == "cuda" else "compiled for a T4: "
     try:
-        made = probe.products(arch)
+        made = probe.matmuls(arch)
     except RuntimeError as e:
         report.problems.append(str(e))
         return

@@ -9,12 +9,11 @@ timed once more against the default, and it is kept if it is faster beyond the n
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from irongpt_kernels import eager, op_inputs, tolerance
+from irongpt_kernels import Ops, eager, op_inputs, tolerance
 from irongpt_kernels.op_inputs import SEED, Shape, Tensors
 from irongpt_kernels.op_specs import SPECS, OpSpec
 from irongpt_kernels.runtime import emulate, launch_table
@@ -78,7 +77,7 @@ class Work:
         inputs, dtypes = self.spec.inputs(self.shape(batch)), op_inputs.dtypes(self.dtype)
         return op_inputs.random_inputs(inputs, dtypes, self.device, seed)
 
-    def run(self, module: ModuleType, inputs: Tensors) -> Tensors:
+    def run(self, module: Ops, inputs: Tensors) -> Tensors:
         """The op's outputs by name, and its gradients as `d x`. Upstream gradients are random
         values of the compute dtype, whatever the inputs are."""
         shape, p = self.shape(self.batch), self.model.dropout
@@ -103,7 +102,7 @@ class AccuracyCheck:
         self.baseline = work.run(eager, self.inputs)
         self.oracle = work.run(eager, {n: x.double() for n, x in self.inputs.items()})
 
-    def wrong(self, module: ModuleType) -> list[str]:
+    def wrong(self, module: Ops) -> list[str]:
         """The tensors whose errors exceed the tolerance."""
         found = []
         for name, x in self.work.run(module, self.inputs).items():
@@ -175,9 +174,7 @@ def candidates(work: Work, quick: bool = False) -> list[launch_table.Options]:
     return found[::QUICK_EVERY] if quick else found
 
 
-def measure(
-    work: Work, module: ModuleType, found: list[launch_table.Options], rounds: int
-) -> list[Row]:
+def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: int) -> list[Row]:
     """A row for the default, and one for each candidate. Leaves the default in use."""
     accuracy, inputs = AccuracyCheck(work), [work.inputs(work.batch)]
     rows = [Row(options) for options in [None, *found]]
@@ -198,10 +195,12 @@ def measure(
         with timing.stream(work.device):
             timings = timing.measure(calls, len(inputs), work.device, rounds)
         for i, t in timings.items():
-            failed = isinstance(t, str)
-            check(not failed or i != str(DEFAULT), f"{work.kernel} with the default tiles: {t}")
-            old = rows[int(i)]
-            rows[int(i)] = Row(old.options, out=t) if failed else Row(old.options, tuple(t.samples))
+            options = rows[int(i)].options
+            ran = isinstance(t, timing.Timing) or i != str(DEFAULT)
+            check(ran, f"{work.kernel} with the default tiles: {t}")
+            rows[int(i)] = (
+                Row(options, out=t) if isinstance(t, str) else Row(options, (*t.samples,))
+            )
 
     sample(list(launches), rounds)
     if (best := winner(rows)) is not None:
@@ -211,7 +210,7 @@ def measure(
 
 
 def _prepared(
-    work: Work, module: ModuleType, accuracy: AccuracyCheck, inputs: list[Tensors]
+    work: Work, module: Ops, accuracy: AccuracyCheck, inputs: list[Tensors]
 ) -> list[Launch]:
     """A launch for each copy of the inputs. Raises for options that are wrong, spill or cannot
     run."""
@@ -226,7 +225,7 @@ def _prepared(
     return [first, *(record(work, module, x) for x in inputs[1:])]
 
 
-def record(work: Work, module: ModuleType, inputs: Tensors) -> Launch:
+def record(work: Work, module: Ops, inputs: Tensors) -> Launch:
     """The launch of the work's kernel that the op makes. Raises what the op raises."""
     from irongpt_kernels.aot import sass
     from triton.runtime.jit import JITFunction
@@ -238,7 +237,7 @@ def record(work: Work, module: ModuleType, inputs: Tensors) -> Launch:
         compiled = original(self, *args, **kwargs)
         if f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}" == wanted:
             touched = {x.data_ptr(): x.nbytes for x in args if isinstance(x, torch.Tensor)}
-            spilled = sass.read(compiled.asm["cubin"]).stack
+            spilled = sass.usage(compiled.asm["cubin"])[1]
             again = lambda: original(self, *args, **kwargs)  # noqa: E731
             made.append(Launch(again, spilled, sum(touched.values())))
         return compiled

@@ -103,8 +103,8 @@ def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
     return op_specs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
 
 
-def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, int] | None:
-    """Least bytes of all but the products in a step, by op; None without Triton.
+def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Least bytes of all but the matmuls in a step, by op.
 
     By the kernels' cost functions; the embedding by counting.
     """
@@ -119,10 +119,7 @@ def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> di
     }
     found = {}
     for op, count in counts.items():
-        cost = Case(op, "", shape, dtype, config.dropout).cost("both")
-        if cost is None:
-            return None
-        found[op] = count * cost[0]
+        found[op] = count * Case(op, "", shape, dtype, config.dropout).cost("both")[0]
     found["embedding"] = 2 * 2 * train.batch_size * T * C * 4  # written and its gradient, float32
     found["optimizer"] = optimizer_bytes(config, train.optimizer, dtype.itemsize)
     return found
@@ -137,8 +134,6 @@ def floor(
 ) -> dict[str, Any]:
     """Computed: the products' time and the least bytes of the rest at the copy's bandwidth."""
     moved = least_bytes(config, train, dtype)
-    if moved is None:
-        return {}
     rest = sum(moved.values()) / roofs["copy_bytes_per_s"]
     return {"least_bytes": moved, "computed_floor_seconds": products_seconds + rest}
 

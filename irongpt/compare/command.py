@@ -1,4 +1,4 @@
-"""`irongpt compare`: what a candidate's ops compute, held against eager PyTorch and float64."""
+"""`irongpt compare`: the results of a candidate's ops against eager PyTorch and float64."""
 
 import json
 import math
@@ -28,10 +28,11 @@ def compare(
     plot: Path | None,
     candidate: str = "fused",
 ) -> int:
-    """Says how far `candidate` is from eager, op by op and as a model: 1 if beyond the rule, or 0.
+    """Prints how far `candidate` is from eager, op by op and as a model. Returns 1 if an error
+    exceeds tolerance, else 0.
 
     device: auto, cpu, cuda or cuda:N. dtypes: names, or empty for all that the device computes.
-    Every number goes to `json_file`, a picture to `plot`. Raises UserError for what cannot be.
+    Every number goes to `json_file`, a plot to `plot`. Raises UserError for flags that do not fit.
     """
     start = time.perf_counter()
     target = devices.pick(device)
@@ -39,7 +40,7 @@ def compare(
     for path in (json_file, plot):
         if path is not None:
             check_result(path)
-    if plot is not None:  # matplotlib is for the picture alone
+    if plot is not None:  # matplotlib is needed for the plot only
         from irongpt.compare import plot as compare_plot
     module = ops.load(candidate, target)
     devices.make_deterministic()
@@ -54,7 +55,9 @@ def compare(
     if note := launch_cache.note(candidate, target):
         say(note)
     if not drops:
-        say(f"no dropout: {candidate} drops by PyTorch's own generator, eager by the seed")
+        say(
+            f"no dropout: {candidate} takes its masks from PyTorch's generator, eager from the seed"
+        )
     say("")
     say(report.heading(candidate))
     rows: list[Row] = []
@@ -101,7 +104,7 @@ def compare(
 def to_json(
     environment: dict[str, Any], rows: list[Row], checks: list[Check], curves: list[Curve]
 ) -> bytes:
-    """All numbers. One that is not finite becomes null."""
+    """All numbers as JSON. Those that are not finite become null."""
     values = {
         **environment,
         "ok": all(row.ok for row in rows) and all(c.ok for c in checks),
@@ -142,7 +145,7 @@ def _model(
             rows += compare_step(whole, module, dtype, device)
             curves.append(train_both(whole, module, dtype, device))
             checks.append(curves[-1].check())
-        except Exception as e:  # as in compare_case: a finding, and the rest goes on
+        except Exception as e:  # as in compare_case, this is a finding and the others go on
             detail = " ".join(f"{type(e).__name__}: {e}".split())[:300]
             checks.append(
                 Check("model", "one step", devices.dtype_name(dtype), "runs", False, detail)

@@ -1,4 +1,4 @@
-"""A whole GPT on a candidate's ops against the same on eager: one step, and a training curve."""
+"""A GPT on a candidate's ops against the same on eager: one step, and a training curve."""
 
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,8 @@ from irongpt.training.trainer import Trainer
 
 LOSS_SCALE = 4096.0  # keeps small gradients in float16's range, and large ones too
 
-# Two correct float32 trainings drift apart by rounding. For so many steps they have to agree so
-# far; later, and in 16 bits, their distance is shown and not judged.
+# Two correct float32 trainings drift apart by rounding. Their losses have to agree to this relative
+# difference for this many steps; later, and in 16 bits, the difference is only shown.
 JUDGED_STEPS, JUDGED_DIFFERENCE = 32, 2e-5
 
 
@@ -32,7 +32,7 @@ class Curve:
 
     @property
     def differences(self) -> list[float]:
-        """Relative, by step."""
+        """Relative differences by step."""
         return [abs(a - b) / abs(b) for a, b in zip(self.candidate, self.eager, strict=True)]
 
     def check(self) -> Check:

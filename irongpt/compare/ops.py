@@ -10,11 +10,10 @@ A case is an op on inputs of one shape class:
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
-from irongpt_kernels import dropout, eager, op_inputs, tolerance
+from irongpt_kernels import Ops, dropout, eager, op_inputs, tolerance
 from irongpt_kernels.op_inputs import SEED, Input, RowShape, Tensors
 from irongpt_kernels.op_specs import LAYERS, OpSpec
 from torch import Tensor
@@ -118,7 +117,7 @@ class Case:
             n: t[..., 3 : t.shape[-1] - 5] if _is_matrix(inputs[n]) else t for n, t in x.items()
         }
 
-    def run(self, ops: ModuleType, inputs: Tensors) -> Tensors:
+    def run(self, ops: Ops, inputs: Tensors) -> Tensors:
         """Outputs by their names, gradients as `d x`."""
         options = self.spec.options(self.at, self.p, SEED if self.p else None)
 
@@ -150,7 +149,7 @@ def cases(shape: str, at: RowShape, p: float) -> Iterator[Case]:
 
 
 def compare_case(
-    case: Case, candidate: ModuleType, dtype: torch.dtype, device: torch.device, drops: bool
+    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, drops: bool
 ) -> tuple[list[Row], list[Check]]:
     """drops: the candidate takes its dropout masks from the seed, which is checked where the op
     applies dropout."""
@@ -193,7 +192,7 @@ def make_row(
     )
 
 
-def _wrongly_dropped(case: Case, ops: ModuleType, inputs: Tensors) -> list[str] | None:
+def _wrongly_dropped(case: Case, ops: Ops, inputs: Tensors) -> list[str] | None:
     """Where the op drops other elements than the seed decides; None for an op without dropout."""
     x = next(iter(inputs.values()))
     if case.op == "dropout_add_layer_norm":
@@ -203,7 +202,7 @@ def _wrongly_dropped(case: Case, ops: ModuleType, inputs: Tensors) -> list[str] 
     return None
 
 
-def _wrong_rows(ops: ModuleType, x: Tensor) -> list[str]:
+def _wrong_rows(ops: Ops, x: Tensor) -> list[str]:
     """A branch of ones on a residual of zeros: what is zero was dropped, and so its gradient."""
     M, N = x.shape
     keep = dropout.row_keep(SEED, M, N, DROPOUT_P, x.device)
@@ -216,7 +215,7 @@ def _wrong_rows(ops: ModuleType, x: Tensor) -> list[str]:
     return [name for name, t in found.items() if not torch.equal(t != 0, keep)]
 
 
-def _wrong_weights(ops: ModuleType, zeros: Tensor) -> list[str]:
+def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
     """The mask as the output and each gradient of attention show it, D rows or columns at a time.
 
     Scores of zero make all weights of row i equal, 1 / (i + 1). A v, k, q or upstream gradient

@@ -1,4 +1,4 @@
-"""The picture of `irongpt compare`: error ratios and training curves."""
+"""The plot of `irongpt compare`: error ratios and training curves."""
 
 import io
 import re
@@ -18,13 +18,17 @@ SHOWN = 10.0  # ratios above are drawn at the edge
 
 
 def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> bytes:
-    """Left the error ratios with their limits, right the training curves, as bytes of a PNG."""
+    """Left the error ratios with their tolerance, right the training curves, as bytes of a PNG."""
     figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
     figure.suptitle(title, parse_math=False)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1), height_ratios=(1.6, 1))
     _draw_ratios(figure.add_subplot(grid[:, 0]), rows, candidate)
     losses = figure.add_subplot(grid[0, 1])
-    _draw_curves(losses, figure.add_subplot(grid[1, 1], sharex=losses), curves, candidate)
+    below = grid[1, 1].subgridspec(1, max(1, len(curves)))
+    apart: list[Axes] = []
+    for i in range(len(curves)):
+        apart.append(figure.add_subplot(below[0, i], sharey=apart[0] if apart else None))
+    _draw_curves(losses, apart, curves, candidate)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -42,7 +46,7 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
         y = labels[_label(r)] + 0.2 * (dtypes.index(r.dtype) - (len(dtypes) - 1) / 2)
         if r.ok:
             inside = ratio <= _factor(r.tensor)
-            face = COLORS[r.dtype] if inside else "white"  # white: by the floor
+            face = COLORS[r.dtype] if inside else "white"  # white: within the floor
             axes.plot(x, y, "o", color=COLORS[r.dtype], markerfacecolor=face, markersize=4)
         else:
             axes.plot(x, y, "X", color="tab:red", markersize=8, clip_on=False, zorder=5)
@@ -67,41 +71,46 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
         Line2D([], [], color=COLORS[d], marker="o", linestyle="", markersize=4, label=d)
         for d in dtypes
     ]
-    handles.append(Line2D([], [], color="black", linewidth=1, label="limit"))
+    handles.append(Line2D([], [], color="black", linewidth=1, label="tolerance"))
     if any(r.ok and r.errors["max"].ratio > _factor(r.tensor) for r in rows):
         label = "within one rounding"
         handles.append(
             Line2D([], [], color="0.3", marker="o", linestyle="", mfc="white", label=label)
         )
     if any(not r.ok for r in rows):
-        label = "breaks the rule"
+        label = "exceeds tolerance"
         handles.append(Line2D([], [], color="tab:red", marker="X", linestyle="", label=label))
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
     )
 
 
-def _draw_curves(losses: Axes, apart: Axes, curves: list[Curve], candidate: str) -> None:
-    for c in curves:
+def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate: str) -> None:
+    """The losses of all dtypes together; the differences from eager in a panel per dtype, because
+    only float32 has a tolerance."""
+    for c, axes in zip(curves, apart, strict=True):
         steps, color = range(1, len(c.eager) + 1), COLORS[c.dtype]
         losses.plot(steps, c.eager, color=color, alpha=0.35, linewidth=5, label=f"eager, {c.dtype}")
         losses.plot(steps, c.candidate, color=color, linewidth=1.2, label=f"{candidate}, {c.dtype}")
-        apart.plot(steps, c.differences, color=color, marker=".", linewidth=1, label=c.dtype)
-    if any(c.dtype == "float32" for c in curves):
-        end = min(JUDGED_STEPS, max(len(c.eager) for c in curves))
-        label = "limit for float32"
-        apart.plot([1, end], [JUDGED_DIFFERENCE] * 2, color="black", linewidth=1, label=label)
+        axes.plot(steps, c.differences, color=color, marker=".", linewidth=1, label=c.dtype)
+        if c.dtype == "float32":
+            end = min(JUDGED_STEPS, len(c.eager))
+            limit = [JUDGED_DIFFERENCE] * 2
+            axes.plot([1, end], limit, color="black", linewidth=1, label="tolerance")
+        axes.set_yscale("symlog", linthresh=1e-8)  # logarithmic with a zero: losses may be equal
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        axes.tick_params(labelleft=axes is apart[0])
     losses.set_ylabel("training loss (nats per token)")
-    losses.tick_params(labelbottom=False)
-    apart.set_ylabel("relative difference")
-    apart.set_yscale("symlog", linthresh=1e-8)  # logarithmic, and has a zero: losses may be equal
-    apart.set_ylim(bottom=0)
-    apart.xaxis.set_major_locator(MaxNLocator(integer=True))
-    apart.set_xlabel("step")
-    for axes in (losses, apart):
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if apart:
+        apart[0].set_ylabel("relative difference")
+        losses.legend(fontsize=8)
+    for axes in (losses, *apart):
         axes.grid(alpha=0.3)
-        if curves:
-            axes.legend(fontsize=8)
+    for axes in apart:
+        axes.legend(fontsize=8)
 
 
 def _factor(tensor: str) -> int:

@@ -1,4 +1,4 @@
-"""What `irongpt compare` prints: the table, and what breaks the rule."""
+"""The printed output of `irongpt compare`: the table, and the failures."""
 
 import math
 import re
@@ -17,19 +17,19 @@ def heading(candidate: str) -> str:
     """Explains the columns and names them."""
     return (
         "error: largest distance from float64; rms: root mean square; x: times eager's\n"
-        f"bound: what the rule allows, {OUTPUTS} x eager's error for an output and {GRADIENTS} x "
-        "for a gradient, plus a rounding\n\n"
-        f"  {'':8} {'':28} {'':>8} {'':>8}  {'error':>6} {'rms':>6} {'of':>6}\n"
-        f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'bound':>6}"
+        f"tolerance (tol.): {OUTPUTS} x eager's error for an output and {GRADIENTS} x for a "
+        "gradient, plus a rounding\n\n"
+        f"  {'':8} {'':28} {'':>8} {'':>8}  {'error':>6} {'rms':>6} {'% of':>6}\n"
+        f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'tol.':>6}"
         "  worst at"
     )
 
 
 def group(title: str, rows: list[Row], checks: list[Check]) -> str:
-    """A title with what was checked, and a line for every tensor.
+    """A title with the checks that passed, and a line for every tensor.
 
-    Of a parameter that every block of a model has, the block that is nearest to its limit; all of
-    them are in the JSON.
+    Parameters that every block of a model has share one line, that of the block nearest to its
+    tolerance; the JSON has all of them.
     """
     passed = [name for name in dict.fromkeys(c.name for c in checks) if _all_ok(name, checks)]
     notes = {"repeatable": "same bits in two runs", "dropout mask": "eager's dropout mask"}
@@ -45,7 +45,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
 
 
 def training(curve: Curve) -> str:
-    """A line of what a training curve showed."""
+    """A training curve in one line."""
     steps, judged = len(curve.eager), curve.differences[:JUDGED_STEPS]
     mark = "" if curve.check().ok else "  FAIL"
     return (
@@ -56,7 +56,7 @@ def training(curve: Curve) -> str:
 
 
 def failures(rows: list[Row], checks: list[Check], candidate: str) -> list[str]:
-    """A few lines for everything that breaks the rule."""
+    """A few lines for every tensor that exceeds tolerance and every check that fails."""
     found = []
     for r in rows:
         if r.ok:
@@ -86,7 +86,7 @@ def summary(rows: list[Row], checks: list[Check]) -> str:
         for name, n in Counter(c.name for c in checks).items()
     )
     verdict = "FAIL" if bad or not all(c.ok for c in checks) else "ok"
-    return f"{verdict}: {len(rows) - len(bad)} of {len(rows)} tensors within the rule; {done}"
+    return f"{verdict}: {len(rows) - len(bad)} of {len(rows)} tensors within tolerance; {done}"
 
 
 def _line(row: Row) -> str:
@@ -113,6 +113,6 @@ def _ratio(ratio: float) -> str:
 
 
 def _share(row: Row) -> float:
-    """Of what the rule allows, by the norm that is nearest to it; infinite if it is no number."""
+    """The error relative to the tolerance, by the worse norm; infinite if it is not a number."""
     shares = [e.candidate / e.bound for e in row.errors.values()]
     return max(math.inf if math.isnan(share) else share for share in shares)

@@ -211,6 +211,7 @@ WEIGHT_DECAY = 0.1
 
 
 def numel(sizes: Weights) -> int:
+    """The number of elements of tensors with these sizes."""
     return sum(math.prod(size) for size in sizes)
 
 

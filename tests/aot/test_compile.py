@@ -52,7 +52,7 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
     assert names([r for r in rows if r["shared"] > SHARED_MEMORY[arch]]) == []
     assert names([r for r in rows if r["warps_per_sm"] == 0]) == []
 
-    assert names([r for r in rows if r["LOCAL"]]) == []  # in its loop
+    assert names([r for r in rows if r.get("LOCAL")]) == []  # in its loop
 
     products = [r for r in rows if r["dot"] and r["dtype"] != "float32"]
     assert {r["kernel"] for r in products} == {
@@ -77,9 +77,10 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
         assert names([r for r in products if r["warps_per_sm"] < 4]) == []
 
 
-def test_what_was_compiled_can_be_looked_at(tmp_path: Path) -> None:
-    report = compiled(75, "--only", "gelu N=1536 float16", "--dump", str(tmp_path))
-    assert {r["op"] for r in report["kernels"]} == {"gelu"}
+def test_compiled_kernels_are_written(tmp_path: Path) -> None:
+    report = compiled(75, "--only", "embed_tokens C=384", "--dump", str(tmp_path))
+    assert {r["op"] for r in report["kernels"]} == {"embed_tokens"}
+    assert all("FFMA" in r for r in report["kernels"])
     assert all(r["megabytes"] > 0 for r in report["kernels"])
     suffixes = [file.suffix for file in tmp_path.iterdir()]
     assert {s: suffixes.count(s) for s in suffixes} == dict.fromkeys(

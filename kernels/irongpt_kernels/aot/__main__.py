@@ -1,12 +1,11 @@
 """
-Compiles every kernel as its launcher launches it, for a GPU that need not be there, and reports
-what came out.
+Compiles every kernel as its launcher launches it, without a GPU, and reports the results.
 
     python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
 
-The ops run on small CPU tensors; a launch compiles its kernel on the path of every launch (types,
-constants and alignment of the arguments, tiles of the launch tables) and ends there. What the ops
-return is garbage then.
+The ops run on small CPU tensors. A launch compiles its kernel on the path of every launch (dtypes,
+constants and alignment of the arguments, tiles of the launch tables) and ends there, so the results
+of the ops are garbage.
 
 | column | |
 |---|---|
@@ -77,10 +76,10 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterator[None]:
-    """Within, a launch compiles for `arch`, and runs nothing.
+    """A context in which a launch compiles for `arch` and runs nothing.
 
-    done(function, compiled kernel) and failed(function, exception) are told. stock: without what
-    `turing` does. Not for several threads: it changes Triton's launch itself.
+    done(function, compiled kernel) or failed(function, exception) is called for each launch.
+    stock: without `turing`. Not for several threads, because it changes Triton's launch itself.
     """
     original = JITFunction.run
 
@@ -109,10 +108,18 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
 
 
 def report(
-    arch: int, cases: list[shapes.Case], stock: bool = False, dump: Path | None = None
+    arch: int,
+    cases: list[shapes.Case],
+    stock: bool = False,
+    dump: Path | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """Every kernel that the cases launch: under "kernels" a dict of facts each, under "failed" a
-    line each for those that do not compile, under "warnings" what was said."""
+    """Every kernel that the cases launch: "kernels" has a dict of facts for each, "failed" a line
+    for each that does not compile, "warnings" the warnings about tensor cores.
+
+    quick: kernels without a matmul that keep nothing in local memory are not disassembled, which
+    takes most of the time of a kernel that is in Triton's cache.
+    """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     failed: dict[str, None] = {}
     case, clock = cases[0], time.perf_counter()
@@ -124,7 +131,7 @@ def report(
             return
         seconds = time.perf_counter() - clock
         row = dict(kernel=name, op=case.op, shape=case.shape, dtype=case.dtype, seconds=seconds)
-        rows[name, kernel.hash] = row | _facts(arch, kernel, case.cost(_pass(name)))
+        rows[name, kernel.hash] = row | _facts(arch, kernel, case.cost(_pass(name)), quick)
         if dump:
             _dump(dump / f"{name}-{case.shape.replace(' ', '-')}", kernel)
         clock = time.perf_counter()
@@ -132,7 +139,7 @@ def report(
     def broken(function: JITFunction, e: Exception) -> None:
         failed[f"{function.fn.__name__} in {case.op} {case.shape}: {type(e).__name__}: {e}"] = None
 
-    with warnings.catch_warnings(record=True) as said, compiling(arch, done, broken, stock):
+    with warnings.catch_warnings(record=True) as caught, compiling(arch, done, broken, stock):
         warnings.simplefilter("always")
         for case in cases:  # the functions above read it
             clock = time.perf_counter()
@@ -140,13 +147,13 @@ def report(
                 case.run()
             except Exception:
                 failed[f"{case.op} {case.shape}: {traceback.format_exc()[-500:]}"] = None
-    told = sorted({str(w.message) for w in said if "tensor cores" in str(w.message)})
+    warned = sorted({str(w.message) for w in caught if "tensor cores" in str(w.message)})
     return dict(
         arch=arch,
         triton=triton.__version__,
         kernels=list(rows.values()),
         failed=list(failed),
-        warnings=told,
+        warnings=warned,
     )
 
 
@@ -154,27 +161,29 @@ def _pass(kernel: str) -> str:
     return "fwd" if "fwd" in kernel else "bwd"
 
 
-def _facts(arch: int, kernel: Any, cost: tuple[float, float]) -> dict[str, Any]:
-    """What the compiled kernel is, in the words of COLUMNS and some more."""
-    binary = sass.read(kernel.asm["cubin"])
+def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> dict[str, Any]:
+    """The facts of a compiled kernel by the keys of COLUMNS, and some more."""
+    registers, stack = sass.usage(kernel.asm["cubin"])
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-    loop, whole = sass.hot_loop(binary.instructions), sass.count(binary.instructions)
-    inner, dot = sass.count(loop), "tt.dot" in kernel.asm["ttir"]
+    dot = "tt.dot" in kernel.asm["ttir"]
     facts = dict(
         warps=warps,
-        registers=binary.registers,
-        stack=binary.stack,
+        registers=registers,
+        stack=stack,
         shared=shared,
-        warps_per_sm=sass.warps_per_sm(arch, binary.registers, shared, warps),
-        **{x: inner[x] for x in ("HMMA", "FFMA", "MUFU", "LOCAL")},
-        kernel_HMMA=whole["HMMA"],
-        kernel_FFMA=whole["FFMA"],
-        kernel_LOCAL=whole["LOCAL"],
+        warps_per_sm=sass.warps_per_sm(arch, registers, shared, warps),
         megabytes=cost[0] / 1e6,
         gigaflops=cost[1] / 1e9,
         dot=dot,
         bf16="bf16" in kernel.asm["ttir"] or "bf16" in kernel.asm["ptx"],
     )
+    if quick and not dot and not stack:
+        return facts
+    binary = sass.read(kernel.asm["cubin"])
+    loop, whole = sass.hot_loop(binary.instructions), sass.count(binary.instructions)
+    inner = sass.count(loop)
+    facts |= {x: inner[x] for x in ("HMMA", "FFMA", "MUFU", "LOCAL")}
+    facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
         units = sass.clocks(loop, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
@@ -209,14 +218,18 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 where a kernel did not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m irongpt_kernels.aot",
-        description="Compile every kernel for a GPU that need not be there, and report.",
+        description="Compile every kernel without a GPU, and report the results.",
     )
     parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
     parser.add_argument("--json", action="store_true", help="JSON in place of the table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
     parser.add_argument("--only", default="", metavar="TEXT", help="op and shape, or a part")
-    parser.add_argument("--quick", action="store_true", help="the shapes that the tests compile")
-    parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this type alone")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the shapes that the tests compile, and fewer instructions counted",
+    )
+    parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this dtype alone")
     parser.add_argument(
         "--stock", action="store_true", help="without tensor cores on sm_75, as Triton has it"
     )
@@ -230,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.only in f"{c.op} {c.shape}" and (args.dtype is None or c.dtype == args.dtype)
     ]
     if not cases:
-        parser.error(f"nothing for {args.arch} holds {args.only!r} and has such a dtype")
-    made = report(arch, cases, args.stock, args.dump)
+        parser.error(f"no op and shape for {args.arch} contains {args.only!r} in such a dtype")
+    made = report(arch, cases, args.stock, args.dump, args.quick)
     if args.json:
         print(json.dumps(made, indent=1))
     else:

@@ -1,4 +1,4 @@
-"""Whether a GPU's tensor cores multiply, asked of the compiler: a small product for each dtype."""
+"""Whether a GPU's tensor cores compute matmuls, by compiling a small one for each dtype."""
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -10,22 +10,22 @@ from irongpt_kernels.runtime import turing
 TENSOR_CORES, SCALAR = "tensor cores", "scalar FMA"
 
 
-def products(arch: int) -> dict[str, str]:
-    """dtype -> TENSOR_CORES or SCALAR, by the instructions of a kernel compiled for `arch`, as
+def matmuls(arch: int) -> dict[str, str]:
+    """dtype -> TENSOR_CORES or SCALAR, by the instructions of a kernel compiled for `arch` as
     this package compiles its own. No GPU is needed; Triton's interpreter must be off.
 
-    Raises RuntimeError where this Triton cannot reach the tensor cores of sm_75.
+    Raises RuntimeError if this Triton cannot reach the tensor cores of sm_75.
     """
     if arch == turing.ARCH:
         turing.install()
     dtypes = dict(float32="fp32", float16="fp16", **(dict(bfloat16="bf16") if arch >= 80 else {}))
-    return {name: _product(arch, dtype) for name, dtype in dtypes.items()}
+    return {name: _matmul(arch, dtype) for name, dtype in dtypes.items()}
 
 
-def _product(arch: int, dtype: str) -> str:
+def _matmul(arch: int, dtype: str) -> str:
     pointers = dict(a_ptr=f"*{dtype}", b_ptr=f"*{dtype}", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(turing.small_product, pointers, {}, aligned)
+    source = ASTSource(turing.small_dot, pointers, {}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4))
     counted = sass.count(sass.read(made.asm["cubin"]).instructions)
     return TENSOR_CORES if counted["HMMA"] else SCALAR

@@ -78,13 +78,21 @@ def read(cubin: bytes) -> Binary:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         text = _cuobjdump("--dump-sass", path)
-        usage = _cuobjdump("--dump-resource-usage", path)
     found = []
     for address, name, rest in _LINE.findall(text):
         jump = re.search(r"0x([0-9a-f]+)", rest) if name.split(".")[0] in ("BRA", "BRX") else None
         found.append(Instruction(int(address, 16), name, int(jump[1], 16) if jump else None))
-    numbers = {n: int(x) for n, x in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return Binary(numbers["REG"], numbers["STACK"], found, text)
+    return Binary(*usage(cubin), found, text)
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, without disassembling, which takes long."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = _cuobjdump("--dump-resource-usage", path)
+    numbers = {n: int(x) for n, x in re.findall(r"(REG|STACK):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"]
 
 
 def _cuobjdump(flag: str, path: Path) -> str:

@@ -80,10 +80,13 @@ class Case:
         from irongpt_kernels import fused
 
         options = self.spec.options(self.at, self.p, 1) | self.options
-        call = partial(self.spec.run, fused, self.at, **options)
+
+        def call(x: Tensors) -> tuple[Tensor, ...]:
+            return self.spec.run(fused, self.at, x, **options)
+
         if self.spec.differentiable:
-            upstream: Callable[[int, Tensor], Tensor] = lambda i, x: torch.ones_like(x)  # noqa: E731
-            op_inputs.results(call, self.inputs(), self.spec.outputs, upstream)
+            names = self.spec.outputs
+            op_inputs.results(call, self.inputs(), names, lambda i, x: torch.ones_like(x))
         else:
             call(self.inputs())
 
@@ -108,8 +111,11 @@ def representative(arch: int) -> list[Case]:
     if arch == 75:
         attention += [f"D={D} p=0.0 T={T} float16" for D in (32, 64)] + ["D=64 p=0.2 T=250 float16"]
         attention += [f"D={D} p=0.2 T={T} float32" for D in (16, 128)]
-    else:
-        attention += ["D=32 p=0.0 T=256 float16", "D=80 p=0.2 T=256 float32"]
+    else:  # they have the same tiles in float32
+        attention += [
+            "D=32 p=0.0 T=256 float16",
+            f"D={80 if arch == 80 else 32} p=0.2 T=256 float32",
+        ]
     norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]

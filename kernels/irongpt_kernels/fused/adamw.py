@@ -57,19 +57,20 @@ def _correction(t, log_beta):
 
 @triton.jit
 def _adamw_kernel(
-    grads, params, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
+    grads, weights, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
     steps_ptr, lr_ptr, stats_ptr, beta1, rest1, log1, beta2, rest2, log2, eps,
     N: tl.constexpr, N_16BIT: tl.constexpr, N_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
+    weights: the parameters; Triton's launcher has no place for an argument named params.
     firsts: the first program of each tensor; sizes: its number of elements. rest1, log1: 1 - beta1
     and log(beta1), likewise for beta2. steps_ptr: the step of the first tensor. stats_ptr: the
     result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
-    g_at, p_at = grads[0].to(tl.int64), params[0].to(tl.int64)
+    g_at, p_at = grads[0].to(tl.int64), weights[0].to(tl.int64)
     m_at, v_at = exp_avgs[0].to(tl.int64), exp_avg_sqs[0].to(tl.int64)
     index, is_16bit, has_copy = 0, N_16BIT > 0, N_COPIES > 0
     copy_at = p_at
@@ -77,7 +78,7 @@ def _adamw_kernel(
         copy_at = low_precision_params[0].to(tl.int64)
     for i in tl.static_range(1, N):
         mine = program >= firsts[i]
-        g_at, p_at = select_address(grads, i, mine, g_at), select_address(params, i, mine, p_at)
+        g_at, p_at = select_address(grads, i, mine, g_at), select_address(weights, i, mine, p_at)
         m_at = select_address(exp_avgs, i, mine, m_at)
         v_at = select_address(exp_avg_sqs, i, mine, v_at)
         if i < N_COPIES:

@@ -96,14 +96,15 @@ def _nesterov_kernel(
 
 @triton.jit
 def _update_kernel(
-    params, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
+    weights, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
     N: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates p and, with COPY, its copy. scale: the size in the formula."""
+    """Updates p and, with COPY, its copy. weights: the parameters. scale: the size in the
+    formula."""
     matrix = tl.program_id(1)
     offsets, mask = _offsets(size, BLOCK)
     if tl.load(stats_ptr + 2) == 0.0:
-        lr, p_at = tl.load(lr_ptr), _address(params, matrix, N)
+        lr, p_at = tl.load(lr_ptr), _address(weights, matrix, N)
         p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(tl.float32)), 16) + offsets
         p = tl.load(p_ptr, mask=mask, other=0.0)
         at = tl.cast(matrix, tl.int64) * size + offsets
