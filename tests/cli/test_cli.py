@@ -125,12 +125,12 @@ def test_gradients_that_stay_non_finite_end_the_run(cli, tmp_path):
 
 def test_no_network_and_no_corpus_named_falls_back_with_a_warning(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
-    nobody = replace(corpus.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
-    monkeypatch.setattr(corpus, "SOURCES", (nobody,))
+    closed = replace(corpus.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
+    monkeypatch.setattr(corpus, "SOURCES", (closed,))
     flags = [x for x in TINY if x not in ("--data", "text.txt")]
     result = cli("train", *flags, "--iters", 2)
     assert result.code == 0
-    assert "warning: falling back to python-docs" in result.out
+    assert "warning: using python-docs" in result.out
     assert (tmp_path / "runs/python-docs-nano").is_dir()
     assert "finished" in cli("train", "--resume", "runs/python-docs-nano", "--iters", 3).out
 

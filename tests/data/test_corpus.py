@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def text_of(raw: bytes, *said: str) -> str:
-    """What a file of these bytes is loaded as, and that only this is said about it."""
+    """The text of a file with these bytes. Checks that only `said` is said about it."""
     Path("file.txt").write_bytes(raw)
     lines = Lines()
     text = load("file.txt", say=lines).text
@@ -56,7 +56,8 @@ def test_windows_1252_is_read_with_a_warning() -> None:
 def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
     Path("file.txt").write_bytes(TEXT.encode())
     code = (
-        "import locale, sys; from irongpt import corpus; print(locale.getpreferredencoding(False), "
+        "import locale, sys; from irongpt.data import corpus; "
+        "print(locale.getpreferredencoding(False), "
         "*(corpus.load(name, say=print).sha256 for name in sys.argv[1:]))"
     )
     printed = subprocess.run(
@@ -85,8 +86,8 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "looks binary"),
         (b"text\x01\x02" * 100, "looks binary"),
         ("no byte order mark".encode("utf-16-le"), "looks binary"),
-        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not text in UTF-8"),
-        (b"\xff\xfea", "not text in UTF-8"),
+        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not UTF-8 text"),
+        (b"\xff\xfea", "not UTF-8 text"),
     ],
 )
 def test_a_file_without_text_is_refused(raw: bytes, reason: str) -> None:
@@ -114,8 +115,8 @@ def test_what_is_no_regular_file_is_refused() -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo("fifo")
         os.symlink(os.devnull, "device")
-        refused("device", "'device' is no regular file")  # first: a fifo would make it wait
-        refused("fifo", "'fifo' is no regular file")
+        refused("device", "'device' is not a regular file")  # first: a fifo would make it wait
+        refused("fifo", "'fifo' is not a regular file")
 
 
 def test_a_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,4 +224,4 @@ def test_python_code_is_the_standard_librarys_and_nothing_beside_it(
     monkeypatch.setattr(os, "__file__", str(folder / "os.py"))
     assert load("python-code", say=Lines()).text == "ast\n\njson\n\ntool\n"
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
-    refused("python-code", "no source of the standard library", "--data FILE")
+    refused("python-code", "has no source of the standard library", "--data FILE")
