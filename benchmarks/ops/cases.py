@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import inplace_ops
+from irongpt.config import WAR_AND_PEACE_VOCAB
 from irongpt.device import dtype_name
 
 MODES = ("forward", "backward", "both")
@@ -47,7 +48,7 @@ class Shape:
     H: int = 6
     T: int = 256
     D: int = 64
-    V: int = 109  # characters of War and Peace
+    V: int = WAR_AND_PEACE_VOCAB
     L: int = 6
 
 

@@ -72,28 +72,21 @@ def test_json_brings_the_same_tokenizer_back(text: str) -> None:
     assert CharTokenizer.from_json(value) == tokenizer
 
 
+BAD_CHARS = [None, ["a", "b"], 3, "", "aab", "ba", "a\ud800"]
+BAD_KINDS = [{"kind": kind, "chars": "abc"} for kind in ("bpe", ["char"])]
+BAD_FIELDS = [
+    {},
+    {"chars": "abc"},
+    {"kind": "char"},
+    {"kind": "char", "chars": "abc", "merges": []},
+]
+
+
 @pytest.mark.parametrize(
     "value",
-    [
-        None,
-        [],
-        "abc",
-        {},
-        {"chars": "abc"},
-        {"kind": "char"},
-        {"kind": "bpe", "chars": "abc"},
-        {"kind": ["char"], "chars": "abc"},
-        {"kind": "char", "chars": None},
-        {"kind": "char", "chars": ["a", "b"]},
-        {"kind": "char", "chars": 3},
-        {"kind": "char", "chars": ""},
-        {"kind": "char", "chars": "aab"},
-        {"kind": "char", "chars": "ba"},
-        {"kind": "char", "chars": "a\ud800"},
-        {"kind": "char", "chars": "abc", "merges": []},
-    ],
+    [None, [], "abc", *BAD_FIELDS, *BAD_KINDS, *({"kind": "char", "chars": x} for x in BAD_CHARS)],
 )
-def test_json_that_no_tokenizer_wrote_is_refused_in_one_line(value: object) -> None:
+def test_json_of_no_tokenizer_is_rejected_in_one_line(value: object) -> None:
     with pytest.raises(UserError) as error:
         CharTokenizer.from_json(value)
     assert len(str(error.value).splitlines()) == 1

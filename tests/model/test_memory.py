@@ -1,10 +1,10 @@
-"""What a training step keeps, by fake tensors and by real ones."""
+"""The memory of a training step, computed with fake tensors."""
 
 import pytest
 import torch
 from irongpt_kernels import eager, fused
 
-from irongpt.config import PRESETS, GPTConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
 from irongpt.doctor import training_bytes
 
 CONFIG = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
@@ -25,7 +25,7 @@ def test_of_a_model_that_can_be_counted_by_hand() -> None:
 
 
 def test_iron_with_fused_ops_keeps_less_than_a_third_of_eager() -> None:
-    config = GPTConfig(109, **PRESETS["iron"].model)
+    config = GPTConfig(WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
     batch = int(PRESETS["iron"].train["batch_size"])
     sizes = {ops: training_bytes(config, batch, ops, torch.float16) for ops in (eager, fused)}
     assert sizes[fused] <= sizes[eager] / 3
