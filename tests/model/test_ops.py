@@ -33,12 +33,12 @@ def test_each_name_is_its_module():
 
 @pytest.fixture
 def _no_samples(monkeypatch):
-    """Two hundred tokens through the interpreter take a minute."""
+    """The interpreter takes a minute for 200 tokens."""
     monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
 
 
 @pytest.mark.usefixtures("_no_samples")
-def test_fused_trains_like_eager_and_says_where_it_is_slow(cli: Cli, tmp_path):
+def test_fused_trains_like_eager_and_warns_where_it_is_slow(cli: Cli, tmp_path):
     flags = [*HEAD_OF_16, "--iters", "3", "--eval-every", "3", "--dropout", "0.1"]
     assert cli("train", *flags, "--ops", "eager", "--out", "eager").code == 0
     result = cli("train", *flags, "--fused", "--out", "fused")
@@ -49,7 +49,7 @@ def test_fused_trains_like_eager_and_says_where_it_is_slow(cli: Cli, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_samples")
-def test_a_run_changes_its_ops_and_writes_with_any(cli: Cli, tmp_path):
+def test_a_run_changes_its_ops_and_generates_with_any(cli: Cli, tmp_path):
     flags = [*HEAD_OF_16, "--iters", "2", "--eval-every", "2"]
     assert cli("train", *flags, "--ops", "eager", "--out", "run").code == 0
     assert cli("train", "--resume", "run", "--iters", 3, "--fused").code == 0
