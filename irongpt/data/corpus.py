@@ -1,6 +1,6 @@
 """The training text: War and Peace, a text file, or the docs and the source of Python itself.
 
-war-and-peace   downloaded once, verified, and kept in the cache folder
+war-and-peace   downloaded once, verified, and stored in the cache folder
 python-docs     the language reference that every Python contains (pydoc_data.topics)
 python-code     the source of the standard library
 """

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, assert_mistake
 
+from irongpt import console
 from irongpt.cli import main
 from irongpt.config import PRESETS
 from irongpt.data import corpus
@@ -131,6 +133,22 @@ def test_without_network_and_data_it_uses_python_docs_with_a_warning(cli, tmp_pa
     assert "warning: using python-docs" in result.out
     assert (tmp_path / "runs/python-docs-nano").is_dir()
     assert "finished" in cli("train", "--resume", "runs/python-docs-nano", "--iters", 3).out
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    progress = console.Progress(100, 0)
+    for now.seconds in range(1, 61):
+        progress.advance(now.seconds)
+        if now.seconds <= 25:  # later steps are too slow for a record
+            record = dict(step=now.seconds, train_loss=1.0, tokens_per_s=5000, mfu=0.25)
+            progress.show(record)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10 of 100: loss 1.000, 5,000 tokens/s, MFU 25.0%",
+        "step 20 of 100: loss 1.000, 5,000 tokens/s, MFU 25.0%",
+        "step 50 of 100",
+    ]
 
 
 def test_python_m_irongpt_is_the_same_command():

@@ -60,7 +60,7 @@ def test_the_split_is_contiguous_disjoint_and_nine_to_one():
 
 
 @pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT])
-def test_a_text_too_short_for_a_sequence_in_each_split_is_refused(length):
+def test_a_text_too_short_for_a_sequence_in_each_split_is_rejected(length):
     with pytest.raises(UserError, match=f"the corpus has {length:,} tokens"):
         split(torch.arange(length), CONTEXT)
 

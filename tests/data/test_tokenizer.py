@@ -12,7 +12,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 @given(TEXTS)
-def test_every_text_comes_back_from_its_ids(text: str) -> None:
+def test_decode_inverts_encode(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode(text)
     assert ids.dtype == torch.int64
@@ -22,7 +22,7 @@ def test_every_text_comes_back_from_its_ids(text: str) -> None:
     assert tokenizer.vocab_size == len(set(text))
 
 
-def test_ids_are_places_in_code_point_order_and_do_not_depend_on_the_order_of_the_text() -> None:
+def test_ids_are_indices_in_code_point_order() -> None:
     tokenizer = CharTokenizer.from_text("b😀a\nb”a")
     assert tokenizer.chars == "\nab”😀"
     assert tokenizer == CharTokenizer.from_text("”😀ba\n")
@@ -65,7 +65,7 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(ids: list[int] | torch.T
 
 
 @given(TEXTS)
-def test_json_brings_the_same_tokenizer_back(text: str) -> None:
+def test_json_round_trip(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)
     value = json.loads(json.dumps(tokenizer.to_json()))
     assert value == {"kind": "char", "chars": tokenizer.chars}

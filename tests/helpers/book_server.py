@@ -1,4 +1,4 @@
-"""Collects what is said to the user, and a server that sends a book in right and wrong ways."""
+"""A server that sends a book in right and wrong ways, and the messages of `corpus.load`."""
 
 import threading
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ ANSWERS = {
     "/good": (200, BOOK),
     "/unavailable": (503, BOOK),
     "/html": (200, b"<html>Please log in to this network.</html>"),
-    "/truncated": (200, BOOK[:-500]),  # with the Content-Length of the whole book
+    "/truncated": (200, BOOK[:-500]),  # with the Content-Length of the full book
     "/wrong": (200, BOOK.replace(b"Prince", b"Prints")),
     "/stall": (200, BOOK[:1000]),
 }
 
 
 class Lines(list[str]):
-    """The lines that were said to the user."""
+    """Collects the lines that are printed for the user."""
 
     def __call__(self, line: str) -> None:
         assert len(line.splitlines()) == 1
