@@ -46,12 +46,24 @@ def query(device: torch.device) -> GpuState | None:
         gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
         return None
-    limits = "PowerUsage", "EnforcedPowerLimit", "PowerManagementDefaultLimit"  # in mW
-    watts = [None if (x := get(name)) is None else x / 1e3 for name in limits]
-    clocks = get("ClockInfo", SM), get("MaxClockInfo", SM), get("ClockInfo", MEMORY)
+
+    def watt(name: str) -> float | None:
+        milliwatt = get(name)
+        return None if milliwatt is None else milliwatt / 1e3
+
     reasons = get("CurrentClocksThrottleReasons")
-    held = None if reasons is None else [text for bit, text in THROTTLE.items() if reasons & bit]
-    return GpuState(*clocks, *watts, get("Temperature", 0), held)
+    return GpuState(
+        sm_mhz=get("ClockInfo", SM),
+        max_sm_mhz=get("MaxClockInfo", SM),
+        memory_mhz=get("ClockInfo", MEMORY),
+        watt=watt("PowerUsage"),
+        limit_watt=watt("EnforcedPowerLimit"),
+        default_limit_watt=watt("PowerManagementDefaultLimit"),
+        celsius=get("Temperature", 0),
+        throttled_by=None
+        if reasons is None
+        else [x for bit, x in THROTTLE.items() if reasons & bit],
+    )
 
 
 def driver_version() -> str | None:
