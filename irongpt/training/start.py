@@ -81,7 +81,7 @@ def new_run(flags: Flags, clock: Clock) -> Training:
     setup = new_setup(flags)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
-        say(f"preset    {setup.preset}, the default on a {kind}; {flag('preset')} selects another")
+        say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     text = corpus.load(setup.data, say=say)
     tokenizer = CharTokenizer.from_text(text.text)
     setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
@@ -102,7 +102,7 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
     text = corpus.load(data, say=say)
     check(
         text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: give that text with {flag('data')}",
+        f"{data} is not the text that {path} is trained on: give that text with --data",
     )
     training = _training(run, setup, text, tokenizer, clock)
     try:
