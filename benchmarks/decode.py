@@ -24,13 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import result_file
 from irongpt import device as devices
 from irongpt import ops, timing
-from irongpt.config import PRESETS, GPTConfig, SampleConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, SampleConfig
 from irongpt.errors import UserError
 from irongpt.generation import sample
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
-VOCABULARY = 109  # characters of War and Peace
 ROUNDS = 5
 TEMPERATURE = 0.8
 
@@ -151,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
-    config = GPTConfig(vocab_size=VOCABULARY, **PRESETS[preset].model)
+    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
     tokens = min(args.tokens or config.context, config.context)
     dtype = devices.precision("auto", device).dtype
     with result_file.Section("decode", device, args) as section:

@@ -101,7 +101,7 @@ def _card(report: Report, device: torch.device) -> None:
             "clocks, power and temperature are unknown: nvidia-ml-py is missing or fails"
         )
         return
-    report.facts["machine"] += f", driver {now.driver}"
+    report.facts["machine"] += f", driver {gpu_state.driver_version()}"
     report.facts["clocks"] = (
         f"{_number(now.sm_mhz)} of {_number(now.max_sm_mhz)} MHz, memory "
         f"{_number(now.memory_mhz)} MHz, {_number(now.watt)} of {_number(now.limit_watt)} W, "

@@ -53,7 +53,9 @@ def new_setup(flags: Flags) -> Setup:
     preset = flags.get("preset") or ("iron" if device.type == "cuda" else "nano")
     train = TrainConfig(**_fields(TrainConfig, PRESETS[preset].train | flags))
     model = GPTConfig(vocab_size=1, **_fields(GPTConfig, PRESETS[preset].model | flags))
-    return _setup(preset, flags.get("data"), model, train, device)
+    precision = devices.precision(train.dtype, device)
+    module = ops.load(train.ops, device, model)
+    return Setup(preset, flags.get("data"), model, train, device, precision, module)
 
 
 def resumed_setup(run: Run, flags: Flags) -> Setup:
@@ -66,15 +68,10 @@ def resumed_setup(run: Run, flags: Flags) -> Setup:
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data = flags.get("data", config.data)
-    return _setup(config.preset, data, config.model, train, devices.pick(train.device))
-
-
-def _setup(
-    preset: str, data: str | None, model: GPTConfig, train: TrainConfig, device: torch.device
-) -> Setup:
+    data, model, device = flags.get("data", config.data), config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
-    return Setup(preset, data, model, train, device, precision, ops.load(train.ops, device, model))
+    module = ops.load(train.ops, device, model)
+    return Setup(config.preset, data, model, train, device, precision, module)
 
 
 def new_run(flags: Flags, clock: Clock) -> Training:
@@ -84,7 +81,7 @@ def new_run(flags: Flags, clock: Clock) -> Training:
     setup = new_setup(flags)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
-        say(f"preset    {setup.preset}, the default on a {kind}; {flag('preset')} selects another")
+        say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     text = corpus.load(setup.data, say=say)
     tokenizer = CharTokenizer.from_text(text.text)
     setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
@@ -105,7 +102,7 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
     text = corpus.load(data, say=say)
     check(
         text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: give that text with {flag('data')}",
+        f"{data} is not the text that {path} is trained on: give that text with --data",
     )
     training = _training(run, setup, text, tokenizer, clock)
     try:
