@@ -22,7 +22,7 @@ from benchmarks.measure import environment
 from irongpt.files import replace_file
 
 FORMAT = 1
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
 
