@@ -18,6 +18,7 @@ def records_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_a_run_leaves_what_the_design_says(cli, tmp_path):
     result = cli("train", *TINY, "--out", "run")
     assert result.code == 0, result.err
