@@ -212,7 +212,7 @@ def train_command(given: dict[str, Any]) -> int:
 def generate_command(given: dict[str, Any]) -> int:
     from irongpt import device as devices
     from irongpt import launch_cache, ops
-    from irongpt.generation.sample import generate_texts, printable, start_ids
+    from irongpt.generation.sample import generate_batch, printable, start_ids
     from irongpt.training.start import trained_model
 
     run, checkpoint = Path(given.pop("run")), given.pop("checkpoint")
@@ -239,7 +239,7 @@ def generate_command(given: dict[str, Any]) -> int:
     show = printable if terminal else str
     dtype = devices.precision("auto", model.wte.weight.device).dtype
     start = time.perf_counter()
-    texts = generate_texts(model, [ids] * config.samples, config, dtype)
+    texts = generate_batch(model, [ids] * config.samples, config, dtype)
     if config.samples == 1:
         sys.stdout.write(show(prompt or ""))
         piece = prompt or ""

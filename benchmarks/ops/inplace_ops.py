@@ -87,7 +87,7 @@ def inputs(case: "Case", randn: Callable[..., Tensor], device: torch.device) -> 
     B, C = s.B, s.H * s.D
     wide = torch.float32
     matrices, rest = shapes(case)
-    ahead = muon.products_type(case.dtype, device)
+    ahead = muon.matmul_dtype(case.dtype, device)
 
     def state(name: str, n: int, moments: int, dtype: torch.dtype) -> Inputs:
         """n weights in a row, and what an optimizer has of each."""

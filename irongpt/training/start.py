@@ -19,15 +19,15 @@ from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
 from irongpt.runs import checkpoint
-from irongpt.runs.run_folder import Run, RunConfig, check_free, default_path, open_run
-from irongpt.training.loop import Training
+from irongpt.runs.run_folder import RunConfig, RunFolder, check_free, default_path, open_run
+from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
 # What may change when a run is taken up: none of it belongs to what has been computed so far.
 CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype", "graph")
 
 
-def new_run(given: dict[str, Any], clock: Clock) -> Training:
+def new_run(given: dict[str, Any], clock: Clock) -> TrainingLoop:
     """given: the flags that the user gave, by their names in the configs, and preset, data, out."""
     out = Path(given["out"]) if "out" in given else None
     if out is not None:
@@ -49,13 +49,13 @@ def new_run(given: dict[str, Any], clock: Clock) -> Training:
     model = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
     spec = text.name if data is None else _data_spec(data)
     config = RunConfig(preset, spec, text.sha256, model, train)
-    run = Run(out or default_path(f"{text.name}-{preset}"), config)
+    run = RunFolder(out or default_path(f"{text.name}-{preset}"), config)
     training = _prepare(run, config, text, tokenizer, clock)
     run.create(training.save)
     return training
 
 
-def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> Training:
+def resumed_run(path: Path, given: dict[str, Any], clock: Clock) -> TrainingLoop:
     """Takes up a run where its last checkpoint stands. `given` may hold what is in CHANGEABLE."""
     run = open_run(path)
     stored = {**to_json(run.config.model), **to_json(run.config.train), "preset": run.config.preset}
@@ -101,7 +101,7 @@ def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT
 
 
 def _load(
-    run: Run, which: str
+    run: RunFolder, which: str
 ) -> tuple[checkpoint.Tensors, checkpoint.Tensors, CharTokenizer, dict[str, Any]]:
     """A checkpoint that fits the run's model. Looks before anything of the model's size is made."""
     folder = run.path / which
@@ -125,8 +125,8 @@ def _load(
 
 
 def _prepare(
-    run: Run, config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: Clock
-) -> Training:
+    run: RunFolder, config: RunConfig, text: Corpus, tokenizer: CharTokenizer, clock: Clock
+) -> TrainingLoop:
     """A model with fresh weights, on its device, with its batches; and says what they are."""
     train = config.train
     device = devices.pick(train.device)
@@ -158,7 +158,7 @@ def _prepare(
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
         f"seed {train.seed}"
     )
-    return Training(run, trainer, tokenizer, peak, clock)
+    return TrainingLoop(run, trainer, tokenizer, peak, clock)
 
 
 def _choose(cls: type, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

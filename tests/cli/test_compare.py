@@ -228,7 +228,7 @@ def test_a_kernel_that_cannot_run_is_a_finding_of_its_own():
     ("arguments", "message"),
     [
         ("--device cpu --dtype bfloat16", "bfloat16 needs a GPU"),
-        ("--device cpu --ops builtin --json missing/c.json", "its folder is not there"),
+        ("--device cpu --ops builtin --json missing/c.json", "its folder does not exist"),
         ("--device cpu --ops builtin --plot .", ". is a folder"),
         ("--device gpu", "--device must be"),
     ],

@@ -161,7 +161,7 @@ def test_a_driver_without_a_torch_for_it(cli, tmp_path, monkeypatch) -> None:
 
 def test_mistakes(cli, monkeypatch) -> None:
     assert_mistake(cli("doctor", "--device", "tpu"), "--device must be auto, cpu, cuda or cuda:N")
-    assert_mistake(cli("doctor", "--json", "no/report.json"), "its folder is not there")
+    assert_mistake(cli("doctor", "--json", "no/report.json"), "its folder does not exist")
     monkeypatch.setenv("IRONGPT_EMULATE", "sm_80")
     assert_mistake(cli("doctor"), "IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'")
 

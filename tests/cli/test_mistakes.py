@@ -47,7 +47,7 @@ BAD_FLAGS = [
     (["--out", "full"], "--out full exists"),
     (["--out", "text.txt/run"], "cannot write a run at text.txt/run"),
     (["--out", "new/" + "x" * 300], "cannot write a run at"),
-    (["--resume", "nowhere"], "nowhere is no run"),
+    (["--resume", "nowhere"], "nowhere is not an IronGPT run"),
 ]
 
 
@@ -79,7 +79,7 @@ def reseal(path, change) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "config.json").unlink(), "is no run of IronGPT"),
+        (lambda run: (run / "config.json").unlink(), "is not an IronGPT run"),
         (lambda run: (run / "config.json").write_text("{}"), "config.json is damaged"),
         (
             lambda run: reseal(run / "config.json", lambda c: c.update(format=2)),
@@ -168,7 +168,7 @@ def test_a_mistake_in_generate(cli, tmp_path, monkeypatch, run, flags, message):
 
 def test_generate_from_something_that_is_no_run(cli):
     for path in ("nowhere", ".", "text.txt"):
-        assert_mistake(cli("generate", path), f"{path} is no run of IronGPT")
+        assert_mistake(cli("generate", path), f"{path} is not an IronGPT run")
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(cli, tmp_path, monkeypatch, run):

@@ -33,7 +33,7 @@ def test_each_name_is_its_module():
 @pytest.fixture
 def _no_samples(monkeypatch):
     """Two hundred tokens through the interpreter take a minute."""
-    monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
+    monkeypatch.setattr(loop.TrainingLoop, "_sample", lambda self: "")
 
 
 @pytest.mark.usefixtures("_no_samples")

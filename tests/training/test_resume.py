@@ -21,7 +21,9 @@ from irongpt.cli import main
 from irongpt.training.trainer import Trainer
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["irongpt.training.start", "torch._dynamo", "matplotlib.figure"])
+SERVER.set_forkserver_preload(
+    "irongpt.training.start irongpt.cli torch._dynamo matplotlib.figure pytest tqdm".split()
+)
 
 # With dropout, batches of several epochs, and evaluations between two log lines.
 FLAGS = [*TINY, *"--dropout 0.1 --batch-size 8 --iters 160 --eval-every 4".split()]
@@ -114,7 +116,11 @@ def test_twenty_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, unint
     assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("uninterrupted", "number"),
+    [("builtin", signal.SIGINT), ("eager", signal.SIGTERM), ("builtin", signal.SIGHUP)],
+    indirect=["uninterrupted"],
+)
 def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, number):
     """Five times in a row, at random moments between two records or evaluations."""
     run, rng = tmp_path / "run", random.Random(int(number))
