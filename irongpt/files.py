@@ -68,14 +68,14 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A new name in the folder of `path`, for a file that will replace it."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically: a reader sees the old file or the new one."""
-    temporary = beside(path)
+    temporary = temporary_path(path)
     try:
         write(temporary, data)
         os.replace(temporary, path)

@@ -8,13 +8,12 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Cli
-from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels import Ops, builtin, eager, fused
 from numerics import DEVICE, HALVES, Inputs, each_dtype, run, small_inputs, values
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,7 +35,7 @@ each_ops = pytest.mark.parametrize(
 
 
 def trainer(
-    ops: ModuleType, dtype: torch.dtype, shape: GPTConfig = SHAPE, recipe: TrainConfig = RECIPE
+    ops: Ops, dtype: torch.dtype, shape: GPTConfig = SHAPE, recipe: TrainConfig = RECIPE
 ) -> Trainer:
     torch.manual_seed(1)
     ids = torch.arange(100 * shape.context) ** 2 // 5 % shape.vocab_size
@@ -93,7 +92,7 @@ def test_a_wait_is_caught() -> None:
 @each_ops
 @each_dtype
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_host_never_waits_in_a_step(ops: ModuleType, dtype, optimizer: str) -> None:
+def test_the_host_never_waits_in_a_step(ops: Ops, dtype, optimizer: str) -> None:
     devices.make_deterministic()  # as a run does: PyTorch then selects other kernels
     t = trainer(ops, dtype, recipe=replace(RECIPE, optimizer=optimizer, grad_accum=2))
     t.train_step()  # copies the epoch's batches to the device
@@ -141,7 +140,7 @@ def test_a_resumed_fused_run_has_the_bits_of_an_uninterrupted_one(
 @pytest.mark.gpu
 @each_ops
 @each_dtype
-def test_a_graph_gives_the_bits_of_its_steps(ops: ModuleType, dtype: torch.dtype) -> None:
+def test_a_graph_gives_the_bits_of_its_steps(ops: Ops, dtype: torch.dtype) -> None:
     devices.make_deterministic()
     recipes = [replace(RECIPE, graph=graph, grad_accum=2) for graph in (False, True)]
     assert_same_bits([trainer(ops, dtype, recipe=recipe) for recipe in recipes], steps=8)
@@ -214,7 +213,7 @@ def test_an_op_runs_on_the_device_of_its_inputs(op: str) -> None:
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, wanted, strict=True))
 
 
-def peak_bytes(ops: ModuleType) -> int:
+def peak_bytes(ops: Ops) -> int:
     """Peak GPU memory of the iron preset's second step."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ def save(
     }
     state = {**state, "files": {name: files.digest(data) for name, data in contents.items()}}
     contents["state.json"] = files.sealed(state)
-    temporary = files.beside(folder)
+    temporary = files.temporary_path(folder)
     try:
         temporary.mkdir()
         for name, data in contents.items():

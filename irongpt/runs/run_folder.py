@@ -15,7 +15,7 @@ from typing import Any
 from irongpt import __version__
 from irongpt.config import GPTConfig, TrainConfig, from_json, to_json
 from irongpt.errors import UserError
-from irongpt.files import beside, finite, read, replace_file, sealed, unsealed
+from irongpt.files import finite, read, replace_file, sealed, temporary_path, unsealed
 
 FORMAT = 1
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
@@ -60,7 +60,7 @@ class RunFolder:
         """
         check_free(self.path)
         missing = [p for p in self.path.parents if not p.exists()]
-        temporary = beside(self.path)
+        temporary = temporary_path(self.path)
         try:
             temporary.mkdir(parents=True)
             replace_file(temporary / "config.json", _encode(self.config))

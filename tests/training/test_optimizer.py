@@ -1,3 +1,5 @@
+"""The optimizer: schedule, AdamW, Muon, clipping, loss scaling."""
+
 import math
 from dataclasses import replace
 
@@ -44,22 +46,14 @@ def snapshot(net: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("decay", "expected"),
-    [  # at steps 0, 3, 4, 7, 10, 12, of warmup 4, iters 10, lr 1, min_lr 0.1
-        ("constant", [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]),
-        ("cosine", [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]),
-    ],
+    ("decay", "middle"),
+    [("constant", [1.0] * 3), ("linear", [0.85, 0.55, 0.4]), ("cosine", [0.9397, 0.55, 0.325])],
 )
-def test_the_schedule(decay, expected):
+def test_the_schedule(decay, middle):
     config = replace(CONFIG, lr=1.0, min_lr=0.1, warmup=4, iters=10, decay=decay)
-    assert [optim.lr_at(step, config) for step in (0, 3, 4, 7, 10, 12)] == pytest.approx(expected)
-
-
-def test_cosine_decay_is_above_the_linear_one_first_and_below_it_later():
-    line, cosine = (replace(CONFIG, warmup=0, iters=100, decay=d) for d in ("linear", "cosine"))
-    assert optim.lr_at(25, cosine) > optim.lr_at(25, line)
-    assert optim.lr_at(75, cosine) < optim.lr_at(75, line)
+    rates = [optim.lr_at(step, config) for step in (0, 3, 4, 5, 7, 8, 10, 12)]
+    last = 1.0 if decay == "constant" else 0.1
+    assert rates == pytest.approx([0.25, 1.0, 1.0, *middle, last, last], abs=1e-4)
 
 
 def test_only_matrices_decay():
@@ -92,14 +86,11 @@ def test_fifty_steps_are_adamw_on_clipped_gradients_whatever_the_loss_scale(scal
     params = [p.detach().double() for p in net.parameters()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     optimizer = optimizer_of(net, scale)
+    decays = {p: CONFIG.weight_decay if p.dim() >= 2 else 0.0 for p in baseline.parameters()}
     plain = torch.optim.AdamW(
-        [
-            {"params": [p for p in baseline.parameters() if p.dim() >= 2]},
-            {"params": [p for p in baseline.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ],
+        [{"params": [p], "weight_decay": decay} for p, decay in decays.items()],
         lr=CONFIG.lr,
         betas=(CONFIG.beta1, CONFIG.beta2),
-        weight_decay=CONFIG.weight_decay,
     )
     for t in range(1, 51):
         size = 10.0 if t % 2 else 0.01  # every other step is clipped
@@ -171,13 +162,9 @@ def test_orthogonal_is_as_exact_as_the_published_iteration(dtype, least, shape):
 
 
 def test_the_iteration_has_float16_for_16_bits_on_a_gpu_and_the_steps_dtype_elsewhere():
-    gpu = torch.device("cuda")
-    for dtype, there in (
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float16),
-    ):
-        assert muon.matmul_dtype(dtype, gpu) == there
+    float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
+    for dtype, on_gpu in ((float32, float32), (float16, float16), (bfloat16, float16)):
+        assert muon.matmul_dtype(dtype, torch.device("cuda")) == on_gpu
         assert muon.matmul_dtype(dtype, CPU) == dtype
 
 

@@ -1,3 +1,5 @@
+"""The training step, the evaluation and the state that a checkpoint holds."""
+
 from dataclasses import replace
 
 import pytest
@@ -50,8 +52,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
         monkeypatch.setattr(t.optimizer, "ops", Frozen)
         row = t.train_step()
         given.append([row[0], row[1], *(p.grad for p in t.model.parameters())])
-    for whole, accumulated in zip(*given, strict=True):
-        torch.testing.assert_close(accumulated.double(), whole.double(), rtol=1e-6, atol=1e-12)
+    for at_once, accumulated in zip(*given, strict=True):
+        torch.testing.assert_close(accumulated.double(), at_once.double(), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -75,11 +77,11 @@ def test_low_precision_params_give_the_bits_of_autocast(
     copied = trainer(**options)
     assert {c.dtype for c in copied.optimizer.low_precision_params.values()} == {dtype}
     assert len(copied.optimizer.low_precision_params) == 4 * SHAPE.n_layer
-    rows = train(copied, 8)
+    rows = train(copied, 5)
     with monkeypatch.context() as m:
         m.setattr(GPT, "make_low_precision_params", lambda self, dtype: {})
         cast = trainer(**options)
-    assert torch.equal(train(cast, 8), rows)
+    assert torch.equal(train(cast, 5), rows)
     assert copied.evaluate() == cast.evaluate()
     for a, b in zip(copied.model.parameters(), cast.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -110,17 +112,13 @@ def test_evaluation_does_not_change_the_training(ops):
         assert torch.equal(a, b)
 
 
-def test_evaluation_is_without_dropout_and_repeatable():
+def test_evaluation_is_the_mean_over_all_sequences_without_dropout():
     t = trainer(dropout=0.9)
-    assert t.evaluate() == t.evaluate()
+    loss = t.evaluate()
+    assert t.evaluate() == loss
     assert t.model.training
-
-
-def test_evaluation_is_the_mean_over_windows_even_if_the_last_batch_is_smaller():
-    t = trainer()
-    whole = t.evaluate()
-    t.val_batches.batch_size = 7
-    assert t.evaluate() == pytest.approx(whole, rel=1e-6)
+    t.val_batches.batch_size = 7  # the last batch is smaller
+    assert t.evaluate() == pytest.approx(loss, rel=1e-6)
 
 
 def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkeypatch):
@@ -157,14 +155,13 @@ def test_every_dropout_of_a_run_has_its_own_seed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_restored_state_goes_on_bitwise(ops, dtype, optimizer):
-    whole = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
-    rows = train(whole, 10)
-    first = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+    options = dict(ops=ops, dtype=dtype, dropout=0.1, optimizer=optimizer)
+    rows, first = train(trainer(**options), 10), trainer(**options)
     train(first, 6)
     weights = {k: v.clone() for k, v in first.model.state_dict().items()}
     tensors = {k: v.clone() for k, v in first.optimizer_tensors().items()}
     for _ in range(2):  # the second load must see what the first one saw
-        second = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+        second = trainer(**options)
         second.model.load_state_dict(weights)
         second.restore(6, tensors)
         assert torch.equal(train(second, 4), rows[6:])
