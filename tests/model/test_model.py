@@ -25,8 +25,8 @@ def as_transformers(model: GPT) -> torch.nn.Module:
 
     c, no_dropout = model.config, dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
     shape = dict(n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
-    config = GPT2Config(c.vocab_size, **shape, **no_dropout, attn_implementation="eager")
-    reference = GPT2LMHeadModel(config)
+    shape |= dict(vocab_size=c.vocab_size, attn_implementation="eager")
+    reference = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout))
     names = {"blocks.": "h.", "qkv": "c_attn", "attn.proj": "attn.c_proj"}
     names |= {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
     state = {}
