@@ -23,6 +23,7 @@ from irongpt.training.trainer import Trainer
 
 PATIENCE = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
+STATE = ("evaluated_at", "best_val", "best_step", "bad_steps", "rows")  # saved attributes
 
 
 class TrainingLoop:
@@ -57,27 +58,18 @@ class TrainingLoop:
         self._collect()
         trainer = self.trainer
         state = {
+            **{name: getattr(self, name) for name in STATE},
             "step": trainer.step,
-            "evaluated_at": self.evaluated_at,
-            "best_val": self.best_val,
-            "best_step": self.best_step,
-            "bad_steps": self.bad_steps,
             "seconds": self.seconds_before + self.clock.total(),
-            "rows": self.rows,
             "tiles": self._launch_digest(),
         }
-        checkpoint.save(
-            folder,
-            trainer.model.state_dict(),
-            trainer.optimizer_tensors(),
-            self.tokenizer.to_json(),
-            state,
-        )
+        tensors = trainer.model.state_dict(), trainer.optimizer_tensors()
+        checkpoint.save(folder, *tensors, self.tokenizer.to_json(), state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.evaluated_at, self.best_val = state["evaluated_at"], state["best_val"]
-        self.best_step, self.seconds_before = state["best_step"], state["seconds"]
-        self.bad_steps, self.rows = state["bad_steps"], state["rows"]
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.seconds_before = state["seconds"]
         self.last_record = (self.trainer.step, 0.0)
         before, now = state.get("tiles"), self._launch_digest()
         if before is not None and now is not None and before != now:

@@ -1,3 +1,5 @@
+"""Sampling: equal to the algorithm without a cache, reproducible, printable."""
+
 from dataclasses import replace
 
 import pytest
@@ -132,9 +134,7 @@ def test_no_token_too_many_is_generated(model):
 
 
 def test_a_context_of_one():
-    model = GPT(
-        GPTConfig(vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=4, context=1, dropout=0.0), builtin
-    )
+    model = GPT(replace(SHAPE, context=1), builtin)
     assert len(continuation(model, [1, 2, 3], CONFIG)) == 40
 
 
