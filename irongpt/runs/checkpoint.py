@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from irongpt import files
+from irongpt.files import write
 
 FILES = ("model.safetensors", "optimizer.safetensors", "tokenizer.json")
 
@@ -46,7 +47,7 @@ def save(
     try:
         temporary.mkdir()
         for name, data in contents.items():
-            files.write(temporary / name, data)
+            write(temporary / name, data)
         files.sync_folder(temporary)
         _replace(temporary, folder)
         files.sync_folder(folder.parent)

@@ -83,7 +83,7 @@ def reseal(path, change) -> None:
         (lambda run: (run / "config.json").write_text("{}"), "config.json is damaged"),
         (
             lambda run: reseal(run / "config.json", lambda c: c.update(format=2)),
-            "config.json does not describe a run: format 2",
+            "config.json does not describe a run: IronGPT",
         ),
         (
             lambda run: reseal(run / "config.json", lambda c: c["model"].update(n_layer=-2)),

@@ -1,6 +1,5 @@
 """A run that is stopped and resumed is bitwise the run that was never interrupted."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -8,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -69,22 +69,24 @@ def lines(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-@pytest.fixture(scope="module", params=["builtin", "eager"])
-def uninterrupted(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    write_text(folder / "text.txt")
-    process = start(folder, "train", *FLAGS, "--ops", request.param, "--out", "run")
-    process.join()
-    assert process.exitcode == 0
-    return folder / "run"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
+    """The run with the given ops, trained once."""
+
+    @cache
+    def train(ops: str) -> Path:
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        write_text(folder / "text.txt")
+        process = start(folder, "train", *FLAGS, "--ops", ops, "--out", "run")
+        process.join()
+        assert process.exitcode == 0
+        return folder / "run"
+
+    return train
 
 
-def new_or_resumed(run: Path, like: Path) -> list[str]:
-    """Flags that resume `run`, or start it as the run `like` if it does not exist."""
-    if run.exists():
-        return ["--resume", "run"]
-    ops = json.loads((like / "config.json").read_text())["train"]["ops"]
-    return [*FLAGS, "--ops", ops, "--out", "run"]
+def new_or_resumed(run: Path, ops: str) -> list[str]:
+    return ["--resume", "run"] if run.exists() else [*FLAGS, "--ops", ops, "--out", "run"]
 
 
 def has_begun(run: Path) -> Callable[[], bool]:
@@ -94,13 +96,14 @@ def has_begun(run: Path) -> Callable[[], bool]:
     return lambda: metrics.exists() and metrics.stat().st_ino != before
 
 
-def test_twenty_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterrupted):
+@pytest.mark.parametrize("ops", ["builtin", "eager"])
+def test_twenty_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterrupted, ops):
     """SIGKILL in the setup, and in steps, evaluations and saves after 0 to 3 new records."""
     run, rng = tmp_path / "run", random.Random(2026)
     steps = []
     for kill in range(20):
         begun = has_begun(run)
-        process = start(tmp_path, "train", *new_or_resumed(run, uninterrupted))
+        process = start(tmp_path, "train", *new_or_resumed(run, ops))
         if kill % 5:
             wait_until(begun, process)
             wanted = lines(run) + rng.randrange(4)
@@ -112,22 +115,21 @@ def test_twenty_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, unint
         steps.append(state(run)["step"] if run.exists() else None)
     assert len(set(steps)) > 3, "most kills fell before the first checkpoint"
     assert cli("train", "--resume", "run").code == 0
-    assert_same(run, uninterrupted)
+    assert_same(run, uninterrupted(ops))
     assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize(
-    ("uninterrupted", "number"),
+    ("ops", "number"),
     [("builtin", signal.SIGINT), ("eager", signal.SIGTERM), ("builtin", signal.SIGHUP)],
-    indirect=["uninterrupted"],
 )
-def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, number):
+def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, ops, number):
     """Five times in a row, at random moments between two records or evaluations."""
     run, rng = tmp_path / "run", random.Random(int(number))
     steps = []
     for _ in range(5):
         seen = lines(run)
-        process = start(tmp_path, "train", *new_or_resumed(run, uninterrupted))
+        process = start(tmp_path, "train", *new_or_resumed(run, ops))
         wait_until(lambda seen=seen: lines(run) > seen, process)
         time.sleep(rng.uniform(0, 0.05))
         os.kill(process.pid, number)
@@ -137,7 +139,7 @@ def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, number):
     assert steps == sorted(steps)
     assert len(set(steps)) >= 3
     assert cli("train", "--resume", "run").code == 0
-    assert_same(run, uninterrupted)
+    assert_same(run, uninterrupted(ops))
 
 
 def test_a_second_signal_does_not_wait(tmp_path):
