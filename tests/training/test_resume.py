@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def wait_until(condition: Callable[[], bool], process: ForkServerProcess) -> Non
 def lines(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> None:
+    """Starts it in the repository's folder, before a test changes to another."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
