@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from irongpt import __version__
-from irongpt.config import GPTConfig, TrainConfig, from_json, to_json
+from irongpt.config import GPTConfig, TrainConfig, from_json
 from irongpt.errors import UserError
 from irongpt.files import finite, read, replace_file, sealed, temporary_path, unsealed
 
@@ -39,18 +39,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        self.last, self.best = path / "last", path / "best"  # checkpoints
+        self.metrics = path / "metrics.jsonl"
 
     def create(self, save_first: Callable[[Path], None]) -> None:
         """Makes the folder with config.json and a first checkpoint, atomically.
@@ -145,14 +135,4 @@ def check_free(path: Path) -> None:
 
 
 def _encode(config: RunConfig) -> bytes:
-    return sealed(
-        {
-            "format": FORMAT,
-            "irongpt": __version__,
-            "preset": config.preset,
-            "data": config.data,
-            "data_sha256": config.data_sha256,
-            "model": to_json(config.model),
-            "train": to_json(config.train),
-        }
-    )
+    return sealed({"format": FORMAT, "irongpt": __version__, **asdict(config)})
