@@ -128,14 +128,10 @@ def test_dropout_is_off_and_the_mode_restored(model):
     assert model.training
 
 
-def test_no_token_too_many_is_generated(model):
-    assert continuation(model, [1], replace(CONFIG, tokens=0)) == []
-    assert len(continuation(model, [1], replace(CONFIG, tokens=1))) == 1
-
-
-def test_a_context_of_one():
-    model = GPT(replace(SHAPE, context=1), builtin)
-    assert len(continuation(model, [1, 2, 3], CONFIG)) == 40
+@pytest.mark.parametrize(("tokens", "context"), [(0, CONTEXT), (1, CONTEXT), (40, 1)])
+def test_the_number_of_tokens_is_the_requested_one(tokens, context):
+    model = GPT(replace(SHAPE, context=context), builtin)
+    assert len(continuation(model, [1, 2, 3], replace(CONFIG, tokens=tokens))) == tokens
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -62,14 +62,13 @@ def test_damage_is_noticed(tmp_path, name, damage):
     file = tmp_path / "last" / name
     data = bytearray(file.read_bytes())
     file.unlink()
+    flipped = data.copy()
+    flipped[len(data) // 2] ^= 1
+    changed = {"cut": data[:-3], "empty": b"", "longer": data + b" {}", "flip": flipped}
     if damage == "folder":
         file.mkdir()
     elif damage != "gone":
-        if damage == "flip":
-            data[len(data) // 2] ^= 1
-        file.write_bytes(
-            {"cut": data[:-3], "empty": b"", "longer": data + b" {}"}.get(damage, data)
-        )
+        file.write_bytes(changed[damage])
     with pytest.raises(UserError, match=f"{name} is damaged|cannot read .*{name}"):
         checkpoint.load(tmp_path / "last")
 
