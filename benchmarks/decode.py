@@ -54,7 +54,7 @@ def written(model: GPT, dtype: torch.dtype, tokens: int, texts: int, graph: bool
     config = SampleConfig(tokens=tokens, temperature=TEMPERATURE)
     return [
         time.perf_counter()
-        for _ in sample.generate_texts(model, [[0]] * texts, config, dtype, graph)
+        for _ in sample.generate_batch(model, [[0]] * texts, config, dtype, graph)
     ]
 
 
@@ -119,7 +119,7 @@ def nodes(model: GPT, dtype: torch.dtype, texts: int) -> int | str:
     """Kernels, copies and fills of one token, as the profiler sees them; or why it saw none."""
     try:
         decoder = Decoder(model, texts, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
-        decoder.read({text: [0] for text in range(texts)})
+        decoder.prefill({text: [0] for text in range(texts)})
         decoder.step()
         devices.synchronize(decoder.tokens.device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:

@@ -71,7 +71,7 @@ class Case:
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
         """Random inputs. The floating ones require gradients if the op has any."""
-        dtypes = op_inputs.dtypes(self.dtype, update=muon.products_type(self.dtype, device))
+        dtypes = op_inputs.dtypes(self.dtype, update=muon.matmul_dtype(self.dtype, device))
         made = op_inputs.random_inputs(self.spec.inputs(self.shape), dtypes, device, seed)
         for x in made.values():
             x.requires_grad_(self.spec.differentiable and x.is_floating_point())

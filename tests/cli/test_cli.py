@@ -23,6 +23,7 @@ def records_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_the_files_and_records_of_a_run(cli, tmp_path):
     result = cli("train", *TINY, "--out", "run")
     assert result.code == 0, result.err
@@ -115,7 +116,7 @@ def test_gradients_that_stay_non_finite_end_the_run(cli, tmp_path):
     args = [*TINY, "--out", "run", "--iters", 400, "--lr", 1e30, "--eval-every", 1000]
     result = cli("train", *args)
     assert result.code == 1
-    assert "were not finite; the first tensor that is not: the " in result.err
+    assert "were not finite; the first non-finite tensor: the " in result.err
     assert result.err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run/last")[3]["step"] == 0
     records = records_of(tmp_path / "run")

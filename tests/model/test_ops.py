@@ -34,7 +34,7 @@ def test_each_name_is_its_module():
 @pytest.fixture
 def _no_samples(monkeypatch):
     """The interpreter takes a minute for 200 tokens."""
-    monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
+    monkeypatch.setattr(loop.TrainingLoop, "_sample", lambda self: "")
 
 
 @pytest.mark.usefixtures("_no_samples")
