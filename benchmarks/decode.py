@@ -24,13 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import result_file
 from irongpt import device as devices
 from irongpt import ops, timing
-from irongpt.config import PRESETS, GPTConfig, SampleConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, SampleConfig
 from irongpt.errors import UserError
 from irongpt.generation import sample
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
-VOCABULARY = 109  # characters of War and Peace
 ROUNDS = 5
 TEMPERATURE = 0.8
 
@@ -55,7 +54,7 @@ def written(model: GPT, dtype: torch.dtype, tokens: int, texts: int, graph: bool
     config = SampleConfig(tokens=tokens, temperature=TEMPERATURE)
     return [
         time.perf_counter()
-        for _ in sample.generate_texts(model, [[0]] * texts, config, dtype, graph)
+        for _ in sample.generate_batch(model, [[0]] * texts, config, dtype, graph)
     ]
 
 
@@ -120,7 +119,7 @@ def nodes(model: GPT, dtype: torch.dtype, texts: int) -> int | str:
     """Kernels, copies and fills of one token, as the profiler sees them; or why it saw none."""
     try:
         decoder = Decoder(model, texts, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
-        decoder.read({text: [0] for text in range(texts)})
+        decoder.prefill({text: [0] for text in range(texts)})
         decoder.step()
         devices.synchronize(decoder.tokens.device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
@@ -151,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
-    config = GPTConfig(vocab_size=VOCABULARY, **PRESETS[preset].model)
+    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
     tokens = min(args.tokens or config.context, config.context)
     dtype = devices.precision("auto", device).dtype
     with result_file.Section("decode", device, args) as section:

@@ -24,12 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training.matmuls import optimizer_bytes
-from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
-
-VOCABULARY = 109  # of War and Peace
 
 # Kernels of the operations that launch several; all others launch one. Ours are what the launchers
 # do (a test runs them and counts); of PyTorch's CUDA code, read in its source, the least.
@@ -153,7 +151,7 @@ def step(
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one step, and its trainer, whose tensors have no memory."""
     chosen = PRESETS[preset]
-    model = GPTConfig(VOCABULARY, **chosen.model)
+    model = GPTConfig(WAR_AND_PEACE_VOCAB, **chosen.model)
     train = TrainConfig(**{**chosen.train, **recipe})
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -1,3 +1,3 @@
-"""IronGPT: a GPT from scratch, made to train at the limit of the hardware."""
+"""IronGPT: a GPT from scratch with Triton kernels, made to train at the hardware's limit."""
 
 __version__ = "0.1.0"

@@ -194,7 +194,7 @@ def train_command(flags: Flags) -> int:
 def generate_command(flags: Flags) -> int:
     from irongpt import device as devices
     from irongpt import ops
-    from irongpt.generation.sample import generate_texts, printable, start_ids, trained_model
+    from irongpt.generation.sample import generate_batch, printable, start_ids, trained_model
 
     run, checkpoint = flags.pop("run"), flags.pop("checkpoint", "best")
     prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
@@ -218,7 +218,7 @@ def generate_command(flags: Flags) -> int:
     show = printable if terminal else str
     dtype = devices.precision("auto", target).dtype
     start = time.perf_counter()
-    texts = generate_texts(model, [ids] * config.samples, config, dtype)
+    texts = generate_batch(model, [ids] * config.samples, config, dtype)
     if config.samples == 1:
         piece = prompt
         sys.stdout.write(show(prompt))

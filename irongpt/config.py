@@ -55,11 +55,11 @@ class GPTConfig:
             self.n_embd % self.n_head == 0,
             f"--n-embd ({self.n_embd}) must be divisible by --n-head ({self.n_head})",
         )
-        check(0 <= self.dropout < 1, f"{flag('dropout')} must be in [0, 1), got {self.dropout}")
+        check(0 <= self.dropout < 1, f"--dropout must be in [0, 1), got {self.dropout}")
         check(
             self.n_params() <= 10**10,
             f"a model of {self.n_params():,} parameters is too large: "
-            f"use a smaller {flag('n_embd')}, {flag('n_layer')} or {flag('context')}",
+            "use a smaller --n-embd, --n-layer or --context",
         )
 
     def n_params(self) -> int:
@@ -135,7 +135,7 @@ class TrainConfig:
             check(finite, f"{flag(name)} must be a finite number")
         for name in ("beta1", "beta2", "momentum"):
             check(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1)")
-        check(0 <= self.seed < 2**31, f"{flag('seed')} must be in [0, 2^31)")
+        check(0 <= self.seed < 2**31, "--seed must be in [0, 2^31)")
         check_choices(self)
 
 
@@ -148,20 +148,18 @@ class SampleConfig:
     samples: int = option("sampling", "number of samples, in one batch, separated by ---", 1)
     top_k: int | None = option("sampling", "sample only from the N likeliest tokens", None)
     top_p: float | None = option(
-        "sampling", "sample from the likeliest tokens of probability X", None
+        "sampling", "nucleus sampling: only the top X of probability", None
     )
     seed: int = option("sampling", "the same seed gives the same text", 1337)
 
     def __post_init__(self) -> None:
-        check(self.tokens >= 0, f"{flag('tokens')} must not be negative")
-        check(1 <= self.samples <= 10_000, f"{flag('samples')} must be from 1 to 10,000")
-        check(
-            0 <= self.temperature < math.inf,
-            f"{flag('temperature')} must be a finite number, 0 or above",
-        )
-        check(self.top_k is None or self.top_k >= 1, f"{flag('top_k')} must be at least 1")
-        check(self.top_p is None or 0 < self.top_p <= 1, f"{flag('top_p')} must be in (0, 1]")
-        check(0 <= self.seed < 2**63, f"{flag('seed')} must be in [0, 2^63)")
+        check(self.tokens >= 0, "--tokens must not be negative")
+        check(1 <= self.samples <= 10_000, "--samples must be from 1 to 10,000")
+        finite = 0 <= self.temperature < math.inf
+        check(finite, "--temperature must be a finite number, 0 or above")
+        check(self.top_k is None or self.top_k >= 1, "--top-k must be at least 1")
+        check(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be in (0, 1]")
+        check(0 <= self.seed < 2**63, "--seed must be in [0, 2^63)")
 
 
 @dataclass(frozen=True)
@@ -174,30 +172,20 @@ class Preset:
 
 
 IRON = dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2)
+MANY_STEPS: dict[str, Any] = dict(
+    iters=5000, batch_size=64, lr=3e-4, warmup=0, decay="constant", weight_decay=0.01,
+    eval_every=500,
+)  # fmt: skip
 FEW_STEPS: dict[str, Any] = dict(  # a recipe for an epoch or less
-    batch_size=16,
-    lr=6e-3,
-    warmup=20,
-    decay="linear",
-    weight_decay=0.1,
-    eval_every=100,
-    optimizer="muon",
-    beta2=0.99,
-)
+    batch_size=16, lr=6e-3, warmup=20, decay="linear", weight_decay=0.1, eval_every=100,
+    optimizer="muon", beta2=0.99,
+)  # fmt: skip
 
 PRESETS = {
     "iron": Preset(
         "10.8 M parameters, 82 M training tokens, for a GPU",
         model=IRON,
-        train=dict(
-            iters=5000,
-            batch_size=64,
-            lr=3e-4,
-            warmup=0,
-            decay="constant",
-            weight_decay=0.01,
-            eval_every=500,
-        ),
+        train=MANY_STEPS,
     ),
     "fast": Preset(  # less than an epoch, which cannot overfit: no dropout
         "the same model and 2.5 M training tokens, for a GPU",

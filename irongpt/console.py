@@ -77,9 +77,7 @@ class Progress:
 
     def advance(self, step: int) -> None:
         self.bar.update()
-        if (
-            not self.terminal and time.monotonic() - self.printed_at >= 3 * PLAIN_EVERY
-        ):  # slow steps
+        if self._silent_for(3 * PLAIN_EVERY):  # slow steps
             self._say(f"step {step:,} of {self.steps:,}")
 
     def show(self, record: dict[str, Any]) -> None:
@@ -88,12 +86,15 @@ class Progress:
             f"MFU {record['mfu']:.1%}"
         )
         self.bar.set_postfix_str(text, refresh=False)
-        if not self.terminal and time.monotonic() - self.printed_at >= PLAIN_EVERY:
+        if self._silent_for(PLAIN_EVERY):
             self._say(f"step {record['step']:,} of {self.steps:,}: {text}")
+
+    def _silent_for(self, seconds: float) -> bool:
+        return not self.terminal and time.monotonic() - self.printed_at >= seconds
 
     def _say(self, text: str) -> None:
         say(text)
-        self.said = time.monotonic()
+        self.printed_at = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()

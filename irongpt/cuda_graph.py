@@ -1,10 +1,10 @@
 """
-A function on fixed tensors as one CUDA graph: the host launches its kernels at once.
+A function on fixed tensors as one CUDA graph, whose kernels the host launches with one call.
 
-The iron model's step is some hundred kernels of microseconds each, and a host needs longer to
-launch one than a fast GPU to run it. A graph has them launched beforehand. What it reads and writes
-stays where it was at the capture, so the step takes its inputs from tensors that the host fills in
-place, and its result, if it has one, is copied out before the next replay overwrites it.
+The iron model's step is about a hundred kernels of microseconds each, and the host needs longer to
+launch one than a fast GPU to run it. A graph reads and writes the addresses of its capture, so the
+step takes its inputs from tensors that the host fills in place, and its result, if it has one, is
+copied before the next replay overwrites it.
 
 Source      PyTorch, "CUDA Graphs", whole-network capture
 """
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result", Tensor, None)
-WARMUP = 3  # real steps, by which time libraries have their workspaces and kernels are compiled
+WARMUP = 3  # real steps in which kernels are compiled and libraries allocate workspaces
 
 
 class Graph(Generic[Result]):
-    """Calls `step`, which takes no arguments, and after `warmup` calls replays a graph of it.
+    """Calls `step`, which takes no arguments, and replays a graph of it after `warmup` calls.
 
     Captured or not, the results are the same, to the bit: the same kernels run on the same values.
     """
@@ -28,7 +28,7 @@ class Graph(Generic[Result]):
     def __init__(
         self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
     ) -> None:
-        """device: a GPU, on which all of the step happens, without a look at it by the host."""
+        """device: a GPU, on which the whole step runs without a synchronization with the host."""
         self.step: Callable[[], Result] = step
         self.device, self.warmup = device, warmup
         self.calls = 0
@@ -39,19 +39,18 @@ class Graph(Generic[Result]):
     def __call__(self) -> Result:
         self.calls += 1
         if self.calls <= self.warmup:
-            return self._aside()
+            return self._run_on_side_stream()
         if self.graph is None:
             self._capture()
         assert self.graph is not None
         self.graph.replay()
-        return self._taken()
+        return self._result_copy()
 
-    def _taken(self) -> Any:
-        """The result, as the next replay will not change it."""
+    def _result_copy(self) -> Any:
         return None if self.result is None else self.result.clone()
 
-    def _aside(self) -> Result:
-        """On another stream than the caller's, as PyTorch asks of what is captured later."""
+    def _run_on_side_stream(self) -> Result:
+        """PyTorch requires another stream than the caller's for warmup before a capture."""
         self.stream = self.stream or torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -61,7 +60,7 @@ class Graph(Generic[Result]):
         return result
 
     def _capture(self) -> None:
-        """Records the step, which does not run by that."""
+        """Records the step without running it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             self.result = self.step()

@@ -101,7 +101,7 @@ def _card(report: Report, device: torch.device) -> None:
             "clocks, power and temperature are unknown: nvidia-ml-py is missing or fails"
         )
         return
-    report.facts["machine"] += f", driver {now.driver}"
+    report.facts["machine"] += f", driver {gpu_state.driver_version()}"
     report.facts["clocks"] = (
         f"{_number(now.sm_mhz)} of {_number(now.max_sm_mhz)} MHz, memory "
         f"{_number(now.memory_mhz)} MHz, {_number(now.watt)} of {_number(now.limit_watt)} W, "
@@ -237,7 +237,7 @@ def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dt
     alive: list[Tensor] = []
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model = GPT(config, ops)
-        copies = model.copy_weights(dtype) if dtype.itemsize == 2 else {}
+        copies = model.make_low_precision_params(dtype) if dtype.itemsize == 2 else {}
         held = [*model.parameters(), *copies.values()]
         weights = {p.untyped_storage()._cdata for p in held}
         idx = torch.zeros(batch_size, config.context, dtype=torch.int64)

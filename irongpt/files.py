@@ -1,9 +1,10 @@
-"""Files that are written atomically and carry a digest that detects changes."""
+"""Atomic file writes, and JSON with a checksum."""
 
 import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import sys
 import uuid
@@ -14,12 +15,12 @@ from irongpt.errors import UserError
 
 
 def sealed(values: dict[str, Any]) -> bytes:
-    """JSON with a digest of its content, so that a changed or truncated file is noticed."""
+    """JSON with its own digest, so that a changed or truncated file is noticed."""
     return (json.dumps({**values, "sha256": _seal(values)}, indent=1) + "\n").encode()
 
 
 def unsealed(data: bytes, path: Path) -> dict[str, Any]:
-    """Inverse of `sealed`. Raises UserError, with `path`, if the digest is wrong or missing."""
+    """The values that `sealed` was given. Raises UserError, with `path`, if they were changed."""
     try:
         values: dict[str, Any] = json.loads(data)
         if values.pop("sha256") != _seal(values):
@@ -27,6 +28,17 @@ def unsealed(data: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise damaged(path) from e
     return values
+
+
+def finite(value: Any, digits: int = 17) -> Any:
+    """The value for JSON: NaN and infinities become None, floats keep so many digits (17: all)."""
+    if isinstance(value, dict):
+        return {k: finite(v, digits) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v, digits) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
 
 
 def _seal(values: dict[str, Any]) -> str:
@@ -56,14 +68,14 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def beside(path: Path) -> Path:
-    """An unused name in the same folder, for a file or folder that will replace `path`."""
+def temporary_path(path: Path) -> Path:
+    """A new name in the folder of `path`, for a file that will replace it."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` to `path` atomically: a reader sees the old file or the new one."""
-    temporary = beside(path)
+    temporary = temporary_path(path)
     try:
         write(temporary, data)
         os.replace(temporary, path)
@@ -73,7 +85,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def check_result(path: Path) -> None:
-    """Raises UserError if no file can be written to `path`. Called before the work is done."""
+    """Raises UserError if a later `write_result` to `path` would fail."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
     if not path.absolute().parent.is_dir():
@@ -81,7 +93,7 @@ def check_result(path: Path) -> None:
 
 
 def write_result(path: Path, data: bytes) -> None:
-    """`replace_file`, for a path that the user named."""
+    """`replace_file` for a path given by the user. Raises UserError."""
     try:
         replace_file(path.absolute(), data)
     except OSError as e:
@@ -99,7 +111,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders atomically, by renameat2. False on systems that cannot."""
+    """Swaps two folders atomically (renameat2). Returns False where that is not supported."""
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)

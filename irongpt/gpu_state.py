@@ -1,9 +1,5 @@
-"""The state of a GPU that PyTorch does not report: driver, clocks, power, temperature, by NVML.
+"""The state of a GPU that PyTorch does not report: driver, clocks, power, temperature, by NVML."""
 
-nvidia-ml-py is imported at the first use, and everything is None without it or without a driver.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +12,13 @@ THROTTLE = {  # bits of NVML's clock event reasons that mean lower clocks than p
     0x40: "heat (hardware)",
     0x80: "power brake",
 }
+SM, MEMORY = 1, 2  # NVML's clocks
 
 
 @dataclass(frozen=True)
 class GpuState:
     """A field is None where the GPU does not report it."""
 
-    driver: str | None
     sm_mhz: int | None
     max_sm_mhz: int | None
     memory_mhz: int | None
@@ -39,37 +35,35 @@ def query(device: torch.device) -> GpuState | None:
     if nvml is None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+
+    def get(name: str, *args: int) -> Any:
+        try:
+            return getattr(nvml, f"nvmlDeviceGet{name}")(gpu, *args)
+        except nvml.NVMLError:
+            return None
+
     try:
         gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
         return None
 
-    def ask(function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return function(gpu, *args)
-        except nvml.NVMLError:
-            return None
-
-    def watt(function: Callable[..., Any]) -> float | None:
-        milliwatt = ask(function)
+    def watt(name: str) -> float | None:
+        milliwatt = get(name)
         return None if milliwatt is None else milliwatt / 1e3
 
+    reasons = get("CurrentClocksThrottleReasons")
     return GpuState(
-        driver=driver_version(),
-        sm_mhz=ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-        max_sm_mhz=ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
-        memory_mhz=ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-        watt=watt(nvml.nvmlDeviceGetPowerUsage),
-        limit_watt=watt(nvml.nvmlDeviceGetEnforcedPowerLimit),
-        default_limit_watt=watt(nvml.nvmlDeviceGetPowerManagementDefaultLimit),
-        celsius=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-        throttled_by=throttled_by(ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)),
+        sm_mhz=get("ClockInfo", SM),
+        max_sm_mhz=get("MaxClockInfo", SM),
+        memory_mhz=get("ClockInfo", MEMORY),
+        watt=watt("PowerUsage"),
+        limit_watt=watt("EnforcedPowerLimit"),
+        default_limit_watt=watt("PowerManagementDefaultLimit"),
+        celsius=get("Temperature", 0),
+        throttled_by=None
+        if reasons is None
+        else [x for bit, x in THROTTLE.items() if reasons & bit],
     )
-
-
-def throttled_by(reasons: int | None) -> list[str] | None:
-    """The names of the bits in NVML's clock event reasons."""
-    return None if reasons is None else [text for bit, text in THROTTLE.items() if reasons & bit]
 
 
 def driver_version() -> str | None:
@@ -79,7 +73,7 @@ def driver_version() -> str | None:
 
 
 def _nvml() -> Any:
-    """The initialised module, or None."""
+    """The module pynvml of nvidia-ml-py, initialised; None where that fails."""
     try:
         import pynvml
     except ImportError:

@@ -18,7 +18,7 @@ DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
 
 
 class LayerNorm(nn.Module):
-    """The parameters of a layer norm. The ops apply it, fused with what stands before it."""
+    """The parameters of a layer norm, which the ops apply together with the add before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -27,17 +27,17 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer whose matrix may have a 16-bit copy: see `GPT.copy_weights`.
+    """A linear layer whose weight may have a 16-bit copy: see `GPT.make_low_precision_params`.
 
-    The copy is no parameter: a state_dict holds `weight` alone, in float32.
+    The copy is not a parameter: a state_dict holds `weight` alone, in float32.
     """
 
-    copy: Tensor | None = None
+    low_precision_weight: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
-        """What to multiply by. Without a copy autocast casts the weight, at every use."""
-        return self.weight if self.copy is None else self.copy
+        """The weight to multiply by. Without a copy autocast casts it at every use."""
+        return self.weight if self.low_precision_weight is None else self.low_precision_weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix, self.bias)
@@ -77,7 +77,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     An add and the norm that follows it are one op, so a block takes the residual stream with its
-    norm and hands both on, normed for whoever comes next.
+    norm and returns both, with the norm that the next block or the head applies.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
@@ -109,8 +109,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids in, logits out. The output head is the token embedding's matrix.
 
-    `ops` is a module with the contract of irongpt_kernels. It holds no parameters: a state_dict
-    fits a model on any ops.
+    `ops` is eager, builtin or fused of irongpt_kernels. It holds no parameters: a state_dict fits
+    a model on any ops.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
@@ -123,7 +123,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's: normal, std 0.02; what writes into the stream is scaled by their number."""
+        """GPT-2's: std 0.02, divided by sqrt(2 L) for the projections into the residual stream."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -132,23 +132,24 @@ class GPT(nn.Module):
             with torch.no_grad():
                 module.proj.weight /= math.sqrt(2 * self.config.n_layer)
 
-    def copy_weights(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-        """From here on the blocks multiply by copies of their matrices, of `dtype`.
+    def make_low_precision_params(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+        """Makes the blocks multiply by copies of their matrices in `dtype`, and returns these.
 
-        The copies are leaves and get the gradients, in `dtype`; the weights stay as they are, for
-        an optimizer to update and to copy. So no cast stands in a step, forward or backward.
-        Returns the copy of each weight. Loading a state_dict copies anew.
+        The copies are leaves and get the gradients, in `dtype`; an optimizer updates the float32
+        weights and their copies. A step then has no cast of a weight, forward or backward. The
+        result maps each weight to its copy. Loading a state_dict updates the copies.
         """
-        linears = [m for m in self.modules() if isinstance(m, Linear)]
-        for m in linears:
-            m.copy = m.weight.detach().to(dtype, copy=True).requires_grad_()
-        copies = {m.weight: m.copy for m in linears if m.copy is not None}
+        copies: dict[Tensor, Tensor] = {}
+        for m in self.modules():
+            if isinstance(m, Linear):
+                copy = m.weight.detach().to(dtype, copy=True).requires_grad_()
+                copies[m.weight] = m.low_precision_weight = copy
 
         @torch.no_grad()
-        def again(*_: object) -> None:
+        def update_copies(*_: object) -> None:
             torch._foreach_copy_(list(copies.values()), list(copies))
 
-        self.register_load_state_dict_post_hook(again)
+        self.register_load_state_dict_post_hook(update_copies)
         return copies
 
     def forward(
@@ -156,15 +157,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V) for the token after each.
 
-        In training mode dropout is on, and `seed` decides what eager and fused ops drop. A cache
-        gets the keys and values of idx, at positions 0 to T - 1. Raises ValueError past the
-        context.
+        In training mode dropout is on; `seed` determines its masks in eager and fused ops. A cache
+        gets the keys and values of idx, at positions 0 to T - 1. Raises ValueError if T exceeds
+        the context.
         """
         T, context = idx.shape[1], self.config.context
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
         dropout_p = self.config.dropout if self.training else 0.0
-        # A slice of all of it would cost its gradient two passes.
+        # Slicing the whole matrix would add two passes over its gradient.
         positions = self.wpe.weight if context == T else self.wpe.weight[:T]
         x = self.wte(idx) + positions  # (B, T, C)
         blocks = cast(Sequence[Block], self.blocks)
@@ -177,9 +178,9 @@ class GPT(nn.Module):
         return F.linear(normed, self.wte.weight)  # (B, T, V)
 
     def _seeds(self, seed: int | Tensor | None) -> list[list[int | Tensor | None]]:
-        """A seed of its own for every dropout, by block: counted up from the step's.
+        """The seeds of every block's dropouts, consecutive numbers from `seed` on.
 
-        Of a tensor, all are made in one kernel, 16 bytes apart, as far as a fresh tensor is.
+        From a tensor, one kernel makes all of them, each aligned to 16 bytes like a new tensor.
         """
         n = DROPOUTS_PER_BLOCK * self.config.n_layer
         flat: list[int | Tensor | None]
@@ -196,21 +197,19 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of what texts have read, so that a new token costs one row: see `decode`.
+    """Keys and values of the tokens seen so far, so that a new token costs one row: see `decode`.
 
-    k, v: (L, texts, H, context, D). `rows` says which of the texts a model's batch is.
+    k, v: (L, B, H, context, D), of B sequences. `rows` selects those that a model's batch holds.
     """
 
-    def __init__(
-        self, config: GPTConfig, texts: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: GPTConfig, B: int, dtype: torch.dtype, device: torch.device) -> None:
         H, D = config.n_head, config.n_embd // config.n_head
-        shape = (config.n_layer, texts, H, config.context, D)
+        shape = (config.n_layer, B, H, config.context, D)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.rows: slice | Tensor = slice(None)
 
     def write(self, layer: int, qkv: Tensor) -> None:
-        """qkv: (B, T, 3, H, D), of the texts `rows`, at positions 0 to T - 1."""
+        """qkv: (B, T, 3, H, D), of the sequences `rows`, at positions 0 to T - 1."""
         T = qkv.shape[1]
         _, k, v = qkv.to(self.k.dtype).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         self.k[layer, self.rows, :, :T] = k

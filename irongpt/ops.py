@@ -1,4 +1,4 @@
-"""Chooses the implementation of the ops, and says why it cannot run or will be slow."""
+"""Chooses the implementation of the ops, and reports why it cannot run or is slow."""
 
 import torch
 from irongpt_kernels import Ops

@@ -145,7 +145,7 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     chosen = devices.precision(dtype, target).dtype
     module = ops.load("fused", target, model)
     batch = int(PRESETS[preset].train["batch_size"])
-    name = str(chosen)[6:]
+    name = devices.dtype_name(chosen)
     say(f"tuning for {preset}, {batch} sequences in {name}, on {devices.describe(target)}")
     say("this takes minutes, most of them for compiling; the GPU should have nothing else to do")
     entries = list(cache.load(target).entries)

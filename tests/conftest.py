@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,41 +9,22 @@ import pytest
 import torch
 from poison import poison
 
+from irongpt import files
 from irongpt.cli import main
+from irongpt.config import PRESETS
 from irongpt.device import reserve_workspace
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-os.environ["IRONGPT_TUNED"] = "off"  # what this user's GPU measured is no part of a test
-reserve_workspace()  # a run in the command line's tests asks for determinism
+os.environ["IRONGPT_TUNED"] = "off"  # tests do not use a launch table measured on this GPU
+reserve_workspace()  # runs turn on determinism
 
-# A run of a second: 2 layers, 30 steps, an evaluation every 10.
-TINY = [
-    "--preset",
-    "nano",
-    "--n-layer",
-    "2",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "16",
-    "--context",
-    "16",
-    "--batch-size",
-    "4",
-    "--iters",
-    "30",
-    "--eval-every",
-    "10",
-    "--warmup",
-    "2",
-    "--lr",
-    "0.01",
-    "--device",
-    "cpu",
-    "--data",
-    "text.txt",
-]
+# A run of half a second: 2 layers, 30 steps, an evaluation every 10.
+TINY = (
+    "--preset nano --n-layer 2 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --iters 30 "
+    "--eval-every 10 --warmup 2 --lr 0.01 --device cpu --data text.txt"
+).split()
+WORDS = "all happy families are alike every unhappy family is unhappy in its own way".split()
 
 
 class Result(NamedTuple):
@@ -62,20 +44,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _determinism() -> Iterator[None]:
-    """A run asks for it, for the whole process, and other tests share this one."""
+    """Resets what a run turns on for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """What nobody has written is NaN, in every test: in the kernels' outputs, and in a KV cache."""
+    """Memory that was never written is NaN in every test, e.g. a kernel's output or a KV cache."""
     with poison():
         yield
 
 
 @pytest.fixture(autouse=True)
-def _products() -> Iterator[None]:
+def _interpreter() -> Iterator[None]:
+    """Makes Triton's interpreter faster, and the bits of its matmuls independent of layout."""
     if not (os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")):
         yield
         return
@@ -85,10 +68,25 @@ def _products() -> Iterator[None]:
         yield
 
 
+def make_quick(patch: pytest.MonkeyPatch, plots: bool = False) -> None:
+    """Runs evaluate on few sequences, sample few tokens, measure no peak FLOP/s, draw no plot."""
+    patch.setitem(PRESETS["nano"].train, "eval_windows", 8)
+    patch.setitem(PRESETS["nano"].train, "sample_tokens", 20)  # more than a context of TINY
+    patch.setattr("irongpt.device.peak_flops", lambda *_: (1e11, "not measured"))
+    if not plots and find_spec("matplotlib"):
+        patch.setattr("irongpt.runs.plots.loss_png", lambda *_: b"not drawn")
+
+
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys) -> Cli:
+def real_plots() -> None:
+    """Requested by a test that looks at loss.png."""
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys, request) -> Cli:
     """The command line in an empty folder that has a text.txt of 6,000 characters."""
     monkeypatch.chdir(tmp_path)
+    make_quick(monkeypatch, plots="real_plots" in request.fixturenames)
     write_text(tmp_path / "text.txt")
 
     def run(*args: object) -> Result:
@@ -99,9 +97,25 @@ def cli(tmp_path, monkeypatch, capsys) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """A finished run of TINY, which is trained once and copied by `run`."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_text(folder / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_quick(patch)
+        assert main(["train", *TINY, "--out", "run"]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def run(cli: Cli) -> str:
-    assert cli("train", *TINY, "--out", "run").code == 0
+def run(cli: Cli, trained_run: Path, tmp_path: Path) -> str:
+    """A copy of the trained run, in the folder of `cli`."""
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = tmp_path / "run/config.json"
+    values = files.unsealed(config.read_bytes(), config)
+    config.write_bytes(files.sealed({**values, "data": str(tmp_path / "text.txt")}))
     return "run"
 
 
@@ -114,21 +128,5 @@ def assert_mistake(result: Result, message: str) -> None:
 
 
 def write_text(path: Path) -> None:
-    words = [
-        "all",
-        "happy",
-        "families",
-        "are",
-        "alike",
-        "every",
-        "unhappy",
-        "family",
-        "is",
-        "unhappy",
-        "in",
-        "its",
-        "own",
-        "way",
-    ]
-    text = "".join(words[i * i % len(words)] + (" \n"[i % 11 == 10]) for i in range(2000))
-    path.write_text(text[:6000])
+    words = (WORDS[i * i % len(WORDS)] + (" \n"[i % 11 == 10]) for i in range(2000))
+    path.write_text("".join(words)[:6000])

@@ -1,6 +1,6 @@
-"""What training owes a GPU: it never waits for one, gives the same bits again, and spares memory.
+"""Training on a GPU: no synchronization in a step, the same bits in every run, peak memory.
 
-Where there is none, the tests that can run in Triton's interpreter.
+Without a GPU, the tests that can do so run in Triton's interpreter.
 """
 
 import contextlib
@@ -8,13 +8,12 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Cli
-from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels import Ops, builtin, eager, fused
 from numerics import DEVICE, HALVES, Inputs, each_dtype, run, small_inputs, values
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -26,17 +25,17 @@ from irongpt.cuda_graph import WARMUP
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-SHAPE = GPTConfig(vocab_size=29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
+SHAPE = GPTConfig(vocab_size=29, n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.2)
 RECIPE = TrainConfig(
     iters=10, batch_size=2, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
 )
 each_ops = pytest.mark.parametrize(
-    "ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"]
+    "ops", [eager, builtin, fused], ids="eager builtin fused".split()
 )
 
 
 def trainer(
-    ops: ModuleType, dtype: torch.dtype, shape: GPTConfig = SHAPE, recipe: TrainConfig = RECIPE
+    ops: Ops, dtype: torch.dtype, shape: GPTConfig = SHAPE, recipe: TrainConfig = RECIPE
 ) -> Trainer:
     torch.manual_seed(1)
     ids = torch.arange(100 * shape.context) ** 2 // 5 % shape.vocab_size
@@ -44,37 +43,33 @@ def trainer(
     return Trainer(GPT(shape, ops).to(device), ids, recipe, device, dtype)
 
 
-class _Looked(Exception):  # noqa: N818
+class _Waited(Exception):  # noqa: N818
     pass
 
 
-class _NobodyLooks(TorchDispatchMode):
-    """Raises where the host looks at values of a tensor, for which it would wait on a GPU."""
+class _NoValueIsRead(TorchDispatchMode):
+    """Raises where the host reads values of a tensor, for which it would wait on a GPU."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal):
-            raise _Looked(func)
+            raise _Waited(func)
         return func(*args, **kwargs or {})
 
 
-class _NoNumberTravels(TorchFunctionMode):
-    """Raises where a tensor of the host's numbers is made, which is copied to a GPU, and waits."""
+class _NoTensorIsMade(TorchFunctionMode):
+    """Raises where a tensor is made of the host's numbers: the copy to a GPU would wait."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor:
-            raise _Looked(func)
+            raise _Waited(func)
         return func(*args, **kwargs or {})
 
 
 @contextlib.contextmanager
 def nothing_waits() -> Iterator[None]:
     if DEVICE == "cpu":
-        with _NobodyLooks(), _NoNumberTravels():
+        with _NoValueIsRead(), _NoTensorIsMade():
             yield
         return
     torch.cuda.set_sync_debug_mode("error")
@@ -84,41 +79,44 @@ def nothing_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_who_waits_is_caught() -> None:
+def test_a_wait_is_caught() -> None:
     x = torch.ones(3, device=DEVICE)
     with nothing_waits():
         x += 1
-        for look in (x.sum().item, x.nonzero, lambda: torch.tensor(0.0, device=DEVICE)):
-            with pytest.raises((RuntimeError, _Looked)):
-                look()
+        for wait in (x.sum().item, x.nonzero, lambda: torch.tensor(0.0, device=DEVICE)):
+            with pytest.raises((RuntimeError, _Waited)):
+                wait()
     assert x.sum().item() == 6
 
 
 @each_ops
 @each_dtype
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_host_never_waits_in_a_step(ops: ModuleType, dtype, optimizer: str) -> None:
-    devices.make_deterministic()  # as a run is: it changes which kernels PyTorch takes
+def test_the_host_never_waits_in_a_step(ops: Ops, dtype, optimizer: str) -> None:
+    devices.make_deterministic()  # as a run does: PyTorch then selects other kernels
     t = trainer(ops, dtype, recipe=replace(RECIPE, optimizer=optimizer, grad_accum=2))
-    t.train_step()  # the epoch's windows go to the device, and moments are made
+    t.train_step()  # copies the epoch's batches to the device
     with nothing_waits():
         row = t.train_step()
     assert row.isfinite().all()
 
 
-@each_dtype
-def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
-    devices.make_deterministic()
+def assert_same_bits(trainers: list[Trainer], steps: int) -> None:
     results = []
-    for _ in range(2):
-        t = trainer(fused, dtype)
-        rows = torch.stack([t.train_step() for _ in range(3)])
+    for t in trainers:
+        rows = torch.stack([t.train_step() for _ in range(steps)])
         results.append([rows, *t.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@each_dtype
+def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
+    devices.make_deterministic()
+    assert_same_bits([trainer(fused, dtype) for _ in range(2)], steps=2)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
-def test_a_fused_run_that_is_resumed_is_the_one_left_alone(
+def test_a_resumed_fused_run_has_the_bits_of_an_uninterrupted_one(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     for name in ("safetensors", "matplotlib", "tqdm"):  # a run needs them, a kernel does not
@@ -127,27 +125,25 @@ def test_a_fused_run_that_is_resumed_is_the_one_left_alone(
 
     from irongpt.training import loop
 
-    if DEVICE == "cpu":  # samples take the interpreter a minute
-        monkeypatch.setattr(loop.Training, "_sample", lambda self: "")
-    flags = [*TINY, "--n-head", "1", "--dropout", "0.1", "--decay", "constant", "--fused"]
-    flags += ["--device", DEVICE, "--dtype", str(dtype)[6:], "--eval-every", "2"]
-    assert cli("train", *flags, "--iters", "4", "--out", "alone").code == 0
-    assert cli("train", *flags, "--iters", "2", "--out", "stopped").code == 0
-    assert cli("train", "--resume", "stopped", "--iters", "4").code == 0
-    assert_same(tmp_path / "stopped", tmp_path / "alone")
+    monkeypatch.setitem(PRESETS["nano"].train, "eval_windows", 2)
+    if DEVICE == "cpu":  # a sample takes a minute in the interpreter
+        monkeypatch.setattr(loop.TrainingLoop, "_sample", lambda self: "")
+    flags = "--n-layer 1 --n-head 1 --batch-size 2 --dropout 0.1 --decay constant --eval-every 1"
+    flags += f" --fused --device {DEVICE} --dtype {str(dtype)[6:]}"
+    train = ["train", *TINY, *flags.split()]
+    assert cli(*train, "--iters", "3", "--out", "uninterrupted").code == 0
+    assert cli(*train, "--iters", "1", "--out", "stopped").code == 0
+    assert cli("train", "--resume", "stopped", "--iters", "3").code == 0
+    assert_same(tmp_path / "stopped", tmp_path / "uninterrupted")
 
 
 @pytest.mark.gpu
 @each_ops
 @each_dtype
-def test_a_graph_gives_the_bits_of_the_steps_it_stands_for(ops: ModuleType, dtype) -> None:
+def test_a_graph_gives_the_bits_of_its_steps(ops: Ops, dtype: torch.dtype) -> None:
     devices.make_deterministic()
-    results = []
-    for graph in (False, True):
-        t = trainer(ops, dtype, recipe=replace(RECIPE, graph=graph, grad_accum=2))
-        rows = torch.stack([t.train_step() for _ in range(8)])
-        results.append([rows, *t.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    recipes = [replace(RECIPE, graph=graph, grad_accum=2) for graph in (False, True)]
+    assert_same_bits([trainer(ops, dtype, recipe=recipe) for recipe in recipes], steps=8)
 
 
 @pytest.mark.gpu
@@ -170,9 +166,9 @@ def op_inputs(op: str) -> Inputs:
 
 
 def outputs_and_gradients(op: str, inputs: Inputs) -> list[Tensor]:
-    """With dropout where there is one. Ready when the device is; nothing here waits for it."""
-    drops = op.startswith("causal_attention") or op == "dropout_add_layer_norm"
-    options = dict(dropout_p=0.3, seed=5) if drops else {}
+    """With dropout if the op has it. The host does not wait for the results."""
+    has_dropout = op.startswith("causal_attention") or op == "dropout_add_layer_norm"
+    options = dict(dropout_p=0.3, seed=5) if has_dropout else {}
     first = next(x for x in inputs.values() if x is not None)
     y = first.new_zeros(()) if op == "cross_entropy" else first
     y = first[:, :, 0] if op == "causal_attention_packed" else y
@@ -186,26 +182,22 @@ def outputs_and_gradients(op: str, inputs: Inputs) -> list[Tensor]:
 each_op = pytest.mark.parametrize("op", list(small_inputs()))
 
 
+@pytest.mark.gpu
 @each_op
 def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
-    """Behind what makes its inputs there: until a long wait is over they are NaN."""
+    """After the kernels that make its inputs there: they are NaN until a long wait is over."""
     inputs = op_inputs(op)
     wanted = outputs_and_gradients(op, inputs)
     floats = {n: x for n, x in inputs.items() if x is not None and x.is_floating_point()}
-    late = {n: torch.full_like(x, float("nan")) for n, x in floats.items()}
-    if DEVICE == "cpu":
+    delayed = {n: torch.full_like(x, float("nan")) for n, x in floats.items()}
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
         for n, x in floats.items():
-            late[n].copy_(x)
-        results = outputs_and_gradients(op, inputs | late)
-    else:
-        torch.cuda.synchronize()
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
-            for n, x in floats.items():
-                late[n].copy_(x)
-            results = outputs_and_gradients(op, inputs | late)
-        side.synchronize()
+            delayed[n].copy_(x)
+        results = outputs_and_gradients(op, inputs | delayed)
+    side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
 
 
@@ -214,15 +206,15 @@ def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
 @each_op
 def test_an_op_runs_on_the_device_of_its_inputs(op: str) -> None:
     wanted = outputs_and_gradients(op, op_inputs(op))
-    there = {n: x.to("cuda:1") for n, x in op_inputs(op).items() if x is not None}
+    moved = {n: x.to("cuda:1") for n, x in op_inputs(op).items() if x is not None}
     assert torch.cuda.current_device() == 0
-    results = outputs_and_gradients(op, there)
+    results = outputs_and_gradients(op, moved)
     assert {x.device for x in results} == {torch.device("cuda", 1)}
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, wanted, strict=True))
 
 
-def peak_bytes(ops: ModuleType) -> int:
-    """Of GPU memory, in the second step of the iron preset."""
+def peak_bytes(ops: Ops) -> int:
+    """Peak GPU memory of the iron preset's second step."""
     gc.collect()
     torch.cuda.empty_cache()
     shape = GPTConfig(vocab_size=112, **PRESETS["iron"].model)
@@ -238,5 +230,5 @@ def peak_bytes(ops: ModuleType) -> int:
 
 @pytest.mark.gpu
 def test_fused_training_takes_a_third_of_eagers_memory() -> None:
-    ours, theirs = peak_bytes(fused), peak_bytes(eager)
-    assert ours <= theirs / 3, f"{ours / 2**20:.0f} MiB fused, {theirs / 2**20:.0f} MiB eager"
+    ours, reference = peak_bytes(fused), peak_bytes(eager)
+    assert ours <= reference / 3, f"{ours / 2**20:.0f} MiB fused, {reference / 2**20:.0f} MiB eager"

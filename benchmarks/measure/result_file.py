@@ -19,10 +19,10 @@ import torch
 from irongpt_kernels.runtime import emulate
 
 from benchmarks.measure import environment
-from irongpt.files import replace_file
+from irongpt.files import finite, replace_file
 
 FORMAT = 1
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
 
@@ -76,20 +76,9 @@ def save(file: Path, section: str, values: Values) -> None:
 
 def encode(values: Values) -> bytes:
     """JSON to be read and compared by line: lists of numbers are one line each."""
-    text = json.dumps(finite(values), indent=1, allow_nan=False)
+    text = json.dumps(finite(values, digits=6), indent=1, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: "[" + " ".join(m[0][1:-1].split()) + "]", text)
     return (text + "\n").encode()
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null. Six digits are more than is measured."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 class Section:

@@ -15,6 +15,7 @@ from irongpt_kernels.op_inputs import SEED, Shape
 from irongpt_kernels.op_specs import SPECS, TOKEN, OpSpec
 from torch import Tensor
 
+from irongpt.device import dtype_name
 from irongpt.training import muon
 
 MODES = ("forward", "backward", "both")
@@ -58,7 +59,7 @@ class Case:
     @property
     def name(self) -> str:
         dropout = f" p={self.p:g}" if self.spec.dropout else ""
-        return f"{self.op} {self.size} {str(self.dtype)[6:]}{dropout}"
+        return f"{self.op} {self.size} {dtype_name(self.dtype)}{dropout}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ class Case:
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
         """Random inputs. The floating ones require gradients if the op has any."""
-        dtypes = op_inputs.dtypes(self.dtype, update=muon.products_type(self.dtype, device))
+        dtypes = op_inputs.dtypes(self.dtype, update=muon.matmul_dtype(self.dtype, device))
         made = op_inputs.random_inputs(self.spec.inputs(self.shape), dtypes, device, seed)
         for x in made.values():
             x.requires_grad_(self.spec.differentiable and x.is_floating_point())

@@ -163,11 +163,11 @@ class Gpu:
     def kernels(self, limit: float) -> Done:
         small = ["--rounds", 3, "--providers", "eager", "textbook", "builtin", "math"]
         size = [] if self.gpu else small  # compiling is in make bench
-        return self.benchmark("kernels", limit, "--quick", *size)
+        return self.benchmark("ops", limit, "--quick", *size)
 
     def train(self, limit: float) -> Done:
         size = [] if self.gpu else ["--turns", 3, "--variants", "builtin", "textbook", "eager"]
-        return self.benchmark("train", limit, "--budget", 0.85 * limit, *size)
+        return self.benchmark("training", limit, "--budget", 0.85 * limit, *size)
 
     def decode(self, limit: float) -> Done:
         return self.benchmark("decode", limit)
@@ -175,7 +175,7 @@ class Gpu:
     def runs(self, limit: float) -> Done:
         size = [] if self.gpu else ["--iters", 10, "--ops", "builtin", "eager"]
         size += ["--data", self.data] if self.data else []
-        return self.benchmark("runs", limit, "--limit", limit / 3, *size)
+        return self.benchmark("train_runs", limit, "--limit", limit / 3, *size)
 
     def report(self, limit: float) -> Done:
         if not importlib.util.find_spec("matplotlib"):

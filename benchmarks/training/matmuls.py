@@ -54,7 +54,7 @@ def measure(
     found: dict[str, Any] = {}
     with timing.stream(device):
         if train.optimizer == "muon":
-            ahead = momenta(config, muon.products_type(dtype, device), device)
+            ahead = momenta(config, muon.matmul_dtype(dtype, device), device)
             taken = _seconds({"": lambda i: muon.orthogonal(ahead)}, device)[""]
             found["optimizer"] = {"seconds": taken, "flops": muon_flops(config)}
         for name, count, M, K, N in shapes(config, train.batch_size):

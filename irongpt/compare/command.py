@@ -1,7 +1,6 @@
 """`irongpt compare`: the results of a candidate's ops against eager PyTorch and float64."""
 
 import json
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from irongpt.compare.model import Curve, Setting, compare_step, setting, train_b
 from irongpt.compare.ops import DROPOUT_P, FULL, SMALL, Check, Row, cases, compare_case
 from irongpt.config import check
 from irongpt.console import duration, say
-from irongpt.files import check_result, write_result
+from irongpt.files import check_result, finite, write_result
 
 
 def compare(
@@ -122,18 +121,10 @@ def to_json(
         "checks": [vars(c) | {"detail": "" if c.ok else c.detail} for c in checks],
         "training": [{**vars(c), "difference": c.differences} for c in curves],
     }
-    return (json.dumps(_finite(values), indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode()
 
 
 _VALUES = ("index", "candidate", "eager", "float64")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _model(

@@ -18,6 +18,8 @@ from irongpt_kernels.op_inputs import SEED, Input, RowShape, Tensors
 from irongpt_kernels.op_specs import LAYERS, OpSpec
 from torch import Tensor
 
+from irongpt.device import dtype_name
+
 DROPOUT_P = 0.2
 
 
@@ -157,7 +159,7 @@ def compare_case(
     baseline = case.run(eager, inputs)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
     oracle = case.run(eager, wide)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
 
     def check(what: str, ok: bool, detail: str = "") -> Check:
         return Check(case.op, case.shape, name, what, ok, detail)

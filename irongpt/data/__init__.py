@@ -1,1 +1,1 @@
-"""Text, its tokenizer, and the batches that are cut from it."""
+"""The training text, its tokenizer, and its batches."""

@@ -1,6 +1,6 @@
-"""Token ids -> windows for training and validation, as a pure function of (seed, step).
+"""Batches of training and validation sequences, as a pure function of (seed, batch number).
 
-Nothing here has a state: a run that is resumed asks for the next step's batch and gets it.
+Nothing here has state, so that a resumed run gets the same batches.
 """
 
 from functools import lru_cache
@@ -17,68 +17,68 @@ TRAIN_SHARE = 0.9
 def split(ids: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """The first 90 % of the ids for training, the rest for validation.
 
-    Raises UserError if one of them is too short for a window and its targets, context + 1.
+    Raises UserError if one of them is too short for one sequence and its targets, context + 1.
     """
     cut = int(TRAIN_SHARE * len(ids))
     train, val = ids[:cut], ids[cut:]
     for name, part in (("training", train), ("validation", val)):
         check(
             len(part) > context,
-            f"the corpus has {len(ids):,} tokens, {len(part):,} of them for {name}, and a window "
-            f"needs {context + 1:,}: use a longer text or a shorter --context",
+            f"the corpus has {len(ids):,} tokens, {len(part):,} of them for {name}, but one "
+            f"sequence needs {context + 1:,}: use a longer text or a shorter --context",
         )
     return train, val
 
 
 class TrainBatches:
-    """Windows without replacement: every token is a target once an epoch.
+    """Sequences sampled without replacement: every token is a target once per epoch.
 
-    An epoch lays windows end to end from a random phase, so that over the epochs every position
-    starts a window, and deals them out in a random order.
+    An epoch divides the ids into adjacent sequences from a random offset on, so that over the
+    epochs a sequence starts at every position, and shuffles them.
     """
 
     def __init__(self, ids: Tensor, context: int, batch_size: int, seed: int) -> None:
         """ids: (N,) int64 on the device that trains, N > context."""
         self.ids, self.context, self.batch_size = ids, context, batch_size
-        self.windows = max(1, (len(ids) - 1) // context - 1)  # one less: room for the phase
+        self.count = max(1, (len(ids) - 1) // context - 1)  # one less, to leave room for the offset
         self.starts = lru_cache(maxsize=2)(self._starts)
         self.seed = seed
         self.offsets = torch.arange(context + 1, device=ids.device)
 
-    def _starts(self, epoch: int) -> Tensor:  # (W,) int64; goes to the device once an epoch
+    def _starts(self, epoch: int) -> Tensor:  # (count,) int64; copied to the device once per epoch
         rng = np.random.default_rng([self.seed, epoch])
-        phase = rng.integers(len(self.ids) - self.windows * self.context)
-        starts = rng.permutation(self.windows) * self.context + phase
+        offset = rng.integers(len(self.ids) - self.count * self.context)
+        starts = rng.permutation(self.count) * self.context + offset
         return torch.from_numpy(starts).to(self.ids.device)
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Batch `number`, counted from 0: inputs and targets, (B, T) int64 each."""
+        """Batch `number`, from 0: inputs and targets, (B, T) int64 each."""
         return self.at(self.firsts(number))
 
     def firsts(self, number: int) -> Tensor:
-        """Where the windows of batch `number` begin: (B,) int64."""
+        """First positions of the sequences in batch `number`: (B,) int64."""
         parts = []
         at, end = number * self.batch_size, (number + 1) * self.batch_size
         while at < end:
-            epoch, first = divmod(at, self.windows)
+            epoch, first = divmod(at, self.count)
             parts.append(self.starts(epoch)[first : first + end - at])
             at += len(parts[-1])
         return torch.cat(parts)
 
     def at(self, firsts: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of the windows that begin there."""
-        return windows(self.ids, firsts, self.offsets)
+        """The batch of the sequences that start at these positions."""
+        return sequences(self.ids, firsts, self.offsets)
 
 
 class ValBatches:
-    """The same evenly spaced windows each time, in order, without overlap."""
+    """The same evenly spaced sequences each time, in order, without overlap."""
 
-    def __init__(self, ids: Tensor, context: int, batch_size: int, max_windows: int) -> None:
+    def __init__(self, ids: Tensor, context: int, batch_size: int, max_sequences: int) -> None:
         """ids: (N,) int64 on the device that evaluates, N > context."""
         count = (len(ids) - 1) // context
-        used = min(count, max_windows)
+        used = min(count, max_sequences)
         self.ids, self.batch_size = ids, batch_size
-        self.starts = torch.arange(used, device=ids.device) * count // used * context  # (W,)
+        self.starts = torch.arange(used, device=ids.device) * count // used * context
         self.offsets = torch.arange(context + 1, device=ids.device)
 
     def __len__(self) -> int:
@@ -89,10 +89,10 @@ class ValBatches:
         if not 0 <= i < len(self):
             raise IndexError(i)
         starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
-        return windows(self.ids, starts, self.offsets)
+        return sequences(self.ids, starts, self.offsets)
 
 
-def windows(ids: Tensor, starts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (N,), starts (B,), offsets 0 to T -> inputs and, one further, targets: (B, T) each."""
+def sequences(ids: Tensor, starts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (N,), starts (B,), offsets 0 to T -> inputs and targets, which are one later: (B, T)."""
     rows = ids[starts[:, None] + offsets]  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]

@@ -1,42 +1,37 @@
-"""Where the training text comes from: War and Peace, a file of the user's, or Python itself.
+"""The training text: War and Peace, a text file, or the docs and the source of Python itself.
 
-    war-and-peace   downloaded once, verified, and kept in the cache folder
-    python-docs     the language reference that every Python carries (pydoc_data.topics)
-    python-code     the standard library's own source
-
-The download is urllib's: it follows the proxy of the environment (https_proxy, no_proxy). What
-comes back is checked before it is written, so no other file is ever found in the cache.
+war-and-peace   downloaded once, verified, and stored in the cache folder
+python-docs     the language reference that every Python contains (pydoc_data.topics)
+python-code     the source of the standard library
 """
 
 import hashlib
 import http.client
 import os
 import re
+import socket
 import stat
 import sys
-import time
+import tempfile
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from irongpt import __version__
 from irongpt.errors import UserError
 from irongpt.files import replace_file
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code")
 
-MAX_FILE_BYTES = 2 * 10**9  # a file is held as text and as int64 ids, some 10 times its size
-TIMEOUT_S = 15.0  # of one wait for the server
-DEADLINE_S = 300.0  # of one whole download: a server may trickle
+MAX_FILE_BYTES = 2 * 10**9  # as text and as int64 ids a file takes about 10 times its size
+TIMEOUT_S = 15.0  # of each wait for the server
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text whose line ends are \\n. The name is fit for a folder's."""
+    """A text whose line breaks are \\n. The name is valid as the name of a folder."""
 
     name: str
     text: str
@@ -49,12 +44,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Source:
-    """A copy of War and Peace. Without a digest its size and Gutenberg's markers must do."""
+    """A copy of War and Peace. Gutenberg's own copy changes, so that its digest is unknown."""
 
     url: str
     filename: str
-    size_min: int  # bytes
-    size_max: int
     sha256: str | None = None
 
 
@@ -63,30 +56,23 @@ SOURCES = (
         "https://raw.githubusercontent.com/GITenberg/War-and-Peace_2600/"
         "fa22ab90f00f627e83d14acabe32d91602d2365d/2600-0.txt",
         "war-and-peace-2600-0.txt",
-        3_359_542,
-        3_359_542,
         "6cbcc5ca5e590fb9ace161a5b93e4ecf280d7118104be0d63b686c004cfa70ae",
     ),
-    Source(
-        "https://www.gutenberg.org/cache/epub/2600/pg2600.txt",
-        "war-and-peace-pg2600.txt",
-        3_000_000,
-        3_600_000,
-    ),
+    Source("https://www.gutenberg.org/cache/epub/2600/pg2600.txt", "war-and-peace-pg2600.txt"),
 )
 
 
 def load(data: str | None, *, say: Say) -> Corpus:
-    """The text that `data` names: one of BUILT_IN, else the path of a file.
+    """The text called `data`: one of BUILT_IN, or the path of a file. Raises UserError.
 
-    None is War and Peace, and python-docs where that cannot be had. `say` gets lines for the
-    user: what is downloaded, what was wrong and is worked around. Raises UserError.
+    None is War and Peace, or python-docs if it cannot be downloaded. `say` receives lines for the
+    user about downloads and about problems that were worked around.
     """
     if data is None:
         try:
             return _war_and_peace(say)
         except UserError as error:
-            say(f"warning: falling back to python-docs, the text of Python's manual: {error}")
+            say(f"warning: using python-docs, the text of Python's manual, instead: {error}")
             data = "python-docs"
     if data == "war-and-peace":
         return _war_and_peace(say)
@@ -95,7 +81,7 @@ def load(data: str | None, *, say: Say) -> Corpus:
     return _python_code() if data == "python-code" else _file(data, say)
 
 
-# One match per book in the file; its group is the book from the first line that is not blank.
+# One match per book in the file. Its group is the book from its first line that is not blank.
 _BOOK = re.compile(
     r"(?ms)^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^\n]*\n(?:[ \t]*\n)*"
     r"(.*?)^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK"
@@ -103,7 +89,7 @@ _BOOK = re.compile(
 
 
 def _without_license(text: str) -> str:
-    """What lies between Project Gutenberg's markers, or the text as it is if it has none."""
+    """The text between Project Gutenberg's markers, or all of it if there are none."""
     return "\n\n".join(book.rstrip() + "\n" for book in _BOOK.findall(text)) or text
 
 
@@ -112,13 +98,15 @@ def _unix_lines(text: str) -> str:
 
 
 def cache_folder() -> Path:
-    """IRONGPT_DATA, else this user's cache folder on this system. It may not exist."""
+    """IRONGPT_DATA, or the user's cache folder of this operating system. It may not exist."""
     if folder := os.environ.get("IRONGPT_DATA"):
         return Path(folder)
     try:
         home = Path.home()
     except RuntimeError:
-        raise UserError("there is no home folder to cache in: set IRONGPT_DATA") from None
+        raise UserError(
+            "the home folder is unknown: set IRONGPT_DATA to a folder for the corpus"
+        ) from None
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
     elif sys.platform == "darwin":
@@ -134,72 +122,65 @@ def _war_and_peace(say: Say) -> Corpus:
         path = folder / source.filename
         try:
             if path.is_file():
-                with path.open("rb") as file:
-                    return _verified(source, file.read(source.size_max + 1))
+                return _verified(source, path.read_bytes())
         except (OSError, ValueError) as error:
             say(f"not using {str(path)!r}: {_brief(error)}")
     reasons = []
     for source in SOURCES:
-        host = source.url.split("/")[2]
-        size = f"{source.size_max / 1e6:.1f} MB"
-        say(f"downloading War and Peace ({size}) from {source.url} to {str(folder)!r}")
+        say(f"downloading War and Peace (3.4 MB) from {source.url} to {str(folder)!r}")
         try:
-            raw = _download(source)
+            raw = _download(source.url)
             corpus = _verified(source, raw)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons.append(f"{host}: {_brief(error)}")
-            say(f"no War and Peace from {reasons[-1]}")
+            reasons.append(f"{source.url.split('/')[2]}: {_brief(error)}")
+            say(f"the download failed: {reasons[-1]}")
             continue
         _keep(folder / source.filename, raw, say)
         return corpus
     raise UserError(
-        f"no War and Peace ({'; '.join(reasons)}): save it as "
+        f"cannot download War and Peace ({'; '.join(reasons)}): save it as "
         f"{str(folder / SOURCES[0].filename)!r}, or use --data FILE or --data python-docs"
     )
 
 
 def _verified(source: Source, raw: bytes) -> Corpus:
     """The book in a source's bytes. Raises ValueError if they are anything else."""
-    if len(raw) > source.size_max:
-        raise ValueError(f"more than {source.size_max:,} bytes")
-    if len(raw) < source.size_min:
-        raise ValueError(f"only {len(raw):,} bytes")
     if source.sha256 and hashlib.sha256(raw).hexdigest() != source.sha256:
-        raise ValueError("not the known text (sha256 differs)")
+        raise ValueError(f"wrong checksum (SHA-256 of {len(raw):,} bytes)")
     text = _unix_lines(raw.decode("utf-8-sig"))
     if not _BOOK.search(text):
         raise ValueError("no START and END marker of Project Gutenberg")
     return Corpus("war-and-peace", _without_license(text))
 
 
-def _download(source: Source) -> bytes:
-    """What the server sends, up to one byte more than the source may have."""
-    headers = {"User-Agent": f"irongpt/{__version__}"}  # some sites refuse urllib's own
-    request = urllib.request.Request(source.url, headers=headers)
-    end = time.monotonic() + DEADLINE_S
-    raw = bytearray()
-    opener = urllib.request.build_opener()  # urlopen's is made once, with the proxies of that time
-    with opener.open(request, timeout=TIMEOUT_S) as response:
-        while len(raw) <= source.size_max and (chunk := response.read1(1 << 16)):
-            raw += chunk
-            if time.monotonic() > end:
-                raise TimeoutError(f"not done after {DEADLINE_S:g} s")
-    return bytes(raw)
+def _download(url: str) -> bytes:
+    """The content at a URL. It is written to the cache only after it has been verified."""
+    from torch.hub import download_url_to_file
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)  # the function has no such argument
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "download"
+            download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+            return path.read_bytes()
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _keep(path: Path, raw: bytes, say: Say) -> None:
-    """A folder that cannot be written to is no error: the text is in memory."""
+    """Stores the file. A folder that cannot be written to is not an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, raw)
     except OSError as error:
-        say(f"cannot keep War and Peace as {str(path)!r} for the next time: {_brief(error)}")
+        say(f"cannot store War and Peace as {str(path)!r} for the next run: {_brief(error)}")
 
 
 def _brief(error: Exception) -> str:
-    """The reason of an error, in one short line."""
+    """The reason for an error, in one short line."""
     if isinstance(error, urllib.error.HTTPError):
-        return "redirects in a loop" if 300 <= error.code < 400 else f"HTTP {error.code}"
+        return f"HTTP {error.code}"
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -215,14 +196,14 @@ def _python_docs() -> Corpus:
     return Corpus("python-docs", text)
 
 
-# Tables, tests, an editor's data, and pydoc_data, which is the other corpus.
+# Tables, tests, the data of an editor, and pydoc_data, which is the other corpus.
 _NOT_CODE = {"encodings", "idlelib", "pydoc_data", "lib2to3", "test", "tests", "idle_test"}
 
 
 def _python_code() -> Corpus:
-    """The same 8 MB or so for one Python, whatever is installed beside the standard library.
+    """About 8 MB, the same for every installation of one Python version.
 
-    The few files with other characters than ASCII are left out, for a vocabulary without rarities.
+    The few files that are not ASCII are left out, to keep rare characters out of the vocabulary.
     """
     root = Path(os.__file__).parent
     paths: list[Path] = []
@@ -232,7 +213,7 @@ def _python_code() -> Corpus:
     files = [p.read_bytes() for p in paths if not _NOT_CODE & set(p.relative_to(root).parts)]
     text = "\n".join(_unix_lines(raw.decode()) for raw in files if raw.isascii())
     if not text:
-        raise UserError(f"no source of the standard library in {str(root)!r}: use --data FILE")
+        raise UserError(f"{str(root)!r} has no source of the standard library: use --data FILE")
     return Corpus("python-code", text)
 
 
@@ -246,16 +227,16 @@ def _file(data: str, say: Say) -> Corpus:
     except OSError as error:
         raise UserError(f"cannot read {data!r}: {_brief(error)}") from None
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise UserError(f"{data!r} is {kind}: give a text file")
     if status.st_size > MAX_FILE_BYTES:
-        raise UserError(f"{data!r} is larger than {MAX_FILE_BYTES / 1e9:g} GB: give a part of it")
-    whole = _unix_lines(_decoded(data, raw, say))
-    text = _without_license(whole)
-    if text is not whole:
-        say(f"cut Project Gutenberg's licence off {data!r}: {len(text):,} characters are left")
+        raise UserError(f"{data!r} is larger than {MAX_FILE_BYTES / 1e9:g} GB: use a part of it")
+    complete = _unix_lines(_decoded(data, raw, say))
+    text = _without_license(complete)
+    if text is not complete:
+        say(f"removed Project Gutenberg's licence from {data!r}: {len(text):,} characters remain")
     if not text.strip():
-        raise UserError(f"{data!r} is empty: give a file with text in it")
+        raise UserError(f"{data!r} is empty: give a file that contains text")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem)[:64].strip("-.")
     return Corpus(name or "text", text)
 
@@ -268,9 +249,9 @@ def _decoded(data: str, raw: bytes, say: Say) -> str:
         try:
             text = raw.decode("utf-16" if utf16 else "cp1252")
         except UnicodeDecodeError:
-            raise UserError(f"{data!r} is not text in UTF-8: convert it") from None
+            raise UserError(f"{data!r} is not UTF-8 text: convert it") from None
         say(f"warning: {data!r} is not UTF-8: reading it as Windows-1252 (Latin-1)")
     controls = sum(text.count(chr(code)) for code in range(1, 32) if chr(code) not in "\t\n\f\r")
     if "\0" in text or controls > len(text) / 100:
-        raise UserError(f"{data!r} looks binary: give a text file, in UTF-8 best")
+        raise UserError(f"{data!r} looks binary: give a text file, preferably in UTF-8")
     return text

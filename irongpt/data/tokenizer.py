@@ -1,4 +1,4 @@
-"""Text to token ids and back, one token a character."""
+"""A character tokenizer: text to token ids and back, one token per character."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,21 @@ from irongpt.errors import UserError
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """The id of a character is its place in `chars`: distinct code points in ascending order."""
+    """The id of a character is its index in `chars`, distinct code points in ascending order."""
 
     chars: str
 
     def __post_init__(self) -> None:
         if not self.chars or list(self.chars) != sorted(set(self.chars)):
-            raise UserError("a vocabulary is one or more distinct characters in ascending order")
+            raise UserError(
+                "a vocabulary must be distinct characters in ascending order, at least one"
+            )
         if any("\ud800" <= char <= "\udfff" for char in self.chars):
-            raise UserError("a vocabulary cannot hold half of a surrogate pair: no text has one")
+            raise UserError("a vocabulary cannot contain half of a surrogate pair")
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """The vocabulary of all characters in a text, which must not be empty."""
+        """A vocabulary of all characters in a text, which must not be empty."""
         return cls("".join(sorted(set(text))))
 
     @property
@@ -33,7 +35,7 @@ class CharTokenizer:
         return len(self.chars)
 
     def encode(self, text: str) -> torch.Tensor:
-        """(len(text),) int64. Raises UserError on a character that the vocabulary lacks."""
+        """(len(text),) int64. Raises UserError on a character outside the vocabulary."""
         ids = self._id_of[_code_points(text)]
         if ids.size and ids.min() < 0:
             unknown = sorted(set(text) - set(self.chars), key=text.index)
@@ -42,14 +44,14 @@ class CharTokenizer:
                 f"the character {first!r} (U+{ord(first):04X}) "
                 + (f"and {others} other{'s' * (others > 1)} are" if others else "is")
                 + f" not among the {self.vocab_size} of the vocabulary: "
-                "leave out what the training text does not have"
+                "use only characters of the training text"
             )
         return torch.from_numpy(ids)
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of (n,) ids. Raises IndexError on an id outside [0, vocab_size)."""
+        """The text of (N,) ids. Raises IndexError on an id outside [0, vocab_size)."""
         values = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        if any(i < 0 for i in values):  # which Python would count from the end
+        if any(i < 0 for i in values):  # Python would index from the end
             raise IndexError(f"token id {min(values)} is negative")
         return "".join([self.chars[i] for i in values])
 
@@ -58,11 +60,11 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, value: Any) -> "CharTokenizer":
-        """The tokenizer that `to_json` wrote. Raises UserError on anything else."""
+        """Inverse of `to_json`. Raises UserError on anything else."""
         if not isinstance(value, dict) or set(value) != {"kind", "chars"}:
-            raise UserError("a tokenizer's fields are kind and chars")
+            raise UserError("the fields of a tokenizer must be kind and chars")
         if value["kind"] != "char" or not isinstance(value["chars"], str):
-            raise UserError("only tokenizers of kind char, whose chars are a string, are known")
+            raise UserError("the kind of a tokenizer must be char, and chars must be a string")
         return cls(value["chars"])
 
     @cached_property
@@ -73,5 +75,5 @@ class CharTokenizer:
 
 
 def _code_points(text: str) -> np.ndarray:  # (len(text),)
-    # A prompt whose bytes are no text reaches Python as lone surrogates: encode names them.
+    # Bytes of a prompt that are not UTF-8 arrive as lone surrogates, which `encode` reports.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

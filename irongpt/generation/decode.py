@@ -1,9 +1,9 @@
 """
-One token for each of several texts, all of it on the device: the step that a CUDA graph holds.
+The decoding step: one token for each sequence of a batch, entirely on the device.
 
-The model's weights are cast once, to the type of the matrix products, where autocast would cast
-them for every token; what is computed from them is the same. On a GPU the step is one graph, of 33
-kernels at 6 layers with fused ops and up to 4 texts: 5 a layer, an embedding, the head, the draw.
+The model's weights are cast once, to the dtype of the matmuls, where autocast would cast them for
+every token; the results are the same. On a GPU the step is one CUDA graph. With fused ops, 6 layers
+and up to 4 sequences it has 33 kernels: 5 per layer, an embedding, the head and the sampling.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,41 +18,41 @@ from irongpt.errors import UserError
 from irongpt.model import GPT, Block, KVCache
 
 ROOM = 32  # tokens that the device holds until the host reads them
-WARMUP = 2  # tokens before the capture: kernels are compiled, libraries have their workspaces
-MULTIPLE = 16  # of the windows that a model reads: other lengths would be kernels of their own
+WARMUP = 2  # tokens before the capture, so that kernels are compiled and workspaces allocated
+MULTIPLE = 16  # of the prefill's length, since the kernels depend on it
 
 
 class Matrix(NamedTuple):
-    """A linear layer, or a norm, as the ops take it."""
+    """The parameters of a linear layer or a norm."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 class Decoder:
-    """`texts` texts in the making. After `read`, each step draws the next token of each."""
+    """Generates a batch of B sequences. After `prefill`, each step samples their next tokens."""
 
     def __init__(
         self,
         model: GPT,
-        texts: int,
+        B: int,
         config: SampleConfig,
         dtype: torch.dtype | None = None,
         graph: bool = True,
     ) -> None:
-        """model: in evaluation mode. dtype: of the matrix products; its weights' own unless given.
+        """model: in evaluation mode. dtype: of the matmuls, by default the weights' dtype.
 
         graph: whether a GPU replays a CUDA graph.
         """
         self.model, self.config = model, config
         device = model.wte.weight.device
         self.dtype = dtype or model.wte.weight.dtype
-        self.cache = KVCache(model.config, texts, self.dtype, device)
-        self.tokens = torch.zeros(texts, ROOM, dtype=torch.int64, device=device)  # a ring
-        # Tokens drawn, and the position of the last one: of a text, in one row.
-        self.counts = torch.zeros(texts, 2, dtype=torch.int64, device=device)
+        self.cache = KVCache(model.config, B, self.dtype, device)
+        self.tokens = torch.zeros(B, ROOM, dtype=torch.int64, device=device)  # a ring buffer
+        # Per sequence: the number of sampled tokens, and the position of the last one.
+        self.counts = torch.zeros(B, 2, dtype=torch.int64, device=device)
         self.seed = torch.full((), config.seed, dtype=torch.int64, device=device)
-        self.drawn, self.positions = 0, [0] * texts  # the same, as the host knows it
+        self.sampled, self.positions = 0, [0] * B  # the host's copy of the counts
         self.blocks = [self._matrices(b) for b in cast(Sequence[Block], model.blocks)]
         self.last_norm = Matrix(model.ln_f.weight, model.ln_f.bias)
         self.head = model.wte.weight.to(self.dtype)
@@ -60,7 +60,7 @@ class Decoder:
         self.run: Callable[[], None] = Graph(self.step, device, WARMUP) if captured else self.step
 
     def _matrices(self, block: Block) -> tuple[Matrix, ...]:
-        """In the order of their use."""
+        """The parameters of a block in the order of their use."""
         attention, mlp = block.attn, block.mlp
         fc = Matrix(mlp.fc.weight.to(self.dtype), mlp.fc.bias)  # GELU adds this bias, in float32
         return (
@@ -76,18 +76,18 @@ class Decoder:
         bias = cast(Tensor | None, linear.bias)
         return Matrix(linear.weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def read(self, windows: dict[int, list[int]]) -> None:
-        """Fills the cache: windows, by text, are what its next token will see.
+    def prefill(self, windows: dict[int, list[int]]) -> None:
+        """Fills the cache with the tokens that precede the next one, by sequence.
 
-        All but a window's last token, which the next step reads, go through the model at once. They
-        are filled up at their ends, with positions that are written again before they are seen.
+        All but the last token of a window, which the next step reads, go through the model at once.
+        Windows are padded at their ends; these positions are overwritten before they are used.
         """
         device, config = self.tokens.device, self.model.config
-        for text, window in windows.items():
-            self.positions[text] = len(window) - 1
-        counts = [[self.drawn, position] for position in self.positions]
+        for sequence, window in windows.items():
+            self.positions[sequence] = len(window) - 1
+        counts = [[self.sampled, position] for position in self.positions]
         self.counts.copy_(torch.tensor(counts))
-        if self.drawn == 0:
+        if self.sampled == 0:
             self.tokens[:, -1] = torch.tensor([w[-1] for w in windows.values()], device=device)
         longest = max(len(window) - 1 for window in windows.values())
         if longest == 0:
@@ -101,7 +101,7 @@ class Decoder:
             self.model(idx.to(device), cache=self.cache)
 
     def step(self) -> None:
-        """Each text's next token, from its last one, into `tokens`. The host looks at nothing."""
+        """Samples the next token of each sequence into `tokens`, without the host waiting."""
         ops, config, cache = self.model.ops, self.model.config, self.cache
         B, C, H = len(self.tokens), config.n_embd, config.n_head
         with torch.autocast(self.tokens.device.type, enabled=False):
@@ -113,28 +113,28 @@ class Decoder:
                 x = ops.linear_add(y.reshape(B, C), proj.weight, x, proj.bias)
                 y = ops.norm_linear(x, fc.weight, *ln_2, fc.bias, gelu=True)
                 x = ops.linear_add(y, fc_proj.weight, x, fc_proj.bias)
-            self._draw(ops.norm_linear(x, self.head, *self.last_norm))
+            self._sample(ops.norm_linear(x, self.head, *self.last_norm))
 
-    def _draw(self, logits: Tensor) -> None:
+    def _sample(self, logits: Tensor) -> None:
         """logits: (B, V)."""
-        how = self.config
+        config = self.config
         self.model.ops.sample_tokens(
             logits, self.tokens, self.counts, self.seed,
-            temperature=how.temperature, top_k=how.top_k, top_p=how.top_p,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         )  # fmt: skip
 
-    def write(self, n: int) -> Iterator[list[int]]:
-        """The next n tokens of all texts, one at a time. n: up to ROOM.
+    def generate(self, n: int) -> Iterator[list[int]]:
+        """Yields the next n tokens of every sequence, one step at a time. n: up to ROOM.
 
-        Raises UserError where logits were not finite.
+        Raises UserError if logits were not finite.
         """
         for _ in range(n):
             self.run()
         ring = self.tokens.tolist()  # here the host waits for the device
-        first, self.drawn = self.drawn, self.drawn + n
+        first, self.sampled = self.sampled, self.sampled + n
         self.positions = [position + n for position in self.positions]
-        for number in range(first, self.drawn):
-            drawn = [row[number % ROOM] for row in ring]
-            if min(drawn) < 0:
-                raise UserError("the model's logits are not finite: its weights are of no use")
-            yield drawn
+        for number in range(first, self.sampled):
+            tokens = [row[number % ROOM] for row in ring]
+            if min(tokens) < 0:
+                raise UserError("the model's logits are not finite: its weights are unusable")
+            yield tokens

@@ -1,8 +1,8 @@
-"""Text from a model: one token at a time, with the keys and values of what it has seen kept.
+"""Generates text from a model, one token at a time, with a cache of keys and values.
 
-The model sees at most `context` tokens. When its window is full, the last half of it is kept and
-read again as a new window, and the text goes on: learned positions are part of the cached keys and
-values, so a window cannot slide by one. A token thus sees between half a context and a whole one.
+The model sees at most `context` tokens. When its context is full, the last half is encoded again
+from position 0 and generation continues: learned positions are part of the cached keys and values,
+so a window cannot slide by one. Every token is thus conditioned on at least half a context.
 """
 
 import unicodedata
@@ -45,62 +45,62 @@ def generate(
     dtype: torch.dtype | None = None,
     graph: bool = True,
 ) -> Iterator[int]:
-    """Yields `config.tokens` token ids that continue the prompt: `generate_texts`, for one text."""
-    for (token,) in generate_texts(model, [prompt], config, dtype, graph):
+    """Yields `config.tokens` token ids that continue the prompt: `generate_batch` of one prompt."""
+    for (token,) in generate_batch(model, [prompt], config, dtype, graph):
         yield token
 
 
 @torch.inference_mode()
-def generate_texts(
+def generate_batch(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     config: SampleConfig,
     dtype: torch.dtype | None = None,
     graph: bool = True,
-    ahead: int | None = None,
+    read_every: int | None = None,
 ) -> Iterator[list[int]]:
-    """Yields, `config.tokens` times, the next token of every prompt's text.
+    """Yields, `config.tokens` times, the next token of every prompt's continuation.
 
-    prompts: at least one id each; of one longer than the context, the last `context` tokens count.
-    A draw is a pure function of the seed, the text's place among the prompts and the token's number
-    in it: the same seed gives the same texts, and no generator is touched.
+    prompts: at least one id each; long ones are truncated to their last `context` tokens. Sampling
+    is a pure function of the seed, the prompt's index and the token's number: the same seed gives
+    the same tokens, and no random generator is used.
 
-    dtype, graph: see `Decoder`. ahead: how many tokens a device writes before the host reads them,
-    32 on a GPU and 1 on a CPU unless given; never more than 32.
+    dtype, graph: see `Decoder`. read_every: how many tokens a device generates before the host
+    reads them, by default 32 on a GPU and 1 on a CPU; at most 32.
     """
     context, device = model.config.context, model.wte.weight.device
-    ahead = min(ahead or (ROOM if device.type == "cuda" else 1), ROOM)
+    read_every = min(read_every or (ROOM if device.type == "cuda" else 1), ROOM)
     windows = [list(prompt[-context:]) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
         decoder = Decoder(model, len(prompts), config, dtype, graph)
-        fresh, left = dict(enumerate(windows)), config.tokens
+        unread, left = dict(enumerate(windows)), config.tokens
         while left:
-            if fresh:
-                decoder.read(fresh)
-            n = min(ahead, left, *(context + 1 - len(window) for window in windows))
-            for tokens in decoder.write(n):
+            if unread:
+                decoder.prefill(unread)
+            n = min(read_every, left, *(context + 1 - len(window) for window in windows))
+            for tokens in decoder.generate(n):
                 yield tokens
                 for window, token in zip(windows, tokens, strict=True):
                     window.append(token)
             left -= n
-            fresh = {text: window for text, window in enumerate(windows) if len(window) > context}
-            for window in fresh.values():
+            unread = {i: window for i, window in enumerate(windows) if len(window) > context}
+            for window in unread.values():
                 del window[: -max(1, context // 2)]
     finally:
         model.train(was_training)
 
 
 def start_ids(tokenizer: CharTokenizer) -> list[int]:
-    """What stands before a text that has no prompt: a line end, or the vocabulary's first token."""
+    """The default prompt: a line break, or the first token of a vocabulary without one."""
     return tokenizer.encode("\n").tolist() if "\n" in tokenizer.chars else [0]
 
 
 def printable(text: str) -> str:
     """The text with its control characters escaped, so that it cannot steer a terminal.
 
-    Those are Unicode's controls, formats, surrogates and line separators, but newline and tab.
+    These are Unicode's controls, formats, surrogates and line separators, except newline and tab.
     """
     return "".join(
         repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS and c not in "\n\t" else c

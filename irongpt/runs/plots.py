@@ -1,4 +1,4 @@
-"""What a run's metrics look like: loss.png and sample.txt."""
+"""Plots the losses of a run (loss.png) and collects its samples (sample.txt)."""
 
 import io
 
@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from irongpt.files import replace_file
-from irongpt.runs.run_folder import Record, Run
+from irongpt.runs.run_folder import Record, RunFolder
 
 
-def draw(run: Run) -> None:
-    """Draws both files anew from metrics.jsonl; nothing where there is no record yet."""
+def draw(run: RunFolder) -> None:
+    """Writes both files from metrics.jsonl, if it has a record."""
     records = run.records()
     if not records:
         return
@@ -39,7 +39,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
             ha="center",
             color="tab:orange",
         )
-    axes.set_xlabel("step")
+    axes.set_xlabel("training step")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, parse_math=False)
@@ -51,7 +51,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
 
 
 def samples(records: list[Record]) -> str:
-    """The text that the model wrote at each evaluation, in order."""
+    """The text that the model generated at each evaluation, in order."""
     return "\n".join(
         f"--- step {r['step']:,}, validation loss {r['val_loss']} ---\n{r['sample'].strip()}\n"
         for r in records

@@ -1,4 +1,4 @@
-"""The course of a run: steps, records, evaluations, samples, checkpoints, and how it ends."""
+"""The training loop: steps, logging, evaluation, samples, checkpoints, stopping."""
 
 import math
 import statistics
@@ -17,72 +17,69 @@ from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import DivergenceError, UserError
 from irongpt.generation.sample import generate, printable, start_ids
 from irongpt.runs import checkpoint, plots
-from irongpt.runs.run_folder import Record, Run
+from irongpt.runs.run_folder import Record, RunFolder
 from irongpt.training import optimizer
 from irongpt.training.trainer import Trainer
 
-PATIENCE = 30  # steps in a row whose gradients are not finite before a run gives up
+PATIENCE = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
+STATE = ("evaluated_at", "best_val", "best_step", "bad_steps", "rows")  # saved attributes
 
 
-class Training:
-    """A trainer at work in a run's folder.
+class TrainingLoop:
+    """Trains in a run's folder, which gets the records, checkpoints and plots.
 
-    What a record needs beyond the trainer is state too, and is in the checkpoint: the losses since
-    the last record, the best validation loss, the last step evaluated.
+    The state of the loop is part of a checkpoint: the losses since the last record, the best
+    validation loss, the last step that was evaluated.
     """
 
     def __init__(
-        self, run: Run, trainer: Trainer, tokenizer: CharTokenizer, peak_flops: float, clock: Clock
+        self,
+        run: RunFolder,
+        trainer: Trainer,
+        tokenizer: CharTokenizer,
+        peak_flops: float,
+        clock: Clock,
     ) -> None:
         self.run, self.trainer, self.tokenizer = run, trainer, tokenizer
         self.peak_flops, self.clock = peak_flops, clock
         self.recent: list[Tensor] = []  # per step: loss, gradient norm, loss scale, on the device
-        self.rows: list[list[float]] = []  # the same of earlier steps that are in no record yet
-        self.bad_steps = 0  # the latest of them whose gradients were not finite, in a row
+        self.rows: list[list[float]] = []  # the same on the host, of steps without a record yet
+        self.bad_steps = 0  # consecutive steps up to now whose gradients were not finite
         self.evaluated_at = 0
         self.best_val: float | None = None
         self.best_step = 0
-        self.seconds_before = 0.0  # of the processes that this one resumes
-        self.timed = (trainer.step, 0.0)  # step and training seconds at the last record
+        self.seconds_before = 0.0  # spent by earlier processes of this run
+        self.last_record = (trainer.step, 0.0)  # its step and training seconds
         self.plotted = time.monotonic()
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint, or raises OSError and leaves the one that is there."""
+        """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
         self._collect()
         trainer = self.trainer
         state = {
+            **{name: getattr(self, name) for name in STATE},
             "step": trainer.step,
-            "evaluated_at": self.evaluated_at,
-            "best_val": self.best_val,
-            "best_step": self.best_step,
-            "bad_steps": self.bad_steps,
             "seconds": self.seconds_before + self.clock.total(),
-            "rows": self.rows,
-            "tiles": self._tiles(),
+            "tiles": self._launch_digest(),
         }
-        checkpoint.save(
-            folder,
-            trainer.model.state_dict(),
-            trainer.optimizer_tensors(),
-            self.tokenizer.to_json(),
-            state,
-        )
+        tensors = trainer.model.state_dict(), trainer.optimizer_tensors()
+        checkpoint.save(folder, *tensors, self.tokenizer.to_json(), state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.evaluated_at, self.best_val = state["evaluated_at"], state["best_val"]
-        self.best_step, self.seconds_before = state["best_step"], state["seconds"]
-        self.bad_steps, self.rows = state["bad_steps"], state["rows"]
-        self.timed = (self.trainer.step, 0.0)
-        before, now = state.get("tiles"), self._tiles()
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.seconds_before = state["seconds"]
+        self.last_record = (self.trainer.step, 0.0)
+        before, now = state.get("tiles"), self._launch_digest()
         if before is not None and now is not None and before != now:
             say(
-                f"kernels   saved with {_table(before)}, goes on with {_table(now)}: "
-                "not to the bit the run that was left alone"
+                f"kernels   saved with {_table_name(before)}, resumed with {_table_name(now)}: "
+                "results are not bitwise those of an uninterrupted run"
             )
 
-    def _tiles(self) -> str | None:
-        """Which launch options the sums depend on; None where none of ours add up."""
+    def _launch_digest(self) -> str | None:
+        """Identifies the launch options of the fused ops, on which their rounding depends."""
         trainer = self.trainer
         return launch_table.digest(trainer.device) if trainer.config.ops == "fused" else None
 
@@ -91,20 +88,20 @@ class Training:
         return target is not None and self.best_val is not None and self.best_val <= target
 
     def finished(self) -> bool:
-        """Nothing is left to do: the last step is evaluated, or the target loss reached."""
+        """Whether the last step is evaluated or the target loss reached."""
         trainer = self.trainer
         done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
         return done or self.reached_target()
 
     def outcome(self) -> str:
-        step = f"{'target loss reached' if self.reached_target() else 'finished'} at step "
+        ended = "target loss reached" if self.reached_target() else "finished"
         best = "no validation loss was finite"
         if self.best_val is not None:
-            best = f"best validation loss {self.best_val:.4f}, of step {self.best_step:,}"
-        return f"{step}{self.trainer.step:,}: {best}"
+            best = f"best validation loss {self.best_val:.4f} at step {self.best_step:,}"
+        return f"{ended} at step {self.trainer.step:,}: {best}"
 
     def fit(self) -> int | None:
-        """Trains until the end, the target loss, or a signal, which it returns.
+        """Trains until the last step, the target loss, or a signal, whose number it returns.
 
         Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
         written; the last good checkpoint stays.
@@ -120,18 +117,18 @@ class Training:
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
-            self._draw()
+            self._plot()
         except OSError as e:
             raise UserError(
-                f"cannot write to {self.run.path}: {e.strerror}; the checkpoint saved before is "
-                f"whole, go on with --resume {self.run.path}"
+                f"cannot write to {self.run.path}: {e.strerror}; the previous checkpoint is "
+                f"intact, continue with --resume {self.run.path}"
             ) from e
         finally:
             progress.close()
         return None if self.finished() else interrupt.signal
 
     def _step(self, progress: Progress) -> None:
-        """A step, and a record every so often. An evaluation makes its own."""
+        """Takes a step, and adds a record every `log_every` steps unless an evaluation will."""
         with self.clock("training"):
             self.recent.append(self.trainer.train_step())
             log = self.trainer.step % self.trainer.config.log_every == 0
@@ -148,7 +145,7 @@ class Training:
         return due and step > self.evaluated_at
 
     def _collect(self) -> None:
-        """Reads back what the last steps gave: here the host waits for the device."""
+        """Copies the results of the last steps to the host, which waits for the device here."""
         rows = torch.stack(self.recent).tolist() if self.recent else []
         for _, norm, _ in rows:
             self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
@@ -156,22 +153,22 @@ class Training:
         self.recent = []
 
     def _record(self, progress: Progress, **evaluation: Any) -> Record:
-        """Adds a line to the metrics, of the steps since the last one.
+        """Adds a line to the metrics that covers the steps since the previous line.
 
-        There are none where a resumed run evaluates a step that has a line already.
+        A resumed run that evaluates a step which already has a line covers no step.
         """
         trainer, config = self.trainer, self.trainer.config
         if self.bad_steps >= PATIENCE:
             raise DivergenceError(
                 f"the gradients of {self.bad_steps} steps up to step {trainer.step:,} were not "
-                f"finite; the first tensor that is not: {trainer.first_nonfinite()}; "
+                f"finite; the first non-finite tensor: {trainer.first_nonfinite()}; "
                 f"{self.run.last} is the last good checkpoint, a lower --lr may help"
             )
         losses = [row[0] for row in self.rows]
         norm, scale = self.rows[-1][1:] if self.rows else (math.nan, math.nan)
         seconds = self.clock.parts.get("training", 0.0)
-        tokens = (trainer.step - self.timed[0]) * trainer.tokens_per_step()
-        rate = tokens / (seconds - self.timed[1]) if tokens else math.nan
+        tokens = (trainer.step - self.last_record[0]) * trainer.tokens_per_step()
+        rate = tokens / (seconds - self.last_record[1]) if tokens else math.nan
         record = {
             "step": trainer.step,
             "train_loss": statistics.fmean(losses) if losses else math.nan,
@@ -185,18 +182,18 @@ class Training:
             **evaluation,
         }
         self.run.append(record)
-        self.rows, self.timed = [], (trainer.step, seconds)
+        self.rows, self.last_record = [], (trainer.step, seconds)
         progress.show(record)
         return record
 
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluation, sample, record, checkpoints; nothing of it if a signal comes first."""
+        """Evaluates, samples, records and saves; does nothing if a signal stops the evaluation."""
         trainer, run = self.trainer, self.run
         with self.clock("evaluation"):
             val_loss = trainer.evaluate(lambda: interrupt.signal is None)
         if val_loss is None:
             return
-        finite = math.isfinite(val_loss)  # if not, the model is of no use now, and is not saved
+        finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
         with self.clock("samples"):
             sample = self._sample() if finite else ""
         record = self._record(progress, val_loss=val_loss, sample=sample)
@@ -205,7 +202,7 @@ class Training:
         if improved:
             self.best_val, self.best_step = val_loss, trainer.step
         with self.clock("saving"):
-            if improved:  # before `last`: a run killed in between does this step again, the same
+            if improved:  # before `last`: a run killed in between repeats this step, bit for bit
                 self.save(run.best)
             if finite:
                 self.save(run.last)
@@ -215,22 +212,22 @@ class Training:
         )
         say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
         if time.monotonic() - self.plotted > PLOT_EVERY:
-            self._draw()
+            self._plot()
 
     def _sample(self) -> str:
-        """What the model writes now, from a new line on."""
+        """Text that the model generates now, from a line break on."""
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
         start = start_ids(self.tokenizer)
         ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
         return self.tokenizer.decode(list(ids))
 
-    def _draw(self) -> None:
-        """Brings loss.png and sample.txt up to the metrics."""
+    def _plot(self) -> None:
+        """Updates loss.png and sample.txt."""
         with self.clock("plots"):
             plots.draw(self.run)
         self.plotted = time.monotonic()
 
 
-def _table(digest: str) -> str:
-    return f"the measured tiles {digest}" if digest else "the shipped tiles"
+def _table_name(digest: str) -> str:
+    return f"measured launch options {digest}" if digest else "the default launch options"

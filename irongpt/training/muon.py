@@ -1,7 +1,7 @@
-"""Muon: momentum whose update is made orthogonal, for matrices (Jordan et al. 2024).
+"""Muon: momentum with orthogonalized updates, for matrices (Jordan et al. 2024).
 
-The momentum U S V^T of a weight becomes the update U V^T: every direction moves alike, not only the
-few that most gradients share. A Newton-Schulz iteration finds it by matrix products alone.
+The momentum U S V^T of a weight becomes the update U V^T: all directions move equally, not only the
+few that most gradients share. A Newton-Schulz iteration computes it with matmuls alone.
 """
 
 from collections import defaultdict
@@ -11,12 +11,12 @@ import torch
 from irongpt_kernels import Ops, builtin
 from torch import Tensor
 
-STEPS = (3, 2)  # of the iteration, with a fresh Gram matrix for each number
-RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025): one learning rate serves both
+STEPS = (3, 2)  # of the iteration; each group starts from a new Gram matrix
+RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
 
 
 class Muon:
-    """Updates `params`, matrices, from their gradients. `momentum` is its state."""
+    """Updates matrices from their gradients. `momentum`, by parameter, is its state."""
 
     def __init__(
         self,
@@ -26,13 +26,13 @@ class Muon:
         dtype: torch.dtype = torch.float32,
         ops: Ops = builtin,
     ) -> None:
-        """dtype: of the iteration's products; see `products_type`."""
+        """dtype: of the iteration's matmuls; see `matmul_dtype`."""
         self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
-        self.momentum: dict[Tensor, Tensor] = {}  # each a part of its group's
-        self.groups: list[tuple[list[Tensor], Tensor]] = []  # and momentum (n, rows, columns)
+        self.momentum: dict[Tensor, Tensor] = {}  # views of the groups' tensors
+        self.groups: list[tuple[list[Tensor], Tensor]] = []  # n params, momentum (n, rows, columns)
         for group in by_shape.values():
             momentum = group[0].new_zeros(len(group), *group[0].shape)
             self.groups.append((group, momentum))
@@ -44,23 +44,19 @@ class Muon:
         lr: Tensor,
         stats: Tensor,
         gradients: Mapping[Tensor, Tensor],
-        copies: Mapping[Tensor, Tensor],
+        low_precision_params: Mapping[Tensor, Tensor],
     ) -> None:
-        """lr: 0-d. stats: of the op `grad_norm`. gradients, 16-bit copies: by their weights."""
-        ahead = [
+        """lr: 0-d. stats: of `grad_norm`. gradients and 16-bit copies: by their parameters."""
+        directions = [
             self.ops.muon_momentum(
-                [gradients[p] for p in params],
-                momentum,
-                stats,
-                beta=self.beta,
-                dtype=self.dtype,
+                [gradients[p] for p in params], momentum, stats, beta=self.beta, dtype=self.dtype
             )
             for params, momentum in self.groups
         ]
-        for (params, momentum), update in zip(self.groups, orthogonal(ahead), strict=True):
+        for (params, momentum), update in zip(self.groups, orthogonal(directions), strict=True):
             self.ops.muon_update(
                 params,
-                [copies[p] for p in params if p in copies],
+                [low_precision_params[p] for p in params if p in low_precision_params],
                 update,
                 lr,
                 stats,
@@ -70,37 +66,37 @@ class Muon:
             )
 
 
-def products_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """That of the iteration where a training step multiplies in `dtype`.
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The iteration's dtype where a training step's matmuls have `dtype`.
 
-    float16 for bfloat16 on a GPU, where it is as fast and ten times as exact: errors of 0.2 to
-    2.5 % for 1.3 to 20 % (LOG.md). No value comes near its limit.
+    It is float16 for bfloat16 on a GPU, which is as fast and ten times as exact: errors of 0.2 to
+    2.5 % instead of 1.3 to 20 % (docs/LOG.md). No value comes near its limit.
     """
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 
 
 def orthogonal(groups: list[Tensor]) -> list[Tensor]:
-    """U V^T of matrices U S V^T, roughly: singular values end between 0.7 and 1.2.
+    """Approximately U V^T of matrices U S V^T: singular values become 0.7 to 1.2.
 
-    groups: (n, rows, columns) each, of matrices of Frobenius norm 1. Products and result are of
-    their type. Those far below the largest singular value stay small.
+    groups: (n, rows, columns) each, of matrices of Frobenius norm 1. Matmuls and results have their
+    dtype. Singular values far below the largest one stay small.
 
-    The iteration works on Gram matrices, which are as large as the smaller side: all groups with
-    one such side go together, and a matrix itself is multiplied twice for each of STEPS, where the
-    usual form does so at every step. Taking the Gram matrix once only would lose half the digits.
+    The iteration works on Gram matrices, whose size is the smaller side: all groups with the same
+    smaller side are batched, and a matrix itself is multiplied twice for each of STEPS, not at
+    every step as in the usual form. A single Gram matrix for all steps would lose half the digits.
     """
     sides: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(groups):
         sides[min(x.shape[1:])].append(i)
-    found = list(groups)
+    results = list(groups)
     for members in sides.values():
         for steps in STEPS:
-            xs = [found[i] for i in members]
+            xs = [results[i] for i in members]
             gram = torch.cat([x.mT @ x if _tall(x) else x @ x.mT for x in xs])
             factors = _factor(gram, steps).split([len(x) for x in xs])
             for i, x, q in zip(members, xs, factors, strict=True):
-                found[i] = x @ q if _tall(x) else q @ x
-    return found
+                results[i] = x @ q if _tall(x) else q @ x
+    return results
 
 
 def _tall(x: Tensor) -> bool:
@@ -108,7 +104,7 @@ def _tall(x: Tensor) -> bool:
 
 
 def _factor(gram: Tensor, steps: int) -> Tensor:
-    """By what so many Newton-Schulz steps multiply matrices of these Gram matrices, (n, m, m).
+    """The factor by which `steps` Newton-Schulz steps multiply a matrix; gram: (n, m, m).
 
     A step multiplies by p(G) = a + b G + c G^2 with Jordan's coefficients, which grow small
     singular values fastest, and the next Gram matrix is p G p.

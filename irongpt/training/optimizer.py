@@ -1,8 +1,8 @@
-"""The optimizer as the training step drives it: AdamW, Muon, schedule, loss scale, clipping.
+"""The optimizer of a training step: AdamW and Muon, schedule, loss scaling, clipping.
 
-One pass over the gradients takes their norm, the op `grad_norm`; then, in `adamw` or in Muon's ops,
-they are unscaled, clipped and applied, or, if the norm is not finite, weights and moments stay as
-they are. The host never waits for the device, and float32, bfloat16 and float16 go the same way.
+The op `grad_norm` computes the norm of all gradients in one pass. Then `adamw` and Muon's ops
+unscale, clip and apply them; if the norm is not finite, weights and moments stay unchanged. The
+host never waits for the device, and all dtypes take the same path.
 """
 
 import math
@@ -13,14 +13,14 @@ from irongpt_kernels.eager import GradStats
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
-from irongpt.training.muon import Muon, products_type
+from irongpt.training.muon import Muon, matmul_dtype
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of step `step`, counted from 0: linear warmup to lr, then the decay to min_lr.
+    """Learning rate of step `step`, counted from 0: linear warmup to lr, then decay to min_lr.
 
-    The first step has lr / warmup, step `warmup` has lr, step `iters` (the first one not taken)
-    and all after it would have min_lr.
+    It is lr / warmup at the first step, lr at step `warmup`, and would reach min_lr at step
+    `iters`, the first one that is not taken.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -33,13 +33,14 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 class LossScaler:
-    """Dynamic loss scaling (Micikevicius et al. 2018): half after an overflow, double after a calm.
+    """Dynamic loss scaling (Micikevicius et al. 2018).
 
-    A float16 gradient below 6e-8 is zero; multiplying the loss keeps them above. Without
-    `enabled` the scale stays 1. The op `grad_norm` updates both tensors.
+    Float16 gradients below 6e-8 become zero, so the loss is multiplied by a scale, which is halved
+    after a non-finite gradient and doubled after `growth_interval` steps without one. Unless
+    `enabled` it stays 1. The op `grad_norm` updates both tensors.
     """
 
-    growth_interval = 2000  # steps without an overflow before the scale doubles
+    growth_interval = 2000
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled
@@ -48,10 +49,10 @@ class LossScaler:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) for all, or Muon for the blocks' matrices.
+    """AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon for the blocks' matrices.
 
-    The weights are float32. Where a weight has a 16-bit copy, the copy has its gradient, and every
-    step writes the copy anew.
+    The parameters are float32. Where one has a 16-bit copy, the copy receives the gradient, and
+    every step updates the copy too.
     """
 
     def __init__(
@@ -61,67 +62,70 @@ class Optimizer:
         scaler: LossScaler,
         lr: Tensor,
         ops: Ops = builtin,
-        copies: dict[Tensor, Tensor] | None = None,
+        low_precision_params: dict[Tensor, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """lr: the learning rate, 0-d float32 on the weights' device; every step reads it.
+        """lr: the learning rate, 0-d float32 on the parameters' device, read by every step.
 
-        copies: of weights, leaves of a type of their own. dtype: of the step's matrix products.
+        low_precision_params: copies of parameters, by these. dtype: of the step's matmuls.
         """
         self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
-        self.copies = copies or {}
+        self.low_precision_params = low_precision_params or {}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        matrices = [
+            p for p, name in self.names.items() if name.startswith("blocks.") and p.dim() == 2
+        ]
         self.muon = Muon(
-            [
-                p
-                for p, name in self.names.items()
-                if config.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2
-            ],
+            matrices if config.optimizer == "muon" else [],
             config.momentum,
             config.weight_decay,
-            products_type(dtype, lr.device),
+            matmul_dtype(dtype, lr.device),
             ops,
         )
+        low = self.low_precision_params
         rest = [p for p in self.names if p not in self.muon.momentum]
-        self.adamw = sorted(rest, key=lambda p: p not in self.copies)  # as the op wants them
+        self.adamw = sorted(rest, key=lambda p: p not in low)  # the op's order
         self.exp_avg, self.exp_avg_sq = (
             {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw} for _ in range(2)
         )
         self.steps = torch.zeros(len(self.adamw), device=lr.device)
 
     def zero_grad(self) -> None:
-        for p in (*self.names, *self.copies.values()):
+        for p in (*self.names, *self.low_precision_params.values()):
             p.grad = None
 
     def gradient(self, p: Tensor) -> Tensor:
-        """The weight's own, in float32, where it has one, else that of its copy."""
-        grad = self.copies[p].grad if p.grad is None and p in self.copies else p.grad
+        """The parameter's float32 gradient if it has one, else that of its copy."""
+        low = self.low_precision_params
+        grad = low[p].grad if p.grad is None and p in low else p.grad
         if grad is None:
             raise ValueError(f"{self.names[p]} has no gradient")
         return grad
 
     def accumulate(self) -> None:
-        """Adds the gradients of the copies to the weights' own, in float32, and drops them."""
-        arrived = {p: c.grad for p, c in self.copies.items() if c.grad is not None}
-        fresh = {p: grad for p, grad in arrived.items() if p.grad is None}
-        for p, grad in arrived.items():
-            if p in fresh:
+        """Moves the gradients of the copies to the float32 gradients, by addition."""
+        first, narrow = [], []  # float32 gradients that do not exist yet, and their values
+        for p, copy in self.low_precision_params.items():
+            grad, copy.grad = copy.grad, None
+            if grad is None:
+                continue
+            if p.grad is None:
                 p.grad = torch.empty_like(p)
-            elif p.grad is not None:
+                first.append(p.grad)
+                narrow.append(grad)
+            else:
                 p.grad += grad
-            self.copies[p].grad = None
-        if fresh:
-            wide = [p.grad for p in fresh if p.grad is not None]
-            torch._foreach_copy_(wide, list(fresh.values()))
+        if first:
+            torch._foreach_copy_(first, narrow)
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """Updates the weights from the gradients of scale * loss, clipped to a global norm.
 
-        A step whose gradients are not finite changes neither weights nor moments. Returns the
+        A step whose gradients are not finite changes neither parameters nor moments. Returns the
         norm of the unscaled gradients before clipping, 0-d.
         """
-        config, scaler = self.config, self.scaler
+        config, scaler, low = self.config, self.scaler, self.low_precision_params
         grads = {p: self.gradient(p) for p in self.names}
         stats = self.ops.grad_norm(
             list(grads.values()),
@@ -133,7 +137,7 @@ class Optimizer:
         )
         self.ops.adamw(
             self.adamw,
-            [self.copies[p] for p in self.adamw if p in self.copies],
+            [low[p] for p in self.adamw if p in low],
             [grads[p] for p in self.adamw],
             list(self.exp_avg.values()),
             list(self.exp_avg_sq.values()),
@@ -144,7 +148,7 @@ class Optimizer:
             beta2=config.beta2,
             weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw],
         )
-        self.muon.step(self.lr, stats, grads, self.copies)
+        self.muon.step(self.lr, stats, grads, low)
         return GradStats(*stats).norm
 
     def _state(self) -> dict[str, Tensor]:
@@ -156,15 +160,15 @@ class Optimizer:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, by the names of the moment and of the parameter."""
-        # A file takes no two tensors of one storage.
+        """The moments, named `<moment>.<parameter>`."""
+        # safetensors does not save two tensors that share a storage.
         return {
             name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
             for name, t in self._state().items()
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over a copy of what `tensors` gave. Raises KeyError or ValueError if it is not."""
+        """Copies the result of `tensors`. Raises KeyError or ValueError if it does not fit."""
         state = self._state()
         for name, t in state.items():
             if tensors[name].shape != t.shape:

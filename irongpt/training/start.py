@@ -1,4 +1,4 @@
-"""From the flags of `irongpt train` to a `Training` that can start: a new run or a resumed one."""
+"""Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
 import dataclasses
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
 from irongpt.runs.run_folder import (
-    Run,
     RunConfig,
+    RunFolder,
     check_free,
     default_path,
     load_checkpoint,
     open_run,
 )
-from irongpt.training.loop import Training
+from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
 # A resumed run may change these: the steps done so far do not depend on them.
@@ -53,10 +53,12 @@ def new_setup(flags: Flags) -> Setup:
     preset = flags.get("preset") or ("iron" if device.type == "cuda" else "nano")
     train = TrainConfig(**_fields(TrainConfig, PRESETS[preset].train | flags))
     model = GPTConfig(vocab_size=1, **_fields(GPTConfig, PRESETS[preset].model | flags))
-    return _setup(preset, flags.get("data"), model, train, device)
+    precision = devices.precision(train.dtype, device)
+    module = ops.load(train.ops, device, model)
+    return Setup(preset, flags.get("data"), model, train, device, precision, module)
 
 
-def resumed_setup(run: Run, flags: Flags) -> Setup:
+def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
     """The run's own values, with the changes that a resumed run may make. Raises UserError."""
     config = run.config
     stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
@@ -66,37 +68,32 @@ def resumed_setup(run: Run, flags: Flags) -> Setup:
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data = flags.get("data", config.data)
-    return _setup(config.preset, data, config.model, train, devices.pick(train.device))
-
-
-def _setup(
-    preset: str, data: str | None, model: GPTConfig, train: TrainConfig, device: torch.device
-) -> Setup:
+    data, model, device = flags.get("data", config.data), config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
-    return Setup(preset, data, model, train, device, precision, ops.load(train.ops, device, model))
+    module = ops.load(train.ops, device, model)
+    return Setup(config.preset, data, model, train, device, precision, module)
 
 
-def new_run(flags: Flags, clock: Clock) -> Training:
+def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
     """Creates the run's folder, with a first checkpoint."""
     if "out" in flags:
         check_free(flags["out"])
     setup = new_setup(flags)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
-        say(f"preset    {setup.preset}, the default on a {kind}; {flag('preset')} selects another")
+        say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     text = corpus.load(setup.data, say=say)
     tokenizer = CharTokenizer.from_text(text.text)
     setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
     data = text.name if setup.data is None else _absolute(setup.data)
     config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-    run = Run(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
+    run = RunFolder(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
     training = _training(run, setup, text, tokenizer, clock)
     run.create(training.save)
     return training
 
 
-def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
+def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
     """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE."""
     run = open_run(path)
     setup = resumed_setup(run, flags)
@@ -105,7 +102,7 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
     text = corpus.load(data, say=say)
     check(
         text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: give that text with {flag('data')}",
+        f"{data} is not the text that {path} is trained on: give that text with --data",
     )
     training = _training(run, setup, text, tokenizer, clock)
     try:
@@ -122,8 +119,8 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> Training:
 
 
 def _training(
-    run: Run, setup: Setup, text: Corpus, tokenizer: CharTokenizer, clock: Clock
-) -> Training:
+    run: RunFolder, setup: Setup, text: Corpus, tokenizer: CharTokenizer, clock: Clock
+) -> TrainingLoop:
     """A model with new weights and its trainer, on the device. Prints what they are."""
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
@@ -150,7 +147,7 @@ def _training(
         f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
         f"seed {train.seed}"
     )
-    return Training(run, trainer, tokenizer, peak, clock)
+    return TrainingLoop(run, trainer, tokenizer, peak, clock)
 
 
 def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:

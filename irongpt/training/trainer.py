@@ -1,4 +1,4 @@
-"""The training step, the evaluation, and all the state that they depend on."""
+"""The training step, the evaluation, and the state that they depend on."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from irongpt.data.batches import TrainBatches, ValBatches, split
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 from irongpt.training import optimizer
 
-EVAL_TOKENS = 1 << 13  # tokens per forward pass of an evaluation: as fast as more, and less memory
+EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
 
 
 class Trainer:
-    """A model in training: after `step` steps, everything that the next one depends on."""
+    """A model in training, with everything that its next step depends on."""
 
     def __init__(
         self, model: GPT, ids: Tensor, config: TrainConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """model: on `device`. ids: (N,) int64, the whole corpus, moved to `device`."""
+        """model: on `device`. ids: (N,) int64, the whole corpus; they are moved to `device`."""
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         context = model.config.context
         train_ids, val_ids = split(ids.to(device), context)
@@ -37,12 +37,12 @@ class Trainer:
             config,
             self.scaler,
             self.lr,
-            # Eager's plain loop is a specification, and a thousand launches: no way to train.
+            # Eager's optimizer loops over tensors, a thousand kernels: too slow to train with.
             builtin if model.ops is eager else model.ops,
-            model.copy_weights(dtype) if dtype.itemsize == 2 else None,
+            model.make_low_precision_params(dtype) if dtype.itemsize == 2 else None,
             dtype,
         )
-        # What a step takes, a row for each of its forward passes. The host fills them in place.
+        # Inputs of a step, one row per forward pass, which the host fills in place.
         self.firsts = torch.zeros(
             config.grad_accum, config.batch_size, dtype=torch.int64, device=device
         )
@@ -60,13 +60,13 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device."""
-        self._fill()
+        self._fill_inputs()
         row = self.run_step()
         self.step += 1
         return row
 
-    def _fill(self) -> None:
-        """Writes what the step takes: pure functions of its number, so that nothing drifts."""
+    def _fill_inputs(self) -> None:
+        """Writes the inputs of the step, which are pure functions of its number."""
         config = self.config
         for i in range(config.grad_accum):
             batch = self.step * config.grad_accum + i
@@ -76,7 +76,7 @@ class Trainer:
         self.lr.fill_(optimizer.lr_at(self.step, config))
 
     def _run_step(self) -> Tensor:
-        """The step on what `_fill` wrote. All of it happens on the device; see `graph`."""
+        """The step on the inputs that are filled in, entirely on the device (see `cuda_graph`)."""
         n = self.config.grad_accum
         self.optimizer.zero_grad()
         scale = self.scaler.scale.clone()
@@ -86,7 +86,7 @@ class Trainer:
         return torch.stack((loss, norm, scale))
 
     def _backward(self, i: int) -> Tensor:
-        """Gradients of forward pass i, scaled, beside those of the passes before. Its loss."""
+        """Adds the scaled gradients of forward pass i to those before. Returns its loss."""
         n = self.config.grad_accum
         loss = self._loss(i)
         loss.backward(self.scaler.scale / n if n > 1 else self.scaler.scale)
@@ -95,22 +95,22 @@ class Trainer:
         return loss.detach()
 
     def _loss(self, i: int) -> Tensor:
-        """Loss of the step's forward pass i, with the dropout that belongs to it."""
+        """Loss of the step's forward pass i, with its dropout seed."""
         x, y = self.train_batches.at(self.firsts[i])
         with self.autocast():
             return self.model.loss(x, y, seed=self.seeds[i])
 
-    def evaluate(self, go_on: Callable[[], bool] = lambda: True) -> float | None:
-        """Mean loss over the validation windows, without dropout; the training notices nothing.
+    def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
+        """Mean validation loss, without dropout and without an effect on the training.
 
-        `go_on` is asked before each batch; None if it says no.
+        Returns None as soon as `should_continue`, called before each batch, returns False.
         """
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         try:
             with torch.inference_mode(), self.autocast():
                 for i in range(len(self.val_batches)):
-                    if not go_on():
+                    if not should_continue():
                         return None
                     x, y = self.val_batches[i]
                     total += self.model.loss(x, y) * len(x)
@@ -131,9 +131,9 @@ class Trainer:
         return tensors
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Takes up where the trainer stood whose `optimizer_tensors` these are.
+        """Continues at `step` from the result of `optimizer_tensors`.
 
-        Raises KeyError or ValueError if they are not this model's.
+        Raises KeyError or ValueError if the tensors do not fit the model.
         """
         self.step = step
         if step:
@@ -149,15 +149,15 @@ class Trainer:
         """Names the next step's first tensor that is not finite: a weight, output or gradient."""
         found: list[str] = []
 
-        def look(what: str, *tensors: Tensor | None) -> None:
+        def check(what: str, *tensors: Tensor | None) -> None:
             if any(t is not None and not bool(t.isfinite().all()) for t in tensors):
                 found.append(what)
 
         for name, p in self.model.named_parameters():
-            look(f"the weight {name}", p)
+            check(f"the weight {name}", p)
         hooks = [
             module.register_forward_hook(
-                lambda module, args, out, name=name: look(
+                lambda module, args, out, name=name: check(
                     f"the output of {name or 'the model'}",
                     *(out if isinstance(out, tuple) else (out,)),
                 )
@@ -165,15 +165,15 @@ class Trainer:
             for name, module in self.model.named_modules()
         ]
         try:
-            self._fill()
+            self._fill_inputs()
             loss = self._loss(0)
         finally:
             for hook in hooks:
                 hook.remove()
-        look("the loss", loss)
+        check("the loss", loss)
         if not found:
             self.optimizer.zero_grad()
             (loss * self.scaler.scale).backward()
             for name, p in reversed(list(self.model.named_parameters())):
-                look(f"the gradient of {name}", self.optimizer.gradient(p))
-        return found[0] if found else "none in the next step: the gradients' norm overflows"
+                check(f"the gradient of {name}", self.optimizer.gradient(p))
+        return found[0] if found else "none in the next step: only the gradients' norm overflows"

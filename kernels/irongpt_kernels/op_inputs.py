@@ -27,7 +27,7 @@ class Shape:
     H: int = 6
     T: int = 256
     D: int = 64
-    V: int = 109
+    V: int = 104  # characters of War and Peace
     L: int = 6
 
     @property

@@ -176,6 +176,17 @@ def test_memory_and_whole_trainings_are_compared() -> None:
     assert "MiB" not in same
 
 
+def test_the_newest_file_is_that_of_the_latest_date_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_file, "FOLDER", tmp_path)
+    for name, date in (("b", "2026-11-25T10:00:00+00:00"), ("a", "2026-11-24")):
+        file = tmp_path / "card" / f"{name}.json"  # the older one is written last
+        result_file.save(file, "train", {"environment": {"date": date}})
+    (tmp_path / "card" / "c.json").write_text("{}")
+    assert report.newest() == tmp_path / "card" / "b.json"
+
+
 @pytest.mark.parametrize("section", tables.SECTIONS)
 def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
     state = dict(seconds=1.0, before={}, throttled_by=["power cap"])

@@ -147,7 +147,7 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
 
 
 def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
-    config = GPTConfig(vocab_size=109, **PRESETS["iron"].model)
+    config = GPTConfig(vocab_size=104, **PRESETS["iron"].model)
     flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in matmuls.shapes(config, 64))
     C, T, tokens = config.n_embd, config.context, 64 * config.context
     attention = 12 * config.n_layer * C * T * tokens
@@ -158,7 +158,7 @@ def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
 def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
     """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
     matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
-    config = GPTConfig(vocab_size=109, **PRESETS["fast"].model)
+    config = GPTConfig(vocab_size=104, **PRESETS["fast"].model)
     C, L = config.n_embd, config.n_layer
     longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
     gram, square = 2 * C * C * longer, 4 * 2 * C**3

@@ -1,11 +1,16 @@
+"""The commands train and generate from start to end, on a tiny model."""
+
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, assert_mistake
 
+from irongpt import console
 from irongpt.cli import main
 from irongpt.config import PRESETS
 from irongpt.data import corpus
@@ -18,17 +23,15 @@ def records_of(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_the_design_says(cli, tmp_path):
+@pytest.mark.usefixtures("real_plots")
+def test_the_files_and_records_of_a_run(cli, tmp_path):
     result = cli("train", *TINY, "--out", "run")
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == [
-        "best", "config.json", "last", "loss.png", "metrics.jsonl", "sample.txt",
-    ]  # fmt: skip
+    names = {"best", "config.json", "last", "loss.png", "metrics.jsonl", "sample.txt"}
+    assert {p.name for p in run.iterdir()} == names
     for name in ("best", "last"):
-        assert sorted(p.name for p in (run / name).iterdir()) == sorted(
-            [*checkpoint.FILES, "state.json"]
-        )
+        assert {p.name for p in (run / name).iterdir()} == {*checkpoint.FILES, "state.json"}
     records = records_of(run)
     assert [r["step"] for r in records] == [10, 20, 30]
     keys = "step train_loss val_loss lr grad_norm loss_scale tokens_per_s mfu seconds sample"
@@ -41,12 +44,12 @@ def test_a_run_leaves_what_the_design_says(cli, tmp_path):
     assert f"best validation loss {min(r['val_loss'] for r in records):.4f}" in result.out
 
 
-def test_the_summary_explains_every_second(cli):
+def test_the_times_add_up_to_the_total(cli):
     long = [*TINY, "--iters", 300, "--eval-every", 150]
     line = next(x for x in cli("train", *long).out.splitlines() if x.startswith("time"))
     total, parts = line.removeprefix("time      ").split(" s in total: ")
     seconds = [float(part.split(" s ")[0]) for part in parts.split(", ")]
-    # Parts under 0.05 s are left out, and each is rounded to 0.1 s.
+    # Parts under 0.05 s are not shown, and each is rounded to 0.1 s.
     assert sum(seconds) == pytest.approx(float(total), abs=0.1 * (len(seconds) + 3))
     assert {"set-up", "training"} <= {part.split(" s ")[1] for part in parts.split(", ")}
 
@@ -54,20 +57,18 @@ def test_the_summary_explains_every_second(cli):
 def test_a_log_between_evaluations(cli, tmp_path):
     cli("train", *TINY, "--out", "run", "--eval-every", 15)
     records = records_of(tmp_path / "run")
-    assert [(r["step"], r["val_loss"] is None) for r in records] == [
-        (10, True), (15, False), (20, True), (30, False),
-    ]  # fmt: skip
+    assert [r["step"] for r in records] == [10, 15, 20, 30]
+    assert [r["val_loss"] is None for r in records] == [True, False, True, False]
 
 
 def test_the_default_folder_is_numbered(cli, tmp_path):
     for _ in range(3):
         assert cli("train", *TINY, "--iters", 1).code == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-        "text-nano", "text-nano-2", "text-nano-3",
-    ]  # fmt: skip
+    names = {p.name for p in (tmp_path / "runs").iterdir()}
+    assert names == {"text-nano", "text-nano-2", "text-nano-3"}
 
 
-def test_the_preset_is_named_where_the_user_names_none(cli):
+def test_the_default_preset_is_printed(cli):
     flags = TINY[2:]
     assert (
         "preset    nano, the default on a CPU; --preset selects another" in cli("train", *flags).out
@@ -84,14 +85,13 @@ def test_a_target_loss_ends_the_run(cli, tmp_path):
     assert "finished at step 30" in cli("train", "--resume", "run", "--target-loss", 0.001).out
 
 
-def test_a_finished_run_goes_on_with_more_iterations(cli):
-    cli("train", *TINY, "--out", "run")
-    assert "nothing to do" in cli("train", "--resume", "run").out
-    assert "finished at step 40" in cli("train", "--resume", "run", "--iters", 40).out
+def test_a_finished_run_continues_with_more_iterations(cli, run):
+    assert "nothing to do" in cli("train", "--resume", run).out
+    assert "finished at step 40" in cli("train", "--resume", run, "--iters", 40).out
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["generate", "--help"]])
-def test_help_is_there_and_shows_defaults(capsys, args):
+def test_help_shows_defaults_and_groups(capsys, args):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 0
@@ -99,11 +99,12 @@ def test_help_is_there_and_shows_defaults(capsys, args):
     if args[0] == "train":
         iters = [f"{name} {preset.train['iters']}" for name, preset in PRESETS.items()]
         assert f"[{', '.join(iters)}]" in out
-        assert out.count(" --") <= 2 * 26  # each flag stands in the usage and in the list
+        assert len(set(re.findall(r"--[a-z-]+", out))) <= 27
+        assert all(f" {group}: " in out for group in ("run", "model", "recipe", "machine"))
     assert "None" not in out
 
 
-def test_a_resumed_run_finds_its_text_where_the_user_says(cli, tmp_path, run):
+def test_a_resumed_run_reads_its_text_from_a_new_path(cli, tmp_path, run):
     (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     assert_mistake(cli("train", "--resume", run, "--iters", 35), "text.txt")
     assert cli("train", "--resume", run, "--iters", 35, "--data", "moved.txt").code == 0
@@ -111,11 +112,11 @@ def test_a_resumed_run_finds_its_text_where_the_user_says(cli, tmp_path, run):
 
 
 def test_gradients_that_stay_non_finite_end_the_run(cli, tmp_path):
-    """At a learning rate that blows the weights up; the checkpoint before it stays."""
+    """At a learning rate that makes the weights overflow; the previous checkpoint is kept."""
     args = [*TINY, "--out", "run", "--iters", 400, "--lr", 1e30, "--eval-every", 1000]
     result = cli("train", *args)
     assert result.code == 1
-    assert "were not finite; the first tensor that is not: the " in result.err
+    assert "were not finite; the first non-finite tensor: the " in result.err
     assert result.err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run/last")[3]["step"] == 0
     records = records_of(tmp_path / "run")
@@ -123,16 +124,32 @@ def test_gradients_that_stay_non_finite_end_the_run(cli, tmp_path):
     assert records[-1]["grad_norm"] is None
 
 
-def test_no_network_and_no_corpus_named_falls_back_with_a_warning(cli, tmp_path, monkeypatch):
+def test_without_network_and_data_it_uses_python_docs_with_a_warning(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
-    nobody = replace(corpus.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
-    monkeypatch.setattr(corpus, "SOURCES", (nobody,))
+    closed = replace(corpus.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
+    monkeypatch.setattr(corpus, "SOURCES", (closed,))
     flags = [x for x in TINY if x not in ("--data", "text.txt")]
     result = cli("train", *flags, "--iters", 2)
     assert result.code == 0
-    assert "warning: falling back to python-docs" in result.out
+    assert "warning: using python-docs" in result.out
     assert (tmp_path / "runs/python-docs-nano").is_dir()
     assert "finished" in cli("train", "--resume", "runs/python-docs-nano", "--iters", 3).out
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    progress = console.Progress(100, 0)
+    for now.seconds in range(1, 61):
+        progress.advance(now.seconds)
+        if now.seconds <= 25:  # later steps are too slow for a record
+            record = dict(step=now.seconds, train_loss=1.0, tokens_per_s=5000, mfu=0.25)
+            progress.show(record)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10 of 100: loss 1.000, 5,000 tokens/s, MFU 25.0%",
+        "step 20 of 100: loss 1.000, 5,000 tokens/s, MFU 25.0%",
+        "step 50 of 100",
+    ]
 
 
 def test_python_m_irongpt_is_the_same_command():

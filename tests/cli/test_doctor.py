@@ -13,47 +13,37 @@ from irongpt_kernels.runtime import emulate
 
 from irongpt import doctor, gpu_state
 
-T4 = dict(
-    init=0, driver="550.54", sm=585, max_sm=1590, memory=5001, watt=28.1, limit=70, default=70
-)
+NVML = {  # what NVML answers for a T4, by the end of the function's name
+    "Init": None,
+    "SystemGetDriverVersion": "550.54",
+    "DeviceGetHandleByUUID": "a handle",
+    "DeviceGetClockInfo": {1: 585, 2: 5001},
+    "DeviceGetMaxClockInfo": {1: 1590},
+    "DeviceGetPowerUsage": 28_100,
+    "DeviceGetEnforcedPowerLimit": 70_000,
+    "DeviceGetPowerManagementDefaultLimit": 70_000,
+    "DeviceGetTemperature": {0: 45},
+    "DeviceGetCurrentClocksThrottleReasons": 0x1 | 0x4 | 0x20,
+}
 
 
 class NVMLError(Exception):
     pass
 
 
-def fake_nvml(celsius: int = 45, missing: tuple[str, ...] = (), **changed: object) -> object:
-    """A pynvml module for one GPU. missing: fields that it does not have."""
-    values = T4 | dict(celsius=celsius, reasons=0x1 | 0x4 | 0x20) | changed
+def fake_nvml(**changed: object) -> object:
+    """A pynvml module. An answer of NVMLError is raised."""
 
-    def get(name: str, unit: int = 1):
-        def ask(*gpu: object):
-            if name in missing:
+    def function(answer: object):
+        def call(*args: object) -> object:
+            if answer is NVMLError:
                 raise NVMLError
-            return values[name] * unit
+            return answer[args[-1]] if isinstance(answer, dict) else answer
 
-        return ask
+        return call
 
-    def by_uuid(uuid: str) -> str:
-        assert uuid == "GPU-ab-cd"
-        return uuid
-
-    return SimpleNamespace(
-        NVMLError=NVMLError,
-        NVML_CLOCK_SM="sm",
-        NVML_CLOCK_MEM="memory",
-        NVML_TEMPERATURE_GPU=0,
-        nvmlInit=get("init"),
-        nvmlSystemGetDriverVersion=get("driver"),
-        nvmlDeviceGetHandleByUUID=by_uuid,
-        nvmlDeviceGetClockInfo=lambda gpu, clock: get(clock)(),
-        nvmlDeviceGetMaxClockInfo=get("max_sm"),
-        nvmlDeviceGetPowerUsage=get("watt", 1000),
-        nvmlDeviceGetEnforcedPowerLimit=get("limit", 1000),
-        nvmlDeviceGetPowerManagementDefaultLimit=get("default", 1000),
-        nvmlDeviceGetTemperature=get("celsius"),
-        nvmlDeviceGetCurrentClocksThrottleReasons=get("reasons"),
-    )
+    answers = {f"nvml{name}": function(x) for name, x in (NVML | changed).items()}
+    return SimpleNamespace(NVMLError=NVMLError, **answers)
 
 
 @pytest.fixture(autouse=True)
@@ -62,18 +52,7 @@ def _no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nvml(monkeypatch):
-    """Replaces pynvml by `fake_nvml`, or by an ImportError."""
-
-    def install(module: object = None, **changed: object) -> None:
-        module = fake_nvml(**changed) if module is None else module
-        monkeypatch.setitem(sys.modules, "pynvml", module or None)
-
-    return install
-
-
-@pytest.fixture
-def card(monkeypatch, nvml):
+def card(monkeypatch):
     """Fakes a T4. Returns a function that changes it."""
 
     def change(free: float = 14.5, capability=(7, 5), name="Tesla T4", **changed: object) -> None:
@@ -93,7 +72,7 @@ def card(monkeypatch, nvml):
         for function, fake in cuda.items():
             monkeypatch.setattr(torch.cuda, function, fake)
         monkeypatch.setattr(doctor, "training_bytes", lambda *_: 2**30)  # see test_memory
-        nvml(**changed)
+        monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**changed))
 
     change()
     return change
@@ -133,10 +112,10 @@ def test_a_newer_card(card) -> None:
 @pytest.mark.parametrize(
     ("changed", "advice"),
     [
-        (dict(limit=50), "50 W, below the GPU's default of 70 W"),
-        (dict(celsius=91), "91 degrees C: the GPU lowers"),
-        (dict(module=False), "nvidia-ml-py is missing or fails"),
-        (dict(missing=("init",)), "nvidia-ml-py is missing or fails"),
+        (dict(DeviceGetEnforcedPowerLimit=50_000), "50 W, below the GPU's default of 70 W"),
+        (dict(DeviceGetTemperature={0: 91}), "91 degrees C: the GPU lowers"),
+        (dict(Init=NVMLError), "nvidia-ml-py is missing or fails"),
+        (dict(DeviceGetHandleByUUID=NVMLError), "nvidia-ml-py is missing or fails"),
     ],
 )
 def test_causes_of_slowness_are_advice(card, changed: dict, advice: str) -> None:
@@ -147,7 +126,9 @@ def test_causes_of_slowness_are_advice(card, changed: dict, advice: str) -> None
 
 
 def test_a_field_that_the_card_does_not_report(card) -> None:
-    card(missing=("watt", "limit", "default", "reasons"))
+    names = ("PowerUsage", "EnforcedPowerLimit", "PowerManagementDefaultLimit")
+    names += ("CurrentClocksThrottleReasons",)
+    card(**{f"DeviceGet{name}": NVMLError for name in names})
     report = examined()
     assert report.advice == []
     assert "unknown of unknown W" in str(report)
@@ -183,14 +164,15 @@ def test_an_old_or_missing_package(monkeypatch) -> None:
         return "2.9.1+cu128"
 
     monkeypatch.setattr(doctor, "version", version)
-    report = doctor.examine(torch.device("cpu"))
+    report = doctor.Report()
+    doctor._software(report)
     assert "torch 2.9.1+cu128, no triton" in report.facts["software"]
     assert any("torch 2.9.1+cu128 is too old: 2.10 or newer" in x for x in report.problems)
     assert any("triton is not installed" in x for x in report.problems)
 
 
-def test_on_a_cpu(cli, nvml, tmp_path) -> None:
-    nvml(module=False)
+def test_on_a_cpu_without_nvidia_ml_py(cli, monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     result = cli("doctor", "--device", "cpu", "--json", "report.json")
     assert result.code == 0
     assert "training  float32 (the default on a CPU); the default preset is nano" in result.out
@@ -200,8 +182,8 @@ def test_on_a_cpu(cli, nvml, tmp_path) -> None:
     assert report["problems"] == []
 
 
-def test_a_driver_without_a_torch_for_it(cli, nvml, monkeypatch) -> None:
-    nvml()
+def test_a_driver_without_a_torch_for_it(cli, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = cli("doctor")
     assert result.code == 1

@@ -21,18 +21,18 @@ def test_targets_are_the_next_tokens():
 
 
 @pytest.mark.parametrize("length", [9, 10, 16, 17, 24, 25, 200])
-def test_an_epoch_has_no_token_twice_and_misses_less_than_two_windows(length):
+def test_an_epoch_has_no_token_twice_and_misses_less_than_two_sequences(length):
     batches = train_batches(length, batch_size=1)
     for epoch in range(5):
-        first = epoch * batches.windows
-        targets = torch.cat([batches(first + i)[1][0] for i in range(batches.windows)])
+        first = epoch * batches.count
+        targets = torch.cat([batches(first + i)[1][0] for i in range(batches.count)])
         assert len(targets.unique()) == len(targets)
         assert length - 1 - len(targets) < 2 * CONTEXT
 
 
-def test_every_position_starts_a_window_and_every_token_is_a_target():
+def test_every_position_starts_a_sequence_and_every_token_is_a_target():
     batches = train_batches(100, batch_size=1)
-    rows = [batches(i) for i in range(60 * batches.windows)]
+    rows = [batches(i) for i in range(60 * batches.count)]
     assert {int(x[0, 0]) for x, _ in rows} == set(range(100 - CONTEXT))
     assert {int(t) for _, y in rows for t in y[0]} == set(range(1, 100))
 
@@ -46,8 +46,8 @@ def test_a_batch_depends_on_seed_and_number_alone():
     assert not any(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
 
 
-def test_epochs_come_in_another_order_and_phase():
-    batches = train_batches(batch_size=train_batches().windows)
+def test_epochs_differ_in_order_and_offset():
+    batches = train_batches(batch_size=train_batches().count)
     epochs = [batches(i)[0][:, 0] for i in range(8)]
     assert len({tuple(e.tolist()) for e in epochs}) == 8
     assert len({int(e[0]) % CONTEXT for e in epochs}) > 1
@@ -60,7 +60,7 @@ def test_the_split_is_contiguous_disjoint_and_nine_to_one():
 
 
 @pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT])
-def test_a_text_too_short_for_a_window_in_each_split_is_refused(length):
+def test_a_text_too_short_for_a_sequence_in_each_split_is_rejected(length):
     with pytest.raises(UserError, match=f"the corpus has {length:,} tokens"):
         split(torch.arange(length), CONTEXT)
 
@@ -80,6 +80,6 @@ def test_validation_covers_the_split_once_in_order():
     assert torch.equal(torch.cat([y for _, y in rows]).flatten(), torch.arange(1, 97))
 
 
-def test_a_part_of_the_validation_windows_is_spread_evenly():
+def test_a_part_of_the_validation_sequences_is_spread_evenly():
     val = ValBatches(torch.arange(1000 * CONTEXT + 1), CONTEXT, 100, 10)
     assert torch.equal(val.starts, torch.arange(10) * 100 * CONTEXT)

@@ -25,13 +25,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def text_of(raw: bytes, *said: str) -> str:
-    """What a file of these bytes is loaded as, and that only this is said about it."""
+def text_of(raw: bytes, *notes: str) -> str:
+    """The text of a file with these bytes. Checks that `notes` is all that is printed about it."""
     Path("file.txt").write_bytes(raw)
     lines = Lines()
     text = load("file.txt", say=lines).text
-    assert len(lines) == len(said), lines
-    for line, part in zip(lines, said, strict=True):
+    assert len(lines) == len(notes), lines
+    for line, part in zip(lines, notes, strict=True):
         assert part in line
     return text
 
@@ -56,7 +56,8 @@ def test_windows_1252_is_read_with_a_warning() -> None:
 def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
     Path("file.txt").write_bytes(TEXT.encode())
     code = (
-        "import locale, sys; from irongpt import corpus; print(locale.getpreferredencoding(False), "
+        "import locale, sys; from irongpt.data import corpus; "
+        "print(locale.getpreferredencoding(False), "
         "*(corpus.load(name, say=print).sha256 for name in sys.argv[1:]))"
     )
     printed = subprocess.run(
@@ -85,11 +86,11 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "looks binary"),
         (b"text\x01\x02" * 100, "looks binary"),
         ("no byte order mark".encode("utf-16-le"), "looks binary"),
-        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not text in UTF-8"),
-        (b"\xff\xfea", "not text in UTF-8"),
+        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not UTF-8 text"),
+        (b"\xff\xfea", "not UTF-8 text"),
     ],
 )
-def test_a_file_without_text_is_refused(raw: bytes, reason: str) -> None:
+def test_a_file_without_text_is_rejected(raw: bytes, reason: str) -> None:
     Path("file.txt").write_bytes(raw)
     assert len(refused("file.txt", "'file.txt'", reason)) < 200
     assert os.listdir() == ["file.txt"]
@@ -101,11 +102,11 @@ def test_a_few_control_characters_are_text() -> None:
 
 
 @pytest.mark.parametrize("data", ["", "-", "nosuch.txt", "War-and-Peace", "a\nb", "a\0b", "\udcff"])
-def test_a_name_that_is_no_file_is_refused_with_the_names_there_are(data: str) -> None:
+def test_a_missing_file_is_rejected_with_a_list_of_the_built_in_texts(data: str) -> None:
     assert len(refused(data, repr(data), *BUILT_IN)) < 200
 
 
-def test_what_is_no_regular_file_is_refused() -> None:
+def test_a_path_that_is_not_a_regular_file_is_rejected() -> None:
     Path("folder").mkdir()
     Path("file").touch()
     refused("folder", "'folder' is a folder")
@@ -114,11 +115,11 @@ def test_what_is_no_regular_file_is_refused() -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo("fifo")
         os.symlink(os.devnull, "device")
-        refused("device", "'device' is no regular file")  # first: a fifo would make it wait
-        refused("fifo", "'fifo' is no regular file")
+        refused("device", "'device' is not a regular file")  # first: a fifo would make it wait
+        refused("fifo", "'fifo' is not a regular file")
 
 
-def test_a_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file.txt").write_bytes(b"text")
 
     def forbidden(*args: object) -> bytes:  # chmod does not keep root out
@@ -128,7 +129,7 @@ def test_a_file_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert refused("file.txt") == "cannot read 'file.txt': Permission denied"
 
 
-def test_a_file_over_2_gb_is_refused_before_it_is_read() -> None:
+def test_a_file_over_2_gb_is_rejected_before_it_is_read() -> None:
     with open("file.txt", "wb") as file:
         file.truncate(corpus.MAX_FILE_BYTES + 1)  # takes no space
     refused("file.txt", "'file.txt' is larger than 2 GB")
@@ -140,12 +141,12 @@ def test_the_text_keeps_its_white_space() -> None:
 
 @pytest.mark.parametrize("word", ["THE", "THIS"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_gutenbergs_license_is_cut_off(word: str, line_end: str) -> None:
+def test_gutenbergs_licence_is_removed(word: str, line_end: str) -> None:
     book = f"License\n{START}\n \n  A\n\n b \n\n\n{END}License\n".replace("THE", word)
     assert text_of(book.replace("\n", line_end).encode(), "'file.txt': 8 char") == "  A\n\n b\n"
 
 
-def test_all_the_books_of_a_file_are_kept() -> None:
+def test_all_books_of_a_file_are_kept() -> None:
     books = f"License\n{START}one\n{END}License\n{START}two\n{END}License\n"
     assert text_of(books.encode(), "licence") == "one\n\n\ntwo\n"
 
@@ -167,7 +168,7 @@ def test_a_single_marker_cuts_nothing(text: str) -> None:
         ("a" * 100, "a" * 64),
     ],
 )
-def test_a_files_corpus_has_a_name_fit_for_a_folder(folder: Path, path: str, name: str) -> None:
+def test_the_name_of_a_corpus_is_valid_as_a_folder(folder: Path, path: str, name: str) -> None:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(b"text")
     assert load(path, say=Lines()) == Corpus(name, "text")
@@ -183,7 +184,7 @@ def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch)
     assert load("war-and-peace", say=Lines()) is book
 
 
-def test_python_docs_is_the_manuals_topics_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     docs = load("python-docs", say=Lines())
     assert docs.name == "python-docs"
     assert len(docs.text) > 300_000
@@ -200,7 +201,7 @@ def test_python_code_is_printable_ascii_and_large() -> None:
     assert 5e6 < len(code.text) < 12e6
 
 
-def test_python_code_is_the_standard_librarys_and_nothing_beside_it(
+def test_python_code_is_the_standard_library_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
@@ -223,4 +224,4 @@ def test_python_code_is_the_standard_librarys_and_nothing_beside_it(
     monkeypatch.setattr(os, "__file__", str(folder / "os.py"))
     assert load("python-code", say=Lines()).text == "ast\n\njson\n\ntool\n"
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
-    refused("python-code", "no source of the standard library", "--data FILE")
+    refused("python-code", "has no source of the standard library", "--data FILE")

@@ -1,4 +1,4 @@
-"""One token at a time against whole windows; and as a graph replays it, by a double on a CPU."""
+"""Decoding with a cache against the full forward pass, and as a CUDA graph would replay it."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,17 +25,17 @@ both_ops = pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "built
 
 
 class Given(Decoder):
-    """Goes on with tokens that are given, and keeps the logits."""
+    """Continues with given tokens instead of samples, and keeps the logits."""
 
     def start(self, idx: Tensor, prompt: int) -> Tensor:
         """Logits of all but the first `prompt` - 1 positions of idx (B, T)."""
         self.idx, self.logits = idx, []
-        self.read({b: row[:prompt].tolist() for b, row in enumerate(idx)})
+        self.prefill({b: row[:prompt].tolist() for b, row in enumerate(idx)})
         for _ in range(prompt, idx.shape[1] + 1):
             self.step()
         return torch.stack(self.logits, 1)
 
-    def _draw(self, logits: Tensor) -> None:
+    def _sample(self, logits: Tensor) -> None:
         self.logits.append(logits)
         n = int(self.counts[0, 0])
         position = int(self.counts[0, 1]) + 1
@@ -58,23 +58,23 @@ def test_a_cache_changes_no_logit_at_any_length(ops, bias: bool, prompt: int) ->
 
 @each_dtype
 @pytest.mark.parametrize("B", [2, 5])
-def test_fused_logits_keep_to_the_rule(dtype: torch.dtype, B: int) -> None:
-    idx = tokens(B, 19).to(DEVICE)
+def test_fused_logits_are_within_tolerance(dtype: torch.dtype, B: int) -> None:
+    config, idx = replace(CONFIG, n_layer=2), tokens(B, 18).to(DEVICE)
     with torch.no_grad():
         logits = [
-            Given(build(ops=ops).to(DEVICE).eval(), B, GREEDY, dtype).start(idx, 17)
+            Given(build(config, ops).to(DEVICE).eval(), B, GREEDY, dtype).start(idx, 17)
             for ops in (fused, eager)
         ]
-        oracle = build().double().to(DEVICE)(idx)[:, 16:]
+        oracle = build(config).double().to(DEVICE)(idx)[:, 16:]
     assert_rule(OUTPUTS, *logits, oracle)
 
 
 class Double(Graph):
-    """A graph as far as a CPU goes: a replay runs the step while the host's numbers are away."""
+    """A graph without a GPU: a replay runs the step while the host's counts are hidden."""
 
     replays = 0
 
-    def _aside(self) -> None:
+    def _run_on_side_stream(self) -> None:
         return self.step()
 
     def _capture(self) -> None:
@@ -83,20 +83,20 @@ class Double(Graph):
     def _replay(self) -> None:
         Double.replays += 1
         decoder: Any = self.step.__self__
-        known = decoder.drawn, decoder.positions
-        decoder.drawn = decoder.positions = None
+        counts = decoder.sampled, decoder.positions
+        decoder.sampled = decoder.positions = None
         with nothing_waits():
             self.step()
-        decoder.drawn, decoder.positions = known
+        decoder.sampled, decoder.positions = counts
 
 
 @both_ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replays_write_what_steps_write(ops, dtype: torch.dtype, monkeypatch) -> None:
-    devices.make_deterministic()  # as a run is: it changes which kernels PyTorch takes
+def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypatch) -> None:
+    devices.make_deterministic()  # as a run does: PyTorch then selects other kernels
     model, prompts = build(ops=ops), [[1, 2, 3], list(range(40)), [7]]
-    for config in (SampleConfig(tokens=80, top_k=20, top_p=0.9), replace(GREEDY, tokens=30)):
-        plain = list(sample.generate_texts(model, prompts, config, dtype))
+    for config in (SampleConfig(tokens=40, top_k=20, top_p=0.9), replace(GREEDY, tokens=26)):
+        plain = list(sample.generate_batch(model, prompts, config, dtype))
         with monkeypatch.context() as patch:
 
             class Graphed(Decoder):
@@ -106,7 +106,7 @@ def test_replays_write_what_steps_write(ops, dtype: torch.dtype, monkeypatch) ->
 
             patch.setattr(sample, "Decoder", Graphed)
             Double.replays = 0
-            graphed = list(sample.generate_texts(model, prompts, config, dtype, ahead=32))
+            graphed = list(sample.generate_batch(model, prompts, config, dtype, read_every=32))
         assert Double.replays == config.tokens - decode.WARMUP
         assert graphed == plain
 
@@ -115,25 +115,25 @@ def test_a_graph_without_a_result_gives_none() -> None:
     model = build()
     with torch.inference_mode():
         decoder = Decoder(model, 1, GREEDY)
-        decoder.read({0: [1]})
+        decoder.prefill({0: [1]})
         run = Double(decoder.step, decoder.tokens.device, 1)
         assert [run() for _ in range(3)] == [None] * 3
     assert decoder.counts.tolist() == [[3, 3]]
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts the calls that would be a kernel each, but for those of our own ops."""
+    """Counts the calls that launch a kernel, except those of our own ops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         makes = ("empty", "view", "select", "detach", "slice", "alias", "unbind", "permute", "as_")
         name, out = func.name(), func(*args, **kwargs or {})
         copies = "reshape" not in name or out.data_ptr() != args[0].data_ptr()
         if not name.startswith("irongpt") and not any(m in name for m in makes) and copies:
-            self.found.append(name)
+            self.calls.append(name)
         return out
 
 
@@ -142,35 +142,35 @@ def test_a_token_of_six_layers_is_33_kernels() -> None:
     config = replace(CONFIG, n_layer=6, bias=False)
     with torch.inference_mode():
         decoder = Decoder(build(config, fused).eval(), 1, SampleConfig(), torch.float16)
-        decoder.read({0: [1]})
-        with sanitize() as report, _Kernels() as torchs:
+        decoder.prefill({0: [1]})
+        with sanitize() as report, _Kernels() as pytorch:
             decoder.step()
-    assert torchs.found == []
+    assert pytorch.calls == []
     assert len(report.kernels) == 33
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"])
-@pytest.mark.parametrize("texts", [1, 6])
+@pytest.mark.parametrize("B", [1, 6])
 @each_dtype
-def test_a_graph_writes_what_its_steps_write(ops, texts: int, dtype: torch.dtype) -> None:
-    """Through several windows, under determinism, and a second time in the same process."""
+def test_a_graph_generates_the_tokens_of_its_steps(ops, B: int, dtype: torch.dtype) -> None:
+    """Past the context several times, under determinism, and twice in the same process."""
     devices.make_deterministic()
     model = build(ops=ops).to(DEVICE)
-    prompts = [[1 + i, 2, 3][: 1 + i % 3] for i in range(texts)]
+    prompts = [[1 + i, 2, 3][: 1 + i % 3] for i in range(B)]
     for config in (SampleConfig(tokens=100, top_k=20, top_p=0.9), replace(GREEDY, tokens=40)):
         rows = [
-            list(sample.generate_texts(model, prompts, config, dtype, graph))
+            list(sample.generate_batch(model, prompts, config, dtype, graph))
             for graph in (False, True, True)
         ]
         assert rows[0] == rows[1] == rows[2]
 
 
 @pytest.mark.gpu
-def test_the_host_never_waits_for_a_token() -> None:
+def test_the_host_never_waits_in_a_decoding_step() -> None:
     with torch.inference_mode():
         decoder = Decoder(build(ops=fused).to(DEVICE).eval(), 2, SampleConfig(), torch.float16)
-        decoder.read({0: [1], 1: [2]})
+        decoder.prefill({0: [1], 1: [2]})
         for _ in range(4):
             decoder.run()
         with nothing_waits():

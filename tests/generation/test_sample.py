@@ -1,3 +1,5 @@
+"""Sampling: equal to the algorithm without a cache, reproducible, printable."""
+
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from irongpt import device as devices
 from irongpt.config import GPTConfig, SampleConfig
 from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import UserError
-from irongpt.generation.sample import generate, generate_texts, printable, start_ids
+from irongpt.generation.sample import generate, generate_batch, printable, start_ids
 from irongpt.model import GPT
 
 CONTEXT, VOCAB = 8, 13
@@ -27,29 +29,29 @@ def model() -> GPT:
     return model
 
 
-def write(model: GPT, prompt: list[int], config: SampleConfig) -> list[int]:
+def continuation(model: GPT, prompt: list[int], config: SampleConfig) -> list[int]:
     return list(generate(model, prompt, config))
 
 
-def draw(logits: Tensor, config: SampleConfig, number: int, text: int = 0, ops=eager) -> int:
-    """Token `number` of a text, from its logits (V,)."""
-    tokens = torch.zeros(text + 1, 4, dtype=torch.int64)
-    counts = torch.full((text + 1, 1), number)
-    how = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    ops.sample_tokens(logits.expand(text + 1, -1), tokens, counts, config.seed, **how)
-    return int(tokens[text, number % 4])
+def sample(logits: Tensor, config: SampleConfig, number: int, index: int = 0, ops=eager) -> int:
+    """Token `number` of sequence `index`, from its logits (V,)."""
+    tokens = torch.zeros(index + 1, 4, dtype=torch.int64)
+    counts = torch.full((index + 1, 1), number)
+    options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    ops.sample_tokens(logits.expand(index + 1, -1), tokens, counts, config.seed, **options)
+    return int(tokens[index, number % 4])
 
 
-def write_uncached(
-    model: GPT, prompt: list[int], config: SampleConfig, text: int = 0, dtype=torch.float32
+def uncached(
+    model: GPT, prompt: list[int], config: SampleConfig, index: int = 0, dtype=torch.float32
 ) -> list[int]:
-    """What the documentation says, without a cache: the whole window is read for every token."""
+    """The documented algorithm without a cache: every token encodes its whole window."""
     window, out = prompt[-CONTEXT:], []
     model.eval()
     for number in range(config.tokens):
         with torch.no_grad(), devices.autocast(torch.device("cpu"), dtype):
             logits = model(torch.tensor([window]))[0, -1]
-        out.append(draw(logits, config, number, text))
+        out.append(sample(logits, config, number, index))
         full = len(window) == CONTEXT
         window = [*window, out[-1]]
         if full:
@@ -61,34 +63,34 @@ def write_uncached(
 def test_the_cache_changes_nothing_at_any_length(model, length):
     prompt = [(7 * i) % VOCAB for i in range(length)]
     for config in (CONFIG, replace(CONFIG, temperature=0.0)):
-        assert write(model, prompt, config) == write_uncached(model, prompt, config)
+        assert continuation(model, prompt, config) == uncached(model, prompt, config)
 
 
-def test_several_texts_are_each_what_it_is_alone(model):
-    """Prompts of any lengths, whose windows are full at different tokens."""
+def test_every_sequence_of_a_batch_is_the_one_it_is_alone(model):
+    """Prompts of different lengths, which fill the context at different tokens."""
     prompts = [[(7 * i + n) % VOCAB for i in range(n)] for n in (1, 5, CONTEXT, 2, CONTEXT + 9)]
-    columns = list(generate_texts(model, prompts, CONFIG))
-    for text, prompt in enumerate(prompts):
-        assert [row[text] for row in columns] == write_uncached(model, prompt, CONFIG, text)
-    assert [row[0] for row in columns] == write(model, prompts[0], CONFIG)
+    columns = list(generate_batch(model, prompts, CONFIG))
+    for i, prompt in enumerate(prompts):
+        assert [row[i] for row in columns] == uncached(model, prompt, CONFIG, i)
+    assert [row[0] for row in columns] == continuation(model, prompts[0], CONFIG)
 
 
-def test_equal_prompts_give_different_texts(model):
-    rows = list(zip(*generate_texts(model, [[1], [1], [1]], CONFIG), strict=True))
+def test_equal_prompts_give_different_sequences(model):
+    rows = list(zip(*generate_batch(model, [[1], [1], [1]], CONFIG), strict=True))
     assert len(set(rows)) == 3
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 7, 32, 99])
-def test_how_far_the_device_writes_ahead_changes_nothing(model, ahead):
+@pytest.mark.parametrize("read_every", [1, 3, 7, 32, 99])
+def test_how_often_the_host_reads_changes_nothing(model, read_every):
     prompts, config = [[1], [2, 3, 4]], replace(CONFIG, tokens=70)
-    columns = generate_texts(model, prompts, config, ahead=ahead)
-    assert list(columns) == list(generate_texts(model, prompts, config))
+    columns = generate_batch(model, prompts, config, read_every=read_every)
+    assert list(columns) == list(generate_batch(model, prompts, config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "builtin"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_weights_cast_once_write_what_autocast_writes(dtype, ops, bias):
+def test_weights_cast_once_give_the_tokens_of_autocast(dtype, ops, bias):
     torch.manual_seed(3)
     model = GPT(replace(SHAPE, bias=bias), ops)
     with torch.no_grad():
@@ -96,29 +98,29 @@ def test_weights_cast_once_write_what_autocast_writes(dtype, ops, bias):
             p.copy_(torch.randn(p.shape) * 0.3)
     config = replace(CONFIG, tokens=30)
     text = list(generate(model, [1, 2], config, dtype))
-    assert text == write_uncached(model, [1, 2], config, dtype=dtype)
+    assert text == uncached(model, [1, 2], config, dtype=dtype)
     assert model.wte.weight.dtype == torch.float32
 
 
 def test_ambient_autocast_changes_nothing(model):
     prompts = [[(i * j) % VOCAB for i in range(1, 7)] for j in range(1, 40)]
-    wanted = list(generate_texts(model, prompts, CONFIG))
+    wanted = list(generate_batch(model, prompts, CONFIG))
     with torch.autocast("cpu", torch.bfloat16):
-        assert list(generate_texts(model, prompts, CONFIG)) == wanted
+        assert list(generate_batch(model, prompts, CONFIG)) == wanted
 
 
-def test_the_seed_decides_and_no_other_generator_is_touched(model):
+def test_the_seed_determines_the_tokens_and_no_generator_is_used(model):
     state = torch.get_rng_state()
-    first = write(model, [1], CONFIG)
-    assert first == write(model, [1], CONFIG)
-    assert first != write(model, [1], replace(CONFIG, seed=1))
+    first = continuation(model, [1], CONFIG)
+    assert first == continuation(model, [1], CONFIG)
+    assert first != continuation(model, [1], replace(CONFIG, seed=1))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_dropout_is_off_and_the_mode_restored(model):
     model.train()
     greedy = replace(CONFIG, temperature=0.0)
-    assert write(model, [1], greedy) == write(model, [1], replace(greedy, seed=1))
+    assert continuation(model, [1], greedy) == continuation(model, [1], replace(greedy, seed=1))
     assert model.training
     stream = generate(model, [1], CONFIG)
     next(stream)
@@ -126,16 +128,10 @@ def test_dropout_is_off_and_the_mode_restored(model):
     assert model.training
 
 
-def test_no_token_is_drawn_too_many(model):
-    assert write(model, [1], replace(CONFIG, tokens=0)) == []
-    assert len(write(model, [1], replace(CONFIG, tokens=1))) == 1
-
-
-def test_a_context_of_one():
-    model = GPT(
-        GPTConfig(vocab_size=VOCAB, n_layer=1, n_head=1, n_embd=4, context=1, dropout=0.0), builtin
-    )
-    assert len(write(model, [1, 2, 3], CONFIG)) == 40
+@pytest.mark.parametrize(("tokens", "context"), [(0, CONTEXT), (1, CONTEXT), (40, 1)])
+def test_the_number_of_tokens_is_the_requested_one(tokens, context):
+    model = GPT(replace(SHAPE, context=context), builtin)
+    assert len(continuation(model, [1, 2, 3], replace(CONFIG, tokens=tokens))) == tokens
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -143,10 +139,10 @@ def test_logits_that_are_not_finite_are_an_error():
     with torch.no_grad():
         model.ln_f.weight[0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        write(model, [1], CONFIG)
+        continuation(model, [1], CONFIG)
 
 
-def test_a_terminal_gets_no_control_character_raw():
+def test_control_characters_are_escaped():
     text = "".join(map(chr, [*range(0x110), 0x200E, 0x202E, 0x2028, 0xFEFF, 0xD800, 0x1F600]))
     shown = printable(text)
     assert shown.count("\\") == 1 + 30 + 1 + 32 + 1 + 5  # itself, C0, DEL, C1, soft hyphen, others
@@ -156,7 +152,7 @@ def test_a_terminal_gets_no_control_character_raw():
     assert printable("tab\t, line\n, é “Пьер” 😀") == "tab\t, line\n, é “Пьер” 😀"
 
 
-def test_text_without_a_prompt_starts_on_a_new_line():
+def test_generation_without_a_prompt_starts_after_a_line_break():
     assert start_ids(CharTokenizer.from_text("b\na")) == [0]
     assert start_ids(CharTokenizer.from_text("ab")) == [0]
     assert start_ids(CharTokenizer.from_text("\t\na")) == [1]

@@ -13,7 +13,7 @@ CONFIG = GPTConfig(
 
 
 def build(config: GPTConfig = CONFIG, ops=eager) -> GPT:
-    """A model whose every parameter matters: norms about 1, biases off 0, weights large."""
+    """Norm weights are about 1, biases are not 0, and matrices are large."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config, ops)
     with torch.no_grad():

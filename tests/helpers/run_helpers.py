@@ -1,11 +1,11 @@
-"""Two run folders, to the bit."""
+"""Comparison of two run folders, bit for bit."""
 
 import json
 from pathlib import Path
 
 import safetensors.torch
 
-SECONDS = ("seconds", "tokens_per_s", "mfu")  # what two runs need not share
+SECONDS = ("seconds", "tokens_per_s", "mfu")  # differ between equal runs
 
 
 def history(run: Path) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from irongpt_kernels import builtin, eager
+from irongpt_kernels import builtin
 from irongpt_kernels.fused import attention
 from irongpt_kernels.runtime import launch
 from numerics import DEVICE, assert_op, each_dtype, randn, run
@@ -54,28 +54,6 @@ def test_registration() -> None:
     qkv = projection(1, 20, 2, 16).requires_grad_()
     seed = launch.seed_tensor(3, qkv.device)
     torch.library.opcheck(torch.ops.irongpt.causal_attention_packed.default, (qkv, seed, 0.2, 0.25))
-
-
-def test_it_compiles_whole() -> None:
-    qkv, dout = projection(1, 33, 2, 16), randn(1, 33, 2, 16).to(DEVICE, torch.float32)
-    op = attention.causal_attention_packed
-    options = dict(dropout_p=0.2, seed=torch.tensor(3, device=DEVICE))
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    (out,), (dqkv,) = run(compiled, dict(qkv=qkv), (dout,), **options)
-    (wanted,), (dwanted,) = run(op, dict(qkv=qkv), (dout,), **options)
-    assert torch.equal(out, wanted)
-    assert torch.equal(dqkv, dwanted)
-
-
-def test_autocast_gives_the_dtypes_of_eager() -> None:
-    found = {}
-    for module in (eager, attention):
-        qkv = projection(1, 33, 2, 16).requires_grad_()
-        with torch.autocast(DEVICE, torch.float16):
-            out = module.causal_attention_packed(qkv)
-        out.float().sum().backward()
-        found[module] = out.dtype, qkv.grad.dtype
-    assert found[eager] == found[attention] == (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize(

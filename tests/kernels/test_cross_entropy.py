@@ -177,25 +177,6 @@ def test_on_a_gpu_such_a_target_makes_the_loss_nan(target: int, path: None) -> N
     assert dx[::2].isfinite().all()
 
 
-def test_two_runs_give_the_same_bits(path: None) -> None:
-    x, targets = values(9, 133, dtype=torch.float16), torch.arange(9, device=DEVICE)
-    dloss = torch.tensor(1.0, device=DEVICE)
-    first, again = (
-        run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,)) for _ in range(2)
-    )
-    assert torch.equal(first[0][0], again[0][0])
-    assert torch.equal(first[1][0], again[1][0])
-
-
-def test_a_graph_may_be_walked_twice() -> None:
-    x = values(5, 9, dtype=torch.float32).requires_grad_()
-    loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
-    first, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, again)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-
-
 def test_the_custom_op_keeps_its_promises() -> None:
     x = values(5, 9, dtype=torch.float32).requires_grad_()
     targets = torch.tensor([0, 8, -100, 3, 3], device=DEVICE)
@@ -203,36 +184,6 @@ def test_the_custom_op_keeps_its_promises() -> None:
     loss, m, rest, n = kernel._op(x.detach(), targets, -100)
     arguments = (torch.ones_like(loss), x.detach(), targets, m, rest, n, -100)
     torch.library.opcheck(kernel._backward_op, arguments)
-
-
-def test_compiled_it_is_the_same() -> None:
-    targets = torch.arange(5, device=DEVICE)
-
-    def loss(x: Tensor) -> Tensor:
-        return 3 * kernel.cross_entropy(x * 2, targets)
-
-    x = values(5, 9, dtype=torch.float32).requires_grad_()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(f(x), x)[0] for f in (loss, compiled)]
-    assert torch.equal(*gradients)
-
-
-def test_a_second_derivative_is_refused() -> None:
-    x = values(5, 9, dtype=torch.float32).requires_grad_()
-    loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cross_entropy_backward"):
-        torch.autograd.grad(dx.sum(), x)
-
-
-@each_dtype
-def test_autocast_changes_no_dtype(dtype: torch.dtype) -> None:
-    x = values(5, 9, dtype=dtype).requires_grad_()
-    with torch.autocast(DEVICE, torch.float16):
-        loss = kernel.cross_entropy(x, torch.arange(5, device=DEVICE))
-    (dx,) = torch.autograd.grad(loss, x)
-    assert loss.dtype == torch.float32
-    assert dx.dtype == dtype
 
 
 X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)

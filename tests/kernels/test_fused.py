@@ -66,14 +66,18 @@ def test_the_seed_decides_what_is_dropped() -> None:
     assert abs(losses[0][0] - losses[1][0]) > 5 * CLOSE * losses[0][0]
 
 
-def test_32_steps_of_training_are_those_of_eager() -> None:
+def test_32_steps_of_training_match_eager(monkeypatch) -> None:
+    grad_norm = importlib.import_module("irongpt_kernels.fused.grad_norm")
+    monkeypatch.setattr(grad_norm, "MAX_TENSORS", 4)  # selecting one of many is slow here
     ids = tokens(600) % 7 * 3
     recipe = TrainConfig(
-        iters=32, batch_size=1, lr=1e-3, warmup=4, decay="constant", weight_decay=0.1, eval_every=32
+        iters=32, batch_size=1, lr=1e-2, warmup=4, decay="constant", weight_decay=0.1, eval_every=32
     )
     losses = []
     for ops in (fused, eager):
-        trainer = Trainer(model(ops), ids, recipe, DEVICE, torch.float32)
+        config = GPTConfig(V, n_layer=1, n_head=1, n_embd=16, context=16, dropout=0.2)
+        torch.manual_seed(0)
+        trainer = Trainer(GPT(config, ops).to(DEVICE), ids, recipe, DEVICE, torch.float32)
         losses.append([float(trainer.train_step()[0]) for _ in range(32)])
     assert losses[1][-1] < losses[1][0] - 0.1  # it learns
     for step, (a, b) in enumerate(zip(*losses, strict=True)):

@@ -159,27 +159,6 @@ def test_frozen_inputs_get_no_gradient_and_the_others_theirs(frozen: tuple[bool,
         assert leaf.grad is None if f else torch.equal(leaf.grad, g)
 
 
-def test_backward_twice_gives_the_same_and_leaves_the_upstream_gradient_alone() -> None:
-    leaves = {name: x.requires_grad_() for name, x in given(33, 384).items()}
-    dy = values(33, 384, seed=3)
-    kept = dy.clone()
-    y = layer_norm.layer_norm(**leaves)
-    first, second = (
-        torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True) for _ in range(2)
-    )
-    assert torch.equal(dy, kept)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(y, layer_norm.layer_norm(**leaves))
-
-
-def test_a_second_derivative_raises() -> None:
-    x = values(5, 19).requires_grad_()
-    y = layer_norm.layer_norm(x, torch.ones(19, device=DEVICE))
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dx.sum().backward()
-
-
 @each_dtype
 def test_opcheck(dtype: torch.dtype) -> None:
     inputs = given(3, 5, 19, dtype=dtype, params=torch.float32)
@@ -192,15 +171,6 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for wanted in ([True, True, True], [True, False, False], [False, True, False]):
         arguments = None, values(3, 5, 19, dtype=dtype), *saved, [False, *wanted]
         torch.library.opcheck(layer_norm_backward.layer_norm_backward, arguments)
-
-
-def test_compiled_without_a_graph_break() -> None:
-    inputs, dy = given(5, 19), values(5, 19, seed=3)
-    compiled = torch.compile(layer_norm.layer_norm, fullgraph=True, backend="aot_eager")
-    for result, wanted in zip(
-        run(compiled, inputs, (dy,)), run(layer_norm.layer_norm, inputs, (dy,)), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 @each_dtype

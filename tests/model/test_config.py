@@ -1,4 +1,4 @@
-"""Configs: what is refused and by which flag's name, the presets, and JSON there and back."""
+"""Configs reject bad values by the name of the flag, and survive JSON; the presets."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,6 +8,7 @@ from irongpt_kernels import eager
 
 from irongpt.config import (
     PRESETS,
+    WAR_AND_PEACE_VOCAB,
     GPTConfig,
     SampleConfig,
     TrainConfig,
@@ -30,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
         *[(MODEL, n, v) for n in ("vocab_size", "n_layer", "n_head", "n_embd") for v in (0, -1)],
         *[(MODEL, n, 10**4000) for n in ("vocab_size", "n_layer", "n_embd", "context")],
         (MODEL, "context", 0),
-        (MODEL, "n_embd", 33),  # 4 heads do not divide it
+        (MODEL, "n_embd", 33),  # not divisible by 4 heads
         (MODEL, "n_head", 3),
         (MODEL, "n_embd", 100_000),  # 240 billion parameters
         *[(MODEL, "dropout", v) for v in (1.0, -0.1, NAN)],
@@ -52,7 +53,7 @@ NAN, INF = float("nan"), float("inf")
     ],
     ids=lambda x: str(x)[:12] if not isinstance(x, (GPTConfig, TrainConfig, SampleConfig)) else "",
 )
-def test_a_bad_value_is_refused_by_its_flags_name(config, name: str, value) -> None:
+def test_a_bad_value_is_rejected_by_the_name_of_its_flag(config, name: str, value) -> None:
     with pytest.raises(UserError, match=flag(name)) as error:
         replace(config, **{name: value})
     assert "\n" not in str(error.value)
@@ -73,7 +74,7 @@ def test_a_bad_value_is_refused_by_its_flags_name(config, name: str, value) -> N
         (SAMPLE, "seed", 2**63 - 1),
     ],
 )
-def test_the_last_good_value_is_taken(config, name: str, value) -> None:
+def test_the_last_valid_value_is_accepted(config, name: str, value) -> None:
     assert getattr(replace(config, **{name: value}), name) == value
 
 
@@ -87,20 +88,20 @@ def test_presets_build_and_survive_json(preset: str) -> None:
         assert from_json(type(config), json.loads(text)) == config
 
 
-def test_the_iron_preset_is_the_seeds_recipe() -> None:
+def test_the_iron_preset() -> None:
     model, train = PRESETS["iron"].model, PRESETS["iron"].train
     assert model == {"n_layer": 6, "n_head": 6, "n_embd": 384, "context": 256, "dropout": 0.2}
     assert (train["iters"], train["batch_size"], train["lr"]) == (5000, 64, 3e-4)
 
 
-def test_the_fast_preset_is_the_irons_model_without_dropout() -> None:
+def test_the_fast_preset_has_irons_model_without_dropout() -> None:
     iron, fast = PRESETS["iron"], PRESETS["fast"]
     assert fast.model == iron.model | {"dropout": 0.0}
     tokens = [p.train["iters"] * p.train["batch_size"] for p in (iron, fast)]
     assert tokens[0] > 30 * tokens[1]
 
 
-def test_an_int_may_stand_for_a_float_but_nothing_else_changes_its_type() -> None:
+def test_an_int_is_accepted_for_a_float() -> None:
     assert from_json(GPTConfig, to_json(MODEL) | {"dropout": 0}).dropout == 0
     assert from_json(TrainConfig, to_json(TRAIN) | {"target_loss": 2}).target_loss == 2
 
@@ -108,29 +109,22 @@ def test_an_int_may_stand_for_a_float_but_nothing_else_changes_its_type() -> Non
 @pytest.mark.parametrize(
     ("config", "change"),
     [
-        pytest.param(MODEL, {"n_layer": "2"}, id="text for an int"),
-        pytest.param(MODEL, {"n_layer": 2.0}, id="float for an int"),
-        pytest.param(MODEL, {"n_layer": True}, id="bool for an int"),
-        pytest.param(MODEL, {"n_layer": None}, id="null for an int"),
-        pytest.param(MODEL, {"bias": 1}, id="int for a bool"),
-        pytest.param(MODEL, {"dropout": True}, id="bool for a float"),
-        pytest.param(MODEL, {"n_layers": 2}, id="unknown field"),
-        pytest.param(MODEL, {"n_layer": [2]}, id="list"),
-        pytest.param(MODEL, {"n_embd": -32}, id="bad value"),
-        pytest.param(TRAIN, {"lr": None}, id="null where none is allowed"),
-        pytest.param(TRAIN, {"decay": "x" * 10_000}, id="long and wrong"),
-        pytest.param(TRAIN, {"iters": "x" * 10_000}, id="long and mistyped"),
-        pytest.param(TRAIN, {"target_loss": "low"}, id="text for an optional float"),
+        *[(MODEL, {"n_layer": x}) for x in ("2", 2.0, True, None, [2])],
+        *[(MODEL, change) for change in ({"bias": 1}, {"dropout": True}, {"n_layers": 2})],
+        (MODEL, {"n_embd": -32}),
+        (TRAIN, {"lr": None}),
+        *[(TRAIN, {name: "x" * 10_000}) for name in ("decay", "iters")],
+        (TRAIN, {"target_loss": "low"}),
     ],
 )
-def test_json_with_a_wrong_field_is_refused(config, change: dict) -> None:
+def test_json_with_a_wrong_field_is_rejected(config, change: dict) -> None:
     with pytest.raises(UserError) as error:
         from_json(type(config), to_json(config) | change)
     assert len(str(error.value)) <= 300
 
 
 @pytest.mark.parametrize("config", [MODEL, TRAIN], ids=["model", "train"])
-def test_json_without_one_of_its_fields_is_refused(config) -> None:
+def test_json_without_one_of_its_fields_is_rejected(config) -> None:
     for name in asdict(config):
         values = to_json(config)
         del values[name]
@@ -139,7 +133,7 @@ def test_json_without_one_of_its_fields_is_refused(config) -> None:
 
 
 @pytest.mark.parametrize("values", [None, [], "config", 3])
-def test_json_that_is_no_object_is_refused(values) -> None:
+def test_json_that_is_not_an_object_is_rejected(values) -> None:
     with pytest.raises(UserError, match="fields"):
         from_json(GPTConfig, values)
 
@@ -151,10 +145,11 @@ def test_n_params_counts_the_models_parameters(bias: bool) -> None:
 
 
 def test_iron_on_war_and_peace_has_10_8_million_parameters() -> None:
-    assert 10_600_000 < GPTConfig(vocab_size=112, **PRESETS["iron"].model).n_params() < 10_900_000
+    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
+    assert round(config.n_params() / 1e6, 1) == 10.8
 
 
-def test_flops_are_6_a_weight_and_12_a_width_and_position() -> None:
+def test_flops_are_6_per_weight_and_12_per_width_and_position() -> None:
     config = replace(MODEL, n_layer=1, vocab_size=7)
     C, T = config.n_embd, config.context
     multiplied = 12 * C * C + 7 * C + 3 * C  # the block, the head, three norms

@@ -9,13 +9,13 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def _a_gpu_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(emulate.VARIABLE, raising=False)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that seems to have a GPU of some name and compute capability."""
+    """Fakes a GPU of some name and compute capability."""
 
     def make(name: str = "Tesla T4", capability: tuple[int, int] = (7, 5), count: int = 1) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -33,33 +33,33 @@ def gpu(monkeypatch):
     [
         ((6, 1), torch.float32),
         ((7, 0), torch.float16),
-        ((7, 5), torch.float16),  # T4: says that it supports bfloat16, and emulates it
+        ((7, 5), torch.float16),  # T4: reports bfloat16 support, but emulates it
         ((8, 0), torch.bfloat16),
         ((9, 0), torch.bfloat16),
         ((12, 0), torch.bfloat16),
     ],
 )
-def test_the_type_goes_by_compute_capability(gpu, capability, dtype):
+def test_the_dtype_depends_on_the_compute_capability(gpu, capability, dtype):
     gpu(capability=capability)
     precision = device.precision("auto", GPU)
     assert precision.dtype == dtype
     assert precision.reason
 
 
-def test_emulated_bfloat16_is_refused(gpu):
+def test_emulated_bfloat16_is_rejected(gpu):
     gpu(capability=(7, 5))
     with pytest.raises(UserError, match=r"bfloat16 is only emulated on compute capability 7\.5"):
         device.precision("bfloat16", GPU)
     assert device.precision("float16", GPU).dtype == torch.float16
 
 
-def test_a_cpu_computes_in_float32_unless_told_otherwise():
+def test_the_default_dtype_of_a_cpu_is_float32():
     cpu = torch.device("cpu")
     assert device.precision("auto", cpu).dtype == torch.float32
     assert device.precision("bfloat16", cpu).dtype == torch.bfloat16
 
 
-def test_auto_takes_a_gpu_if_there_is_one(gpu, monkeypatch):
+def test_auto_selects_a_gpu_if_there_is_one(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.pick("auto") == torch.device("cpu")
     gpu(count=2)
@@ -69,13 +69,13 @@ def test_auto_takes_a_gpu_if_there_is_one(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "mps", ""])
-def test_a_name_that_is_no_device(gpu, name):
+def test_an_invalid_device_name(gpu, name):
     gpu()
     with pytest.raises(UserError, match="--device must be"):
         device.pick(name)
 
 
-def test_a_gpu_that_is_not_there(gpu, monkeypatch):
+def test_a_missing_gpu(gpu, monkeypatch):
     gpu(count=2)
     with pytest.raises(UserError, match="there are 2 GPUs"):
         device.pick("cuda:2")
@@ -108,14 +108,14 @@ def test_the_peak_of_another_card_is_measured(gpu, monkeypatch, name):
     assert device.peak_flops(GPU, torch.float16) == (1e12, "measured with a large matmul")
 
 
-def test_the_measured_peak_of_this_cpu_is_plausible_and_draws_from_no_training_generator():
+def test_the_measured_peak_of_a_cpu_is_plausible_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     flops, _ = device.peak_flops(torch.device("cpu"), torch.float32)
     assert 1e9 < flops < 1e14
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_autocast_is_off_for_float32_and_casts_products_otherwise():
+def test_autocast_is_off_for_float32_and_casts_matmuls_otherwise():
     cpu = torch.device("cpu")
     a = torch.ones(2, 2)
     for dtype in device.DTYPES.values():

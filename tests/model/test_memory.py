@@ -1,18 +1,18 @@
-"""What a training step keeps, by fake tensors and by real ones."""
+"""The memory of a training step, computed with fake tensors."""
 
 import pytest
 import torch
 from irongpt_kernels import eager, fused
 
-from irongpt.config import PRESETS, GPTConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
 from irongpt.doctor import training_bytes
 
 CONFIG = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)
 C, T, B, V, LAYERS = 32, 16, 4, 29, 2
 
 
-def test_of_a_model_that_can_be_counted_by_hand() -> None:
-    """Float32, fused: per token, float32 numbers that a block's backward needs."""
+def test_a_small_model_counted_by_hand() -> None:
+    """Float32, fused: counts the numbers per token that the backward of a block needs."""
     got = training_bytes(CONFIG, B, fused, torch.float32)
     tokens, heads = B * T, 2
     parameters = V * C + T * C + LAYERS * (12 * C * C + 13 * C) + 2 * C
@@ -24,15 +24,15 @@ def test_of_a_model_that_can_be_counted_by_hand() -> None:
     assert got == pytest.approx(by_hand, rel=0.1)
 
 
-def test_iron_with_fused_ops_keeps_less_than_a_third_of_eager() -> None:
-    config = GPTConfig(109, **PRESETS["iron"].model)
+def test_fused_ops_need_at_most_a_third_of_eagers_memory() -> None:
+    config = GPTConfig(WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
     batch = int(PRESETS["iron"].train["batch_size"])
     sizes = {ops: training_bytes(config, batch, ops, torch.float16) for ops in (eager, fused)}
     assert sizes[fused] <= sizes[eager] / 3
 
 
-def test_only_eager_keeps_the_weights_of_attention() -> None:
-    """Four times the context keeps four times as much, but for a matrix of T x T."""
+def test_only_eager_stores_the_attention_weights() -> None:
+    """Four times the context needs four times the memory, except for a matrix of T x T."""
 
     def activations(ops, context: int) -> int:
         config = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=context, dropout=0.2)

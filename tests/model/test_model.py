@@ -1,4 +1,4 @@
-"""The model: against transformers' GPT-2, and what every GPT owes: causality, a cache, a seed."""
+"""The model: equality with transformers' GPT-2, causality, cache, seeds."""
 
 import math
 from dataclasses import replace
@@ -14,37 +14,21 @@ from torch import Tensor
 from irongpt.config import PRESETS, GPTConfig
 from irongpt.model import GPT, Attention, KVCache
 
-DROPPING = replace(CONFIG, dropout=0.3)
+WITH_DROPOUT = replace(CONFIG, dropout=0.3)
 both_ops = pytest.mark.parametrize("ops", [eager, builtin], ids=["eager", "builtin"])
 with_and_without_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 
 
 def as_transformers(model: GPT) -> torch.nn.Module:
-    """The same weights in the GPT-2 that is not ours. Its Conv1D keeps weights transposed."""
+    """The same weights in transformers' GPT-2, whose Conv1D has transposed weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.context,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            activation_function="gelu_new",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="eager",
-        )
-    )
-    names = {
-        "blocks.": "h.",
-        "attn.qkv": "attn.c_attn",
-        "attn.proj": "attn.c_proj",
-        "mlp.fc": "mlp.c_fc",
-        "mlp.proj": "mlp.c_proj",
-    }
+    c, no_dropout = model.config, dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+    shape = dict(n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    shape |= dict(vocab_size=c.vocab_size, attn_implementation="eager")
+    reference = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout))
+    names = {"blocks.": "h.", "qkv": "c_attn", "attn.proj": "attn.c_proj"}
+    names |= {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
     state = {}
     for name, value in model.state_dict().items():
         conv = any(x in name for x in ("qkv.weight", "proj.weight", "fc.weight"))
@@ -52,8 +36,8 @@ def as_transformers(model: GPT) -> torch.nn.Module:
             name = name.replace(ours, other)
         state["transformer." + name] = value.T if conv else value
     state["lm_head.weight"] = model.wte.weight
-    theirs.load_state_dict(state)
-    return theirs.to(model.wte.weight.dtype).eval()
+    reference.load_state_dict(state)
+    return reference.to(model.wte.weight.dtype).eval()
 
 
 @both_ops
@@ -63,30 +47,30 @@ def test_float32_logits_of_the_iron_model_are_transformers_to_1e_4(ops) -> None:
     model = GPT(config, ops).eval()
     idx = torch.randint(104, (1, config.context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits, theirs = model(idx), as_transformers(model)(idx).logits
+        logits, reference = model(idx), as_transformers(model)(idx).logits
     assert logits.std() > 0.1  # so that 1e-4 is small
-    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, reference, atol=1e-4, rtol=0)
 
 
 @both_ops
 def test_logits_and_gradients_are_transformers(ops) -> None:
     model = build(ops=ops).double().eval()
-    theirs = as_transformers(model)
+    reference = as_transformers(model)
     idx, targets = tokens(), tokens(seed=2)
-    logits = theirs(idx).logits
+    logits = reference(idx).logits
     assert_exact(model(idx), logits)
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     model.loss(idx, targets).backward()
-    assert_exact(model.wte.weight.grad, theirs.transformer.wte.weight.grad)
-    assert_exact(model.wpe.weight.grad, theirs.transformer.wpe.weight.grad)
-    first = theirs.transformer.h[0].attn.c_attn
+    assert_exact(model.wte.weight.grad, reference.transformer.wte.weight.grad)
+    assert_exact(model.wpe.weight.grad, reference.transformer.wpe.weight.grad)
+    first = reference.transformer.h[0].attn.c_attn
     assert_exact(model.blocks[0].attn.qkv.weight.grad, first.weight.grad.T)
     assert_exact(model.blocks[0].attn.qkv.bias.grad, first.bias.grad)
 
 
 @both_ops
 @with_and_without_bias
-def test_float32_logits_keep_to_the_rule(ops, bias: bool) -> None:
+def test_float32_logits_are_within_tolerance(ops, bias: bool) -> None:
     config = replace(CONFIG, bias=bias)
     with torch.no_grad():
         candidate, baseline = (build(config, x)(tokens()) for x in (ops, eager))
@@ -130,7 +114,7 @@ def test_init_is_gpt_2s() -> None:
 @both_ops
 @pytest.mark.parametrize("training", [False, True])
 def test_a_later_token_changes_no_earlier_logit(ops, training: bool) -> None:
-    model = build(DROPPING, ops).train(training)
+    model = build(WITH_DROPOUT, ops).train(training)
     idx = tokens()
     for cut in (1, 7, CONFIG.context - 1):
         changed = idx.clone()
@@ -143,7 +127,7 @@ def test_a_later_token_changes_no_earlier_logit(ops, training: bool) -> None:
         assert (one[:, cut] != other[:, cut]).any()
 
 
-def test_positions_past_the_context_are_refused() -> None:
+def test_positions_past_the_context_are_rejected() -> None:
     with pytest.raises(ValueError, match="25 positions, but the context is 24"):
         build()(tokens(T=25))
 
@@ -163,8 +147,8 @@ def test_a_cache_gets_the_keys_and_values_of_its_rows() -> None:
         assert not a[:, :, :, 17:].any()
 
 
-def test_a_seed_decides_what_is_dropped() -> None:
-    model, idx = build(DROPPING), tokens()
+def test_a_seed_determines_the_dropout() -> None:
+    model, idx = build(WITH_DROPOUT), tokens()
     first = model(idx, seed=5)
     torch.manual_seed(99)
     assert torch.equal(first, model(idx, seed=5))
@@ -175,8 +159,8 @@ def test_a_seed_decides_what_is_dropped() -> None:
 
 
 @both_ops
-def test_evaluation_drops_nothing(ops) -> None:
-    model, idx = build(DROPPING, ops).eval(), tokens()
+def test_evaluation_applies_no_dropout(ops) -> None:
+    model, idx = build(WITH_DROPOUT, ops).eval(), tokens()
     assert torch.equal(model(idx, seed=5), model(idx))
     assert torch.equal(model(idx), build(CONFIG, ops)(idx))
     assert not torch.equal(model(idx), model.train()(idx, seed=5))
@@ -195,7 +179,7 @@ def test_every_dropout_of_the_model_has_its_own_seed(monkeypatch) -> None:
 
     for name in ("causal_attention_packed", "dropout_add_layer_norm"):
         monkeypatch.setattr(eager, name, recorded(getattr(eager, name)))
-    build(DROPPING)(tokens(), seed=1000)
+    build(WITH_DROPOUT)(tokens(), seed=1000)
     assert seeds == list(range(1000, 1000 + 3 * CONFIG.n_layer))
     assert rates == [0.3] * 3 * CONFIG.n_layer
 
@@ -207,9 +191,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(ops) -> None:
     wanted = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
     assert_exact(model.loss(idx, targets), wanted)
     assert model.loss(idx, targets).shape == ()
-    dropping = build(DROPPING).double()
-    logits = dropping(idx, seed=3).flatten(0, 1)
-    assert_exact(dropping.loss(idx, targets, seed=3), F.cross_entropy(logits, targets.flatten()))
+    random = build(WITH_DROPOUT).double()
+    logits = random(idx, seed=3).flatten(0, 1)
+    assert_exact(random.loss(idx, targets, seed=3), F.cross_entropy(logits, targets.flatten()))
 
 
 @with_and_without_bias
@@ -225,7 +209,7 @@ def test_one_state_dict_fits_any_ops(bias: bool) -> None:
 @with_and_without_bias
 def test_gradients_of_the_loss_are_its_finite_differences(bias: bool) -> None:
     """Dropout on, every parameter at once along one random direction."""
-    model = build(replace(DROPPING, n_layer=2, n_embd=8, bias=bias)).double()
+    model = build(replace(WITH_DROPOUT, n_layer=2, n_embd=8, bias=bias)).double()
     names, values = zip(*model.named_parameters(), strict=True)
     idx, targets = tokens(T=9), tokens(T=9, seed=2)
 
@@ -239,7 +223,7 @@ def test_gradients_of_the_loss_are_its_finite_differences(bias: bool) -> None:
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
-def test_attention_hands_its_op_the_projection_without_a_copy(monkeypatch) -> None:
+def test_attention_passes_the_projection_to_its_op_without_a_copy(monkeypatch) -> None:
     taken = []
 
     def record(qkv: Tensor, **kwargs) -> Tensor:

@@ -1,3 +1,5 @@
+"""Checkpoints: atomic saves, damage, file modes."""
+
 import errno
 import json
 import os
@@ -33,7 +35,7 @@ def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+def test_a_checkpoint_loads_bitwise(tmp_path):
     save(tmp_path / "last")
     weights, optimizer, tokenizer, state = checkpoint.load(tmp_path / "last")
     assert torch.equal(weights["w"], torch.ones(3, 2))
@@ -45,7 +47,7 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
     assert state["rows"] == [[1.5, 2.5, 1.0]]
 
 
-def test_a_folder_holds_the_four_files_and_nothing_stays_beside_it(tmp_path):
+def test_a_checkpoint_has_four_files_and_leaves_no_others(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / "last", float(step), step)
     assert names(tmp_path) == ["last"]
@@ -60,14 +62,13 @@ def test_damage_is_noticed(tmp_path, name, damage):
     file = tmp_path / "last" / name
     data = bytearray(file.read_bytes())
     file.unlink()
+    flipped = data.copy()
+    flipped[len(data) // 2] ^= 1
+    changed = {"cut": data[:-3], "empty": b"", "longer": data + b" {}", "flip": flipped}
     if damage == "folder":
         file.mkdir()
     elif damage != "gone":
-        if damage == "flip":
-            data[len(data) // 2] ^= 1
-        file.write_bytes(
-            {"cut": data[:-3], "empty": b"", "longer": data + b" {}"}.get(damage, data)
-        )
+        file.write_bytes(changed[damage])
     with pytest.raises(UserError, match=f"{name} is damaged|cannot read .*{name}"):
         checkpoint.load(tmp_path / "last")
 
@@ -89,14 +90,14 @@ def test_every_flipped_bit_of_the_state_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("value", [b"[]", b"null", b"3", b"[" * 100_000, b'{"sha256": 1}', b"\xff"])
-def test_json_that_is_no_state_is_refused(tmp_path, value):
+def test_json_without_a_valid_digest_is_rejected(tmp_path, value):
     with pytest.raises(UserError, match="is damaged"):
         files.unsealed(value, tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("failing", range(6))
-def test_a_save_that_fails_anywhere_leaves_the_one_before(tmp_path, monkeypatch, code, failing):
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, code, failing):
     save(tmp_path / "last", 1.0, 1)
     calls = 0
 
@@ -112,8 +113,8 @@ def test_a_save_that_fails_anywhere_leaves_the_one_before(tmp_path, monkeypatch,
 
     # Four files are written and flushed, then the folder is flushed and swapped.
     monkeypatch.setattr(os, "fsync", fail(os.fsync))
-    monkeypatch.setattr(checkpoint, "exchange", fail(checkpoint.exchange))
-    if failing == 4:  # a folder that cannot be flushed is no reason to lose a save
+    monkeypatch.setattr(files, "exchange", fail(files.exchange))
+    if failing == 4:  # a folder that cannot be flushed does not fail a save
         save(tmp_path / "last", 2.0, 2)
     else:
         with pytest.raises(OSError, match=r".+") as caught:
@@ -123,8 +124,8 @@ def test_a_save_that_fails_anywhere_leaves_the_one_before(tmp_path, monkeypatch,
     assert step_of(tmp_path / "last") == (2 if failing == 4 else 1)
 
 
-def test_without_an_atomic_swap_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "exchange", lambda a, b: False)
+def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
     save(tmp_path / "last", 1.0, 1)
     renames = []
 
@@ -138,7 +139,7 @@ def test_without_an_atomic_swap_a_kill_between_the_renames_loses_nothing(tmp_pat
         os.replace(a, b)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a kill cleans nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a kill cleans up nothing
     with pytest.raises(Killed):
         save(tmp_path / "last", 2.0, 2)
     assert not (tmp_path / "last").exists()
@@ -149,14 +150,14 @@ def test_without_an_atomic_swap_a_kill_between_the_renames_loses_nothing(tmp_pat
     assert not (tmp_path / ".last.old").exists()
 
 
-def test_what_was_set_aside_is_not_read_where_a_checkpoint_is(tmp_path):
+def test_a_backup_is_not_read_if_there_is_a_checkpoint(tmp_path):
     save(tmp_path / "last", 2.0, 2)
     save(tmp_path / ".last.old", 1.0, 1)
     assert step_of(tmp_path / "last") == 2
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_rights_that_the_user_wants(tmp_path, mask):
+def test_files_have_the_modes_of_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         save(tmp_path / "last")
@@ -179,7 +180,7 @@ def test_the_swap_is_one_system_call_on_linux(tmp_path):
     assert not files.exchange(a, tmp_path / "missing")
 
 
-def test_a_file_is_replaced_in_one_instant(tmp_path, monkeypatch):
+def test_a_file_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     files.replace_file(file, b"old")
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))

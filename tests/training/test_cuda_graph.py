@@ -1,4 +1,4 @@
-"""The step as a graph replays it: on a CPU by a double, which runs the step's function again."""
+"""The training step as a CUDA graph would replay it, by a stand-in that runs on a CPU."""
 
 import json
 from pathlib import Path
@@ -8,22 +8,21 @@ import pytest
 import torch
 from conftest import TINY, Cli
 from irongpt_kernels import eager
-from test_trainer import CPU, train, trainer
+from test_trainer import CPU, assert_same_params, train, trainer
 
 from irongpt.cuda_graph import WARMUP, Graph
 from irongpt.training.trainer import Trainer
 
 
 class Double(Graph):
-    """A graph as far as a CPU goes: the result stays in one place, and no replay sees the host's
-    count of steps."""
+    """A graph without a GPU: the result stays at one address, and replays do not see t.step."""
 
     def __init__(self, t: Trainer) -> None:
         super().__init__(t._run_step, CPU)
         self.trainer = t
         self.replays = 0
 
-    def _aside(self) -> torch.Tensor:
+    def _run_on_side_stream(self) -> torch.Tensor:
         return self.step()
 
     def _capture(self) -> None:
@@ -48,20 +47,19 @@ def test_replays_are_the_steps_bitwise(dtype: torch.dtype, optimizer: str) -> No
     rows = train(plain, WARMUP + 6), train(graphed, WARMUP + 6)
     assert graphed.run_step.replays == 6
     assert torch.equal(*rows)
-    for a, b in zip(plain.model.parameters(), graphed.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_params(plain, graphed)
 
 
-def test_a_resumed_run_goes_on_with_a_graph_of_its_own() -> None:
+def test_a_resumed_run_captures_its_own_graph() -> None:
     options = dict(ops=eager, dropout=0.2)
     plain, graphed = trainer(**options), trainer(**options)
     wanted = train(plain, 12)
     train(graphed, 5)
-    again = trainer(**options)
-    again.model.load_state_dict(graphed.model.state_dict())
-    again.restore(5, graphed.optimizer_tensors())
-    again.run_step = Double(again)
-    assert torch.equal(train(again, 7), wanted[5:])
+    resumed = trainer(**options)
+    resumed.model.load_state_dict(graphed.model.state_dict())
+    resumed.restore(5, graphed.optimizer_tensors())
+    resumed.run_step = Double(resumed)
+    assert torch.equal(train(resumed, 7), wanted[5:])
 
 
 def test_an_overflow_in_a_replay_changes_nothing_but_the_scale() -> None:
@@ -85,12 +83,12 @@ def test_the_flag_is_in_the_runs_config_and_may_change(cli: Cli, tmp_path: Path)
     def graph() -> bool:
         return json.loads((tmp_path / "run" / "config.json").read_text())["train"]["graph"]
 
-    assert cli("train", *TINY, "--out", "run", "--no-graph").code == 0
+    assert cli("train", *TINY, "--iters", "2", "--out", "run", "--no-graph").code == 0
     assert graph() is False
-    assert cli("train", "--resume", "run", "--iters", "32").code == 0
+    assert cli("train", "--resume", "run", "--iters", "3").code == 0
     assert graph() is False
-    assert cli("train", *TINY, "--out", "other").code == 0
-    assert cli("train", "--resume", "other", "--iters", "32", "--no-graph").code == 0
+    assert cli("train", *TINY, "--iters", "2", "--out", "other").code == 0
+    assert cli("train", "--resume", "other", "--iters", "3", "--no-graph").code == 0
 
 
 def test_a_cpu_has_no_graph() -> None:

@@ -1,7 +1,8 @@
-"""The course of a run, with evaluations and gradients made to order."""
+"""The training loop, with given evaluations and gradients."""
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import TINY, Cli
 
 from irongpt.cli import build_parser
-from irongpt.config import PRESETS, from_json
+from irongpt.config import PRESETS, SampleConfig, from_json
 from irongpt.config import TrainConfig as Recipe
 from irongpt.console import Clock
 from irongpt.errors import DivergenceError
@@ -21,45 +22,43 @@ from irongpt.training.trainer import Trainer
 
 
 @pytest.fixture
-def training(cli: Cli) -> loop.Training:
-    """A run of 30 steps, evaluated every 10, about to begin."""
+def training(cli: Cli) -> loop.TrainingLoop:
+    """A run of 30 steps with an evaluation every 10, before its first step."""
     return start()
 
 
-def start(*flags: object) -> loop.Training:
+def start(*flags: object) -> loop.TrainingLoop:
     given = vars(build_parser().parse_args(["train", *TINY, "--out", "run", *map(str, flags)]))
     given.pop("run_command")
     return new_run(given, Clock(0.0))
-
-
-def evaluate_to(monkeypatch, *losses: float) -> None:
-    answers = iter(losses)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, go_on: next(answers))
 
 
 def step_of(folder) -> int:
     return json.loads((folder / "state.json").read_text())["step"]
 
 
-def test_best_is_the_best_and_last_the_last(training, monkeypatch):
-    evaluate_to(monkeypatch, 2.0, 1.5, 1.7)
+@pytest.mark.parametrize(
+    ("losses", "saved", "outcome"),
+    [
+        ((2.0, 1.5, 1.7), (20, 30), "best validation loss 1.5000 at step 20"),
+        ((2.0, math.nan, math.inf), (10, 10), "best validation loss 2.0000 at step 10"),
+        ((math.nan, math.nan, math.nan), None, "no validation loss was finite"),
+    ],
+    ids=["finite", "not finite later", "never finite"],
+)
+def test_best_is_the_best_and_last_the_last_finite_checkpoint(
+    training, monkeypatch, losses, saved, outcome
+):
+    evaluations = iter(losses)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, should_continue: next(evaluations))
     assert training.fit() is None
-    assert (step_of(training.run.best), step_of(training.run.last)) == (20, 30)
-    assert training.outcome() == "finished at step 30: best validation loss 1.5000, of step 20"
-
-
-def test_a_model_that_evaluates_to_nothing_finite_is_not_saved(training, monkeypatch):
-    evaluate_to(monkeypatch, 2.0, math.nan, math.inf)
-    assert training.fit() is None
-    assert (step_of(training.run.best), step_of(training.run.last)) == (10, 10)
-    assert [r["val_loss"] for r in training.run.records()] == [2.0, None, None]
-
-
-def test_a_run_without_a_finite_evaluation_says_so(training, monkeypatch):
-    evaluate_to(monkeypatch, math.nan, math.nan, math.nan)
-    training.fit()
-    assert training.outcome() == "finished at step 30: no validation loss was finite"
-    assert not training.run.best.exists()
+    assert training.outcome() == f"finished at step 30: {outcome}"
+    run = training.run
+    assert (saved is None) == (not run.best.exists())
+    assert saved is None or (step_of(run.best), step_of(run.last)) == saved
+    assert [r["val_loss"] for r in run.records()] == [
+        loss if math.isfinite(loss) else None for loss in losses
+    ]
 
 
 def test_the_numbers_of_a_record(training, monkeypatch):
@@ -85,52 +84,52 @@ def test_the_numbers_of_a_record(training, monkeypatch):
     assert [r["seconds"] for r in records] == sorted(r["seconds"] for r in records)
 
 
-def test_seconds_go_on_in_a_resumed_run(training):
+def test_a_resumed_run_continues_the_count_of_seconds(training):
     training.fit()
     before = training.run.records()[-1]["seconds"]
-    again = resumed_run(training.run.path, {"iters": 40}, Clock(0.0))
-    again.clock.start = again.clock.start + again.clock.total()  # this process has just begun
-    again.fit()
-    assert before < again.run.records()[-1]["seconds"] < before + 60
+    resumed = resumed_run(training.run.path, {"iters": 40}, Clock(time.perf_counter()))
+    resumed.fit()
+    after = resumed.run.records()[-1]["seconds"]
+    assert before < after <= before + resumed.clock.total()
 
 
 @pytest.mark.parametrize("changes", [{"eval_every": 10}, {"iters": 10}, {"iters": 5}])
-def test_an_evaluation_that_a_resumed_run_owes_at_a_step_already_recorded(cli, changes):
+def test_a_resumed_run_evaluates_a_step_that_has_a_record(cli, changes):
     training = start("--eval-every", 25)
     while training.trainer.step < 10:
         training._step(loop.Progress(30, 0))
     training.save(training.run.last)
-    again = resumed_run(training.run.path, changes, Clock(0.0))
-    assert again.fit() is None
-    first, second = again.run.records()[:2]
+    resumed = resumed_run(training.run.path, changes, Clock(0.0))
+    assert resumed.fit() is None
+    first, second = resumed.run.records()[:2]
     assert (first["step"], first["val_loss"]) == (10, None)
     assert (second["step"], second["train_loss"]) == (10, None)
     assert second["val_loss"] > 0
 
 
-def test_steps_in_vain_count_in_a_row_alone(training, monkeypatch):
+def test_only_consecutive_steps_without_finite_gradients_end_a_run(training):
     bad, good = torch.tensor([1.0, math.inf, 1.0]), torch.tensor([1.0, 1.0, 1.0])
-    for _ in range(5):
-        training.recent = [bad] * (loop.PATIENCE - 1) + [good]
+
+    def record(rows: list[torch.Tensor]) -> None:
+        training.recent = rows
         training._collect()
         training._record(loop.Progress(30, 0))
-    training.recent = [bad] * (loop.PATIENCE - 1)
-    training._collect()
-    training._record(loop.Progress(30, 0))
-    training.recent = [bad]
-    training._collect()
+
+    for _ in range(5):
+        record([bad] * (loop.PATIENCE - 1) + [good])
+    record([bad] * (loop.PATIENCE - 1))
     with pytest.raises(DivergenceError, match=f"of {loop.PATIENCE} steps"):
-        training._record(loop.Progress(30, 0))
+        record([bad])
 
 
-def test_divergence_is_named_even_if_an_evaluation_meets_it_first(cli: Cli):
-    result = cli("train", *TINY, "--iters", 400, "--lr", 1e30, "--decay", "constant")
+def test_divergence_is_reported_even_if_an_evaluation_meets_it_first(cli: Cli):
+    result = cli("train", *TINY, "--iters", 60, "--lr", 1e30, "--decay", "constant")
     assert result.code == 1
-    assert "the first tensor that is not: the " in result.err
+    assert "the first non-finite tensor: the " in result.err
 
 
-def test_training_samples_do_not_steer_a_terminal(training, monkeypatch, capsys):
-    monkeypatch.setattr(loop.Training, "_sample", lambda self: "wild \x1b[31m text")
+def test_control_characters_of_samples_do_not_reach_the_terminal(training, monkeypatch, capsys):
+    monkeypatch.setattr(loop.TrainingLoop, "_sample", lambda self: "wild \x1b[31m text")
     training.fit()
     out = capsys.readouterr().out
     assert "wild \\x1b[31m text" in out
@@ -138,16 +137,15 @@ def test_training_samples_do_not_steer_a_terminal(training, monkeypatch, capsys)
     assert "\x1b" in training.run.records()[0]["sample"]
 
 
-def test_the_plot_is_drawn_while_the_run_goes_on(training, monkeypatch):
+def test_the_plot_is_updated_during_the_run(training, monkeypatch):
     monkeypatch.setattr(loop, "PLOT_EVERY", 0.0)
     drawn = []
-    monkeypatch.setattr(loop.report, "draw", lambda run: drawn.append(len(run.records())))
+    monkeypatch.setattr(loop.plots, "draw", lambda run: drawn.append(len(run.records())))
     training.fit()
     assert drawn == [1, 2, 3, 3]
 
 
-def test_a_run_killed_before_its_last_plot_gets_it_later(cli, tmp_path):
-    assert cli("train", *TINY, "--out", "run").code == 0
+def test_a_run_killed_before_its_last_plot_gets_it_later(cli, run, tmp_path):
     for name in ("loss.png", "sample.txt"):
         (tmp_path / "run" / name).unlink()
     assert "nothing to do" in cli("train", "--resume", "run").out
@@ -155,18 +153,18 @@ def test_a_run_killed_before_its_last_plot_gets_it_later(cli, tmp_path):
     assert (tmp_path / "run/sample.txt").exists()
 
 
-def test_a_sample_is_what_the_model_writes_with_the_runs_seed(training):
+def test_a_sample_is_generated_with_the_runs_seed(training):
     training.fit()
     ids = generate(
         training.trainer.model,
         [training.tokenizer.chars.index("\n")],
-        loop.SampleConfig(tokens=200),
+        SampleConfig(tokens=training.trainer.config.sample_tokens),
     )
     sample = training.run.records()[-1]["sample"]
     assert sample == training.tokenizer.decode(list(ids))
 
 
-def test_config_json_is_the_presets_recipe_but_for_what_was_given(training):
+def test_config_json_is_the_presets_recipe_with_the_given_options(training):
     stored = open_run(training.run.path).config.train
     given = {"iters": 30, "eval_every": 10, "batch_size": 4, "warmup": 2, "lr": 0.01}
     recipe = {**PRESETS["nano"].train, **given, "device": "cpu"}

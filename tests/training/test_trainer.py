@@ -1,3 +1,5 @@
+"""The training step, the evaluation and the state that a checkpoint holds."""
+
 from dataclasses import replace
 
 import pytest
@@ -10,16 +12,8 @@ from irongpt.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(vocab_size=11, n_layer=2, n_head=2, n_embd=16, context=16, dropout=0.0)
-RECIPE = TrainConfig(
-    **{
-        **PRESETS["nano"].train,
-        "iters": 40,
-        "batch_size": 8,
-        "warmup": 2,
-        "lr": 0.01,
-        "optimizer": "adamw",
-    }
-)
+SETTINGS = dict(iters=40, batch_size=8, warmup=2, lr=0.01, optimizer="adamw")
+RECIPE = TrainConfig(**PRESETS["nano"].train | SETTINGS)
 IDS = torch.arange(3000) ** 2 // 5 % 11
 
 
@@ -33,6 +27,10 @@ def train(t: Trainer, steps: int) -> torch.Tensor:
     return torch.stack([t.train_step() for _ in range(steps)])
 
 
+def assert_same_params(a: Trainer, b: Trainer) -> None:
+    assert all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+
+
 def test_training_lowers_the_loss_of_both_splits():
     t = trainer()
     before = t.evaluate()
@@ -41,7 +39,7 @@ def test_training_lowers_the_loss_of_both_splits():
     assert t.evaluate() < before - 0.1
 
 
-class Still:
+class Frozen:
     """Ops of an optimizer that changes nothing."""
 
     grad_norm = staticmethod(builtin.grad_norm)
@@ -50,16 +48,16 @@ class Still:
 
 @pytest.mark.parametrize("split", [(4, 2), (2, 4), (1, 8)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(split, monkeypatch):
-    """In float64, by the gradients that the optimizer is given; the norm is taken of them too."""
+    """In float64, by the gradients that the optimizer gets and their norm."""
     batch_size, grad_accum = split
     given = []
     for t in (trainer(), trainer(batch_size=batch_size, grad_accum=grad_accum)):
         t.model.double()
-        monkeypatch.setattr(t.optimizer, "ops", Still)
+        monkeypatch.setattr(t.optimizer, "ops", Frozen)
         row = t.train_step()
         given.append([row[0], row[1], *(p.grad for p in t.model.parameters())])
-    for whole, accumulated in zip(*given, strict=True):
-        torch.testing.assert_close(accumulated.double(), whole.double(), rtol=1e-6, atol=1e-12)
+    for at_once, accumulated in zip(*given, strict=True):
+        torch.testing.assert_close(accumulated.double(), at_once.double(), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -75,27 +73,26 @@ def test_sixteen_bit_training_follows_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("grad_accum", [1, 3])
-def test_copies_of_the_weights_give_the_bits_of_autocast(
+def test_low_precision_params_give_the_bits_of_autocast(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, optimizer: str, grad_accum: int
 ) -> None:
-    """Which casts every weight at its use, and its gradient back, to float32."""
+    """Autocast casts every weight at its use, and its gradient back to float32."""
     options = dict(ops=eager, dtype=dtype, dropout=0.2, optimizer=optimizer, grad_accum=grad_accum)
     copied = trainer(**options)
-    assert {c.dtype for c in copied.optimizer.copies.values()} == {dtype}
-    assert len(copied.optimizer.copies) == 4 * SHAPE.n_layer
-    rows = train(copied, 8)
+    assert {c.dtype for c in copied.optimizer.low_precision_params.values()} == {dtype}
+    assert len(copied.optimizer.low_precision_params) == 4 * SHAPE.n_layer
+    rows = train(copied, 5)
     with monkeypatch.context() as m:
-        m.setattr(GPT, "copy_weights", lambda self, dtype: {})
+        m.setattr(GPT, "make_low_precision_params", lambda self, dtype: {})
         cast = trainer(**options)
-    assert torch.equal(train(cast, 8), rows)
+    assert torch.equal(train(cast, 5), rows)
     assert copied.evaluate() == cast.evaluate()
-    for a, b in zip(copied.model.parameters(), cast.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for weight, copy in copied.optimizer.copies.items():
+    assert_same_params(copied, cast)
+    for weight, copy in copied.optimizer.low_precision_params.items():
         assert torch.equal(copy, weight.to(dtype))
 
 
-def test_weights_that_are_loaded_are_copied() -> None:
+def test_loading_weights_updates_the_low_precision_params() -> None:
     t, other = trainer(dtype=torch.float16), trainer(dtype=torch.float16)
     train(t, 3)
     other.model.load_state_dict(t.model.state_dict())
@@ -105,30 +102,24 @@ def test_weights_that_are_loaded_are_copied() -> None:
 
 
 @pytest.mark.parametrize("ops", [eager, builtin])
-def test_evaluation_leaves_no_trace(ops):
-    """builtin drops by PyTorch's generator, eager by the seed of the step."""
+def test_evaluation_does_not_change_the_training(ops):
+    """Dropout masks come from PyTorch's generator in builtin, from the step's seed in eager."""
     plain = trainer(ops, dropout=0.2)
     rows = train(plain, 12)
-    watched, seen = trainer(ops, dropout=0.2), []
-    for _ in range(12):
-        seen.append(watched.train_step())
-        watched.evaluate()
-    assert torch.equal(torch.stack(seen), rows)
-    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    evaluated = trainer(ops, dropout=0.2)
+    for row in rows:
+        assert torch.equal(evaluated.train_step(), row)
+        evaluated.evaluate()
+    assert_same_params(plain, evaluated)
 
 
-def test_evaluation_is_without_dropout_and_repeatable():
+def test_evaluation_is_the_mean_over_all_sequences_without_dropout():
     t = trainer(dropout=0.9)
-    assert t.evaluate() == t.evaluate()
+    loss = t.evaluate()
+    assert t.evaluate() == loss
     assert t.model.training
-
-
-def test_evaluation_is_the_mean_over_windows_even_if_the_last_batch_is_smaller():
-    t = trainer()
-    whole = t.evaluate()
-    t.val_batches.batch_size = 7
-    assert t.evaluate() == pytest.approx(whole, rel=1e-6)
+    t.val_batches.batch_size = 7  # the last batch is smaller
+    assert t.evaluate() == pytest.approx(loss, rel=1e-6)
 
 
 def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkeypatch):
@@ -143,7 +134,7 @@ def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkey
     assert t.model.training
 
 
-def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
+def test_every_dropout_of_a_run_has_its_own_seed(monkeypatch):
     seeds = []
 
     class Spy:
@@ -152,11 +143,8 @@ def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
                 seeds.append(seed)
                 return getattr(builtin, name)(*args, seed=seed, **kwargs)
 
-            return (
-                op
-                if name in ("causal_attention_packed", "dropout_add_layer_norm")
-                else getattr(builtin, name)
-            )
+            has_dropout = name in ("causal_attention_packed", "dropout_add_layer_norm")
+            return op if has_dropout else getattr(builtin, name)
 
     for run_seed in (1, 2):
         train(trainer(Spy(), dropout=0.1, seed=run_seed, grad_accum=2), 3)
@@ -168,14 +156,13 @@ def test_every_dropout_of_a_run_has_a_seed_of_its_own(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_restored_state_goes_on_bitwise(ops, dtype, optimizer):
-    whole = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
-    rows = train(whole, 10)
-    first = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+    options = dict(ops=ops, dtype=dtype, dropout=0.1, optimizer=optimizer)
+    rows, first = train(trainer(**options), 10), trainer(**options)
     train(first, 6)
     weights = {k: v.clone() for k, v in first.model.state_dict().items()}
     tensors = {k: v.clone() for k, v in first.optimizer_tensors().items()}
     for _ in range(2):  # the second load must see what the first one saw
-        second = trainer(ops, dtype, dropout=0.1, optimizer=optimizer)
+        second = trainer(**options)
         second.model.load_state_dict(weights)
         second.restore(6, tensors)
         assert torch.equal(train(second, 4), rows[6:])
@@ -188,24 +175,23 @@ def test_every_part_of_the_state_is_needed(optimizer):
     tensors = t.optimizer_tensors()
     for name in tensors:
         if not name.startswith("scaler."):
+            others = {k: v for k, v in tensors.items() if k != name}
             with pytest.raises(KeyError):
-                trainer(optimizer=optimizer).restore(
-                    3, {k: v for k, v in tensors.items() if k != name}
-                )
+                trainer(optimizer=optimizer).restore(3, others)
 
 
-def test_a_run_can_change_its_type():
+def test_a_run_can_change_its_dtype():
     t = trainer(dtype=torch.float16)
     train(t, 3)
     other = trainer()
     other.restore(3, t.optimizer_tensors())
     assert other.scaler.scale == 1
-    again = trainer(dtype=torch.float16)
-    again.restore(3, other.optimizer_tensors())
-    assert again.scaler.scale == 65536
+    back = trainer(dtype=torch.float16)
+    back.restore(3, other.optimizer_tensors())
+    assert back.scaler.scale == 65536
 
 
-def test_overflow_storms_are_survived():
+def test_training_survives_many_overflows():
     """One, five and twenty steps in a row that overflow in float16 change the scale alone."""
     t = trainer(dtype=torch.float16)
     clean = train(trainer(dtype=torch.float16), 40)[-1, 0]
@@ -224,32 +210,17 @@ def test_overflow_storms_are_survived():
     assert float(t.train_step()[0]) == pytest.approx(float(clean), rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("blocks.1.mlp.fc.weight", "the weight blocks.1.mlp.fc.weight"),
-        ("wte.weight", "the weight wte.weight"),
-    ],
-)
-def test_the_first_bad_weight_is_named(name, expected):
-    t = trainer()
-    with torch.no_grad():
+@torch.no_grad()
+def test_the_first_nonfinite_tensor_is_named():
+    for name in ("blocks.1.mlp.fc.weight", "wte.weight"):
+        t = trainer()
         t.model.get_parameter(name)[0] = float("nan")
-    assert t.first_nonfinite() == expected
-
-
-def test_the_first_bad_output_is_named():
+        assert t.first_nonfinite() == f"the weight {name}"
     t = trainer()
-    with torch.no_grad():
-        t.model.blocks[1].mlp.fc.weight.fill_(3e38)
+    t.model.blocks[1].mlp.fc.weight.fill_(3e38)
     assert t.first_nonfinite() == "the output of blocks.1.mlp.proj"
-
-
-def test_the_first_bad_gradient_is_named():
     t = trainer()
     t.model.blocks[0].mlp.fc.weight.register_hook(lambda g: g * float("nan"))
-    assert t.first_nonfinite() == "the gradient of blocks.0.mlp.fc.weight"
-
-
-def test_nothing_bad_is_not_blamed_on_a_tensor():
-    assert trainer().first_nonfinite().startswith("none")
+    with torch.enable_grad():
+        assert t.first_nonfinite() == "the gradient of blocks.0.mlp.fc.weight"
+        assert trainer().first_nonfinite().startswith("none")

@@ -120,9 +120,9 @@ def representative(arch: int) -> list[Case]:
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
-    chosen = attention + norms + rows + [f"V={V} float16" for V in (109, 50257)]
+    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
-    chosen += ["K=1536 N=384 float16", "V=109 draw 0 float16", "V=109 draw 2 float16"]
+    chosen += ["K=1536 N=384 float16", "V=104 draw 0 float16", "V=104 draw 2 float16"]
     chosen += ["C=384 float32", "iron float16"]
     return [case for case in every(arch) if case.shape in chosen]
 
