@@ -8,8 +8,8 @@ import torch
 THROTTLE = {  # bits of NVML's clock event reasons that mean lower clocks than possible
     0x4: "power cap",
     0x8: "hardware slowdown",
-    0x20: "heat (software)",
-    0x40: "heat (hardware)",
+    0x20: "temperature (software)",
+    0x40: "temperature (hardware)",
     0x80: "power brake",
 }
 SM, MEMORY = 1, 2  # NVML's clocks

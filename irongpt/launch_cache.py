@@ -1,7 +1,8 @@
-"""Launch options measured on this user's GPU: the file that keeps them, and its use in a process.
+"""The file that stores launch options measured on this GPU, and its use in a process.
 
-A file is of one GPU, architecture, Triton and source of the kernels, and named so: of another it is
-not even opened. Written by `irongpt tune`; IRONGPT_TUNED=off leaves it alone.
+`irongpt tune` writes it. Its name contains the GPU, the architecture, the Triton version and a
+digest of the kernels' source, so options measured for anything else are never read.
+IRONGPT_TUNED=off ignores the file.
 """
 
 import functools
@@ -22,14 +23,14 @@ FORMAT = 1
 
 
 class Loaded(NamedTuple):
-    """What a process found. note: a line for the user, empty where the shipped options run."""
+    """The measured options of a process. note: a line for the user, empty with default options."""
 
     entries: list[dict[str, Any]]
     note: str
 
 
 def wanted() -> bool:
-    """Raises UserError for a value of the variable that means nothing."""
+    """Whether measured options are used. Raises UserError for an unknown value of the variable."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "off"):
         raise UserError(f"{VARIABLE} must be off or unset, got {value!r}")
@@ -37,7 +38,7 @@ def wanted() -> bool:
 
 
 def identity(device: torch.device) -> dict[str, Any]:
-    """What measured options are of, and of nothing else."""
+    """The GPU and versions for which measured options are valid."""
     import triton
 
     major, minor = emulate.capability(device)
@@ -50,29 +51,29 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 
 def path(device: torch.device) -> Path:
-    """Where the options of a GPU are kept, whether or not there are any."""
+    """The file for the options of a GPU, which need not exist."""
     parts = "-".join(identity(device).values())
     return cache_folder() / f"tuned-{re.sub(r'[^A-Za-z0-9.]+', '-', parts)}.json"
 
 
 def parse(data: bytes, file: Path, device: torch.device) -> list[dict[str, Any]]:
-    """The entries of a file. Raises UserError unless it is as `save` wrote it, for this GPU."""
+    """The entries of a file. Raises UserError unless `save` wrote it for this GPU."""
     values = unsealed(data, file)
     same = {**identity(device), "format": FORMAT}
     if {name: values.get(name) for name in same} != same:
-        raise UserError(f"{file} is of another GPU or version")
+        raise UserError(f"{file} was measured on another GPU or version")
     try:
         entries = values["entries"]
         launch_table.table_of(entries)
     except (KeyError, ValueError) as e:
-        raise UserError(f"{file} has no launch options that can be used: {e}") from e
+        raise UserError(f"{file} has no valid launch options: {e}") from e
     return list(entries)
 
 
-@functools.cache  # once a process: a run keeps the options that it began with
+@functools.cache  # once per process: a run keeps the options that it started with
 def load(device: torch.device) -> Loaded:
-    """Puts this GPU's measured options in use, if there are any. Never fails: a file that is not
-    as it was written is ignored, and the note says so."""
+    """Uses this GPU's measured options, if there are any. Never fails: a changed file is ignored,
+    and the note reports it."""
     if device.type != "cuda" or not wanted():
         return Loaded([], "")
     try:
@@ -81,7 +82,7 @@ def load(device: torch.device) -> Loaded:
             return Loaded([], "")
         entries = parse(read(file), file, device)
     except (UserError, OSError) as e:
-        return Loaded([], f"measured tiles ignored: {e}; irongpt tune measures anew")
+        return Loaded([], f"measured tiles ignored: {e}; run irongpt tune again")
     launch_table.use(device, launch_table.table_of(entries))
     return Loaded(
         entries, f"tiles measured on this GPU, table {launch_table.digest(device)} ({file})"
@@ -89,12 +90,12 @@ def load(device: torch.device) -> Loaded:
 
 
 def note(name: str, device: torch.device) -> str:
-    """What to tell a user of the launch options of the ops called `name`; empty if shipped."""
+    """A line for the user about the launch options of these ops; empty if they are the defaults."""
     return load(device).note if name == "fused" else ""
 
 
 def save(device: torch.device, entries: list[dict[str, Any]]) -> Path:
-    """Keeps the entries in place of all that were there. Raises UserError where it cannot."""
+    """Replaces all stored entries. Raises UserError if the file cannot be written."""
     file = path(device)
     try:
         if entries:

@@ -140,7 +140,7 @@ def test_a_field_that_the_card_does_not_report(card) -> None:
 def test_throttle_reasons_are_named(card) -> None:
     state = gpu_state.query(torch.device("cuda", 0))
     assert state is not None
-    assert state.throttled_by == ["power cap", "heat (software)"]
+    assert state.throttled_by == ["power cap", "temperature (software)"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_of_another_it_is_not_opened(h200, monkeypatch, change) -> None:
     assert cache.load(GPU) == ([], "")
     cache.path(GPU).write_bytes(file.read_bytes())  # and renamed by hand, not believed
     cache.load.cache_clear()
-    assert "is of another GPU or version; irongpt tune measures anew" in cache.load(GPU).note
+    assert "was measured on another GPU or version; run irongpt tune again" in cache.load(GPU).note
     assert launch_table.digest(GPU) == ""
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     loaded = cache.load(GPU)
     assert loaded.entries == []
     assert loaded.note.startswith(f"measured tiles ignored: {file}")
-    assert loaded.note.endswith("irongpt tune measures anew")
+    assert loaded.note.endswith("run irongpt tune again")
     assert "\n" not in loaded.note
     assert len(loaded.note) < 400
     assert forward_tile() == shipped

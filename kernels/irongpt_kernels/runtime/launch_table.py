@@ -1,9 +1,9 @@
 """
-Launch options that were measured on a user's GPU, in place of those that this package ships.
+Launch options measured on a user's GPU, which replace this package's default options.
 
-Whoever measured them hands them over with `use`, before kernels are launched on that GPU; nothing
-here measures, and no launch does more than look into a dict. Other options add up in another order,
-so results are the same bits for one table, and `digest` tells tables apart. Imports no Triton.
+The caller passes them to `use` before kernels are launched on that GPU; nothing is measured here,
+and a launch only looks them up in a dict. Other options sum in another order, so results have the
+same bits for one table only, which `digest` identifies. This file imports no Triton.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ Key = tuple[str, int, int]  # kernel; head dimension, else columns; bytes of an 
 Table = dict[Key, Options]
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
-# What a launcher takes from a table, by kernel. The norms are those of dropout_add_layer_norm.
-# maxnreg, registers a thread may have, may be missing: as many as ptxas likes.
+# The options of each kernel. The norms are those of dropout_add_layer_norm. maxnreg, the limit of
+# registers per thread, may be missing; ptxas then decides.
 KNOBS = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
@@ -44,9 +44,9 @@ _tables: dict[torch.device, Table] = {}
 
 
 def use(device: torch.device, table: Table) -> None:
-    """From here on launches on the device take what the table has; an empty one ends that.
+    """Later launches on the device use the options in the table; an empty table ends that.
 
-    Raises ValueError for a kernel or option that there is not, and for a value out of range.
+    Raises ValueError for an unknown kernel or option and for a value out of range.
     """
     for key, options in table.items():
         _check(key, options)
@@ -56,7 +56,7 @@ def use(device: torch.device, table: Table) -> None:
 def _check(key: Key, options: Options) -> None:
     kernel, _, _ = key
     if kernel not in KNOBS:
-        raise ValueError(f"no kernel {kernel!r} has launch options of its own")
+        raise ValueError(f"there is no kernel {kernel!r} with launch options")
     if not set(KNOBS[kernel]) - {"maxnreg"} <= set(options) <= set(KNOBS[kernel]):
         raise ValueError(f"{kernel} has the options {', '.join(KNOBS[kernel])}")
     for name, value in options.items():
@@ -71,28 +71,28 @@ def _check(key: Key, options: Options) -> None:
 
 
 def options(
-    kernel: str, size: int, itemsize: int, device: torch.device, shipped: Options
+    kernel: str, size: int, itemsize: int, device: torch.device, default: Options
 ) -> Options:
-    """What a launch takes: the table's options for it, else the shipped ones. Not to be changed."""
+    """The table's options for a launch, else the default ones. The caller must not change them."""
     table = _tables.get(device)
-    return table.get((kernel, size, itemsize), shipped) if table else shipped
+    return table.get((kernel, size, itemsize), default) if table else default
 
 
 def digest(device: torch.device) -> str:
-    """Of the table in use, 12 hexadecimal digits; empty for the shipped options."""
+    """12 hexadecimal digits that identify the table in use; empty for the default options."""
     table = _tables.get(device)
     return table_digest(table) if table else ""
 
 
 def table_digest(table: Table) -> str:
-    """The same for the same options, in any order."""
+    """Equal for equal options, in any order."""
     listed = sorted([*key, sorted(options.items())] for key, options in table.items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12]
 
 
 @cache
 def sources() -> str:
-    """A digest of this package's source: options are of the kernels that they were measured on."""
+    """A digest of this package's source, since options are valid for one version of the kernels."""
     found = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
