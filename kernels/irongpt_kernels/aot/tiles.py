@@ -1,24 +1,24 @@
 """
-Tiles that the attention kernels may have, and what they compile to, without a GPU.
+Compiles candidate tiles of the attention kernels, without a GPU, and sorts them by a clock model.
 
     python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
 
-A candidate is BLOCK_M queries by BLOCK_N keys on a number of warps, 16 or 32 rows of the scores a
-warp, as long as what each thread must hold can fit its 255 registers; from sm_80 on in one stage or
-two, the second copied while the first is worked on. Each is compiled, and its inner loop is charged
-to the units of an SM by `sass.clocks`. What spills or does not fit comes last, then what leaves an
-SM fewer than 8 warps (too few to keep it busy), then on sm_75 it is clocks per query-key pair.
+A candidate is a tile of BLOCK_M queries by BLOCK_N keys on a number of warps, with 16 or 32 rows of
+the scores per warp, if what each thread holds can fit its 255 registers. From sm_80 on it has one
+stage or two, where the second is copied while the first is computed on. Each candidate is compiled,
+and `sass.clocks` estimates the clocks of its inner loop on the units of an SM. Those that spill or
+do not fit come last; before them come those that leave an SM fewer than 8 warps, too few to keep it
+busy. The rest is sorted by clocks: on sm_75 per query-key pair, from sm_80 on for a head of 256
+positions. The latter counts every visited tile, those on the diagonal completely (large tiles have
+more of these), and compares the units of the SM with its share of L2, from which keys and values
+are read once per query tile, and of DRAM, which is the same for all tiles.
 
-From sm_80 on it is clocks of a head of 256 positions: every tile that is visited, those on the
-diagonal whole, of which large tiles have more; and beside the units of the SM its share of L2,
-where keys and values come from once per query tile, and of DRAM, which is the same for all tiles.
-`attention_tiles.table` is chosen from the head of these lists, a tile that stays clear of spills at
-every head dimension and without dropout too.
+`attention_tiles.table` holds a tile from the top of these lists that does not spill at any head
+dimension, with dropout or without.
 
-Limits of the model: a bound from below, of units that work side by side. It charges no latency, no
-bank conflict, no dependence and no mask on the diagonal.
-The rates of L2 and of HMMA on sm_90 are guesses. Tiles that are within a fifth of each other may be
-in another order on the card: `irongpt tune` asks it.
+The model is a lower bound for units that work in parallel. It ignores latency, bank conflicts,
+dependences and the mask on the diagonal. The rates of L2, and of HMMA on sm_90, are guesses. Tiles
+within a fifth of each other may be in another order on a GPU, which `irongpt tune` measures.
 """
 
 import argparse
@@ -38,10 +38,14 @@ KERNELS = {
     "query": "attention_backward._bwd_dq_kernel",
     "key": "attention_backward._bwd_dkdv_kernel",
 }
-PRODUCTS = {"forward": 2, "query": 3, "key": 4}
-OWN = {"forward": 2, "query": 4, "key": 4}  # tensors of which a program reads or writes its tile
+MATMULS = {"forward": 2, "query": 3, "key": 4}
+TILES_PER_PROGRAM = {
+    "forward": 2,
+    "query": 4,
+    "key": 4,
+}  # tensors of which a program reads or writes a tile
 FEW_WARPS = 8
-REST = 64  # registers that what is in no tile takes at least
+REST = 64  # registers that everything outside the tiles takes at least
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
 L2 = {80: 5120 / 108, 90: 5120 / 132}
 DRAM = {80: 10.2, 90: 20.7}
@@ -60,18 +64,18 @@ class Tile(NamedTuple):
         return f"{self.BLOCK_M} x {self.BLOCK_N}"
 
     def options(self) -> launch_table.Options:
-        """As a launch takes them."""
+        """The options of a launch."""
         return {name: value for name, value in self._asdict().items() if value}
 
 
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
-    """Candidates. A warp owns rows of the scores; of the key kernel's, rows are keys."""
-    if itemsize == 4:  # scalar products: what is larger takes minutes to compile, and spills
+    """The candidates. A warp owns rows of the scores; in the key kernel the rows are keys."""
+    if itemsize == 4:  # scalar FMAs: larger tiles take minutes to compile, and spill
         return [
             Tile(M, N, num_warps)
             for M, N, num_warps in itertools.product((16, 32), (16, 32), (2, 4, 8))
         ]
-    # By row and column of D: accumulators of 4 bytes, operands of 2 that stay for all tiles.
+    # Registers per row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
     wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
     new = arch >= 80
@@ -87,14 +91,14 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
                 Tile(M, N, num_warps, stages, limit)
                 for stages in ((1, 2) if new else (1,))
                 for limit in (0, 168, 128)
-                # Fewer registers are more programs an SM, if they are enough.
+                # With fewer registers per thread an SM holds more programs, unless it spills.
                 if not limit or (new and num_warps >= 4 and held + REST <= limit)
             ]
     return found
 
 
 def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
-    """Candidates of any kernel of `tuned.KNOBS`: what it may be launched with."""
+    """The candidate launch options of any kernel in `launch_table.KNOBS`."""
     kernel, size, itemsize = key
     name = kernel.removeprefix("attention ")
     if name != kernel:
@@ -105,7 +109,7 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
         a_thread = M * (N if gelu else launch.block(size)) // (32 * num_warps)
         tile = dict(BLOCK_M=M, BLOCK_N=N, num_warps=num_warps)
         if not 8 <= a_thread <= (16 if gelu else 32):
-            continue  # few loads in flight, or too many registers
+            continue  # too few loads in flight, or too many registers
         for more in (4, 8, 16) if kernel.endswith("backward") else (1,):
             tile |= dict(warps_per_sm=more, programs_per_sm=more)
             found.append({knob: tile[knob] for knob in launch_table.KNOBS[kernel]})
@@ -113,15 +117,15 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
 
 
 def passes(tile: Tile, T: int) -> int:
-    """How many tiles of scores the programs of one head go through: those that the triangle
-    touches, whichever of the kernels owns its rows or its columns. T: a multiple of both sides."""
+    """The number of tiles of scores that the programs of one head visit: those that intersect the
+    lower triangle, in each of the kernels. T is a multiple of both sides."""
     return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 
 def of_a_head(
     kernel: str, tile: Tile, loop: dict[str, float], arch: int, D: int, size: int
 ) -> dict[str, float]:
-    """Clocks by unit of a head of CONTEXT positions, from those of a pass of the inner loop.
+    """Clocks by unit for a head of CONTEXT positions, from those of one pass of the inner loop.
 
     size: bytes of an element.
     """
@@ -131,12 +135,13 @@ def of_a_head(
     swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
     least = one * (4 if kernel == "forward" else 6)
     return {unit: n * clocks for unit, clocks in loop.items()} | dict(
-        l2=(OWN[kernel] * one + 2 * n * swept * D * size) / L2[arch], dram=least / DRAM[arch]
+        l2=(TILES_PER_PROGRAM[kernel] * one + 2 * n * swept * D * size) / L2[arch],
+        dram=least / DRAM[arch],
     )
 
 
 def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
-    """Every candidate of every kernel, best first by kernel."""
+    """All candidates by kernel, the best first."""
     wanted = f"D={D} p={p} T={shapes.CONTEXT} {dtype}"
     case = next(c for c in shapes.every(arch) if c.shape == wanted)
     size = shapes.DTYPES[dtype].itemsize
