@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.ops.cases import MODES
 from benchmarks.report import __main__ as report
@@ -82,12 +83,12 @@ def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
 def test_what_follows_from_a_time() -> None:
     row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
     roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
-    d = result_file.derive(row, roofs)
+    d = roofline.derive(row, roofs)
     assert d["bytes_per_s"] == 50
     assert d["flops_per_s"] == 300
     assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
     assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
-    assert result_file.derive(dict(none_because="x", least_bytes=1), roofs) == {}
+    assert roofline.derive(dict(none_because="x", least_bytes=1), roofs) == {}
 
 
 def options(folder: Path, **more: object) -> argparse.Namespace:

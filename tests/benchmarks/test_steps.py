@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.report import tables_train
 from benchmarks.suite import summary
@@ -148,7 +149,7 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
 
 def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
     config = GPTConfig(vocab_size=104, **PRESETS["iron"].model)
-    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in matmuls.shapes(config, 64))
+    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in roofline.matmul_shapes(config, 64))
     C, T, tokens = config.n_embd, config.context, 64 * config.context
     attention = 12 * config.n_layer * C * T * tokens
     norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
@@ -164,11 +165,11 @@ def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
     gram, square = 2 * C * C * longer, 4 * 2 * C**3
     first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
     flops = L * (4 * gram + (first + second) * square)
-    assert matmuls.muon_flops(config) == flops
+    assert roofline.muon_flops(config) == flops
     own, n = 12 * C * C * L, config.n_params()
     weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
-    assert matmuls.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
-    adamw, muon = (matmuls.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
+    assert roofline.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
+    adamw, muon = (roofline.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
     assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
     # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
     assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own

@@ -12,7 +12,7 @@ import pytest
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import decode, train_runs, vs_nanogpt
+from benchmarks import decode, roofline, train_runs, vs_nanogpt
 from benchmarks.measure import result_file
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
@@ -188,7 +188,7 @@ def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
 def test_the_readme_has_the_bound_that_is_computed() -> None:
     text = (ROOT / "README.md").read_text()
     for preset in ("iron", "fast"):
-        assert f"| {preset} | | {tables.t4_step(preset) * 1e3:.1f} ms |" in text
+        assert f"| {preset} | | {roofline.t4_step(preset) * 1e3:.1f} ms |" in text
 
 
 def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
