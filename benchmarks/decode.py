@@ -135,9 +135,7 @@ def line(row: Row) -> str:
     head = f"{row['ops']:8} {row['way']:8} batch {row['batch']:3} "
     if "none_because" in row:
         return head + row["none_because"]
-    text = (
-        f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us per token"
-    )
+    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us/token"
     if "steady_tokens_per_s" in row:
         text += f", {row['steady_tokens_per_s']:,.0f} tokens/s after {ROOM}"
     return head + text + (f", {row['nodes']} nodes" if "nodes" in row else "")

@@ -14,7 +14,6 @@ which a T4 runs.
 import argparse
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -60,7 +59,7 @@ GROUPS = {  # parts of an operation's name; the first group that matches counts
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the operations dispatched inside it. A `phase` is the group of all of them."""
+    """Counts the operations dispatched inside it. phase: the group of all, unless it is empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +80,6 @@ class Ledger(TorchDispatchMode):
             self.bytes[group] += moved
             self.operations[group][name] += LAUNCHES.get(name, 1)
         return out
-
-    @contextlib.contextmanager
-    def counting_as(self, phase: str) -> Iterator[None]:
-        self.phase = phase
-        try:
-            yield
-        finally:
-            self.phase = ""
 
 
 def group_of(name: str) -> str:
@@ -111,10 +102,10 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
         for t in tensors(x):
             written = a.alias_info is not None and a.alias_info.is_write
             inputs.add(t.untyped_storage()._cdata)
-            total += size(t) * (
-                1 if not written or overwrites or a.name == "low_precision_params" else 2
-            )
-            total += size(t) * (a.name in READ_TWICE.get(func._schema.name, ()))
+            only_written = overwrites or a.name == "low_precision_params"
+            times = 2 if written and not only_written else 1
+            times += a.name in READ_TWICE.get(func._schema.name, ())
+            total += times * size(t)
     made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
     if not mutates and not made:
@@ -168,8 +159,11 @@ def step(
             optimizer_step = trainer.optimizer.step
 
             def optimizer_step_in_phase() -> Tensor:
-                with ledger.counting_as("optimizer"):
+                ledger.phase = "optimizer"
+                try:
                     return optimizer_step()
+                finally:
+                    ledger.phase = ""
 
             trainer._run_step()  # allocates the moments
             with patch.object(trainer.optimizer, "step", optimizer_step_in_phase), ledger:

@@ -24,13 +24,7 @@ Row = dict[str, Any]
 
 # What others have measured on a T4: copies reach 72 to 82 % of 320 GB/s, and cuBLAS reaches 18 to
 # 24 TFLOP/s in float16 under the card's limit of 70 W.
-T4: PeakRates = {
-    "copy_bytes_per_s": 250e9,
-    "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12},
-}
-
-
-# One op -----------------------------------------------------------------------------------------
+T4: PeakRates = dict(copy_bytes_per_s=250e9, gemm_flops_per_s=dict(float16=24e12, float32=7e12))
 
 
 def op_seconds(row: Row, dtype: str, rates: PeakRates) -> float:
@@ -58,9 +52,6 @@ def derive(row: Row, rates: PeakRates) -> Row:
         "floor_seconds": least,
         "share_of_roof": least / seconds,
     }
-
-
-# A training step --------------------------------------------------------------------------------
 
 
 def matmul_shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int, int]]:
@@ -107,13 +98,8 @@ def op_bytes(op: str, config: GPTConfig, batch_size: int, itemsize: int) -> int:
 def step_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
     """Least bytes of all ops of a step but the matmuls, by op."""
     L, B = config.n_layer, train.batch_size
-    counts = {
-        "causal_attention_packed": L,
-        "dropout_add_layer_norm": 2 * L,
-        "gelu": L,
-        "cross_entropy": 1,
-        "layer_norm": 1,
-    }
+    counts = dict(causal_attention_packed=L, dropout_add_layer_norm=2 * L, gelu=L)
+    counts |= dict(cross_entropy=1, layer_norm=1)
     found = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
     # Output and gradient of the embedding in float32, each read and written.
     found["embedding"] = 2 * 2 * B * config.context * config.n_embd * 4

@@ -67,8 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as scratch,
     ):
         section.put(nanogpt=environment.git_commit(checkout), rows=[], iron_step=None)
-        for measure in (nanogpt, to_target, nano):
-            row = measure(Path(scratch), checkout, text.text)
+        folder = Path(scratch)
+        for measure in (
+            lambda: nanogpt(folder, checkout, text.text),
+            lambda: irongpt("to 1.80", folder, "--target-loss", "1.80"),
+            lambda: irongpt("nano", folder),
+        ):
+            row = measure()
             section.put(rows=[*section.values["rows"], row])
             print(json.dumps(row), flush=True)
         section.put(iron_step=iron_step(checkout))
@@ -95,14 +100,6 @@ def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
         "peak_rss_mb": memory,
         "curve": [[int(step), float(loss)] for step, loss in losses],
     }
-
-
-def to_target(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
-    return irongpt("to 1.80", scratch, "--target-loss", "1.80")
-
-
-def nano(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
-    return irongpt("nano", scratch)
 
 
 def irongpt(name: str, scratch: Path, *flags: str) -> dict[str, Any]:

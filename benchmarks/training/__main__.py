@@ -23,6 +23,7 @@ bandwidth of the device (see `benchmarks.roofline`).
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
 # in float32, then the slow ones in 16 bits and in float32.
 PARTS = (0.45, 0.75, 0.9, 1.0)
 SLOW = "max-autotune"  # may compile for minutes
+OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the name of the ops
+    "": {},
+    "graph": dict(graph=True),
+    "as trained": dict(graph=True, deterministic=True),
+    "compiled": dict(mode="default"),
+    "compiled graph": dict(mode="default", graph=True),
+    SLOW: dict(mode=SLOW),
+    "AdamW": dict(optimizer="adamw"),
+    "AdamW compiled": dict(optimizer="adamw", mode="default"),
+}
 
 
 def variants(
@@ -53,40 +64,30 @@ def variants(
 ) -> list[tuple[str, Make]]:
     """The variants to time in one dtype; those that compile for minutes come last."""
     gpu = device.type == "cuda"
-    found: list[tuple[str, Make]] = []
-
-    def add(name: str, **options: Any) -> None:
-        def make(setting: tuple[Any, ...]) -> Variant:
-            module = modules[name.split()[0]] or ops.load("fused", device, setting[0])
-            return trained(setting, module, dtype, device, **options)
-
-        found.append((name, make))
-
     modules = {"fused": None, "builtin": builtin, "textbook": Textbook, "eager": eager}
-    for name in modules:
-        if name != "fused" or gpu or (only and name in only):
-            add(name)
-    if checkout is not None:
-        found.append(("nanoGPT", lambda s: nanogpt(s, checkout, dtype, device)))
-        add("builtin AdamW", optimizer="adamw")
+    theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
+    names = ["fused"] if gpu or "fused" in (only or []) else []
+    names += ["builtin", "textbook", "eager", *theirs]
     if gpu:
-        for name in modules:
-            add(f"{name} graph", graph=True)
-        for name in ("fused", "builtin"):
-            add(f"{name} as trained", graph=True, deterministic=True)
-    add("builtin compiled", mode="default")
+        names += [f"{name} graph" for name in modules]
+        names += ["fused as trained", "builtin as trained"]
+    names.append("builtin compiled")
     if gpu:
-        add("builtin compiled graph", mode="default", graph=True)
-        for name in ("textbook", "fused", "eager"):
-            add(f"{name} compiled", mode="default")
-        add("fused compiled graph", mode="default", graph=True)
-    if checkout is not None:
-        found.append(("nanoGPT compiled", lambda s: nanogpt(s, checkout, dtype, device, True)))
-        add("builtin AdamW compiled", optimizer="adamw", mode="default")
+        names += ["builtin compiled graph", "textbook compiled", "fused compiled"]
+        names += ["eager compiled", "fused compiled graph"]
+    names += [f"{name} compiled" for name in theirs]
     if gpu:
-        for name in ("builtin", "textbook", "eager"):
-            add(f"{name} {SLOW}", mode=SLOW)
-    return [pair for pair in found if only is None or pair[0] in only]
+        names += [f"{name} {SLOW}" for name in ("builtin", "textbook", "eager")]
+
+    def make(name: str, setting: tuple[Any, ...]) -> Variant:
+        base, _, how = name.partition(" ")
+        if base == "nanoGPT":
+            assert checkout is not None
+            return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
+        module = modules[base] or ops.load("fused", device, setting[0])
+        return trained(setting, module, dtype, device, **OPTIONS[how])
+
+    return [(name, partial(make, name)) for name in names if only is None or name in only]
 
 
 def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainConfig, torch.Tensor]:

@@ -58,12 +58,15 @@ def test_every_section_is_complete(result: Path) -> None:
     assert len(values["kernels"]["rows"]) == (7 + 3) * 3 * 2 + 7 + 7 - 3
 
 
-def test_a_step_is_measured(result: Path) -> None:
+def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
     section = result_file.load(result)["train"]
     assert {r["variant"] for r in section["rows"]} == {"builtin", "textbook", "eager"}
+    shown = tables.train(section)
     for r in section["rows"]:
         assert r["samples"] == 2
         assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["seconds"], rel=1e-4)
+        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
+        assert f"{r['tokens_per_s']:,.0f}" in shown
     alone = section["products"]["float32"]
     assert 0 < alone["seconds"] < alone["computed_floor_seconds"]
 
@@ -122,22 +125,14 @@ def test_the_report(result: Path, tmp_path: Path) -> None:
     assert {p.stem for p in folder.glob("*.png")} >= {"speedup", "step", "runs", "target"}
 
 
-def test_the_table_of_steps_shows_the_numbers_of_the_file(result: Path) -> None:
-    section = result_file.load(result)["train"]
-    shown = tables.train(section)
-    for r in section["rows"]:
-        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
-        assert f"{r['tokens_per_s']:,.0f}" in shown
-
-
 def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.py").touch()
     row = dict(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
     step = dict(batch=4, irongpt_ms=915.7, nanogpt_ms=926.5)
-    for name in ("nanogpt", "to_target", "nano"):
-        monkeypatch.setattr(vs_nanogpt, name, lambda scratch, checkout, text: row)
+    for name in ("nanogpt", "irongpt"):
+        monkeypatch.setattr(vs_nanogpt, name, lambda *args: row)
     monkeypatch.setattr(vs_nanogpt, "iron_step", lambda checkout: step)
     monkeypatch.setattr(vs_nanogpt.corpus, "load", lambda name, say: SimpleNamespace(text=""))
     options = ["--nanogpt", str(tmp_path), "--out", str(tmp_path / "out"), "--commit", "abc"]
