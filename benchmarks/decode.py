@@ -78,40 +78,34 @@ def measure(
     failed: dict[tuple[str, int], str] = {}
     model.eval()
     for i in range(rounds + 1):  # the first round warms up
-        for way, generate in ways.items():
-            if way in failed:
-                continue
+        for key in [key for key in ways if key not in failed]:
             try:
                 devices.synchronize(device)
                 start = time.perf_counter()
-                stamps = generate()
+                stamps = ways[key]()
                 devices.synchronize(device)
             except Exception as e:  # the other ways are still measured
-                failed[way] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+                failed[key] = timing.reason(e)
                 continue
+            end = time.perf_counter()
             if i:
-                end = time.perf_counter()
-                samples[way].append(end - start)
-                if len(stamps) > ROOM:
-                    steady[way].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
+                samples[key].append(end - start)
+            if i and len(stamps) > ROOM:
+                steady[key].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
     rows = []
-    for way in ways:
-        row = Row(way=way[0], batch=way[1], tokens=tokens)
-        if way in failed:
-            rows.append(row | {"none_because": failed[way]})
-            continue
-        t = timing.Timing(samples[way], False)
-        row |= {
-            "tokens_per_s": way[1] * tokens / t.median,
-            "seconds_a_token": t.median / tokens,
-            "iqr": t.iqr / tokens,
-            "samples": rounds,
-        }
-        if steady[way]:
-            row["steady_tokens_per_s"] = way[1] / timing.Timing(steady[way], False).median
-        if gpu and way[0] != "naive":
-            row["nodes"] = nodes(model, dtype, way[1])
+    for way, B in ways:
+        row = Row(way=way, batch=B, tokens=tokens)
         rows.append(row)
+        if (way, B) in failed:
+            row["none_because"] = failed[way, B]
+            continue
+        t = timing.Timing(samples[way, B], False)
+        row |= dict(tokens_per_s=B * tokens / t.median, seconds_a_token=t.median / tokens)
+        row |= dict(iqr=t.iqr / tokens, samples=rounds)
+        if steady[way, B]:
+            row["steady_tokens_per_s"] = B / timing.Timing(steady[way, B], False).median
+        if gpu and way != "naive":
+            row["nodes"] = nodes(model, dtype, B)
     return rows
 
 
@@ -128,7 +122,7 @@ def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
             devices.synchronize(decoder.tokens.device)
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events() or ())
     except Exception as e:  # the times are valid without the count
-        return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        return timing.reason(e)
 
 
 def line(row: Row) -> str:

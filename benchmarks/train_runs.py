@@ -73,20 +73,12 @@ def train(
             assert loss is not None
             evaluated.append([trainer.step, seconds, loss])
             reached = target is not None and loss <= target
-    return {
-        "dtype": devices.dtype_name(dtype),
-        "steps": trainer.step,
-        "seconds": seconds,
-        "warm_steps": warm,
-        "warm_seconds": warm_seconds,
-        "evaluation_seconds": evaluation,
-        "tokens_per_s": (trainer.step - warm) * trainer.tokens_per_step() / seconds,
-        "target": target,
-        "reached": reached,
-        "finite": finite,
-        "curve": curve,
-        "evaluated": evaluated,
-    }
+    tokens_per_s = (trainer.step - warm) * trainer.tokens_per_step() / seconds
+    return dict(
+        dtype=devices.dtype_name(dtype), steps=trainer.step, seconds=seconds, warm_steps=warm,
+        warm_seconds=warm_seconds, evaluation_seconds=evaluation, tokens_per_s=tokens_per_s,
+        target=target, reached=reached, finite=finite, curve=curve, evaluated=evaluated,
+    )  # fmt: skip
 
 
 def line(run: dict[str, Any]) -> str:
@@ -115,9 +107,8 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time complete trainings")
     parser.add_argument("--section", choices=["runs", "target"], default="runs")
-    parser.add_argument(
-        "--preset", nargs="+", choices=list(PRESETS), help="[iron; target: fast iron; CPU: nano]"
-    )
+    presets = "[iron; target: fast iron; CPU: nano]"
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help=presets)
     parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target, CPU: no eager]")
     parser.add_argument("--seeds", nargs="+", type=int, help="one training per seed [the preset's]")
     parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")

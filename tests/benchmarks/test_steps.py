@@ -88,15 +88,12 @@ def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "builtin"),
     [
-        ("eager", "builtin"),
-        ("fused graph", "builtin graph"),
-        ("fused as trained", "builtin as trained"),
-        ("textbook compiled", "builtin compiled"),
-        ("eager max-autotune", "builtin max-autotune"),
-        ("nanoGPT", "builtin AdamW"),
+        ("eager", "builtin"), ("fused graph", "builtin graph"),
+        ("fused as trained", "builtin as trained"), ("textbook compiled", "builtin compiled"),
+        ("eager max-autotune", "builtin max-autotune"), ("nanoGPT", "builtin AdamW"),
         ("nanoGPT compiled", "builtin AdamW compiled"),
     ],
-)
+)  # fmt: skip
 def test_a_variant_is_compared_with_builtin_launched_in_the_same_way(
     variant: str, builtin: str
 ) -> None:
