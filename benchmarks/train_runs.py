@@ -107,8 +107,8 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time complete trainings")
     parser.add_argument("--section", choices=["runs", "target"], default="runs")
-    presets = "[iron; target: fast iron; CPU: nano]"
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help=presets)
+    usual = "[iron; target: fast iron; CPU: nano]"
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help=usual)
     parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target, CPU: no eager]")
     parser.add_argument("--seeds", nargs="+", type=int, help="one training per seed [the preset's]")
     parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")
