@@ -8,8 +8,8 @@ its tables, its comparisons and its JSON then hold the device's seconds, not Pyt
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import roofline
 from benchmarks.conftest import Session
-from benchmarks.measure import result_file
 from benchmarks.ops.accuracy import passes
 from benchmarks.ops.cases import Case
 from benchmarks.report.tables_kernels import beyond
@@ -42,6 +42,6 @@ def bench_op(
         pytest.skip(row["none_because"])
     benchmark.group = f"{case.name}, {mode}"
     benchmark.name = provider + beyond(row)
-    benchmark.extra_info.update(row, **result_file.derive(row, session.section.values["roofs"]))
+    benchmark.extra_info.update(row, **roofline.derive(row, session.section.values["roofs"]))
     CLOCK.samples = list(row["seconds_of_samples"])
     benchmark.pedantic(CLOCK.tick, rounds=len(CLOCK.samples), iterations=1)

@@ -1,16 +1,17 @@
-"""Tokens a second of writing text, one at a time and many at once.
+"""Times generation in tokens/s, of one sequence and of batches.
 
     python -m benchmarks.decode
 
-    naive      the whole window goes through the model for every token, as nanoGPT's generate does
-    cached     `irongpt.sample.generate`, its kernels launched one by one
-    graphed    the same, a CUDA graph a token; on a GPU alone
-    batched    several texts at once, by graphs where there is a GPU; tokens of all of them count
+    naive      the model processes the complete context for every token, like nanoGPT's generate
+    cached     `irongpt.generation.sample` with a KV cache, one launch per kernel
+    graphed    cached, with one CUDA graph per token; only on a GPU
+    batched    several sequences at once, with graphs on a GPU; the tokens of all of them count
 
-A text starts with one token and stays within one window of the model, so no window is read again.
-Weights are fresh ones: a trained model writes no faster. The draw is at temperature 0.8, in naive
-by PyTorch. A graph is captured for every text, and the capture is in the time, as a user has it;
-`steady` leaves out all up to the tokens after it. `nodes` are the kernels of one token.
+A sequence starts with one token and is never longer than the context, so no prompt is processed
+again. The weights are randomly initialized, because training does not change the speed. Tokens are
+sampled at temperature 0.8, in naive by PyTorch. A graph is captured for every call, and its capture
+is in the time, as it is for a user; `steady` leaves out the first tokens, and so the capture.
+`nodes` is the number of kernels per token.
 """
 
 import argparse
@@ -34,117 +35,111 @@ ROUNDS = 5
 TEMPERATURE = 0.8
 
 Row = dict[str, Any]
-Stamps = list[float]  # when tokens came, seconds
+Stamps = list[float]  # time of each token, in seconds
 
 
 @torch.inference_mode()
 def naive(model: GPT, dtype: torch.dtype, tokens: int) -> Stamps:
     device = model.wte.weight.device
-    text = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     stamps = []
     with devices.autocast(device, dtype):
         for _ in range(tokens):
-            logits = model(text[:, -model.config.context :])[:, -1].float() / TEMPERATURE
-            text = torch.cat((text, logits.softmax(-1).multinomial(1)), 1)
+            logits = model(ids[:, -model.config.context :])[:, -1].float() / TEMPERATURE
+            ids = torch.cat((ids, logits.softmax(-1).multinomial(1)), 1)
             stamps.append(time.perf_counter())
     return stamps
 
 
-def written(model: GPT, dtype: torch.dtype, tokens: int, texts: int, graph: bool) -> Stamps:
+def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool) -> Stamps:
     config = SampleConfig(tokens=tokens, temperature=TEMPERATURE)
     return [
         time.perf_counter()
-        for _ in sample.generate_batch(model, [[0]] * texts, config, dtype, graph)
+        for _ in sample.generate_batch(model, [[0]] * batch, config, dtype, graph)
     ]
 
 
 def measure(
     model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
 ) -> list[Row]:
-    """A row for each way to write, with `none_because` for one that fails. The ways take turns."""
+    """A row for each way to generate, with `none_because` if it fails. The ways are interleaved."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {
         ("naive", 1): lambda: naive(model, dtype, tokens),
-        ("cached", 1): lambda: written(model, dtype, tokens, 1, False),
+        ("cached", 1): lambda: cached(model, dtype, tokens, 1, False),
     }
     if gpu:
-        ways["graphed", 1] = lambda: written(model, dtype, tokens, 1, True)
+        ways["graphed", 1] = lambda: cached(model, dtype, tokens, 1, True)
     for B in batches:
-        ways["batched", B] = lambda B=B: written(model, dtype, tokens, B, gpu)  # type: ignore[misc]
+        ways["batched", B] = lambda B=B: cached(model, dtype, tokens, B, gpu)  # type: ignore[misc]
     samples: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     steady: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     failed: dict[tuple[str, int], str] = {}
     model.eval()
-    for turn in range(rounds + 1):  # the first one warms up
-        for way, write in ways.items():
-            if way in failed:
-                continue
+    for i in range(rounds + 1):  # the first round warms up
+        for key in [key for key in ways if key not in failed]:
             try:
                 devices.synchronize(device)
                 start = time.perf_counter()
-                stamps = write()
+                stamps = ways[key]()
                 devices.synchronize(device)
-            except Exception as e:  # the other ways have their turn
-                failed[way] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+            except Exception as e:  # the other ways are still measured
+                failed[key] = timing.reason(e)
                 continue
-            if turn:
-                end = time.perf_counter()
-                samples[way].append(end - start)
-                if len(stamps) > ROOM:
-                    steady[way].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
+            end = time.perf_counter()
+            if i:
+                samples[key].append(end - start)
+            if i and len(stamps) > ROOM:
+                steady[key].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
     rows = []
-    for way in ways:
-        row = Row(way=way[0], batch=way[1], tokens=tokens)
-        if way in failed:
-            rows.append(row | {"none_because": failed[way]})
-            continue
-        t = timing.Timing(samples[way], False)
-        row |= {
-            "tokens_per_s": way[1] * tokens / t.median,
-            "seconds_a_token": t.median / tokens,
-            "iqr": t.iqr / tokens,
-            "samples": rounds,
-        }
-        if steady[way]:
-            row["steady_tokens_per_s"] = way[1] / timing.Timing(steady[way], False).median
-        if gpu and way[0] != "naive":
-            row["nodes"] = nodes(model, dtype, way[1])
+    for way, B in ways:
+        row = Row(way=way, batch=B, tokens=tokens)
         rows.append(row)
+        if (way, B) in failed:
+            row["none_because"] = failed[way, B]
+            continue
+        t = timing.Timing(samples[way, B], False)
+        row |= dict(tokens_per_s=B * tokens / t.median, seconds_a_token=t.median / tokens)
+        row |= dict(iqr=t.iqr / tokens, samples=rounds)
+        if steady[way, B]:
+            row["steady_tokens_per_s"] = B / timing.Timing(steady[way, B], False).median
+        if gpu and way != "naive":
+            row["nodes"] = nodes(model, dtype, B)
     return rows
 
 
 @torch.inference_mode()
-def nodes(model: GPT, dtype: torch.dtype, texts: int) -> int | str:
-    """Kernels, copies and fills of one token, as the profiler sees them; or why it saw none."""
+def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
+    """The number of kernels, copies and fills per token, by the profiler, or the error message."""
     try:
-        decoder = Decoder(model, texts, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
-        decoder.prefill({text: [0] for text in range(texts)})
+        decoder = Decoder(model, batch, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
+        decoder.prefill({i: [0] for i in range(batch)})
         decoder.step()
         devices.synchronize(decoder.tokens.device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             decoder.step()
             devices.synchronize(decoder.tokens.device)
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events() or ())
-    except Exception as e:  # a count that is not there spoils no measurement
-        return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    except Exception as e:  # the times are valid without the count
+        return timing.reason(e)
 
 
 def line(row: Row) -> str:
     head = f"{row['ops']:8} {row['way']:8} batch {row['batch']:3} "
     if "none_because" in row:
         return head + row["none_because"]
-    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us a token"
+    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us/token"
     if "steady_tokens_per_s" in row:
         text += f", {row['steady_tokens_per_s']:,.0f} tokens/s after {ROOM}"
     return head + text + (f", {row['nodes']} nodes" if "nodes" in row else "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="tokens a second of writing")
+    parser = argparse.ArgumentParser(description="time generation in tokens/s")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
     parser.add_argument("--ops", nargs="+", default=["builtin", "fused"])
-    parser.add_argument("--tokens", type=int, help="[the context]")
+    parser.add_argument("--tokens", type=int, help="tokens per sequence [the context]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)

@@ -2,18 +2,18 @@
 
     python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon] [--top 12]
 
-The step of a Trainer runs on fake tensors, and every operation that a GPU would launch kernels for
-is written down: how many, and the bytes of its operands, each read once and written once. Views and
-allocations launch nothing. Nothing is measured and no GPU is needed; a GPU's profiler has to
-confirm it. What a fake cannot know is in LAUNCHES. Autocast is the CPU's, whose list of operations
-agrees with CUDA's on those of the model. The attention of `builtin` counts as PyTorch's
-memory-efficient one, which a T4 runs.
+The step of a Trainer runs on fake tensors. For every operation for which a GPU would launch
+kernels, the ledger counts the launches and the bytes of its operands, each read once and written
+once. Views and allocations launch no kernels. Nothing is measured, no GPU is needed, and a profiler
+on a GPU has yet to confirm the counts. LAUNCHES lists the operations that launch several kernels,
+which fake tensors cannot show. Autocast is that of the CPU, whose list of operations agrees with
+CUDA's for this model. The attention of `builtin` counts as PyTorch's memory-efficient attention,
+which a T4 runs.
 """
 
 import argparse
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -23,18 +23,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.training.matmuls import optimizer_bytes
+from benchmarks.roofline import group_bytes
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-# Kernels of the operations that launch several; all others launch one. Ours are what the launchers
-# do (a test runs them and counts); of PyTorch's CUDA code, read in its source, the least.
+# Operations that launch several kernels; all others launch one. A test counts the launches of our
+# ops. For PyTorch's, the numbers are the fewest that its CUDA source allows.
 LAUNCHES = {
     "irongpt::causal_attention_backward": 2,  # queries; keys and values
-    "irongpt::grad_norm": 2,  # squares; their sum and what follows of it
-    "irongpt::muon_momentum": 2,  # momentum; what is ahead
+    "irongpt::grad_norm": 2,  # squares; their sum, the norm and the scale
+    "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
     "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
     "irongpt::cross_entropy": 2,  # rows; their mean
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
@@ -43,9 +43,9 @@ LAUNCHES = {
     "aten::_scaled_dot_product_efficient_attention_backward": 3,  # dO O, its sum, the gradients
 }
 
-AGAIN = {"irongpt::muon_momentum": ("grads", "momentum")}  # what the second of its kernels reads
+READ_TWICE = {"irongpt::muon_momentum": ("grads", "momentum")}  # by both of its kernels
 
-GROUPS = {  # by a part of the operation's name; the first that fits
+GROUPS = {  # parts of an operation's name; the first group that matches counts
     "attention": ("attention",),
     "norms": ("layer_norm",),
     "optimizer": ("adamw", "grad_norm", "muon"),
@@ -53,13 +53,13 @@ GROUPS = {  # by a part of the operation's name; the first that fits
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
     "batch, embedding": ("embedding", "index"),
     "casts": ("_to_copy",),
-    "matrix products": ("mm",),
+    "matmuls": ("mm",),
     "copies, adds": ("copy_", "clone", "add", "stack", "cat"),
 }
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what is dispatched within it. `phase`: "optimizer" books all on one page."""
+    """Counts the operations dispatched inside it. phase: the group of all, unless it is empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +81,6 @@ class Ledger(TorchDispatchMode):
             self.operations[group][name] += LAUNCHES.get(name, 1)
         return out
 
-    @contextlib.contextmanager
-    def booking(self, phase: str) -> Iterator[None]:
-        self.phase, before = phase, self.phase
-        try:
-            yield
-        finally:
-            self.phase = before
-
 
 def group_of(name: str) -> str:
     found = (group for group, parts in GROUPS.items() if any(part in name for part in parts))
@@ -96,28 +88,28 @@ def group_of(name: str) -> str:
 
 
 def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    """Bytes that an operation moves, each operand once; 0 for views and allocations."""
+    """Bytes that an operation moves, each operand once; 0 for a view or an allocation."""
     arguments = func._schema.arguments
     named = {a.name: a for a in arguments}
     given = [*zip(arguments, args, strict=False), *((named[n], x) for n, x in kwargs.items())]
     short = func._schema.name.split("::")[1]
     if short.startswith(("empty", "new_empty", "detach", "lift")):
         return 0
-    overwrites = short in ("copy_", "fill_", "zero_", "_foreach_copy_")  # what they do not read
+    overwrites = short in ("copy_", "fill_", "zero_", "_foreach_copy_")  # their output is not read
     inputs: set[int] = set()
     total = 0
     for a, x in given:
         for t in tensors(x):
             written = a.alias_info is not None and a.alias_info.is_write
             inputs.add(t.untyped_storage()._cdata)
-            total += size(t) * (
-                1 if not written or overwrites or a.name == "low_precision_params" else 2
-            )
-            total += size(t) * (a.name in AGAIN.get(func._schema.name, ()))
+            only_written = overwrites or a.name == "low_precision_params"
+            times = 2 if written and not only_written else 1
+            times += a.name in READ_TWICE.get(func._schema.name, ())
+            total += times * size(t)
     made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
     if not mutates and not made:
-        return 0  # views of what there was
+        return 0  # a view
     return total + sum(size(t) for t in made)
 
 
@@ -128,7 +120,7 @@ def tensors(x: Any) -> list[Tensor]:
 
 
 def size(t: Tensor) -> int:
-    """Bytes of the elements that are there: an expanded dimension counts once."""
+    """Bytes of the stored elements: an expanded dimension counts once."""
     count = 1
     for n, stride in zip(t.shape, t.stride(), strict=True):
         count *= n if stride or n == 0 else 1
@@ -149,13 +141,13 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 def step(
     ops: Ops, dtype: torch.dtype, preset: str = "iron", **recipe: Any
 ) -> tuple[Ledger, Trainer]:
-    """The ledger of one step, and its trainer, whose tensors have no memory."""
+    """The ledger of one training step, and its trainer, whose tensors have no memory."""
     chosen = PRESETS[preset]
     model = GPTConfig(WAR_AND_PEACE_VOCAB, **chosen.model)
     train = TrainConfig(**{**chosen.train, **recipe})
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # as a run is
+    torch.use_deterministic_algorithms(True)  # as in `irongpt train`
     try:
         with (
             FakeTensorMode(),
@@ -166,40 +158,19 @@ def step(
             trainer = Trainer(GPT(model, ops), ids, train, torch.device("cpu"), dtype)
             optimizer_step = trainer.optimizer.step
 
-            def booked() -> Tensor:
-                with ledger.booking("optimizer"):
+            def optimizer_step_in_phase() -> Tensor:
+                ledger.phase = "optimizer"
+                try:
                     return optimizer_step()
+                finally:
+                    ledger.phase = ""
 
-            trainer._run_step()  # makes the moments
-            with patch.object(trainer.optimizer, "step", booked), ledger:
+            trainer._run_step()  # allocates the moments
+            with patch.object(trainer.optimizer, "step", optimizer_step_in_phase), ledger:
                 trainer._run_step()
     finally:
         torch.use_deterministic_algorithms(deterministic)
     return ledger, trainer
-
-
-def floor_bytes(model: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
-    """Least bytes of a step by group: every operand of the operations that remain, once.
-
-    The residual stream is float32, all else of `itemsize`; GELU is an operation of its own. What
-    Muon's iteration moves is not in it.
-    """
-    M, C, L, V = train.batch_size * model.context, model.n_embd, model.n_layer, model.vocab_size
-    matrices = 12 * C * C
-    # forward, gradient of the input, gradient of the weight: each of the three moves all three
-    products = 3 * L * ((4 + 2 + 5 + 5) * M * C + matrices) + 3 * (M * C + M * V + V * C)
-    row = M * C
-    found = {
-        "matrix products": products * itemsize,
-        "attention": L * (4 + 8) * row * itemsize,
-        "norms": 2 * L * row * ((2 + 2) * itemsize + (2 + 3) * 4),
-        "gelu": L * (8 + 12) * row * itemsize,
-        "loss": 3 * M * V * itemsize,
-        "batch, embedding": 2 * row * 4,
-    }
-    with contextlib.suppress(ImportError):  # Triton, which the kernels' cost functions stand beside
-        found["optimizer"] = optimizer_bytes(model, train.optimizer, itemsize)
-    return found
 
 
 def show(name: str, ledger: Ledger, least: dict[str, int], top: int) -> None:
@@ -212,7 +183,7 @@ def show(name: str, ledger: Ledger, least: dict[str, int], top: int) -> None:
             most = ledger.operations[group].most_common(top)
             print("    " + ", ".join(f"{n.split('::')[1]} {count}" for n, count in most))
     launches, moved = sum(ledger.launches.values()), sum(ledger.bytes.values())
-    print(f"{'in all':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
+    print(f"{'total':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,7 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="iron")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
-    parser.add_argument("--top", type=int, default=0, help="name so many operations of a group")
+    parser.add_argument(
+        "--top", type=int, default=0, help="number of operations to list per group [0]"
+    )
     args = parser.parse_args(argv)
     modules = {"eager": eager, "builtin": builtin}
     with contextlib.suppress(ImportError):
@@ -231,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in modules.items():
         ledger, trainer = step(ops, dtype, args.preset, **recipe)
-        least = floor_bytes(trainer.model.config, trainer.config, dtype.itemsize)
+        least = group_bytes(trainer.model.config, trainer.config, dtype.itemsize)
         show(f"{name}, {args.dtype}", ledger, least, args.top)
     return 0
 

@@ -1,13 +1,13 @@
-"""Whole trainings, one for each preset, seed and implementation: the loss over steps and seconds.
+"""Complete trainings for each preset, seed and implementation: the loss over steps and seconds.
 
-    python -m benchmarks.train_runs --iters 300        as far as that
+    python -m benchmarks.train_runs --iters 300        300 steps
     python -m benchmarks.train_runs --section target   until the loss is 1.38 (nano: 1.80)
     python -m benchmarks.train_runs --section target --preset fast --seeds 1 2 3 4 5
 
-Of one preset and seed, text and order of batches are the same; eager and fused drop the same
-elements too.
-Everything is as `irongpt train` has it, but for checkpoints and samples. Seconds are of training,
-without evaluations, which are told apart, and after a first step that compiles.
+The implementations train on the same text and batches for the same preset and seed, and eager and
+fused apply the same dropout masks. The training is that of `irongpt train` without checkpoints and
+samples. Its seconds include neither the evaluations, which have seconds of their own, nor the first
+steps, which compile the kernels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
 TARGETS = {"iron": 1.38, "fast": 1.38, "nano": 1.80}
-LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds for each of the ops
+LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds per training
 
 
 def train(
@@ -41,21 +41,21 @@ def train(
     target: float | None,
     limit: float,
 ) -> dict[str, Any]:
-    """Trains until the last step, the target or the limit of seconds, and says what happened."""
+    """Trains until the last step, the target loss or the limit in seconds, and returns a row."""
     config, recipe, ids = setting
     module = ops.load(name, device, config)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(GPT(config, module).to(device), ids, recipe, device, dtype)
     recent: list[torch.Tensor] = []
-    curve: list[list[float]] = []  # step, seconds, mean training loss since the last one
+    curve: list[list[float]] = []  # step, seconds, mean training loss since the last entry
     evaluated: list[list[float]] = []  # step, seconds, validation loss
     # Not timed: compilation, and on a GPU the capture of the step.
     warm = min(recipe.iters, WARMUP + 2 if device.type == "cuda" else 1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(warm):
         recent.append(trainer.train_step())
     devices.synchronize(device)
-    first = time.perf_counter() - began
+    warm_seconds = time.perf_counter() - start
     seconds, evaluation, reached, finite = 0.0, 0.0, False, True
     while trainer.step < recipe.iters and seconds + evaluation < limit and not reached and finite:
         start = time.perf_counter()
@@ -73,20 +73,12 @@ def train(
             assert loss is not None
             evaluated.append([trainer.step, seconds, loss])
             reached = target is not None and loss <= target
-    return {
-        "dtype": devices.dtype_name(dtype),
-        "steps": trainer.step,
-        "seconds": seconds,
-        "warm_steps": warm,
-        "warm_seconds": first,
-        "evaluation_seconds": evaluation,
-        "tokens_per_s": (trainer.step - warm) * trainer.tokens_per_step() / seconds,
-        "target": target,
-        "reached": reached,
-        "finite": finite,
-        "curve": curve,
-        "evaluated": evaluated,
-    }
+    tokens_per_s = (trainer.step - warm) * trainer.tokens_per_step() / seconds
+    return dict(
+        dtype=devices.dtype_name(dtype), steps=trainer.step, seconds=seconds, warm_steps=warm,
+        warm_seconds=warm_seconds, evaluation_seconds=evaluation, tokens_per_s=tokens_per_s,
+        target=target, reached=reached, finite=finite, curve=curve, evaluated=evaluated,
+    )  # fmt: skip
 
 
 def line(run: dict[str, Any]) -> str:
@@ -113,15 +105,14 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="whole trainings")
+    parser = argparse.ArgumentParser(description="time complete trainings")
     parser.add_argument("--section", choices=["runs", "target"], default="runs")
-    parser.add_argument(
-        "--preset", nargs="+", choices=list(PRESETS), help="[iron; target: fast iron; CPU: nano]"
-    )
+    usual = "[iron; target: fast iron; CPU: nano]"
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help=usual)
     parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target, CPU: no eager]")
-    parser.add_argument("--seeds", nargs="+", type=int, help="[the preset's]")
+    parser.add_argument("--seeds", nargs="+", type=int, help="one training per seed [the preset's]")
     parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")
-    parser.add_argument("--iters", type=int, help="[300; target: the preset's]")
+    parser.add_argument("--iters", type=int, help="steps [300; target: the preset's]")
     parser.add_argument("--data", help="as in irongpt train [war-and-peace]")
     parser.add_argument("--target-loss", type=float)
     parser.add_argument("--limit", type=float, help="seconds for each training [600, CPU 100]")
@@ -150,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                 run |= train(name, setting, dtype, device, target, args.limit or LIMIT[device.type])
             except UserError as e:
                 run["none_because"] = str(e)
-            except Exception as e:  # the others go on
+            except Exception as e:  # the other trainings continue
                 run["none_because"] = timing.reason(e)
             print(line(run), flush=True)
             section.put(rows=[*section.values["rows"], run])

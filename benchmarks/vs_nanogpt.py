@@ -1,19 +1,19 @@
-"""On a CPU: `irongpt train --preset nano` against nanoGPT's own CPU recipe, and iron's step.
+"""Times the nano preset and a step of iron against nanoGPT on a CPU, with nanoGPT's CPU recipe.
 
     git clone https://github.com/karpathy/nanoGPT
     make bench-nano NANOGPT=nanoGPT
 
-Three runs on War and Peace, first nine tenths for training, last tenth for validation, one after
-the other, in seconds of wall time from the start of the process to its end:
+Three processes run on War and Peace, one after the other; the first nine tenths of the text are for
+training, the rest is for validation. Their seconds are wall time from start to exit:
 
-    nanoGPT     its train.py as it is: 4 layers, 4 heads, width 128, context 64, batch 12, 2,000
+    nanoGPT     its unmodified train.py: 4 layers, 4 heads, width 128, context 64, batch 12, 2,000
                 iterations, AdamW 1e-3 to 1e-4, no dropout, no compilation
     to 1.80     irongpt train --preset nano --target-loss 1.80
     nano        irongpt train --preset nano
 
-Then the seconds of one training step of the iron model, ours against nanoGPT's model, taken in
-turns. The validation loss is each program's own: nanoGPT's over 20 random batches of 12 windows of
-64 characters, ours over fixed windows of nano's context.
+Then the training steps of our iron model and of nanoGPT's model of the same shape are timed,
+interleaved. Each program evaluates its own validation loss: nanoGPT on 20 random batches of 12
+sequences of 64 characters, ours on fixed sequences of nano's context.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch
 from irongpt_kernels import builtin
 
 from benchmarks.measure import environment, result_file
-from irongpt.config import PRESETS, GPTConfig
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
 from irongpt.data import corpus
 from irongpt.data.batches import split
 from irongpt.data.tokenizer import CharTokenizer
@@ -47,17 +47,19 @@ RECIPE = (
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
     "--dropout=0.0"
 ).split()
-IRON_BATCH = 4  # windows a step: a full batch of 64 takes a CPU half a minute
+IRON_BATCH = 4  # sequences per step: a full batch of 64 takes half a minute on a CPU
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="nano against nanoGPT's CPU recipe")
+    parser = argparse.ArgumentParser(
+        description="time the nano preset against nanoGPT's CPU recipe"
+    )
     parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of nanoGPT")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     checkout = args.nanogpt.resolve()
     if not (checkout / "train.py").is_file():
-        parser.error(f"{checkout} is no checkout of nanoGPT: it has no train.py")
+        parser.error(f"{checkout} is not a checkout of nanoGPT: train.py is missing")
     text = corpus.load("war-and-peace", say=print)
     device = torch.device("cpu")
     with (
@@ -65,8 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as scratch,
     ):
         section.put(nanogpt=environment.git_commit(checkout), rows=[], iron_step=None)
-        for measure in (nanogpt, to_target, nano):
-            row = measure(Path(scratch), checkout, text.text)
+        folder = Path(scratch)
+        for measure in (
+            lambda: nanogpt(folder, checkout, text.text),
+            lambda: irongpt("to 1.80", folder, "--target-loss", "1.80"),
+            lambda: irongpt("nano", folder),
+        ):
+            row = measure()
             section.put(rows=[*section.values["rows"], row])
             print(json.dumps(row), flush=True)
         section.put(iron_step=iron_step(checkout))
@@ -95,14 +102,6 @@ def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
     }
 
 
-def to_target(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
-    return irongpt("to 1.80", scratch, "--target-loss", "1.80")
-
-
-def nano(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
-    return irongpt("nano", scratch)
-
-
 def irongpt(name: str, scratch: Path, *flags: str) -> dict[str, Any]:
     folder = scratch / name.replace(" ", "-")
     command = [sys.executable, "-m", "irongpt", "train", "--preset", "nano", "--data"]
@@ -120,7 +119,7 @@ def irongpt(name: str, scratch: Path, *flags: str) -> dict[str, Any]:
 
 
 def run(command: list[str], folder: Path) -> tuple[str, float, float]:
-    """Stdout, seconds of wall time, and the peak memory in MB of a process."""
+    """Runs a process. Returns its stdout, seconds of wall time and peak memory in MB."""
     start = time.perf_counter()
     child = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -137,22 +136,17 @@ def peak_mb(usage: resource.struct_rusage) -> float:
 
 
 def iron_step(checkout: Path) -> dict[str, Any]:
-    """Forward, backward and optimizer of the iron model, float32, dropout on: ours over theirs."""
+    """Times a step of the iron model in float32 with dropout, and of nanoGPT's: milliseconds."""
     sys.path.insert(0, str(checkout))
     import model as nanogpt_model  # type: ignore[import-not-found]
 
     shape = PRESETS["iron"].model
-    ours = GPT(GPTConfig(vocab_size=104, **shape), builtin)
-    names = {"n_layer", "n_head", "n_embd", "dropout"}
-    theirs = nanogpt_model.GPT(
-        nanogpt_model.GPTConfig(
-            vocab_size=104,
-            block_size=shape["context"],
-            bias=False,
-            **{k: v for k, v in shape.items() if k in names},
-        )
-    )
-    x = torch.randint(104, (IRON_BATCH, shape["context"]))
+    V = WAR_AND_PEACE_VOCAB
+    ours = GPT(GPTConfig(vocab_size=V, **shape), builtin)
+    same = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "dropout")}
+    config = dict(vocab_size=V, block_size=shape["context"], bias=False, **same)
+    theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(**config))
+    x = torch.randint(V, (IRON_BATCH, shape["context"]))
     steps = {
         "irongpt": (ours, lambda: ours.loss(x, x, seed=1)),
         "nanogpt": (theirs, lambda: theirs(x, x)[1]),

@@ -122,25 +122,3 @@ def short(text: str) -> str:
     """For a cell of a table: a line, whose end is dots if it is long, without a bar."""
     text = " ".join(text.split())
     return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
-
-
-def derive(row: Values, roofs: Values) -> Values:
-    """What follows from a row's time: rates, and how far from the device's own roofs.
-
-    share_of_roof: of the larger of least bytes over copy bandwidth and least FLOPs over the rate of
-    a large product. Empty where the row has no time or no cost.
-    """
-    if row.get("seconds") is None or "least_bytes" not in row:
-        return {}
-    seconds, bandwidth = row["seconds"], roofs["copy_bytes_per_s"]
-    rate = roofs["gemm_flops_per_s"].get(row["dtype"])
-    by_bytes = row["least_bytes"] / bandwidth
-    by_flops = row["least_flops"] / rate if rate else 0.0
-    return {
-        "bytes_per_s": row["least_bytes"] / seconds,
-        "flops_per_s": row["least_flops"] / seconds,
-        "share_of_copy": by_bytes / seconds,
-        "share_of_gemm": by_flops / seconds if rate else None,
-        "floor_seconds": max(by_bytes, by_flops),
-        "share_of_roof": max(by_bytes, by_flops) / seconds,
-    }

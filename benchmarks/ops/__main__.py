@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import roofline
 from benchmarks.measure import environment, result_file
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import Gate, passes, tensors_of
@@ -214,7 +215,7 @@ def line(r: Row, roofs: dict[str, Any]) -> str:
     head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
     if "seconds" not in r:
         return f"{head} -  {result_file.short(r['none_because'])}"
-    derived = result_file.derive(r, roofs)
+    derived = roofline.derive(r, roofs)
     share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
     if not r["gate"]["ok"]:
         share += f"  BEYOND THE RULE: {r['gate']['share']:.1f} x"

@@ -8,10 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.measure import result_file
 from benchmarks.ops.cases import DROPS, OWN
 from benchmarks.report.plots_train import COLORS, figure_of, losses, memory, plain, step
 from benchmarks.report.tables_kernels import base_of, beyond
+from benchmarks.roofline import derive
 
 Values = dict[str, Any]
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
@@ -94,7 +94,7 @@ def roofline(section: Values) -> Figure | None:
     dtype, rows = _own(section)
     roofs = section["roofs"]
     rate, bandwidth = roofs["gemm_flops_per_s"].get(dtype), roofs["copy_bytes_per_s"]
-    known = [(r, result_file.derive(r, roofs)) for r in rows if "least_bytes" in r]
+    known = [(r, derive(r, roofs)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
     figure = figure_of(12, 6.6)
@@ -103,7 +103,7 @@ def roofline(section: Values) -> Figure | None:
     corner = [ridge / 30, ridge, ridge * 8]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
     swept = [
-        (r, result_file.derive(r, roofs))
+        (r, derive(r, roofs))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
         if r["sweep"] in (*OWN, "T")
@@ -198,7 +198,7 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
                 axes.plot(*at, "o", markersize=4, color=COLORS[r["provider"]], mfc="white")
         if floor and part:
             floors = {
-                (r["shape"]["T"], result_file.derive(r, section["roofs"])["floor_seconds"] * factor)
+                (r["shape"]["T"], derive(r, section["roofs"])["floor_seconds"] * factor)
                 for r in part
             }
             axes.plot(*zip(*sorted(floors), strict=True), "k:", linewidth=1.2)

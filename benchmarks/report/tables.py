@@ -3,22 +3,17 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from benchmarks import roofline
 from benchmarks.measure import result_file
-from benchmarks.ops.cases import WHOLE, Shape
+from benchmarks.ops.cases import WHOLE
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.report.tables_train import decode, runs, train
-from benchmarks.training import matmuls
-from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from benchmarks.roofline import T4
+from irongpt.config import PRESETS
 
 Values = dict[str, Any]
 
 SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano")  # with an environment each
-
-# A T4 as it is known from others' measurements (its copies reach 72 to 82 % of 320 GB/s, cuBLAS 18
-# to 24 TFLOP/s in float16 under its 70 W). Bounds by these are computed, none of them is measured.
-T4: Values = {"copy_bytes_per_s": 250e9, "gemm_flops_per_s": {"float16": 24e12, "float32": 7e12}}
 
 
 def environment(values: Values) -> Values:
@@ -139,12 +134,6 @@ def stages(values: Values) -> str:
     return table(["stage", "", "seconds", ""], rows)
 
 
-def t4_step(preset: str = "iron") -> float | None:
-    """Computed seconds of a preset's step in float16 on a T4, at the least; None without Triton."""
-    config = GPTConfig(vocab_size=Shape().V, **PRESETS[preset].model)
-    return matmuls.bound(config, TrainConfig(**PRESETS[preset].train), torch.float16, T4)
-
-
 def is_t4(section: Values) -> bool:
     return "T4" in section["environment"]["name"].split()
 
@@ -177,13 +166,13 @@ def t4(values: Values) -> str:
     rows = []
     for preset in ("iron", "fast"):
         step = _step(values, preset) if here else None
-        floor = t4_step(preset)
-        cells = ["" if x is None else f"{x * 1e6:,.0f}" for x in (step, floor)]
+        bound = roofline.t4_step(preset)
+        cells = ["" if x is None else f"{x * 1e6:,.0f}" for x in (step, bound)]
         rows.append([f"a training step, {preset}", *cells])
     for (op, size, p), r in known.items():
         if "least_bytes" not in r:
             continue
-        bound = result_file.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)["floor_seconds"]
+        bound = roofline.op_seconds(r, "float16", T4)
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
         rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.ops import inplace_ops
 from benchmarks.ops.cases import DROPS, OWN, WHOLE, modes
@@ -146,7 +147,7 @@ def _rates(op: str, timed: Timed, roofs: Values) -> str:
     """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
     order = modes(op)
     known = {
-        name: [r | result_file.derive(r, roofs) for r in (found[m] for m in order)]
+        name: [r | roofline.derive(r, roofs) for r in (found[m] for m in order)]
         for name, found in timed.items()
     }
     multiplies = any(r.get("least_flops") for rows in known.values() for r in rows)
@@ -206,7 +207,7 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
 
 
 def _ours(row: Values, roofs: Values) -> list[str]:
-    d = result_file.derive(row, roofs)
+    d = roofline.derive(row, roofs)
     if not d:
         return [""] * 3
     flops = digits(d["flops_per_s"] / 1e12) if d["flops_per_s"] else ""

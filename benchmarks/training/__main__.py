@@ -1,34 +1,36 @@
-"""Training as it is: milliseconds a step, tokens/s, MFU, memory, and where the step's time goes.
+"""Times training steps: milliseconds, tokens/s, MFU, memory, and the share of the matmuls.
 
-    python -m benchmarks.training                    iron on a GPU, nano on a CPU
-    python -m benchmarks.training --nanogpt FOLDER   and the same work by a checkout of nanoGPT
+    python -m benchmarks.training                    times iron on a GPU and nano on a CPU
+    python -m benchmarks.training --nanogpt FOLDER   also times a checkout of nanoGPT
 
     eager, builtin, fused    the ops that `irongpt train --ops` offers
-    textbook                 builtin with attention written out: what a model costs without kernels
-    ... compiled             torch.compile of the model's loss in mode default
-    ... max-autotune         in that mode, which has CUDA graphs of its own
+    textbook                 builtin with naive attention: what a model costs without kernels
+    ... compiled             torch.compile of the model's loss in its default mode
+    ... max-autotune         torch.compile in that mode, which uses CUDA graphs
     ... graph                the whole step as one CUDA graph
-    ... as trained           that, with deterministic algorithms: what `irongpt train` runs
-    nanoGPT                  its model and AdamW, on the same batches, compiled too; beside it
-                             builtin AdamW, which does the same work where our preset has another
-                             optimizer
+    ... as trained           a graph with deterministic algorithms, as in `irongpt train`
+    nanoGPT                  its model and AdamW on the same batches, also compiled; compare it with
+                             builtin AdamW, which does the same work if the preset uses Muon
 
-A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants
-take turns, some steps each, so that a card that gets hot slows all of them. Weights are fresh ones.
+A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants are
+interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights are
+randomly initialized.
 
-Of the step's matrix products each shape is timed alone, and so is Muon's iteration; what is left
-of a step is all else. The floor, `computed`, is their time and the least bytes of the other ops at
-this device's measured copy bandwidth.
+The matmuls of a step are timed alone, one shape at a time, and so is Muon's iteration. The lower
+bound of a step is computed: their time, and the least bytes of the other ops over the measured copy
+bandwidth of the device (see `benchmarks.roofline`).
 """
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from irongpt_kernels import builtin, eager
 
+from benchmarks import roofline
 from benchmarks.measure import environment, result_file
 from benchmarks.ops.providers import Textbook
 from benchmarks.training import matmuls
@@ -40,55 +42,56 @@ from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.data import corpus
 from irongpt.data.tokenizer import CharTokenizer
 
-BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all
-# Who has had how much of them: 16 bits and float32 by what compiles in seconds, then by the rest.
+BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
+# Shares of the budget by which each part ends: the variants that compile in seconds, in 16 bits and
+# in float32, then the slow ones in 16 bits and in float32.
 PARTS = (0.45, 0.75, 0.9, 1.0)
-SLOW = "max-autotune"  # it may compile for minutes
+SLOW = "max-autotune"  # may compile for minutes
+OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the name of the ops
+    "": {},
+    "graph": dict(graph=True),
+    "as trained": dict(graph=True, deterministic=True),
+    "compiled": dict(mode="default"),
+    "compiled graph": dict(mode="default", graph=True),
+    SLOW: dict(mode=SLOW),
+    "AdamW": dict(optimizer="adamw"),
+    "AdamW compiled": dict(optimizer="adamw", mode="default"),
+}
 
 
 def variants(
     dtype: torch.dtype, device: torch.device, only: list[str] | None, checkout: Path | None
 ) -> list[tuple[str, Make]]:
-    """What is timed in one dtype: the cheap ones first, those that compile for minutes last."""
+    """The variants to time in one dtype; those that compile for minutes come last."""
     gpu = device.type == "cuda"
-    found: list[tuple[str, Make]] = []
-
-    def add(name: str, module: Any, **options: Any) -> None:
-        def make(setting: tuple[Any, ...]) -> Variant:
-            chosen = ops.load("fused", device, setting[0]) if module is None else module
-            return trained(setting, chosen, dtype, device, **options)
-
-        found.append((name, make))
-
     modules = {"fused": None, "builtin": builtin, "textbook": Textbook, "eager": eager}
-    for name, module in modules.items():
-        if module is not None or gpu or (only and name in only):
-            add(name, module)
-    if checkout is not None:
-        found.append(("nanoGPT", lambda s: nanogpt(s, checkout, dtype, device)))
-        add("builtin AdamW", builtin, optimizer="adamw")
+    theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
+    names = ["fused"] if gpu or "fused" in (only or []) else []
+    names += ["builtin", "textbook", "eager", *theirs]
     if gpu:
-        for name in ("fused", "builtin", "textbook", "eager"):
-            add(f"{name} graph", modules[name], graph=True)
-        for name in ("fused", "builtin"):
-            add(f"{name} as trained", modules[name], graph=True, deterministic=True)
-    add("builtin compiled", builtin, mode="default")
+        names += [f"{name} graph" for name in modules]
+        names += ["fused as trained", "builtin as trained"]
+    names.append("builtin compiled")
     if gpu:
-        add("builtin compiled graph", builtin, mode="default", graph=True)
-        for name in ("textbook", "fused", "eager"):
-            add(f"{name} compiled", modules[name], mode="default")
-        add("fused compiled graph", None, mode="default", graph=True)
-    if checkout is not None:
-        found.append(("nanoGPT compiled", lambda s: nanogpt(s, checkout, dtype, device, True)))
-        add("builtin AdamW compiled", builtin, optimizer="adamw", mode="default")
+        names += ["builtin compiled graph", "textbook compiled", "fused compiled"]
+        names += ["eager compiled", "fused compiled graph"]
+    names += [f"{name} compiled" for name in theirs]
     if gpu:
-        for name in ("builtin", "textbook", "eager"):
-            add(f"{name} {SLOW}", modules[name], mode=SLOW)
-    return [pair for pair in found if only is None or pair[0] in only]
+        names += [f"{name} {SLOW}" for name in ("builtin", "textbook", "eager")]
+
+    def make(name: str, setting: tuple[Any, ...]) -> Variant:
+        base, _, how = name.partition(" ")
+        if base == "nanoGPT":
+            assert checkout is not None
+            return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
+        module = modules[base] or ops.load("fused", device, setting[0])
+        return trained(setting, module, dtype, device, **OPTIONS[how])
+
+    return [(name, partial(make, name)) for name in names if only is None or name in only]
 
 
 def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainConfig, torch.Tensor]:
-    """Model, recipe and token ids. Speed does not depend on the text: the built-in one will do."""
+    """Model, recipe and token ids, of the built-in text: speed does not depend on the text."""
     text = corpus.load("python-docs", say=lambda line: None).text[:400_000]
     tokenizer = CharTokenizer.from_text(text)
     model = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
@@ -98,39 +101,40 @@ def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainCon
     return model, TrainConfig(**recipe), tokenizer.encode(text)
 
 
-def _products(
+def _matmuls(
     section: result_file.Section, setting: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     config, recipe, _ = setting
     found = matmuls.measure(config, recipe, dtype, device)
-    roofs = section.values["roofs"]
-    found |= matmuls.floor(config, recipe, dtype, matmuls.of_step(found), roofs)
+    found["least_bytes"] = roofline.step_bytes(config, recipe, dtype.itemsize)
+    found["computed_floor_seconds"] = roofline.step_lower_bound(
+        config, recipe, dtype, section.values["roofs"], matmuls.of_step(found)
+    )
     section.put(products=section.values["products"] | {devices.dtype_name(dtype): found})
     print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="training steps of every variant")
+    parser = argparse.ArgumentParser(description="time training steps of every variant")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="those only")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="time only these variants")
     parser.add_argument("--dtypes", nargs="+", choices=list(devices.DTYPES))
-    parser.add_argument("--batch-size", type=int, help="windows a step [the preset's]")
-    parser.add_argument("--steps", type=int, help="in a turn [10, 2 on a CPU]")
-    parser.add_argument("--turns", type=int, help="of each variant [8, 4 on a CPU]")
-    parser.add_argument("--budget", type=float, help="seconds for all [1200, 110 on a CPU]")
+    parser.add_argument("--batch-size", type=int, help="sequences per step [the preset's]")
+    parser.add_argument("--steps", type=int, help="steps per round [10, 2 on a CPU]")
+    parser.add_argument("--turns", type=int, help="rounds per variant [8, 4 on a CPU]")
+    parser.add_argument("--budget", type=float, help="total seconds [1200, 110 on a CPU]")
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    devices.reserve_workspace()  # before the first product, for the variants as trained
+    devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
     setting = setting_of(preset, args.batch_size)
-    half = devices.precision("auto", device).dtype
-    dtypes = list(dict.fromkeys([half, torch.float32]))
+    dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
     if args.dtypes:
         dtypes = [devices.DTYPES[name] for name in args.dtypes]
-    budget, began = args.budget or BUDGET[device.type], time.perf_counter()
+    budget, start = args.budget or BUDGET[device.type], time.perf_counter()
     with result_file.Section("train", device, args) as section:
         section.put(
             preset=preset,
@@ -140,19 +144,19 @@ def main(argv: list[str] | None = None) -> None:
             products={},
             rows=[],
         )
-        roofs = environment.roofs(device, dtypes)
+        peak_rates = environment.roofs(device, dtypes)
         found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
-        roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
-        roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
-        section.put(roofs=roofs)
+        peak_rates["peak"] = {name: flops for name, (flops, _) in found.items()}
+        peak_rates["peak_from"] = {name: source for name, (_, source) in found.items()}
+        section.put(roofs=peak_rates)
         for dtype in dtypes:
-            _products(section, setting, dtype, device)
+            _matmuls(section, setting, dtype, device)
         parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]
         for (slow, dtype), part in zip(parts, PARTS[-len(parts) :], strict=True):
             chosen = variants(dtype, device, args.variants, args.nanogpt)
             chosen = [pair for pair in chosen if (SLOW in pair[0]) == slow]
             steps = Steps(section, setting, dtype, device, args)
-            steps.measure(chosen, began + part * budget)
+            steps.measure(chosen, start + part * budget)
     print(f"written to {section.path}")
 
 

@@ -1,63 +1,33 @@
-"""The matrix products of a training step, each timed alone, and the floor that they stand on."""
+"""Times the matmuls of a training step, each shape alone, and Muon's iteration."""
 
 from typing import Any
 
 import torch
-from irongpt_kernels import op_specs
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ops.cases import Case, Shape
+from benchmarks import roofline
 from irongpt import timing
 from irongpt.config import GPTConfig, TrainConfig
-from irongpt.device import dtype_name, synchronize
+from irongpt.device import synchronize
 from irongpt.training import muon
-
-
-def shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int, int]]:
-    """(name, how often in a step, M, K, N) of y (M, N) = x (M, K) w (K, N), in the forward."""
-    M = batch_size * config.context
-    names = ("qkv", "projection", "fc", "fc projection")
-    blocks = [
-        (name, config.n_layer, M, columns, rows)
-        for name, (rows, columns) in zip(names, config.matrices(), strict=True)
-    ]
-    return [*blocks, ("head", 1, M, config.n_embd, config.vocab_size)]
-
-
-def momenta(config: GPTConfig, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-    """What Muon makes orthogonal in a step: (L, rows, columns), each matrix of norm 1."""
-    found = []
-    for size in config.matrices():
-        x = torch.randn(config.n_layer, *size, device=device)
-        found.append((x / x.norm(dim=(1, 2), keepdim=True)).to(dtype))
-    return found
-
-
-def muon_flops(config: GPTConfig) -> int:
-    """Of the products of Muon's iteration in a step, as PyTorch's counter has them."""
-    with FlopCounterMode(display=False) as counter:
-        muon.orthogonal(momenta(config, torch.float32, "meta"))
-    return int(counter.get_total_flops())
 
 
 def measure(
     config: GPTConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Seconds of a step's products: forward y = x w, dx = dy w^T, dw = x^T dy, `dtype` throughout.
+    """Times the matmuls of a step: forward y = x w, dx = dy w^T and dw = x^T dy, all in `dtype`.
 
-    Operands stay in the caches as far as they fit: in a step they may be colder, never warmer.
-    Attention's products are not among them: no kernel computes them apart. With Muon, `optimizer`
-    has its iteration, whose matrices are fixed: a GPU runs it as one graph.
+    Operands stay in the caches if they fit, so in a step the same matmul may be slower. The matmuls
+    of attention are missing, because no kernel computes them alone. If the optimizer is Muon,
+    `optimizer` is its iteration, which a GPU runs as one graph.
     """
     rows, total, flops = [], 0.0, 0
     found: dict[str, Any] = {}
     with timing.stream(device):
         if train.optimizer == "muon":
-            ahead = momenta(config, muon.matmul_dtype(dtype, device), device)
-            taken = _seconds({"": lambda i: muon.orthogonal(ahead)}, device)[""]
-            found["optimizer"] = {"seconds": taken, "flops": muon_flops(config)}
-        for name, count, M, K, N in shapes(config, train.batch_size):
+            updates = roofline.muon_updates(config, muon.matmul_dtype(dtype, device), device)
+            seconds = _seconds({"": lambda i: muon.orthogonal(updates)}, device)[""]
+            found["optimizer"] = {"seconds": seconds, "flops": roofline.muon_flops(config)}
+        for name, count, M, K, N in roofline.matmul_shapes(config, train.batch_size):
             x, w, dy = (
                 torch.randn(size, device=device).to(dtype) for size in ((M, K), (K, N), (M, N))
             )
@@ -66,24 +36,18 @@ def measure(
                 "dx": lambda i, dy=dy, w=w: dy @ w.T,  # type: ignore[misc]
                 "dw": lambda i, x=x, dy=dy: x.T @ dy,  # type: ignore[misc]
             }
-            for which, taken in _seconds(calls, device).items():
-                total += count * taken
-                flops += count * 2 * M * K * N
-                rows.append(
-                    {
-                        "name": f"{name} {which}",
-                        "count": count,
-                        "size": [M, K, N],
-                        "seconds": taken,
-                        "flops_per_s": 2 * M * K * N / taken,
-                    }
-                )
+            for result, seconds in _seconds(calls, device).items():
+                one = 2 * M * K * N
+                total += count * seconds
+                flops += count * one
+                row = {"name": f"{name} {result}", "count": count, "size": [M, K, N]}
+                rows.append(row | {"seconds": seconds, "flops_per_s": one / seconds})
     synchronize(device)
     return found | {"seconds": total, "flops": flops, "rows": rows}
 
 
 def _seconds(calls: dict[str, timing.Call], device: torch.device) -> dict[str, float]:
-    """Medians, by name."""
+    """Median seconds by name."""
     found = {}
     rounds = 10 if device.type == "cuda" else 3
     for name, t in timing.measure(calls, 1, device, rounds).items():
@@ -92,78 +56,21 @@ def _seconds(calls: dict[str, timing.Call], device: torch.device) -> dict[str, f
     return found
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
-    """Least bytes of an optimizer's step, the products of Muon's iteration apart: by the kernels'
-    cost functions.
-
-    Gradients of the blocks' matrices have `itemsize` bytes, and so have the copies that are written
-    where that is not 4; all else is float32.
-    """
-    n = config.n_layer * sum(r * c for r, c in config.matrices())
-    return op_specs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
-
-
-def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Least bytes of all but the matmuls in a step, by op.
-
-    By the kernels' cost functions; the embedding by counting.
-    """
-    H, C, L, T = config.n_head, config.n_embd, config.n_layer, config.context
-    shape = Shape(train.batch_size, H, T, C // H, config.vocab_size)
-    counts = {
-        "causal_attention_packed": L,
-        "dropout_add_layer_norm": 2 * L,
-        "gelu": L,
-        "cross_entropy": 1,
-        "layer_norm": 1,
-    }
-    found = {}
-    for op, count in counts.items():
-        found[op] = count * Case(op, "", shape, dtype, config.dropout).cost("both")[0]
-    found["embedding"] = 2 * 2 * train.batch_size * T * C * 4  # written and its gradient, float32
-    found["optimizer"] = optimizer_bytes(config, train.optimizer, dtype.itemsize)
-    return found
-
-
-def floor(
-    config: GPTConfig,
-    train: TrainConfig,
-    dtype: torch.dtype,
-    products_seconds: float,
-    roofs: dict[str, Any],
-) -> dict[str, Any]:
-    """Computed: the products' time and the least bytes of the rest at the copy's bandwidth."""
-    moved = least_bytes(config, train, dtype)
-    rest = sum(moved.values()) / roofs["copy_bytes_per_s"]
-    return {"least_bytes": moved, "computed_floor_seconds": products_seconds + rest}
-
-
-def bound(
-    config: GPTConfig, train: TrainConfig, dtype: torch.dtype, roofs: dict[str, Any]
-) -> float | None:
-    """Computed seconds of a step on a device of which no more is known than its roofs; None without
-    Triton."""
-    work = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes(config, train.batch_size))
-    work += muon_flops(config) if train.optimizer == "muon" else 0
-    products = work / roofs["gemm_flops_per_s"][dtype_name(dtype)]
-    found = floor(config, train, dtype, products, roofs)
-    return found.get("computed_floor_seconds")
-
-
 def of_step(found: dict[str, Any], variant: str = "") -> float:
-    """Seconds of all products in a step; those that are compared with nanoGPT have no Muon."""
+    """Seconds of all matmuls in a step. The variants with nanoGPT's AdamW do not run Muon."""
     without = variant.startswith(("nanoGPT", "builtin AdamW"))
-    own = 0.0 if without else found.get("optimizer", {}).get("seconds", 0.0)
-    return float(found["seconds"] + own)
+    iteration = 0.0 if without else found.get("optimizer", {}).get("seconds", 0.0)
+    return float(found["seconds"] + iteration)
 
 
 def line(dtype: str, found: dict[str, Any]) -> str:
     text = (
-        f"{dtype:9} matrix products alone {found['seconds'] * 1e3:9.2f} ms, "
+        f"{dtype:9} matmuls alone {found['seconds'] * 1e3:9.2f} ms, "
         f"{found['flops'] / found['seconds'] / 1e12:.3g} TFLOP/s"
     )
     if "optimizer" in found:
         text += f", Muon's iteration {found['optimizer']['seconds'] * 1e3:.2f} ms"
     if "computed_floor_seconds" in found:
-        text += f"; computed floor of a step {found['computed_floor_seconds'] * 1e3:.2f} ms"
+        bound = found["computed_floor_seconds"] * 1e3
+        text += f"; computed lower bound of a step {bound:.2f} ms"
     return text

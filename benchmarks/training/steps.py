@@ -1,4 +1,4 @@
-"""Training steps of several variants in turns, and what is written of each."""
+"""Times interleaved training steps of several variants, and writes a row for each."""
 
 import argparse
 import time
@@ -14,18 +14,18 @@ from irongpt.device import dtype_name
 from irongpt.errors import UserError
 from irongpt.timing import free, reason
 
-STEPS = {"cuda": 10, "cpu": 2}  # in a turn of a variant
-TURNS = {"cuda": 8, "cpu": 4}
-BEGIN = 0.7  # of the time, after which no variant is begun
+STEPS = {"cuda": 10, "cpu": 2}  # steps of a variant per round
+ROUNDS = {"cuda": 8, "cpu": 4}
+LAST_START = 0.7  # share of the time after which no further variant starts
 
 Make = Callable[[tuple[Any, ...]], Variant]
 Row = dict[str, Any]
 
 
 class Steps:
-    """Measures variants in one dtype. Rows go to the section as soon as there is anything.
+    """Measures variants in one dtype, and saves their rows after each sample.
 
-    What does not fit in memory together is measured in groups, one after the other.
+    Variants that do not fit in memory together are measured in groups, one group after the other.
     """
 
     def __init__(
@@ -39,25 +39,24 @@ class Steps:
         self.section, self.setting, self.device = section, setting, device
         self.dtype = dtype_name(dtype)
         self.steps = args.steps or STEPS[device.type]
-        self.turns = args.turns or TURNS[device.type]
+        self.rounds = args.turns or ROUNDS[device.type]
         self.rows: dict[str, Row] = {}
         self.samples: dict[str, list[float]] = {}
         self.others = list(section.values["rows"])
 
     def measure(self, waiting: list[tuple[str, Make]], end: float) -> None:
-        """end: by time.perf_counter(), after which no turn begins."""
-        last = time.perf_counter() + BEGIN * (end - time.perf_counter())
+        """end: the time by time.perf_counter() after which no round begins."""
+        last = time.perf_counter() + LAST_START * (end - time.perf_counter())
         group = 1 + max((r.get("group", 0) for r in self.others), default=-1)
         while waiting:
             ready, waiting = self._begin(waiting, last, group)
-            for turn in range(1, self.turns):
+            for i in range(1, self.rounds):
                 names = list(ready)
-                for name in (
-                    names[turn % len(names) :] + names[: turn % len(names)] if names else []
-                ):
+                first = i % max(1, len(names))
+                for name in names[first:] + names[:first]:
                     if time.perf_counter() < end:
-                        self._attempt(name, ready, self._take)
-            for name in list(ready):  # last, because a profiler changes what comes after it
+                        self._attempt(name, ready, self._sample)
+            for name in list(ready):  # last, because a profiler changes what runs after it
                 if time.perf_counter() < end:
                     self._attempt(name, ready, self._count)
                 print(line(self.rows[name]), flush=True)
@@ -69,7 +68,7 @@ class Steps:
     def _begin(
         self, waiting: list[tuple[str, Make]], last: float, group: int
     ) -> tuple[dict[str, Variant], list[tuple[str, Make]]]:
-        """As many as fit in memory, each with a first sample; and who has to wait."""
+        """The variants that fit in memory, each with a first sample, and those that must wait."""
         ready: dict[str, Variant] = {}
         for i, (name, make) in enumerate(waiting):
             row: Row = {"variant": name, "dtype": self.dtype, "group": group}
@@ -84,15 +83,15 @@ class Steps:
                     ready[name].warm_up()
                 row |= {"first_seconds": time.perf_counter() - start, **peak}
                 self.samples[name] = []
-                self._take(name, ready[name])
+                self._sample(name, ready[name])
             except UserError as e:
                 row["none_because"] = str(e)
-            except Exception as e:  # one that cannot run here is a result
+            except Exception as e:  # that it cannot run here is a result
                 full = isinstance(e, torch.cuda.OutOfMemoryError)
                 row["none_because"] = reason(e)
             if "none_because" in row:
                 ready.pop(name, None)
-                self._mend()
+                self._recover()
             if full and ready:
                 return ready, waiting[i:]
             print(line(row), flush=True)
@@ -101,23 +100,23 @@ class Steps:
     def _attempt(
         self, name: str, ready: dict[str, Variant], do: Callable[[str, Variant], None]
     ) -> None:
-        """What has been measured of a variant that fails later stays."""
+        """A variant that fails keeps the samples that it already has."""
         try:
             do(name, ready[name])
         except Exception as e:
             self.rows[name]["stopped_because"] = reason(e)
             del ready[name]
-            self._mend()
+            self._recover()
             print(f"{name}: {reason(e)}", flush=True)
             self._put()
 
-    def _mend(self) -> None:
-        """After a failure, which may have been that of a capture."""
+    def _recover(self) -> None:
+        """Frees memory after a failure, and ends a CUDA graph capture that may have failed."""
         if self.device.type == "cuda":
             timing.recover()
         free(self.device)
 
-    def _take(self, name: str, variant: Variant) -> None:
+    def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))
         peak = self.section.values["roofs"]["peak"][self.dtype]
         self.rows[name] |= summary(self.samples[name], self.setting, peak)

@@ -1,4 +1,4 @@
-"""Trainings to be timed: a Trainer on some ops, compiled or not, and nanoGPT's model."""
+"""The trainings to time: a Trainer with some ops, compiled or not, and nanoGPT's model."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-# The host's calls, by which work comes to a device.
+# Names of the CUDA calls that give work to a device.
 LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
-WARM = 5  # steps: a trainer that captures its step has done so by then
+WARM = 5  # warm-up steps, within which a trainer captures its CUDA graph
 
 
 class Variant:
-    """A training that can be taken a step further. deterministic: as `irongpt train` has it."""
+    """A training to time step by step. deterministic: as in `irongpt train`."""
 
     def __init__(
         self, step: Callable[[], object], device: torch.device, deterministic: bool = False
@@ -33,7 +33,7 @@ class Variant:
         self.step, self.device, self.deterministic = step, device, deterministic
 
     def seconds_a_step(self, steps: int) -> float:
-        """Wall time: what a run waits for, the host's part included."""
+        """Mean wall time of a step, which includes the time of the host."""
         with self._algorithms():
             devices.synchronize(self.device)
             start = time.perf_counter()
@@ -46,14 +46,14 @@ class Variant:
         self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
 
     def counts(self) -> dict[str, int]:
-        """Of a step: `kernels`, with copies and fills, that run on the device, and `launches` of
-        them by the host, where a graph is one. Nothing if nobody counts."""
+        """Counts of a step: `kernels`, copies and fills that run on the device, and `launches` by
+        the host, where a graph is one launch. Empty on a CPU and if the profiler sees none."""
         if self.device.type != "cuda":
             return {}
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        # PyTorch's own precaution with CUDA graphs: taking the profiler down may crash.
+        # As PyTorch does for CUDA graphs: tearing down the profiler may crash.
         os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
         with (
             self._algorithms(),
@@ -78,10 +78,12 @@ class Variant:
 
 @contextlib.contextmanager
 def peak_of(device: torch.device) -> Iterator[dict[str, int]]:
-    """peak_bytes: what is allocated at most beyond what there was before. A graph's pool counts
-    while it is captured, so what is made and warmed up within is counted whole."""
+    """Measures peak_bytes: the peak of the allocated bytes less those allocated before.
+
+    The memory pool of a CUDA graph counts while it is captured, so a variant must be made and
+    warmed up inside."""
     found: dict[str, int] = {}
-    gc.collect()  # a trainer and its graph hold each other
+    gc.collect()  # a trainer and its graph reference each other
     if device.type != "cuda":
         yield found
         return
@@ -102,10 +104,10 @@ def trained(
     graph: bool = False,
     **recipe: Any,
 ) -> Variant:
-    """setting: model, recipe, token ids. mode: of torch.compile; None compiles nothing.
+    """A training of our model. setting: model, recipe, token ids. mode: of torch.compile, or None.
 
-    graph: the whole step as one CUDA graph, where the trainer can do that. recipe: what of the
-    setting's is another value here.
+    graph: run the step as one CUDA graph, if the trainer supports it. recipe: fields of the
+    setting's recipe to replace.
     """
     model_config, train_config, ids = setting
     train_config = dataclasses.replace(train_config, graph=graph, **recipe)
@@ -113,12 +115,12 @@ def trained(
     model = GPT(model_config, module).to(device)
     trainer = Trainer(model, ids, train_config, device, dtype)
     if mode is not None:
-        # Each variant's model is compiled anew, and those before it keep theirs.
+        # Each variant compiles its model again, and earlier variants keep theirs.
         torch._dynamo.config.recompile_limit = 64
         compiled = torch.compile(model.loss, mode=mode, dynamic=False)
 
         def loss(x: Tensor, y: Tensor, *, seed: Any = None) -> Tensor:
-            # As a tensor: a number that changes with every step would be compiled in each time.
+            # A tensor, because a number that changes at every step would recompile each time.
             at = torch.as_tensor(0 if seed is None else seed, device=device)
             made: Tensor = compiled(x, y, seed=at)
             return made
@@ -134,12 +136,12 @@ def nanogpt(
     device: torch.device,
     compiled: bool = False,
 ) -> Variant:
-    """nanoGPT's model of the same shape, on our batches, with its own optimizer and clipping.
+    """A training of nanoGPT's model of the same shape, on our batches, with nanoGPT's optimizer.
 
-    compiled: as its train.py does unless told otherwise.
+    compiled: by torch.compile, which is the default of its train.py.
     """
     if not (checkout / "model.py").is_file():
-        raise UserError(f"{checkout} is no checkout of nanoGPT: it has no model.py")
+        raise UserError(f"{checkout} is not a checkout of nanoGPT: model.py is missing")
     sys.path.insert(0, str(checkout.resolve()))
     import model as theirs  # type: ignore[import-not-found]
 

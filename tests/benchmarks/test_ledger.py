@@ -1,4 +1,4 @@
-"""What the ledger books: bytes of one operation by hand, launches as the launchers launch."""
+"""The ledger counts the bytes of an operation and the launches of our ops correctly."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,65 +6,63 @@ from typing import Any
 
 import pytest
 import torch
-from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels import fused
 from numerics import DEVICE, UPDATES, small_inputs
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from benchmarks import ledger
-from irongpt.config import PRESETS
+from benchmarks import ledger, roofline
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
 
 A, B = 4 * 6, 6 * 5
-CHECKS = 6  # of targets on a CPU: comparisons, and, or, an index
+CHECKS = 6  # PyTorch ops by which cross_entropy validates its targets on a CPU
 
 
-def test_a_matrix_product_moves_its_three_matrices_and_a_view_nothing() -> None:
+def test_a_matmul_moves_three_matrices_and_a_view_moves_no_bytes() -> None:
     with ledger.Ledger() as book:
         y = torch.ones(4, 6).half() @ torch.ones(6, 5).half()
         y.t()[:2].view(1, 2, 4)
-    assert book.operations["matrix products"] == {"aten::mm": 1}
-    assert book.bytes["matrix products"] == 2 * (A + B + 4 * 5)
+    assert book.operations["matmuls"] == {"aten::mm": 1}
+    assert book.bytes["matmuls"] == 2 * (A + B + 4 * 5)
     assert book.bytes["casts"] == (A + B) * (4 + 2)
 
 
-def test_what_is_updated_is_read_and_written_and_what_is_expanded_is_read_once() -> None:
+def test_an_updated_tensor_counts_twice_and_an_expanded_tensor_counts_once() -> None:
     x, row = torch.zeros(8, 5), torch.ones(5)
-    with ledger.Ledger() as book:
-        x += row.expand(8, 5)
-    assert book.bytes["copies, adds"] == 4 * (2 * 40 + 5)
-    with ledger.Ledger() as book:
-        x.copy_(row.expand(8, 5))
-    assert book.bytes["copies, adds"] == 4 * (40 + 5)
+    for write, read_too in ((x.add_, True), (x.copy_, False)):
+        with ledger.Ledger() as book:
+            write(row.expand(8, 5))
+        assert book.bytes["copies, adds"] == 4 * (40 * (1 + read_too) + 5)
 
 
 class _Inside(TorchDispatchMode):
-    """Counts Triton's launches and those of PyTorch, within our operations too."""
+    """Counts launches by Triton and by PyTorch inside each of our custom ops."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: dict[str, int] = {}
-        self.within = ""
+        self.op = ""
 
-    def book(self, name: str) -> None:
+    def add(self, name: str) -> None:
         self.count[name] = self.count.get(name, 0) + 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, outer = func._schema.name, self.within
+        name, outer = func._schema.name, self.op
         if not name.startswith("irongpt::"):
             out = func(*args, **(kwargs or {}))
-            if name == "aten::fill_":  # what nobody has written is NaN, in a test
+            if name == "aten::fill_":  # the tests fill uninitialized memory with NaN
                 return out
             if outer and ledger.traffic(func, args, kwargs or {}, out):
-                self.book(outer)
+                self.add(outer)
             return out
-        self.within = name
+        self.op = name
         try:
-            with self:  # its implementation, which a mode does not see into otherwise
+            with self:  # a mode does not see the calls in an implementation otherwise
                 return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         finally:
-            self.within = outer
+            self.op = outer
 
 
 @contextmanager
@@ -74,7 +72,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     plain: Callable[..., Any] = kind.run
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inside.book(inside.within)
+        inside.add(inside.op)
         with torch.utils._python_dispatch._disable_current_modes():
             return plain(self, *args, **kwargs)
 
@@ -84,10 +82,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("name", [n for n in small_inputs() if n != "softmax"])
-def test_our_operations_launch_what_the_ledger_says(
+def test_our_ops_launch_as_many_kernels_as_the_ledger_counts(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the iron model calls them: without biases."""
+    """Without biases, like the iron model."""
     inputs = {n: x for n, x in small_inputs(torch.float32)[name].items() if n != "bias"}
     inputs = {n: x.to(DEVICE) for n, x in inputs.items()}
     if "attention" in name:
@@ -97,14 +95,16 @@ def test_our_operations_launch_what_the_ledger_says(
         out = getattr(fused, name)(**inputs)
         out = out if isinstance(out, tuple) else (out,)
         torch.autograd.grad(out, floats, [torch.ones_like(x) for x in out])
-    booked = {n: k for n, k in count.items() if n}
+    counted = {n: k for n, k in count.items() if n}
     if DEVICE == "cpu" and name == "cross_entropy":
-        booked["irongpt::cross_entropy"] -= CHECKS
-    assert booked == {n: ledger.LAUNCHES.get(n, 1) for n in booked}
-    assert len(booked) == 2
+        counted["irongpt::cross_entropy"] -= CHECKS
+    assert counted == {n: ledger.LAUNCHES.get(n, 1) for n in counted}
+    assert len(counted) == 2
 
 
-def test_the_optimizer_launches_what_the_ledger_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizer_launches_as_many_kernels_as_the_ledger_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lists = [[torch.ones(5, device=DEVICE) for _ in range(3)] for _ in range(4)]
     scalars = [torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
     steps = torch.zeros(3, device=DEVICE)
@@ -123,39 +123,37 @@ def test_the_optimizer_launches_what_the_ledger_says(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="module")
-def books() -> dict[str, ledger.Ledger]:
-    modules = {"eager": eager, "builtin": builtin, "fused": fused}
-    return {n: ledger.step(ops, torch.float16)[0] for n, ops in modules.items() if n != "eager"}
+def iron() -> ledger.Ledger:
+    return ledger.step(fused, torch.float16)[0]
 
 
-def test_a_fused_step_of_iron_does_not_grow(books: dict[str, ledger.Ledger]) -> None:
-    """Lower these with the step. 75 are matrix products of cuBLAS, three a matrix."""
-    book = books["fused"]
-    assert book.launches["matrix products"] == 75
-    assert book.launches["optimizer"] <= 3
-    assert sum(book.launches.values()) <= 172
-    assert sum(book.bytes.values()) <= 8.9e9
+def test_a_fused_step_of_iron_does_not_grow(iron: ledger.Ledger) -> None:
+    """Lower these numbers when the step needs less. cuBLAS runs 75 matmuls, three per weight."""
+    assert iron.launches["matmuls"] == 75
+    assert iron.launches["optimizer"] <= 3
+    assert sum(iron.launches.values()) <= 172
+    assert sum(iron.bytes.values()) <= 8.9e9
 
 
 def test_a_fused_step_of_fast_does_not_grow() -> None:
-    """Lower these with the step. Of the optimizer 37 are Muon's iteration."""
+    """Lower these numbers when the step needs less. 37 launches are Muon's iteration."""
     book, _ = ledger.step(fused, torch.float16, "fast")
     assert book.launches["optimizer"] <= 52
     assert sum(book.launches.values()) <= 221
     assert sum(book.bytes.values()) <= 3.1e9
 
 
-def test_the_floor_is_below_what_is_moved(books: dict[str, ledger.Ledger]) -> None:
-    _, trainer = ledger.step(fused, torch.float16)
-    least = ledger.floor_bytes(trainer.model.config, trainer.config, 2)
-    book = books["fused"]
-    assert least["matrix products"] == book.bytes["matrix products"]
-    assert all(n <= 1.001 * book.bytes[group] for group, n in least.items())
-    assert sum(least.values()) > 0.9 * sum(book.bytes.values())
+def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledger) -> None:
+    config = GPTConfig(WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
+    least = roofline.group_bytes(config, TrainConfig(**PRESETS["iron"].train), 2)
+    assert least["matmuls"] == iron.bytes["matmuls"]
+    assert all(n <= 1.001 * iron.bytes[group] for group, n in least.items())
+    assert sum(least.values()) > 0.9 * sum(iron.bytes.values())
 
 
-def test_the_command_says_that_it_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert PRESETS["nano"].model["n_layer"] == 4
+def test_the_command_prints_that_its_figures_are_computed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = "--preset nano --dtype float32 --optimizer adamw --top 3"
     assert ledger.main(options.split()) == 0
     out = capsys.readouterr().out

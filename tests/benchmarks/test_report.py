@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.ops.cases import MODES
 from benchmarks.report import __main__ as report
@@ -82,12 +83,12 @@ def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
 def test_what_follows_from_a_time() -> None:
     row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
     roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
-    d = result_file.derive(row, roofs)
+    d = roofline.derive(row, roofs)
     assert d["bytes_per_s"] == 50
     assert d["flops_per_s"] == 300
     assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
     assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
-    assert result_file.derive(dict(none_because="x", least_bytes=1), roofs) == {}
+    assert roofline.derive(dict(none_because="x", least_bytes=1), roofs) == {}
 
 
 def options(folder: Path, **more: object) -> argparse.Namespace:
@@ -269,17 +270,17 @@ def test_a_reason_fits_in_a_cell() -> None:
     assert result_file.short("a | b") == "a / b"
 
 
-def test_the_readme_has_the_numbers_of_its_files() -> None:
-    text = (ROOT / "README.md").read_text()
-    named = re.findall(r"benchmarks/results/[\w/.-]+?\.(?:json|md)", text)
-    assert named
-    assert all((ROOT / name).is_file() for name in named)
-    (file,) = re.findall(r"two cores of an AMD EPYC \(`(.*?)`\)", text)
+def test_the_pages_have_the_numbers_of_their_files() -> None:
+    readme, docs = ((ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    (file,) = re.findall(r"2-core AMD EPYC \(`(.*?)`\)", docs)
     section = result_file.load(ROOT / file)["nano"]
-    shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", text)
-    keys = ("seconds", "validation_loss", "peak_rss_mb")
-    for cells, row in zip(shown, section["rows"], strict=True):
-        forms = [f"{row[key]:.{digits}f}" for key, digits in zip(keys, (1, 3, 0), strict=True)]
-        assert list(cells) == forms
-    assert f"({section['rows'][2]['seconds']:.0f} s on two cores" in text
-    assert f"takes {section['iron_step']['irongpt_over_nanogpt']:.2f}\nof the time" in text
+    keys = dict(seconds=1, validation_loss=3, peak_rss_mb=0)
+    wanted = [[f"{row[k]:.{digits}f}" for k, digits in keys.items()] for row in section["rows"]]
+    shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", docs)
+    assert [list(cells) for cells in shown] == wanted
+    shown = re.findall(
+        r"^\| .*(?:nano|nanoGPT).* \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE
+    )
+    assert [list(cells) for cells in shown] == [cells[:2] for cells in wanted]
+    assert f"({section['rows'][2]['seconds']:.0f} s on a 2-core AMD EPYC)" in readme
+    assert f"takes {section['iron_step']['irongpt_over_nanogpt']:.2f} times as long" in docs

@@ -1,5 +1,5 @@
-"""Training steps in turns: groups that fit in memory, failures of one, the time that there is, and
-how their rows are told."""
+"""Interleaved training steps: groups that fit in memory, failures, the time limit, the report; and
+the roofline model of a step."""
 
 import argparse
 import time
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.report import tables_train
 from benchmarks.suite import summary
@@ -24,7 +25,7 @@ RECIPE = TrainConfig(
 
 
 class Fake:
-    """A variant of `size` units of memory, of which there are two. fails: at that call."""
+    """A variant that takes `size` of two units of memory. fails: the number of the failing call."""
 
     held = 0
 
@@ -52,7 +53,7 @@ class Fake:
 
 
 def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[str, Any]:
-    """Rows by variant. made: what each is made of, by name."""
+    """Rows by variant. made: the options of each `Fake` by its name."""
     args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
     with result_file.Section("train", CPU, args) as section:
         section.put(rows=[], roofs={"peak": {"float32": 1e12}})
@@ -62,7 +63,7 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
     return {r["variant"]: r for r in result_file.load(section.path)["train"]["rows"]}
 
 
-def test_what_does_not_fit_together_comes_in_groups(tmp_path: Path) -> None:
+def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path) -> None:
     sizes = dict(a=1, b=1, c=1, huge=3, d=1)
     rows = measured(tmp_path, {name: dict(size=size) for name, size in sizes.items()})
     assert rows.pop("huge")["none_because"] == "out of memory"
@@ -70,15 +71,15 @@ def test_what_does_not_fit_together_comes_in_groups(tmp_path: Path) -> None:
     assert all(r["samples"] == 4 and r["kernels"] == 5 for r in rows.values())
 
 
-def test_a_variant_that_breaks_keeps_what_it_has_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path: Path) -> None:
     rows = measured(tmp_path, {"a": {}, "b": dict(fails=3)})
     assert rows["a"]["samples"] == 4
     assert rows["b"]["samples"] == 2
     assert rows["b"]["stopped_because"] == "RuntimeError: it broke"
-    assert rows["b"]["iqr"] is None  # of two samples
+    assert rows["b"]["iqr"] is None  # two samples have none
 
 
-def test_no_turn_begins_when_the_time_is_over(tmp_path: Path) -> None:
+def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
     rows = measured(tmp_path, {"a": dict(seconds=0.5), "b": {}}, seconds=0.6)
     assert rows["a"]["samples"] < 4
     assert "was over" in rows["b"]["none_because"]
@@ -87,16 +88,15 @@ def test_no_turn_begins_when_the_time_is_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "builtin"),
     [
-        ("eager", "builtin"),
-        ("fused graph", "builtin graph"),
-        ("fused as trained", "builtin as trained"),
-        ("textbook compiled", "builtin compiled"),
-        ("eager max-autotune", "builtin max-autotune"),
-        ("nanoGPT", "builtin AdamW"),
+        ("eager", "builtin"), ("fused graph", "builtin graph"),
+        ("fused as trained", "builtin as trained"), ("textbook compiled", "builtin compiled"),
+        ("eager max-autotune", "builtin max-autotune"), ("nanoGPT", "builtin AdamW"),
         ("nanoGPT compiled", "builtin AdamW compiled"),
     ],
-)
-def test_like_is_compared_with_like(variant: str, builtin: str) -> None:
+)  # fmt: skip
+def test_a_variant_is_compared_with_builtin_launched_in_the_same_way(
+    variant: str, builtin: str
+) -> None:
     assert tables_train.alike(variant) == builtin
     names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
     assert {variant, builtin} <= set(names)
@@ -112,7 +112,7 @@ def section_of(**seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_table_of_steps_says_whom_each_is_compared_with_and_of_what_the_mfu_is() -> None:
+def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None:
     section = section_of(fused=8.0, fused_graph=3.0, builtin=10.0, builtin_graph=6.0, eager=20.0)
     text = tables_train.train(section)
     assert "| fused graph | 3000.00 | ? | 2.00 builtin graph |" in text
@@ -124,12 +124,14 @@ def test_the_table_of_steps_says_whom_each_is_compared_with_and_of_what_the_mfu_
     from benchmarks.report import plots
 
     assert plots.draw({"train": section})["step"].startswith(b"\x89PNG")
-    assert summary.stage("train", {"train": section}).endswith("eager 2e+04 ms")  # the slowest
+    assert summary.stage("train", {"train": section}).endswith(
+        "eager 2e+04 ms"
+    )  # the slowest variant
 
 
 @pytest.mark.gpu
 def test_kernels_and_launches_of_a_step_are_counted() -> None:
-    """One step launched one by one, and one as a graph, which is launched at once."""
+    """A CUDA graph has as many kernels as a plain step, and fewer launches."""
     device = torch.device("cuda")
     ids = torch.arange(1000) % MODEL.vocab_size
     from irongpt_kernels import builtin
@@ -146,35 +148,37 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
     assert b["launches"] < a["launches"] / 4
 
 
-def test_products_of_a_step_have_the_flops_that_the_model_counts() -> None:
+def test_matmuls_of_a_step_have_the_flops_that_the_model_counts() -> None:
     config = GPTConfig(vocab_size=104, **PRESETS["iron"].model)
-    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in matmuls.shapes(config, 64))
+    flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in roofline.matmul_shapes(config, 64))
     C, T, tokens = config.n_embd, config.context, 64 * config.context
     attention = 12 * config.n_layer * C * T * tokens
-    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights that multiply
+    norms = (
+        6 * (2 * config.n_layer + 1) * C * tokens
+    )  # flops_per_token counts them as weights of matmuls
     assert flops == tokens * config.flops_per_token() - attention - norms
 
 
-def test_a_step_with_muon_has_its_iteration_and_its_bytes() -> None:
-    """By hand: iron's matrices, a Gram matrix of the smaller side C twice, products of it, and the
-    matrix itself multiplied twice; of their bytes momentum and what goes in and out."""
+def test_flops_and_bytes_of_muon_by_hand() -> None:
+    """FLOPs for iron's matrices: the Gram matrix of the smaller side C twice, matmuls of it, and
+    two matmuls with the matrix. Bytes: the momentum, and the iteration's input and output."""
     config = GPTConfig(vocab_size=104, **PRESETS["fast"].model)
     C, L = config.n_embd, config.n_layer
     longer = (3 + 1 + 4 + 4) * C  # the longer sides of a block's four
     gram, square = 2 * C * C * longer, 4 * 2 * C**3
-    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, products of factors, p G p
+    first, second = 3 + 2 + 2 * 2, 2 + 1 + 2  # squares of G, matmuls of factors, p G p
     flops = L * (4 * gram + (first + second) * square)
-    assert matmuls.muon_flops(config) == flops
-    own, n = 12 * C * C * L, config.n_params()
+    assert roofline.muon_flops(config) == flops
+    blocks, n = 12 * C * C * L, config.n_params()
     weights, moment, read = 8, 8, 2  # both read and written in float32; a gradient is 16 bits
-    assert matmuls.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
-    adamw, muon = (matmuls.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
-    assert adamw == 32 * (n - own) + (weights + 2 * moment + 2 * read + 2) * own
-    # Momentum and gradients are read twice for its norm, and what the iteration takes and gives.
-    assert muon == 32 * (n - own) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * own
+    assert roofline.optimizer_bytes(config, "adamw", 4) == (weights + 2 * moment + 2 * 4) * n
+    adamw, muon = (roofline.optimizer_bytes(config, name, 2) for name in ("adamw", "muon"))
+    assert adamw == 32 * (n - blocks) + (weights + 2 * moment + 2 * read + 2) * blocks
+    # Momentum and gradients are read twice, for the norm; the iteration has an input and an output.
+    assert muon == 32 * (n - blocks) + (weights + moment + 4 + 3 * read + 2 + 2 * 2) * blocks
 
 
-def test_products_of_a_step_without_muon_are_those_of_the_model() -> None:
+def test_matmuls_of_a_step_without_muon_are_those_of_the_model() -> None:
     found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
     assert matmuls.of_step(found, "fused graph") == 3.0
     assert matmuls.of_step(found, "nanoGPT compiled") == 2.0

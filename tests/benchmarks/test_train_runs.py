@@ -1,4 +1,4 @@
-"""The commands of the benchmarks, end to end at tiny size, and the page that is made of them."""
+"""The benchmark commands run end to end with a tiny model, and the report shows their results."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from irongpt_kernels import builtin
 
-from benchmarks import decode, train_runs, vs_nanogpt
+from benchmarks import decode, roofline, train_runs, vs_nanogpt
 from benchmarks.measure import result_file
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A result file with every section, of a model of some thousand weights."""
+    """A result file with every section, for a model of a few thousand weights."""
     file = tmp_path_factory.mktemp("results") / "result.json"
     options = ["--device", "cpu", "--result", str(file), "--commit", "abc"]
     small = dict(n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.1)
@@ -41,50 +41,45 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decode.main([*options, "--ops", "builtin"])
         some = ["--ops", "builtin", "eager", "--data", "python-docs"]
         train_runs.main([*options, *some, "--iters", "20"])
-        target = [
-            "--section",
-            "target",
-            "--target-loss",
-            "99",
-            "--iters",
-            "20",
-            "--seeds",
-            "1",
-            "2",
-        ]
+        target = "--section target --target-loss 99 --iters 20 --seeds 1 2".split()
         train_runs.main([*options, *some, *target])
     return file
 
 
-def test_every_section_is_whole(result: Path) -> None:
+def test_every_section_is_complete(result: Path) -> None:
     values = result_file.load(result)
     for name in ("kernels", "train", "decode", "runs", "target"):
         assert values[name]["environment"]["commit"] == "abc"
         assert values[name]["state"]["seconds"] >= 0
         assert "ended_by" not in values[name]
     assert list(values["kernels"]["missing"]) == ["liger"]
-    # Three of the ops with a gradient have rows with dropout and without; three of the ops of one
-    # token have no builtin of their own.
+    # Three of the ops with a gradient have rows with dropout and without; three one-token ops have
+    # no builtin.
     assert len(values["kernels"]["rows"]) == (7 + 3) * 3 * 2 + 7 + 7 - 3
 
 
-def test_a_step_is_measured(result: Path) -> None:
+def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
     section = result_file.load(result)["train"]
     assert {r["variant"] for r in section["rows"]} == {"builtin", "textbook", "eager"}
+    shown = tables.train(section)
     for r in section["rows"]:
         assert r["samples"] == 2
         assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["seconds"], rel=1e-4)
-    products = section["products"]["float32"]
-    assert 0 < products["seconds"] < products["computed_floor_seconds"]
+        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
+        assert f"{r['tokens_per_s']:,.0f}" in shown
+    alone = section["products"]["float32"]
+    assert 0 < alone["seconds"] < alone["computed_floor_seconds"]
 
 
-def test_writing_is_measured(result: Path) -> None:
+def test_generation_is_measured(result: Path) -> None:
     rows = result_file.load(result)["decode"]["rows"]
     assert [(r["way"], r["batch"]) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
     assert all(r["tokens"] == 16 for r in rows)
 
 
-def test_a_way_to_write_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_ways_to_generate_are_measured_when_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("no such kernel")
 
@@ -102,7 +97,7 @@ def test_a_way_to_write_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyP
     assert all(r["ops"] in decode.line(r) for r in section["rows"])
 
 
-def test_whole_runs(result: Path) -> None:
+def test_complete_trainings(result: Path) -> None:
     values = result_file.load(result)
     builtin, eager = values["runs"]["rows"]
     assert builtin["steps"] == eager["steps"] == 20
@@ -118,10 +113,10 @@ def test_whole_runs(result: Path) -> None:
         assert r["steps"] == r["evaluated"][0][0]
         assert r["run"] in tables.runs(values["target"])
     losses = [r["evaluated"][-1][2] for r in rows]
-    assert losses[0] != losses[2]  # another seed, another training
+    assert losses[0] != losses[2]  # the seed changes the training
 
 
-def test_the_page(result: Path, tmp_path: Path) -> None:
+def test_the_report(result: Path, tmp_path: Path) -> None:
     folder = report.write(result, tmp_path / "page")
     text = (folder / "report.md").read_text()
     assert "commit `abc`" in text
@@ -130,22 +125,14 @@ def test_the_page(result: Path, tmp_path: Path) -> None:
     assert {p.stem for p in folder.glob("*.png")} >= {"speedup", "step", "runs", "target"}
 
 
-def test_every_number_of_a_step_is_the_files(result: Path) -> None:
-    section = result_file.load(result)["train"]
-    shown = tables.train(section)
-    for r in section["rows"]:
-        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
-        assert f"{r['tokens_per_s']:,.0f}" in shown
-
-
-def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
+def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.py").touch()
     row = dict(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
     step = dict(batch=4, irongpt_ms=915.7, nanogpt_ms=926.5)
-    for name in ("nanogpt", "to_target", "nano"):
-        monkeypatch.setattr(vs_nanogpt, name, lambda scratch, checkout, text: row)
+    for name in ("nanogpt", "irongpt"):
+        monkeypatch.setattr(vs_nanogpt, name, lambda *args: row)
     monkeypatch.setattr(vs_nanogpt, "iron_step", lambda checkout: step)
     monkeypatch.setattr(vs_nanogpt.corpus, "load", lambda name, say: SimpleNamespace(text=""))
     options = ["--nanogpt", str(tmp_path), "--out", str(tmp_path / "out"), "--commit", "abc"]
@@ -154,7 +141,7 @@ def test_nano_against_nanogpt_is_a_section_with_its_commit_and_date(
     section = result_file.load(file)["nano"]
     assert section["environment"]["commit"] == "abc"
     assert section["environment"]["date"]
-    assert section["nanogpt"] == "unknown"  # no checkout of git
+    assert section["nanogpt"] == "unknown"  # not a git checkout
     assert len(section["rows"]) == 3
     text = (report.write(file) / "report.md").read_text()
     assert "| nanoGPT | 128.3 | 1.724 | 453 |" in text
@@ -167,7 +154,7 @@ def iron_row(name: str) -> dict:
     return {"environment": {"name": name}, "rows": [row]}
 
 
-def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
+def test_the_column_of_a_t4_is_empty_on_other_gpus() -> None:
     elsewhere, there = (
         tables.t4({"kernels": iron_row(card)}) for card in ("NVIDIA H200", "Tesla T4")
     )
@@ -185,18 +172,19 @@ def test_the_column_of_a_t4_is_empty_until_a_t4_has_filled_it() -> None:
     assert "| a training step, iron |  |" in tables.t4(values)
 
 
-def test_the_readme_has_the_bound_that_is_computed() -> None:
-    text = (ROOT / "README.md").read_text()
-    for preset in ("iron", "fast"):
-        assert f"| {preset} | | {tables.t4_step(preset) * 1e3:.1f} ms |" in text
+def test_the_docs_have_the_computed_lower_bound() -> None:
+    iron, fast = (f"{roofline.t4_step(preset) * 1e3:.1f}" for preset in ("iron", "fast"))
+    assert f"{iron} / {fast} ms" in (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"| iron | | {iron} ms |\n| fast | | {fast} ms |" in text
 
 
-def test_pytest_benchmark_takes_the_samples(tmp_path: Path) -> None:
-    """As make bench does, for one op."""
-    hidden = ("TRITON_INTERPRET", "PYTEST_")  # under xdist pytest-benchmark measures nothing
+def test_pytest_benchmark_reports_the_samples(tmp_path: Path) -> None:
+    """Like `make bench`, for one op."""
+    hidden = ("TRITON_INTERPRET", "PYTEST_")  # pytest-benchmark does not measure under xdist
     env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    env["OMP_NUM_THREADS"] = "1"  # another test may run at the same time
+    env["OMP_NUM_THREADS"] = "1"  # other tests may run at the same time
     file = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--no-sweeps", "--device", "cpu"]
     command += ["--providers", "eager,builtin", "-k", "gelu", "-p", "no:cacheprovider"]

@@ -1,0 +1,154 @@
+"""The roofline model: the least time of an op and of a training step, from bytes, FLOPs and rates.
+
+    an op              max(bytes / copy bandwidth, FLOPs / matmul rate)
+    a training step    seconds of its matmuls + bytes of all other ops / copy bandwidth
+
+Bytes and FLOPs are the least that an op needs (`irongpt_kernels.op_specs`); rates are what a device
+reaches on a large copy and a large matmul. All results here are computed, not measured.
+"""
+
+from typing import Any
+
+import torch
+from irongpt_kernels import op_specs
+from irongpt_kernels.op_inputs import Shape
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from irongpt.device import dtype_name
+from irongpt.training import muon
+
+PeakRates = dict[str, Any]  # copy_bytes_per_s, and gemm_flops_per_s by the name of a dtype
+Row = dict[str, Any]
+
+# What others have measured on a T4: copies reach 72 to 82 % of 320 GB/s, and cuBLAS reaches 18 to
+# 24 TFLOP/s in float16 under the card's limit of 70 W.
+T4: PeakRates = dict(copy_bytes_per_s=250e9, gemm_flops_per_s=dict(float16=24e12, float32=7e12))
+
+
+def op_seconds(row: Row, dtype: str, rates: PeakRates) -> float:
+    """Lower bound of an op's time. row: has its least_bytes and least_flops."""
+    rate = rates["gemm_flops_per_s"].get(dtype)
+    by_flops = row["least_flops"] / rate if rate else 0.0
+    return float(max(row["least_bytes"] / rates["copy_bytes_per_s"], by_flops))
+
+
+def derive(row: Row, rates: PeakRates) -> Row:
+    """The rates that a row's time gives, as shares of the device's peak rates too.
+
+    share_of_roof is the lower bound over the time. Empty if the row has no time or no cost.
+    """
+    if row.get("seconds") is None or "least_bytes" not in row:
+        return {}
+    seconds, rate = row["seconds"], rates["gemm_flops_per_s"].get(row["dtype"])
+    bytes_per_s, flops_per_s = row["least_bytes"] / seconds, row["least_flops"] / seconds
+    least = op_seconds(row, row["dtype"], rates)
+    return {
+        "bytes_per_s": bytes_per_s,
+        "flops_per_s": flops_per_s,
+        "share_of_copy": bytes_per_s / rates["copy_bytes_per_s"],
+        "share_of_gemm": flops_per_s / rate if rate else None,
+        "floor_seconds": least,
+        "share_of_roof": least / seconds,
+    }
+
+
+def matmul_shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int, int]]:
+    """(name, count per step, M, K, N) of each forward matmul y (M, N) = x (M, K) w (K, N)."""
+    M = batch_size * config.context
+    names = ("qkv", "projection", "fc", "fc projection")
+    blocks = [
+        (name, config.n_layer, M, columns, rows)
+        for name, (rows, columns) in zip(names, config.matrices(), strict=True)
+    ]
+    return [*blocks, ("head", 1, M, config.n_embd, config.vocab_size)]
+
+
+def muon_updates(config: GPTConfig, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    """Random inputs of Muon's iteration in a step: (L, rows, columns), each matrix of norm 1."""
+    found = []
+    for size in config.matrices():
+        x = torch.randn(config.n_layer, *size, device=device)
+        found.append((x / x.norm(dim=(1, 2), keepdim=True)).to(dtype))
+    return found
+
+
+def muon_flops(config: GPTConfig) -> int:
+    """FLOPs of Muon's iteration in a step, as PyTorch's counter counts its matmuls."""
+    with FlopCounterMode(display=False) as counter:
+        muon.orthogonal(muon_updates(config, torch.float32, "meta"))
+    return int(counter.get_total_flops())
+
+
+def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
+    """Least bytes of an optimizer's step, without the matmuls of Muon's iteration."""
+    n = config.n_layer * sum(rows * columns for rows, columns in config.matrices())
+    return op_specs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
+
+
+def op_bytes(op: str, config: GPTConfig, batch_size: int, itemsize: int) -> int:
+    """Least bytes of an op's forward and backward at the model's shape."""
+    H = config.n_head
+    shape = Shape(batch_size, H, config.context, config.n_embd // H, config.vocab_size)
+    cost = op_specs.SPECS[op].cost
+    return sum(cost(shape, itemsize, 4, backward).bytes for backward in (False, True))
+
+
+def step_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
+    """Least bytes of all ops of a step but the matmuls, by op."""
+    L, B = config.n_layer, train.batch_size
+    counts = dict(causal_attention_packed=L, dropout_add_layer_norm=2 * L, gelu=L)
+    counts |= dict(cross_entropy=1, layer_norm=1)
+    found = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
+    # Output and gradient of the embedding in float32, each read and written.
+    found["embedding"] = 2 * 2 * B * config.context * config.n_embd * 4
+    found["optimizer"] = optimizer_bytes(config, train.optimizer, itemsize)
+    return found
+
+
+def step_lower_bound(
+    config: GPTConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    rates: PeakRates,
+    matmul_seconds: float | None = None,
+) -> float:
+    """Lower bound of a step's time. matmul_seconds: measured, or else FLOPs over the peak rate."""
+    if matmul_seconds is None:
+        shapes = matmul_shapes(config, train.batch_size)
+        flops = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes)
+        flops += muon_flops(config) if train.optimizer == "muon" else 0
+        matmul_seconds = flops / rates["gemm_flops_per_s"][dtype_name(dtype)]
+    moved = sum(step_bytes(config, train, dtype.itemsize).values())
+    return float(matmul_seconds + moved / rates["copy_bytes_per_s"])
+
+
+def t4_step(preset: str = "iron") -> float:
+    """Lower bound of a preset's step in float16 on a T4, in seconds."""
+    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
+    return step_lower_bound(config, TrainConfig(**PRESETS[preset].train), torch.float16, T4)
+
+
+def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
+    """Least bytes of a step by the groups of `benchmarks.ledger`, the matmuls included.
+
+    Less than `step_bytes`: each operand counts once, the statistics of the rows, the first norm and
+    a second pass over the embedding do not count, as if they were part of other kernels. Muon's
+    iteration does not count. The residual stream is float32, all other tensors have `itemsize`.
+    """
+    L, B, V = config.n_layer, train.batch_size, config.vocab_size
+    rows = B * config.context
+    elements = rows * config.n_embd
+    shapes = matmul_shapes(config, B)
+    # Forward, gradient of the input and gradient of the weight each move all three matrices.
+    matmuls = 3 * sum(count * (M * K + K * N + M * N) for _, count, M, K, N in shapes)
+    return {
+        "matmuls": matmuls * itemsize,
+        "attention": L * (4 + 8) * elements * itemsize,
+        "norms": 2 * L * elements * ((2 + 2) * itemsize + (2 + 3) * 4),
+        "gelu": L * op_bytes("gelu", config, B, itemsize),
+        "loss": 3 * rows * V * itemsize,
+        "batch, embedding": 2 * elements * 4,
+        "optimizer": optimizer_bytes(config, train.optimizer, itemsize),
+    }
