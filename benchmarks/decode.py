@@ -61,7 +61,7 @@ def written(model: GPT, dtype: torch.dtype, tokens: int, texts: int, graph: bool
 def measure(
     model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
 ) -> list[Row]:
-    """A row for each way to write, with `none_because` for one that fails. The ways take turns."""
+    """A row for each way to generate; one that fails has a `skipped_reason`. Runs interleave."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {
@@ -97,12 +97,12 @@ def measure(
     for way in ways:
         row = Row(way=way[0], batch=way[1], tokens=tokens)
         if way in failed:
-            rows.append(row | {"none_because": failed[way]})
+            rows.append(row | {"skipped_reason": failed[way]})
             continue
         t = timing.Timing(samples[way], False)
         row |= {
             "tokens_per_s": way[1] * tokens / t.median,
-            "seconds_a_token": t.median / tokens,
+            "seconds_per_token": t.median / tokens,
             "iqr": t.iqr / tokens,
             "samples": rounds,
         }
@@ -132,9 +132,11 @@ def nodes(model: GPT, dtype: torch.dtype, texts: int) -> int | str:
 
 def line(row: Row) -> str:
     head = f"{row['ops']:8} {row['way']:8} batch {row['batch']:3} "
-    if "none_because" in row:
-        return head + row["none_because"]
-    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us a token"
+    if "skipped_reason" in row:
+        return head + row["skipped_reason"]
+    text = (
+        f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_per_token'] * 1e6:9,.1f} us a token"
+    )
     if "steady_tokens_per_s" in row:
         text += f", {row['steady_tokens_per_s']:,.0f} tokens/s after {ROOM}"
     return head + text + (f", {row['nodes']} nodes" if "nodes" in row else "")

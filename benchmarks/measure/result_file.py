@@ -21,7 +21,7 @@ from irongpt_kernels.runtime import emulate
 from benchmarks.measure import environment
 from irongpt.files import finite, replace_file
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
@@ -63,7 +63,7 @@ def load(file: Path) -> Values:
     """A result file. Raises ValueError for anything else."""
     values = json.loads(file.read_bytes())
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{file} is no result file of format {FORMAT}")
+        raise ValueError(f"{file} is not a result file of format {FORMAT}: measure it again")
     return values
 
 
@@ -124,16 +124,16 @@ def short(text: str) -> str:
     return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
 
 
-def derive(row: Values, roofs: Values) -> Values:
-    """What follows from a row's time: rates, and how far from the device's own roofs.
+def derive(row: Values, peak_rates: Values) -> Values:
+    """What follows from a row's time: rates, and how far from the device's own peak rates.
 
-    share_of_roof: of the larger of least bytes over copy bandwidth and least FLOPs over the rate of
+    share_of_peak: of the larger of least bytes over copy bandwidth and least FLOPs over the rate of
     a large product. Empty where the row has no time or no cost.
     """
     if row.get("seconds") is None or "least_bytes" not in row:
         return {}
-    seconds, bandwidth = row["seconds"], roofs["copy_bytes_per_s"]
-    rate = roofs["gemm_flops_per_s"].get(row["dtype"])
+    seconds, bandwidth = row["seconds"], peak_rates["copy_bytes_per_s"]
+    rate = peak_rates["gemm_flops_per_s"].get(row["dtype"])
     by_bytes = row["least_bytes"] / bandwidth
     by_flops = row["least_flops"] / rate if rate else 0.0
     return {
@@ -141,6 +141,6 @@ def derive(row: Values, roofs: Values) -> Values:
         "flops_per_s": row["least_flops"] / seconds,
         "share_of_copy": by_bytes / seconds,
         "share_of_gemm": by_flops / seconds if rate else None,
-        "floor_seconds": max(by_bytes, by_flops),
-        "share_of_roof": max(by_bytes, by_flops) / seconds,
+        "lower_bound_seconds": max(by_bytes, by_flops),
+        "share_of_peak": max(by_bytes, by_flops) / seconds,
     }

@@ -21,11 +21,11 @@ RIVALS = 16.0  # times what the rule allows
 
 
 def passes(name: str, found: dict[str, Any]) -> bool:
-    """Whether a provider of which a Gate has found this gets a time."""
+    """Whether a provider of which a AccuracyCheck has found this gets a time."""
     return bool(found["ok"] or (name != "fused" and found["share"] <= RIVALS))
 
 
-class Gate:
+class AccuracyCheck:
     """Holds providers of a case to the rule. What they are held against is computed once."""
 
     def __init__(self, case: Case, device: torch.device) -> None:

@@ -29,7 +29,7 @@ NANO = Shape(B=16, H=4, T=64, D=32, L=4)
 OWN = ("iron", "nano")  # series at a model's shape
 DROPOUT = 0.2  # of the iron preset
 TEMPERATURE = 0.8
-GATE = 1 << 25  # elements of a tensor, at most, at which an op is checked
+CHECKED = 1 << 25  # elements of a tensor, at most, at which an op is checked
 
 Inputs = dict[str, Tensor]
 
@@ -87,11 +87,11 @@ class Case:
         if not self.spec.differentiable:
             return self
         if self.spec.scores:
-            heads = max(1, min(s.B * s.H, GATE // s.T**2))
+            heads = max(1, min(s.B * s.H, CHECKED // s.T**2))
             H = min(s.H, heads)
             return replace(self, shape=replace(s, B=max(1, heads // H), H=H))
         width = s.V if self.op == "cross_entropy" else 4 * s.width
-        return replace(self, shape=replace(s, B=max(1, min(s.B, GATE // (s.T * width)))))
+        return replace(self, shape=replace(s, B=max(1, min(s.B, CHECKED // (s.T * width)))))
 
     def cost(self, mode: str) -> tuple[int, int]:
         """Least bytes across DRAM, and FLOPs."""

@@ -55,7 +55,7 @@ def _label(r: Values) -> str:
 
 
 def speedup(section: Values, mode: str, what: str) -> Figure | None:
-    """How many times as fast as builtin, or textbook where that has none of its own: a bar for
+    """How many times as fast as builtin, or naive where that has none of its own: a bar for
     every provider."""
     dtype, rows = _own(section)
     rows = [r for r in rows if r["mode"] == mode]
@@ -73,7 +73,7 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
             ratio = base[op] / r["seconds"]
             largest = max(largest, ratio)
             axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
-            marked = beyond(r) + ("  (no graph)" if r.get("plain_because") else "")
+            marked = beyond(r) + ("  (no graph)" if r.get("no_graph_reason") else "")
             label = f" {r['provider']}  {ratio:.2f}{marked}"
             weight = "bold" if r["provider"] == "fused" else "normal"
             axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight, bbox=PAPER)
@@ -84,17 +84,17 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
     axes.set_yticks([t for t, _ in ticks], [op for _, op in ticks], fontsize=9)
     axes.set_ylim(y - 1, -1)
     axes.set_xlim(0, 1.25 * largest)
-    axes.set_xlabel(f"times as fast as builtin (else textbook), {what}, {dtype}")
+    axes.set_xlabel(f"times as fast as builtin (else naive), {what}, {dtype}")
     plain(axes)
     return figure
 
 
 def roofline(section: Values) -> Figure | None:
-    """Left, ops with products under the device's own roofs; right, how near each op is to them."""
+    """Left: attention under the measured peak rates. Right: each op's share of its limit."""
     dtype, rows = _own(section)
-    roofs = section["roofs"]
-    rate, bandwidth = roofs["gemm_flops_per_s"].get(dtype), roofs["copy_bytes_per_s"]
-    known = [(r, result_file.derive(r, roofs)) for r in rows if "least_bytes" in r]
+    peak_rates = section["peak_rates"]
+    rate, bandwidth = peak_rates["gemm_flops_per_s"].get(dtype), peak_rates["copy_bytes_per_s"]
+    known = [(r, result_file.derive(r, peak_rates)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
     figure = figure_of(12, 6.6)
@@ -103,7 +103,7 @@ def roofline(section: Values) -> Figure | None:
     corner = [ridge / 30, ridge, ridge * 8]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
     swept = [
-        (r, result_file.derive(r, roofs))
+        (r, result_file.derive(r, peak_rates))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
         if r["sweep"] in (*OWN, "T")
@@ -123,7 +123,7 @@ def roofline(section: Values) -> Figure | None:
     roof = f"copy {bandwidth / 1e9:,.4g} GB/s, product {rate / 1e12:,.3g} TFLOP/s"
     lengths = sorted({r["shape"]["T"] for r, _ in swept})
     sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
-    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured roofs: {roof}"
+    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {roof}"
     left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
     _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
@@ -142,11 +142,11 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
         y = labels.index(label(r))
         ours = r["provider"] == "fused"
         axes.plot(
-            100 * d["share_of_roof"],
+            100 * d["share_of_peak"],
             y,
             "D" if ours else "o",
             color=COLORS[r["provider"]],
-            markerfacecolor=COLORS[r["provider"]] if r["gate"]["ok"] else "none",  # less exact
+            markerfacecolor=COLORS[r["provider"]] if r["accuracy"]["ok"] else "none",  # less exact
             markersize=8 if ours else 5,
             zorder=4 if ours else 3,
         )
@@ -154,7 +154,9 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.axvline(100, color="0.3", linewidth=0.8)
-    axes.set_xlabel("percent of the nearer roof (least bytes or FLOPs); hollow: beyond the rule")
+    axes.set_xlabel(
+        "percent of the nearer limit (least bytes or FLOPs); hollow: exceeds the tolerance"
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", alpha=0.15)
 
@@ -164,7 +166,7 @@ def _legend(axes: Axes, rows: list[Values], floor: bool = False) -> None:
     for provider in dict.fromkeys(r["provider"] for r in rows):
         axes.plot([], [], "o", color=COLORS[provider], label=provider)
     if floor:
-        axes.plot([], [], "k:", label="computed floor")
+        axes.plot([], [], "k:", label="computed lower bound")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
@@ -193,12 +195,15 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
                 color=COLORS[provider],
             )
         for r in part:
-            if not r["gate"]["ok"]:  # hollow: beyond the rule
+            if not r["accuracy"]["ok"]:  # hollow: exceeds the tolerance
                 at = r["shape"]["T"], r[key] * factor
                 axes.plot(*at, "o", markersize=4, color=COLORS[r["provider"]], mfc="white")
         if floor and part:
             floors = {
-                (r["shape"]["T"], result_file.derive(r, section["roofs"])["floor_seconds"] * factor)
+                (
+                    r["shape"]["T"],
+                    result_file.derive(r, section["peak_rates"])["lower_bound_seconds"] * factor,
+                )
                 for r in part
             }
             axes.plot(*zip(*sorted(floors), strict=True), "k:", linewidth=1.2)

@@ -62,17 +62,19 @@ def about(values: Values, name: str) -> str:
         if state.get("before"):
             lines.append(f"- {section}: {_state(state)}")
     for section, key, when in (
-        ("kernels", "roofs", "before the kernels"),
-        ("kernels", "roofs_after", "after the kernels"),
-        ("train", "roofs", "before the training steps"),
+        ("kernels", "peak_rates", "before the kernels"),
+        ("kernels", "peak_rates_after", "after the kernels"),
+        ("train", "peak_rates", "before the training steps"),
     ):
-        roofs = values.get(section, {}).get(key)
-        if roofs:
-            rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
+        peak_rates = values.get(section, {}).get(key)
+        if peak_rates:
+            rates = ", ".join(
+                f"{k} {v / 1e12:.3g}" for k, v in peak_rates["gemm_flops_per_s"].items()
+            )
             lines.append(
-                f"- Measured roofs of this device, {when}: copy "
-                f"{roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large matrix "
-                f"product, TFLOP/s: {rates}."
+                f"- Measured peak rates of this device, {when}: copy "
+                f"{peak_rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large "
+                f"matmul, TFLOP/s: {rates}."
             )
     return "\n\n".join(lines)
 
@@ -88,7 +90,7 @@ def _state(state: Values) -> str:
 
 def measured(values: Values) -> Values:
     """Without sections that broke off before they had anything to tell."""
-    needed = {"kernels": ("rows", "roofs"), "train": ("rows", "roofs", "products")}
+    needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
     needed |= {name: ("rows",) for name in SECTIONS if name not in needed}
     empty = {
         name
@@ -183,7 +185,9 @@ def t4(values: Values) -> str:
     for (op, size, p), r in known.items():
         if "least_bytes" not in r:
             continue
-        bound = result_file.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)["floor_seconds"]
+        bound = result_file.derive(r | {"seconds": 1.0, "dtype": "float16"}, T4)[
+            "lower_bound_seconds"
+        ]
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
         rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (

@@ -18,7 +18,7 @@ NOTES = {
     "adamw": "All weights of the model; the norm of the gradients is in it.",
     "muon": "The blocks' matrices; the norm of the gradients is in it, the iteration is not.",
     "embed_tokens": "The embeddings are float32, whatever the type of a training.",
-    "sample_tokens": "textbook and compile use PyTorch's generator; checked near temperature 0.",
+    "sample_tokens": "naive and compile use PyTorch's generator; checked near temperature 0.",
 }
 
 
@@ -33,25 +33,25 @@ def kernels(section: Values) -> str:
     if section.get("missing"):
         parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
     parts.append(
-        "Microseconds, median of the samples and the distance of their quartiles (±), and how many "
-        "times as fast as builtin (x), or as textbook where builtin has none of its own. GB/s and "
-        "TFLOP/s are of the least bytes and FLOPs that the op needs; copy and product are shares "
-        "of this device's measured roofs. Host: what Python takes to issue all of it once. Error: "
-        "of what the numeric rule allows; a rival beyond it (†) is less exact in its time."
+        "Times are in microseconds: the median, the interquartile range (±) and the speedup over "
+        "builtin (x), or over naive for ops that builtin takes from eager. GB/s and TFLOP/s count "
+        "the least bytes and FLOPs that the op needs; copy and matmul are shares of the measured "
+        "peak rates of this device. Host is the time that Python needs to launch the op once. "
+        "Error is a share of the tolerance; a baseline that exceeds the tolerance is marked (†)."
     )
     for key in dict.fromkeys(_key(r) for r in own):
         rows = [r for r in own if _key(r) == key]
-        parts.append(_op(key, rows, section["roofs"]))
+        parts.append(_op(key, rows, section["peak_rates"]))
     swept = [r for r in section["rows"] if r["sweep"] not in OWN]
     if swept:
         parts.append(
-            "### Sweeps\n\nMicroseconds of forward and backward, or of all that an op does, and "
-            "times as fast as builtin in brackets (textbook where builtin has none of its own); "
-            "then fused's rates, and its share of the nearer roof."
+            "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a gradient; "
+            "in brackets is the speedup over builtin (over naive for ops that builtin takes from "
+            "eager). The last columns are the rates of fused and its share of the nearer limit."
         )
     for series in dict.fromkeys(_series(r) for r in swept):
         rows = [r for r in swept if _series(r) == series and r["mode"] in WHOLE]
-        parts.append(_sweep(series, rows, section["roofs"]))
+        parts.append(_sweep(series, rows, section["peak_rates"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -63,7 +63,7 @@ def _series(r: Values) -> Key:
     return r["op"], r["sweep"], r["dtype"], r["dropout"]
 
 
-def _op(key: Key, rows: list[Values], roofs: Values) -> str:
+def _op(key: Key, rows: list[Values], peak_rates: Values) -> str:
     """Two tables of an op's providers, the fastest first: times, then rates and memory."""
     op, size, dtype, p = key
     by: Timed = {}
@@ -74,29 +74,35 @@ def _op(key: Key, rows: list[Values], roofs: Values) -> str:
     timed = dict(sorted(timed.items(), key=lambda item: item[1][whole]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
     for name, found in timed.items():
-        plain = [f"{m} ({r['plain_because']})" for m, r in found.items() if r.get("plain_because")]
+        plain = [
+            f"{m} ({r['no_graph_reason']})" for m, r in found.items() if r.get("no_graph_reason")
+        ]
         if plain:
             notes.append(
                 f"**{name} in no graph, so these are Python's times too:** " + "; ".join(plain)
             )
         if any(r.get("group") for r in found.values()):
-            notes.append(f"{name}: measured after the others, for want of memory, not in turns.")
+            notes.append(
+                f"{name}: measured after the others, because memory was short, so not interleaved."
+            )
     if any(r.get("cold") is False for found in timed.values() for r in found.values()):
         notes.append("Its inputs are so small that they stay in the L2 cache.")
-    without = [f"{name}: {m[whole]['none_because']}" for name, m in by.items() if name not in timed]
+    without = [
+        f"{name}: {m[whole]['skipped_reason']}" for name, m in by.items() if name not in timed
+    ]
     notes += ["No time: " + "; ".join(without)] if without else []
     heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
-    return "\n\n".join([heading, _times(op, timed), _rates(op, timed, roofs), *notes])
+    return "\n\n".join([heading, _times(op, timed), _rates(op, timed, peak_rates), *notes])
 
 
 def base_of(op: str) -> str:
     """Whom others are compared with."""
-    return "textbook" if op in inplace_ops.AS_EAGER else "builtin"
+    return "naive" if op in inplace_ops.AS_EAGER else "builtin"
 
 
 def beyond(r: Values) -> str:
     """A mark at a time of something less exact than the rule allows."""
-    return "" if r["gate"]["ok"] else " †"
+    return "" if r["accuracy"]["ok"] else " †"
 
 
 def dropout(op: str, p: float) -> str:
@@ -116,11 +122,11 @@ def _times(op: str, timed: Timed) -> str:
         cells = [shown + beyond(whole)]
         for m in order:
             r = found[m]
-            cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('plain_because') else ''}"]
+            cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('no_graph_reason') else ''}"]
             cells += [result_file.spread(r["iqr"], 1e6)]
             cells += [f"{base[m] / r['seconds']:.2f}" if m in base and name != reference else ""]
         host = f"{whole['host_seconds'] * 1e6:,.0f}" if whole.get("host_seconds") else ""
-        body.append([*cells, host, f"{whole['gate']['share']:.0%}"])
+        body.append([*cells, host, f"{whole['accuracy']['share']:.0%}"])
     return table(head, body)
 
 
@@ -128,7 +134,7 @@ RATES: dict[str, tuple[str, Callable[[float], str]]] = {  # by what it says: uni
     "GB/s": ("bytes_per_s", lambda x: digits(x / 1e9)),
     "TFLOP/s": ("flops_per_s", lambda x: digits(x / 1e12)),
     "copy": ("share_of_copy", lambda x: f"{x:.1%}"),
-    "product": ("share_of_gemm", lambda x: f"{x:.1%}"),
+    "matmul": ("share_of_gemm", lambda x: f"{x:.1%}"),
     "MiB": ("peak_bytes", lambda x: digits(x / 2**20)),
 }
 
@@ -142,11 +148,11 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
     return "" if value is None else form(value)
 
 
-def _rates(op: str, timed: Timed, roofs: Values) -> str:
+def _rates(op: str, timed: Timed, peak_rates: Values) -> str:
     """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
     order = modes(op)
     known = {
-        name: [r | result_file.derive(r, roofs) for r in (found[m] for m in order)]
+        name: [r | result_file.derive(r, peak_rates) for r in (found[m] for m in order)]
         for name, found in timed.items()
     }
     multiplies = any(r.get("least_flops") for rows in known.values() for r in rows)
@@ -169,7 +175,7 @@ def _rates(op: str, timed: Timed, roofs: Values) -> str:
     return table(head, body)
 
 
-def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
+def _sweep(series: Key, rows: list[Values], peak_rates: Values) -> str:
     """A line for each size, a column for each provider."""
     op, sweep, dtype, p = series
     reference = base_of(op)
@@ -184,33 +190,33 @@ def _sweep(series: Key, rows: list[Values], roofs: Values) -> str:
             r = by.get(name, {})
             if r.get("seconds") is None:
                 cells.append("-")
-                notes[f"{name}: {r.get('none_because', 'not measured')}"] = None
+                notes[f"{name}: {r.get('skipped_reason', 'not measured')}"] = None
                 continue
             ratio = f" ({base / r['seconds']:.2f})" if base and name != reference else ""
-            star = "*" if r.get("plain_because") else ""
+            star = "*" if r.get("no_graph_reason") else ""
             cells.append(f"{r['seconds'] * 1e6:,.1f}{star}{beyond(r)}{ratio}")
-        cells += _ours(by.get("fused", {}), roofs) if "fused" in names else []
+        cells += _ours(by.get("fused", {}), peak_rates) if "fused" in names else []
         body.append([size, *cells])
     head = ["size", *names]
-    head += ["fused: GB/s", "TFLOP/s", "of the roof"] if "fused" in names else []
+    head += ["fused: GB/s", "TFLOP/s", "of the peak rate"] if "fused" in names else []
     parts = [f"**{op} over {sweep}, {dtype}{dropout(op, p)}**", table(head, body)]
     parts += [_memory(names, rows)] if any(r.get("peak_bytes") is not None for r in rows) else []
     if any("*" in cell for row in body for cell in row):
         notes["* in no graph: Python's time too"] = None
     if any("†" in cell for row in body for cell in row):
-        notes["† beyond the numeric rule, so less exact"] = None
+        notes["† exceeds the tolerance"] = None
     if any(r.get("cold") is False for r in rows):
         notes["some inputs are so small that they stay in the cache"] = None
     parts += ["Without a time (-) and other notes: " + "; ".join(notes)] if notes else []
     return "\n\n".join(parts)
 
 
-def _ours(row: Values, roofs: Values) -> list[str]:
-    d = result_file.derive(row, roofs)
+def _ours(row: Values, peak_rates: Values) -> list[str]:
+    d = result_file.derive(row, peak_rates)
     if not d:
         return [""] * 3
     flops = digits(d["flops_per_s"] / 1e12) if d["flops_per_s"] else ""
-    return [digits(d["bytes_per_s"] / 1e9), flops, f"{d['share_of_roof']:.0%}"]
+    return [digits(d["bytes_per_s"] / 1e9), flops, f"{d['share_of_peak']:.0%}"]
 
 
 def _memory(names: list[str], rows: list[Values]) -> str:

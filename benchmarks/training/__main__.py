@@ -4,7 +4,7 @@
     python -m benchmarks.training --nanogpt FOLDER   and the same work by a checkout of nanoGPT
 
     eager, builtin, fused    the ops that `irongpt train --ops` offers
-    textbook                 builtin with attention written out: what a model costs without kernels
+    naive                    builtin with attention written out: what a model costs without kernels
     ... compiled             torch.compile of the model's loss in mode default
     ... max-autotune         in that mode, which has CUDA graphs of its own
     ... graph                the whole step as one CUDA graph
@@ -60,7 +60,7 @@ def variants(
 
         found.append((name, make))
 
-    modules = {"fused": None, "builtin": builtin, "textbook": Textbook, "eager": eager}
+    modules = {"fused": None, "builtin": builtin, "naive": Textbook, "eager": eager}
     for name, module in modules.items():
         if module is not None or gpu or (only and name in only):
             add(name, module)
@@ -68,21 +68,21 @@ def variants(
         found.append(("nanoGPT", lambda s: nanogpt(s, checkout, dtype, device)))
         add("builtin AdamW", builtin, optimizer="adamw")
     if gpu:
-        for name in ("fused", "builtin", "textbook", "eager"):
+        for name in ("fused", "builtin", "naive", "eager"):
             add(f"{name} graph", modules[name], graph=True)
         for name in ("fused", "builtin"):
             add(f"{name} as trained", modules[name], graph=True, deterministic=True)
     add("builtin compiled", builtin, mode="default")
     if gpu:
         add("builtin compiled graph", builtin, mode="default", graph=True)
-        for name in ("textbook", "fused", "eager"):
+        for name in ("naive", "fused", "eager"):
             add(f"{name} compiled", modules[name], mode="default")
         add("fused compiled graph", None, mode="default", graph=True)
     if checkout is not None:
         found.append(("nanoGPT compiled", lambda s: nanogpt(s, checkout, dtype, device, True)))
         add("builtin AdamW compiled", builtin, optimizer="adamw", mode="default")
     if gpu:
-        for name in ("builtin", "textbook", "eager"):
+        for name in ("builtin", "naive", "eager"):
             add(f"{name} {SLOW}", modules[name], mode=SLOW)
     return [pair for pair in found if only is None or pair[0] in only]
 
@@ -103,9 +103,9 @@ def _products(
 ) -> None:
     config, recipe, _ = setting
     found = matmuls.measure(config, recipe, dtype, device)
-    roofs = section.values["roofs"]
-    found |= matmuls.floor(config, recipe, dtype, matmuls.of_step(found), roofs)
-    section.put(products=section.values["products"] | {devices.dtype_name(dtype): found})
+    peak_rates = section.values["peak_rates"]
+    found |= matmuls.floor(config, recipe, dtype, matmuls.of_step(found), peak_rates)
+    section.put(matmuls=section.values["matmuls"] | {devices.dtype_name(dtype): found})
     print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
 
 
@@ -137,14 +137,14 @@ def main(argv: list[str] | None = None) -> None:
             model=vars(setting[0]),
             batch_size=setting[1].batch_size,
             nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
-            products={},
+            matmuls={},
             rows=[],
         )
-        roofs = environment.roofs(device, dtypes)
+        peak_rates = environment.peak_rates(device, dtypes)
         found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
-        roofs["peak"] = {name: flops for name, (flops, _) in found.items()}
-        roofs["peak_from"] = {name: source for name, (_, source) in found.items()}
-        section.put(roofs=roofs)
+        peak_rates["peak"] = {name: flops for name, (flops, _) in found.items()}
+        peak_rates["peak_from"] = {name: source for name, (_, source) in found.items()}
+        section.put(peak_rates=peak_rates)
         for dtype in dtypes:
             _products(section, setting, dtype, device)
         parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]

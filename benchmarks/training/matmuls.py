@@ -130,24 +130,23 @@ def floor(
     train: TrainConfig,
     dtype: torch.dtype,
     products_seconds: float,
-    roofs: dict[str, Any],
+    peak_rates: dict[str, Any],
 ) -> dict[str, Any]:
     """Computed: the products' time and the least bytes of the rest at the copy's bandwidth."""
     moved = least_bytes(config, train, dtype)
-    rest = sum(moved.values()) / roofs["copy_bytes_per_s"]
-    return {"least_bytes": moved, "computed_floor_seconds": products_seconds + rest}
+    rest = sum(moved.values()) / peak_rates["copy_bytes_per_s"]
+    return {"least_bytes": moved, "lower_bound_seconds": products_seconds + rest}
 
 
 def bound(
-    config: GPTConfig, train: TrainConfig, dtype: torch.dtype, roofs: dict[str, Any]
+    config: GPTConfig, train: TrainConfig, dtype: torch.dtype, peak_rates: dict[str, Any]
 ) -> float | None:
-    """Computed seconds of a step on a device of which no more is known than its roofs; None without
-    Triton."""
+    """Computes the seconds of a step from the peak rates of a device. None without Triton."""
     work = sum(3 * count * 2 * M * K * N for _, count, M, K, N in shapes(config, train.batch_size))
     work += muon_flops(config) if train.optimizer == "muon" else 0
-    products = work / roofs["gemm_flops_per_s"][dtype_name(dtype)]
-    found = floor(config, train, dtype, products, roofs)
-    return found.get("computed_floor_seconds")
+    products = work / peak_rates["gemm_flops_per_s"][dtype_name(dtype)]
+    found = floor(config, train, dtype, products, peak_rates)
+    return found.get("lower_bound_seconds")
 
 
 def of_step(found: dict[str, Any], variant: str = "") -> float:
@@ -164,6 +163,6 @@ def line(dtype: str, found: dict[str, Any]) -> str:
     )
     if "optimizer" in found:
         text += f", Muon's iteration {found['optimizer']['seconds'] * 1e3:.2f} ms"
-    if "computed_floor_seconds" in found:
-        text += f"; computed floor of a step {found['computed_floor_seconds'] * 1e3:.2f} ms"
+    if "lower_bound_seconds" in found:
+        text += f"; computed lower bound of a step {found['lower_bound_seconds'] * 1e3:.2f} ms"
     return text
