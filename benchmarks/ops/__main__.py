@@ -8,8 +8,9 @@ tolerance of irongpt_kernels.tolerance. Our kernels are not timed if they exceed
 is not timed if it exceeds it by far. A provider that uses another generator for its dropout mask
 is checked without dropout.
 
-Backward is timed alone on the graph of an earlier forward; `both` is forward + backward; an op without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least
-that the op needs, not what a provider moved.
+Backward is timed alone on the graph of an earlier forward; `both` is forward + backward; an op
+without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least that the op
+needs, not what a provider moved.
 """
 
 import argparse

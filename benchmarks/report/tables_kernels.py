@@ -45,8 +45,8 @@ def kernels(section: Values) -> str:
     swept = [r for r in section["rows"] if r["sweep"] not in OWN]
     if swept:
         parts.append(
-            "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a gradient; "
-            "in brackets is the speedup over builtin (over naive for ops that builtin takes from "
+            "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a "
+            "gradient; in brackets is the speedup over builtin (over naive for ops that builtin takes from "
             "eager). The last columns are the rates of fused and its share of the nearer limit."
         )
     for series in dict.fromkeys(_series(r) for r in swept):

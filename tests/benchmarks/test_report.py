@@ -246,7 +246,7 @@ def test_a_time_beyond_the_rule_is_marked() -> None:
 
     text = diff.text(file(1.0, True), file(2.0, False), "a", "b")
     assert text.count("builtin † |") == 3
-    assert "less exact" in text
+    assert "exceeds the tolerance" in text
     assert "†" not in diff.text(file(1.0, True), file(2.0, True), "a", "b")
     pictured = [plots.draw(file(1.0, ok))["sweep-T"] for ok in (True, False)]
     assert pictured[0] != pictured[1]
