@@ -8,7 +8,7 @@ tolerance of irongpt_kernels.tolerance. Our kernels are not timed if they exceed
 is not timed if it exceeds it by far. A provider that uses another generator for its dropout mask
 is checked without dropout.
 
-Backward is timed alone on the graph of an earlier forward; `both` is forward + backward; an op
+Backward is timed alone on the graph of an earlier forward; `total` is forward + backward; an op
 without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least that the op
 needs, not what a provider moved.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.measure import environment, result_file
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import AccuracyCheck, passes, tensors_of
-from benchmarks.ops.cases import OWN, Case, Inputs
+from benchmarks.ops.cases import MODEL_SHAPES, Case, Inputs
 from benchmarks.ops.providers import NAMES, Provider, computes, missing, providers
 from irongpt import device as devices
 from irongpt import timing
@@ -63,7 +63,7 @@ def compiled_here(case: Case, device: torch.device) -> bool:
     """Compiling takes longer than all else, so it is done where it tells most: at the model's own
     shape, and of the sweeps for attention and GELU. On a CPU, at the own shape and for GELU."""
     swept = case.op.startswith("causal_attention") and device.type == "cuda"
-    return case.sweep in OWN or case.op == "gelu" or swept
+    return case.sweep in MODEL_SHAPES or case.op == "gelu" or swept
 
 
 def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
@@ -120,7 +120,7 @@ def _times(
     # Those that need little memory first: what does not fit is what needs most.
     names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
     upstream: list[list[Tensor]] = []
-    if mode in ("backward", "both"):
+    if mode in ("backward", "total"):
         outputs, refused = _outputs(here, names, inputs[0])
         if outputs is None:
             return {name: refused[name] for name in here}
@@ -168,7 +168,7 @@ def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[lis
 
     if mode == "backward":
         return Work(backward, forward, provider.around)
-    if mode == "both":
+    if mode == "total":
         return Work(both, around=provider.around)
     return Work(lambda i: [x.detach() for x in forward(i)], around=provider.around)
 

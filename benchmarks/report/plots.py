@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.measure import result_file
-from benchmarks.ops.cases import DROPS, OWN
+from benchmarks.ops.cases import DROPS, MODEL_SHAPES
 from benchmarks.report.plots_train import COLORS, figure_of, losses, memory, plain, step
 from benchmarks.report.tables_kernels import base_of, beyond
 
@@ -22,7 +22,7 @@ def draw(values: Values) -> dict[str, bytes]:
     figures: dict[str, Figure | None] = {}
     if "kernels" in values:
         section = values["kernels"]
-        figures["speedup"] = speedup(section, "both", "forward and backward")
+        figures["speedup"] = speedup(section, "total", "forward and backward")
         figures["speedup-calls"] = speedup(section, "call", "ops without a gradient")
         figures["roofline"] = roofline(section)
         figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
@@ -45,7 +45,7 @@ def _png(figure: Figure) -> bytes:
 
 def _own(section: Values) -> tuple[str, list[Values]]:
     """The rows of the model's own shape with a time, in the dtype that comes first."""
-    rows = [r for r in section["rows"] if r["sweep"] in OWN and r.get("seconds")]
+    rows = [r for r in section["rows"] if r["sweep"] in MODEL_SHAPES and r.get("seconds")]
     dtype = rows[0]["dtype"] if rows else ""
     return dtype, [r for r in rows if r["dtype"] == dtype]
 
@@ -106,9 +106,9 @@ def roofline(section: Values) -> Figure | None:
         (r, result_file.derive(r, peak_rates))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
-        if r["sweep"] in (*OWN, "T")
+        if r["sweep"] in (*MODEL_SHAPES, "T")
     ]
-    swept = [(r, d) for r, d in swept if r["mode"] == "both"]
+    swept = [(r, d) for r, d in swept if r["mode"] == "total"]
     for provider in dict.fromkeys(r["provider"] for r, _ in swept):
         points = [
             (r["least_flops"] / r["least_bytes"], d["flops_per_s"] / 1e12)
@@ -118,15 +118,15 @@ def roofline(section: Values) -> Figure | None:
         left.scatter(*zip(*points, strict=True), s=22, color=COLORS[provider], zorder=3)
     left.set_xscale("log")
     left.set_yscale("log")
-    left.set_xlabel("FLOP a byte, at least")
+    left.set_xlabel("FLOPs per byte (lower bound)")
     left.set_ylabel("TFLOP/s")
-    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, product {rate / 1e12:,.3g} TFLOP/s"
+    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
     lengths = sorted({r["shape"]["T"] for r, _ in swept})
     sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
     title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {roof}"
     left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
-    _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
+    _shares(right, [(r, d) for r, d in known if r["mode"] != "total"])
     _legend(right, [r for r, _ in known + swept])
     return figure
 
@@ -177,7 +177,7 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
     if not rows:
         return None
     dtype = rows[0]["dtype"]
-    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "both"]
+    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "total"]
     figure = figure_of(12, 4.6)
     floor = key == "seconds" and any("least_bytes" in r for r in rows)
     for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):

@@ -45,7 +45,7 @@ def step(section: Values) -> Figure | None:
     for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
         rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
         alone = section["matmuls"][dtype]
-        handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
+        handles: list[Any] = [Patch(color="#495057", label="matmuls, timed alone")]
         for y, r in enumerate(rows):
             ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
             base = min(1e3 * matmuls.of_step(alone, r["variant"]), ms)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import result_file
-from benchmarks.ops.cases import WHOLE, Shape
+from benchmarks.ops.cases import TOTAL, Shape
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.report.tables_train import decode, runs, train
 from benchmarks.training import matmuls
@@ -107,7 +107,7 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if "target" in values:
         yield "Seconds to a validation loss", runs(values["target"]), ("target",)
     if "decode" in values:
-        yield "Writing", decode(values["decode"]), ()
+        yield "Generation", decode(values["decode"]), ()
     if "kernels" in values:
         pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
         yield "Kernels", kernels(values["kernels"]), pictured
@@ -128,7 +128,7 @@ def nano(section: Values) -> str:
     ]
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
     return f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}\n\n" + (
-        f"A step of the iron model, {step['batch']} windows: {step['irongpt_ms']} ms, nanoGPT's "
+        f"A step of the iron model, {step['batch']} sequences: {step['irongpt_ms']} ms, nanoGPT's "
         f"{step['nanogpt_ms']} ms."
     )
 
@@ -172,7 +172,7 @@ def t4(values: Values) -> str:
     here = is_t4(section)
     known: dict[tuple[str, str, float], Values] = {}
     for r in section["rows"]:
-        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in WHOLE:
+        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in TOTAL:
             slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
             if r["provider"] == "fused" and here:
                 slot["fused"] = r.get("seconds")
@@ -191,7 +191,7 @@ def t4(values: Values) -> str:
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
         rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (
-        "All of an op in float16, microseconds. The bound is computed, not measured: least bytes "
+        "Times are in microseconds, in float16. The bound is computed, not measured: least bytes "
         f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
         f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.measure import result_file
 from benchmarks.ops import inplace_ops
-from benchmarks.ops.cases import DROPS, OWN, WHOLE, modes
+from benchmarks.ops.cases import DROPS, MODEL_SHAPES, TOTAL, modes
 
 Values = dict[str, Any]
 Key = tuple[Any, ...]
@@ -13,11 +13,11 @@ Timed = dict[str, dict[str, Values]]  # rows by provider and mode
 
 # What a size does not tell.
 NOTES = {
-    "layer_norm": "Its rows are the float32 residual stream, whatever the type of a training.",
-    "dropout_add_layer_norm": "The residual stream is float32, the branch of the type above.",
-    "adamw": "All weights of the model; the norm of the gradients is in it.",
-    "muon": "The blocks' matrices; the norm of the gradients is in it, the iteration is not.",
-    "embed_tokens": "The embeddings are float32, whatever the type of a training.",
+    "layer_norm": "Its rows are the float32 residual stream, whatever the dtype of a training.",
+    "dropout_add_layer_norm": "The residual stream is float32; the branch has the dtype above.",
+    "adamw": "It updates all weights of the model and includes the gradient norm.",
+    "muon": "It updates the blocks' matrices; it includes the gradient norm, not the iteration.",
+    "embed_tokens": "The embeddings are float32, whatever the dtype of a training.",
     "sample_tokens": "naive and compile use PyTorch's generator; checked near temperature 0.",
 }
 
@@ -28,7 +28,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def kernels(section: Values) -> str:
-    own = [r for r in section["rows"] if r["sweep"] in OWN]
+    own = [r for r in section["rows"] if r["sweep"] in MODEL_SHAPES]
     parts = []
     if section.get("missing"):
         parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
@@ -42,15 +42,15 @@ def kernels(section: Values) -> str:
     for key in dict.fromkeys(_key(r) for r in own):
         rows = [r for r in own if _key(r) == key]
         parts.append(_op(key, rows, section["peak_rates"]))
-    swept = [r for r in section["rows"] if r["sweep"] not in OWN]
+    swept = [r for r in section["rows"] if r["sweep"] not in MODEL_SHAPES]
     if swept:
         parts.append(
             "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a "
-            "gradient; in brackets is the speedup over builtin (over naive for ops that builtin takes from "
-            "eager). The last columns are the rates of fused and its share of the nearer limit."
+            "gradient. In brackets is the speedup over builtin (over naive for ops that builtin "
+            "takes from eager). The last columns are fused's rates and its share of the limit."
         )
     for series in dict.fromkeys(_series(r) for r in swept):
-        rows = [r for r in swept if _series(r) == series and r["mode"] in WHOLE]
+        rows = [r for r in swept if _series(r) == series and r["mode"] in TOTAL]
         parts.append(_sweep(series, rows, section["peak_rates"]))
     return "\n\n".join(part for part in parts if part)
 
@@ -69,9 +69,9 @@ def _op(key: Key, rows: list[Values], peak_rates: Values) -> str:
     by: Timed = {}
     for r in rows:
         by.setdefault(r["provider"], {})[r["mode"]] = r
-    whole = modes(op)[-1]
-    timed = {name: found for name, found in by.items() if found[whole].get("seconds")}
-    timed = dict(sorted(timed.items(), key=lambda item: item[1][whole]["seconds"]))
+    total = modes(op)[-1]
+    timed = {name: found for name, found in by.items() if found[total].get("seconds")}
+    timed = dict(sorted(timed.items(), key=lambda item: item[1][total]["seconds"]))
     notes = [NOTES[op]] if op in NOTES else []
     for name, found in timed.items():
         plain = [
@@ -88,7 +88,7 @@ def _op(key: Key, rows: list[Values], peak_rates: Values) -> str:
     if any(r.get("cold") is False for found in timed.values() for r in found.values()):
         notes.append("Its inputs are so small that they stay in the L2 cache.")
     without = [
-        f"{name}: {m[whole]['skipped_reason']}" for name, m in by.items() if name not in timed
+        f"{name}: {m[total]['skipped_reason']}" for name, m in by.items() if name not in timed
     ]
     notes += ["No time: " + "; ".join(without)] if without else []
     heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
@@ -96,17 +96,17 @@ def _op(key: Key, rows: list[Values], peak_rates: Values) -> str:
 
 
 def base_of(op: str) -> str:
-    """Whom others are compared with."""
+    """Returns the baseline of the speedups of an op."""
     return "naive" if op in inplace_ops.AS_EAGER else "builtin"
 
 
 def beyond(r: Values) -> str:
-    """A mark at a time of something less exact than the rule allows."""
+    """Marks the time of a provider that exceeds the tolerance."""
     return "" if r["accuracy"]["ok"] else " †"
 
 
 def dropout(op: str, p: float) -> str:
-    """Of an op that drops; nothing for the others."""
+    """Names the dropout of an op that has one; empty for the others."""
     return f", dropout {p:g}" if op in DROPS else ""
 
 
@@ -117,16 +117,16 @@ def _times(op: str, timed: Timed) -> str:
     base = {m: r["seconds"] for m, r in timed.get(reference, {}).items()}
     body = []
     for name, found in timed.items():
-        whole = found[order[-1]]
-        shown = f"{name} ({whole['backend']})" if whole.get("backend") else name
-        cells = [shown + beyond(whole)]
+        total = found[order[-1]]
+        shown = f"{name} ({total['backend']})" if total.get("backend") else name
+        cells = [shown + beyond(total)]
         for m in order:
             r = found[m]
             cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('no_graph_reason') else ''}"]
             cells += [result_file.spread(r["iqr"], 1e6)]
             cells += [f"{base[m] / r['seconds']:.2f}" if m in base and name != reference else ""]
-        host = f"{whole['host_seconds'] * 1e6:,.0f}" if whole.get("host_seconds") else ""
-        body.append([*cells, host, f"{whole['accuracy']['share']:.0%}"])
+        host = f"{total['host_seconds'] * 1e6:,.0f}" if total.get("host_seconds") else ""
+        body.append([*cells, host, f"{total['accuracy']['share']:.0%}"])
     return table(head, body)
 
 
@@ -149,7 +149,7 @@ def _cell(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def _rates(op: str, timed: Timed, peak_rates: Values) -> str:
-    """Of each mode, what there is: a CPU has no memory's peak, an op without products no FLOPs."""
+    """Rates and memory by mode. A CPU has no peak memory; an op without matmuls has no FLOPs."""
     order = modes(op)
     known = {
         name: [r | result_file.derive(r, peak_rates) for r in (found[m] for m in order)]

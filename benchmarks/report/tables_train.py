@@ -31,7 +31,7 @@ def train(section: Values) -> str:
                 continue
             other = alike(r["variant"])
             note = [f"first call {r['first_seconds']:.0f} s"]
-            note += ["not in turns with the first"] if r.get("group") else []
+            note += ["not interleaved with the first"] if r.get("group") else []
             if "stop_reason" in r:
                 note.append(f"stopped: {result_file.short(r['stop_reason'])}")
             body.append(
@@ -54,8 +54,8 @@ def train(section: Values) -> str:
         head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "matmuls", "GiB"]
         head += ["kernels", "launches", ""]
         text = (
-            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} windows of "
-            f"{model['context']} a step. Its matrix products alone take "
+            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} sequences of "
+            f"{model['context']} a step. Its matmuls alone take "
             f"{alone['seconds'] * 1e3:.2f} ms, "
             f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
         )

@@ -71,7 +71,7 @@ def _kernels(section: Values) -> str:
     cases: dict[tuple[Any, ...], dict[str, float]] = {}  # seconds of both, by provider
     for r in section["rows"]:
         times = cases.setdefault((r["op"], r["size"], r["dtype"], r["dropout"]), {})
-        if "seconds" in r and r["mode"] == "both":
+        if "seconds" in r and r["mode"] == "total":
             times[r["provider"]] = r["seconds"]
     wrong = {
         f"{r['provider']} {r['op']}"

@@ -119,7 +119,7 @@ def least_bytes(config: GPTConfig, train: TrainConfig, dtype: torch.dtype) -> di
     }
     found = {}
     for op, count in counts.items():
-        found[op] = count * Case(op, "", shape, dtype, config.dropout).cost("both")[0]
+        found[op] = count * Case(op, "", shape, dtype, config.dropout).cost("total")[0]
     found["embedding"] = 2 * 2 * train.batch_size * T * C * 4  # written and its gradient, float32
     found["optimizer"] = optimizer_bytes(config, train.optimizer, dtype.itemsize)
     return found

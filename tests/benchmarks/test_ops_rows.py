@@ -12,7 +12,7 @@ from irongpt_kernels import builtin
 from benchmarks.measure import result_file
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases, inplace_ops
-from benchmarks.ops.accuracy import RIVALS, passes
+from benchmarks.ops.accuracy import BASELINES, passes
 from benchmarks.ops.cases import IRON, MODES, OPS, Case, Shape
 from benchmarks.ops.providers import NAMES, missing, providers
 from benchmarks.report import tables
@@ -82,7 +82,7 @@ def test_a_rival_that_errs_by_a_little_has_its_time_and_its_error_beside_it(
     rows = kernels.measure_case(case("gelu"), CPU, ("builtin",), rounds=2)
     accuracy = rows[-1]["accuracy"]
     assert not accuracy["ok"]
-    assert 1 < accuracy["share"] < RIVALS
+    assert 1 < accuracy["share"] < BASELINES
     assert not passes("fused", accuracy)
     text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
     assert f"| {accuracy['share']:.0%} |" in text
@@ -185,7 +185,7 @@ def test_layer_norm_takes_the_float32_residual_stream() -> None:
     """As in the model, whose embeddings are float32 under autocast."""
     x = case("layer_norm", torch.float16).inputs(CPU)["x"]
     assert x.dtype == torch.float32
-    in_16, in_32 = (case("layer_norm", d).cost("both") for d in (torch.float16, torch.float32))
+    in_16, in_32 = (case("layer_norm", d).cost("total") for d in (torch.float16, torch.float32))
     assert in_16 == in_32
 
 
@@ -218,8 +218,8 @@ def test_floors_are_the_kernels_own_cost_functions() -> None:
     stats = 8 * tokens * 6
     attention = Case("causal_attention", "iron", IRON, torch.float16)
     assert attention.cost("forward") == (4 * q + stats, 2 * 64 * 6 * 256 * 257 * 64)
-    assert attention.cost("both")[0] == 12 * q + 2 * stats
-    assert Case("gelu", "iron", IRON, torch.float16).cost("both") == (5 * 4 * q, 0)
+    assert attention.cost("total")[0] == 12 * q + 2 * stats
+    assert Case("gelu", "iron", IRON, torch.float16).cost("total") == (5 * 4 * q, 0)
 
 
 def test_the_gate_is_at_a_size_that_float64_fits() -> None:

@@ -42,7 +42,7 @@ def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) ->
     row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
     row |= dict(accuracy=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
     row |= dict(least_bytes=8e9, least_flops=16e12) | more
-    parts = dict(forward=0.25, backward=0.75, both=1.0)
+    parts = dict(forward=0.25, backward=0.75, total=1.0)
     return [
         row | dict(provider=name, mode=mode, seconds=seconds * part)
         for name, seconds in providers.items()
@@ -58,7 +58,7 @@ def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
         {"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "peak_rates": PEAK_RATES}
     )
     head, _, ours, theirs = table_of(text, "provider | forward")
-    assert ours[head.index("both") + 2] == "2.00"  # times as fast as builtin
+    assert ours[head.index("total") + 2] == "2.00"  # times as fast as builtin
     head, _, ours, theirs = table_of(text, "provider | GB/s")
     found = dict(zip(head, ours, strict=True))
     assert [found[f"GB/s {mode}"] for mode in MODES] == ["32", "10.7", "8"]
@@ -66,7 +66,7 @@ def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
     assert [found[f"copy {mode}"] for mode in MODES] == ["200.0%", "66.7%", "50.0%"]
     assert [found[f"matmul {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
     assert [found[f"MiB {mode}"] for mode in MODES] == ["3", "3", "3"]
-    assert theirs[head.index("GB/s both")] == "4"
+    assert theirs[head.index("GB/s total")] == "4"
 
 
 def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
