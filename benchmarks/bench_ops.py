@@ -37,11 +37,11 @@ def bench_op(
     benchmark: BenchmarkFixture, session: Session, case: Case, mode: str, provider: str
 ) -> None:
     row = session.row(case, mode, provider)
-    if "none_because" in row:
-        assert row["gate"] is None or passes(provider, row["gate"]), row["none_because"]
-        pytest.skip(row["none_because"])
+    if "skipped_reason" in row:
+        assert row["accuracy"] is None or passes(provider, row["accuracy"]), row["skipped_reason"]
+        pytest.skip(row["skipped_reason"])
     benchmark.group = f"{case.name}, {mode}"
     benchmark.name = provider + beyond(row)
-    benchmark.extra_info.update(row, **roofline.derive(row, session.section.values["roofs"]))
-    CLOCK.samples = list(row["seconds_of_samples"])
+    benchmark.extra_info.update(row, **roofline.derive(row, session.section.values["peak_rates"]))
+    CLOCK.samples = list(row["sample_seconds"])
     benchmark.pedantic(CLOCK.tick, rounds=len(CLOCK.samples), iterations=1)

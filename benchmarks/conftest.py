@@ -42,7 +42,7 @@ class Session:
         return next(
             row
             for row in self.rows
-            if row["provider"] == provider and ("none_because" in row or row["mode"] == mode)
+            if row["provider"] == provider and ("skipped_reason" in row or row["mode"] == mode)
         )
 
 

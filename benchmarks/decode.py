@@ -62,7 +62,7 @@ def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool)
 def measure(
     model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
 ) -> list[Row]:
-    """A row for each way to generate, with `none_because` if it fails. The ways are interleaved."""
+    """A row for each way to generate; one that fails has a `skipped_reason`. Runs interleave."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {
@@ -97,10 +97,10 @@ def measure(
         row = Row(way=way, batch=B, tokens=tokens)
         rows.append(row)
         if (way, B) in failed:
-            row["none_because"] = failed[way, B]
+            row["skipped_reason"] = failed[way, B]
             continue
         t = timing.Timing(samples[way, B], False)
-        row |= dict(tokens_per_s=B * tokens / t.median, seconds_a_token=t.median / tokens)
+        row |= dict(tokens_per_s=B * tokens / t.median, seconds_per_token=t.median / tokens)
         row |= dict(iqr=t.iqr / tokens, samples=rounds)
         if steady[way, B]:
             row["steady_tokens_per_s"] = B / timing.Timing(steady[way, B], False).median
@@ -127,9 +127,9 @@ def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
 
 def line(row: Row) -> str:
     head = f"{row['ops']:8} {row['way']:8} batch {row['batch']:3} "
-    if "none_because" in row:
-        return head + row["none_because"]
-    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_a_token'] * 1e6:9,.1f} us/token"
+    if "skipped_reason" in row:
+        return head + row["skipped_reason"]
+    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_per_token'] * 1e6:9,.1f} us/token"
     if "steady_tokens_per_s" in row:
         text += f", {row['steady_tokens_per_s']:,.0f} tokens/s after {ROOM}"
     return head + text + (f", {row['nodes']} nodes" if "nodes" in row else "")

@@ -37,7 +37,7 @@ def op_seconds(row: Row, dtype: str, rates: PeakRates) -> float:
 def derive(row: Row, rates: PeakRates) -> Row:
     """The rates that a row's time gives, as shares of the device's peak rates too.
 
-    share_of_roof is the lower bound over the time. Empty if the row has no time or no cost.
+    share_of_peak is the lower bound over the time. Empty if the row has no time or no cost.
     """
     if row.get("seconds") is None or "least_bytes" not in row:
         return {}
@@ -49,8 +49,8 @@ def derive(row: Row, rates: PeakRates) -> Row:
         "flops_per_s": flops_per_s,
         "share_of_copy": bytes_per_s / rates["copy_bytes_per_s"],
         "share_of_gemm": flops_per_s / rate if rate else None,
-        "floor_seconds": least,
-        "share_of_roof": least / seconds,
+        "lower_bound_seconds": least,
+        "share_of_peak": least / seconds,
     }
 
 

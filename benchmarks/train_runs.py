@@ -82,8 +82,8 @@ def train(
 
 
 def line(run: dict[str, Any]) -> str:
-    if "none_because" in run:
-        return f"{run['run']:22} -  {run['none_because']}"
+    if "skipped_reason" in run:
+        return f"{run['run']:22} -  {run['skipped_reason']}"
     loss = f"training loss {run['curve'][-1][2]:.4f}" if run["curve"] else "no loss"
     if run["evaluated"]:
         loss += f", validation {run['evaluated'][-1][2]:.4f}"
@@ -140,9 +140,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 run |= train(name, setting, dtype, device, target, args.limit or LIMIT[device.type])
             except UserError as e:
-                run["none_because"] = str(e)
+                run["skipped_reason"] = str(e)
             except Exception as e:  # the other trainings continue
-                run["none_because"] = timing.reason(e)
+                run["skipped_reason"] = timing.reason(e)
             print(line(run), flush=True)
             section.put(rows=[*section.values["rows"], run])
     print(f"written to {section.path}")

@@ -79,14 +79,14 @@ def reason(e: Exception) -> str:
 class Timing:
     """samples: seconds per call. host: seconds that Python takes to issue one; None on a CPU.
 
-    plain_because: the reason why there is no graph, on a GPU. group: providers with the same number
+    no_graph_reason: the reason why there is no graph, on a GPU. group: providers with the same number
     were measured together.
     """
 
     samples: list[float]
     graph: bool
     host: float | None = None
-    plain_because: str | None = None
+    no_graph_reason: str | None = None
     group: int = 0
 
     @property
@@ -117,7 +117,7 @@ class Ready:
     sampler: Sampler
     graph: bool = False
     host: float | None = None
-    plain_because: str | None = None
+    no_graph_reason: str | None = None
     samples: list[float] = field(default_factory=list)
 
     def take(self) -> None:
@@ -173,7 +173,7 @@ def measure(
                     break
         for name in names:
             one = ready[name]
-            results[name] = Timing(one.samples, one.graph, one.host, one.plain_because, group)
+            results[name] = Timing(one.samples, one.graph, one.host, one.no_graph_reason, group)
         ready.clear()
         free(device)
         group += 1
@@ -228,7 +228,7 @@ def prepare(work: Work, sets: int, device: torch.device) -> Ready:
             why = reason(e)
         free(device)
         call = work.begin(sets)
-    return Ready(work, Events(call, sets), host=host, plain_because=why)
+    return Ready(work, Events(call, sets), host=host, no_graph_reason=why)
 
 
 class Wall:

@@ -151,8 +151,8 @@ class Watch:
                 self.seen.append(now)
 
 
-def roofs(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """What this device does at best, measured: bytes/s of a copy, FLOP/s of a large product."""
+def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
+    """Measures the peak rates of this device: bytes/s of a copy, FLOP/s of a large matmul."""
     gpu = device.type == "cuda"
     n = COPIED if gpu else 1 << 28  # beyond any cache
     x = torch.ones(n, dtype=torch.uint8, device=device)

@@ -21,7 +21,7 @@ from irongpt_kernels.runtime import emulate
 from benchmarks.measure import environment
 from irongpt.files import finite, replace_file
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
@@ -63,7 +63,7 @@ def load(file: Path) -> Values:
     """A result file. Raises ValueError for anything else."""
     values = json.loads(file.read_bytes())
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{file} is no result file of format {FORMAT}")
+        raise ValueError(f"{file} is not a result file of format {FORMAT}: measure it again")
     return values
 
 

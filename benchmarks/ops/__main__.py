@@ -1,15 +1,16 @@
-"""Times every provider of an op, if what it computes is right.
+"""Times every provider of an op whose results are accurate enough.
 
     python -m benchmarks.ops                 the iron model's shape; without a GPU nano's
     python -m benchmarks.ops --sweeps        and along T, head dimension, batch and width
 
-First the gate: outputs and gradients are held against eager in float64 by the one rule of
-irongpt_kernels.tolerance. Beyond it our kernels get no time, nor does a rival that is far beyond.
-One that drops by a generator of its own is held to it without dropout.
+The accuracy check comes first: outputs and gradients are compared with eager in float64 by the
+tolerance of irongpt_kernels.tolerance. Our kernels are not timed if they exceed it, and a baseline
+is not timed if it exceeds it by far. A provider that uses another generator for its dropout mask
+is checked without dropout.
 
-Backward is timed alone on the graph of a forward that has been run; `both` is a forward and its
-backward; an op without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least
-that the op needs, not what a provider moved.
+Backward is timed alone on the graph of an earlier forward; `total` is forward + backward; an op
+without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least that the op
+needs, not what a provider moved.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from torch import Tensor
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
 from benchmarks.ops import cases as workloads
-from benchmarks.ops.accuracy import Gate, passes, tensors_of
-from benchmarks.ops.cases import OWN, Case, Inputs
+from benchmarks.ops.accuracy import AccuracyCheck, passes, tensors_of
+from benchmarks.ops.cases import MODEL_SHAPES, Case, Inputs
 from benchmarks.ops.providers import NAMES, Provider, computes, missing, providers
 from irongpt import device as devices
 from irongpt import timing
@@ -63,12 +64,12 @@ def compiled_here(case: Case, device: torch.device) -> bool:
     """Compiling takes longer than all else, so it is done where it tells most: at the model's own
     shape, and of the sweeps for attention and GELU. On a CPU, at the own shape and for GELU."""
     swept = case.op.startswith("causal_attention") and device.type == "cuda"
-    return case.sweep in OWN or case.op == "gelu" or swept
+    return case.sweep in MODEL_SHAPES or case.op == "gelu" or swept
 
 
 def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
-    gate = Gate(case, device)
-    gates: dict[str, dict[str, Any]] = {}
+    accuracy = AccuracyCheck(case, device)
+    accuracies: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     here: dict[str, Provider] = {}
     if not compiled_here(case, device) and "compile" in names and computes("compile", case.op):
@@ -76,15 +77,17 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
         refused["compile"] = "not compiled in this sweep: it would take longer than all else"
     for name, provider in providers(case, device, names).items():
         try:
-            gates[name] = gate(name, provider.own_masks)
+            accuracies[name] = accuracy(name, provider.own_masks)
         except Exception as e:  # a backend that does not take this case
             refused[name] = reason(e)
             continue
-        if passes(name, gates[name]):
+        if passes(name, accuracies[name]):
             here[name] = provider
         else:
-            refused[name] = f"wrong: {gates[name]['share']:.2g} x the error that the rule allows"
-    del gate
+            refused[name] = (
+                f"wrong: {accuracies[name]['share']:.2g} x the error that the tolerance allows"
+            )
+    del accuracy
     free(device)
     rows = []
     times: dict[str, Measured | str]
@@ -98,9 +101,9 @@ def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: i
                 refused[name] = found
                 del here[name]
             else:
-                rows.append(row(case, mode, here[name], name, found, gates[name]))
+                rows.append(row(case, mode, here[name], name, found, accuracies[name]))
     for name, why in refused.items():
-        rows.append(row(case, case.modes[-1], None, name, why, gates.get(name)))
+        rows.append(row(case, case.modes[-1], None, name, why, accuracies.get(name)))
     return rows
 
 
@@ -118,7 +121,7 @@ def _times(
     # Those that need little memory first: what does not fit is what needs most.
     names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
     upstream: list[list[Tensor]] = []
-    if mode in ("backward", "both"):
+    if mode in ("backward", "total"):
         outputs, refused = _outputs(here, names, inputs[0])
         if outputs is None:
             return {name: refused[name] for name in here}
@@ -138,7 +141,7 @@ def _times(
 def _outputs(
     here: dict[str, Provider], names: list[str], inputs: Inputs
 ) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
-    """Of the first provider that runs; where none does, why. A gate without dropout lets pass who
+    """Of the first provider that runs; where none does, why. A check without dropout lets pass who
     refuses with it."""
     refused = {}
     for name in names:
@@ -166,7 +169,7 @@ def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[lis
 
     if mode == "backward":
         return Work(backward, forward, provider.around)
-    if mode == "both":
+    if mode == "total":
         return Work(both, around=provider.around)
     return Work(lambda i: [x.detach() for x in forward(i)], around=provider.around)
 
@@ -177,7 +180,7 @@ def row(
     provider: Provider | None,
     name: str,
     found: Measured | str,
-    gate: dict[str, Any] | None,
+    accuracy: dict[str, Any] | None,
 ) -> Row:
     """All that is known of a provider, as the results hold it. Times are in seconds."""
     values: Row = {
@@ -190,19 +193,19 @@ def row(
         "mode": mode,
         "provider": name,
         "backend": provider.backend if provider else None,
-        "gate": gate,
+        "accuracy": accuracy,
     }
     cost = case.cost(mode)
     values |= {"least_bytes": cost[0], "least_flops": cost[1]}
     if isinstance(found, str):
-        return values | {"none_because": found}
+        return values | {"skipped_reason": found}
     t = found.timing
     return values | {
         "seconds": t.median,
         "iqr": t.iqr,
-        "seconds_of_samples": t.samples,
+        "sample_seconds": t.samples,
         "graph": t.graph,
-        "plain_because": t.plain_because,
+        "no_graph_reason": t.no_graph_reason,
         "group": t.group,
         "host_seconds": t.host,
         "peak_bytes": found.peak,
@@ -210,19 +213,19 @@ def row(
     }
 
 
-def line(r: Row, roofs: dict[str, Any]) -> str:
+def line(r: Row, peak_rates: dict[str, Any]) -> str:
     """A row for a terminal."""
     head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
     if "seconds" not in r:
-        return f"{head} -  {result_file.short(r['none_because'])}"
-    derived = roofline.derive(r, roofs)
-    share = f"{derived['share_of_roof']:6.1%} of the roof" if derived else ""
-    if not r["gate"]["ok"]:
-        share += f"  BEYOND THE RULE: {r['gate']['share']:.1f} x"
+        return f"{head} -  {result_file.short(r['skipped_reason'])}"
+    derived = roofline.derive(r, peak_rates)
+    share = f"{derived['share_of_peak']:6.1%} of the peak rate" if derived else ""
+    if not r["accuracy"]["ok"]:
+        share += f"  EXCEEDS THE TOLERANCE: {r['accuracy']['share']:.1f} x"
     spread = result_file.spread(r["iqr"], 1e6)
     plain = ""
-    if r["plain_because"]:
-        plain = f"  NO GRAPH, Python's time: {result_file.short(r['plain_because'])}"
+    if r["no_graph_reason"]:
+        plain = f"  NO GRAPH, Python's time: {result_file.short(r['no_graph_reason'])}"
     return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
 
 
@@ -247,15 +250,15 @@ def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] =
 def begun(
     section: result_file.Section, names: tuple[str, ...], types: list[torch.dtype]
 ) -> Iterator[None]:
-    """The section while rows come to it. The roofs are measured before and after them: a card that
-    has become hot has other ones."""
+    """The section that rows are added to. Peak rates are measured before and after the rows,
+    because a hot GPU is slower."""
     device = section.device
     with section:
         section.put(missing=missing(device, names), rows=[])
-        section.put(roofs=environment.roofs(device, types))
+        section.put(peak_rates=environment.peak_rates(device, types))
         yield
         if device.type == "cuda":
-            section.put(roofs_after=environment.roofs(device, types))
+            section.put(peak_rates_after=environment.peak_rates(device, types))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
                 why = f"not compiled in {devices.dtype_name(case.dtype)}: --quick"
                 rows.append(row(case, case.modes[-1], None, "compile", why, None))
             for r in rows:
-                print(line(r, section.values["roofs"]), flush=True)
+                print(line(r, section.values["peak_rates"]), flush=True)
             section.put(rows=section.values["rows"] + rows)
     print(f"written to {section.path}")
 

@@ -1,8 +1,8 @@
-"""What a provider computes is held to the numeric rule before it gets a time.
+"""The accuracy check: a provider is compared with eager in float64 before it is timed.
 
-Our kernels have to keep the rule. A rival that errs by some times more than it allows, as PyTorch
-does where it sums many rows in float32, is timed too, with its error beside its time: to leave out
-a faster one would flatter us.
+Our kernels have to stay within the tolerance. A baseline may exceed it by up to 16 times, as
+PyTorch does where it sums many rows in float32; it is timed, and its error is shown next to its
+time, because leaving out a faster baseline would flatter us.
 """
 
 import math
@@ -17,16 +17,16 @@ from benchmarks.ops import cases
 from benchmarks.ops.cases import Case, Inputs
 from benchmarks.ops.providers import Outputs, by, providers
 
-RIVALS = 16.0  # times what the rule allows
+BASELINES = 16.0  # times the tolerance
 
 
 def passes(name: str, found: dict[str, Any]) -> bool:
-    """Whether a provider of which a Gate has found this gets a time."""
-    return bool(found["ok"] or (name != "fused" and found["share"] <= RIVALS))
+    """Whether a provider with this result of AccuracyCheck is timed."""
+    return bool(found["ok"] or (name != "fused" and found["share"] <= BASELINES))
 
 
-class Gate:
-    """Holds providers of a case to the rule. What they are held against is computed once."""
+class AccuracyCheck:
+    """Compares the providers of a case with float64. The reference is computed once."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case.small(), device

@@ -18,18 +18,18 @@ from torch import Tensor
 from irongpt.device import dtype_name
 from irongpt.training import muon
 
-MODES = ("forward", "backward", "both")
-WHOLE = ("both", "call")  # modes that are all of an op, with a gradient and without
+MODES = ("forward", "backward", "total")
+TOTAL = ("total", "call")  # the modes that time all of an op
 OPS = tuple(SPECS)
 DROPS = tuple(op for op, spec in SPECS.items() if spec.dropout)
 FLOAT32 = tuple(op for op, spec in SPECS.items() if spec.float32_only())
 
 IRON = Shape()
 NANO = Shape(B=16, H=4, T=64, D=32, L=4)
-OWN = ("iron", "nano")  # series at a model's shape
+MODEL_SHAPES = ("iron", "nano")  # sweep names of the cases at the shape of a model
 DROPOUT = 0.2  # of the iron preset
 TEMPERATURE = 0.8
-GATE = 1 << 25  # elements of a tensor, at most, at which an op is checked
+CHECKED = 1 << 25  # elements of a tensor, at most, at which an op is checked
 
 Inputs = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ def modes(op: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape. sweep: the series that it belongs to, one of OWN at the model's shape.
+    """An op at a shape. sweep: its series, one of MODEL_SHAPES at the shape of a model.
 
     p: dropout, or the temperature of sample_tokens. At 0 nothing is random.
     """
@@ -87,15 +87,15 @@ class Case:
         if not self.spec.differentiable:
             return self
         if self.spec.scores:
-            heads = max(1, min(s.B * s.H, GATE // s.T**2))
+            heads = max(1, min(s.B * s.H, CHECKED // s.T**2))
             H = min(s.H, heads)
             return replace(self, shape=replace(s, B=max(1, heads // H), H=H))
         width = s.V if self.op == "cross_entropy" else 4 * s.width
-        return replace(self, shape=replace(s, B=max(1, min(s.B, GATE // (s.T * width)))))
+        return replace(self, shape=replace(s, B=max(1, min(s.B, CHECKED // (s.T * width)))))
 
     def cost(self, mode: str) -> tuple[int, int]:
         """Least bytes across DRAM, and FLOPs."""
-        backward = {"backward": [True], "both": [False, True]}.get(mode, [False])
+        backward = {"backward": [True], "total": [False, True]}.get(mode, [False])
         parts = [self.spec.cost(self.shape, self.dtype.itemsize, 4, b) for b in backward]
         return sum(p.bytes for p in parts), sum(p.flops for p in parts)
 

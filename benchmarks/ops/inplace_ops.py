@@ -1,7 +1,7 @@
 """Baselines of the ops without a gradient: the one-token ops as one would write them in PyTorch.
 
 Some of `builtin`'s are eager's, because a sampled token has to be the same with any ops and the
-other two are plain PyTorch anyway. `textbook` has no such duty, and torch.compile takes it.
+other two are plain PyTorch anyway. `naive` has no such duty, and torch.compile takes it.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Inputs = dict[str, Tensor]
 Function = Callable[[Inputs], tuple[Tensor, ...]]
 
 
-def textbook(op: str, temperature: float) -> Function:
+def naive(op: str, temperature: float) -> Function:
     """The op as one would write it; that of norm_linear is builtin's."""
     return {
         "embed_tokens": _embed,

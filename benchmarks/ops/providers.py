@@ -1,13 +1,13 @@
 """Who computes an op: ours, PyTorch's, and what else is installed.
 
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
-                     masks by integer arithmetic, which nobody would train with: see textbook
-    textbook         attention as it is written without a fused function, by F.dropout; of the ops
+                     masks by integer arithmetic, which nobody would train with: see naive
+    naive            attention as it is written without a fused function, by F.dropout; of the ops
                      of one token, what one would write: see `updates`
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
-    compile          torch.compile of what one would write: textbook where there is one, builtin
+    compile          torch.compile of what one would write: naive where there is one, builtin
                      else; the optimizers are not compiled, PyTorch's are fused as they are
     fused            the Triton kernels
     liger, flash-attn    those packages, where they are installed
@@ -48,7 +48,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 NAMES = (
-    *("eager", "textbook", "builtin", *BACKENDS),
+    *("eager", "naive", "builtin", *BACKENDS),
     *("compile", "fused", "liger", "flash-attn"),
 )
 
@@ -96,7 +96,7 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
 
 def computes(name: str, op: str) -> bool:
     """Whether a provider has the op at all."""
-    if name == "textbook":
+    if name == "naive":
         return op in ATTENTION or (op in inplace_ops.TOKEN and op != "norm_linear")
     if name in ("flash-attn", *BACKENDS):
         return op in ATTENTION
@@ -124,10 +124,10 @@ def providers(
             module = ops.load("fused", device)
             found[name] = Provider(by(module, case, device), own_masks=False)
         elif name == "compile":
-            plain = _textbook(case) if computes("textbook", case.op) else by(builtin, case, device)
+            plain = _naive(case) if computes("naive", case.op) else by(builtin, case, device)
             found[name] = Provider(compiled(plain))
-        elif name == "textbook":
-            found[name] = Provider(_textbook(case))
+        elif name == "naive":
+            found[name] = Provider(_naive(case))
         elif name in BACKENDS:
             found[name] = Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
         else:
@@ -192,9 +192,9 @@ def _packed_like(case: Case, out: Tensor) -> Tensor:
     return out if case.op == "causal_attention_packed" else out.transpose(1, 2)
 
 
-def _textbook(case: Case) -> Function:
+def _naive(case: Case) -> Function:
     if case.op in inplace_ops.OPS:
-        return inplace_ops.textbook(case.op, case.p)
+        return inplace_ops.naive(case.op, case.p)
     return lambda x: _packed_like(case, attention_textbook(*_unpacked(x), p=case.p))
 
 

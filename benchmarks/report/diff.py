@@ -43,7 +43,7 @@ def rows(values: Values, section: str) -> Times:
     """Seconds and their interquartile distance, None where nobody knows, by name."""
     found: Times = {}
     for name, r in named(values, section, KEYS[section]).items():
-        seconds = r.get("seconds", r.get("seconds_a_token"))
+        seconds = r.get("seconds", r.get("seconds_per_token"))
         if seconds is not None:
             found[name] = (seconds, r.get("iqr"))
     return found
@@ -98,7 +98,7 @@ def less_exact(values: Values) -> set[tuple[str, Name]]:
         (section, name)
         for section, keys in KEYS.items()
         for name, r in named(values, section, keys).items()
-        if r.get("gate") and not r["gate"]["ok"]
+        if r.get("accuracy") and not r["accuracy"]["ok"]
     }
 
 
@@ -142,7 +142,7 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         change = f"{q / p - 1:+.0%}" if p else "new"
         lines.append(f"| {change} | {sizes} | {section}: {', '.join(name)} |")
     if any((section, name) in marked for section, name, *_ in found):
-        lines += ["", "†: beyond the numeric rule, so less exact"]
+        lines += ["", "†: exceeds the tolerance"]
     if once := list(trainings(a, b)):
         lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]
     for s in KEYS:

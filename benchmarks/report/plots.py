@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.ops.cases import DROPS, OWN
+from benchmarks.ops.cases import DROPS, MODEL_SHAPES
 from benchmarks.report.plots_train import COLORS, figure_of, losses, memory, plain, step
 from benchmarks.report.tables_kernels import base_of, beyond
 from benchmarks.roofline import derive
@@ -22,7 +22,7 @@ def draw(values: Values) -> dict[str, bytes]:
     figures: dict[str, Figure | None] = {}
     if "kernels" in values:
         section = values["kernels"]
-        figures["speedup"] = speedup(section, "both", "forward and backward")
+        figures["speedup"] = speedup(section, "total", "forward and backward")
         figures["speedup-calls"] = speedup(section, "call", "ops without a gradient")
         figures["roofline"] = roofline(section)
         figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
@@ -45,7 +45,7 @@ def _png(figure: Figure) -> bytes:
 
 def _own(section: Values) -> tuple[str, list[Values]]:
     """The rows of the model's own shape with a time, in the dtype that comes first."""
-    rows = [r for r in section["rows"] if r["sweep"] in OWN and r.get("seconds")]
+    rows = [r for r in section["rows"] if r["sweep"] in MODEL_SHAPES and r.get("seconds")]
     dtype = rows[0]["dtype"] if rows else ""
     return dtype, [r for r in rows if r["dtype"] == dtype]
 
@@ -55,7 +55,7 @@ def _label(r: Values) -> str:
 
 
 def speedup(section: Values, mode: str, what: str) -> Figure | None:
-    """How many times as fast as builtin, or textbook where that has none of its own: a bar for
+    """How many times as fast as builtin, or naive where that has none of its own: a bar for
     every provider."""
     dtype, rows = _own(section)
     rows = [r for r in rows if r["mode"] == mode]
@@ -73,7 +73,7 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
             ratio = base[op] / r["seconds"]
             largest = max(largest, ratio)
             axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
-            marked = beyond(r) + ("  (no graph)" if r.get("plain_because") else "")
+            marked = beyond(r) + ("  (no graph)" if r.get("no_graph_reason") else "")
             label = f" {r['provider']}  {ratio:.2f}{marked}"
             weight = "bold" if r["provider"] == "fused" else "normal"
             axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight, bbox=PAPER)
@@ -84,17 +84,17 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
     axes.set_yticks([t for t, _ in ticks], [op for _, op in ticks], fontsize=9)
     axes.set_ylim(y - 1, -1)
     axes.set_xlim(0, 1.25 * largest)
-    axes.set_xlabel(f"times as fast as builtin (else textbook), {what}, {dtype}")
+    axes.set_xlabel(f"times as fast as builtin (else naive), {what}, {dtype}")
     plain(axes)
     return figure
 
 
 def roofline(section: Values) -> Figure | None:
-    """Left, ops with products under the device's own roofs; right, how near each op is to them."""
+    """Left: attention under the measured peak rates. Right: each op's share of its limit."""
     dtype, rows = _own(section)
-    roofs = section["roofs"]
-    rate, bandwidth = roofs["gemm_flops_per_s"].get(dtype), roofs["copy_bytes_per_s"]
-    known = [(r, derive(r, roofs)) for r in rows if "least_bytes" in r]
+    peak_rates = section["peak_rates"]
+    rate, bandwidth = peak_rates["gemm_flops_per_s"].get(dtype), peak_rates["copy_bytes_per_s"]
+    known = [(r, derive(r, peak_rates)) for r in rows if "least_bytes" in r]
     if not known or rate is None:
         return None
     figure = figure_of(12, 6.6)
@@ -103,12 +103,12 @@ def roofline(section: Values) -> Figure | None:
     corner = [ridge / 30, ridge, ridge * 8]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
     swept = [
-        (r, derive(r, roofs))
+        (r, derive(r, peak_rates))
         for r in section["rows"]
         if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
-        if r["sweep"] in (*OWN, "T")
+        if r["sweep"] in (*MODEL_SHAPES, "T")
     ]
-    swept = [(r, d) for r, d in swept if r["mode"] == "both"]
+    swept = [(r, d) for r, d in swept if r["mode"] == "total"]
     for provider in dict.fromkeys(r["provider"] for r, _ in swept):
         points = [
             (r["least_flops"] / r["least_bytes"], d["flops_per_s"] / 1e12)
@@ -118,15 +118,15 @@ def roofline(section: Values) -> Figure | None:
         left.scatter(*zip(*points, strict=True), s=22, color=COLORS[provider], zorder=3)
     left.set_xscale("log")
     left.set_yscale("log")
-    left.set_xlabel("FLOP a byte, at least")
+    left.set_xlabel("FLOPs per byte (lower bound)")
     left.set_ylabel("TFLOP/s")
-    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, product {rate / 1e12:,.3g} TFLOP/s"
+    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
     lengths = sorted({r["shape"]["T"] for r, _ in swept})
     sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
-    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured roofs: {roof}"
+    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {roof}"
     left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
-    _shares(right, [(r, d) for r, d in known if r["mode"] != "both"])
+    _shares(right, [(r, d) for r, d in known if r["mode"] != "total"])
     _legend(right, [r for r, _ in known + swept])
     return figure
 
@@ -142,11 +142,11 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
         y = labels.index(label(r))
         ours = r["provider"] == "fused"
         axes.plot(
-            100 * d["share_of_roof"],
+            100 * d["share_of_peak"],
             y,
             "D" if ours else "o",
             color=COLORS[r["provider"]],
-            markerfacecolor=COLORS[r["provider"]] if r["gate"]["ok"] else "none",  # less exact
+            markerfacecolor=COLORS[r["provider"]] if r["accuracy"]["ok"] else "none",  # less exact
             markersize=8 if ours else 5,
             zorder=4 if ours else 3,
         )
@@ -154,7 +154,9 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.axvline(100, color="0.3", linewidth=0.8)
-    axes.set_xlabel("percent of the nearer roof (least bytes or FLOPs); hollow: beyond the rule")
+    axes.set_xlabel(
+        "percent of the nearer limit (least bytes or FLOPs); hollow: exceeds the tolerance"
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", alpha=0.15)
 
@@ -164,7 +166,7 @@ def _legend(axes: Axes, rows: list[Values], floor: bool = False) -> None:
     for provider in dict.fromkeys(r["provider"] for r in rows):
         axes.plot([], [], "o", color=COLORS[provider], label=provider)
     if floor:
-        axes.plot([], [], "k:", label="computed floor")
+        axes.plot([], [], "k:", label="computed lower bound")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
@@ -175,7 +177,7 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
     if not rows:
         return None
     dtype = rows[0]["dtype"]
-    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "both"]
+    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "total"]
     figure = figure_of(12, 4.6)
     floor = key == "seconds" and any("least_bytes" in r for r in rows)
     for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):
@@ -193,12 +195,12 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
                 color=COLORS[provider],
             )
         for r in part:
-            if not r["gate"]["ok"]:  # hollow: beyond the rule
+            if not r["accuracy"]["ok"]:  # hollow: exceeds the tolerance
                 at = r["shape"]["T"], r[key] * factor
                 axes.plot(*at, "o", markersize=4, color=COLORS[r["provider"]], mfc="white")
         if floor and part:
             floors = {
-                (r["shape"]["T"], derive(r, section["roofs"])["floor_seconds"] * factor)
+                (r["shape"]["T"], derive(r, section["peak_rates"])["lower_bound_seconds"] * factor)
                 for r in part
             }
             axes.plot(*zip(*sorted(floors), strict=True), "k:", linewidth=1.2)

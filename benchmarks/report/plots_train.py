@@ -14,7 +14,7 @@ COLORS = {  # one for each provider, ours stands out
     "fused": "#e8590c",
     "builtin": "#1c7ed6",
     "eager": "#868e96",
-    "textbook": "#adb5bd",
+    "naive": "#adb5bd",
     "compile": "#2b8a3e",
     "flash": "#4dabf7",
     "cudnn": "#1864ab",
@@ -36,7 +36,7 @@ def plain(axes: Axes) -> None:
 
 def step(section: Values) -> Figure | None:
     """Milliseconds a step: the matrix products, timed alone, and all else."""
-    dtypes = [d for d in section["products"] if any(_has(r, d) for r in section["rows"])]
+    dtypes = [d for d in section["matmuls"] if any(_has(r, d) for r in section["rows"])]
     if not dtypes:
         return None
     counts = [sum(_has(r, d) for r in section["rows"]) for d in dtypes]
@@ -44,8 +44,8 @@ def step(section: Values) -> Figure | None:
     grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
     for axes, dtype in zip(grid[:, 0], dtypes, strict=True):
         rows = sorted((r for r in section["rows"] if _has(r, dtype)), key=lambda r: r["seconds"])
-        alone = section["products"][dtype]
-        handles: list[Any] = [Patch(color="#495057", label="matrix products, timed alone")]
+        alone = section["matmuls"][dtype]
+        handles: list[Any] = [Patch(color="#495057", label="matmuls, timed alone")]
         for y, r in enumerate(rows):
             ms, color = 1e3 * r["seconds"], COLORS.get(r["variant"].split()[0], "#f08c00")
             base = min(1e3 * matmuls.of_step(alone, r["variant"]), ms)
@@ -57,9 +57,9 @@ def step(section: Values) -> Figure | None:
             k = r["tokens_per_s"] / 1e3
             rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
             axes.text(ms + 0.5e3 * (r["iqr"] or 0.0), y, rate, va="center", fontsize=8)
-        if "computed_floor_seconds" in alone:
-            floor = 1e3 * alone["computed_floor_seconds"]
-            line = axes.axvline(floor, color="black", linestyle=":", label="computed floor")
+        if "lower_bound_seconds" in alone:
+            floor = 1e3 * alone["lower_bound_seconds"]
+            line = axes.axvline(floor, color="black", linestyle=":", label="computed lower bound")
             handles.append(line)
         axes.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)

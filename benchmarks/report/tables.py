@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import roofline
 from benchmarks.measure import result_file
-from benchmarks.ops.cases import WHOLE
+from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.report.tables_train import decode, runs, train
 from benchmarks.roofline import T4
@@ -57,17 +57,19 @@ def about(values: Values, name: str) -> str:
         if state.get("before"):
             lines.append(f"- {section}: {_state(state)}")
     for section, key, when in (
-        ("kernels", "roofs", "before the kernels"),
-        ("kernels", "roofs_after", "after the kernels"),
-        ("train", "roofs", "before the training steps"),
+        ("kernels", "peak_rates", "before the kernels"),
+        ("kernels", "peak_rates_after", "after the kernels"),
+        ("train", "peak_rates", "before the training steps"),
     ):
-        roofs = values.get(section, {}).get(key)
-        if roofs:
-            rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in roofs["gemm_flops_per_s"].items())
+        peak_rates = values.get(section, {}).get(key)
+        if peak_rates:
+            rates = ", ".join(
+                f"{k} {v / 1e12:.3g}" for k, v in peak_rates["gemm_flops_per_s"].items()
+            )
             lines.append(
-                f"- Measured roofs of this device, {when}: copy "
-                f"{roofs['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large matrix "
-                f"product, TFLOP/s: {rates}."
+                f"- Measured peak rates of this device, {when}: copy "
+                f"{peak_rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large "
+                f"matmul, TFLOP/s: {rates}."
             )
     return "\n\n".join(lines)
 
@@ -83,7 +85,7 @@ def _state(state: Values) -> str:
 
 def measured(values: Values) -> Values:
     """Without sections that broke off before they had anything to tell."""
-    needed = {"kernels": ("rows", "roofs"), "train": ("rows", "roofs", "products")}
+    needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
     needed |= {name: ("rows",) for name in SECTIONS if name not in needed}
     empty = {
         name
@@ -100,7 +102,7 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if "target" in values:
         yield "Seconds to a validation loss", runs(values["target"]), ("target",)
     if "decode" in values:
-        yield "Writing", decode(values["decode"]), ()
+        yield "Generation", decode(values["decode"]), ()
     if "kernels" in values:
         pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
         yield "Kernels", kernels(values["kernels"]), pictured
@@ -121,7 +123,7 @@ def nano(section: Values) -> str:
     ]
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
     return f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}\n\n" + (
-        f"A step of the iron model, {step['batch']} windows: {step['irongpt_ms']} ms, nanoGPT's "
+        f"A step of the iron model, {step['batch']} sequences: {step['irongpt_ms']} ms, nanoGPT's "
         f"{step['nanogpt_ms']} ms."
     )
 
@@ -159,7 +161,7 @@ def t4(values: Values) -> str:
     here = is_t4(section)
     known: dict[tuple[str, str, float], Values] = {}
     for r in section["rows"]:
-        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in WHOLE:
+        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in TOTAL:
             slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
             if r["provider"] == "fused" and here:
                 slot["fused"] = r.get("seconds")
@@ -176,7 +178,7 @@ def t4(values: Values) -> str:
         measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
         rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
     text = (
-        "All of an op in float16, microseconds. The bound is computed, not measured: least bytes "
+        "Times are in microseconds, in float16. The bound is computed, not measured: least bytes "
         f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
         f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
     )

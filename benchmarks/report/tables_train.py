@@ -18,22 +18,22 @@ def alike(variant: str) -> str:
 
 def train(section: Values) -> str:
     parts = []
-    model, peaks = section["model"], section["roofs"]
-    for dtype, alone in section["products"].items():
+    model, peaks = section["model"], section["peak_rates"]
+    for dtype, alone in section["matmuls"].items():
         rows = [r for r in section["rows"] if r["dtype"] == dtype]
         times = {r["variant"]: r["seconds"] for r in rows if "seconds" in r}
         body = []
         for r in sorted(rows, key=lambda r: r.get("seconds") or 1e9):
             if r.get("seconds") is None:
                 body.append(
-                    [r["variant"], *["-"] * 9, result_file.short(r.get("none_because", ""))]
+                    [r["variant"], *["-"] * 9, result_file.short(r.get("skipped_reason", ""))]
                 )
                 continue
             other = alike(r["variant"])
             note = [f"first call {r['first_seconds']:.0f} s"]
-            note += ["not in turns with the first"] if r.get("group") else []
-            if "stopped_because" in r:
-                note.append(f"stopped: {result_file.short(r['stopped_because'])}")
+            note += ["not interleaved with the first"] if r.get("group") else []
+            if "stop_reason" in r:
+                note.append(f"stopped: {result_file.short(r['stop_reason'])}")
             body.append(
                 [
                     r["variant"],
@@ -51,11 +51,11 @@ def train(section: Values) -> str:
                     "; ".join(note),
                 ]
             )
-        head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "products", "GiB"]
+        head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "matmuls", "GiB"]
         head += ["kernels", "launches", ""]
         text = (
-            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} windows of "
-            f"{model['context']} a step. Its matrix products alone take "
+            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} sequences of "
+            f"{model['context']} a step. Its matmuls alone take "
             f"{alone['seconds'] * 1e3:.2f} ms, "
             f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
         )
@@ -64,10 +64,10 @@ def train(section: Values) -> str:
                 f" Muon's iteration takes {alone['optimizer']['seconds'] * 1e3:.2f} ms more, in "
                 "all but nanoGPT and builtin AdamW."
             )
-        if "computed_floor_seconds" in alone:
+        if "lower_bound_seconds" in alone:
             text += (
-                f" Computed floor, with the least bytes of all else at the copy's bandwidth: "
-                f"{alone['computed_floor_seconds'] * 1e3:.2f} ms."
+                f" Computed lower bound, with the least bytes of all else at the copy's bandwidth: "
+                f"{alone['lower_bound_seconds'] * 1e3:.2f} ms."
             )
         text += (
             f" MFU is of {peaks['peak'][dtype] / 1e12:.3g} TFLOP/s "
@@ -87,8 +87,8 @@ def figures(times: dict[str, float], alone: Values) -> str:
         return ""
     best = min(ours, key=lambda name: ours[name])
     others = {
-        "naive": ("textbook", "eager"),
-        "naive in a CUDA graph": ("textbook graph", "eager graph"),
+        "naive": ("naive", "eager"),
+        "naive in a CUDA graph": ("naive graph", "eager graph"),
         "PyTorch's fused functions": ("builtin",),
         "those in a CUDA graph": ("builtin graph", "builtin as trained"),
         "the best of torch.compile": [
@@ -103,9 +103,9 @@ def figures(times: dict[str, float], alone: Values) -> str:
         if known:
             fastest = min(known, key=lambda name: times[name])
             said.append(f"{times[fastest] / ours[best]:.2f} times as fast as {what} ({fastest})")
-    if "computed_floor_seconds" in alone:
-        over = ours[best] / alone["computed_floor_seconds"]
-        said.append(f"{over:.2f} times the computed floor")
+    if "lower_bound_seconds" in alone:
+        over = ours[best] / alone["lower_bound_seconds"]
+        said.append(f"{over:.2f} times the computed lower bound")
     return f"Ours at its fastest, {best}, is " + ", ".join(said) + "."
 
 
@@ -113,12 +113,14 @@ def decode(section: Values) -> str:
     rows = []
     for r in section["rows"]:
         name = [f"{r['ops']}, {r['way']}", str(r["batch"])]
-        if "none_because" in r:
-            rows.append([*name, *["-"] * 3, result_file.short(r["none_because"])])
+        if "skipped_reason" in r:
+            rows.append([*name, *["-"] * 3, result_file.short(r["skipped_reason"])])
             continue
         steady = r.get("steady_tokens_per_s")
         rates = [f"{r['tokens_per_s']:,.0f}", f"{steady:,.0f}" if steady else ""]
-        rows.append([*name, *rates, f"{r['seconds_a_token'] * 1e6:,.0f}", str(r.get("nodes", ""))])
+        rows.append(
+            [*name, *rates, f"{r['seconds_per_token'] * 1e6:,.0f}", str(r.get("nodes", ""))]
+        )
     text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
     head = ["ops, way", "texts", "tokens/s", "after the first", "us a token", "nodes a token"]
     return text + "\n\n" + table(head, rows)
@@ -127,8 +129,8 @@ def decode(section: Values) -> str:
 def runs(section: Values) -> str:
     rows = []
     for r in section["rows"]:
-        if "none_because" in r:
-            rows.append([r["run"], *["-"] * 5, result_file.short(r["none_because"])])
+        if "skipped_reason" in r:
+            rows.append([r["run"], *["-"] * 5, result_file.short(r["skipped_reason"])])
             continue
         last = r["evaluated"][-1] if r["evaluated"] else None
         notes = [] if r["finite"] else ["STOPPED: the loss is not finite"]

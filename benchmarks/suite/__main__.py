@@ -161,12 +161,12 @@ class Gpu:
         return Done(done.status, done.seconds, summary.tests(found))
 
     def kernels(self, limit: float) -> Done:
-        small = ["--rounds", 3, "--providers", "eager", "textbook", "builtin", "math"]
+        small = ["--rounds", 3, "--providers", "eager", "naive", "builtin", "math"]
         size = [] if self.gpu else small  # compiling is in make bench
         return self.benchmark("ops", limit, "--quick", *size)
 
     def train(self, limit: float) -> Done:
-        size = [] if self.gpu else ["--turns", 3, "--variants", "builtin", "textbook", "eager"]
+        size = [] if self.gpu else ["--turns", 3, "--variants", "builtin", "naive", "eager"]
         return self.benchmark("training", limit, "--budget", 0.85 * limit, *size)
 
     def decode(self, limit: float) -> Done:

@@ -71,12 +71,12 @@ def _kernels(section: Values) -> str:
     cases: dict[tuple[Any, ...], dict[str, float]] = {}  # seconds of both, by provider
     for r in section["rows"]:
         times = cases.setdefault((r["op"], r["size"], r["dtype"], r["dropout"]), {})
-        if "seconds" in r and r["mode"] == "both":
+        if "seconds" in r and r["mode"] == "total":
             times[r["provider"]] = r["seconds"]
     wrong = {
         f"{r['provider']} {r['op']}"
         for r in section["rows"]
-        if r["gate"] and not passes(r["provider"], r["gate"])
+        if r["accuracy"] and not passes(r["provider"], r["accuracy"])
     }
     ratios = {
         k: t["builtin"] / t["fused"] for k, t in cases.items() if {"builtin", "fused"} <= set(t)
@@ -105,7 +105,7 @@ def _train(section: Values) -> str:
 def _decode(section: Values) -> str:
     return ", ".join(
         f"{r['ops']} {r['way']} {r['batch']}: "
-        + (f"{r['tokens_per_s']:,.0f}/s" if "tokens_per_s" in r else r["none_because"])
+        + (f"{r['tokens_per_s']:,.0f}/s" if "tokens_per_s" in r else r["skipped_reason"])
         for r in section["rows"]
     )
 
@@ -114,6 +114,6 @@ def _runs(section: Values) -> str:
     return ", ".join(
         f"{r['run']} {result_file.loss(r['curve'][-1][2])} after {r['steps']}"
         if r.get("curve")
-        else f"{r['run']}: {r.get('none_because', 'nothing')}"
+        else f"{r['run']}: {r.get('skipped_reason', 'nothing')}"
         for r in section["rows"]
     )

@@ -64,10 +64,10 @@ def variants(
 ) -> list[tuple[str, Make]]:
     """The variants to time in one dtype; those that compile for minutes come last."""
     gpu = device.type == "cuda"
-    modules = {"fused": None, "builtin": builtin, "textbook": Textbook, "eager": eager}
+    modules = {"fused": None, "builtin": builtin, "naive": Textbook, "eager": eager}
     theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
     names = ["fused"] if gpu or "fused" in (only or []) else []
-    names += ["builtin", "textbook", "eager", *theirs]
+    names += ["builtin", "naive", "eager", *theirs]
     if gpu:
         names += [f"{name} graph" for name in modules]
         names += ["fused as trained", "builtin as trained"]
@@ -77,7 +77,7 @@ def variants(
         names += ["eager compiled", "fused compiled graph"]
     names += [f"{name} compiled" for name in theirs]
     if gpu:
-        names += [f"{name} {SLOW}" for name in ("builtin", "textbook", "eager")]
+        names += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
 
     def make(name: str, setting: tuple[Any, ...]) -> Variant:
         base, _, how = name.partition(" ")
@@ -107,10 +107,10 @@ def _matmuls(
     config, recipe, _ = setting
     found = matmuls.measure(config, recipe, dtype, device)
     found["least_bytes"] = roofline.step_bytes(config, recipe, dtype.itemsize)
-    found["computed_floor_seconds"] = roofline.step_lower_bound(
-        config, recipe, dtype, section.values["roofs"], matmuls.of_step(found)
+    found["lower_bound_seconds"] = roofline.step_lower_bound(
+        config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(found)
     )
-    section.put(products=section.values["products"] | {devices.dtype_name(dtype): found})
+    section.put(products=section.values["matmuls"] | {devices.dtype_name(dtype): found})
     print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
 
 
@@ -141,14 +141,14 @@ def main(argv: list[str] | None = None) -> None:
             model=vars(setting[0]),
             batch_size=setting[1].batch_size,
             nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
-            products={},
+            matmuls={},
             rows=[],
         )
-        peak_rates = environment.roofs(device, dtypes)
+        peak_rates = environment.peak_rates(device, dtypes)
         found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
         peak_rates["peak"] = {name: flops for name, (flops, _) in found.items()}
         peak_rates["peak_from"] = {name: source for name, (_, source) in found.items()}
-        section.put(roofs=peak_rates)
+        section.put(peak_rates=peak_rates)
         for dtype in dtypes:
             _matmuls(section, setting, dtype, device)
         parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]

@@ -70,7 +70,7 @@ def line(dtype: str, found: dict[str, Any]) -> str:
     )
     if "optimizer" in found:
         text += f", Muon's iteration {found['optimizer']['seconds'] * 1e3:.2f} ms"
-    if "computed_floor_seconds" in found:
-        bound = found["computed_floor_seconds"] * 1e3
+    if "lower_bound_seconds" in found:
+        bound = found["lower_bound_seconds"] * 1e3
         text += f"; computed lower bound of a step {bound:.2f} ms"
     return text

@@ -74,7 +74,7 @@ class Steps:
             row: Row = {"variant": name, "dtype": self.dtype, "group": group}
             self.rows[name], full = row, False
             if time.perf_counter() > last:
-                row["none_because"] = "the time for this benchmark was over"
+                row["skipped_reason"] = "the time for this benchmark was over"
                 continue
             start = time.perf_counter()
             try:
@@ -85,11 +85,11 @@ class Steps:
                 self.samples[name] = []
                 self._sample(name, ready[name])
             except UserError as e:
-                row["none_because"] = str(e)
+                row["skipped_reason"] = str(e)
             except Exception as e:  # that it cannot run here is a result
                 full = isinstance(e, torch.cuda.OutOfMemoryError)
-                row["none_because"] = reason(e)
-            if "none_because" in row:
+                row["skipped_reason"] = reason(e)
+            if "skipped_reason" in row:
                 ready.pop(name, None)
                 self._recover()
             if full and ready:
@@ -104,7 +104,7 @@ class Steps:
         try:
             do(name, ready[name])
         except Exception as e:
-            self.rows[name]["stopped_because"] = reason(e)
+            self.rows[name]["stop_reason"] = reason(e)
             del ready[name]
             self._recover()
             print(f"{name}: {reason(e)}", flush=True)
@@ -118,7 +118,7 @@ class Steps:
 
     def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))
-        peak = self.section.values["roofs"]["peak"][self.dtype]
+        peak = self.section.values["peak_rates"]["peak"][self.dtype]
         self.rows[name] |= summary(self.samples[name], self.setting, peak)
         self._put()
 
@@ -146,7 +146,7 @@ def summary(samples: list[float], setting: tuple[Any, ...], peak: float) -> Row:
 def line(row: Row) -> str:
     head = f"{row['dtype']:9} {row['variant']:22}"
     if "seconds" not in row:
-        return f"{head} -  {result_file.short(row.get('none_because', ''))}"
+        return f"{head} -  {result_file.short(row.get('skipped_reason', ''))}"
     memory = f"{row['peak_bytes'] / 2**30:6.2f} GiB" if row.get("peak_bytes") else ""
     kernels = f"{row['kernels']:5} kernels" if row.get("kernels") else ""
     spread = result_file.spread(row["iqr"], 1e3)

@@ -91,7 +91,7 @@ def test_a_sample_is_the_devices_work_alone(gpu: Clock, busy: float) -> None:
     """Neither launch latency nor what the host takes is in it."""
     found = timing.measure({"": lambda i: gpu.queue(busy)}, 3, CUDA, rounds=4)[""]
     assert found.graph
-    assert found.plain_because is None
+    assert found.no_graph_reason is None
     assert found.host >= 0
     assert found.samples == pytest.approx([busy] * 4, rel=1e-3)
     assert all(wait > 50 * Clock.LAUNCH for wait in gpu.waits)
@@ -158,7 +158,7 @@ def test_what_waits_for_the_device_is_never_captured(
 
     found = timing.measure({"": call}, 2, CUDA, rounds=4)[""]
     assert not found.graph
-    assert "synchronizing" in found.plain_because
+    assert "synchronizing" in found.no_graph_reason
     assert len(found.samples) == 4
     assert mode == [0]
 
@@ -177,7 +177,7 @@ def test_a_capture_that_breaks_is_recovered_from_and_says_why(
     calls = {"breaks": call, "works": lambda i: gpu.queue(1e-5)}
     found = timing.measure(calls, 2, CUDA, rounds=4)
     assert not found["breaks"].graph
-    assert "not permitted" in found["breaks"].plain_because
+    assert "not permitted" in found["breaks"].no_graph_reason
     assert len(found["breaks"].samples) == 4
     assert found["works"].graph
     assert recovered == [(0, 1)]
@@ -195,8 +195,8 @@ def test_a_broken_capture_leaves_the_process_usable() -> None:
         calls = {"waits": lambda i: x.sum().item(), "drops": lambda i: F.dropout(x, 0.5)}
         found = timing.measure(calls, 2, CUDA, rounds=3)
     assert not found["waits"].graph
-    assert "synchronizing" in found["waits"].plain_because
-    assert found["drops"].graph, found["drops"].plain_because
+    assert "synchronizing" in found["waits"].no_graph_reason
+    assert found["drops"].graph, found["drops"].no_graph_reason
 
 
 @pytest.mark.gpu
@@ -211,4 +211,4 @@ def test_attentions_backward_with_dropout_is_captured_with_its_forward() -> None
     with timing.stream(CUDA):
         x = torch.randn(2, 2, 64, 64, device="cuda", dtype=torch.float16, requires_grad=True)
         found = timing.measure({"": timing.Work(backward, forward)}, 2, CUDA, rounds=3)[""]
-    assert found.graph, found.plain_because
+    assert found.graph, found.no_graph_reason

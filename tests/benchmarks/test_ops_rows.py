@@ -12,15 +12,15 @@ from irongpt_kernels import builtin
 from benchmarks.measure import result_file
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases, inplace_ops
-from benchmarks.ops.accuracy import RIVALS, passes
+from benchmarks.ops.accuracy import BASELINES, passes
 from benchmarks.ops.cases import IRON, MODES, OPS, Case, Shape
 from benchmarks.ops.providers import NAMES, missing, providers
 from benchmarks.report import tables
 
 CPU = torch.device("cpu")
-ROOFS = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
+PEAK_RATES = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
 TINY = Shape(B=1, H=2, T=16, D=16, V=13)
-PYTORCH = ("eager", "textbook", "builtin", "math")  # what a CPU has without compiling
+PYTORCH = ("eager", "naive", "builtin", "math")  # what a CPU has without compiling
 
 
 def case(op: str, dtype: torch.dtype = torch.float32, p: float = 0.0) -> Case:
@@ -37,11 +37,11 @@ def test_every_provider_gets_a_time_for_every_mode(op: str) -> None:
     assert named == {(name, mode) for name in wanted for mode in MODES}
     for r in rows:
         assert r["seconds"] > 0
-        assert len(r["seconds_of_samples"]) == 2
-        assert passes(r["provider"], r["gate"])
-        assert r["provider"] != "eager" or 0 <= r["gate"]["share"] <= 1
+        assert len(r["sample_seconds"]) == 2
+        assert passes(r["provider"], r["accuracy"])
+        assert r["provider"] != "eager" or 0 <= r["accuracy"]["share"] <= 1
         # eager and fused are checked with their dropout, which others draw at random
-        assert r["gate"]["dropout"] == (p if r["provider"] == "eager" else 0.0)
+        assert r["accuracy"]["dropout"] == (p if r["provider"] == "eager" else 0.0)
         assert r["least_bytes"] > 0
         assert (r["least_flops"] > 0) == attention
 
@@ -68,8 +68,8 @@ def test_a_red_gate_prints_no_speed(
     by = {r["provider"]: r for r in rows}
     assert "seconds" in by["eager"]
     assert "seconds" not in by["builtin"]
-    assert not by["builtin"]["gate"]["ok"]
-    assert "wrong" in by["builtin"]["none_because"]
+    assert not by["builtin"]["accuracy"]["ok"]
+    assert "wrong" in by["builtin"]["skipped_reason"]
     assert "us +-" not in kernels.line(by["builtin"], {})
     json.dumps(result_file.finite(by["builtin"]), allow_nan=False)
 
@@ -80,15 +80,15 @@ def test_a_rival_that_errs_by_a_little_has_its_time_and_its_error_beside_it(
     """To leave out a faster one would flatter us; our own kernels have no such allowance."""
     planted(monkeypatch, "gelu", wrong=1 + 2e-6)
     rows = kernels.measure_case(case("gelu"), CPU, ("builtin",), rounds=2)
-    gate = rows[-1]["gate"]
-    assert not gate["ok"]
-    assert 1 < gate["share"] < RIVALS
-    assert not passes("fused", gate)
-    text = tables.kernels({"rows": rows, "roofs": ROOFS})
-    assert f"| {gate['share']:.0%} |" in text
+    accuracy = rows[-1]["accuracy"]
+    assert not accuracy["ok"]
+    assert 1 < accuracy["share"] < BASELINES
+    assert not passes("fused", accuracy)
+    text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
+    assert f"| {accuracy['share']:.0%} |" in text
     assert "| builtin † |" in text
-    assert "BEYOND THE RULE" in kernels.line(rows[-1], ROOFS)
-    swept = tables.kernels({"rows": [r | dict(sweep="T") for r in rows], "roofs": ROOFS})
+    assert "EXCEEDS THE TOLERANCE" in kernels.line(rows[-1], PEAK_RATES)
+    swept = tables.kernels({"rows": [r | dict(sweep="T") for r in rows], "peak_rates": PEAK_RATES})
     assert " † |" in swept
 
 
@@ -102,8 +102,8 @@ def test_the_kernels_are_held_to_the_gate_with_their_dropout() -> None:
     """On a CPU in Triton's interpreter, which tests have on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = kernels.measure_case(case("dropout_add_layer_norm", p=0.2), device, ("fused",), 1)
-    assert [r["gate"]["dropout"] for r in rows] == [0.2] * 3
-    assert all(r["gate"]["ok"] for r in rows)
+    assert [r["accuracy"]["dropout"] for r in rows] == [0.2] * 3
+    assert all(r["accuracy"]["ok"] for r in rows)
 
 
 def test_what_cannot_run_says_why_and_the_rest_has_its_time(
@@ -114,44 +114,46 @@ def test_what_cannot_run_says_why_and_the_rest_has_its_time(
 
     monkeypatch.setattr(builtin, "gelu", failing)
     rows = kernels.measure_case(case("gelu"), CPU, ("eager", "builtin"), rounds=1)
-    refused = [r for r in rows if "none_because" in r]
-    assert [(r["provider"], r["none_because"]) for r in refused] == [("builtin", "out of memory")]
+    refused = [r for r in rows if "skipped_reason" in r]
+    assert [(r["provider"], r["skipped_reason"]) for r in refused] == [("builtin", "out of memory")]
     assert len(rows) == 1 + len(MODES)
 
 
 def test_who_refuses_only_with_dropout_has_no_time_then() -> None:
-    """PyTorch's flash attention on a CPU: the gate is without dropout, so it passes that."""
+    """PyTorch's flash attention on a CPU passes the accuracy check, which has no dropout."""
     rows = kernels.measure_case(case("causal_attention", p=0.2), CPU, ("flash", "builtin"), 1)
     (refused,) = [r for r in rows if r["provider"] == "flash"]
-    assert "No available kernel" in refused["none_because"]
+    assert "No available kernel" in refused["skipped_reason"]
     assert {r["mode"] for r in rows if r["provider"] == "builtin"} == set(MODES)
     rows = kernels.measure_case(case("causal_attention", p=0.2), CPU, ("flash",), 1)
-    assert [r["provider"] for r in rows if "none_because" in r] == ["flash"]
+    assert [r["provider"] for r in rows if "skipped_reason" in r] == ["flash"]
 
 
 def test_the_backend_that_pytorch_picks_is_named() -> None:
     rows = kernels.measure_case(case("causal_attention_packed"), CPU, ("builtin", "math"), 1)
     assert {r["provider"]: r["backend"] for r in rows} == {"builtin": "flash", "math": None}
-    text = tables.kernels({"rows": rows, "roofs": dict(copy_bytes_per_s=1, gemm_flops_per_s={})})
+    text = tables.kernels(
+        {"rows": rows, "peak_rates": dict(copy_bytes_per_s=1, gemm_flops_per_s={})}
+    )
     assert "| builtin (flash) |" in text
 
 
 def test_a_row_without_a_graph_is_marked() -> None:
     (row,) = kernels.measure_case(case("gelu"), CPU, ("builtin",), 3)[2:]
-    row |= dict(graph=False, plain_because="it waits for the device", forward=None)
+    row |= dict(graph=False, no_graph_reason="it waits for the device", forward=None)
     rows = [row | dict(mode=mode) for mode in MODES]
-    roofs = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
-    assert "NO GRAPH" in kernels.line(row, roofs)
-    assert "it waits for the device" in tables.kernels({"rows": rows, "roofs": roofs})
+    peak_rates = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
+    assert "NO GRAPH" in kernels.line(row, peak_rates)
+    assert "it waits for the device" in tables.kernels({"rows": rows, "peak_rates": peak_rates})
     swept = [r | dict(sweep="batch") for r in rows]
-    assert "* in no graph" in tables.kernels({"rows": swept, "roofs": roofs})
+    assert "* in no graph" in tables.kernels({"rows": swept, "peak_rates": peak_rates})
 
 
 def test_what_is_not_compiled_in_a_sweep_says_so() -> None:
     wide = replace(case("layer_norm"), sweep="width")
     rows = kernels.measure_case(wide, CPU, ("builtin", "compile"), 1)
     (row,) = [r for r in rows if r["provider"] == "compile"]
-    assert "not compiled in this sweep" in row["none_because"]
+    assert "not compiled in this sweep" in row["skipped_reason"]
 
 
 def test_the_own_shape_has_both_16_bit_types_and_dropout_on_and_off(
@@ -183,7 +185,7 @@ def test_layer_norm_takes_the_float32_residual_stream() -> None:
     """As in the model, whose embeddings are float32 under autocast."""
     x = case("layer_norm", torch.float16).inputs(CPU)["x"]
     assert x.dtype == torch.float32
-    in_16, in_32 = (case("layer_norm", d).cost("both") for d in (torch.float16, torch.float32))
+    in_16, in_32 = (case("layer_norm", d).cost("total") for d in (torch.float16, torch.float32))
     assert in_16 == in_32
 
 
@@ -216,8 +218,8 @@ def test_floors_are_the_kernels_own_cost_functions() -> None:
     stats = 8 * tokens * 6
     attention = Case("causal_attention", "iron", IRON, torch.float16)
     assert attention.cost("forward") == (4 * q + stats, 2 * 64 * 6 * 256 * 257 * 64)
-    assert attention.cost("both")[0] == 12 * q + 2 * stats
-    assert Case("gelu", "iron", IRON, torch.float16).cost("both") == (5 * 4 * q, 0)
+    assert attention.cost("total")[0] == 12 * q + 2 * stats
+    assert Case("gelu", "iron", IRON, torch.float16).cost("total") == (5 * 4 * q, 0)
 
 
 def test_the_gate_is_at_a_size_that_float64_fits() -> None:

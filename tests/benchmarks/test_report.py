@@ -41,9 +41,9 @@ def table_of(text: str, head: str) -> list[list[str]]:
 def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[dict]:
     """Rows of attention in all modes; `providers`: seconds of both."""
     row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
-    row |= dict(gate=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
+    row |= dict(accuracy=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
     row |= dict(least_bytes=8e9, least_flops=16e12) | more
-    parts = dict(forward=0.25, backward=0.75, both=1.0)
+    parts = dict(forward=0.25, backward=0.75, total=1.0)
     return [
         row | dict(provider=name, mode=mode, seconds=seconds * part)
         for name, seconds in providers.items()
@@ -51,44 +51,46 @@ def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) ->
     ]
 
 
-ROOFS = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
+PEAK_RATES = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
 
 
 def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
-    text = tables.kernels({"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "roofs": ROOFS})
+    text = tables.kernels(
+        {"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "peak_rates": PEAK_RATES}
+    )
     head, _, ours, theirs = table_of(text, "provider | forward")
-    assert ours[head.index("both") + 2] == "2.00"  # times as fast as builtin
+    assert ours[head.index("total") + 2] == "2.00"  # times as fast as builtin
     head, _, ours, theirs = table_of(text, "provider | GB/s")
     found = dict(zip(head, ours, strict=True))
     assert [found[f"GB/s {mode}"] for mode in MODES] == ["32", "10.7", "8"]
     assert [found[f"TFLOP/s {mode}"] for mode in MODES] == ["64", "21.3", "16"]
     assert [found[f"copy {mode}"] for mode in MODES] == ["200.0%", "66.7%", "50.0%"]
-    assert [found[f"product {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
+    assert [found[f"matmul {mode}"] for mode in MODES] == ["100.0%", "33.3%", "25.0%"]
     assert [found[f"MiB {mode}"] for mode in MODES] == ["3", "3", "3"]
-    assert theirs[head.index("GB/s both")] == "4"
+    assert theirs[head.index("GB/s total")] == "4"
 
 
 def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
     rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
-    text = tables.kernels({"rows": rows, "roofs": ROOFS})
+    text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
     cells = table_of(text, "size")[2]
     assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
     assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
     without = [r | dict(peak_bytes=None) for r in rows if r["provider"] == "builtin"]
-    text = tables.kernels({"rows": without, "roofs": ROOFS})
+    text = tables.kernels({"rows": without, "peak_rates": PEAK_RATES})
     assert "MiB at the peak" not in text
     assert "fused: GB/s" not in text
 
 
 def test_what_follows_from_a_time() -> None:
     row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
-    roofs = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
-    d = roofline.derive(row, roofs)
+    peak_rates = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
+    d = roofline.derive(row, peak_rates)
     assert d["bytes_per_s"] == 50
     assert d["flops_per_s"] == 300
     assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
-    assert (d["floor_seconds"], d["share_of_roof"]) == (1.5, 0.75)
-    assert roofline.derive(dict(none_because="x", least_bytes=1), roofs) == {}
+    assert (d["lower_bound_seconds"], d["share_of_peak"]) == (1.5, 0.75)
+    assert roofline.derive(dict(skipped_reason="x", least_bytes=1), peak_rates) == {}
 
 
 def options(folder: Path, **more: object) -> argparse.Namespace:
@@ -126,15 +128,16 @@ def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
 
 
 def test_another_file_is_no_result(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="no result file"):
-        result_file.load(tmp_path / "a.json")
+    for text in ('{"rows": []}', '{"format": 1}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match="not a result file of format 2"):
+            result_file.load(tmp_path / "a.json")
 
 
 def file_of(seconds: float, iqr: float | None, name: str = "T4") -> dict:
     row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
     tests = {"environment": {"IRONGPT_EMULATE": "sm_75"}}  # says nothing of the device
-    return {"format": 1, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
+    return {"format": 2, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +169,8 @@ def test_memory_and_whole_trainings_are_compared() -> None:
         step = dict(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
         run = dict(run="fast, fused", dtype="float16", seconds=seconds, evaluated=[[500, 1, loss]])
         nano = dict(name="nano", seconds=seconds, validation_loss=loss)
-        parts = dict(train=[step], target=[run, dict(run="no", none_because="x")], nano=[nano])
-        return {"format": 1} | {name: {"rows": rows} for name, rows in parts.items()}
+        parts = dict(train=[step], target=[run, dict(run="no", skipped_reason="x")], nano=[nano])
+        return {"format": 2} | {name: {"rows": rows} for name, rows in parts.items()}
 
     text = diff.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
     assert "| -50% | 100.0 MiB | 50.0 MiB | train: fused, float16 |" in text
@@ -237,14 +240,14 @@ def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
 
 def test_a_time_beyond_the_rule_is_marked() -> None:
     def file(seconds: float, ok: bool) -> dict:
-        gate = dict(ok=ok, share=2.0)
-        rows = rows_of({"builtin": seconds}, "T", gate=gate, shape=dict(B=1, T=64))
-        section = dict(rows=rows, roofs=ROOFS, environment={})
-        return {"format": 1, "kernels": section}
+        accuracy = dict(ok=ok, share=2.0)
+        rows = rows_of({"builtin": seconds}, "T", accuracy=accuracy, shape=dict(B=1, T=64))
+        section = dict(rows=rows, peak_rates=PEAK_RATES, environment={})
+        return {"format": 2, "kernels": section}
 
     text = diff.text(file(1.0, True), file(2.0, False), "a", "b")
     assert text.count("builtin † |") == 3
-    assert "less exact" in text
+    assert "exceeds the tolerance" in text
     assert "†" not in diff.text(file(1.0, True), file(2.0, True), "a", "b")
     pictured = [plots.draw(file(1.0, ok))["sweep-T"] for ok in (True, False)]
     assert pictured[0] != pictured[1]

@@ -56,7 +56,7 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
     """Rows by variant. made: the options of each `Fake` by its name."""
     args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
     with result_file.Section("train", CPU, args) as section:
-        section.put(rows=[], roofs={"peak": {"float32": 1e12}})
+        section.put(rows=[], peak_rates={"peak": {"float32": 1e12}})
         run = steps.Steps(section, (MODEL, RECIPE), torch.float32, CPU, args)
         waiting = [(name, lambda s, o=options: Fake(**o)) for name, options in made.items()]
         run.measure(waiting, time.perf_counter() + seconds)
@@ -66,7 +66,7 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
 def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path) -> None:
     sizes = dict(a=1, b=1, c=1, huge=3, d=1)
     rows = measured(tmp_path, {name: dict(size=size) for name, size in sizes.items()})
-    assert rows.pop("huge")["none_because"] == "out of memory"
+    assert rows.pop("huge")["skipped_reason"] == "out of memory"
     assert {name: r["group"] for name, r in rows.items()} == dict(a=0, b=0, c=1, d=2)
     assert all(r["samples"] == 4 and r["kernels"] == 5 for r in rows.values())
 
@@ -75,14 +75,14 @@ def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path
     rows = measured(tmp_path, {"a": {}, "b": dict(fails=3)})
     assert rows["a"]["samples"] == 4
     assert rows["b"]["samples"] == 2
-    assert rows["b"]["stopped_because"] == "RuntimeError: it broke"
+    assert rows["b"]["stop_reason"] == "RuntimeError: it broke"
     assert rows["b"]["iqr"] is None  # two samples have none
 
 
 def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
     rows = measured(tmp_path, {"a": dict(seconds=0.5), "b": {}}, seconds=0.6)
     assert rows["a"]["samples"] < 4
-    assert "was over" in rows["b"]["none_because"]
+    assert "was over" in rows["b"]["skipped_reason"]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def section_of(**seconds: float) -> dict[str, Any]:
     rows = [{"variant": name.replace("_", " "), "seconds": s, **row} for name, s in seconds.items()]
     return {
         "preset": "iron", "model": vars(MODEL), "batch_size": 2, "rows": rows,
-        "roofs": {"peak": {"float16": 65e12}, "peak_from": {"float16": "data sheet"}},
-        "products": {"float16": dict(seconds=1.0, flops=1.0, computed_floor_seconds=2.0)},
+        "peak_rates": {"peak": {"float16": 65e12}, "peak_from": {"float16": "data sheet"}},
+        "matmuls": {"float16": dict(seconds=1.0, flops=1.0, lower_bound_seconds=2.0)},
     }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None
     assert "| fused | 8000.00 | ? | 1.25 builtin |" in text
     assert "65 TFLOP/s (data sheet)" in text
     assert "3.33 times as fast as PyTorch's fused functions (builtin)" in text
-    assert "1.50 times the computed floor" in text
+    assert "1.50 times the computed lower bound" in text
     pytest.importorskip("matplotlib")
     from benchmarks.report import plots
 
