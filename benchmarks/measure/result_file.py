@@ -1,8 +1,8 @@
 """Result files: benchmarks/results/<device>/<date>-<commit>.json, a section for each benchmark.
 
 A section holds its environment, so that a file can be filled by several commands, one after the
-other. It is written as soon as there is anything to write, whole or not at all. What is measured
-again goes to another file, -2, -3 and so on, unless one is named.
+other. Each write replaces the file atomically. A repeated measurement goes to another file, -2, -3
+and so on, unless --result names one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Values = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark takes."""
+    """Adds the options that all benchmarks share."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
     parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
@@ -125,10 +125,10 @@ def short(text: str) -> str:
 
 
 def derive(row: Values, peak_rates: Values) -> Values:
-    """What follows from a row's time: rates, and how far from the device's own peak rates.
+    """Computes rates from the time of a row, and their shares of the measured peak rates.
 
     share_of_peak: of the larger of least bytes over copy bandwidth and least FLOPs over the rate of
-    a large product. Empty where the row has no time or no cost.
+    a large matmul. Empty where the row has no time or no cost.
     """
     if row.get("seconds") is None or "least_bytes" not in row:
         return {}
