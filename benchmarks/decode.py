@@ -62,7 +62,7 @@ def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool)
 def measure(
     model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
 ) -> list[Row]:
-    """A row for each way to generate; one that fails has a `skipped_reason`. Runs interleave."""
+    """A row for each way to generate; a failed one has a `skipped_reason`. Interleaved."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {

@@ -79,8 +79,8 @@ def reason(e: Exception) -> str:
 class Timing:
     """samples: seconds per call. host: seconds that Python takes to issue one; None on a CPU.
 
-    no_graph_reason: the reason why there is no graph, on a GPU. group: providers with the same number
-    were measured together.
+    no_graph_reason: why there is no graph, on a GPU. group: providers with the same number were
+    measured together.
     """
 
     samples: list[float]

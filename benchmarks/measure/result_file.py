@@ -1,8 +1,8 @@
 """Result files: benchmarks/results/<device>/<date>-<commit>.json, a section for each benchmark.
 
 A section holds its environment, so that a file can be filled by several commands, one after the
-other. It is written as soon as there is anything to write, whole or not at all. What is measured
-again goes to another file, -2, -3 and so on, unless one is named.
+other. Each write replaces the file atomically. A repeated measurement goes to another file, -2, -3
+and so on, unless --result names one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Values = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark takes."""
+    """Adds the options that all benchmarks share."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
     parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report                   of the newest file in benchmarks/results
     python -m benchmarks.report FILE              -> FILE's folder/<name>/report.md
-    python -m benchmarks.report --compare A B     what is faster or slower in B, beyond the noise
+    python -m benchmarks.report --compare A B     what changed in B by more than the noise
 
 report.md shows the PNGs that are next to it. Every number is in the file or follows from numbers in
 it; a number that was computed and not measured is labelled as computed.
@@ -30,7 +30,7 @@ def markdown(values: Values, name: str, drawn: dict[str, bytes]) -> str:
 
 
 def write(file: Path, out: Path | None = None) -> Path:
-    """Draws the page of a result file into `out`; a folder beside it unless told otherwise."""
+    """Draws the page of a result file into `out`; by default a folder next to it."""
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ Values = dict[str, Any]
 Name = tuple[str, ...]
 Times = dict[Name, tuple[float, float | None]]
 
-LEAST = 0.03  # of the time: less is not told, however quiet the card
+LEAST = 0.03  # of the time: smaller changes are not reported
 LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
 
 # By section, what names a row: of times that were taken often enough to know their noise, ...
@@ -40,7 +40,7 @@ def named(values: Values, section: str, keys: Name) -> dict[Name, Values]:
 
 
 def rows(values: Values, section: str) -> Times:
-    """Seconds and their interquartile distance, None where nobody knows, by name."""
+    """Seconds and their interquartile distance, None if unknown, by name."""
     found: Times = {}
     for name, r in named(values, section, KEYS[section]).items():
         seconds = r.get("seconds", r.get("seconds_per_token"))
@@ -93,7 +93,7 @@ def changed(a: Values, b: Values) -> Iterator[tuple[str, Name, float, float]]:
 
 
 def less_exact(values: Values) -> set[tuple[str, Name]]:
-    """(section, name) of the times of what is beyond the numeric rule."""
+    """(section, name) of the times whose provider exceeds the tolerance."""
     return {
         (section, name)
         for section, keys in KEYS.items()

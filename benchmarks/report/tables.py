@@ -149,8 +149,8 @@ def _step(values: Values, preset: str) -> float | None:
         if (r["variant"], r["dtype"]) == ("fused as trained", "float16") and "seconds" in r:
             return float(r["seconds"])
     for r in values.get("target", {}).get("rows", []):
-        told = (r["preset"], r["ops"], r.get("dtype"))
-        if told == (preset, "fused", "float16") and r["steps"] > r["warm_steps"]:
+        key = (r["preset"], r["ops"], r.get("dtype"))
+        if key == (preset, "fused", "float16") and r["steps"] > r["warm_steps"]:
             return float(r["seconds"] / (r["steps"] - r["warm_steps"]))
     return None
 

@@ -4,7 +4,7 @@
     python -m benchmarks.training --nanogpt FOLDER   also times a checkout of nanoGPT
 
     eager, builtin, fused    the ops that `irongpt train --ops` offers
-    textbook                 builtin with naive attention: what a model costs without kernels
+    naive                    builtin with naive attention: what a model costs without kernels
     ... compiled             torch.compile of the model's loss in its default mode
     ... max-autotune         torch.compile in that mode, which uses CUDA graphs
     ... graph                the whole step as one CUDA graph
@@ -73,7 +73,7 @@ def variants(
         names += ["fused as trained", "builtin as trained"]
     names.append("builtin compiled")
     if gpu:
-        names += ["builtin compiled graph", "textbook compiled", "fused compiled"]
+        names += ["builtin compiled graph", "naive compiled", "fused compiled"]
         names += ["eager compiled", "fused compiled graph"]
     names += [f"{name} compiled" for name in theirs]
     if gpu:
@@ -110,7 +110,7 @@ def _matmuls(
     found["lower_bound_seconds"] = roofline.step_lower_bound(
         config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(found)
     )
-    section.put(products=section.values["matmuls"] | {devices.dtype_name(dtype): found})
+    section.put(matmuls=section.values["matmuls"] | {devices.dtype_name(dtype): found})
     print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Result files: what they hold, how their rows are told, and what two of them differ in."""
+"""Result files: what they hold, how their rows are printed, and what two of them differ in."""
 
 import argparse
 import math
