@@ -148,7 +148,7 @@ def compiled(function: Function) -> Function:
     return made
 
 
-def attention_textbook(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """q, k, v: (B, H, T, D). As nanoGPT and most tutorials write it."""
     T, D = q.shape[-2:]
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(D)
@@ -157,13 +157,13 @@ def attention_textbook(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return F.dropout(weights, p) @ v
 
 
-class Textbook:
+class Naive:
     """The ops of `builtin`, with attention written out: what a model costs without any kernel."""
 
     @staticmethod
     def causal_attention_packed(qkv: Tensor, *, dropout_p: float = 0.0, seed: Any = None) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return attention_textbook(q, k, v, dropout_p).transpose(1, 2).contiguous()
+        return naive_attention(q, k, v, dropout_p).transpose(1, 2).contiguous()
 
     softmax = staticmethod(builtin.softmax)
     layer_norm = staticmethod(builtin.layer_norm)
@@ -195,7 +195,7 @@ def _packed_like(case: Case, out: Tensor) -> Tensor:
 def _naive(case: Case) -> Function:
     if case.op in inplace_ops.OPS:
         return inplace_ops.naive(case.op, case.p)
-    return lambda x: _packed_like(case, attention_textbook(*_unpacked(x), p=case.p))
+    return lambda x: _packed_like(case, naive_attention(*_unpacked(x), p=case.p))
 
 
 def _sdpa(case: Case) -> Function:

@@ -32,7 +32,7 @@ from irongpt_kernels import builtin, eager
 
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
-from benchmarks.ops.providers import Textbook
+from benchmarks.ops.providers import Naive
 from benchmarks.training import matmuls
 from benchmarks.training.steps import Make, Steps
 from benchmarks.training.variants import Variant, nanogpt, trained
@@ -64,7 +64,7 @@ def variants(
 ) -> list[tuple[str, Make]]:
     """The variants to time in one dtype; those that compile for minutes come last."""
     gpu = device.type == "cuda"
-    modules = {"fused": None, "builtin": builtin, "naive": Textbook, "eager": eager}
+    modules = {"fused": None, "builtin": builtin, "naive": Naive, "eager": eager}
     theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
     names = ["fused"] if gpu or "fused" in (only or []) else []
     names += ["builtin", "naive", "eager", *theirs]

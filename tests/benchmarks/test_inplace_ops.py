@@ -94,7 +94,7 @@ def test_the_copies_are_the_weights_and_nothing_is_clipped() -> None:
         assert all(torch.equal(x[name], before[name]) for name in grads)
 
 
-def test_a_textbook_draw_is_of_the_likeliest() -> None:
+def test_a_naive_sample_is_of_the_likeliest() -> None:
     one = case("sample_tokens")
     best = one.inputs(CPU)["logits"].topk(TOP_K if one.shape.V > TOP_K else 3)
     x = one.inputs(CPU)

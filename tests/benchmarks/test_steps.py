@@ -89,7 +89,7 @@ def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
     ("variant", "builtin"),
     [
         ("eager", "builtin"), ("fused graph", "builtin graph"),
-        ("fused as trained", "builtin as trained"), ("textbook compiled", "builtin compiled"),
+        ("fused as trained", "builtin as trained"), ("naive compiled", "builtin compiled"),
         ("eager max-autotune", "builtin max-autotune"), ("nanoGPT", "builtin AdamW"),
         ("nanoGPT compiled", "builtin AdamW compiled"),
     ],
