@@ -38,14 +38,16 @@ def about(values: Values, name: str) -> str:
     ]
     every = [values[name].get("environment", {}) for name in SECTIONS if name in values]
     if any(one.get("interpreted") for one in every):
-        lines.append("> Triton's interpreter: the times of fused say nothing about any GPU.")
+        lines.append(
+            "> fused ran in Triton's interpreter: its times do not predict those of a GPU."
+        )
     elif e.get("device") == "cpu":
         lines.append(
-            "> No GPU: real times of a CPU, in which our Triton kernels have no part. What fits in "
-            "its caches stays there, so a share of the copy may pass 100 %."
+            "> These are CPU times, without our Triton kernels. Data that fits in the CPU's caches "
+            "stays there, so a share of the copy bandwidth may exceed 100 %."
         )
     if any(one.get("emulated") for one in every):
-        lines.append("> A T4's code on a newer GPU: these times are no T4's.")
+        lines.append("> A newer GPU ran the code of a T4: these times do not predict a T4's.")
     for section in SECTIONS:
         if why := values.get(section, {}).get("ended_by"):
             lines.append(f"> {section}: broke off before its end ({result_file.short(why)}).")

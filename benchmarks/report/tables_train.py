@@ -66,13 +66,13 @@ def train(section: Values) -> str:
             )
         if "lower_bound_seconds" in alone:
             text += (
-                f" Computed lower bound, with the least bytes of all else at the copy's bandwidth: "
+                f" Computed lower bound, with all other bytes moved at copy bandwidth: "
                 f"{alone['lower_bound_seconds'] * 1e3:.2f} ms."
             )
         text += (
-            f" MFU is of {peaks['peak'][dtype] / 1e12:.3g} TFLOP/s "
-            f"({peaks['peak_from'][dtype]}). Kernels, copies and fills run on the device in a "
-            "step; launches are the host's, where a CUDA graph is one."
+            f" MFU is relative to {peaks['peak'][dtype] / 1e12:.3g} TFLOP/s "
+            f"({peaks['peak_from'][dtype]}). The column kernels counts kernels, "
+            "copies and fills per step; launches counts the host's launches, a CUDA graph as one."
         )
         if section.get("nanogpt"):
             text += f" nanoGPT at {section['nanogpt']}."
@@ -122,7 +122,7 @@ def decode(section: Values) -> str:
             [*name, *rates, f"{r['seconds_per_token'] * 1e6:,.0f}", str(r.get("nodes", ""))]
         )
     text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
-    head = ["ops, way", "texts", "tokens/s", "after the first", "us a token", "nodes a token"]
+    head = ["ops, way", "sequences", "tokens/s", "after the first", "us/token", "nodes/token"]
     return text + "\n\n" + table(head, rows)
 
 
