@@ -80,7 +80,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
         timeout=480,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("shown:") == 2
+    assert done.stdout.count("shown:") > 4  # the page, its pictures, the loss
     for stage in ("doctor", "tests", "compare", "kernels", "train", "decode", "runs"):
         assert re.search(rf"^{stage} +ok ", done.stdout, re.MULTILINE), done.stdout[-2000:]
     assert "finished at step 8" in done.stdout
