@@ -91,7 +91,7 @@ def build_parser() -> Parser:
 
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
-    dtypes = "can be given several times [all that the device supports]"
+    dtypes = "dtype to check, repeatable [all of the device]"
     compare.add_argument("--dtype", action="append", choices=DTYPES, help=dtypes)
     compare.add_argument("--ops", choices=OPS[1:], help="ops to check [fused]")
     compare.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
@@ -142,7 +142,7 @@ def _generate_flags(generate: Parser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)
     for f in fields(SampleConfig):
         _config_flag(generate, f, [f.default])
-    help = "the one with the lowest validation loss, or the newest [best]"
+    help = "best: the lowest validation loss; last: the newest [best]"
     generate.add_argument("--checkpoint", choices=("best", "last"), help=help)
     for f in fields(TrainConfig):
         if f.name in ("ops", "device"):

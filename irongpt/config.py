@@ -98,11 +98,13 @@ class TrainConfig:
     )
     weight_decay: float = option("recipe", "weight decay of matrices; norms and biases have none")
     eval_every: int = option("run", "steps between evaluations, each with a sample and checkpoint")
-    optimizer: str = option("recipe", "muon: Muon in the blocks, else AdamW", "adamw", OPTIMIZERS)
+    optimizer: str = option(
+        "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
+    )
     grad_accum: int = option("recipe", "forward passes per step, whose gradients are added", 1)
     target_loss: float | None = option("run", "stop at a validation loss this low", None)
     seed: int = option("run", "seed of the weights, batches, dropout and samples", 1337)
-    ops: str = option("machine", "PyTorch's plain or fused ops, or our kernels", "builtin", OPS)
+    ops: str = option("machine", "plain or built-in PyTorch, or our kernels", "builtin", OPS)
     device: str = option("machine", "cpu, cuda or cuda:N; auto is a GPU if there is one", "auto")
     dtype: str = option(
         "machine",

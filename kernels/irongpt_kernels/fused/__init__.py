@@ -1,4 +1,4 @@
-"""Every op as a Triton kernel, with the contract of `eager` and its dropout masks.
+"""Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
 Each module contains the kernels of one op and documents its formulas, memory traffic and limits.
 Importing this package imports Triton.

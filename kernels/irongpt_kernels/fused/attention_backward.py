@@ -196,7 +196,7 @@ def causal_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
     dropout_p: float, scale: float, with_kv: bool,
 ) -> Tensor:  # fmt: skip
-    """Returns the packed gradient, (B, T, 3, H, D). Only `with_kv` computes dK and dV.
+    """Returns the packed gradient, (B, T, 3, H, D). dK and dV are computed only if `with_kv`.
 
     dout, out: (B, T, H, D). q, k, v: (B, H, T, D). stats: (2, B, H, T).
     """
