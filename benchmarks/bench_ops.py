@@ -1,6 +1,6 @@
 """Every op by every provider as benchmarks of pytest-benchmark: `make bench`.
 
-The samples are those of `kernels.measure_case`, by CUDA events and with the providers in turns.
+The samples are those of `benchmarks.ops.__main__.measure_case`: CUDA events, providers interleaved.
 pytest-benchmark times a function by a clock, and here the clock is one that each sample moves on:
 its tables, its comparisons and its JSON then hold the device's seconds, not Python's.
 """

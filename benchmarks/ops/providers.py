@@ -3,7 +3,7 @@
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
                      masks by integer arithmetic, which nobody would train with: see naive
     naive            attention as it is written without a fused function, by F.dropout; of the ops
-                     of one token, what one would write: see `updates`
+                     of one token, what one would write: see `inplace_ops`
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
@@ -13,7 +13,7 @@
     liger, flash-attn    those packages, where they are installed
 
 A provider takes the inputs and returns the output or outputs; in 16 bits under autocast, but for
-the ops of `updates`.
+the ops of `inplace_ops`.
 """
 
 import contextlib

@@ -31,7 +31,9 @@ def about(values: Values, name: str) -> str:
     """What it was measured on, and whether the card was held back."""
     e = environment(values)
     software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
-    card = f", driver {e['driver']}, CUDA {e['cuda']}" if e.get("driver") else ""
+    card = "".join(
+        f", {k} {e[key]}" for k, key in (("driver", "driver"), ("CUDA", "cuda")) if e.get(key)
+    )
     lines = [
         f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
         f"{e.get('cpu')}, {e.get('threads')} threads."

@@ -3,8 +3,9 @@
     PYTHONPATH=.:kernels python -m benchmarks.suite              all stages, in ten minutes at most
     PYTHONPATH=.:kernels python -m benchmarks.suite --only compare kernels
 
-It needs torch, triton, pytest and numpy, and no network: without it the runs read Python's manual,
-or what --data names. Each stage is a process of its own, has its part of the time that is left, and
+It needs torch, triton, pytest and numpy; with nvidia-ml-py the results also have the GPU's clocks,
+power and temperature. It needs no network: without it the runs read Python's manual, or what --data
+names. Each stage is a process of its own, has its part of the time that is left, and
 writes what it has as soon as it has it; the next one starts whatever became of it. Without a GPU
 the same stages run in a small size.
 
@@ -49,6 +50,7 @@ TESTS = (
         "test_gelu.py",
         "test_layer_norm.py",
         "test_muon.py",
+        "test_op_contract.py",
         "test_decode_attention.py",
         "test_decode_linear.py",
         "test_decode_tokens.py",

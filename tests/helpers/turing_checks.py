@@ -2,7 +2,7 @@
 What `turing` promises, checked by compiling. For test_turing.py, in a process of its own, where
 Triton compiles and does not interpret.
 
-    python tests/turing_checks.py       prints JSON: by check, "" or what went wrong
+    python tests/helpers/turing_checks.py       prints JSON: by check, "" or what went wrong
 """
 
 import contextlib

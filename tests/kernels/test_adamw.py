@@ -1,4 +1,4 @@
-"""The optimizer's ops, unscale and adamw: each implementation against eager in float64."""
+"""The optimizer's ops, grad_norm and adamw: each implementation against eager in float64."""
 
 import contextlib
 import importlib

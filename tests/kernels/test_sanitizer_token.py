@@ -19,7 +19,7 @@ from test_sanitizer import F16, F32, _far_apart, of_no_values
 TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in DECODING},
     "norm_linear with GELU": ("norm_linear", dict(gelu=True)),
-    "draw_tokens of a few": ("sample_tokens", dict(top_k=5, top_p=0.7)),
+    "sample_tokens of a few": ("sample_tokens", dict(top_k=5, top_p=0.7)),
 }
 each_token = pytest.mark.parametrize("case", TOKENS)
 
