@@ -1,229 +1,266 @@
-"""Everything that a GPU is asked for in one go: `make gpu`, or without any installation
+"""The full GPU suite: every test, comparison and benchmark of a GPU in one command.
 
-    PYTHONPATH=.:kernels python -m benchmarks.suite              all stages, in ten minutes at most
+    PYTHONPATH=.:kernels python -m benchmarks.suite              run all stages, in ten minutes
     PYTHONPATH=.:kernels python -m benchmarks.suite --only compare kernels
 
-It needs torch, triton, pytest and numpy; with nvidia-ml-py the results also have the GPU's clocks,
-power and temperature. It needs no network: without it the runs read Python's manual, or what --data
-names. Each stage is a process of its own, has its part of the time that is left, and
-writes what it has as soon as it has it; the next one starts whatever became of it. Without a GPU
-the same stages run in a small size.
+It needs torch, triton, pytest and numpy, and no installation (`make gpu` runs it too); with
+nvidia-ml-py the results also have the GPU's clocks, power and temperature. Without a network, the
+runs train on Python's manual, or on the text that --data names. Each stage is a subprocess with a
+share of the remaining time, and saves its results as it goes; the next stage starts even if it
+fails. Without a GPU, the stages run in small sizes.
 
-    doctor      what this machine will run
-    tests       the kernels' tests on this GPU, several files at a time
-    emulated    the same as on a T4: IRONGPT_EMULATE=sm_75
-    compare     kernels against eager
-    kernels     every op by every provider at the iron model's shape
-    train       milliseconds a training step
-    decode      tokens a second of writing
-    runs        300 steps of training for each of the ops
-    report      the page with all of it, if matplotlib is installed
+    doctor      reports what this machine will run
+    tests       runs the kernel tests on this GPU, several files at a time
+    emulated    runs the same tests with the code for a T4: IRONGPT_EMULATE=sm_75
+    compare     compares the kernels with eager PyTorch and float64
+    kernels     times every op by every provider at the iron model's shape
+    train       times training steps
+    decode      times generation in tokens/s
+    runs        trains for 300 steps with each of the ops
+    report      draws the page of all results, if matplotlib is installed
 
-Exit code 1 if a stage failed or ran out of its time.
+The exit code is 1 if a stage failed or exceeded its time limit.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from irongpt_kernels.runtime import emulate
 
 from benchmarks.measure import result_file
-from benchmarks.suite import summary
-from benchmarks.suite.process import Done, run, run_many
 from irongpt import device as devices
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = (
-    *("test_attention*.py", "test_builtin.py", "test_cross_entropy.py", "test_dropout*.py"),
-    *(
-        "test_adamw.py",
-        "test_fused.py",
-        "test_gelu.py",
-        "test_layer_norm.py",
-        "test_muon.py",
-        "test_op_contract.py",
-        "test_decode_attention.py",
-        "test_decode_linear.py",
-        "test_decode_tokens.py",
-        "test_decode.py",
-        "test_philox.py",
-        "test_softmax.py",
-        "test_compile.py",
-    ),
-    *("test_turing*.py", "test_cuda_graph.py", "test_gpu.py"),
-    *("test_cuda_graph_timing.py", "test_steps.py"),
+PROCESSES = 8  # the most test files that run at a time
+LEAST = 30.0  # seconds, the shortest limit of a stage
+GRACE = 8.0  # seconds from the interrupt of a late stage to its kill
+COUNTS = ("passed", "failed", "error", "skipped")  # in pytest's last line
+SHARES = dict(  # of the time
+    doctor=4, tests=20, emulated=20, compare=10, kernels=17, train=18, decode=4, runs=7, report=4
 )
-SMOKE_TESTS = ("test_checks.py",)  # make test has all of them on a CPU
-PROCESSES = 8  # of tests at a time, at most
-LEAST = 30.0  # seconds for a stage
-SHARES = {  # of the time
-    "doctor": 4,
-    "tests": 20,
-    "emulated": 20,
-    "compare": 10,
-    "kernels": 17,
-    "train": 18,
-    "decode": 4,
-    "runs": 7,
-    "report": 4,
+COMMANDS = {  # of a stage, and its additional options without a GPU
+    "doctor": ("irongpt doctor", ""),
+    "compare": ("irongpt compare", "--ops builtin"),
+    "kernels": ("benchmarks.ops --quick", "--rounds 2 --providers eager builtin"),
+    "train": ("benchmarks.training", "--steps 1 --turns 2 --variants builtin eager"),
+    "decode": ("benchmarks.decode", "--ops builtin --tokens 24"),
+    "runs": ("benchmarks.train_runs", "--iters 5 --ops builtin"),
+    "report": ("benchmarks.report", ""),
 }
-Values = dict[str, Any]
 
 
-class Gpu:
-    """The stages on one device, with one result file. Each returns what became of it."""
+@dataclass
+class Done:
+    """How a stage ended. status: ok, failed, timed out or skipped; says: its summary in a line."""
+
+    status: str
+    seconds: float = 0.0
+    says: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+def test_files(gpu: bool) -> list[Path]:
+    """All kernel tests and every other file with a test marked `gpu`; without a GPU, one file."""
+    if not gpu:
+        return [ROOT / "tests" / "kernels" / "test_checks.py"]  # make test runs all of them
+    return [
+        file
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if file.parent.name in ("kernels", "aot") or "pytest.mark.gpu" in file.read_text("utf-8")
+    ]
+
+
+def run(
+    command: Sequence[object], env: dict[str, str], limit: float, log: Path, show: bool = True
+) -> Done:
+    """Runs a Python module: interrupts it after `limit` seconds, and kills it GRACE later.
+
+    Its output goes to the end of `log` and, with `show`, to the terminal. The summary is the last
+    line that does not only name the result file.
+    """
+    start, late, ended = time.perf_counter(), threading.Event(), threading.Event()
+    words = [sys.executable, "-m", *map(str, command)]
+    child = subprocess.Popen(
+        words, cwd=ROOT, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,  # a process group, so that its subprocesses end with it
+    )  # fmt: skip
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+    def stop() -> None:
+        late.set()
+        send(signal.SIGINT)  # benchmarks save their results, pytest prints its counts
+        ended.wait(GRACE)
+        send(signal.SIGKILL)
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    lines: list[str] = []
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.append(line.rstrip("\n"))
+            if show:
+                print(line, end="", flush=True)
+        child.wait()
+    finally:
+        timer.cancel()
+        ended.set()
+        send(signal.SIGKILL)
+        child.wait()
+        with open(log, "a", encoding="utf-8") as f:
+            f.write("\n".join([f"$ {' '.join(words)}", *lines, "", ""]))
+    status = {0: "ok", 5: "skipped"}.get(child.returncode, "failed")  # 5: pytest ran no test
+    texts = (" ".join(line.split()) for line in reversed(lines))
+    last = next((x for x in texts if x and not x.startswith("written to ")), "")
+    seconds = time.perf_counter() - start
+    return Done("timed out" if late.is_set() else status, seconds, last[:200], lines)
+
+
+class Suite:
+    """The stages on one device, with one result file and one log."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = devices.pick(args.device)
         self.gpu = self.device.type == "cuda"
-        self.file: Path = args.result or result_file.path(args.out, self.device, args.commit, "gpu")
-        if not args.result:
-            self.file = result_file.fresh(self.file, *(args.only or SHARES))
-        self.file = self.file.resolve()
+        file = args.result or result_file.fresh(
+            result_file.path(args.out, self.device, args.commit, "gpu"), *(args.only or SHARES)
+        )
+        self.file: Path = file.resolve()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.data: str | None = args.data  # stages run in another folder
-        if self.data and Path(self.data).exists():
-            self.data = str(Path(self.data).resolve())
         self.log = self.file.with_suffix(".log")
+        self.data: list[object] = []
+        if args.data:  # a path, which stages read from the root folder, or the name of a text
+            path = Path(args.data).resolve()
+            self.data = ["--data", path if path.exists() else args.data]
         self.options = ["--device", str(self.device), "--result", str(self.file)]
         self.options += ["--commit", args.commit] if args.commit else []
-        self.env = dict(os.environ)
-        here = [str(ROOT), str(ROOT / "kernels"), self.env.get("PYTHONPATH", "")]
-        self.env["PYTHONPATH"] = os.pathsep.join(p for p in here if p)
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        self.env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         self.env["PYTHONUNBUFFERED"] = "1"
-        self.env.pop("TRITON_INTERPRET", None)  # a time of the interpreter tells nothing
+        self.env.pop("TRITON_INTERPRET", None)  # times of the interpreter mean nothing
 
-    def python(self, *command: object, limit: float, env: dict[str, str] | None = None) -> Done:
-        words = [sys.executable, "-m", *map(str, command)]
-        return run(words, self.env | (env or {}), limit, self.log, ROOT)
+    def stage(self, name: str, limit: float) -> Done:
+        if name in ("tests", "emulated"):
+            return self.tests(name, limit)
+        plots = importlib.util.find_spec("matplotlib") is not None
+        if name == "report" and not plots:
+            return Done("skipped", says="matplotlib is not installed: draw it from the file")
+        command, on_cpu = COMMANDS[name]
+        words: list[object] = [*command.split(), *("" if self.gpu else on_cpu).split()]
+        if name in ("doctor", "compare"):
+            if name == "compare" and plots:
+                words += ["--plot", self.file.with_name(f"{self.file.stem}-compare.png")]
+            return self.with_json(name, limit, *words)
+        words += [self.file] if name == "report" else self.options
+        if name == "train":
+            words += ["--budget", 0.85 * limit]
+        if name == "runs":
+            words += ["--limit", limit / 3, *self.data]
+        return run(words, self.env, limit, self.log)
 
-    def benchmark(self, name: str, limit: float, *options: object) -> Done:
-        return self.python(f"benchmarks.{name}", *self.options, *options, limit=limit)
-
-    def doctor(self, limit: float) -> Done:
-        return self._with_json("doctor", limit, "irongpt", "doctor")
-
-    def compare(self, limit: float) -> Done:
-        command: list[object] = ["irongpt", "compare"]
-        if not self.gpu:  # a minute and more in the interpreter
-            command += ["--ops", "builtin"]
-        if importlib.util.find_spec("matplotlib"):
-            picture = self.file.with_name(f"{self.file.stem}-compare.png")
-            command += ["--plot", picture]
-        else:
-            print("matplotlib is not installed: no picture")
-        return self._with_json("compare", limit, *command)
-
-    def _with_json(self, section: str, limit: float, *command: object) -> Done:
-        """A command of irongpt whose JSON becomes a section. Its exit code 1 is a finding."""
+    def with_json(self, name: str, limit: float, *words: object) -> Done:
+        """Runs a command of irongpt, and saves the JSON that it writes as a section."""
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "found.json"
-            done = self.python(*command, "--device", self.device, "--json", file, limit=limit)
+            file = Path(folder) / "values.json"
+            command = [*words, "--device", self.device, "--json", file]
+            done = run(command, self.env, limit, self.log)
             if file.exists():
-                result_file.save(self.file, section, json.loads(file.read_bytes()))
+                values = json.loads(file.read_bytes())
+                result_file.save(self.file, name, values)
+                if name == "doctor":  # its last line is the end of an advice
+                    done.says = "; ".join(values["problems"])[:150] or "no problems"
         return done
 
-    def tests(self, limit: float) -> Done:
-        return self._pytest("tests", limit, {})
+    def tests(self, name: str, limit: float) -> Done:
+        """Runs the test files, each in a pytest of its own, in as many processes as fit."""
+        env = {emulate.VARIABLE: f"sm_{emulate.ARCH}"} if name == "emulated" else {}
+        if env and not self.gpu:
+            return Done("skipped", says="emulation of a T4 needs a GPU")
+        if env and emulate.capability(self.device) == (7, 5):
+            return Done("skipped", says="this GPU has compute capability 7.5 itself")
+        start, lock = time.perf_counter(), threading.Lock()
+        found: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
+        total: Counter[str] = Counter()
 
-    def emulated(self, limit: float) -> Done:
-        if not self.gpu:
-            return Done("skipped", 0.0, "it takes a GPU to emulate another")
-        if emulate.capability(self.device) == (7, 5):
-            return Done("skipped", 0.0, "this GPU is of sm_75 itself")
-        return self._pytest("emulated", limit, {emulate.VARIABLE: f"sm_{emulate.ARCH}"})
+        def one(file: Path) -> str:
+            left = limit - GRACE - (time.perf_counter() - start)
+            done = Done("timed out", says="no time was left")
+            if left > 1:
+                words = ["pytest", "-rfE", "--tb=short", "-p", "no:cacheprovider", file]
+                done = run(words, self.env | env, left, self.log, show=False)
+            counts = {w: int(n) for n, w in re.findall(rf"(\d+) ({'|'.join(COUNTS)})", done.says)}
+            bad = [line[:200] for line in done.lines if line.startswith(("FAILED", "ERROR"))]
+            with lock:
+                total.update(counts)
+                row = counts | {"status": done.status, "seconds": round(done.seconds, 1)}
+                found["files"][file.name] = row
+                found["failures"] += bad
+                result_file.save(self.file, name, found)
+                print(f"{file.name:36} {done.status:9} {done.says}", flush=True)
+            return done.status
 
-    def _pytest(self, section: str, limit: float, env: dict[str, str]) -> Done:
-        patterns = TESTS if self.gpu else SMOKE_TESTS
-        files = sorted({f for pattern in patterns for f in (ROOT / "tests").rglob(pattern)})
         at_once = min(PROCESSES, max(1, (os.cpu_count() or 2) // 2)) if self.gpu else 1
-        words = [sys.executable, "-m", "pytest", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        commands = {f.name: [*words, str(f)] for f in files}
-        found: Values = {"files": {}, "environment": env}
-
-        def finished(name: str, done: Done) -> None:
-            found["files"][name] = {**summary.pytest_counts(done.lines), "status": done.status}
-            found["files"][name]["seconds"] = round(done.seconds, 1)
-            found["failures"] = found.get("failures", []) + [
-                line[:200] for line in done.lines if line.startswith(("FAILED", "ERROR"))
-            ]
-            result_file.save(self.file, section, found)
-            print(f"{name:36} {done.status:9} {summary.counts_line(found['files'][name])}")
-
-        done = run_many(commands, self.env | env, limit, self.log, ROOT, at_once, finished)
-        return Done(done.status, done.seconds, summary.tests(found))
-
-    def kernels(self, limit: float) -> Done:
-        small = ["--rounds", 3, "--providers", "eager", "naive", "builtin", "math"]
-        size = [] if self.gpu else small  # compiling is in make bench
-        return self.benchmark("ops", limit, "--quick", *size)
-
-    def train(self, limit: float) -> Done:
-        size = [] if self.gpu else ["--turns", 3, "--variants", "builtin", "naive", "eager"]
-        return self.benchmark("training", limit, "--budget", 0.85 * limit, *size)
-
-    def decode(self, limit: float) -> Done:
-        return self.benchmark("decode", limit)
-
-    def runs(self, limit: float) -> Done:
-        size = [] if self.gpu else ["--iters", 10, "--ops", "builtin", "eager"]
-        size += ["--data", self.data] if self.data else []
-        return self.benchmark("train_runs", limit, "--limit", limit / 3, *size)
-
-    def report(self, limit: float) -> Done:
-        if not importlib.util.find_spec("matplotlib"):
-            return Done("skipped", 0.0, "matplotlib is not installed; draw it from the file")
-        return self.python("benchmarks.report", self.file, limit=limit)
-
-
-def _says(name: str, known: Values) -> str:
-    """A line of what a stage has measured; none of a section that it has left half-written."""
-    try:
-        return summary.stage(name, known)
-    except (KeyError, TypeError, IndexError):
-        return ""
+        with ThreadPoolExecutor(at_once) as pool:
+            statuses = list(pool.map(one, test_files(self.gpu)))
+        says = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
+        late = [f for f, row in found["files"].items() if row["status"] == "timed out"]
+        says += f"; timed out: {', '.join(late)}" if late else ""
+        worst = next((s for s in ("failed", "timed out") if s in statuses), "ok")
+        return Done(worst, time.perf_counter() - start, says)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="all that a GPU is asked for")
+    parser = argparse.ArgumentParser(description="run every test and benchmark of a GPU")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all stages [9.5]")
-    parser.add_argument("--data", help="of the runs [War and Peace if it can be had]")
+    parser.add_argument("--data", help="text of the runs [War and Peace, if it can be downloaded]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    # A shell starts what is in the background deaf to interrupts; the stages have to hear theirs.
+    # A shell lets its background jobs ignore interrupts; the stages must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gpu = Gpu(args)
+    suite = Suite(args)
     stages = [name for name in SHARES if args.only is None or name in args.only]
     end = time.perf_counter() + 60 * args.minutes
-    print(f"on {devices.describe(gpu.device)}; results go to {gpu.file}", flush=True)
-    table: Values = {}
+    print(f"on {devices.describe(suite.device)}; results go to {suite.file}", flush=True)
+    table: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(stages):
-        left = end - time.perf_counter()
-        limit = max(LEAST, left * SHARES[name] / sum(SHARES[later] for later in stages[i:]))
-        print(f"\n== {name}, {limit:.0f} s at most", flush=True)
-        stage: Callable[[float], Done] = getattr(gpu, name)
+        left = end - time.perf_counter() - GRACE
+        share = left * SHARES[name] / sum(SHARES[later] for later in stages[i:])
+        limit = min(left, max(LEAST, share))
+        print(f"\n== {name}, {max(0, limit):.0f} s at most", flush=True)
+        done = Done("timed out", says="no time was left")
         try:
-            done = stage(limit)
-        except Exception as e:  # the next stage runs whatever happens
-            done = Done("failed", 0.0, f"{type(e).__name__}: {e}"[:200])
-        known = result_file.load(gpu.file) if gpu.file.exists() else {}
-        says = _says(name, known) or done.says
-        table[name] = {"status": done.status, "seconds": round(done.seconds, 1), "says": says}
-        result_file.save(gpu.file, "stages", known.get("stages", {}) | table)
+            if limit > 1:
+                done = suite.stage(name, limit)
+        except Exception as e:  # the next stage runs in any case
+            done = Done("failed", says=f"{type(e).__name__}: {e}"[:200])
+        table[name] = dict(status=done.status, seconds=round(done.seconds, 1), says=done.says)
+        known = result_file.load(suite.file) if suite.file.exists() else {}
+        result_file.save(suite.file, "stages", known.get("stages", {}) | table)
     print(f"\n{'stage':9} {'':9} {'seconds':>7}")
     for name, row in table.items():
         print(f"{name:9} {row['status']:9} {row['seconds']:7.1f}  {row['says']}")
-    print(f"results: {gpu.file}\noutput:  {gpu.log}")
+    print(f"results: {suite.file}\noutput:  {suite.log}")
     return 0 if all(row["status"] in ("ok", "skipped") for row in table.values()) else 1
 
 

@@ -12,7 +12,6 @@ import torch
 from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.report import tables_train
-from benchmarks.suite import summary
 from benchmarks.training import __main__ as train
 from benchmarks.training import matmuls, steps, variants
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
@@ -124,9 +123,6 @@ def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None
     from benchmarks.report import plots
 
     assert plots.draw({"train": section})["step"].startswith(b"\x89PNG")
-    assert summary.stage("train", {"train": section}).endswith(
-        "eager 2e+04 ms"
-    )  # the slowest variant
 
 
 @pytest.mark.gpu

@@ -1,73 +1,126 @@
-"""`make gpu`: stages as processes, their limits, and what is told of them."""
+"""`make gpu` runs each stage as a subprocess with a time limit, and summarizes all of them."""
 
 import os
 import re
-import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.measure import result_file
-from benchmarks.suite import __main__ as gpu
-from benchmarks.suite import process, summary
+from benchmarks.suite import __main__ as suite
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = {
+    "hello": "print('hello   world'); print('written to x'); print()",
+    "fails": "print('a reason'); raise SystemExit(1)",
+    "no tests": "raise SystemExit(5)",
+    "slow": "import time; print('begun', flush=True); time.sleep(60)",
+    "deaf": (
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print('begun', flush=True); time.sleep(60)"
+    ),
+}
+
+
+@pytest.fixture
+def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment in which `python -m child` runs a piece of CODE."""
+    code = f"import sys\nexec({CODE!r}[sys.argv[1]])\n"
+    (tmp_path / "child.py").write_text(code)
+    monkeypatch.setattr(suite, "GRACE", 1.0)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "says"),
+    [
+        ("hello", "ok", "hello world"),
+        ("fails", "failed", "a reason"),
+        ("no tests", "skipped", ""),
+        ("slow", "timed out", "KeyboardInterrupt"),
+        ("deaf", "timed out", "begun"),
+    ],
+)
+def test_a_subprocess_ends_in_time(
+    code: str, status: str, says: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Even one that ignores interrupts and has a subprocess which keeps the output open."""
+    limit = 2.0 if status == "timed out" else 60.0
+    done = suite.run(["child", code], env, limit, tmp_path / "log")
+    assert (done.status, done.says) == (status, says)
+    assert done.seconds < 20
+    assert done.lines == (tmp_path / "log").read_text().split("\n")[1:-2]
 
 
 def arguments(tmp_path: Path, *stages: str) -> list[str]:
     return ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--only", *stages]
 
 
-def test_a_stage_survives_the_failure_of_another(
+def test_a_failed_stage_does_not_stop_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def python(self: gpu.Gpu, *command: object, limit: float) -> process.Done:
-        words = [sys.executable, "-c", "print('hello')"]
-        return process.run(words, self.env, limit, self.log, tmp_path)
+    def stage(self: suite.Suite, name: str, limit: float) -> suite.Done:
+        if name == "train":
+            result_file.save(self.file, "train", {"state": {}, "ended_by": "KeyboardInterrupt: "})
+            raise RuntimeError("no such thing")
+        return suite.Done("ok", 1.0, "hello")
 
-    def broken(self: gpu.Gpu, limit: float) -> process.Done:
-        result_file.save(self.file, "train", {"state": {}, "ended_by": "KeyboardInterrupt: "})
-        raise RuntimeError("no such thing")
-
-    monkeypatch.setattr(gpu.Gpu, "python", python)
-    monkeypatch.setattr(gpu.Gpu, "train", broken)
-    assert gpu.main(arguments(tmp_path, "train", "decode")) == 1
+    monkeypatch.setattr(suite.Suite, "stage", stage)
+    assert suite.main(arguments(tmp_path, "train", "decode")) == 1
     (file,) = tmp_path.glob("*/*.json")
-    stages = result_file.load(file)["stages"]
-    assert stages["train"]["status"] == "failed"
-    assert "no such thing" in stages["train"]["says"]
-    assert stages["decode"] == {**stages["decode"], "status": "ok", "says": "hello"}
-    assert re.search(r"decode +ok .*hello", capsys.readouterr().out)
-    assert "hello" in file.with_suffix(".log").read_text()
-
-
-def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    done = process.run(words, dict(os.environ), 1.5, tmp_path / "log", tmp_path)
-    assert done.status == "timed out"
-    assert done.seconds < 20
-    assert "begun" in done.lines
-
-
-def test_several_at_a_time(tmp_path: Path) -> None:
-    commands = {
-        str(i): [sys.executable, "-c", f"print({i}); raise SystemExit({i})"] for i in (0, 1)
+    assert result_file.load(file)["stages"] == {
+        "train": dict(status="failed", seconds=0.0, says="RuntimeError: no such thing"),
+        "decode": dict(status="ok", seconds=1.0, says="hello"),
     }
-    found: dict[str, str] = {}
-    done = process.run_many(
-        commands, dict(os.environ), 60, tmp_path / "log", tmp_path, 2,
-        lambda name, done: found.__setitem__(name, done.status),
-    )  # fmt: skip
-    assert found == {"0": "ok", "1": "failed"}
-    assert done.status == "failed"
+    assert re.search(r"decode +ok +1.0  hello", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("line", "counts"),
-    [
-        ("3 failed, 12 passed, 1 skipped in 4.20s", dict(failed=3, passed=12, skipped=1)),
-        ("28 passed in 62.10s (0:01:02)", dict(passed=28)),
-        ("1 passed, 2 errors in 0.50s", dict(passed=1, error=2)),
-        ("no tests ran", {}),
-    ],
-)
-def test_counts_of_pytest(line: str, counts: dict[str, int]) -> None:
-    assert summary.pytest_counts(["tests/x.py ....", line, ""]) == counts
+def test_no_stage_starts_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def stage(self: suite.Suite, name: str, limit: float) -> suite.Done:
+        limits.append(limit)
+        time.sleep(0.6)
+        return suite.Done("ok")
+
+    monkeypatch.setattr(suite.Suite, "stage", stage)
+    monkeypatch.setattr(suite, "GRACE", 0.0)
+    assert suite.main([*arguments(tmp_path, "kernels", "decode"), "--minutes", "0.025"]) == 1
+    assert limits == [pytest.approx(1.5, abs=0.1)]  # of 1.5 s, 0.9 are left: less than a second
+
+
+def test_the_counts_of_test_files_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        "test_a.py": ("failed", ["FAILED x - y", "3 failed, 12 passed, 1 skipped in 4.20s"]),
+        "test_b.py": ("ok", ["28 passed, 2 xfailed in 62.10s (0:01:02)"]),
+        "test_c.py": ("failed", ["ERROR z", "1 passed, 2 errors in 0.50s"]),
+        "test_d.py": ("timed out", ["..."]),
+    }
+
+    def run(words: list[object], *_: object, show: bool) -> suite.Done:
+        status, out = lines[Path(str(words[-1])).name]
+        return suite.Done(status, 1.0, out[-1], out)
+
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(suite, "test_files", lambda gpu: [Path(name) for name in lines])
+    suite.main(arguments(tmp_path, "tests", "emulated"))
+    (file,) = tmp_path.glob("*/*.json")
+    found = result_file.load(file)
+    says = "41 passed, 3 failed, 2 error, 1 skipped; timed out: test_d.py"
+    assert found["stages"]["tests"] == dict(status="failed", seconds=0.0, says=says)
+    assert found["stages"]["emulated"]["status"] == "skipped"
+    assert found["tests"]["failures"] == ["FAILED x - y", "ERROR z"]
+    assert found["tests"]["files"]["test_b.py"] == dict(passed=28, status="ok", seconds=1.0)
+
+
+def test_a_gpu_runs_every_test_of_the_kernels() -> None:
+    names = {str(file.relative_to(ROOT / "tests")) for file in suite.test_files(gpu=True)}
+    folders = [ROOT / "tests" / "kernels", ROOT / "tests" / "aot"]
+    wanted = {str(f.relative_to(ROOT / "tests")) for d in folders for f in d.glob("test_*.py")}
+    assert wanted | {"test_gpu.py", "generation/test_decode.py", "cli/test_tune.py"} <= names
+    assert "training/test_loop.py" not in names
+    assert len(suite.test_files(gpu=False)) == 1
