@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Session:
-    """Measures a case when the first of its rows is asked for, all providers in turns."""
+    """Measures a case when the first of its rows is asked for, all providers interleaved."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.device = devices.pick(config.getoption("device"))

@@ -1,7 +1,7 @@
 """Who computes an op: ours, PyTorch's, and what else is installed.
 
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
-                     masks by integer arithmetic, which nobody would train with: see naive
+                     masks by integer arithmetic, too slow to train with: see naive
     naive            attention as it is written without a fused function, by F.dropout; of the ops
                      of one token, what one would write: see `inplace_ops`
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks

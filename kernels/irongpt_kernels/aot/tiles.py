@@ -38,7 +38,6 @@ KERNELS = {
     "query": "attention_backward._bwd_dq_kernel",
     "key": "attention_backward._bwd_dkdv_kernel",
 }
-MATMULS = {"forward": 2, "query": 3, "key": 4}
 TILES_PER_PROGRAM = {
     "forward": 2,
     "query": 4,
