@@ -1,0 +1,144 @@
+"""Byte pair encoding (BPE) on bytes: how a text becomes tokens that are longer than a character.
+
+A regular expression first cuts the text into pre-tokens, about a word each, and no token crosses
+their borders. Training starts with one token for each of the 256 bytes. Again and again it takes
+the pair of adjacent tokens that is most frequent in the text and makes it a new token. The list
+of these merges, in order, is the vocabulary.
+
+An example by hand: the text "low low lower lowest" has the pre-tokens "low", " low", " lower" and
+" lowest", once each. Every pair inside of them and how often it occurs:
+
+    l o: 4   o w: 4   " " l: 3   w e: 2   e r: 1   e s: 1   s t: 1
+
+l o and o w are equally frequent, and "l" (byte 108) is less than "o" (byte 111), so "lo" becomes
+token 256. Now lo w has 4, so "low" becomes 257; then " " low with 3 becomes 258, " low"; then "
+low" e with 2 becomes 259, " lowe". Three pairs are left, once each: " lowe" r, " lowe" s, and s
+t, which has the lowest ids and becomes 260. To encode " lower", the merges are applied in the
+same order: 259 and "r".
+
+Sources: Gage 1994 (the algorithm), Sennrich et al. 2016 (words from merges), Radford et al. 2019
+(on bytes, so that every text has an encoding). The pre-tokens are those of Qwen2.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import regex
+
+# A contraction; a word with the space, bracket or dot before it; one digit; punctuation; line
+# breaks; spaces, all but the last of those before a word.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+pre_tokens = regex.compile(PATTERN).findall  # of a str, in order; joined they are the text again
+LONGEST = 4096  # bytes of a pre-token that training looks at together; longer ones are cut for it
+
+Pair = tuple[int, int]
+
+
+def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
+    """The merges of a text. Merge number i makes token 256 + i out of a pair of earlier tokens.
+
+    counts: how often each pre-token occurs. Of pairs that are equally frequent the one with the
+    lower ids is merged first, so that the result does not depend on the order of `counts`. There
+    are fewer than `n_merges` if no pair is left.
+    """
+    pieces: Counter[bytes] = Counter()
+    for word, n in counts.items():
+        for at in range(0, len(word), LONGEST):
+            pieces[word[at : at + LONGEST]] += n
+    words, frequencies = [list(piece) for piece in pieces], list(pieces.values())
+    pairs: Counter[Pair] = Counter()
+    found_in: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of words, some out of date
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pairs[pair] += frequencies[i]
+            found_in[pair].add(i)
+    # The count of a pair only falls after it was put on the heap; it is brought up to date when it
+    # comes to the top.
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    merges: list[Pair] = []
+    tokens = token_bytes(())
+    known = set(tokens)
+    while heap and len(merges) < n_merges:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        if merged in known:  # "ab" "c" is a token, so "a" "bc" does not become a second one
+            continue
+        tokens.append(merged)
+        known.add(merged)
+        token = 256 + len(merges)
+        merges.append(pair)
+        created: set[Pair] = set()
+        for i in found_in.pop(pair):
+            for neighbour, change in _merge(words[i], pair, token):
+                pairs[neighbour] += change * frequencies[i]
+                if change > 0:
+                    found_in[neighbour].add(i)
+                    created.add(neighbour)
+        del pairs[pair]
+        for neighbour in created:
+            if pairs[neighbour] > 0:
+                heapq.heappush(heap, (-pairs[neighbour], neighbour))
+    return merges
+
+
+def _merge(word: list[int], pair: Pair, token: int) -> list[tuple[Pair, int]]:
+    """Replaces a pair by `token` wherever it occurs, in place. Returns the pairs that came (+1) and
+    went (-1), without the pair itself."""
+    left, right = pair
+    changes = []
+    at = 0
+    while at < len(word) - 1:
+        if word[at] == left and word[at + 1] == right:
+            if at > 0:
+                changes += [((word[at - 1], left), -1), ((word[at - 1], token), 1)]
+            if at + 2 < len(word):
+                changes += [((right, word[at + 2]), -1), ((token, word[at + 2]), 1)]
+            word[at : at + 2] = [token]
+        at += 1
+    return changes
+
+
+def encode_word(word: bytes, ranks: Mapping[Pair, int]) -> list[int]:
+    """The tokens of a pre-token. ranks: the number of each merge; lower ones are applied first.
+
+    The tokens are a linked list and the possible merges are on a heap, so that a pre-token of n
+    bytes takes O(n log n) even if it is megabytes long.
+    """
+    n = len(word)
+    tokens = list(word)  # -1 where a token was merged into the one before it
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(word)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if j == n or ranks.get((tokens[i], tokens[j])) != rank:
+            continue  # a token of this pair has been merged with another one
+        tokens[i], tokens[j] = 256 + rank, -1
+        after[i] = j = after[j]
+        if j < n:
+            before[j] = i
+        for left, right in ((before[i], i), (i, j)):
+            if left >= 0 and right < n:
+                pair = tokens[left], tokens[right]
+                if pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], left))
+    return [token for token in tokens if token >= 0]
+
+
+def token_bytes(merges: Iterable[Pair]) -> list[bytes]:
+    """The bytes that each token stands for."""
+    tokens = [bytes([i]) for i in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens

@@ -1,0 +1,182 @@
+"""A corpus as indices into its distinct pre-tokens, for BPE: each text is cut up only once.
+
+The counts of the pre-tokens are what merges are trained on, and afterwards each index is replaced
+by the ids of its pre-token. Cutting up a text takes most of the time, so that all cores do it.
+The processes import this file, which therefore does without torch.
+"""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+import regex
+
+from irongpt.data import bpe
+
+CHUNK = 1 << 20  # characters that a process cuts up at a time
+PARALLEL_FROM = 8 * CHUNK  # for less text it takes longer to start the processes
+MOST_WORDS = 1 << 18  # distinct pre-tokens, the most frequent ones, that merges are trained on
+END = 0  # the index that precedes each document
+
+Piece = str | None  # None: a document begins
+
+
+class Group(NamedTuple):
+    """Adjacent pieces of the training or of the validation text."""
+
+    val: bool
+    pieces: list[Piece]
+
+
+class Indexed(NamedTuple):
+    """A group as (N,) uint32 indices into its own distinct pre-tokens."""
+
+    val: bool
+    n_chars: int
+    words: list[str]
+    indices: np.ndarray
+
+
+_SAFE_CUT = regex.compile(r"\n(?=\S)")  # in any text a pre-token ends after this line break
+
+
+def pieces(documents: Sequence[str], marked: bool) -> Iterator[Piece]:
+    """The documents in pieces of about CHUNK characters. None comes before each one if `marked`."""
+    for text in documents:
+        if marked:
+            yield None
+        at = 0
+        while at < len(text):
+            cut = _SAFE_CUT.search(text, min(at + CHUNK, len(text)))
+            end = cut.end() if cut else len(text)
+            yield text[at:end]
+            at = end
+
+
+class PreTokens:
+    """The training and the validation text of a corpus. words: the distinct pre-tokens.
+
+    train, val: arrays of uint32 indices into `words`, one for about a megabyte of text.
+    """
+
+    def __init__(self, train: Sequence[str], val: Sequence[str], marked: bool) -> None:
+        """train, val: documents. marked: whether END precedes each one."""
+        from tqdm import tqdm
+
+        self.words = _Numbers({"": END})
+        self.train: list[np.ndarray] = []
+        self.val: list[np.ndarray] = []
+        n_chars = sum(map(len, (*train, *val)))
+        groups = chain(_groups(False, pieces(train, marked)), _groups(True, pieces(val, marked)))
+        bar = tqdm(total=n_chars, desc="tokenizing", unit="B", unit_scale=True, disable=None)
+        with bar:
+            for found in _index_all(groups, _cores(n_chars)):
+                numbers = np.fromiter(map(self.words.__getitem__, found.words), dtype=np.uint32)
+                (self.val if found.val else self.train).append(numbers[found.indices])
+                bar.update(found.n_chars)
+
+    def counts(self) -> dict[bytes, int]:
+        """How often the most frequent pre-tokens occur in the training text."""
+        counts = np.zeros(len(self.words), dtype=np.int64)
+        for indices in self.train:
+            counts += np.bincount(indices, minlength=len(counts))
+        counts[END] = 0
+        words = list(self.words)
+        frequent = np.argsort(-counts, kind="stable")[:MOST_WORDS]
+        return {words[i].encode(): int(counts[i]) for i in frequent if counts[i]}
+
+    def replace(self, ids: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation text with each index replaced by the ids of its word: uint16.
+
+        ids: of the words, in order. The arrays of indices are released on the way.
+        """
+        flat: list[int] = []
+        sizes = np.array([flat.extend(one) or len(one) for one in ids])
+        starts, table = np.cumsum(sizes) - sizes, np.array(flat, dtype=np.uint16)
+        found = []
+        for chunks in (self.train, self.val):
+            chunks.reverse()
+            parts = [np.zeros(0, dtype=np.uint16)]
+            while chunks:
+                indices = chunks.pop()
+                n = sizes[indices]
+                first = np.cumsum(n) - n  # positions of the first id of each pre-token
+                parts.append(table[np.arange(n.sum()) + np.repeat(starts[indices] - first, n)])
+            found.append(np.concatenate(parts))
+        return found[0], found[1]
+
+
+class _Numbers(dict[str, int]):
+    """Numbers strings in the order in which they are first asked for."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        return number
+
+
+def _groups(val: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
+    """Pieces in groups of at least CHUNK characters, except the last."""
+    group = Group(val, [])
+    size = 0
+    for piece in pieces:
+        group.pieces.append(piece)
+        size += len(piece or "")
+        if size >= CHUNK:
+            yield group
+            group, size = Group(val, []), 0
+    if group.pieces:
+        yield group
+
+
+def _index(group: Group) -> Indexed:
+    numbers = _Numbers({"": END})
+    parts = [
+        np.fromiter(map(numbers.__getitem__, bpe.pre_tokens(piece)), dtype=np.uint32)
+        if piece is not None
+        else np.array([END], dtype=np.uint32)
+        for piece in group.pieces
+    ]
+    n_chars = sum(len(piece or "") for piece in group.pieces)
+    return Indexed(group.val, n_chars, list(numbers), np.concatenate(parts))
+
+
+def _cores(n_chars: int) -> int:
+    """The number of processes for a text."""
+    if n_chars < PARALLEL_FROM:
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _index_all(groups: Iterable[Group], cores: int) -> Iterator[Indexed]:
+    """`_index` of all groups, in order. They are sent to the processes a few at a time."""
+    if cores == 1:
+        yield from map(_index, groups)
+        return
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with ProcessPoolExecutor(cores, get_context("spawn"), *ignore) as pool:
+        sent: deque[Group] = deque()
+        futures: deque[Future[Indexed]] = deque()
+        groups = iter(groups)
+        try:
+            for group in groups:
+                sent.append(group)
+                futures.append(pool.submit(_index, group))
+                if len(sent) > 2 * cores:
+                    found = futures.popleft().result()
+                    sent.popleft()
+                    yield found
+            while futures:
+                found = futures.popleft().result()
+                sent.popleft()
+                yield found
+        except BrokenProcessPool:  # a process was killed; this one can do without
+            yield from map(_index, (*sent, *groups))

@@ -1,0 +1,181 @@
+"""A corpus as token ids: trains the tokenizer on it, encodes it, and caches the ids of BPE."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from irongpt.config import check
+from irongpt.data import bpe
+from irongpt.data.corpus import Corpus, cache_folder
+from irongpt.data.pre_tokens import Piece, PreTokens, pieces
+from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Tokenizer
+from irongpt.errors import UserError
+from irongpt.files import temporary_path
+
+MULTIPLE = 64  # of a BPE vocabulary: matmuls with the head are fastest then
+SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
+LARGE_FROM = 30 * 10**6  # bytes of text
+CACHED, CACHED_FROM = 8, 10**6  # the number of corpora in the cache; bytes of their text
+TENSORS = ("train", "val", "before_val")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized corpus.
+
+    train, val: (N,) uint16. In a corpus of documents, `tokenizer.end` precedes each one.
+    before_val: the ids that precede `val` in the text, at most one. val_bytes: of the validation
+    text in UTF-8.
+    """
+
+    train: Tensor
+    val: Tensor
+    before_val: Tensor
+    val_bytes: int
+
+
+def tokenize(
+    corpus: Corpus, kind: str, vocab_size: int | None, say: Say
+) -> tuple[Tokenizer, Tokens]:
+    """Trains a tokenizer on the training text of a corpus and encodes the corpus.
+
+    kind: char (whose vocabulary also has the characters of the validation text) or bpe. vocab_size:
+    of BPE, by default 4,096, or 8,192 for a text of 30 MB or more. Raises UserError.
+    """
+    if kind == "char":
+        check(vocab_size is None, "--vocab-size is for --tokenizer bpe: characters set their own")
+        tokenizer = CharTokenizer.from_text(
+            *corpus.train, *corpus.val, documents=bool(corpus.files)
+        )
+        return tokenizer, encode(corpus, tokenizer)
+    size = vocab_size or (SMALL if corpus.n_bytes < LARGE_FROM else LARGE)
+    check(257 <= size <= MAX_VOCAB, f"--vocab-size must be from 257 to {MAX_VOCAB:,}, got {size:,}")
+    if rest := -size % MULTIPLE:
+        say(f"tokenizer {size:,} tokens become {size + rest:,}, a multiple of {MULTIPLE}")
+        size += rest
+    if found := _Cache(corpus, size).read():
+        return found
+    pre_tokens = _pre_tokens(corpus)
+    tokenizer = _train_bpe(corpus, size, pre_tokens)
+    return tokenizer, _encode_bpe(corpus, tokenizer, pre_tokens)
+
+
+def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
+    """The ids of a corpus by a tokenizer that exists. Raises UserError on an unknown character."""
+    if isinstance(tokenizer, CharTokenizer):
+        check(
+            bool(corpus.files) == tokenizer.documents,
+            "the vocabulary is of another kind of corpus: a single text, or several documents",
+        )
+        train, val = (
+            torch.cat([_chars(p, tokenizer) for p in pieces(docs, tokenizer.documents)])
+            for docs in (corpus.train, corpus.val)
+        )
+        return _tokens(corpus, tokenizer, train, val)
+    assert isinstance(tokenizer, BPETokenizer)
+    found = _Cache(corpus, tokenizer.vocab_size).read()
+    if found and found[0] == tokenizer:
+        return found[1]
+    return _encode_bpe(corpus, tokenizer, _pre_tokens(corpus))
+
+
+def _pre_tokens(corpus: Corpus) -> PreTokens:
+    return PreTokens(corpus.train, corpus.val, marked=bool(corpus.files))
+
+
+def _encode_bpe(corpus: Corpus, tokenizer: BPETokenizer, pre_tokens: PreTokens) -> Tokens:
+    ids = chain([[tokenizer.end]], map(tokenizer.encode_word, list(pre_tokens.words)[1:]))
+    train, val = map(torch.from_numpy, pre_tokens.replace(ids))
+    tokens = _tokens(corpus, tokenizer, train, val)
+    _Cache(corpus, tokenizer.vocab_size).write(tokenizer, tokens)
+    return tokens
+
+
+def _train_bpe(corpus: Corpus, size: int, pre_tokens: PreTokens) -> BPETokenizer:
+    merges = bpe.train(pre_tokens.counts(), size - 257)
+    most = (len(merges) + 257) // MULTIPLE * MULTIPLE
+    check(
+        len(merges) == size - 257,
+        f"the text has {len(merges):,} pairs to merge, and a vocabulary of {size:,} tokens needs "
+        f"{size - 257:,}: use a longer text, "
+        + (f"or --vocab-size {most}" if most > 257 else "or --tokenizer char"),
+    )
+    return BPETokenizer(tuple(merges))
+
+
+def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: Tensor, val: Tensor) -> Tokens:
+    n_bytes = sum(len(text.encode()) for text in corpus.val)
+    lengths = np.array([len(b) for b in tokenizer.token_bytes])
+    if tokenizer.end is not None:
+        lengths[tokenizer.end] = 0
+    counted = np.bincount(val.numpy(), minlength=len(lengths)) @ lengths
+    if counted != n_bytes:
+        raise AssertionError(f"the tokens have {counted} bytes, and the text has {n_bytes}")
+    return Tokens(train, val, train[:0] if corpus.files else train[-1:], n_bytes)
+
+
+def _chars(piece: Piece, tokenizer: CharTokenizer) -> Tensor:
+    if piece is None:
+        return torch.tensor([tokenizer.end], dtype=torch.uint16)
+    ids = tokenizer.ids(piece)
+    if ids.min() < 0:
+        tokenizer.encode(piece)  # raises UserError
+    return torch.from_numpy(ids.astype(np.uint16))
+
+
+class _Cache:
+    """A file in the cache folder: the tokenizer and the ids of a corpus at a vocabulary size."""
+
+    def __init__(self, corpus: Corpus, vocab_size: int) -> None:
+        self.worthwhile = corpus.n_bytes >= CACHED_FROM
+        key = hashlib.sha256(f"1 {corpus.sha256} {vocab_size}".encode()).hexdigest()
+        self.path = cache_folder() / "tokens" / f"{key[:32]}.safetensors"
+
+    def read(self) -> tuple[BPETokenizer, Tokens] | None:
+        """None if there is no such file, or if it is damaged."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.pop("sha256") != _digest(metadata, tensors):
+                return None
+            merges = tuple((a, b) for a, b in json.loads(metadata["merges"]))
+            return BPETokenizer(merges), Tokens(**tensors, val_bytes=int(metadata["val_bytes"]))
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, UserError):
+            return None
+
+    def write(self, tokenizer: BPETokenizer, tokens: Tokens) -> None:
+        """A folder that cannot be written to is no error. Only the newest files are kept."""
+        if not self.worthwhile:
+            return
+        tensors = {name: getattr(tokens, name).contiguous() for name in TENSORS}
+        metadata = {"merges": json.dumps(tokenizer.merges), "val_bytes": str(tokens.val_bytes)}
+        metadata["sha256"] = _digest(metadata, tensors)
+        temporary = temporary_path(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, self.path)
+            files = self.path.parent.glob("*.safetensors")
+            for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
+                old.unlink()
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in TENSORS:
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
