@@ -1,11 +1,13 @@
 import json
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokenizer import END, BPETokenizer, CharTokenizer, from_json, stream
 from irongpt.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -64,29 +66,94 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(ids: list[int] | torch.T
         CharTokenizer("abc").decode(ids)
 
 
+BPE = BPETokenizer(((97, 98), (256, 99)))  # "ab" and "abc"
+
+
+@given(TEXTS, st.booleans())
+def test_json_round_trip(text: str, documents: bool) -> None:
+    tokenizer = CharTokenizer.from_text(text, documents=documents)
+    assert from_json(json.loads(json.dumps(tokenizer.to_json()))) == tokenizer
+
+
+def test_json_of_bpe_round_trip() -> None:
+    assert from_json(json.loads(json.dumps(BPE.to_json()))) == BPE
+    assert (BPE.vocab_size, BPE.end) == (259, 258)
+
+
+def test_the_format_of_old_checkpoints_is_read() -> None:
+    assert from_json({"kind": "char", "chars": "abc"}) == CharTokenizer("abc")
+
+
 @given(TEXTS)
-def test_json_round_trip(text: str) -> None:
-    tokenizer = CharTokenizer.from_text(text)
-    value = json.loads(json.dumps(tokenizer.to_json()))
-    assert value == {"kind": "char", "chars": tokenizer.chars}
-    assert CharTokenizer.from_json(value) == tokenizer
+def test_hugging_face_gives_the_ids_of_a_char_tokenizer(text: str) -> None:
+    tokenizer = CharTokenizer.from_text(text, documents=True)
+    other = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()))
+    assert other.encode(text).ids == tokenizer.encode(text).tolist()
+    assert other.decode(tokenizer.encode(text).tolist()) == text
+    assert other.encode(END).ids == [tokenizer.end] == [tokenizer.vocab_size - 1]
+
+
+def test_end_has_an_id_of_its_own_that_no_text_has() -> None:
+    chars = CharTokenizer.from_text(END, documents=True)
+    assert chars.encode(END).tolist() == [chars.chars.index(c) for c in END]
+    assert BPE.encode(END).tolist() == list(END.encode())
+    for tokenizer in (chars, BPE):
+        assert tokenizer.decode([tokenizer.end or 0]) == END
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ab", "abcabc", "é漢😀", "\udce9", "a\udcff\udc80b", "x\x00\r\n"]
+)
+def test_bpe_encodes_any_text(text: str) -> None:
+    """Also bytes of a shell's argument that are not UTF-8, which Python holds as surrogates."""
+    data = b"".join(BPE.token_bytes[i] for i in BPE.encode(text))
+    assert data == text.encode(errors="surrogateescape")
+
+
+def test_bpe_rejects_half_of_a_surrogate_pair() -> None:
+    with pytest.raises(UserError, match="surrogate"):
+        BPE.encode("a\ud800")
+
+
+def test_a_character_is_streamed_with_its_last_byte() -> None:
+    ids = [*"é漢".encode(), 0xFF, ord("a"), *"😀".encode()[:3]]
+    pieces = list(stream(BPE, ids))
+    assert pieces == ["", "é", "", "", "漢", "\ufffd", "a", "", "", "", "\ufffd"]
+    assert "".join(pieces) == BPE.decode(ids)
+
+
+@given(st.lists(st.integers(0, 258), max_size=40))
+def test_streamed_pieces_are_the_decoded_text(ids: list[int]) -> None:
+    assert "".join(stream(BPE, ids)) == BPE.decode(ids)
+
+
+def changed(value: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**value, **fields}
 
 
 BAD_CHARS = [None, ["a", "b"], 3, "", "aab", "ba", "a\ud800"]
-BAD_KINDS = [{"kind": kind, "chars": "abc"} for kind in ("bpe", ["char"])]
-BAD_FIELDS = [
-    {},
-    {"chars": "abc"},
-    {"kind": "char"},
-    {"kind": "char", "chars": "abc", "merges": []},
+MODEL = BPE.to_json()["model"]
+BAD_BPE = [
+    changed(BPE.to_json(), model=changed(MODEL, merges=[["a", "b"], ["a", "b"]])),
+    changed(BPE.to_json(), model=changed(MODEL, merges=[["a", "zz"]])),
+    changed(BPE.to_json(), model=changed(MODEL, merges=[])),
+    changed(BPE.to_json(), model=changed(MODEL, vocab={"a": "b"})),
+    changed(BPE.to_json(), model=None),
+    changed(BPE.to_json(), added_tokens=[]),
+    changed(BPE.to_json(), pre_tokenizer={"type": "Whitespace"}),
+    changed(CharTokenizer("ab").to_json(), model=MODEL),
 ]
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, [], "abc", *BAD_FIELDS, *BAD_KINDS, *({"kind": "char", "chars": x} for x in BAD_CHARS)],
-)
+    [
+        None, [], "abc", {}, {"chars": "abc"}, {"kind": "char"}, {"kind": "bpe", "chars": "abc"},
+        {"kind": "char", "chars": "abc", "merges": []}, *BAD_BPE,
+        *({"kind": "char", "chars": chars} for chars in BAD_CHARS),
+    ],
+)  # fmt: skip
 def test_json_of_no_tokenizer_is_rejected_in_one_line(value: object) -> None:
     with pytest.raises(UserError) as error:
-        CharTokenizer.from_json(value)
+        from_json(value)
     assert len(str(error.value).splitlines()) == 1
