@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, fields
+from itertools import chain, takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -119,6 +120,8 @@ def _train_flags(train: Parser) -> None:
     run.add_argument("--preset", choices=list(PRESETS), help=help)
     help = "war-and-peace, python-docs, python-code, or a text file [war-and-peace]"
     run.add_argument("--data", metavar="TEXT", help=help)
+    help = "tokens of a BPE vocabulary, a multiple of 64 [4096; 8192 for 30 MB of text or more]"
+    run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET]"
     folder.add_argument("--out", metavar="RUN", type=Path, help=help)
@@ -142,6 +145,8 @@ def _generate_flags(generate: Parser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)
     for f in fields(SampleConfig):
         _config_flag(generate, f, [f.default])
+    help = "stop at the end of a document, <|endoftext|>"
+    generate.add_argument("--stop-at-end", action="store_true", help=help)
     help = "best: the lowest validation loss; last: the newest [best]"
     generate.add_argument("--checkpoint", choices=("best", "last"), help=help)
     for f in fields(TrainConfig):
@@ -187,6 +192,10 @@ def train_command(flags: Flags) -> int:
         say(f"nothing to do: the run is finished; {longer} continues it")
     else:
         say(f"{training.outcome()}; generate text: irongpt generate {path}")
+    if training.result:
+        loss, bits = training.result["val_loss"], training.result["bits_per_byte"]
+        text = f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
+        say(f"result    best/ has {text} over the entire validation text")
     say(f"time      {clock.summary()}")
     return 0 if stopped_by is None else 128 + stopped_by
 
@@ -194,11 +203,19 @@ def train_command(flags: Flags) -> int:
 def generate_command(flags: Flags) -> int:
     from irongpt import device as devices
     from irongpt import ops
-    from irongpt.generation.sample import generate_batch, printable, start_ids, trained_model
+    from irongpt.data.tokenizer import stream
+    from irongpt.generation.sample import (
+        generate_batch,
+        heal,
+        printable,
+        start_ids,
+        trained_model,
+    )
 
     run, checkpoint = flags.pop("run"), flags.pop("checkpoint", "best")
     prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
+    stop = flags.pop("stop_at_end", False)
     config = SampleConfig(**flags)
     if file is not None:
         prompt = read_prompt(file)
@@ -209,7 +226,7 @@ def generate_command(flags: Flags) -> int:
     target, context = model.wte.weight.device, model.config.context
     for note in ops.notes(op_set, target):
         say_on_stderr(note)
-    ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer)
+    ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer, documents)
     if len(ids) > context:
         say_on_stderr(f"the prompt has {len(ids):,} tokens: only the last {context:,} are used")
 
@@ -218,22 +235,33 @@ def generate_command(flags: Flags) -> int:
     show = printable if terminal else str
     dtype = devices.precision("auto", target).dtype
     start = time.perf_counter()
-    texts = generate_batch(model, [ids] * config.samples, config, dtype)
+    prompts, skip = heal(model, tokenizer, ids, config, dtype)
+    steps = generate_batch(model, prompts, config, dtype)
+
+    def pieces(first: int, rest: Iterable[int]) -> Iterator[str]:
+        """The text after the prompt, whose last token is `first`."""
+        tokens = chain([first], rest)
+        if stop:
+            tokens = chain([first], takewhile(lambda token: token != tokenizer.end, rest))
+        return stream(tokenizer, tokens, skip)
+
+    count, piece = 0, prompt
     if config.samples == 1:
-        piece = prompt
         sys.stdout.write(show(prompt))
-        for tokens in texts:
-            piece = tokenizer.decode(tokens)
-            sys.stdout.write(show(piece))
+        for count, text in enumerate(pieces(prompts[0][-1], (step[0] for step in steps))):
+            piece = text or piece
+            sys.stdout.write(show(text))
             sys.stdout.flush()
     else:
-        rows = zip(*texts, strict=True) if config.tokens else [()] * config.samples
-        piece = "\n---\n".join(show(prompt + tokenizer.decode(row)) for row in rows)
+        rows = zip(*steps, strict=True) if config.tokens else [()] * config.samples
+        texts = ["".join(pieces(p[-1], row)) for p, row in zip(prompts, rows, strict=True)]
+        count = config.tokens * config.samples
+        piece = "\n---\n".join(show(prompt + text) for text in texts)
         sys.stdout.write(piece)
     if terminal and not piece.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
-    count = config.samples * config.tokens
+    count = min(count, config.tokens * config.samples)  # one more piece may end a character
     say_on_stderr(f"{count:,} tokens, {count / (time.perf_counter() - start):,.0f} tokens/s")
     return 0
 

@@ -3,6 +3,9 @@
 Nothing here has state, so that a resumed run gets the same batches.
 """
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,20 +17,57 @@ from irongpt.config import check
 TRAIN_SHARE = 0.9
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The ids of a corpus: (N,) integers for training and for validation.
+
+    before_val: the id that precedes `val` in the text, or none where the first of `val` starts a
+    document and is no target. val_bytes: the size of the validation text in UTF-8.
+    """
+
+    train: Tensor
+    val: Tensor
+    before_val: Tensor
+    val_bytes: int = 0
+
+    @classmethod
+    def of(cls, ids: Tensor) -> "Tokens":
+        """One text: the first 90 % of its ids are for training, the rest for validation."""
+        cut = int(TRAIN_SHARE * len(ids))
+        return cls(ids[:cut], ids[cut:], ids[:cut][-1:])
+
+    def check(self, context: int) -> None:
+        """Raises UserError if a part is too short for one sequence and its targets."""
+        total = len(self.train) + len(self.val)
+        for name, part in (("training", self.train), ("validation", self.val)):
+            check(
+                len(part) > context,
+                f"the corpus has {total:,} tokens, {len(part):,} of them for {name}, but one "
+                f"sequence needs {context + 1:,}: use a longer text or a shorter --context",
+            )
+
+    @property
+    def val_targets(self) -> int:
+        """Tokens of the validation text that are predicted from those before them."""
+        return len(self.val) - 1 + len(self.before_val)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A validation loss in nats per token, in bits per byte of text, which compares tokenizers.
+
+        NaN if the size of the text is not known.
+        """
+        nats = loss * self.val_targets
+        return nats / (math.log(2) * self.val_bytes) if self.val_bytes else math.nan
+
+
 def split(ids: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """The first 90 % of the ids for training, the rest for validation.
 
     Raises UserError if one of them is too short for one sequence and its targets, context + 1.
     """
-    cut = int(TRAIN_SHARE * len(ids))
-    train, val = ids[:cut], ids[cut:]
-    for name, part in (("training", train), ("validation", val)):
-        check(
-            len(part) > context,
-            f"the corpus has {len(ids):,} tokens, {len(part):,} of them for {name}, but one "
-            f"sequence needs {context + 1:,}: use a longer text or a shorter --context",
-        )
-    return train, val
+    tokens = Tokens.of(ids)
+    tokens.check(context)
+    return tokens.train, tokens.val
 
 
 class TrainBatches:
@@ -38,7 +78,7 @@ class TrainBatches:
     """
 
     def __init__(self, ids: Tensor, context: int, batch_size: int, seed: int) -> None:
-        """ids: (N,) int64 on the device that trains, N > context."""
+        """ids: (N,) integers on the device that trains, N > context."""
         self.ids, self.context, self.batch_size = ids, context, batch_size
         self.count = max(1, (len(ids) - 1) // context - 1)  # one less, to leave room for the offset
         self.starts = lru_cache(maxsize=2)(self._starts)
@@ -74,7 +114,7 @@ class ValBatches:
     """The same evenly spaced sequences each time, in order, without overlap."""
 
     def __init__(self, ids: Tensor, context: int, batch_size: int, max_sequences: int) -> None:
-        """ids: (N,) int64 on the device that evaluates, N > context."""
+        """ids: (N,) integers on the device that evaluates, N > context."""
         count = (len(ids) - 1) // context
         used = min(count, max_sequences)
         self.ids, self.batch_size = ids, batch_size
@@ -92,7 +132,22 @@ class ValBatches:
         return sequences(self.ids, starts, self.offsets)
 
 
+def every_target(ids: Tensor, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in which every id but the first is a target once, in order.
+
+    The sequences do not overlap, so that the first targets of each one have little context. The
+    last one is shorter than the others if the ids do not fill it.
+    """
+    offsets = torch.arange(context + 1, device=ids.device)
+    whole = (len(ids) - 1) // context
+    for starts in (torch.arange(whole, device=ids.device) * context).split(batch_size):
+        if len(starts):
+            yield sequences(ids, starts, offsets)
+    if rest := (len(ids) - 1) % context:
+        yield sequences(ids, offsets[:1] + whole * context, offsets[: rest + 1])
+
+
 def sequences(ids: Tensor, starts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (N,), starts (B,), offsets 0 to T -> inputs and targets, which are one later: (B, T)."""
-    rows = ids[starts[:, None] + offsets]  # (B, T + 1)
+    """ids (N,), starts (B,), offsets 0 to T -> inputs, and targets one later: (B, T) int64."""
+    rows = ids[starts[:, None] + offsets].long()  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]

@@ -210,15 +210,16 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
     raise UserError("this is not the file of a tokenizer that IronGPT has made")
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text that each id adds. A character comes when its last byte has come.
+def stream(tokenizer: Tokenizer, ids: Iterable[int], skip: int = 0) -> Iterator[str]:
+    """Yields the text that each id adds, without the first `skip` bytes of the first id.
 
-    Together the pieces are `decode` of all ids. Bytes that are not UTF-8 become U+FFFD, at the end
-    also those of a character that is not complete.
+    A character comes when its last byte has come. Together the pieces are `decode` of all ids.
+    Bytes that are not UTF-8 become U+FFFD, at the end also those of an incomplete character.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
-        yield decoder.decode(_bytes(tokenizer.token_bytes, [i]))
+        yield decoder.decode(_bytes(tokenizer.token_bytes, [i])[skip:])
+        skip = 0
     if rest := decoder.decode(b"", final=True):
         yield rest
 

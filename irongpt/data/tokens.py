@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from irongpt.config import check
 from irongpt.data import bpe
+from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus, cache_folder
-from irongpt.data.pre_tokens import Piece, PreTokens, pieces
+from irongpt.data.pre_tokens import CHUNK, PreTokens, pieces
 from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import temporary_path
@@ -28,21 +28,6 @@ CACHED, CACHED_FROM = 8, 10**6  # the number of corpora in the cache; bytes of t
 TENSORS = ("train", "val", "before_val")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenized corpus.
-
-    train, val: (N,) uint16. In a corpus of documents, `tokenizer.end` precedes each one.
-    before_val: the ids that precede `val` in the text, at most one. val_bytes: of the validation
-    text in UTF-8.
-    """
-
-    train: Tensor
-    val: Tensor
-    before_val: Tensor
-    val_bytes: int
 
 
 def tokenize(
@@ -78,10 +63,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
             bool(corpus.files) == tokenizer.documents,
             "the vocabulary is of another kind of corpus: a single text, or several documents",
         )
-        train, val = (
-            torch.cat([_chars(p, tokenizer) for p in pieces(docs, tokenizer.documents)])
-            for docs in (corpus.train, corpus.val)
-        )
+        train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)
     assert isinstance(tokenizer, BPETokenizer)
     found = _Cache(corpus, tokenizer.vocab_size).read()
@@ -96,8 +78,7 @@ def _pre_tokens(corpus: Corpus) -> PreTokens:
 
 def _encode_bpe(corpus: Corpus, tokenizer: BPETokenizer, pre_tokens: PreTokens) -> Tokens:
     ids = chain([[tokenizer.end]], map(tokenizer.encode_word, list(pre_tokens.words)[1:]))
-    train, val = map(torch.from_numpy, pre_tokens.replace(ids))
-    tokens = _tokens(corpus, tokenizer, train, val)
+    tokens = _tokens(corpus, tokenizer, *pre_tokens.replace(ids))
     _Cache(corpus, tokenizer.vocab_size).write(tokenizer, tokens)
     return tokens
 
@@ -114,24 +95,29 @@ def _train_bpe(corpus: Corpus, size: int, pre_tokens: PreTokens) -> BPETokenizer
     return BPETokenizer(tuple(merges))
 
 
-def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: Tensor, val: Tensor) -> Tokens:
+def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray) -> Tokens:
     n_bytes = sum(len(text.encode()) for text in corpus.val)
     lengths = np.array([len(b) for b in tokenizer.token_bytes])
     if tokenizer.end is not None:
         lengths[tokenizer.end] = 0
-    counted = np.bincount(val.numpy(), minlength=len(lengths)) @ lengths
-    if counted != n_bytes:
-        raise AssertionError(f"the tokens have {counted} bytes, and the text has {n_bytes}")
-    return Tokens(train, val, train[:0] if corpus.files else train[-1:], n_bytes)
+    found = sum(int(lengths[part].sum()) for part in np.array_split(val, 1 + len(val) // CHUNK))
+    if found != n_bytes:
+        raise AssertionError(f"the tokens have {found:,} bytes, and the text has {n_bytes:,}")
+    ids, val_ids = torch.from_numpy(train), torch.from_numpy(val)
+    return Tokens(ids, val_ids, ids[:0] if corpus.files else ids[-1:], n_bytes)
 
 
-def _chars(piece: Piece, tokenizer: CharTokenizer) -> Tensor:
-    if piece is None:
-        return torch.tensor([tokenizer.end], dtype=torch.uint16)
-    ids = tokenizer.ids(piece)
-    if ids.min() < 0:
-        tokenizer.encode(piece)  # raises UserError
-    return torch.from_numpy(ids.astype(np.uint16))
+def _chars(documents: Sequence[str], tokenizer: CharTokenizer) -> np.ndarray:
+    """The ids of the documents, uint16, each after `tokenizer.end` if there are several."""
+    size = sum(len(text) + tokenizer.documents for text in documents)
+    ids, at = np.empty(size, dtype=np.uint16), 0
+    for piece in pieces(documents, tokenizer.documents):
+        found = np.array([tokenizer.end]) if piece is None else tokenizer.ids(piece)
+        if found.min() < 0:
+            tokenizer.encode(piece or "")  # raises UserError
+        ids[at : at + len(found)] = found
+        at += len(found)
+    return ids
 
 
 class _Cache:

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from irongpt_kernels import eager
 
 from irongpt import device as devices
 from irongpt import ops
 from irongpt.config import SampleConfig
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokenizer import Tokenizer
+from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
@@ -22,7 +24,7 @@ from irongpt.model import GPT
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, CharTokenizer]:
+def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, Tokenizer]:
     """The model of a run's checkpoint `best` or `last`, on the device, and its tokenizer."""
     from irongpt.runs.run_folder import load_checkpoint, open_run  # needs safetensors
 
@@ -92,9 +94,52 @@ def generate_batch(
         model.train(was_training)
 
 
-def start_ids(tokenizer: CharTokenizer) -> list[int]:
-    """The default prompt: a line break, or the first token of a vocabulary without one."""
-    return tokenizer.encode("\n").tolist() if "\n" in tokenizer.chars else [0]
+def start_ids(tokenizer: Tokenizer, documents: bool) -> list[int]:
+    """The default prompt: the start of a document, or a line break where there is only one text.
+
+    documents: whether the model was trained on several.
+    """
+    if documents and tokenizer.end is not None:
+        return [tokenizer.end]
+    try:
+        return tokenizer.encode("\n").tolist()
+    except UserError:  # a vocabulary of characters without one
+        return [0]
+
+
+@torch.inference_mode()
+def heal(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[list[int]], int]:
+    """Prompts, one per sample, that end in a token which may be longer than that of `prompt`.
+
+    A text cut off anywhere can end in tokens that a model has never seen there: in "def ", the
+    last one is a space, but in code the space belongs to the name that follows, " name". So the
+    last token is sampled again, from the tokens whose bytes begin with those of the old one (token
+    healing). Returns the prompts and the number of bytes that the old token had, which are in the
+    prompt already. With characters, no token begins with another one: nothing changes.
+    """
+    kept, last = list(prompt[:-1]), tokenizer.token_bytes[prompt[-1]]
+    longer = [i for i, b in enumerate(tokenizer.token_bytes) if b.startswith(last)]
+    if not kept or len(longer) == 1 or prompt[-1] == tokenizer.end:
+        return [list(prompt)] * config.samples, len(last)
+    was_training = model.training
+    model.eval()
+    device = model.wte.weight.device
+    lower = dtype is not None and dtype != model.wte.weight.dtype
+    with torch.autocast(device.type, dtype if lower else None, enabled=lower):
+        logits = model(torch.tensor([kept[-model.config.context :]], device=device))[:, -1, longer]
+    model.train(was_training)
+    tokens = torch.zeros(config.samples, 1, dtype=torch.int64, device=device)
+    eager.sample_tokens(
+        logits.expand(config.samples, -1), tokens, torch.zeros_like(tokens), config.seed,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+    )  # fmt: skip
+    return [[*kept, longer[i]] for i in tokens[:, 0].tolist()], len(last)
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """Plots the losses of a run (loss.png) and collects its samples (sample.txt)."""
 
 import io
+import math
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -42,6 +43,11 @@ def loss_png(records: list[Record], title: str) -> bytes:
     axes.set_xlabel("training step")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("loss (nats per token)")
+    rates = [(r["bits_per_byte"] / r["val_loss"]) for r in records if r.get("bits_per_byte")]
+    if rates and math.isfinite(rates[-1]):  # the two differ by a constant factor
+        rate = rates[-1]
+        right = axes.secondary_yaxis("right", functions=(lambda x: x * rate, lambda x: x / rate))
+        right.set_ylabel("bits per byte of text")
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()

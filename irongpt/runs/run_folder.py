@@ -1,6 +1,7 @@
 """A run's folder: its configuration (config.json), metrics (metrics.jsonl) and checkpoints.
 
 The checkpoints are the folders last and best; loss.png and sample.txt are made from the metrics.
+result.json has the loss of best over the entire validation text, once the training has ended.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ from typing import Any
 
 from irongpt import __version__
 from irongpt.config import GPTConfig, TrainConfig, check, from_json
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokenizer import Tokenizer
+from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
 from irongpt.files import finite, read, replace_file, sealed, temporary_path, unsealed
 from irongpt.runs import checkpoint
@@ -73,7 +75,15 @@ class RunFolder:
         records = [r for r in self.records() if r["step"] <= step]
         replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
         replace_file(self.path / "config.json", _encode(config))
-        for name in ("last", "best", "config.json", "metrics.jsonl", "loss.png", "sample.txt"):
+        for name in (
+            "last",
+            "best",
+            "config.json",
+            "metrics.jsonl",
+            "loss.png",
+            "sample.txt",
+            "result.json",
+        ):
             for temporary in self.path.glob(f".{name}-????????"):
                 shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
@@ -81,6 +91,18 @@ class RunFolder:
         """Adds a line to metrics.jsonl. Non-finite numbers become null."""
         with open(self.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(finite(record)) + "\n")
+
+    def result(self, step: int) -> dict[str, Any] | None:
+        """The evaluation of `best`, if it is that of `step`, over the entire validation text."""
+        path = self.path / "result.json"
+        try:
+            values = unsealed(read(path), path) if path.exists() else {}
+        except UserError:  # it is computed again
+            return None
+        return values if values.get("step") == step else None
+
+    def write_result(self, values: dict[str, Any]) -> None:
+        replace_file(self.path / "result.json", sealed(finite(values)))
 
     def records(self) -> list[Record]:
         """The lines of metrics.jsonl, up to one that is incomplete because of a kill."""
@@ -128,7 +150,7 @@ def open_run(path: Path) -> RunFolder:
 
 def load_checkpoint(
     run: RunFolder, which: str
-) -> tuple[checkpoint.Tensors, checkpoint.Tensors, CharTokenizer, dict[str, Any]]:
+) -> tuple[checkpoint.Tensors, checkpoint.Tensors, Tokenizer, dict[str, Any]]:
     """Weights, optimizer, tokenizer and state of the checkpoint `last` or `best`.
 
     Raises UserError unless it fits the run's model, before any memory is allocated for the model.
@@ -136,7 +158,7 @@ def load_checkpoint(
     folder = run.path / which
     weights, optimizer, vocabulary, state = checkpoint.load(folder)
     try:
-        tokenizer = CharTokenizer.from_json(vocabulary)
+        tokenizer = tokenizer_from_json(vocabulary)
     except UserError as e:
         raise UserError(f"{folder / 'tokenizer.json'}: {e}") from e
     config, count = run.config.model, sum(w.numel() for w in weights.values())

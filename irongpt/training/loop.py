@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irongpt.config import SampleConfig
 from irongpt.console import Clock, Interrupt, Progress, duration, say
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import DivergenceError, UserError
 from irongpt.generation.sample import generate, printable, start_ids
 from irongpt.runs import checkpoint, plots
@@ -37,7 +37,7 @@ class TrainingLoop:
         self,
         run: RunFolder,
         trainer: Trainer,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         peak_flops: float,
         clock: Clock,
     ) -> None:
@@ -51,6 +51,7 @@ class TrainingLoop:
         self.best_step = 0
         self.seconds_before = 0.0  # spent by earlier processes of this run
         self.last_record = (trainer.step, 0.0)  # its step and training seconds
+        self.result: dict[str, Any] | None = None  # of `best` over the entire validation text
         self.plotted = time.monotonic()
 
     def save(self, folder: Path) -> None:
@@ -87,14 +88,24 @@ class TrainingLoop:
         target = self.trainer.config.target_loss
         return target is not None and self.best_val is not None and self.best_val <= target
 
+    def out_of_patience(self) -> bool:
+        """Whether `patience` evaluations in a row were not better than the best one."""
+        config = self.trainer.config
+        wait = math.inf if config.patience is None else config.patience * config.eval_every
+        return self.evaluated_at - self.best_step >= wait
+
     def finished(self) -> bool:
-        """Whether the last step is evaluated or the target loss reached."""
+        """Whether the last step is evaluated, the target loss reached, or the patience over."""
         trainer = self.trainer
         done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
-        return done or self.reached_target()
+        return done or self.reached_target() or self.out_of_patience()
 
     def outcome(self) -> str:
-        ended = "target loss reached" if self.reached_target() else "finished"
+        ended = "finished"
+        if self.reached_target():
+            ended = "target loss reached"
+        elif self.out_of_patience():
+            ended = f"no better for {self.trainer.config.patience} evaluations: stopped"
         best = "no validation loss was finite"
         if self.best_val is not None:
             best = f"best validation loss {self.best_val:.4f} at step {self.best_step:,}"
@@ -117,6 +128,8 @@ class TrainingLoop:
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
+                elif self.best_val is not None:
+                    self._evaluate_best(interrupt)
             self._plot()
         except OSError as e:
             raise UserError(
@@ -196,7 +209,10 @@ class TrainingLoop:
         finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
         with self.clock("samples"):
             sample = self._sample() if finite else ""
-        record = self._record(progress, val_loss=val_loss, sample=sample)
+        bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
+        record = self._record(
+            progress, val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample
+        )
         self.evaluated_at = trainer.step
         improved = finite and (self.best_val is None or val_loss < self.best_val)
         if improved:
@@ -207,18 +223,41 @@ class TrainingLoop:
             if finite:
                 self.save(run.last)
         say(
-            f"step {trainer.step:,}: train {record['train_loss']:.4f}, validation {val_loss:.4f}"
-            f"{' (best)' if improved else ''}, {duration(record['seconds'])}"
+            f"step {trainer.step:,}: train {record['train_loss']:.4f}, validation {val_loss:.4f} "
+            f"({bits_per_byte:.3f} bits per byte{', best' if improved else ''}), "
+            f"{duration(record['seconds'])}"
         )
         say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
         if time.monotonic() - self.plotted > PLOT_EVERY:
             self._plot()
 
+    def _evaluate_best(self, interrupt: Interrupt) -> None:
+        """Evaluates `best` over the entire validation text and writes result.json."""
+        trainer, run = self.trainer, self.run
+        self.result = run.result(self.best_step)
+        if self.result is not None:  # of a process before
+            return
+        weights = {name: w.clone() for name, w in trainer.model.state_dict().items()}
+        with self.clock("evaluation"):
+            trainer.model.load_state_dict(checkpoint.load(run.best)[0])
+            loss = trainer.evaluate_all(lambda: interrupt.signal is None)
+            trainer.model.load_state_dict(weights)
+        if loss is None:
+            return
+        self.result = {
+            "step": self.best_step,
+            "val_loss": loss,
+            "bits_per_byte": trainer.tokens.bits_per_byte(loss),
+            "val_tokens": trainer.tokens.val_targets,
+            "val_bytes": trainer.tokens.val_bytes,
+        }
+        run.write_result(self.result)
+
     def _sample(self) -> str:
         """Text that the model generates now, from a line break on."""
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
-        start = start_ids(self.tokenizer)
+        start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
         ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
         return self.tokenizer.decode(list(ids))
 

@@ -1,7 +1,7 @@
 """The training step, the evaluation, and the state that they depend on."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from irongpt_kernels import builtin, eager
@@ -10,10 +10,11 @@ from torch import Tensor
 from irongpt import device as devices
 from irongpt.config import TrainConfig
 from irongpt.cuda_graph import Graph
-from irongpt.data.batches import TrainBatches, ValBatches, split
+from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 from irongpt.training import optimizer
 
+MANY_IDS = 1 << 27  # a GB as int64
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
 
 
@@ -21,15 +22,22 @@ class Trainer:
     """A model in training, with everything that its next step depends on."""
 
     def __init__(
-        self, model: GPT, ids: Tensor, config: TrainConfig, device: torch.device, dtype: torch.dtype
+        self,
+        model: GPT,
+        ids: Tokens | Tensor,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        """model: on `device`. ids: (N,) int64, the whole corpus; they are moved to `device`."""
+        """model: on `device`. ids: a corpus, or (N,) ids of one text. They go to the device."""
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         context = model.config.context
-        train_ids, val_ids = split(ids.to(device), context)
+        self.tokens = ids if isinstance(ids, Tokens) else Tokens.of(ids)
+        self.tokens.check(context)
+        train_ids, self.val_ids = (self._on_device(t) for t in (self.tokens.train, self.tokens.val))
         self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
-        eval_batch = max(1, EVAL_TOKENS // context)
-        self.val_batches = ValBatches(val_ids, context, eval_batch, config.eval_windows)
+        self.eval_batch = max(1, EVAL_TOKENS // context)
+        self.val_batches = ValBatches(self.val_ids, context, self.eval_batch, config.eval_windows)
         self.scaler = optimizer.LossScaler(dtype == torch.float16, device)
         self.lr = torch.zeros((), device=device)
         self.optimizer = optimizer.Optimizer(
@@ -101,23 +109,43 @@ class Trainer:
             return self.model.loss(x, y, seed=self.seeds[i])
 
     def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
-        """Mean validation loss, without dropout and without an effect on the training.
+        """Mean loss of some validation sequences, without an effect on the training.
 
         Returns None as soon as `should_continue`, called before each batch, returns False.
         """
+        batches = (self.val_batches[i] for i in range(len(self.val_batches)))
+        return self._mean_loss(batches, should_continue)
+
+    def evaluate_all(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
+        """As `evaluate`, over the entire validation text: every token is a target once."""
+        ids = torch.cat((self._on_device(self.tokens.before_val), self.val_ids))
+        batches = every_target(ids, self.model.config.context, self.eval_batch)
+        return self._mean_loss(batches, should_continue)
+
+    def _mean_loss(
+        self, batches: Iterable[tuple[Tensor, Tensor]], should_continue: Callable[[], bool]
+    ) -> float | None:
+        """Mean loss of the tokens of all batches, without dropout."""
         self.model.eval()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
+        context = self.model.config.context
         try:
             with torch.inference_mode(), self.autocast():
-                for i in range(len(self.val_batches)):
+                for x, y in batches:
                     if not should_continue():
                         return None
-                    x, y = self.val_batches[i]
-                    total += self.model.loss(x, y) * len(x)
-                    count += len(x)
+                    weight = x.shape[0] * (x.shape[1] / context)
+                    total += self.model.loss(x, y) * weight
+                    count += weight
         finally:
             self.model.train()
         return float(total) / count
+
+    def _on_device(self, ids: Tensor) -> Tensor:
+        """16-bit ids stay so on a CPU. A GPU gets int64, or int32 if there are many."""
+        if self.device.type == "cpu":
+            return ids
+        return ids.to(self.device, torch.int64 if ids.numel() < MANY_IDS else torch.int32)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's moments, the loss scale and the global generators' states."""

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from irongpt.data.batches import TrainBatches, ValBatches, split
+from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target, split
 from irongpt.errors import UserError
 
 CONTEXT = 8
@@ -83,3 +85,30 @@ def test_validation_covers_the_split_once_in_order():
 def test_a_part_of_the_validation_sequences_is_spread_evenly():
     val = ValBatches(torch.arange(1000 * CONTEXT + 1), CONTEXT, 100, 10)
     assert torch.equal(val.starts, torch.arange(10) * 100 * CONTEXT)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 16, 17, 18, 100])
+def test_every_target_comes_once_and_in_order(length):
+    batches = list(every_target(torch.arange(length), CONTEXT, batch_size=3))
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert targets.tolist() == list(range(1, length))
+    assert all(torch.equal(y, x + 1) and len(x) <= 3 for x, y in batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64])
+def test_ids_of_any_integer_dtype_give_the_same_batches(dtype):
+    ids = torch.arange(200) + 65_000
+    expected = TrainBatches(ids, CONTEXT, 4, seed=1)(3)
+    found = TrainBatches(ids.to(dtype), CONTEXT, 4, seed=1)(3)
+    assert all(torch.equal(a, b) and b.dtype == torch.int64 for a, b in zip(expected, found))
+
+
+def test_bits_per_byte_of_one_text_and_of_documents():
+    ids = torch.arange(100)
+    text = Tokens(ids[:90], ids[90:], ids[89:90], val_bytes=20)
+    assert text.val_targets == 10
+    assert text.bits_per_byte(math.log(2)) == pytest.approx(10 / 20)
+    documents = Tokens(ids[:90], ids[90:], ids[:0], val_bytes=18)
+    assert documents.val_targets == 9  # all but the mark before the first document
+    assert documents.bits_per_byte(2 * math.log(2)) == pytest.approx(1)
+    assert math.isnan(Tokens.of(ids).bits_per_byte(1.0))
