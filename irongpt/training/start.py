@@ -1,6 +1,7 @@
 """Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from irongpt_kernels import Ops
 
 from irongpt import device as devices
 from irongpt import ops
-from irongpt.config import PRESETS, Flags, GPTConfig, TrainConfig, check, flag, to_json
+from irongpt.config import (
+    PRESETS,
+    DataConfig,
+    Flags,
+    GPTConfig,
+    TrainConfig,
+    check,
+    flag,
+    to_json,
+)
 from irongpt.console import Clock, say
 from irongpt.data import corpus
 from irongpt.data.corpus import Corpus
@@ -30,6 +40,7 @@ from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
 # A resumed run may change these: the steps done so far do not depend on them.
+DATA_FLAGS = ("data", "include", "encoding", "errors")
 CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype", "graph")
 
 
@@ -39,7 +50,7 @@ class Setup:
     flags, so that a mistake in a flag is reported before anything is downloaded."""
 
     preset: str
-    data: str | None  # None: War and Peace, or python-docs where it cannot be downloaded
+    data: DataConfig | None  # None: War and Peace, or python-docs where it cannot be downloaded
     model: GPTConfig  # vocab_size is 1 in a new run until the text is read
     train: TrainConfig
     device: torch.device
@@ -55,7 +66,7 @@ def new_setup(flags: Flags) -> Setup:
     model = GPTConfig(vocab_size=1, **_fields(GPTConfig, PRESETS[preset].model | flags))
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
-    return Setup(preset, flags.get("data"), model, train, device, precision, module)
+    return Setup(preset, _data_config(flags), model, train, device, precision, module)
 
 
 def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
@@ -64,11 +75,11 @@ def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
     stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
     for name, value in flags.items():
         check(
-            name in (*CHANGEABLE, "data") or value == stored.get(name),
+            name in (*CHANGEABLE, *DATA_FLAGS) or value == stored.get(name),
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data, model, device = flags.get("data", config.data), config.model, devices.pick(train.device)
+    data, model, device = _data_config(flags, config.data), config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)
@@ -82,14 +93,15 @@ def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
-    text = corpus.load(setup.data, say=say)
-    tokenizer = CharTokenizer.from_text(text.text)
+    text = _load(setup.data, flags.get("out") or Path("runs"))
+    between = "\n" * bool(text.files)  # one text is encoded as it is
+    tokenizer = CharTokenizer.from_text("".join((*text.train, *text.val, between)))
     setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
-    data = text.name if setup.data is None else _absolute(setup.data)
+    data = _stored(setup.data) if setup.data else DataConfig((text.name,))
     config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
     run = RunFolder(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
     training = _training(run, setup, text, tokenizer, clock)
-    run.create(training.save)
+    run.create(training.save, text.files)
     return training
 
 
@@ -99,17 +111,14 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
     setup = resumed_setup(run, flags)
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
     data = setup.data or run.config.data
-    text = corpus.load(data, say=say)
-    check(
-        text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: give that text with --data",
-    )
+    text = _load(data, path, run.config.data_sha256)
+    run.check_text(text.sha256, text.files, ", ".join(data.sources))
     training = _training(run, setup, text, tokenizer, clock)
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
-        config = replace(run.config, train=setup.train, data=_absolute(data))
+        config = replace(run.config, train=setup.train, data=_stored(data))
         run.resume(config, training.trainer.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
@@ -125,14 +134,14 @@ def _training(
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)
-    ids = tokenizer.encode(text.text)
+    ids = tokenizer.encode("\n".join(text.train) + "\n".join(text.val))
     model = GPT(m, setup.ops).to(device)
     trainer = Trainer(model, ids, train, device, precision.dtype)
     peak, source = devices.peak_flops(device, precision.dtype)
 
     tokens = trainer.tokens_per_step()
     epochs = train.iters * tokens / len(trainer.train_batches.ids)
-    say(f"corpus    {text.name}: {len(text.text):,} characters, {m.vocab_size} distinct")
+    say(f"corpus    {text.name}: {len(ids):,} characters, {m.vocab_size} distinct")
     say(
         f"model     {m.n_params():,} parameters: {m.n_layer} layers, {m.n_head} heads, "
         f"width {m.n_embd}, context {m.context}"
@@ -156,6 +165,30 @@ def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
-def _absolute(data: str) -> str:
-    """--data as config.json stores it: a path stays valid in another working folder."""
-    return data if data in corpus.BUILT_IN else str(Path(data).resolve())
+def _data_config(flags: Flags, stored: DataConfig | None = None) -> DataConfig | None:
+    """The text that the flags name, else the stored one."""
+    given = {name: flags[name] for name in DATA_FLAGS if name in flags}
+    sources = given.pop("data", None)
+    if sources is None and stored is None:
+        check(not given, f"{flag(next(iter(given), ''))} needs --data FILE or --data FOLDER")
+        return None
+    if sources is not None:
+        names = [sources] if isinstance(sources, str) else sources
+        stored = replace(stored or DataConfig(()), sources=tuple(names))
+    values = {k: tuple(v) if k == "include" else v for k, v in given.items()}
+    return replace(stored, **values)
+
+
+def _stored(data: DataConfig) -> DataConfig:
+    """As config.json stores it: a path stays valid in another working folder."""
+    names = (*corpus.BUILT_IN, corpus.STDIN)
+    paths = (s if s in names else os.path.realpath(os.path.expanduser(s)) for s in data.sources)
+    return replace(data, sources=tuple(paths))
+
+
+def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corpus:
+    """The text. run: the run's folder. sha256: the digest of a resumed run's text."""
+    if data is None:
+        return corpus.load(None, say=say)
+    options = dict(include=data.include, encoding=data.encoding, errors=data.errors)
+    return corpus.load(data.sources, say=say, exclude=run, sha256=sha256, **options)
