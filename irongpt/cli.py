@@ -21,9 +21,11 @@ from irongpt.config import (
     GPTConfig,
     SampleConfig,
     TrainConfig,
+    check,
     flag,
 )  # fmt: skip
-from irongpt.errors import DivergenceError, UserError
+from irongpt.data.text import ERRORS, check_encoding, decoded
+from irongpt.errors import DivergenceError, UserError, brief
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -118,8 +120,14 @@ def _train_flags(train: Parser) -> None:
     presets = "; ".join(f"{name}: {p.summary}" for name, p in PRESETS.items())
     help = f"model and recipe. {presets} [iron on a GPU, nano on a CPU]"
     run.add_argument("--preset", choices=list(PRESETS), help=help)
-    help = "war-and-peace, python-docs, python-code, or a text file [war-and-peace]"
-    run.add_argument("--data", metavar="TEXT", help=help)
+    help = (
+        "war-and-peace, python-docs, python-code, python-packages, a text file, a folder of code, "
+        "or - for standard input; repeatable, for a text of several parts [war-and-peace]"
+    )
+    run.add_argument("--data", metavar="TEXT", action="append", help=help)
+    help = "files to read from a folder of --data, such as '*.js', repeatable ['*.py']"
+    run.add_argument("--include", metavar="PATTERN", action="append", help=help)
+    _text_flags(run, "--data")
     help = "tokens of a BPE vocabulary, a multiple of 64 [4096; 8192 for 30 MB of text or more]"
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
@@ -137,12 +145,20 @@ def _train_flags(train: Parser) -> None:
     machine.add_argument("--no-graph", action="store_false", dest="graph", help=help)
 
 
+def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
+    help = f"encoding of {what}, such as cp1252 [UTF-8, or UTF-16 with a byte order mark]"
+    parser.add_argument("--encoding", metavar="NAME", help=help)
+    help = f"replace: put U+FFFD in the place of bytes of {what} that cannot be decoded [strict]"
+    parser.add_argument("--errors", choices=ERRORS, help=help)
+
+
 def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)
+    _text_flags(generate, "--prompt-file")
     for f in fields(SampleConfig):
         _config_flag(generate, f, [f.default])
     help = "stop at the end of a document, <|endoftext|>"
@@ -214,15 +230,18 @@ def generate_command(flags: Flags) -> int:
 
     run, checkpoint = flags.pop("run"), flags.pop("checkpoint", "best")
     prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
+    reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
+    check(file is not None or not reading, "--encoding and --errors are for --prompt-file FILE")
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
     stop = flags.pop("stop_at_end", False)
     config = SampleConfig(**flags)
     if file is not None:
-        prompt = read_prompt(file)
+        prompt = read_prompt(file, **reading)
     if checkpoint == "best" and (run / "last").is_dir() and not (run / "best").exists():
         say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
         checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
+    documents = (run / "files.json").exists()
     target, context = model.wte.weight.device, model.config.context
     for note in ops.notes(op_set, target):
         say_on_stderr(note)
@@ -248,7 +267,9 @@ def generate_command(flags: Flags) -> int:
     count, piece = 0, prompt
     if config.samples == 1:
         sys.stdout.write(show(prompt))
-        for count, text in enumerate(pieces(prompts[0][-1], (step[0] for step in steps))):
+        for count, text in enumerate(  # noqa: B007
+            pieces(prompts[0][-1], (step[0] for step in steps))
+        ):
             piece = text or piece
             sys.stdout.write(show(text))
             sys.stdout.flush()
@@ -295,18 +316,21 @@ def tune_command(flags: Flags) -> int:
     )
 
 
-def read_prompt(file: str) -> str:
+def read_prompt(file: str, encoding: str | None = None, errors: str = "strict") -> str:
     """The text of a file, or of standard input for -, without a line break at its end."""
+    if encoding is not None:
+        check_encoding(encoding)
+    if file == "-" and sys.stdin is None:
+        raise UserError("--prompt-file -: standard input is closed")
     try:
-        if file == "-" and sys.stdin is None:
-            raise UserError("--prompt-file -: standard input is closed")
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as e:
-        raise UserError(f"cannot read the prompt file {file}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"the prompt file {file} is not UTF-8 text") from e
-    return text.removesuffix("\n")
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    except (OSError, RuntimeError, ValueError) as e:
+        raise UserError(f"cannot read the prompt file {file}: {brief(e)}") from e
+    name = "the standard input" if file == "-" else f"the prompt file {file}"
+    text = decoded(data, name, encoding, errors)
+    for note in text.notes:
+        say_on_stderr(note)
+    return text.utf8.decode().removesuffix("\n")
 
 
 def say_on_stderr(text: str) -> None:

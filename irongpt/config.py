@@ -150,6 +150,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """Which text a run is trained on, and how its files are read: the arguments of corpus.load."""
+
+    sources: tuple[str, ...]  # built-in names, and absolute paths of files and folders
+    include: tuple[str, ...] = ()
+    encoding: str | None = None
+    errors: str = "strict"
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How text is sampled from a model."""
 

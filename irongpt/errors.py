@@ -1,5 +1,7 @@
 """The exceptions that the command line prints as one line on stderr, with an exit code."""
 
+import urllib.error
+
 
 class UserError(Exception):
     """A user's mistake, or a request that this machine cannot fulfil. The exit code is 2.
@@ -11,3 +13,13 @@ class UserError(Exception):
 
 class DivergenceError(Exception):
     """The gradients stay non-finite. This is not a user's mistake, and the exit code is 1."""
+
+
+def brief(error: Exception) -> str:
+    """The reason for an error of the system or of the network, in one short line."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}"
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())[:80]

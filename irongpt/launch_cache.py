@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from irongpt_kernels.runtime import emulate, launch_table
 
-from irongpt.data.corpus import cache_folder
+from irongpt.data.download import cache_folder
 from irongpt.errors import UserError
 from irongpt.files import read, replace_file, sealed, unsealed
 

@@ -50,11 +50,12 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
     for word, n in counts.items():
         for at in range(0, len(word), LONGEST):
             pieces[word[at : at + LONGEST]] += n
-    words, frequencies = [list(piece) for piece in pieces], list(pieces.values())
+    words = [list(piece) for piece in pieces]
+    frequencies = list(pieces.values())
     pairs: Counter[Pair] = Counter()
     found_in: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of words, some out of date
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
+    for i, ids in enumerate(words):
+        for pair in pairwise(ids):
             pairs[pair] += frequencies[i]
             found_in[pair].add(i)
     # The count of a pair only falls after it was put on the heap; it is brought up to date when it

@@ -1,257 +1,258 @@
-"""The training text: War and Peace, a text file, or the docs and the source of Python itself.
+"""The training text: War and Peace, Python's own docs and code, a file, a folder, or several.
 
-war-and-peace   downloaded once, verified, and stored in the cache folder
-python-docs     the language reference that every Python contains (pydoc_data.topics)
-python-code     the source of the standard library
+war-and-peace    downloaded once, verified, and stored in the cache folder
+python-docs      the language reference that every Python contains (pydoc_data.topics)
+python-code      the source of the standard library, by file
+python-packages  the source of the larger packages that are installed, such as torch, by file
+FILE             text, also in gzip's format; - is standard input
+FOLDER           its .py files, or those that match --include
 """
 
 import hashlib
-import http.client
+import itertools
+import json
 import os
 import re
-import socket
-import stat
 import sys
-import tempfile
-import urllib.error
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from irongpt.errors import UserError
-from irongpt.files import replace_file
+from irongpt.data.download import war_and_peace
+from irongpt.data.folder import (
+    MAX_BYTES,
+    Files,
+    Reader,
+    folder_files,
+    packages,
+    read_files,
+    standard_library,
+)
+from irongpt.data.text import CHUNK, Say, Text, check_encoding, has_text, without_license
+from irongpt.errors import UserError, brief
 
-BUILT_IN = ("war-and-peace", "python-docs", "python-code")
-
-MAX_FILE_BYTES = 2 * 10**9  # as text and as int64 ids a file takes about 10 times its size
-TIMEOUT_S = 15.0  # of each wait for the server
-
-Say = Callable[[str], None]
+BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
+STDIN = "-"
+TRAIN_SHARE = 0.9  # of the characters of one text; a text of several files is split by file
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text whose line breaks are \\n. The name is valid as the name of a folder."""
+    """The documents for training and for validation. Their line breaks are \\n.
+
+    A corpus of one text is one document on each side, the first 90 % of its characters and the
+    rest. The name is valid as the name of a folder.
+    """
 
     name: str
-    text: str
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256; {} for one text
 
     @property
+    def text(self) -> str:
+        """All documents in one piece: for one text, that text."""
+        return "".join(self.train + self.val)
+
+    @cached_property
     def sha256(self) -> str:
-        """Hexadecimal digest of the text in UTF-8."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Hexadecimal digest of the text in UTF-8, or of the files with their digests."""
+        if self.files:
+            return hashlib.sha256(json.dumps(list(self.files.items())).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for document in self.train + self.val:
+            for first in range(0, len(document), CHUNK):
+                digest.update(document[first : first + CHUNK].encode())
+        return digest.hexdigest()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all documents in UTF-8."""
+        return utf8_size(self.train) + utf8_size(self.val)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A copy of War and Peace. Gutenberg's own copy changes, so that its digest is unknown."""
-
-    url: str
-    filename: str
-    sha256: str | None = None
-
-
-SOURCES = (
-    Source(
-        "https://raw.githubusercontent.com/GITenberg/War-and-Peace_2600/"
-        "fa22ab90f00f627e83d14acabe32d91602d2365d/2600-0.txt",
-        "war-and-peace-2600-0.txt",
-        "6cbcc5ca5e590fb9ace161a5b93e4ecf280d7118104be0d63b686c004cfa70ae",
-    ),
-    Source("https://www.gutenberg.org/cache/epub/2600/pg2600.txt", "war-and-peace-pg2600.txt"),
-)
-
-
-def load(data: str | None, *, say: Say) -> Corpus:
-    """The text called `data`: one of BUILT_IN, or the path of a file. Raises UserError.
-
-    None is War and Peace, or python-docs if it cannot be downloaded. `say` receives lines for the
-    user about downloads and about problems that were worked around.
-    """
-    if data is None:
-        try:
-            return _war_and_peace(say)
-        except UserError as error:
-            say(f"warning: using python-docs, the text of Python's manual, instead: {error}")
-            data = "python-docs"
-    if data == "war-and-peace":
-        return _war_and_peace(say)
-    if data == "python-docs":
-        return _python_docs()
-    return _python_code() if data == "python-code" else _file(data, say)
-
-
-# One match per book in the file. Its group is the book from its first line that is not blank.
-_BOOK = re.compile(
-    r"(?ms)^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^\n]*\n(?:[ \t]*\n)*"
-    r"(.*?)^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK"
-)
-
-
-def _without_license(text: str) -> str:
-    """The text between Project Gutenberg's markers, or all of it if there are none."""
-    return "\n\n".join(book.rstrip() + "\n" for book in _BOOK.findall(text)) or text
-
-
-def _unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def cache_folder() -> Path:
-    """IRONGPT_DATA, or the user's cache folder of this operating system. It may not exist."""
-    if folder := os.environ.get("IRONGPT_DATA"):
-        return Path(folder)
-    try:
-        home = Path.home()
-    except RuntimeError:
-        raise UserError(
-            "the home folder is unknown: set IRONGPT_DATA to a folder for the corpus"
-        ) from None
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-    return Path(base) / "irongpt"
-
-
-def _war_and_peace(say: Say) -> Corpus:
-    folder = cache_folder()
-    for source in SOURCES:
-        path = folder / source.filename
-        try:
-            if path.is_file():
-                return _verified(source, path.read_bytes())
-        except (OSError, ValueError) as error:
-            say(f"not using {str(path)!r}: {_brief(error)}")
-    reasons = []
-    for source in SOURCES:
-        say(f"downloading War and Peace (3.4 MB) from {source.url} to {str(folder)!r}")
-        try:
-            raw = _download(source.url)
-            corpus = _verified(source, raw)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons.append(f"{source.url.split('/')[2]}: {_brief(error)}")
-            say(f"the download failed: {reasons[-1]}")
-            continue
-        _keep(folder / source.filename, raw, say)
-        return corpus
-    raise UserError(
-        f"cannot download War and Peace ({'; '.join(reasons)}): save it as "
-        f"{str(folder / SOURCES[0].filename)!r}, or use --data FILE or --data python-docs"
+def utf8_size(documents: Sequence[str]) -> int:
+    """Number of bytes of the documents in UTF-8."""
+    return sum(
+        len(text)
+        if text.isascii()
+        else sum(len(text[i : i + CHUNK].encode()) for i in range(0, len(text), CHUNK))
+        for text in documents
     )
 
 
-def _verified(source: Source, raw: bytes) -> Corpus:
-    """The book in a source's bytes. Raises ValueError if they are anything else."""
-    if source.sha256 and hashlib.sha256(raw).hexdigest() != source.sha256:
-        raise ValueError(f"wrong checksum (SHA-256 of {len(raw):,} bytes)")
-    text = _unix_lines(raw.decode("utf-8-sig"))
-    if not _BOOK.search(text):
-        raise ValueError("no START and END marker of Project Gutenberg")
-    return Corpus("war-and-peace", _without_license(text))
+def load(
+    data: Sequence[str] | str | None,
+    *,
+    say: Say,
+    include: Sequence[str] = (),
+    encoding: str | None = None,
+    errors: str = "strict",
+    exclude: Path | None = None,
+    sha256: str | None = None,
+) -> Corpus:
+    """The text called `data`: names of BUILT_IN, paths of files and folders. Raises UserError.
+
+    None is War and Peace, or python-docs if it cannot be downloaded. `say` receives lines for the
+    user about files, downloads and problems that were worked around.
+    include: patterns for the files of folders. encoding, errors: see `text.decoded`.
+    exclude: the run's folder, which no folder of `data` may contain.
+    sha256: the digest of a run's text; python-code is then read as earlier versions read it, as
+    one text, if that has this digest.
+    """
+    if encoding is not None:
+        check_encoding(encoding)
+    reader = Reader(say, encoding, errors)
+    if data is None:
+        try:
+            return _one_text("war-and-peace", war_and_peace(say), reader)
+        except UserError as error:
+            say(f"warning: using python-docs, the text of Python's manual, instead: {error}")
+            data = "python-docs"
+    sources = [data] if isinstance(data, str) else list(data)
+    if sources == ["python-code"] and sha256:
+        text = _python_code_as_one_text()
+        if text.sha256 == sha256:
+            return text
+    if include and not any(os.path.isdir(os.path.expanduser(source)) for source in sources):
+        raise UserError("--include is for folders: give one with --data FOLDER")
+    return _joined([_source(s, reader, include, exclude) for s in sources], say)
 
 
-def _download(url: str) -> bytes:
-    """The content at a URL. It is written to the cache only after it has been verified."""
-    from torch.hub import download_url_to_file
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_S)  # the function has no such argument
+def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | None) -> Corpus:
+    as_utf8 = replace(reader, encoding=None, errors="strict")
+    if data == "war-and-peace":
+        return _one_text(data, war_and_peace(reader.say), reader)
+    if data == "python-docs":
+        return _one_text(data, _python_docs(), reader)
+    if data == "python-code":
+        return _by_file(data, data, read_files(standard_library(), as_utf8), reader)
+    if data == "python-packages":
+        return _by_file(data, data, read_files(packages(reader.say), as_utf8), reader)
+    if data == STDIN:
+        return _checked("stdin", "the standard input", _standard_input(reader), reader)
+    path = os.path.expanduser(data)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "download"
-            download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-            return path.read_bytes()
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _keep(path: Path, raw: bytes, say: Say) -> None:
-    """Stores the file. A folder that cannot be written to is not an error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, raw)
+        if os.path.isdir(path):
+            paths = folder_files(Path(path), include, say=reader.say, exclude=exclude)
+            name = _folder_name(Path(path).resolve().name)
+            return _by_file(name, repr(data), read_files(paths, reader), reader)
+        text = reader.read(path, repr(data))
+    except (FileNotFoundError, ValueError):  # a name with a NUL in it is a ValueError
+        raise UserError(f"no file {data!r}; the built-in texts are {', '.join(BUILT_IN)}") from None
     except OSError as error:
-        say(f"cannot store War and Peace as {str(path)!r} for the next run: {_brief(error)}")
+        raise UserError(f"cannot read {data!r}: {brief(error)}") from None
+    return _checked(_folder_name(Path(data.removesuffix(".gz")).stem), repr(data), text, reader)
 
 
-def _brief(error: Exception) -> str:
-    """The reason for an error, in one short line."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code}"
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())[:80]
+def _standard_input(reader: Reader) -> Text:
+    if sys.stdin is None:
+        raise UserError("--data -: the standard input is closed")
+    if sys.stdin.isatty():
+        reader.say("reading the text from the terminal, until an end of file (Ctrl-D)")
+    try:
+        raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read the standard input: {brief(error)}") from None
+    return reader.decode(raw, "the standard input")
 
 
-def _python_docs() -> Corpus:
+def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:
+    """The corpus of a user's text, without the licence of a book of Project Gutenberg."""
+    utf8 = without_license(text.utf8)
+    for note in text.notes:
+        reader.say(f"warning: {note}")
+    if utf8 is not text.utf8:
+        reader.say(
+            f"removed Project Gutenberg's licence from {shown}: {_length(utf8):,} characters remain"
+        )
+    if not has_text(utf8):
+        raise UserError(f"{shown} is empty: give a file that contains text")
+    return _one_text(name, utf8, reader)
+
+
+def _one_text(name: str, utf8: bytes | bytearray, reader: Reader) -> Corpus:
+    if reader.kept.add(utf8) is None:
+        return Corpus(name, (), ())
+    cut = _offset(utf8, int(TRAIN_SHARE * _length(utf8)))
+    view = memoryview(utf8)
+    return Corpus(name, (str(view[:cut], "utf-8"),), (str(view[cut:], "utf-8"),))
+
+
+def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
+    duplicates = files.left_out["duplicates"]
+    if not files.digests and not duplicates:
+        raise UserError(f"{shown} has no text in the files that match: {files}")
+    reader.say(f"files     {name}: {files}")
+    if len(files.digests) == 1:
+        [text] = files.train
+        cut = int(TRAIN_SHARE * len(text))
+        return Corpus(name, (text[:cut],), (text[cut:],))
+    return Corpus(name, files.train, files.val, files.digests)
+
+
+def _joined(parts: Sequence[Corpus], say: Say) -> Corpus:
+    """All documents of several corpora. Those that repeat others are empty, and left out."""
+    for part in parts:
+        if not part.train:
+            say(f"warning: all text of {part.name} is in the data before it: it is left out")
+    parts = [part for part in parts if part.train]
+    if len(parts) == 1:
+        return parts[0]
+    files: dict[str, str] = {}
+    labels = [part.name for part in parts]
+    for i, part in enumerate(parts):
+        label = part.name + f"-{i + 1}" * (labels.count(part.name) > 1)
+        if part.files:
+            files |= {f"{label}/{path}": digest for path, digest in part.files.items()}
+        else:
+            files[label] = part.sha256
+    name = "+".join(labels)
+    return Corpus(
+        name if len(name) <= 64 else f"{labels[0][:48]}+{len(parts) - 1}-more",
+        tuple(text for part in parts for text in part.train),
+        tuple(text for part in parts for text in part.val),
+        files,
+    )
+
+
+def _folder_name(name: str) -> str:
+    """A name without the characters that a folder's name cannot have everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].strip("-.") or "text"
+
+
+_CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character after its first
+
+
+def _length(utf8: bytes | bytearray) -> int:
+    """Number of characters."""
+    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
+    return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in chunks)
+
+
+def _offset(utf8: bytes | bytearray, index: int) -> int:
+    """Position of the first byte of a character, or the length for an index at the end."""
+    for first in range(0, len(utf8), CHUNK):
+        chunk = utf8[first : first + CHUNK]
+        if index < (count := len(chunk.translate(None, _CONTINUATION))):
+            starts = (i for i, byte in enumerate(chunk) if byte & 0xC0 != 0x80)
+            return first + next(itertools.islice(starts, index, None))
+        index -= count
+    return len(utf8)
+
+
+def _python_docs() -> bytes:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError("this Python has no pydoc_data.topics: use --data FILE") from None
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return Corpus("python-docs", text)
+    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
 
-# Tables, tests, the data of an editor, and pydoc_data, which is the other corpus.
-_NOT_CODE = {"encodings", "idlelib", "pydoc_data", "lib2to3", "test", "tests", "idle_test"}
-
-
-def _python_code() -> Corpus:
-    """About 8 MB, the same for every installation of one Python version.
-
-    The few files that are not ASCII are left out, to keep rare characters out of the vocabulary.
-    """
-    root = Path(os.__file__).parent
-    paths: list[Path] = []
-    for name in sorted(sys.stdlib_module_names - _NOT_CODE):
-        paths += [root / f"{name}.py"] if (root / f"{name}.py").is_file() else []
-        paths += sorted((root / name).rglob("*.py"))
-    files = [p.read_bytes() for p in paths if not _NOT_CODE & set(p.relative_to(root).parts)]
-    text = "\n".join(_unix_lines(raw.decode()) for raw in files if raw.isascii())
-    if not text:
-        raise UserError(f"{str(root)!r} has no source of the standard library: use --data FILE")
-    return Corpus("python-code", text)
-
-
-def _file(data: str, say: Say) -> Corpus:
-    try:
-        status = os.stat(data)
-        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
-            raw = Path(data).read_bytes()
-    except (FileNotFoundError, ValueError):  # a name with a NUL in it is a ValueError
-        raise UserError(f"no file {data!r}; the built-in texts are {', '.join(BUILT_IN)}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {data!r}: {_brief(error)}") from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise UserError(f"{data!r} is {kind}: give a text file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise UserError(f"{data!r} is larger than {MAX_FILE_BYTES / 1e9:g} GB: use a part of it")
-    complete = _unix_lines(_decoded(data, raw, say))
-    text = _without_license(complete)
-    if text is not complete:
-        say(f"removed Project Gutenberg's licence from {data!r}: {len(text):,} characters remain")
-    if not text.strip():
-        raise UserError(f"{data!r} is empty: give a file that contains text")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem)[:64].strip("-.")
-    return Corpus(name or "text", text)
-
-
-def _decoded(data: str, raw: bytes, say: Say) -> str:
-    utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    try:
-        text = raw.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        try:
-            text = raw.decode("utf-16" if utf16 else "cp1252")
-        except UnicodeDecodeError:
-            raise UserError(f"{data!r} is not UTF-8 text: convert it") from None
-        say(f"warning: {data!r} is not UTF-8: reading it as Windows-1252 (Latin-1)")
-    controls = sum(text.count(chr(code)) for code in range(1, 32) if chr(code) not in "\t\n\f\r")
-    if "\0" in text or controls > len(text) / 100:
-        raise UserError(f"{data!r} looks binary: give a text file, preferably in UTF-8")
-    return text
+def _python_code_as_one_text() -> Corpus:
+    """The ASCII files of the standard library in one text, as versions before 0.2 read them."""
+    files = (path.read_bytes() for _, path in standard_library())
+    ascii_files = (raw.replace(b"\r\n", b"\n") for raw in files if raw.isascii())
+    text = b"\n".join(raw.replace(b"\r", b"\n") for raw in ascii_files)
+    return _one_text("python-code", text, Reader(print))

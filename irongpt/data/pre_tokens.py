@@ -98,7 +98,11 @@ class PreTokens:
         ids: of the words, in order. The arrays of indices are released on the way.
         """
         flat: list[int] = []
-        sizes = np.array([flat.extend(one) or len(one) for one in ids])
+        lengths = []
+        for one in ids:
+            flat += one
+            lengths.append(len(one))
+        sizes = np.array(lengths)
         starts, table = np.cumsum(sizes) - sizes, np.array(flat, dtype=np.uint16)
         found = []
         for chunks in (self.train, self.val):

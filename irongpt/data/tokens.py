@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 from irongpt.config import check
 from irongpt.data import bpe
 from irongpt.data.batches import Tokens
-from irongpt.data.corpus import Corpus, cache_folder
+from irongpt.data.corpus import Corpus
+from irongpt.data.download import cache_folder
 from irongpt.data.pre_tokens import CHUNK, PreTokens, pieces
 from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Tokenizer
 from irongpt.errors import UserError
@@ -27,28 +28,31 @@ LARGE_FROM = 30 * 10**6  # bytes of text
 CACHED, CACHED_FROM = 8, 10**6  # the number of corpora in the cache; bytes of their text
 TENSORS = ("train", "val", "before_val")
 
-Say = Callable[[str], None]
+
+def check_vocab_size(kind: str, vocab_size: int | None) -> int | None:
+    """The size of a BPE vocabulary, rounded up to a multiple of 64. Raises UserError."""
+    if vocab_size is None:
+        return None
+    check(kind == "bpe", "--vocab-size is for --tokenizer bpe: a text determines its characters")
+    check(
+        257 <= vocab_size <= MAX_VOCAB,
+        f"--vocab-size must be from 257 to {MAX_VOCAB:,}, got {vocab_size:,}",
+    )
+    return vocab_size + -vocab_size % MULTIPLE
 
 
 def tokenize(
-    corpus: Corpus, kind: str, vocab_size: int | None, say: Say
-) -> tuple[Tokenizer, Tokens]:
-    """Trains a tokenizer on the training text of a corpus and encodes the corpus.
+    corpus: Corpus, kind: str, vocab_size: int | None = None
+) -> tuple[CharTokenizer | BPETokenizer, Tokens]:
+    """Makes a tokenizer for a corpus, and encodes the corpus.
 
-    kind: char (whose vocabulary also has the characters of the validation text) or bpe. vocab_size:
-    of BPE, by default 4,096, or 8,192 for a text of 30 MB or more. Raises UserError.
+    kind: char, with the characters of the entire text, or bpe, which is trained on the training
+    text. vocab_size: of BPE, by default 4,096, or 8,192 for 30 MB of text or more.
     """
     if kind == "char":
-        check(vocab_size is None, "--vocab-size is for --tokenizer bpe: characters set their own")
-        tokenizer = CharTokenizer.from_text(
-            *corpus.train, *corpus.val, documents=bool(corpus.files)
-        )
-        return tokenizer, encode(corpus, tokenizer)
+        chars = CharTokenizer.from_text(*corpus.train, *corpus.val, documents=bool(corpus.files))
+        return chars, encode(corpus, chars)
     size = vocab_size or (SMALL if corpus.n_bytes < LARGE_FROM else LARGE)
-    check(257 <= size <= MAX_VOCAB, f"--vocab-size must be from 257 to {MAX_VOCAB:,}, got {size:,}")
-    if rest := -size % MULTIPLE:
-        say(f"tokenizer {size:,} tokens become {size + rest:,}, a multiple of {MULTIPLE}")
-        size += rest
     if found := _Cache(corpus, size).read():
         return found
     pre_tokens = _pre_tokens(corpus)
@@ -163,5 +167,5 @@ class _Cache:
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in TENSORS:
-        digest.update(tensors[name].numpy())
+        digest.update(memoryview(tensors[name].numpy()))
     return digest.hexdigest()

@@ -5,6 +5,8 @@ result.json has the loss of best over the entire validation text, once the train
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from irongpt import __version__
-from irongpt.config import GPTConfig, TrainConfig, check, from_json
+from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
@@ -29,10 +31,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Determines a run, together with the text. `data` is a built-in name or a file's path."""
+    """Determines a run, together with the text."""
 
     preset: str
-    data: str
+    data: DataConfig
     data_sha256: str
     model: GPTConfig
     train: TrainConfig
@@ -46,10 +48,13 @@ class RunFolder:
         self.last, self.best = path / "last", path / "best"  # checkpoints
         self.metrics = path / "metrics.jsonl"
 
-    def create(self, save_first: Callable[[Path], None]) -> None:
+    def create(
+        self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
+    ) -> None:
         """Makes the folder with config.json and a first checkpoint, atomically.
 
         save_first: writes the checkpoint of step 0 into the folder it is given.
+        files: the digests of the text's files, which files.json keeps if there are any.
         Raises UserError if the folder exists already or cannot be written.
         """
         check_free(self.path)
@@ -58,6 +63,8 @@ class RunFolder:
         try:
             temporary.mkdir(parents=True)
             replace_file(temporary / "config.json", _encode(self.config))
+            if files:
+                replace_file(temporary / "files.json", sealed({"files": files}))
             save_first(temporary / "last")
             os.rename(temporary, self.path)
         except BaseException as e:
@@ -86,6 +93,29 @@ class RunFolder:
         ):
             for temporary in self.path.glob(f".{name}-????????"):
                 shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+    def check_text(self, sha256: str, files: dict[str, str], given: str) -> None:
+        """Raises UserError unless this is the text of the run, and names the files that differ.
+
+        files: the digests of its files. given: what the message calls the text.
+        """
+        if sha256 == self.config.data_sha256:
+            return
+        changes, path = [], self.path / "files.json"
+        before = unsealed(read(path), path).get("files", {}) if path.is_file() else {}
+        for what, names in (
+            ("new", files.keys() - before.keys()),
+            ("removed", before.keys() - files.keys()),
+            ("changed", {f for f in files.keys() & before.keys() if files[f] != before[f]}),
+        ):
+            if names and before and files:
+                listed = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+                changes.append(f"{len(names):,} {what} ({listed})")
+        details = f": {'; '.join(changes)}" if changes else ""
+        raise UserError(
+            f"{given} is not the text that {self.path} is trained on{details}: "
+            "give that text with --data, or start a new run"
+        )
 
     def append(self, record: Record) -> None:
         """Adds a line to metrics.jsonl. Non-finite numbers become null."""
@@ -138,14 +168,15 @@ def open_run(path: Path) -> RunFolder:
     try:
         if values["format"] != FORMAT:
             raise UserError(f"IronGPT {__version__} cannot read format {values['format']!r}")
-        texts = {name: values[name] for name in ("preset", "data", "data_sha256")}
+        texts = {name: values[name] for name in ("preset", "data_sha256")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f"{', '.join(texts)} must be strings")
+        data = _data_config(values["data"])
         model = from_json(GPTConfig, values["model"])
         train = from_json(TrainConfig, values["train"])
     except (UserError, KeyError) as e:
         raise UserError(f"{path / 'config.json'} does not describe a run: {e}") from e
-    return RunFolder(path, RunConfig(model=model, train=train, **texts))
+    return RunFolder(path, RunConfig(data=data, model=model, train=train, **texts))
 
 
 def load_checkpoint(
@@ -183,6 +214,20 @@ def check_free(path: Path) -> None:
         raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
     if exists:
         raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
+
+
+def _data_config(value: Any) -> DataConfig:
+    """The inverse of `asdict`, or a single source as earlier versions wrote it."""
+    if isinstance(value, str):
+        return DataConfig((value,))
+    fields = {f.name for f in dataclasses.fields(DataConfig)}
+    if not isinstance(value, dict) or value.keys() != fields:
+        raise UserError(f"the fields of data must be {', '.join(sorted(fields))}")
+    lists = [value["sources"], value["include"]]
+    texts = [value["errors"], value["encoding"] or "", *itertools.chain(*lists)]
+    if not value["sources"] or not all(isinstance(text, str) for text in texts):
+        raise UserError("data must consist of strings")
+    return DataConfig(tuple(lists[0]), tuple(lists[1]), value["encoding"], value["errors"])
 
 
 def _encode(config: RunConfig) -> bytes:

@@ -1,6 +1,8 @@
 """Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,22 @@ from irongpt_kernels import Ops
 
 from irongpt import device as devices
 from irongpt import ops
-from irongpt.config import PRESETS, Flags, GPTConfig, TrainConfig, check, flag, to_json
+from irongpt.config import (
+    PRESETS,
+    DataConfig,
+    Flags,
+    GPTConfig,
+    TrainConfig,
+    check,
+    flag,
+    to_json,
+)
 from irongpt.console import Clock, say
 from irongpt.data import corpus
+from irongpt.data import tokens as tokenized
+from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
@@ -30,7 +43,10 @@ from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
 # A resumed run may change these: the steps done so far do not depend on them.
-CHANGEABLE = ("iters", "eval_every", "target_loss", "ops", "device", "dtype", "graph")
+DATA_FLAGS = ("data", "include", "encoding", "errors")
+CHANGEABLE = ("iters", "eval_every", "target_loss", "patience", "ops", "device", "dtype", "graph")
+
+MANY_EPOCHS = 20  # from here on a warning is printed
 
 
 @dataclass(frozen=True)
@@ -39,12 +55,13 @@ class Setup:
     flags, so that a mistake in a flag is reported before anything is downloaded."""
 
     preset: str
-    data: str | None  # None: War and Peace, or python-docs where it cannot be downloaded
+    data: DataConfig | None  # None: War and Peace, or python-docs where it cannot be downloaded
     model: GPTConfig  # vocab_size is 1 in a new run until the text is read
     train: TrainConfig
     device: torch.device
     precision: devices.Precision
     ops: Ops
+    vocab_size: int | None = None  # of a new BPE; None: it depends on the size of the text
 
 
 def new_setup(flags: Flags) -> Setup:
@@ -52,10 +69,12 @@ def new_setup(flags: Flags) -> Setup:
     device = devices.pick(flags.get("device", "auto"))
     preset = flags.get("preset") or ("iron" if device.type == "cuda" else "nano")
     train = TrainConfig(**_fields(TrainConfig, PRESETS[preset].train | flags))
-    model = GPTConfig(vocab_size=1, **_fields(GPTConfig, PRESETS[preset].model | flags))
+    model = GPTConfig(**_fields(GPTConfig, PRESETS[preset].model | flags | {"vocab_size": 1}))
+    vocab_size = tokenized.check_vocab_size(train.tokenizer, flags.get("vocab_size"))
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
-    return Setup(preset, flags.get("data"), model, train, device, precision, module)
+    data = _data_config(flags, DataConfig(PRESETS[preset].data) if PRESETS[preset].data else None)
+    return Setup(preset, data, model, train, device, precision, module, vocab_size)
 
 
 def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
@@ -64,11 +83,11 @@ def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
     stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
     for name, value in flags.items():
         check(
-            name in (*CHANGEABLE, "data") or value == stored.get(name),
+            name in (*CHANGEABLE, *DATA_FLAGS) or value == stored.get(name),
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data, model, device = flags.get("data", config.data), config.model, devices.pick(train.device)
+    data, model, device = _data_config(flags, config.data), config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)
@@ -82,14 +101,15 @@ def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
-    text = corpus.load(setup.data, say=say)
-    tokenizer = CharTokenizer.from_text(text.text)
-    setup = replace(setup, model=replace(setup.model, vocab_size=tokenizer.vocab_size))
-    data = text.name if setup.data is None else _absolute(setup.data)
+    text = _load(setup.data, flags.get("out") or Path("runs"))
+    tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
+    model = replace(setup.model, vocab_size=tokenizer.vocab_size)
+    setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
+    data = _stored(setup.data) if setup.data else DataConfig((text.name,))
     config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
     run = RunFolder(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
-    training = _training(run, setup, text, tokenizer, clock)
-    run.create(training.save)
+    training = _training(run, setup, text, tokenizer, tokens, clock)
+    run.create(training.save, text.files)
     return training
 
 
@@ -99,17 +119,15 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
     setup = resumed_setup(run, flags)
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
     data = setup.data or run.config.data
-    text = corpus.load(data, say=say)
-    check(
-        text.sha256 == run.config.data_sha256,
-        f"{data} is not the text that {path} is trained on: give that text with --data",
-    )
-    training = _training(run, setup, text, tokenizer, clock)
+    text = _load(data, path, run.config.data_sha256)
+    run.check_text(text.sha256, text.files, ", ".join(data.sources))
+    tokens = tokenized.encode(text, tokenizer)
+    training = _training(run, setup, text, tokenizer, tokens, clock)
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
-        config = replace(run.config, train=setup.train, data=_absolute(data))
+        config = replace(run.config, train=setup.train, data=_stored(data))
         run.resume(config, training.trainer.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
@@ -119,20 +137,28 @@ def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
 
 
 def _training(
-    run: RunFolder, setup: Setup, text: Corpus, tokenizer: CharTokenizer, clock: Clock
+    run: RunFolder,
+    setup: Setup,
+    text: Corpus,
+    tokenizer: Tokenizer,
+    tokens: Tokens,
+    clock: Clock,
 ) -> TrainingLoop:
     """A model with new weights and its trainer, on the device. Prints what they are."""
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)
-    ids = tokenizer.encode(text.text)
     model = GPT(m, setup.ops).to(device)
-    trainer = Trainer(model, ids, train, device, precision.dtype)
+    trainer = Trainer(model, tokens, train, device, precision.dtype)
     peak, source = devices.peak_flops(device, precision.dtype)
+    per_step = trainer.tokens_per_step()
+    epochs = train.iters * per_step / len(tokens.train)
 
-    tokens = trainer.tokens_per_step()
-    epochs = train.iters * tokens / len(trainer.train_batches.ids)
-    say(f"corpus    {text.name}: {len(text.text):,} characters, {m.vocab_size} distinct")
+    count = len(tokens.train) + len(tokens.val)
+    per_byte = f", {text.n_bytes / count:.2f} bytes per token" if train.tokenizer == "bpe" else ""
+    kind = {"char": "distinct characters", "bpe": "BPE tokens"}[train.tokenizer]
+    say(f"corpus    {text.name}: {text.n_bytes:,} bytes; {count:,} tokens{per_byte}")
+    say(f"tokenizer {m.vocab_size:,} {kind}")
     say(
         f"model     {m.n_params():,} parameters: {m.n_layer} layers, {m.n_head} heads, "
         f"width {m.n_embd}, context {m.context}"
@@ -144,10 +170,26 @@ def _training(
     for note in ops.notes(train.ops, device):
         say(f"kernels   {note}")
     say(
-        f"training  {train.iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs; "
+        f"training  {train.iters:,} steps of {per_step:,} tokens, {epochs:.1f} epochs; "
         f"seed {train.seed}"
     )
+    if epochs > MANY_EPOCHS:
+        say(
+            f"warning   the model sees the text {epochs:.0f} times and may learn it by heart; "
+            "best/ keeps the lowest validation loss"
+        )
     return TrainingLoop(run, trainer, tokenizer, peak, clock)
+
+
+def _recipe(setup: Setup, train_tokens: int, flags: Flags) -> TrainConfig:
+    """The recipe of a new run, with at most the preset's epochs if it is trained on BPE tokens."""
+    train = setup.train
+    if train.tokenizer == "char" or "iters" in flags:
+        return train
+    per_step = train.batch_size * train.grad_accum * setup.model.context
+    most = max(1, math.ceil(PRESETS[setup.preset].epochs * train_tokens / per_step))
+    iters = min(train.iters, most)
+    return replace(train, iters=iters, eval_every=min(train.eval_every, iters))
 
 
 def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +198,30 @@ def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
-def _absolute(data: str) -> str:
-    """--data as config.json stores it: a path stays valid in another working folder."""
-    return data if data in corpus.BUILT_IN else str(Path(data).resolve())
+def _data_config(flags: Flags, stored: DataConfig | None = None) -> DataConfig | None:
+    """The text that the flags name, else the stored one."""
+    given = {name: flags[name] for name in DATA_FLAGS if name in flags}
+    sources = given.pop("data", None)
+    if sources is None and stored is None:
+        check(not given, f"{flag(next(iter(given), ''))} needs --data FILE or --data FOLDER")
+        return None
+    if sources is not None:
+        names = [sources] if isinstance(sources, str) else sources
+        stored = replace(stored or DataConfig(()), sources=tuple(names))
+    values = {k: tuple(v) if k == "include" else v for k, v in given.items()}
+    return replace(stored, **values)
+
+
+def _stored(data: DataConfig) -> DataConfig:
+    """As config.json stores it: a path stays valid in another working folder."""
+    names = (*corpus.BUILT_IN, corpus.STDIN)
+    paths = (s if s in names else os.path.realpath(os.path.expanduser(s)) for s in data.sources)
+    return replace(data, sources=tuple(paths))
+
+
+def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corpus:
+    """The text. run: the run's folder. sha256: the digest of a resumed run's text."""
+    if data is None:
+        return corpus.load(None, say=say)
+    options = dict(include=data.include, encoding=data.encoding, errors=data.errors)
+    return corpus.load(data.sources, say=say, exclude=run, sha256=sha256, **options)

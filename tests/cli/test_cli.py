@@ -14,7 +14,7 @@ from conftest import TINY, assert_mistake
 from irongpt import console
 from irongpt.cli import main
 from irongpt.config import PRESETS
-from irongpt.data import corpus
+from irongpt.data import corpus, download
 from irongpt.runs import checkpoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -129,8 +129,8 @@ def test_gradients_that_stay_non_finite_end_the_run(cli, tmp_path):
 
 def test_without_network_and_data_it_uses_python_docs_with_a_warning(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
-    closed = replace(corpus.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
-    monkeypatch.setattr(corpus, "SOURCES", (closed,))
+    closed = replace(download.SOURCES[0], url="http://127.0.0.1:9/2600-0.txt")
+    monkeypatch.setattr(download, "SOURCES", (closed,))
     flags = [x for x in TINY if x not in ("--data", "text.txt")]
     result = cli("train", *flags, "--iters", 2)
     assert result.code == 0

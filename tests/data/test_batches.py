@@ -100,7 +100,9 @@ def test_ids_of_any_integer_dtype_give_the_same_batches(dtype):
     ids = torch.arange(200) + 65_000
     expected = TrainBatches(ids, CONTEXT, 4, seed=1)(3)
     found = TrainBatches(ids.to(dtype), CONTEXT, 4, seed=1)(3)
-    assert all(torch.equal(a, b) and b.dtype == torch.int64 for a, b in zip(expected, found))
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+        assert b.dtype == torch.int64
 
 
 def test_bits_per_byte_of_one_text_and_of_documents():

@@ -48,8 +48,10 @@ def test_one_text_has_one_sequence_of_ids_however_it_was_saved(
     assert tokenizer.encode(text).equal(tokenizer.encode(TEXT))
 
 
-def test_windows_1252_is_read_with_a_warning() -> None:
-    assert text_of(PLAIN.encode("cp1252"), "warning: 'file.txt' is not UTF-8") == PLAIN
+def test_another_encoding_is_read_only_if_it_is_named() -> None:
+    Path("file.txt").write_bytes(PLAIN.encode("cp1252"))
+    refused("file.txt", "'file.txt' is not UTF-8 text", "--encoding cp1252")
+    assert load("file.txt", say=Lines(), encoding="cp1252").text == PLAIN
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
@@ -61,7 +63,7 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
         "*(corpus.load(name, say=print).sha256 for name in sys.argv[1:]))"
     )
     printed = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "file.txt"), "python-docs", "python-code"],
+        [sys.executable, "-c", code, str(folder / "file.txt"), "python-docs"],
         cwd=Path(corpus.__file__).parents[2],
         env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
@@ -72,7 +74,7 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
     if locale == "C" and sys.platform == "linux":
         assert "UTF-8" not in printed[0].upper()
     assert printed[1] == hashlib.sha256(TEXT.encode()).hexdigest()
-    assert printed[2:] == [load(name, say=print).sha256 for name in BUILT_IN[1:]]
+    assert printed[2:] == [load("python-docs", say=print).sha256]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +85,11 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
         (b" \r\n\t\n", "is empty"),
         (f"{START}\n{END}".encode(), "is empty"),
         (b"text\0text" * 100, "looks binary"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "looks binary"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture (PNG)"),
         (b"text\x01\x02" * 100, "looks binary"),
         ("no byte order mark".encode("utf-16-le"), "looks binary"),
-        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not UTF-8 text"),
-        (b"\xff\xfea", "not UTF-8 text"),
+        (b"neither UTF-8 \xff nor Windows-1252 \x81", "not UTF-8 text: byte 14 (line 1) is 0xFF"),
+        (b"\xff\xfea", "is empty"),
     ],
 )
 def test_a_file_without_text_is_rejected(raw: bytes, reason: str) -> None:
@@ -101,15 +103,14 @@ def test_a_few_control_characters_are_text() -> None:
     assert text_of(text.encode()) == text
 
 
-@pytest.mark.parametrize("data", ["", "-", "nosuch.txt", "War-and-Peace", "a\nb", "a\0b", "\udcff"])
+@pytest.mark.parametrize("data", ["", "nosuch.txt", "War-and-Peace", "a\nb", "a\0b", "\udcff"])
 def test_a_missing_file_is_rejected_with_a_list_of_the_built_in_texts(data: str) -> None:
     assert len(refused(data, repr(data), *BUILT_IN)) < 200
+    assert len(refused([data, "python-docs"], repr(data), *BUILT_IN)) < 200
 
 
 def test_a_path_that_is_not_a_regular_file_is_rejected() -> None:
-    Path("folder").mkdir()
     Path("file").touch()
-    refused("folder", "'folder' is a folder")
     refused("file/text", "cannot read 'file/text': ")
     refused("x" * 5000, "cannot read ")
     if hasattr(os, "mkfifo"):
@@ -131,7 +132,7 @@ def test_a_file_that_cannot_be_read_is_rejected(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_file_over_2_gb_is_rejected_before_it_is_read() -> None:
     with open("file.txt", "wb") as file:
-        file.truncate(corpus.MAX_FILE_BYTES + 1)  # takes no space
+        file.truncate(corpus.MAX_BYTES + 1)  # takes no space
     refused("file.txt", "'file.txt' is larger than 2 GB")
 
 
@@ -171,17 +172,17 @@ def test_a_single_marker_cuts_nothing(text: str) -> None:
 def test_the_name_of_a_corpus_is_valid_as_a_folder(folder: Path, path: str, name: str) -> None:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(b"text")
-    assert load(path, say=Lines()) == Corpus(name, "text")
+    assert load(path, say=Lines()) == Corpus(name, ("tex",), ("t",))
 
 
 def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    book = Corpus("war-and-peace", "book")
-    monkeypatch.setattr(corpus, "_war_and_peace", lambda say: book)
+    monkeypatch.setattr(corpus, "war_and_peace", lambda say: b"book")
+    monkeypatch.setattr(corpus, "packages", lambda say: [("os.py", Path(os.__file__))])
     for name in BUILT_IN:
         Path(name).write_bytes(b"mine")
         assert load(name, say=Lines()).text != "mine"
         assert load(f"./{name}", say=Lines()).text == "mine"
-    assert load("war-and-peace", say=Lines()) is book
+    assert load("war-and-peace", say=Lines()).text == "book"
 
 
 def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +195,24 @@ def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch: pytest.Mo
     refused("python-docs", "pydoc_data.topics", "--data FILE")
 
 
-def test_python_code_is_printable_ascii_and_large() -> None:
+def test_python_code_is_large_and_split_by_file() -> None:
     code = load("python-code", say=Lines())
     assert code.name == "python-code"
-    assert set(code.text) <= {*string.printable}
-    assert 5e6 < len(code.text) < 12e6
+    assert 5e6 < code.n_bytes < 15e6
+    assert len(code.files) == len(code.train) + len(code.val) > 300
+    assert 0.05 < len(code.val) / len(code.files) < 0.15
+
+
+def test_a_run_on_python_code_of_an_earlier_version_gets_its_text() -> None:
+    """Earlier versions joined the ASCII files to one text, which old runs know by its digest."""
+    old = corpus._python_code_as_one_text()
+    assert set(old.text) <= {*string.printable}
+    assert 5e6 < len(old.text) < 12e6
+    lines = Lines()
+    assert load(["python-code"], say=lines, sha256=old.sha256) == old
+    assert len(old.train[0]) == int(0.9 * len(old.text))
+    new = load("python-code", say=Lines())
+    assert load("python-code", say=Lines(), sha256=new.sha256) == new != old
 
 
 def test_python_code_is_the_standard_library_alone(
@@ -222,6 +236,13 @@ def test_python_code_is_the_standard_library_alone(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(raw)
     monkeypatch.setattr(os, "__file__", str(folder / "os.py"))
-    assert load("python-code", say=Lines()).text == "ast\n\njson\n\ntool\n"
+    old = corpus._python_code_as_one_text()
+    assert old.text == "ast\n\njson\n\ntool\n"
+    assert load("python-code", say=Lines(), sha256=old.sha256) == old
+    lines = Lines()
+    code = load("python-code", say=lines)
+    assert sorted(code.train + code.val) == ["ast\n", "json\n", "tool\n", "é\n"]
+    assert [*code.files] == ["abc.py", "ast.py", "json/__init__.py", "json/tool.py"]
+    assert lines == ["files     python-code: 4 files, 0.0 MB; left out: 1 not UTF-8"]
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
     refused("python-code", "has no source of the standard library", "--data FILE")

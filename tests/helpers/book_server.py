@@ -1,9 +1,10 @@
 """A server that sends a book in right and wrong ways, and the messages of `corpus.load`."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -35,10 +36,10 @@ class Lines(list[str]):
         self.append(line)
 
 
-def refused(data: str | None, *parts: str) -> str:
+def refused(data: Sequence[str] | str | None, *parts: str, **options: Any) -> str:
     """The message of the UserError from `load`: one line that contains the parts."""
     with pytest.raises(UserError) as error:
-        load(data, say=Lines())
+        load(data, say=Lines(), **options)
     message = str(error.value)
     assert len(message.splitlines()) == 1
     assert all(part in message for part in parts), message

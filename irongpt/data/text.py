@@ -1,0 +1,222 @@
+"""The bytes of a text as UTF-8 whose line breaks are \\n: of --data, prompt files, standard input.
+
+Without --encoding a text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. No other encoding is
+guessed. Line breaks may be \\n, \\r\\n or \\r. If the text was cut in the middle of its last
+character, that character is dropped, and a note says so.
+"""
+
+import codecs
+import re
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from irongpt.errors import UserError
+
+ERRORS = ("strict", "replace")
+CHUNK = 1 << 20  # bytes that are decoded at a time, so that memory never holds 4 bytes a character
+
+Say = Callable[[str], None]
+
+_BOMS = (  # UTF-32 first, because its mark starts with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_CONTROLS = bytes({*range(1, 32)} - {*b"\t\n\f\r"})
+_REPLACED = "\ufffd".encode()
+GZIP = b"\x1f\x8b"
+
+
+class NotTextError(UserError):
+    """The bytes are no text. `kind` is a word for counts: binary, or not text in an encoding."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Text(NamedTuple):
+    """A text in UTF-8. `notes` are the lines for the user about what was changed in it."""
+
+    utf8: bytes | bytearray
+    notes: list[str]
+
+
+def check_encoding(name: str) -> str:
+    """The name, if it is that of a text encoding. Raises UserError."""
+    try:
+        if "a\n".encode(name).decode(name) == "a\n" and codecs.getincrementaldecoder(name):
+            return name
+    except (LookupError, UnicodeError, ValueError):
+        pass
+    raise UserError(
+        f"--encoding {name!r} is not an encoding that Python knows: "
+        "use utf-8, utf-16, cp1252, cp1251, shift_jis, gb18030 or another"
+    )
+
+
+def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
+    """The text of these bytes.
+
+    name: what messages call it. encoding: a name that `check_encoding` accepts; None is described
+    above. errors: replace puts U+FFFD in the place of bytes that are wrong.
+    Raises NotTextError if the bytes are not text in that encoding.
+    """
+    if what := _other_format(raw):
+        raise NotTextError(f"{name} is {what}", "binary")
+    codec = encoding or next((codec for bom, codec in _BOMS if raw.startswith(bom)), "utf-8")
+    is_utf8 = codecs.lookup(codec).name in ("utf-8", "utf-8-sig")
+    at = len(codecs.BOM_UTF8) if is_utf8 and raw.startswith(codecs.BOM_UTF8) else 0
+    keeps = is_utf8 and errors == "strict"  # the result is the bytes themselves
+    decoder = codecs.getincrementaldecoder("utf-8" if is_utf8 else codec)(errors)
+    result, notes, controls = bytearray(), [], 0
+    line_feeds = returns = 0
+    for first in range(at, len(raw), CHUNK):
+        chunk = raw[first : first + CHUNK]
+        try:
+            text = decoder.decode(chunk)
+            utf8 = chunk if keeps else text.encode()
+        except UnicodeDecodeError as e:
+            if is_utf8 and b"\0" in chunk:
+                controls = len(raw)
+                break
+            position = first + len(chunk) - len(e.object) + e.start
+            before = e.object[: e.start].decode(codec, "replace")
+            line = 1 + max(line_feeds + before.count("\n"), returns + before.count("\r"))
+            raise NotTextError(
+                f"{name} is not {codec.upper()} text: byte {position:,} (line {line:,}) is "
+                f"0x{raw[position]:02X}; name its encoding, such as --encoding cp1252, or use "
+                "--errors replace",
+                f"not {codec.upper()}",
+            ) from None
+        except UnicodeEncodeError as e:  # half of a surrogate pair, which UTF-7 can hold
+            raise NotTextError(f"{name} is not {codec.upper()} text: {e.reason}", "binary") from e
+        controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
+        if b"\0" in utf8:
+            controls = len(raw)
+            break
+        line_feeds, returns = line_feeds + text.count("\n"), returns + text.count("\r")
+        if not keeps:
+            result += utf8
+    if controls > len(raw) / 100:
+        hint = " or is UTF-16 without a byte order mark (--encoding utf-16-le)" * (b"\0" in raw)
+        raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
+
+    end = len(raw)
+    decoder.errors = "strict"
+    rest = decoder.getstate()[0]
+    try:
+        result += decoder.decode(b"", True).encode()
+    except UnicodeError:
+        end -= len(rest)
+        notes.append(
+            f"{name} ends in the middle of a character: its last {len(rest)} "
+            f"byte{'s are' if len(rest) > 1 else ' is'} left out"
+        )
+    utf8 = (raw if end == len(raw) and not at else raw[at:end]) if keeps else result
+    del raw, result
+    if count := 0 if keeps else utf8.count(_REPLACED):
+        notes.append(f"{name} has {count:,} characters that could not be decoded (U+FFFD)")
+    if utf8.startswith(codecs.BOM_UTF8):  # left by UTF-16 in an encoding that was named
+        utf8 = utf8[len(codecs.BOM_UTF8) :]
+    if b"\r" in utf8:
+        utf8 = utf8.replace(b"\r\n", b"\n")
+        utf8 = utf8.replace(b"\r", b"\n")
+    return Text(utf8, notes)
+
+
+def unpacked(raw: bytes, name: str, limit: int) -> bytes | bytearray:
+    """The content of gzip's format, or `raw` if it is anything else. At most limit + 1 bytes."""
+    if not raw.startswith(GZIP):
+        return raw
+    result, at = bytearray(), 0
+    try:
+        while raw.startswith(GZIP, at) and len(result) <= limit:  # it may have several members
+            member = zlib.decompressobj(wbits=31)
+            while not member.eof and len(result) <= limit:
+                chunk = member.unconsumed_tail or raw[at : at + CHUNK]
+                at += 0 if member.unconsumed_tail else len(chunk)
+                if not chunk:
+                    raise UserError(f"{name} is compressed (gzip), and its end is missing")
+                result += member.decompress(chunk, CHUNK * 16)
+            at -= len(member.unused_data)
+    except zlib.error as e:
+        raise UserError(f"{name} is compressed (gzip), and damaged: {e}") from e
+    return result
+
+
+# One match per book in the file. Its group is the book from its first line that is not blank.
+_BOOK = re.compile(
+    rb"(?ms)^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^\n]*\n(?:[ \t]*\n)*"
+    rb"(.*?)^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK"
+)
+
+
+def without_license(utf8: bytes | bytearray) -> bytes | bytearray:
+    """The books between Project Gutenberg's markers, or the text itself if it has no markers."""
+    if b"PROJECT GUTENBERG EBOOK" not in utf8:
+        return utf8
+    books = [book.decode().rstrip().encode() + b"\n" for book in _BOOK.findall(utf8)]
+    return b"\n\n".join(books) or utf8
+
+
+def has_text(utf8: bytes | bytearray) -> bool:
+    """Whether there is a character that is not white space."""
+    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
+    return any(chunk.decode("utf-8", "ignore").strip() for chunk in chunks)
+
+
+_FORMATS = (  # first bytes, and what a file with them is
+    (GZIP, "compressed (gzip): unpack it first"),
+    (b"\xfd7zXZ\0", "compressed (xz): unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed (zstd): unpack it first"),
+    (b"\x04\x22\x4d\x18", "compressed (lz4): unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "an archive (7z): unpack it first"),
+    (b"Rar!\x1a\x07", "an archive (rar): unpack it first"),
+    (b"PK\x03\x04", "an archive (zip): unpack it first"),
+    (b"PK\x05\x06", "an archive (zip) without files"),
+    (b"%PDF-", "a PDF: convert it to text first"),
+    (rb"{\rtf", "a document (RTF): save it as text first"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document: save it as text first"),
+    (b"\x89PNG\r\n\x1a\n", "a picture (PNG): give a text file"),
+    (b"\xff\xd8\xff", "a picture (JPEG): give a text file"),
+    (b"SQLite format 3\0", "a database (SQLite): export its text first"),
+    (b"\x89HDF\r\n\x1a\n", "data (HDF5): export its text first"),
+    (b"\x93NUMPY", "an array (NumPy): export its text first"),
+    (b"\x7fELF", "a program (ELF): give a text file"),
+)
+_FORMATS_IF_BINARY = (  # the same, but a text may start like this
+    (b"BZh", "compressed (bzip2): unpack it first"),
+    (b"PAR1", "a table (Parquet): export its text first"),
+    (b"ARROW1", "a table (Arrow): export its text first"),
+    (b"GGUF", "a model (GGUF): give a text file"),
+    (b"GIF8", "a picture (GIF): give a text file"),
+    (b"RIFF", "a sound, picture or film (RIFF): give a text file"),
+    (b"OggS", "a sound (Ogg): give a text file"),
+    (b"ID3", "a sound (MP3): give a text file"),
+    (b"fLaC", "a sound (FLAC): give a text file"),
+    (b"MZ", "a program (Windows): give a text file"),
+)
+
+
+def _other_format(raw: bytes) -> str | None:
+    """What the file is, from its first bytes; None if it may be text."""
+    head = bytes(raw[:1024])
+    if head.startswith(b"PK\x03\x04"):
+        documents = ((b"word/", "Word"), (b"xl/", "Excel"), (b"ppt/", "PowerPoint"))
+        for mark, program in documents:
+            if mark in raw[: 1 << 16]:
+                return f"a document ({program}): save it as text first"
+        if b"epub+zip" in head or b"opendocument" in head:
+            return "a document (EPUB or OpenDocument): save it as text first"
+    if head[257:262] == b"ustar":
+        return "an archive (tar): unpack it first"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32 and b"\0" in head[:8]:
+        return "a model (safetensors): give a text file"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "an object of Python (pickle): export its text first"
+    binary = head.translate(None, _CONTROLS + b"\0") != head
+    formats = _FORMATS + _FORMATS_IF_BINARY * binary
+    return next((what for first, what in formats if head.startswith(first)), None)
