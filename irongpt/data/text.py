@@ -17,6 +17,7 @@ ERRORS = ("strict", "replace")
 CHUNK = 1 << 20  # bytes that are decoded at a time, so that memory never holds 4 bytes a character
 
 Say = Callable[[str], None]
+Utf8 = bytes | bytearray
 
 _BOMS = (  # UTF-32 first, because its mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -40,7 +41,7 @@ class NotTextError(UserError):
 class Text(NamedTuple):
     """A text in UTF-8. `notes` are the lines for the user about what was changed in it."""
 
-    utf8: bytes | bytearray
+    utf8: Utf8
     notes: list[str]
 
 
@@ -57,7 +58,7 @@ def check_encoding(name: str) -> str:
     )
 
 
-def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
+def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
     """The text of these bytes.
 
     name: what messages call it. encoding: a name that `check_encoding` accepts; None is described
@@ -77,7 +78,7 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
         chunk = raw[first : first + CHUNK]
         try:
             text = decoder.decode(chunk)
-            utf8 = chunk if keeps else text.encode()
+            part = chunk if keeps else text.encode()
         except UnicodeDecodeError as e:
             if is_utf8 and b"\0" in chunk:
                 controls = len(raw)
@@ -93,13 +94,13 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
             ) from None
         except UnicodeEncodeError as e:  # half of a surrogate pair, which UTF-7 can hold
             raise NotTextError(f"{name} is not {codec.upper()} text: {e.reason}", "binary") from e
-        controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
-        if b"\0" in utf8:
+        controls += len(part) - len(part.translate(None, _CONTROLS))
+        if b"\0" in part:
             controls = len(raw)
             break
         line_feeds, returns = line_feeds + text.count("\n"), returns + text.count("\r")
         if not keeps:
-            result += utf8
+            result += part
     if controls > len(raw) / 100:
         hint = " or is UTF-16 without a byte order mark (--encoding utf-16-le)" * (b"\0" in raw)
         raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
@@ -115,7 +116,7 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
             f"{name} ends in the middle of a character: its last {len(rest)} "
             f"byte{'s are' if len(rest) > 1 else ' is'} left out"
         )
-    utf8 = (raw if end == len(raw) and not at else raw[at:end]) if keeps else result
+    utf8: Utf8 = (raw if end == len(raw) and not at else raw[at:end]) if keeps else result
     del raw, result
     if count := 0 if keeps else utf8.count(_REPLACED):
         notes.append(f"{name} has {count:,} characters that could not be decoded (U+FFFD)")
@@ -127,7 +128,7 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
     return Text(utf8, notes)
 
 
-def unpacked(raw: bytes, name: str, limit: int) -> bytes | bytearray:
+def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
     """The content of gzip's format, or `raw` if it is anything else. At most limit + 1 bytes."""
     if not raw.startswith(GZIP):
         return raw
@@ -154,7 +155,7 @@ _BOOK = re.compile(
 )
 
 
-def without_license(utf8: bytes | bytearray) -> bytes | bytearray:
+def without_license(utf8: Utf8) -> Utf8:
     """The books between Project Gutenberg's markers, or the text itself if it has no markers."""
     if b"PROJECT GUTENBERG EBOOK" not in utf8:
         return utf8
@@ -162,7 +163,7 @@ def without_license(utf8: bytes | bytearray) -> bytes | bytearray:
     return b"\n\n".join(books) or utf8
 
 
-def has_text(utf8: bytes | bytearray) -> bool:
+def has_text(utf8: Utf8) -> bool:
     """Whether there is a character that is not white space."""
     chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
     return any(chunk.decode("utf-8", "ignore").strip() for chunk in chunks)
@@ -201,7 +202,7 @@ _FORMATS_IF_BINARY = (  # the same, but a text may start like this
 )
 
 
-def _other_format(raw: bytes) -> str | None:
+def _other_format(raw: Utf8) -> str | None:
     """What the file is, from its first bytes; None if it may be text."""
     head = bytes(raw[:1024])
     if head.startswith(b"PK\x03\x04"):
