@@ -78,8 +78,13 @@ def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
             name in (*CHANGEABLE, *DATA_FLAGS) or value == stored.get(name),
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
+    data = _data_config(flags, config.data)
+    check(
+        "data" in flags or corpus.STDIN not in config.data.sources,
+        f"{run.path} is trained on text from the standard input: give that text with --data",
+    )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data, model, device = _data_config(flags, config.data), config.model, devices.pick(train.device)
+    model, device = config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)

@@ -53,12 +53,12 @@ def test_a_text_is_the_same_however_it_was_saved(
 
 
 @given(TEXTS, st.integers(1, 9))
-@example("a" * 200 + "😀", 1)
+@example("a" * 200 + "é“😀", 1)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "gb18030"])
 def test_a_text_that_is_cut_loses_its_last_character_and_says_so(
     encoding: str, content: str, chunk: int
 ) -> None:
-    content = content.lstrip("\ufeff")
+    content = "éa" + content.lstrip("\ufeff")  # ASCII alone does not show that it is UTF-8
     named = {} if encoding == "utf-8" else {"encoding": encoding}
     for missing in range(1, len((last := content[-1:]).encode(encoding))):
         raw = content.encode(encoding)[:-missing]
@@ -70,6 +70,14 @@ def test_a_text_that_is_cut_loses_its_last_character_and_says_so(
                 if encoding != "gb18030":  # whose first two bytes of four may be a character
                     assert got.utf8.decode() == content.removesuffix(last)
                     assert note in got.notes[0]
+
+
+def test_a_wrong_last_byte_of_ascii_may_be_another_encoding() -> None:
+    refused(b"a caf\xe9", "byte 5 (line 1) is 0xE9")
+    refused(b"\nthe\ncaf\xe9", "byte 8 (line 3)")
+    assert text_of(codecs.BOM_UTF8 + b"caf\xe9", "its last 1 byte is left out") == "caf"
+    assert text_of(b"a caf\xe9", "its last 1 byte is left out", errors="replace") == "a caf"
+    assert text_of("a “quote”".encode()[:-1], "its last 2 bytes are left out") == "a “quote"
 
 
 @given(st.binary(max_size=60), st.sampled_from(["strict", "replace"]))
