@@ -200,7 +200,7 @@ def _data_config(value: Any) -> DataConfig:
     try:
         data = DataConfig(**value)
         texts = [*data.sources, *data.include, data.encoding or "", data.errors]
-        lists = isinstance(data.sources, list) and isinstance(data.include, list)
+        lists = all(isinstance(value.get(name, []), list) for name in ("sources", "include"))
         check(lists and bool(data.sources) and all(isinstance(t, str) for t in texts), "")
     except (TypeError, UserError):
         raise UserError(f"data cannot be {reprlib.repr(value)}") from None
