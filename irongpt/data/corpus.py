@@ -29,7 +29,7 @@ from irongpt.data.folder import (
     read_files,
     standard_library,
 )
-from irongpt.data.text import CHUNK, Say, Text, check_encoding, has_text, without_license
+from irongpt.data.text import CHUNK, Say, Text, Utf8, check_encoding, has_text, without_license
 from irongpt.errors import UserError, brief
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
@@ -172,7 +172,7 @@ def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:
     return _one_text(name, utf8, reader)
 
 
-def _one_text(name: str, utf8: bytes | bytearray, reader: Reader) -> Corpus:
+def _one_text(name: str, utf8: Utf8, reader: Reader) -> Corpus:
     if reader.kept.add(utf8) is None:
         return Corpus(name, (), ())
     cut = _offset(utf8, int(TRAIN_SHARE * _length(utf8)))
@@ -225,13 +225,13 @@ def _folder_name(name: str) -> str:
 _CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character after its first
 
 
-def _length(utf8: bytes | bytearray) -> int:
+def _length(utf8: Utf8) -> int:
     """Number of characters."""
     chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
     return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in chunks)
 
 
-def _offset(utf8: bytes | bytearray, index: int) -> int:
+def _offset(utf8: Utf8, index: int) -> int:
     """Position of the first byte of a character, or the length for an index at the end."""
     for first in range(0, len(utf8), CHUNK):
         chunk = utf8[first : first + CHUNK]

@@ -11,7 +11,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from irongpt.data.text import Say, decoded, without_license
+from irongpt.data.text import Say, Utf8, decoded, without_license
 from irongpt.errors import UserError, brief
 from irongpt.files import replace_file
 
@@ -59,7 +59,7 @@ def cache_folder() -> Path:
     return Path(base) / "irongpt"
 
 
-def war_and_peace(say: Say) -> bytes | bytearray:
+def war_and_peace(say: Say) -> Utf8:
     """The book in UTF-8, from the cache folder or from the network. Raises UserError."""
     folder = cache_folder()
     for source in SOURCES:
@@ -87,7 +87,7 @@ def war_and_peace(say: Say) -> bytes | bytearray:
     )
 
 
-def _verified(source: Source, raw: bytes) -> bytes | bytearray:
+def _verified(source: Source, raw: bytes) -> Utf8:
     """The book in a source's bytes. Raises ValueError if they are anything else."""
     if source.sha256 and hashlib.sha256(raw).hexdigest() != source.sha256:
         raise ValueError(f"wrong checksum (SHA-256 of {len(raw):,} bytes)")

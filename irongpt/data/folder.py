@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from irongpt.data.text import NotTextError, Say, Text, decoded, has_text, unpacked, without_license
+from irongpt.data.text import (
+    NotTextError,
+    Say,
+    Text,
+    Utf8,
+    decoded,
+    has_text,
+    unpacked,
+    without_license,
+)
 from irongpt.errors import UserError, brief
 
 VAL_SHARE = 0.1
@@ -34,7 +43,7 @@ class Kept:
         self.digests: set[str] = set()
         self.n_bytes = 0
 
-    def add(self, utf8: bytes | bytearray) -> str | None:
+    def add(self, utf8: Utf8) -> str | None:
         """The text's digest, or None if the same text was added before."""
         digest = hashlib.sha256(utf8).hexdigest()
         if digest in self.digests:

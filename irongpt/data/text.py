@@ -17,6 +17,7 @@ ERRORS = ("strict", "replace")
 CHUNK = 1 << 20  # bytes that are decoded at a time, so that memory never holds 4 bytes a character
 
 Say = Callable[[str], None]
+Utf8 = bytes | bytearray
 
 _BOMS = (  # UTF-32 first, because its mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -40,7 +41,7 @@ class NotTextError(UserError):
 class Text(NamedTuple):
     """A text in UTF-8. `notes` are the lines for the user about what was changed in it."""
 
-    utf8: bytes | bytearray
+    utf8: Utf8
     notes: list[str]
 
 
@@ -57,7 +58,7 @@ def check_encoding(name: str) -> str:
     )
 
 
-def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
+def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
     """The text of these bytes.
 
     name: what messages call it. encoding: a name that `check_encoding` accepts; None is described
@@ -67,38 +68,44 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
     if what := _other_format(raw):
         raise NotTextError(f"{name} is {what}", "binary")
     codec = encoding or next((codec for bom, codec in _BOMS if raw.startswith(bom)), "utf-8")
-    is_utf8 = codecs.lookup(codec).name in ("utf-8", "utf-8-sig")
-    at = len(codecs.BOM_UTF8) if is_utf8 and raw.startswith(codecs.BOM_UTF8) else 0
-    keeps = is_utf8 and errors == "strict"  # the result is the bytes themselves
-    decoder = codecs.getincrementaldecoder("utf-8" if is_utf8 else codec)(errors)
-    result, notes, controls = bytearray(), [], 0
-    line_feeds = returns = 0
-    for first in range(at, len(raw), CHUNK):
+    if is_utf8 := codecs.lookup(codec).name in ("utf-8", "utf-8-sig"):
+        codec = "utf-8"
+    skipped = len(codecs.BOM_UTF8) if is_utf8 and raw.startswith(codecs.BOM_UTF8) else 0
+    kept = is_utf8 and errors == "strict"  # the result is the bytes themselves
+    decoder = codecs.getincrementaldecoder(codec)(errors)
+    result, notes = bytearray(), []
+    controls = line_feeds = returns = 0
+    only_ascii = True
+
+    def wrong(position: int, byte: int, before: str) -> NotTextError:
+        line = 1 + max(line_feeds + before.count("\n"), returns + before.count("\r"))
+        return NotTextError(
+            f"{name} is not {codec.upper()} text: byte {position:,} (line {line:,}) is "
+            f"0x{byte:02X}; name its encoding, such as --encoding cp1252, or use "
+            "--errors replace",
+            f"not {codec.upper()}",
+        )
+
+    for first in range(skipped, len(raw), CHUNK):
         chunk = raw[first : first + CHUNK]
         try:
             text = decoder.decode(chunk)
-            utf8 = chunk if keeps else text.encode()
+            utf8 = chunk if kept else text.encode()
         except UnicodeDecodeError as e:
-            if is_utf8 and b"\0" in chunk:
-                controls = len(raw)
-                break
-            position = first + len(chunk) - len(e.object) + e.start
-            before = e.object[: e.start].decode(codec, "replace")
-            line = 1 + max(line_feeds + before.count("\n"), returns + before.count("\r"))
-            raise NotTextError(
-                f"{name} is not {codec.upper()} text: byte {position:,} (line {line:,}) is "
-                f"0x{raw[position]:02X}; name its encoding, such as --encoding cp1252, or use "
-                "--errors replace",
-                f"not {codec.upper()}",
-            ) from None
+            if not (is_utf8 and b"\0" in chunk):
+                before = e.object[: e.start].decode(codec, "replace")
+                position = first + len(chunk) - len(e.object) + e.start
+                raise wrong(position, e.object[e.start], before) from None
+            utf8 = chunk
         except UnicodeEncodeError as e:  # half of a surrogate pair, which UTF-7 can hold
             raise NotTextError(f"{name} is not {codec.upper()} text: {e.reason}", "binary") from e
-        controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
         if b"\0" in utf8:
             controls = len(raw)
             break
+        controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
         line_feeds, returns = line_feeds + text.count("\n"), returns + text.count("\r")
-        if not keeps:
+        only_ascii = only_ascii and text.isascii()
+        if not kept:
             result += utf8
     if controls > len(raw) / 100:
         hint = " or is UTF-16 without a byte order mark (--encoding utf-16-le)" * (b"\0" in raw)
@@ -106,28 +113,30 @@ def decoded(raw: bytes, name: str, encoding: str | None = None, errors: str = "s
 
     end = len(raw)
     decoder.errors = "strict"
-    rest = decoder.getstate()[0]
+    rest = len(decoder.getstate()[0])
     try:
         result += decoder.decode(b"", True).encode()
     except UnicodeError:
-        end -= len(rest)
+        end -= rest
+        if kept and only_ascii and rest == 1 and not skipped:  # it may be cp1252 as well
+            raise wrong(end, raw[end], "") from None
         notes.append(
-            f"{name} ends in the middle of a character: its last {len(rest)} "
-            f"byte{'s are' if len(rest) > 1 else ' is'} left out"
+            f"{name} ends in the middle of a character: its last {rest} "
+            f"byte{'s are' if rest > 1 else ' is'} left out"
         )
-    utf8 = (raw if end == len(raw) and not at else raw[at:end]) if keeps else result
+    content: Utf8 = result if not kept else raw[skipped:end] if end - skipped < len(raw) else raw
     del raw, result
-    if count := 0 if keeps else utf8.count(_REPLACED):
+    if count := 0 if kept else content.count(_REPLACED):
         notes.append(f"{name} has {count:,} characters that could not be decoded (U+FFFD)")
-    if utf8.startswith(codecs.BOM_UTF8):  # left by UTF-16 in an encoding that was named
-        utf8 = utf8[len(codecs.BOM_UTF8) :]
-    if b"\r" in utf8:
-        utf8 = utf8.replace(b"\r\n", b"\n")
-        utf8 = utf8.replace(b"\r", b"\n")
-    return Text(utf8, notes)
+    if content.startswith(codecs.BOM_UTF8):  # left by an encoding such as utf-16-le
+        content = content[len(codecs.BOM_UTF8) :]
+    if b"\r" in content:
+        content = content.replace(b"\r\n", b"\n")
+        content = content.replace(b"\r", b"\n")
+    return Text(content, notes)
 
 
-def unpacked(raw: bytes, name: str, limit: int) -> bytes | bytearray:
+def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
     """The content of gzip's format, or `raw` if it is anything else. At most limit + 1 bytes."""
     if not raw.startswith(GZIP):
         return raw
@@ -154,7 +163,7 @@ _BOOK = re.compile(
 )
 
 
-def without_license(utf8: bytes | bytearray) -> bytes | bytearray:
+def without_license(utf8: Utf8) -> Utf8:
     """The books between Project Gutenberg's markers, or the text itself if it has no markers."""
     if b"PROJECT GUTENBERG EBOOK" not in utf8:
         return utf8
@@ -162,7 +171,7 @@ def without_license(utf8: bytes | bytearray) -> bytes | bytearray:
     return b"\n\n".join(books) or utf8
 
 
-def has_text(utf8: bytes | bytearray) -> bool:
+def has_text(utf8: Utf8) -> bool:
     """Whether there is a character that is not white space."""
     chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
     return any(chunk.decode("utf-8", "ignore").strip() for chunk in chunks)
@@ -201,7 +210,7 @@ _FORMATS_IF_BINARY = (  # the same, but a text may start like this
 )
 
 
-def _other_format(raw: bytes) -> str | None:
+def _other_format(raw: Utf8) -> str | None:
     """What the file is, from its first bytes; None if it may be text."""
     head = bytes(raw[:1024])
     if head.startswith(b"PK\x03\x04"):

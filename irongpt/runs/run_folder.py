@@ -5,13 +5,12 @@ result.json has the loss of best over the entire validation text, once the train
 """
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,14 +219,14 @@ def _data_config(value: Any) -> DataConfig:
     """The inverse of `asdict`, or a single source as earlier versions wrote it."""
     if isinstance(value, str):
         return DataConfig((value,))
-    fields = {f.name for f in dataclasses.fields(DataConfig)}
-    if not isinstance(value, dict) or value.keys() != fields:
-        raise UserError(f"the fields of data must be {', '.join(sorted(fields))}")
-    lists = [value["sources"], value["include"]]
-    texts = [value["errors"], value["encoding"] or "", *itertools.chain(*lists)]
-    if not value["sources"] or not all(isinstance(text, str) for text in texts):
-        raise UserError("data must consist of strings")
-    return DataConfig(tuple(lists[0]), tuple(lists[1]), value["encoding"], value["errors"])
+    try:
+        data = DataConfig(**value)
+        texts = [*data.sources, *data.include, data.encoding or "", data.errors]
+        lists = all(isinstance(value.get(name, []), list) for name in ("sources", "include"))
+        check(lists and bool(data.sources) and all(isinstance(t, str) for t in texts), "")
+    except (TypeError, UserError):
+        raise UserError(f"data cannot be {reprlib.repr(value)}") from None
+    return replace(data, sources=tuple(data.sources), include=tuple(data.include))
 
 
 def _encode(config: RunConfig) -> bytes:

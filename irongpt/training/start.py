@@ -86,8 +86,13 @@ def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
             name in (*CHANGEABLE, *DATA_FLAGS) or value == stored.get(name),
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
+    data = _data_config(flags, config.data)
+    check(
+        "data" in flags or corpus.STDIN not in config.data.sources,
+        f"{run.path} is trained on text from the standard input: give that text with --data",
+    )
     train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    data, model, device = _data_config(flags, config.data), config.model, devices.pick(train.device)
+    model, device = config.model, devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)
@@ -200,16 +205,18 @@ def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def _data_config(flags: Flags, stored: DataConfig | None = None) -> DataConfig | None:
     """The text that the flags name, else the stored one."""
-    given = {name: flags[name] for name in DATA_FLAGS if name in flags}
-    sources = given.pop("data", None)
-    if sources is None and stored is None:
-        check(not given, f"{flag(next(iter(given), ''))} needs --data FILE or --data FOLDER")
+    if stored is None and "data" not in flags:
+        given = [flag(name) for name in DATA_FLAGS if name in flags]
+        check(not given, f"{', '.join(given)} must come with --data FILE or --data FOLDER")
         return None
-    if sources is not None:
-        names = [sources] if isinstance(sources, str) else sources
-        stored = replace(stored or DataConfig(()), sources=tuple(names))
-    values = {k: tuple(v) if k == "include" else v for k, v in given.items()}
-    return replace(stored, **values)
+    old = stored or DataConfig(())
+    sources = flags.get("data", old.sources)
+    return DataConfig(
+        (sources,) if isinstance(sources, str) else tuple(sources),
+        tuple(flags.get("include", old.include)),
+        flags.get("encoding", old.encoding),
+        flags.get("errors", old.errors),
+    )
 
 
 def _stored(data: DataConfig) -> DataConfig:
@@ -223,5 +230,12 @@ def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corp
     """The text. run: the run's folder. sha256: the digest of a resumed run's text."""
     if data is None:
         return corpus.load(None, say=say)
-    options = dict(include=data.include, encoding=data.encoding, errors=data.errors)
-    return corpus.load(data.sources, say=say, exclude=run, sha256=sha256, **options)
+    return corpus.load(
+        data.sources,
+        say=say,
+        include=data.include,
+        encoding=data.encoding,
+        errors=data.errors,
+        exclude=run,
+        sha256=sha256,
+    )

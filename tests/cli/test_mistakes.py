@@ -1,6 +1,8 @@
 """A user's mistake gives one line on stderr and exit code 2, and no file is written or lost."""
 
+import gzip
 import json
+import sys
 
 import pytest
 from conftest import TINY, assert_mistake
@@ -42,7 +44,18 @@ BAD_FLAGS = [
     ("--data empty.txt", "empty.txt"),
     ("--data binary.bin", "binary.bin"),
     ("--data short.txt", "the corpus has"),
-    ("--data .", "."),
+    ("--data .", "'.' contains the run's own folder"),
+    ("--data other", "'other' has no file *.py: --include '*.js' finds 1"),
+    ("--data other --include *.c", "no file *.c"),
+    ("--data text.txt --include *.c", "--include is for folders"),
+    ("--data other --include *.js --out other/run", "contains the run's own folder"),
+    ("--data text.txt.gz", "its end is missing"),
+    ("--data text.zip", "'text.zip' is an archive (zip)"),
+    ("--data latin.txt", "'latin.txt' is not UTF-8 text: byte 5,003 (line 1,001) is 0xE9"),
+    ("--data latin.txt --encoding nonsense", "--encoding 'nonsense'"),
+    ("--data latin.txt --errors ignore", "--errors"),
+    ("--data ~/nowhere.txt", "no file '~/nowhere.txt'"),
+    ("--data -", "the standard input is closed"),
     ("--out text.txt", "--out text.txt exists"),
     ("--out full", "--out full exists"),
     ("--out text.txt/run", "cannot write a run at text.txt/run"),
@@ -54,13 +67,20 @@ BAD_FLAGS = [
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda v: v[:30])
 def test_a_mistake_is_one_line_and_leaves_nothing(cli, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(sys, "stdin", None)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.js").write_text("text")
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"text")[:-1])
+    (tmp_path / "text.zip").write_bytes(b"PK\x03\x04")
+    (tmp_path / "latin.txt").write_bytes(b"abcd\n" * 1000 + b"caf\xe9\n")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("to be or not")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     before = tree(tmp_path)
-    assert_mistake(cli("train", *TINY, *flags.split()), message)
+    base = [x for x in TINY if "--data" not in flags or x not in ("--data", "text.txt")]
+    assert_mistake(cli("train", *base, *flags.split()), message)
     assert tree(tmp_path) == before
 
 
@@ -141,6 +161,9 @@ def test_flags_that_a_resumed_run_cannot_change(cli, tmp_path, run, flags):
         ("--prompt-file nowhere", "cannot read the prompt file nowhere"),
         ("--prompt-file .", "cannot read the prompt file"),
         ("--prompt-file latin", "latin is not UTF-8"),
+        ("--prompt-file latin --encoding nonsense", "--encoding 'nonsense'"),
+        ("--prompt a --encoding latin-1", "are for --prompt-file"),
+        ("--prompt-file text.gz", "the prompt file text.gz is compressed (gzip)"),
         ("--prompt a --prompt-file text.txt", "not allowed with"),
         ("--temperature -1", "--temperature"),
         ("--temperature nan", "--temperature"),
@@ -157,6 +180,7 @@ def test_flags_that_a_resumed_run_cannot_change(cli, tmp_path, run, flags):
 def test_a_mistake_in_generate(cli, tmp_path, monkeypatch, run, flags, message):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "text.gz").write_bytes(gzip.compress(b"text"))
     assert_mistake(cli("generate", run, *flags.split(" ")), message)
 
 

@@ -82,6 +82,8 @@ def test_the_book_is_downloaded_once_and_stored(server: str, cache: Path, source
         (pinned, "truncated", "wrong checksum"),
         (pinned, "wrong", "wrong checksum"),
         (pinned, "stall", "timed out"),
+        (pinned, "trickle", "not complete after 1 seconds"),
+        (pinned, "endless", "more than 0.1 MB"),
         (unpinned, "html", "no START and END marker"),
         (unpinned, "truncated", "no START and END marker"),
     ],
@@ -90,6 +92,8 @@ def test_a_failed_download_stores_nothing_and_reports_the_reason(
     server: str, cache: Path, sources, monkeypatch: pytest.MonkeyPatch, kind, way: str, reason: str
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(download, "DEADLINE_S", 1)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 100_000)
     sources(kind(f"{server}/{way}"))
     start = time.monotonic()
     message = refused("war-and-peace", "127.0.0.1", reason, "--data FILE", "--data python-docs")
@@ -157,6 +161,24 @@ def test_a_cache_that_cannot_be_written_is_reported(
     assert load("war-and-peace", say=lines).text == TEXT
     assert lines[-1].startswith(f"cannot store War and Peace as '{cache / 'first.txt'}'")
     assert files_in(cache) == before
+
+
+def test_a_server_name_that_is_never_resolved_ends_at_the_deadline(
+    sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No timeout of a socket covers this wait."""
+    monkeypatch.setattr(download, "DEADLINE_S", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
+    sources(pinned("http://nowhere.invalid/good"))
+    refused("war-and-peace", "not complete after 0.1 seconds")
+
+
+def test_no_temporary_folder_is_needed(
+    server: str, sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    sources(pinned(f"{server}/good"))
+    assert load("war-and-peace", say=Lines()).text == TEXT
 
 
 @pytest.mark.parametrize("name", ["urllib.request.urlopen", "os.fsync"])

@@ -1,5 +1,6 @@
 """A server that sends a book in right and wrong ways, and the messages of `corpus.load`."""
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ ANSWERS = {
     "/truncated": (200, BOOK[:-500]),  # with the Content-Length of the full book
     "/wrong": (200, BOOK.replace(b"Prince", b"Prints")),
     "/stall": (200, BOOK[:1000]),
+    "/trickle": (200, BOOK[:1000]),
+    "/endless": (200, BOOK[:1000]),
 }
 
 
@@ -55,11 +58,17 @@ def book_server() -> Iterator[str]:
         def do_GET(self) -> None:
             status, body = ANSWERS[self.path]
             self.send_response(status)
-            self.send_header("Content-Length", str(max(len(body), len(BOOK))))
+            if self.path != "/endless":
+                self.send_header("Content-Length", str(max(len(body), len(BOOK))))
             self.end_headers()
             self.wfile.write(body)
             if self.path == "/stall":
                 closing.wait(20)
+            with contextlib.suppress(OSError):  # the client has left
+                while self.path == "/trickle" and not closing.wait(0.05):
+                    self.wfile.write(b"a")
+                while self.path == "/endless" and not closing.is_set():
+                    self.wfile.write(BOOK)
 
         def log_message(self, *args: object) -> None:
             pass
