@@ -1,5 +1,6 @@
 """A corpus as token ids: trains the tokenizer on it, encodes it, and caches the ids of BPE."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,7 +109,8 @@ def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.nda
     if found != n_bytes:
         raise AssertionError(f"the tokens have {found:,} bytes, and the text has {n_bytes:,}")
     ids, val_ids = torch.from_numpy(train), torch.from_numpy(val)
-    return Tokens(ids, val_ids, ids[:0] if corpus.files else ids[-1:], n_bytes)
+    before = ids[:0] if corpus.files else ids[-1:].clone()
+    return Tokens(ids, val_ids, before, n_bytes)
 
 
 def _chars(documents: Sequence[str], tokenizer: CharTokenizer) -> np.ndarray:
@@ -161,7 +163,8 @@ class _Cache:
             for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
                 old.unlink()
         except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
