@@ -249,7 +249,8 @@ def generate_command(flags: Flags) -> int:
     if len(ids) > context:
         say_on_stderr(f"the prompt has {len(ids):,} tokens: only the last {context:,} are used")
 
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    # A byte of the prompt that is not UTF-8 is written as it came.
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     terminal = sys.stdout.isatty()
     show = printable if terminal else str
     dtype = devices.precision("auto", target).dtype

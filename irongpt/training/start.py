@@ -1,7 +1,6 @@
 """Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,7 +191,7 @@ def _recipe(setup: Setup, train_tokens: int, flags: Flags) -> TrainConfig:
     if train.tokenizer == "char" or "iters" in flags:
         return train
     per_step = train.batch_size * train.grad_accum * setup.model.context
-    most = max(1, math.ceil(PRESETS[setup.preset].epochs * train_tokens / per_step))
+    most = max(1, int(PRESETS[setup.preset].epochs * train_tokens / per_step))
     iters = min(train.iters, most)
     return replace(train, iters=iters, eval_every=min(train.eval_every, iters))
 

@@ -1,0 +1,243 @@
+"""A run on documents by BPE: training, resuming, its result, and generation."""
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Cli, assert_mistake, make_quick
+from run_helpers import assert_same
+
+from irongpt import files
+from irongpt.cli import main
+from irongpt.config import PRESETS, SampleConfig
+from irongpt.data.batches import every_target
+from irongpt.data.tokenizer import END
+from irongpt.generation.sample import generate_batch, heal, start_ids, trained_model
+
+BPE = [*TINY[: TINY.index("--data")], "--tokenizer", "bpe", "--vocab-size", "320"]
+
+
+def write_code(folder: Path) -> None:
+    """Twenty files of Python, of which some are for validation."""
+    rng = random.Random(0)
+    names = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(30)]
+    folder.mkdir()
+    for i in range(20):
+        lines = [
+            f"def {rng.choice(names)}(self, {rng.choice(names)}):\n    return '{'é漢'[i % 2]}'\n"
+            for _ in range(8)
+        ]
+        (folder / f"{i}.py").write_text("\n\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with the code and a finished run, at 30 steps."""
+    folder = tmp_path_factory.mktemp("bpe")
+    write_code(folder / "code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_quick(patch)
+        assert main(["train", *BPE, "--data", "code", "--out", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run and its code in the folder of `cli`."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(trained / "code", tmp_path / "code")
+    config = tmp_path / "run/config.json"
+    values = files.unsealed(config.read_bytes(), config)
+    values["data"]["sources"] = [str(tmp_path / "code")]
+    config.write_bytes(files.sealed(values))
+    return tmp_path
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli: Cli, code: Path):
+    out = cli("train", *BPE, "--data", "code", "--out", "other").out
+    assert "tokenizer 320 BPE tokens" in out
+    assert "bytes per token" in out
+    assert "bits per byte" in out
+    assert "over the entire validation text" in out
+    assert_same(code / "run", code / "other")
+
+
+def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
+    run = code / "run"
+    values = json.loads((run / "result.json").read_text())
+    model, tokenizer = trained_model(run, "best", "builtin", "cpu")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (code / "code").iterdir()}
+    names = json.loads((run / "files.json").read_text())["files"]
+    assert set(names) == set(texts)
+    nats, n_bytes, n_tokens = 0.0, values["val_bytes"], 0
+    ids = validation_ids(run, code)
+    for x, y in every_target(ids, model.config.context, batch_size=4):
+        nats += model.loss(x, y).item() * y.numel()
+        n_tokens += y.numel()
+    assert n_tokens == values["val_tokens"] == len(ids) - 1
+    assert values["val_loss"] == pytest.approx(nats / n_tokens, rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    decoded = tokenizer.decode(ids).replace(END, "")
+    assert len(decoded.encode()) == n_bytes
+    best = min(r["val_loss"] for r in records(run) if r["val_loss"])
+    assert values["step"] == next(r["step"] for r in records(run) if r["val_loss"] == best)
+
+
+def validation_ids(run: Path, code: Path):
+    from irongpt.data import corpus, tokens
+    from irongpt.runs.run_folder import load_checkpoint, open_run
+
+    text = corpus.load([str(code / "code")], say=lambda line: None)
+    return tokens.encode(text, load_checkpoint(open_run(run), "last")[2]).val
+
+
+@pytest.mark.parametrize("ops", ["builtin", "eager"])
+def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
+    train = ["train", *BPE, "--data", "code", "--ops", ops, "--decay", "constant"]
+    assert cli(*train, "--out", "whole").code == 0
+    assert cli(*train, "--iters", 17, "--out", "cut").code == 0
+    assert cli("train", "--resume", "cut", "--iters", 30).code == 0
+    whole, cut = records(code / "whole"), records(code / "cut")
+    assert [r["train_loss"] for r in whole][-1] == [r["train_loss"] for r in cut][-1]
+    result = [json.loads((code / n / "result.json").read_text()) for n in ("whole", "cut")]
+    assert result[0] == result[1]
+
+
+def test_a_run_on_documents_by_characters(cli: Cli, code: Path):
+    flags = [flag for flag in BPE if flag not in ("--tokenizer", "bpe", "--vocab-size", "320")]
+    assert cli("train", *flags, "--data", "code", "--out", "chars").code == 0
+    values = json.loads((code / "chars/result.json").read_text())
+    bpe = json.loads((code / "run/result.json").read_text())
+    assert values["val_bytes"] == bpe["val_bytes"]
+    assert values["val_tokens"] > 1.5 * bpe["val_tokens"]
+    assert cli("generate", "chars", "--tokens", 30).code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tokenizer char", "--tokenizer cannot change"),
+        ("--vocab-size 384", "--vocab-size cannot change"),
+    ],
+)
+def test_the_tokenizer_of_a_run_stays(cli: Cli, code: Path, flags: str, message: str):
+    assert_mistake(cli("train", "--resume", "run", *flags.split()), message)
+
+
+def test_mistakes_are_reported_before_anything_is_written(cli: Cli, code: Path):
+    for flags, message in (
+        ("--tokenizer bpe --vocab-size 100", "--vocab-size must be from 257 to 65,536, got 100"),
+        ("--tokenizer bpe --vocab-size 65537", "--vocab-size must be from 257"),
+        ("--vocab-size 512", "--vocab-size is for --tokenizer bpe"),
+        ("--tokenizer bpe --vocab-size 4096", "pairs to merge"),
+        ("--patience 0", "--patience must be at least 1"),
+    ):
+        assert_mistake(cli("train", *TINY, "--out", "new", *flags.split()), message)
+        assert not (code / "new").exists()
+
+
+def test_a_damaged_tokenizer_is_named(cli: Cli, code: Path):
+    path = code / "run/best/tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b'"merges"', b'"Merges"'))
+    assert_mistake(cli("generate", "run"), "tokenizer.json is damaged")
+
+
+def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
+    """BPE shortens a text, so the preset's steps would be too many epochs."""
+    without = [f for i, f in enumerate(BPE) if f != "--iters" and BPE[i - 1] != "--iters"]
+    monkeypatch.setitem(PRESETS["nano"].train, "iters", 10**6)
+    out = cli("train", *without, "--data", "code", "--batch-size", 64, "--out", "new").out
+    [epochs] = re.findall(r"([\d.]+) epochs", out)
+    assert 19 < float(epochs) <= 20
+    assert "warning" not in out
+    out = cli("train", *BPE, "--data", "code", "--iters", 200, "--out", "many").out
+    assert "warning   the model sees the text" in out
+
+
+def test_patience_ends_a_run_that_does_not_get_better(cli: Cli, code: Path):
+    flags = ["--iters", 500, "--lr", 0.3, "--patience", 2, "--out", "new"]
+    out = cli("train", *BPE, "--data", "code", *flags).out
+    assert "no better for 2 evaluations: stopped at step" in out
+    run = records(code / "new")
+    losses = [r["val_loss"] for r in run if r["val_loss"]]
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert run[-1]["step"] < 500
+
+
+@pytest.mark.parametrize("prompt", ["def ", "é", "漢字 😀\x00", "    return"])
+def test_a_prompt_may_be_any_text(cli: Cli, code: Path, prompt: str):
+    result = cli("generate", "run", "--prompt", prompt, "--tokens", 40)
+    assert result.code == 0
+    assert result.out.startswith(prompt)
+    assert result.err.startswith("irongpt: 40 tokens")
+
+
+def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(code: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "irongpt",
+        "generate",
+        "run",
+        "--prompt",
+        b"a\xff",
+        "--tokens=3",
+    ]
+    result = subprocess.run(command, cwd=code, capture_output=True, check=True)
+    assert result.stdout.startswith(b"a\xff")
+
+
+def test_the_last_token_of_a_prompt_may_become_longer(code: Path):
+    """A prompt that ends in a space goes on with " name", which is one token of the text."""
+    model, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
+    config = SampleConfig(samples=64, seed=3)
+    ids = tokenizer.encode("def ").tolist()
+    prompts, skip = heal(model, tokenizer, ids, config)
+    assert skip == 1
+    assert all(prompt[:-1] == ids[:-1] for prompt in prompts)
+    last = {tokenizer.token_bytes[prompt[-1]] for prompt in prompts}
+    assert all(token.startswith(b" ") for token in last)
+    assert any(len(token) > 1 for token in last)
+    assert heal(model, tokenizer, ids, config) == (prompts, skip)
+    greedy = SampleConfig(samples=2, temperature=0.0)
+    first, second = heal(model, tokenizer, ids, greedy)[0]
+    assert first == second
+
+
+def test_generation_starts_with_a_document_and_stops_at_its_end_if_asked(
+    cli: Cli, code: Path, monkeypatch
+):
+    _, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
+    assert start_ids(tokenizer, documents=True) == [tokenizer.end]
+    newline = tokenizer.encode("\n").tolist()
+    assert start_ids(tokenizer, documents=False) == newline
+    steps = [[tokenizer.encode(c).item()] for c in "abc"] + [[tokenizer.end], *[[97]] * 3]
+
+    def fake(model, prompts, config, dtype=None):
+        return iter([step * len(prompts) for step in steps[: config.tokens]])
+
+    monkeypatch.setattr("irongpt.generation.sample.generate_batch", fake)
+    assert cli("generate", "run", "--tokens", 7).out == f"abc{END}aaa"
+    result = cli("generate", "run", "--tokens", 7, "--stop-at-end")
+    assert (result.out, result.err[:18]) == ("abc", "irongpt: 3 tokens,")
+    two = cli("generate", "run", "--tokens", 7, "--stop-at-end", "--samples", 2)
+    assert two.out == "abc\n---\nabc"
+    assert generate_batch is not fake
+
+
+def test_code_presets_train_on_code_by_bpe():
+    for name, data in (("code", "python-packages"), ("nano-code", "python-code")):
+        preset = PRESETS[name]
+        assert preset.train["tokenizer"] == "bpe"
+        assert preset.data == (data,)
