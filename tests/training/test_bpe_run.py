@@ -161,7 +161,9 @@ def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
     [epochs] = re.findall(r"([\d.]+) epochs", out)
     assert 19 < float(epochs) <= 20
     assert "warning" not in out
-    out = cli("train", *BPE, "--data", "code", "--iters", 200, "--out", "many").out
+    out = cli(
+        "train", *BPE, "--data", "code", "--iters", 45, "--batch-size", 64, "--out", "many"
+    ).out
     assert "warning   the model sees the text" in out
 
 

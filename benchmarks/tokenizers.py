@@ -1,0 +1,182 @@
+"""BPE: seconds to train and to encode, and what it is worth against characters.
+
+    python -m benchmarks.tokenizers                      all of it, on War and Peace and python-code
+    python -m benchmarks.tokenizers --parts speed        only the seconds of training and encoding
+    python -m benchmarks.tokenizers --parts runs --seconds 120 --data python-code
+
+speed: one core, in turn with Hugging Face's tokenizers, which encodes by the same vocabulary and
+gives the same ids. compressors: bits per byte of the validation text for general compressors, given
+the training text. runs: a model trained on characters and on BPE tokens for the same seconds on the
+same cores, in bits per byte, which does not depend on the tokenizer.
+"""
+
+import argparse
+import bz2
+import gzip
+import json
+import lzma
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.measure import result_file
+from irongpt import device as devices
+from irongpt import ops
+from irongpt.config import PRESETS, TOKENIZERS, GPTConfig, TrainConfig
+from irongpt.data import bpe, corpus, tokens
+from irongpt.data.corpus import Corpus
+from irongpt.data.pre_tokens import PreTokens
+from irongpt.data.tokenizer import BPETokenizer
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
+
+PARTS = ("speed", "compressors", "runs")
+SPEED_BYTES = 10**7  # of a text, at most
+Row = dict[str, Any]
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def speed(text: Corpus) -> Row:
+    """Seconds on one core: to cut the text into pre-tokens, to train, to encode."""
+    import tokenizers
+
+    whole = "".join((*text.train, *text.val))[:SPEED_BYTES]
+    size = len(whole.encode())
+    words, counts = timed(lambda: Counter(bpe.pre_tokens(whole)))
+    merging, merges = timed(
+        lambda: bpe.train({w.encode(): n for w, n in counts.items()}, tokens.SMALL - 257)
+    )
+    tokenizer = BPETokenizer(tuple(merges))
+    other = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()))
+    other.encode_special_tokens = True
+
+    def encode() -> Any:
+        cold = BPETokenizer(tuple(merges))  # without the tables of the first
+        found = PreTokens((whole,), (), marked=False)
+        ids = [[cold.end], *map(cold.encode_word, list(found.words)[1:])]
+        return found.replace(ids)[0]
+
+    ours, theirs = [], []
+    for _ in range(3):
+        seconds, ids = timed(encode)
+        ours.append(seconds)
+        seconds, encoding = timed(lambda: other.encode(whole))
+        theirs.append(seconds)
+    if ids.tolist() != encoding.ids:
+        raise AssertionError("tokenizers gives other ids")
+    return {
+        "text": text.name,
+        "bytes": size,
+        "vocab_size": tokenizer.vocab_size,
+        "train_seconds": words + merging,
+        "encode_seconds": min(ours),
+        "tokenizers_encode_seconds": min(theirs),
+        "bytes_per_token": size / len(ids),
+    }
+
+
+def compressors(text: Corpus) -> Row:
+    """Bits per byte of the validation text: size(training + validation) - size(training)."""
+    import pyppmd
+
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": lambda data: gzip.compress(data, 9),
+        "bzip2": lambda data: bz2.compress(data, 9),
+        "xz": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+        "PPMd": lambda data: pyppmd.compress(data, max_order=8, mem_size=256 << 20),
+    }
+    train, val = ("".join(part).encode() for part in (text.train, text.val))
+    row: Row = {"text": text.name, "val_bytes": len(val)}
+    for name, pack in packers.items():
+        row[name] = (len(pack(train + val)) - len(pack(train))) * 8 / len(val)
+    return row
+
+
+def run(text: Corpus, kind: str, seconds: float, device: torch.device, preset: str) -> Row:
+    """Trains for about `seconds` and evaluates the model on the entire validation text."""
+    p = PRESETS[preset]
+    tokenizer, ids = tokens.tokenize(text, kind)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **p.model)
+    recipe = TrainConfig(**p.train | dict(tokenizer=kind, iters=10**6))
+    dtype = devices.precision("auto", device).dtype
+
+    def trainer(recipe: TrainConfig) -> Trainer:
+        torch.manual_seed(recipe.seed)
+        model = GPT(config, ops.load("builtin", device, config)).to(device)
+        return Trainer(model, ids, recipe, device, dtype)
+
+    def steps(t: Trainer, n: int) -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            row = t.train_step()
+        row.tolist()  # waits for the device
+        return time.perf_counter() - start
+
+    probe = trainer(recipe)
+    steps(probe, 5)
+    iters = max(30, round(seconds / (steps(probe, 25) / 25)))
+    t = trainer(replace(recipe, iters=iters))
+    spent = steps(t, iters)
+    loss = t.evaluate_all()
+    assert loss is not None
+    return {
+        "text": text.name,
+        "tokenizer": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "parameters": config.n_params(),
+        "steps": iters,
+        "seconds": spent,
+        "epochs": iters * t.tokens_per_step() / len(ids.train),
+        "val_loss": loss,
+        "bits_per_byte": ids.bits_per_byte(loss),
+    }
+
+
+def measured(
+    part: str, text: Corpus, args: argparse.Namespace, device: torch.device
+) -> Iterator[Row]:
+    if part == "speed":
+        yield speed(text)
+    elif part == "compressors":
+        yield compressors(text)
+    else:
+        for kind in TOKENIZERS:
+            yield run(text, kind, args.seconds, device, args.preset)
+
+
+def shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="benchmarks of the tokenizers")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--data", nargs="+", default=["war-and-peace", "python-code"])
+    parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help="of the runs")
+    parser.add_argument("--seconds", type=float, default=120, help="of each run [120]")
+    result_file.add_options(parser)
+    args = parser.parse_args(argv)
+    device = devices.pick(args.device)
+    devices.make_deterministic()
+    with result_file.Section("tokenizers", device, args) as section:
+        section.put(preset=args.preset, **{part: [] for part in PARTS})
+        for name in args.data:
+            text = corpus.load(name, say=print)
+            for part in args.parts:
+                for row in measured(part, text, args, device):
+                    print(part, ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
+                    section.put(**{part: [*section.values[part], row]})
+    print(f"written to {section.path}")
+
+
+if __name__ == "__main__":
+    main()
