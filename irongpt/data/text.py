@@ -126,9 +126,11 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
             f"byte{'s are' if rest > 1 else ' is'} left out"
         )
     content: Utf8 = result if not kept else raw[skipped:end] if end - skipped < len(raw) else raw
+    genuine = raw.count(_REPLACED) if is_utf8 else 0
+    if count := content.count(_REPLACED) - genuine if errors == "replace" else 0:
+        what = f"{count:,} characters" if count > 1 else "1 character"
+        notes.append(f"{what} of {name} could not be decoded, and became U+FFFD")
     del raw, result
-    if count := 0 if kept else content.count(_REPLACED):
-        notes.append(f"{name} has {count:,} characters that could not be decoded (U+FFFD)")
     if encoding and not skipped and content.startswith(codecs.BOM_UTF8):  # utf-16-le leaves it
         content = content[len(codecs.BOM_UTF8) :]
     if b"\r" in content:

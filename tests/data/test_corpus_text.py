@@ -72,6 +72,13 @@ def test_a_text_that_is_cut_loses_its_last_character_and_says_so(
                     assert note in got.notes[0]
 
 
+def test_a_replacement_character_of_the_text_is_not_counted() -> None:
+    content = "a\ufffdb".encode()
+    assert text_of(content, errors="replace") == "a\ufffdb"
+    note = "1 character of 'file' could not be decoded"
+    assert text_of(content + b"\xffc", note, errors="replace") == "a\ufffdb\ufffdc"
+
+
 def test_one_byte_order_mark_is_removed() -> None:
     for encoding in ("utf-8", "utf-16", "utf-32"):
         raw = ("\ufeff" * (encoding == "utf-8") + "\ufefftext").encode(encoding)
