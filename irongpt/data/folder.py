@@ -225,7 +225,7 @@ def standard_library() -> list[tuple[str, Path]]:
 
 
 def packages(say: Say) -> list[tuple[str, Path]]:
-    """The source of the larger packages that are installed beside torch, without tests."""
+    """The source of the larger packages that are installed next to torch, without tests."""
     roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
     found: list[tuple[str, Path]] = []
     sizes: dict[str, int] = {}
