@@ -29,7 +29,16 @@ from irongpt.data.folder import (
     read_files,
     standard_library,
 )
-from irongpt.data.text import CHUNK, Say, Text, Utf8, check_encoding, has_text, without_license
+from irongpt.data.text import (
+    CHUNK,
+    ERRORS,
+    Say,
+    Text,
+    Utf8,
+    check_encoding,
+    has_text,
+    without_license,
+)
 from irongpt.errors import UserError, brief
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
@@ -101,6 +110,8 @@ def load(
     sha256: the digest of a run's text; python-code is then read as earlier versions read it, as
     one text, if that has this digest.
     """
+    if errors not in ERRORS:
+        raise UserError(f"--errors must be one of {', '.join(ERRORS)}, got {errors!r}")
     if encoding is not None:
         check_encoding(encoding)
     reader = Reader(say, encoding, errors)
@@ -168,7 +179,8 @@ def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:
             f"removed Project Gutenberg's licence from {shown}: {_length(utf8):,} characters remain"
         )
     if not has_text(utf8):
-        raise UserError(f"{shown} is empty: give a file that contains text")
+        what = "is empty except for white space" if utf8 else "is empty"
+        raise UserError(f"{shown} {what}: give a file that contains text")
     return _one_text(name, utf8, reader)
 
 
@@ -201,16 +213,17 @@ def _joined(parts: Sequence[Corpus], say: Say) -> Corpus:
     if len(parts) == 1:
         return parts[0]
     files: dict[str, str] = {}
-    labels = [part.name for part in parts]
-    for i, part in enumerate(parts):
-        label = part.name + f"-{i + 1}" * (labels.count(part.name) > 1)
+    names = [part.name for part in parts]
+    unique = len({*names}) == len(names)
+    for i, part in enumerate(parts, 1):
+        label = part.name if unique else f"{part.name}-{i}"
         if part.files:
             files |= {f"{label}/{path}": digest for path, digest in part.files.items()}
         else:
             files[label] = part.sha256
-    name = "+".join(labels)
+    name = "+".join(names)
     return Corpus(
-        name if len(name) <= 64 else f"{labels[0][:48]}+{len(parts) - 1}-more",
+        name if len(name) <= 64 else f"{names[0][:48]}+{len(parts) - 1}-more",
         tuple(text for part in parts for text in part.train),
         tuple(text for part in parts for text in part.val),
         files,

@@ -66,7 +66,9 @@ class Reader:
         """The text of a regular file. Raises UserError, and OSError."""
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading from a pipe or a device might never end
-            raise UserError(f"{name} is not a regular file: give a text file")
+            raise UserError(
+                f"{name} is not a regular file: give a text file, or pipe it to --data -"
+            )
         self._check_size(status.st_size, name)
         return self.decode(Path(path).read_bytes(), name)
 
@@ -198,9 +200,9 @@ def _walk(root: Path, say: Say) -> Iterator[tuple[str, Path]]:
             path = folder / name
             if name.startswith("."):
                 continue
-            if path.is_dir():
+            if os.path.isdir(path):  # False, where that of Path raises PermissionError
                 below.append((path, f"{prefix}{name}/"))
-            elif path.is_file():  # not a pipe, a device or a link that leads nowhere
+            elif os.path.isfile(path):  # not a pipe, a device or a link that leads nowhere
                 yield prefix + name, path
         folders += reversed(below)
 
@@ -223,7 +225,7 @@ def standard_library() -> list[tuple[str, Path]]:
 
 
 def packages(say: Say) -> list[tuple[str, Path]]:
-    """The source of the larger packages that are installed beside torch, without tests."""
+    """The source of the larger packages that are installed next to torch, without tests."""
     roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
     found: list[tuple[str, Path]] = []
     sizes: dict[str, int] = {}

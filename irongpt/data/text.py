@@ -31,7 +31,7 @@ GZIP = b"\x1f\x8b"
 
 
 class NotTextError(UserError):
-    """The bytes are no text. `kind` is a word for counts: binary, or not text in an encoding."""
+    """The bytes are not text. `kind` is for counts: binary, damaged, or not UTF-8, for example."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -48,8 +48,9 @@ class Text(NamedTuple):
 def check_encoding(name: str) -> str:
     """The name, if it is that of a text encoding. Raises UserError."""
     try:
-        if "a\n".encode(name).decode(name) == "a\n" and codecs.getincrementaldecoder(name):
-            return name
+        text = "a\n".encode(name).decode(name, "replace")
+        if text == "a\n" and codecs.getincrementaldecoder(name) and name != "punycode":
+            return name  # punycode cannot be decoded in chunks
     except (LookupError, UnicodeError, ValueError):
         pass
     raise UserError(
@@ -97,17 +98,17 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
                 position = first + len(chunk) - len(e.object) + e.start
                 raise wrong(position, e.object[e.start], before) from None
             utf8 = chunk
-        except UnicodeEncodeError as e:  # half of a surrogate pair, which UTF-7 can hold
-            raise NotTextError(f"{name} is not {codec.upper()} text: {e.reason}", "binary") from e
+        except UnicodeError as e:  # for one, half of a surrogate pair, which UTF-7 can hold
+            raise NotTextError(f"{name} is not {codec.upper()} text", f"not {codec.upper()}") from e
         if b"\0" in utf8:
-            controls = len(raw)
+            controls = len(raw) + 4
             break
         controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
         line_feeds, returns = line_feeds + text.count("\n"), returns + text.count("\r")
         only_ascii = only_ascii and text.isascii()
         if not kept:
             result += utf8
-    if controls > len(raw) / 100:
+    if controls > max(len(raw) / 100, 4):
         hint = " or is UTF-16 without a byte order mark (--encoding utf-16-le)" * (b"\0" in raw)
         raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
 
@@ -125,10 +126,12 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
             f"byte{'s are' if rest > 1 else ' is'} left out"
         )
     content: Utf8 = result if not kept else raw[skipped:end] if end - skipped < len(raw) else raw
+    genuine = raw.count(_REPLACED) if is_utf8 else 0
+    if count := content.count(_REPLACED) - genuine if errors == "replace" else 0:
+        what = f"{count:,} characters" if count > 1 else "1 character"
+        notes.append(f"{what} of {name} could not be decoded, and became U+FFFD")
     del raw, result
-    if count := 0 if kept else content.count(_REPLACED):
-        notes.append(f"{name} has {count:,} characters that could not be decoded (U+FFFD)")
-    if content.startswith(codecs.BOM_UTF8):  # left by an encoding such as utf-16-le
+    if encoding and not skipped and content.startswith(codecs.BOM_UTF8):  # utf-16-le leaves it
         content = content[len(codecs.BOM_UTF8) :]
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n")
@@ -148,11 +151,12 @@ def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
                 chunk = member.unconsumed_tail or raw[at : at + CHUNK]
                 at += 0 if member.unconsumed_tail else len(chunk)
                 if not chunk:
-                    raise UserError(f"{name} is compressed (gzip), and its end is missing")
+                    message = f"{name} is compressed (gzip), and its end is missing"
+                    raise NotTextError(message, "damaged")
                 result += member.decompress(chunk, CHUNK * 16)
             at -= len(member.unused_data)
     except zlib.error as e:
-        raise UserError(f"{name} is compressed (gzip), and damaged: {e}") from e
+        raise NotTextError(f"{name} is compressed (gzip), and damaged: {e}", "damaged") from e
     return result
 
 

@@ -82,7 +82,8 @@ def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
     [
         (b"", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
-        (b" \r\n\t\n", "is empty"),
+        (b" \r\n\t\n", "is empty except for white space"),
+        (" \u00a0\u3000\n".encode(), "is empty except for white space"),
         (f"{START}\n{END}".encode(), "is empty"),
         (b"text\0text" * 100, "looks binary"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture (PNG)"),

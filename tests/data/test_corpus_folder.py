@@ -66,13 +66,15 @@ def test_files_that_are_no_text_of_ones_own_are_left_out_and_counted(folder: Pat
     os.symlink(folder / "code", "code/sub/loop")
     os.symlink("nowhere.py", "code/broken.py")
     os.mkfifo("code/pipe.py")
+    write("code", {"cut.py": gzip.compress(b"text")[:-1]})
     Path("code/folder.py").mkdir()
     lines = Lines()
     corpus = load("code", say=lines)
     assert len(corpus.files) == 5
     assert documents(corpus) == [f"print({i})\n" for i in range(5)]
     assert lines == [
-        "files     code: 5 files, 0.0 MB; left out: 2 duplicates, 1 binary, 1 empty, 1 not UTF-8"
+        "files     code: 5 files, 0.0 MB; left out: 2 duplicates, 1 binary, 1 damaged, 1 empty, "
+        "1 not UTF-8"
     ]
     assert "# München\n" in documents(load("code", say=Lines(), encoding="latin-1"))
     assert "# M\ufffdnchen\n" in documents(load("code", say=Lines(), errors="replace"))
@@ -190,7 +192,7 @@ def test_several_sources_are_joined_without_duplicates() -> None:
     assert corpus.train[: 1 + len(code.train)] == text.train + code.train
     assert corpus.val[: 1 + len(code.val)] == text.val + code.val
     assert len(corpus.files) == 31
-    assert corpus.files["a"] == text.sha256
+    assert corpus.files["a-1"] == text.sha256
     assert corpus.files["code-2/sub/3.py"] == code.files["sub/3.py"]
     assert "code-3/sub/20.py" in corpus.files
     assert "10 duplicates" in lines[1]

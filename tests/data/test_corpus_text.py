@@ -72,6 +72,24 @@ def test_a_text_that_is_cut_loses_its_last_character_and_says_so(
                     assert note in got.notes[0]
 
 
+def test_a_replacement_character_of_the_text_is_not_counted() -> None:
+    content = "a\ufffdb".encode()
+    assert text_of(content, errors="replace") == "a\ufffdb"
+    note = "1 character of 'file' could not be decoded"
+    assert text_of(content + b"\xffc", note, errors="replace") == "a\ufffdb\ufffdc"
+
+
+def test_one_byte_order_mark_is_removed() -> None:
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        raw = ("\ufeff" * (encoding == "utf-8") + "\ufefftext").encode(encoding)
+        assert text_of(raw) == "\ufefftext"
+
+
+def test_few_control_characters_are_text() -> None:
+    assert text_of(b"a\x07") == "a\x07"
+    refused(b"a\x07" * 5, "looks binary")
+
+
 def test_a_wrong_last_byte_of_ascii_may_be_another_encoding() -> None:
     refused(b"a caf\xe9", "byte 5 (line 1) is 0xE9")
     refused(b"\nthe\ncaf\xe9", "byte 8 (line 3)")
