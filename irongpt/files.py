@@ -84,12 +84,13 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_result(path: Path) -> None:
-    """Raises UserError if a later `write_result` to `path` would fail."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: its folder does not exist")
+def check_result(*paths: Path | None) -> None:
+    """Raises UserError if a later `write_result` to one of the paths would fail."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: its folder does not exist")
 
 
 def write_result(path: Path, data: bytes) -> None:

@@ -3,7 +3,6 @@
 import io
 import re
 
-from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from irongpt.compare.model import JUDGED_DIFFERENCE, JUDGED_STEPS, Curve
-from irongpt.compare.ops import Row
+from irongpt.compare.ops import Row, factor
 
 COLORS = {"float32": "tab:blue", "float16": "tab:orange", "bfloat16": "tab:green"}
 SHOWN = 10.0  # ratios above are drawn at the edge
@@ -45,13 +44,13 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
         x = SHOWN if not ratio < SHOWN else max(ratio, 1 / SHOWN)
         y = labels[_label(r)] + 0.2 * (dtypes.index(r.dtype) - (len(dtypes) - 1) / 2)
         if r.ok:
-            inside = ratio <= _factor(r.tensor)
+            inside = ratio <= factor(r.tensor)
             face = COLORS[r.dtype] if inside else "white"  # white: within the floor
             axes.plot(x, y, "o", color=COLORS[r.dtype], markerfacecolor=face, markersize=4)
         else:
             axes.plot(x, y, "X", color="tab:red", markersize=8, clip_on=False, zorder=5)
     for (_, tensor), y in labels.items():
-        limit = _factor(tensor)
+        limit = factor(tensor)
         axes.plot([limit, limit], [y - 0.5, y + 0.5], color="black", linewidth=1)
     ops = [op for op, _ in labels]
     for y in range(1, len(ops)):
@@ -72,7 +71,7 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
         for d in dtypes
     ]
     handles.append(Line2D([], [], color="black", linewidth=1, label="tolerance"))
-    if any(r.ok and r.errors["max"].ratio > _factor(r.tensor) for r in rows):
+    if any(r.ok and r.errors["max"].ratio > factor(r.tensor) for r in rows):
         label = "within one rounding"
         handles.append(
             Line2D([], [], color="0.3", marker="o", linestyle="", mfc="white", label=label)
@@ -111,10 +110,6 @@ def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate
     for axes in apart:
         axes.set_ylim(bottom=0)  # after all panels are drawn: they share the axis
         axes.legend(fontsize=8)
-
-
-def _factor(tensor: str) -> int:
-    return GRADIENTS if tensor.startswith("d ") else OUTPUTS
 
 
 def _label(row: Row) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from numerics import DEVICE, OPS, UPDATES, each_dtype
 
 from irongpt import ops
 from irongpt.compare import model
-from irongpt.compare import ops as compare_ops
 from irongpt.compare.command import compare
 from irongpt.compare.ops import SMALL, Check, cases, compare_case
 
@@ -98,7 +97,7 @@ def one_nan():
 def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
     """Runs the whole command, without the model: that has tests of its own."""
     monkeypatch.setattr(ops, "load", lambda name, device: module)
-    monkeypatch.setattr("irongpt.compare.command._model", lambda *_: ([], [], []))
+    monkeypatch.setattr("irongpt.compare.command.compare_model", lambda *_: ([], [], []))
     capsys.readouterr()
     code = compare("cpu", ["float32"], files.get("json_file"), files.get("plot"))
     return code, capsys.readouterr().out
@@ -211,14 +210,14 @@ TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 def test_the_kernels_pass(shape, dtype):
     device = torch.device(DEVICE)
     fused = ops.load("fused", device)
-    for case in cases(shape, TINY, compare_ops.DROPOUT_P):
+    for case in cases(shape, TINY, drops=True):
         rows, checks = compare_case(case, fused, dtype, device, drops=True)
         assert rows
         assert [x for x in (*rows, *checks) if not x.ok] == []
 
 
 def test_a_kernel_that_cannot_run_is_a_finding_of_its_own():
-    case = next(c for c in cases("model", TINY, 0.0) if c.op == "softmax")
+    case = next(c for c in cases("model", TINY, drops=False) if c.op == "softmax")
     rows, checks = compare_case(case, raising(), torch.float32, torch.device("cpu"), drops=True)
     assert rows == []
     assert [(c.name, c.ok) for c in checks] == [("runs", False)]
@@ -283,7 +282,7 @@ def test_strided_cases_give_an_op_strided_tensors():
         return op
 
     module = SimpleNamespace(**{name: spy(name) for name in OPS})
-    for case in cases("strided", TINY, 0.0):
+    for case in cases("strided", TINY, drops=False):
         compare_case(case, module, torch.float32, torch.device("cpu"), drops=False)
     del seen["cross_entropy"]  # its gradient is one number
     assert len(seen) == 5
