@@ -122,8 +122,7 @@ class Row:
 def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     """Measures every kernel that has a choice, prints the results and keeps the winners."""
     target = devices.pick(device)
-    none = "irongpt tune measures on an NVIDIA GPU, and there is none: the default tiles need no tuning"
-    check(target.type == "cuda", none)
+    check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")
     useless = f"{emulate.VARIABLE} is set: measurements of this GPU are of no use to a T4, unset it"
     check(not emulate.on(), useless)
     ignored = f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it"
@@ -146,9 +145,7 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     if entries:
         digest = launch_table.table_digest(launch_table.table_of(entries))
         say(f"\nkept in {file}: table {digest}, for every run that starts from now on. Other tiles")
-        say(
-            f"sum in another order. To use the default tiles, set {cache.VARIABLE}=off or delete it"
-        )
+        say(f"sum in another order. {cache.VARIABLE}=off selects the default tiles")
     else:
         say("\nno tiles are faster than the default beyond the noise: nothing is kept")
     return 0
@@ -242,10 +239,10 @@ def record(work: Work, module: Ops, inputs: Tensors) -> Launch:
 def beats(candidate: tuple[float, ...], default: tuple[float, ...]) -> bool:
     """Whether a gain is more than noise: three quarters of the candidate's samples are below three
     quarters of the default's, and the medians are MIN_GAIN apart."""
-    (_, median, high), (low, median_0, _) = (
+    (_, median, high), (low, slower, _) = (
         statistics.quantiles(x, n=4) for x in (candidate, default)
     )
-    return high < low and median < (1 - MIN_GAIN) * median_0
+    return high < low and median < (1 - MIN_GAIN) * slower
 
 
 def winner(rows: list[Row]) -> Row | None:

@@ -165,7 +165,7 @@ def test_an_old_or_missing_package(monkeypatch) -> None:
 
     monkeypatch.setattr(doctor, "version", version)
     report = doctor.Report()
-    doctor._software(report)
+    doctor._software(report, torch.device("cpu"))
     assert "torch 2.9.1+cu128, no triton" in report.facts["software"]
     assert any("torch 2.9.1+cu128 is too old: 2.10 or newer" in x for x in report.problems)
     assert any("triton is not installed" in x for x in report.problems)

@@ -66,8 +66,8 @@ def test_what_was_kept_is_launched(h200) -> None:
         "forward", 90, 64, 4
     )
     assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == shipped
-    assert cache.note("fused", GPU) == note
-    assert cache.note("builtin", GPU) == ""
+    assert ops.notes("fused", GPU) == [note]
+    assert ops.notes("builtin", GPU) == []
 
 
 def test_interpreted_tiles_stay_small(h200, monkeypatch) -> None:
@@ -245,7 +245,7 @@ def test_a_resume_with_other_tiles_says_so(cli: Cli, monkeypatch) -> None:
 
 def test_mistakes(cli: Cli, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_mistake(cli("tune"), "irongpt tune measures on an NVIDIA GPU, and there is none")
+    assert_mistake(cli("tune"), "irongpt tune needs an NVIDIA GPU")
     assert_mistake(cli("tune", "--device", "cuda"), "--device cuda: torch finds no NVIDIA GPU")
     assert_mistake(cli("tune", "--preset", "huge"), "--preset")
     assert_mistake(cli("tune", "--dtype", "int8"), "--dtype")
