@@ -33,7 +33,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
     """
     names = {c.name for c in checks} - {c.name for c in checks if not c.ok}
     notes = {"repeatable": "same bits in two runs", "dropout mask": "eager's dropout mask"}
-    passed = "".join(f"; {text}" for name, text in notes.items() if name in names)
+    passed = ", ".join(text for name, text in notes.items() if name in names)
     nearest: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row.dtype, re.sub(r"blocks\.\d+", "blocks.*", row.tensor)
@@ -41,7 +41,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
             nearest[key] = row
     lines = [_line(row) for row in nearest.values()]
     marks = [f"  {c.dtype:8} {c.name}: FAIL" for c in checks if not c.ok]
-    return "\n".join(["", f"{title}{passed}", *lines, *marks])
+    return "\n".join(["", f"{title}{passed and '; '}{passed}", *lines, *marks])
 
 
 def training(curve: Curve) -> str:

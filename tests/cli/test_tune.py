@@ -1,10 +1,10 @@
-"""`irongpt tune`: what it measures and what it keeps, with a clock that the test sets."""
+"""`irongpt tune`: which options it measures and keeps, with a clock that the test sets."""
 
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_mistake
+from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import eager, fused
 from irongpt_kernels.aot import tiles
 from irongpt_kernels.runtime import emulate, launch_table
@@ -26,14 +27,6 @@ CPU = torch.device("cpu")
 SMALL = GPTConfig(vocab_size=9, n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.2)
 SLOW, FAST = 10e-6, 5e-6
 Options = launch_table.Options
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    cache.load.cache_clear()
-    yield
-    cache.load.cache_clear()
-    launch_table._tables.clear()
 
 
 def work(kernel: str = "gelu forward", device: torch.device = CPU) -> Work:
@@ -53,8 +46,8 @@ def by_tile(default: float, **costs: float) -> Callable[[Options | None, int], f
 
 
 class Measured:
-    """Measures candidates whose seconds are what `costs` says of options and sample; each sample
-    adds some noise. The op is eager's, which launches nothing, unless another is given."""
+    """Measures candidates. costs(options, sample) gives the seconds, to which noise is added. The
+    op is eager's, which launches no kernel, unless another is given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch, self.samples = monkeypatch, 0
@@ -87,7 +80,7 @@ class Measured:
         self.patch.setattr(timing, "measure", measure)
         self.patch.setattr(timing, "copies", lambda touched, device: 2)
         rows = tuning.measure(work(), SimpleNamespace(gelu=gelu), FOUND, rounds=6)
-        assert launch_table.digest(CPU) == ""  # nothing of it stays in use
+        assert launch_table.digest(CPU) == ""  # the default is in use again
         return rows
 
 
@@ -142,7 +135,7 @@ def test_a_candidate_that_is_wrong_or_cannot_run_is_out(measured: Measured) -> N
     outs = ["", "ValueError: out of resources", "exceeds tolerance in out, d x", ""]
     assert [row.out for row in rows] == outs
     assert tuning.winner(rows).options == FOUND[2]
-    assert FOUND[1] not in measured.recorded  # it was not right, so it was not timed
+    assert FOUND[1] not in measured.recorded  # it was wrong, so it was not timed
 
 
 def test_the_default_has_to_run(measured: Measured) -> None:
@@ -165,8 +158,8 @@ def test_entries_of_other_kernels_stay(measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("kernel", list(FUNCTIONS))
-def test_a_work_runs_the_kernel_that_it_times(kernel: str) -> None:
-    """And the accuracy check passes what is right."""
+def test_each_op_launches_the_kernel_that_is_timed(kernel: str) -> None:
+    """And the accuracy check passes."""
     assert work(kernel).wrong(fused) == []
     module, name = FUNCTIONS[kernel][1].split(".")
     assert hasattr(sys.modules[f"irongpt_kernels.fused.{module}"], name)
@@ -174,18 +167,10 @@ def test_a_work_runs_the_kernel_that_it_times(kernel: str) -> None:
 
 @pytest.fixture
 def card(monkeypatch, tmp_path) -> None:
-    """A GPU that is not there, with the interpreter in its place."""
-    p = SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=1 << 37, L2_cache_size=50 << 20
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: p)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    """Fakes an H200, whose kernels the interpreter runs."""
+    fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
     monkeypatch.delenv(cache.VARIABLE, raising=False)
-    monkeypatch.delenv(emulate.VARIABLE, raising=False)
 
 
 def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
@@ -194,10 +179,7 @@ def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
     def measure(work: Work, module: Any, found: list, rounds: int) -> list[Row]:
         assert rounds == tuning.QUICK_ROUNDS
         fast = work.kernel == "norm backward"
-        return [
-            Row(None, (SLOW,) * 6),
-            *(Row(o, (FAST if fast and o == best else SLOW,) * 6) for o in found),
-        ]
+        return [Row(o, (FAST if fast and o == best else SLOW,) * 6) for o in [None, *found]]
 
     monkeypatch.setattr(tuning, "measure", measure)
     result = cli("tune", "--quick")
@@ -205,10 +187,8 @@ def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
     assert "tuning for iron, 64 sequences in bfloat16, on NVIDIA H200" in result.out
     assert [x for x in result.out.splitlines() if x.endswith("kept")] != []
     cache.load.cache_clear()
-    entries = cache.load(torch.device("cuda", 0)).entries
-    assert [(e["kernel"], e["size"], e["options"]) for e in entries] == [
-        ("norm backward", 384, best)
-    ]
+    (entry,) = cache.load(torch.device("cuda", 0)).entries
+    assert (entry["kernel"], entry["size"], entry["options"]) == ("norm backward", 384, best)
     monkeypatch.setattr(tuning, "winner", lambda rows: None)
     result = cli("tune", "--quick")
     assert "nothing is kept" in result.out
@@ -222,7 +202,7 @@ def test_mistakes_on_a_gpu(card, cli, monkeypatch) -> None:
     assert_mistake(cli("tune"), "IRONGPT_EMULATE is set")
 
 
-# A process of its own, in which Triton compiles and does not interpret.
+# Run in another process, in which Triton compiles and does not interpret.
 COMPILED = """
 import torch
 from irongpt_kernels.aot import __main__ as aot, shapes

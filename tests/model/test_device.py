@@ -1,6 +1,10 @@
+"""The choice of device and dtype, on faked GPUs, and the peak FLOP/s."""
+
+import functools
+
 import pytest
 import torch
-from irongpt_kernels.runtime import emulate
+from fake_gpu import fake_gpu
 
 from irongpt import device
 from irongpt.errors import UserError
@@ -8,24 +12,10 @@ from irongpt.errors import UserError
 GPU = torch.device("cuda", 0)
 
 
-@pytest.fixture(autouse=True)
-def _no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(emulate.VARIABLE, raising=False)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """Fakes a GPU of some name and compute capability."""
-
-    def make(name: str = "Tesla T4", capability: tuple[int, int] = (7, 5), count: int = 1) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: name)
-
-    return make
+    return functools.partial(fake_gpu, monkeypatch)
 
 
 @pytest.mark.parametrize(
