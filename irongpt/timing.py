@@ -38,6 +38,7 @@ FEW = 16  # copies of inputs that stay in the cache in any case
 WARM = 3
 
 Call = Callable[[int], object]  # of copy i of the inputs
+Sampler = Callable[[], float]  # seconds per call
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,6 @@ class Timing:
         return high - low
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A provider that is ready to be sampled. Each `take` appends to the timing's samples."""
-
-    work: Work
-    sample: Callable[[], float]
-    timing: Timing
-
-    def take(self) -> None:
-        with self.work.around():
-            self.timing.samples.append(self.sample())
-
-
 def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The stream of all calls: a graph cannot be captured on the default stream."""
     if device.type != "cuda":
@@ -156,12 +144,14 @@ def measure(
         for r in range(rounds):
             first = r % max(1, len(names))
             for name in names[first:] + names[:first]:
+                sampler, timing = ready[name]
                 try:
-                    ready[name].take()
+                    with works[name].around():
+                        timing.samples.append(sampler())
                 except Exception as e:  # the others go on
                     results[name] = reason(e)
                     names.remove(name)
-        results |= {name: replace(ready[name].timing, group=group) for name in names}
+        results |= {name: replace(ready[name][1], group=group) for name in names}
         ready.clear()
         free(device)
         group += 1
@@ -178,10 +168,10 @@ def _together(
     sets: int,
     device: torch.device,
     results: dict[str, Timing | str],
-) -> tuple[dict[str, Ready], list[str]]:
+) -> tuple[dict[str, tuple[Sampler, Timing]], list[str]]:
     """As many as fit in memory together, and the names of the others. For a provider that cannot
     run, the reason is added to the results."""
-    ready: dict[str, Ready] = {}
+    ready: dict[str, tuple[Sampler, Timing]] = {}
     for i, name in enumerate(waiting):
         try:
             with works[name].around():
@@ -197,8 +187,9 @@ def _together(
     return ready, []
 
 
-def prepare(work: Work, sets: int, device: torch.device) -> Ready:
-    """Warms a call up and makes it ready to be timed. Raises what the call raises."""
+def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timing]:
+    """Warms a call up. Returns its sampler and a timing without samples yet. Passes on what the
+    call raises."""
     call = work.begin(sets)
 
     def warm() -> float:
@@ -209,21 +200,21 @@ def prepare(work: Work, sets: int, device: torch.device) -> Ready:
 
     warm()
     if device.type != "cuda":
-        return Ready(work, Wall(call, sets).sample, Timing([], graph=False))
+        return Wall(call, sets).sample, Timing([], graph=False)
     torch.cuda.synchronize(device)
     host = warm()
     why = waits(lambda: call(0), device)
     if why is None:
         del call  # its memory is for the graph
         try:
-            return Ready(work, Replay(work, sets).sample, Timing([], graph=True, host=host))
+            return Replay(work, sets).sample, Timing([], graph=True, host=host)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as e:  # not every call can be captured
             why = reason(e)
         free(device)
         call = work.begin(sets)
-    return Ready(work, Events(call, sets).sample, Timing([], False, host, why))
+    return Events(call, sets).sample, Timing([], False, host, why)
 
 
 class Wall:
