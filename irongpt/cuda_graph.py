@@ -28,7 +28,7 @@ class Graph(Generic[Result]):
     def __init__(
         self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
     ) -> None:
-        """device: a GPU, on which the whole step runs without a synchronization with the host."""
+        """device: a GPU. No part of the step may synchronize with the host."""
         self.step: Callable[[], Result] = step
         self.device, self.warmup = device, warmup
         self.calls = 0

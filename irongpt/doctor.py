@@ -1,4 +1,4 @@
-"""`irongpt doctor`: what this machine will run, and why, with problems and their solutions."""
+"""`irongpt doctor`: the device, dtype and kernels that are used here, and how to fix problems."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ HOT = 85  # degrees Celsius at which a T4 slows down
 
 @dataclass
 class Report:
-    """facts: lines by topic. problems: what is wrong and what to do. advice: what is slow."""
+    """facts: lines by topic. problems: errors and their solutions. advice: reasons for slowness."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

@@ -60,14 +60,13 @@ def parse(file: Path, device: torch.device) -> list[dict[str, Any]]:
     """The entries of a file. Raises UserError unless `save` wrote it for this GPU."""
     values = unsealed(read(file), file)
     same = {**identity(device), "format": FORMAT}
-    if {name: values.get(name) for name in same} != same:
-        raise UserError(f"{file} was measured on another GPU or version")
+    fits = {name: values.get(name) for name in same} == same
+    check(fits, f"{file} was measured on another GPU or version")
     try:
-        entries = values["entries"]
-        launch_table.table_of(entries)
+        launch_table.table_of(values["entries"])
     except (KeyError, ValueError) as e:
         raise UserError(f"{file} has no valid launch options: {e}") from e
-    return list(entries)
+    return list(values["entries"])
 
 
 @functools.cache  # once per process: a run keeps the options that it started with

@@ -118,6 +118,10 @@ class Row:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in (self.options or {}).items()) or "default"
+
 
 def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     """Measures every kernel that has a choice, prints the results and keeps the winners."""
@@ -271,14 +275,5 @@ def table(work: Work, rows: list[Row]) -> str:
     for row in sorted((r for r in rows if r.samples), key=lambda r: r.median):
         mark = "  kept" if row is best else ""
         ratio = row.median / rows[DEFAULT].median
-        lines.append(f"  {_named(row):44} {1e6 * row.median:9.2f} {ratio:6.2f}{mark}")
-    return "\n".join(lines + [f"  {_named(row):44} {row.out}" for row in rows if row.out])
-
-
-def _named(row: Row) -> str:
-    if row.options is None:
-        return "default"
-    short = dict(
-        BLOCK_M="M", BLOCK_N="N", num_warps="warps", num_stages="stages", maxnreg="registers"
-    )
-    return ", ".join(f"{short.get(k, k)} {v}" for k, v in row.options.items())
+        lines.append(f"  {row.name:66} {1e6 * row.median:9.2f} {ratio:6.2f}{mark}")
+    return "\n".join(lines + [f"  {row.name:66} {row.out}" for row in rows if row.out])

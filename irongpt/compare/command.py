@@ -40,36 +40,36 @@ def compare(
         from irongpt.compare import plot as compare_plot
     module = ops.load(candidate, target)
     devices.make_deterministic()
-    full, drops = target.type == "cuda", candidate != "builtin"
-    whole = setting(full, drops)
+    full, with_dropout = target.type == "cuda", candidate != "builtin"
+    training = setting(full, with_dropout)
 
     names = [devices.dtype_name(d) for d in chosen]
     say(f"{candidate} against eager and float64, in {', '.join(names)}")
     say(f"on {devices.describe(target)}")
     for note in ops.notes(candidate, target):
         say(note)
-    if not drops:
+    if not with_dropout:
         say(
             f"no dropout: {candidate} takes its masks from PyTorch's generator, eager from the seed"
         )
     say(f"\n{report.heading(candidate)}")
     rows: list[Row] = []
     checks: list[Check] = []
-    by_class = [cases(k, at, drops) for k, at in (FULL if full else SMALL).items()]
+    by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
     for case in (case for same_op in zip(*by_class, strict=True) for case in same_op):
         new_rows: list[Row] = []
         new_checks: list[Check] = []
         for dtype in chosen:
-            found = compare_case(case, module, dtype, target, drops)
+            found = compare_case(case, module, dtype, target, with_dropout)
             new_rows += found[0]
             new_checks += found[1]
         say(report.group(f"{case.op}, {case.shape}: {case.sizes}", new_rows, new_checks))
         rows += new_rows
         checks += new_checks
-    new_rows, curves, new_checks = compare_model(whole, module, chosen, target)
+    new_rows, curves, new_checks = compare_model(training, module, chosen, target)
     rows += new_rows
     checks += new_checks
-    say(report.group(f"model, one step: {whole.sizes}", new_rows, []))
+    say(report.group(f"model, one step: {training.sizes}", new_rows, []))
     for curve in curves:
         say(report.training(curve))
 

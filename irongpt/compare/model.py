@@ -64,8 +64,8 @@ class Setting:
         return f"{m.n_layer} layers, width {m.n_embd}, context {m.context}, dropout {m.dropout}"
 
 
-def setting(full: bool, drops: bool) -> Setting:
-    """full: the iron preset's model. drops: dropout is on."""
+def setting(full: bool, with_dropout: bool) -> Setting:
+    """full: the iron preset's model, else a small one of its kind."""
     text = corpus.load("python-docs", say=say).text[:100_000]
     tokenizer = CharTokenizer.from_text(text)
     iron = PRESETS["iron"]
@@ -73,7 +73,8 @@ def setting(full: bool, drops: bool) -> Setting:
     model = GPTConfig(vocab_size=tokenizer.vocab_size, **iron.model | ({} if full else small))
     short = dict(iters=100, batch_size=8) if full else dict(iters=20, batch_size=2, lr=3e-3)
     recipe = TrainConfig(**iron.train | short)
-    return Setting(model if drops else replace(model, dropout=0.0), recipe, tokenizer.encode(text))
+    model = model if with_dropout else replace(model, dropout=0.0)
+    return Setting(model, recipe, tokenizer.encode(text))
 
 
 def compare_model(

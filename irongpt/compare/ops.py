@@ -100,7 +100,7 @@ class Case:
         }
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Every floating input in `dtype`, whatever it is in a training."""
+        """Every floating input in `dtype`, also where a training has float32."""
         return {
             name: op_inputs.indices(x, ignored=self.shape == "ragged").to(device)
             if x.role == "integer"
@@ -131,18 +131,19 @@ class Case:
         return op_inputs.results(call, inputs, self.spec.outputs, upstream)
 
 
-def cases(shape: str, at: RowShape, drops: bool) -> Iterator[Case]:
-    """Every op with a gradient. drops: with dropout, which the ragged class never has."""
+def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
+    """Every op with a gradient. The ragged class never has dropout."""
     for spec in LAYERS:
         ragged = shape == "ragged"
         chosen = spec.full_rows if ragged and spec.full_rows else spec
-        yield Case(chosen, shape, at, DROPOUT_P if drops and spec.dropout and not ragged else 0.0)
+        drops = with_dropout and spec.dropout and not ragged
+        yield Case(chosen, shape, at, DROPOUT_P if drops else 0.0)
 
 
 def compare_case(
-    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, drops: bool
+    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, with_dropout: bool
 ) -> tuple[list[Row], list[Check]]:
-    """drops: the candidate takes its dropout masks from the seed; ops with dropout are checked for
+    """with_dropout: the candidate takes its masks from the seed. Ops with dropout are checked for
     that."""
     inputs = case.values(dtype, device)
     baseline = case.run(eager, inputs)
@@ -155,7 +156,7 @@ def compare_case(
 
     try:
         results, again = (case.run(candidate, inputs) for _ in range(2))
-        wrong = _wrongly_dropped(case, candidate, inputs) if drops else None
+        wrong = _wrongly_dropped(case, candidate, inputs) if with_dropout else None
     except Exception as e:  # a kernel that cannot run here is a finding among the others
         return [], [check("runs", False, one_line(e))]
     rows = [
@@ -223,10 +224,10 @@ def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
     B, H, T, D = zeros.shape
     keep = dropout.attention_keep(SEED, B, H, T, DROPOUT_P, zeros.device).tril()
     kept = keep.sum(-1, keepdim=True)
-    seen = torch.arange(1, T + 1, device=zeros.device)[:, None]
-    mixed = ((kept > 0) & (kept < seen)).expand_as(keep).tril()
+    positions = torch.arange(1, T + 1, device=zeros.device)[:, None]
+    mixed = ((kept > 0) & (kept < positions)).expand_as(keep).tril()
     ones = torch.ones_like(zeros)
-    wrong = set()
+    found = {name: torch.zeros_like(keep) for name in ("d k", "d q", "d v", "out")}
 
     def grads(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -236,19 +237,16 @@ def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
     for first in range(0, T, D):
         part = slice(first, first + D)
         n = min(D, T - first)
-        unit = torch.eye(T, device=zeros.device, dtype=zeros.dtype)[:, part]
         block = torch.zeros_like(zeros)
-        block[..., :n] = unit
+        block[..., :n] = torch.eye(T, device=zeros.device, dtype=zeros.dtype)[:, part]
         out, _, _, dv = grads(zeros, zeros, block, block)
         _, dq, _, _ = grads(zeros, block, ones, ones)
         _, _, dk, _ = grads(block, zeros, ones, ones)
-        columns, rows = keep[..., part], keep[..., part, :].transpose(-2, -1)
-        if not torch.equal(out[..., :n] != 0, columns):
-            wrong.add("out")
-        if not torch.equal(dv[..., :n] != 0, rows):
-            wrong.add("d v")
-        if ((dq[..., :n] > 0) != columns)[mixed[..., part]].any():
-            wrong.add("d q")
-        if ((dk[..., :n] > 0) != rows)[mixed[..., part, :].transpose(-2, -1)].any():
-            wrong.add("d k")
-    return sorted(wrong)
+        found["out"][..., part] = out[..., :n] != 0
+        found["d v"][..., part, :] = (dv[..., :n] != 0).mT
+        found["d q"][..., part] = dq[..., :n] > 0
+        found["d k"][..., part, :] = (dk[..., :n] > 0).mT
+    wrong = {name: x != keep for name, x in found.items()}
+    for name in ("d k", "d q"):
+        wrong[name] &= mixed
+    return [name for name, x in wrong.items() if x.any()]

@@ -22,6 +22,9 @@ from irongpt.compare.model import JUDGED_STEPS, Curve
 from irongpt.compare.ops import SMALL, cases, compare_case, make_row
 from irongpt.errors import UserError
 
+CPU = torch.device("cpu")
+TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
+
 
 class Nudge(torch.autograd.Function):
     """The identity, with a gradient that is 1e-2 too large."""
@@ -187,16 +190,12 @@ def test_builtin_passes_and_its_files_are_complete(cli):
 
 
 def test_the_model_of_a_candidate_with_a_wrong_gradient_fails():
-    s = model.setting(full=False, drops=True)
-    cpu = torch.device("cpu")
-    rows = model.compare_step(s, nudged_weight_gradient(), torch.float32, cpu)
+    s = model.setting(full=False, with_dropout=True)
+    rows = model.compare_step(s, nudged_weight_gradient(), torch.float32, CPU)
     assert {r.tensor for r in rows if not r.ok} == {"d blocks.0.ln_1.weight"}  # the one plain norm
-    curve = model.train_both(s, other_rows_dropped(), torch.float32, cpu)
+    curve = model.train_both(s, other_rows_dropped(), torch.float32, CPU)
     assert not curve.check().ok
-    assert model.train_both(s, candidate(), torch.float32, cpu).check().ok
-
-
-TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
+    assert model.train_both(s, candidate(), torch.float32, CPU).check().ok
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -204,15 +203,15 @@ TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 def test_the_kernels_pass(shape, dtype):
     device = torch.device(DEVICE)
     fused = ops.load("fused", device)
-    for case in cases(shape, TINY, drops=True):
-        rows, checks = compare_case(case, fused, dtype, device, drops=True)
+    for case in cases(shape, TINY, with_dropout=True):
+        rows, checks = compare_case(case, fused, dtype, device, with_dropout=True)
         assert rows
         assert [x for x in (*rows, *checks) if not x.ok] == []
 
 
 def test_a_kernel_that_cannot_run_is_a_failed_check():
-    case = next(c for c in cases("model", TINY, drops=False) if c.op == "softmax")
-    rows, checks = compare_case(case, raising(), torch.float32, torch.device("cpu"), drops=True)
+    case = next(c for c in cases("model", TINY, with_dropout=False) if c.op == "softmax")
+    rows, checks = compare_case(case, raising(), torch.float32, CPU, with_dropout=True)
     assert rows == []
     assert [(c.name, c.ok) for c in checks] == [("runs", False)]
 
@@ -267,8 +266,8 @@ def test_strided_cases_give_an_op_strided_tensors():
         return op
 
     module = SimpleNamespace(**{name: spy(name) for name in OPS})
-    for case in cases("strided", TINY, drops=False):
-        compare_case(case, module, torch.float32, torch.device("cpu"), drops=False)
+    for case in cases("strided", TINY, with_dropout=False):
+        compare_case(case, module, torch.float32, CPU, with_dropout=False)
     del seen["cross_entropy"]  # its gradient is one number
     assert len(seen) == 5
     assert all(seen.values())

@@ -43,7 +43,7 @@ def test_saved_options_are_launched(h200) -> None:
     assert launch_table.digest(GPU) == ""
     file = cache.save(GPU, [ENTRY])
     assert file.name.startswith("tuned-NVIDIA-H200-sm-90-")
-    assert forward_tile() == default  # this process has read the file before
+    assert forward_tile() == default  # this process looked before there was a file
     cache.load.cache_clear()
     entries, note = cache.load(GPU)
     assert entries == [ENTRY]
@@ -98,27 +98,22 @@ def edited(file: Path, **changed: Any) -> bytes:
     return sealed(values)
 
 
-DAMAGES = {
+DAMAGES = {  # the new content, or changed values
     "empty": lambda file: b"",
     "cut": lambda file: file.read_bytes()[:-9],
     "by hand": lambda file: file.read_bytes().replace(b"128", b"256"),
     "a list": lambda file: b"[]",
     "binary": lambda file: b"\xff\x00\xfe",
-    **{
-        name: lambda file, changed=changed: edited(file, **changed)
-        for name, changed in {
-            "no entries": dict(entries=None),
-            "text": dict(entries="no"),
-            "another kernel": dict(entries=[ENTRY | dict(kernel="gemm")]),
-            "no size": dict(entries=[ENTRY | dict(size=None)]),
-            "no options": dict(entries=[ENTRY | dict(options={})]),
-            "another option": dict(entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]),
-            "no power": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
-            "too small": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),
-            "true": dict(entries=[ENTRY | dict(options=TILE | dict(num_stages=True))]),
-            "format": dict(format=2),
-        }.items()
-    },
+    "no entries": dict(entries=None),
+    "text": dict(entries="no"),
+    "another kernel": dict(entries=[ENTRY | dict(kernel="gemm")]),
+    "no size": dict(entries=[ENTRY | dict(size=None)]),
+    "no options": dict(entries=[ENTRY | dict(options={})]),
+    "another option": dict(entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]),
+    "no power": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
+    "too small": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),
+    "true": dict(entries=[ENTRY | dict(options=TILE | dict(num_stages=True))]),
+    "format": dict(format=2),
 }
 
 
@@ -126,7 +121,7 @@ DAMAGES = {
 def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     file = cache.save(GPU, [ENTRY])
     default = attention_tiles.table("forward", 90, 64, 2)
-    file.write_bytes(damage(file))
+    file.write_bytes(damage(file) if callable(damage) else edited(file, **damage))
     loaded = cache.load(GPU)
     assert loaded.entries == []
     assert loaded.note.startswith(f"measured tiles ignored: {file}")
@@ -136,7 +131,7 @@ def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     assert forward_tile() == default
 
 
-def test_off_is_off(h200, monkeypatch, cli: Cli) -> None:
+def test_irongpt_tuned_off_ignores_the_file(h200, monkeypatch, cli: Cli) -> None:
     cache.save(GPU, [ENTRY])
     monkeypatch.setenv(cache.VARIABLE, "off")
     assert cache.load(GPU) == ([], "")

@@ -95,7 +95,7 @@ def test_the_fastest_is_kept(measured: Measured) -> None:
     assert tuning.winner(rows).options == FOUND[1]
     lines = tuning.table(work(), rows).splitlines()
     assert lines[0] == "gelu forward, columns 128: us, relative to the default"
-    assert lines[1].split() == "M 2, N 16, warps 1 5.00 0.50 kept".split()
+    assert lines[1].split() == "BLOCK_M 2, BLOCK_N 16, num_warps 1 5.00 0.50 kept".split()
     assert "default" in lines[4] or "default" in lines[3]
     assert [e["options"] for e in tuning.updated([], work(), rows)] == [FOUND[1]]
 
@@ -120,13 +120,13 @@ def test_noise_hides_a_gain() -> None:
     assert not beats((1, 9, 5, 9, 1, 5, 5, 9), (2, 9, 6, 9, 1, 6, 6, 9))
 
 
-def test_a_candidate_that_spills_is_out_but_not_the_default(measured: Measured) -> None:
+def test_a_candidate_that_spills_is_rejected_but_not_the_default(measured: Measured) -> None:
     rows = measured(by_tile(SLOW, other=FAST), lambda o: 8 if o in (None, FOUND[1]) else 0)
     assert [row.out for row in rows] == ["", "", "spills 8 bytes", ""]
     assert "spills 8 bytes" in tuning.table(work(), rows).splitlines()[-1]
 
 
-def test_a_candidate_that_is_wrong_or_cannot_run_is_out(measured: Measured) -> None:
+def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured: Measured) -> None:
     def gelu(x: torch.Tensor) -> torch.Tensor:
         if in_use() == FOUND[0]:
             raise ValueError("out of\nresources")

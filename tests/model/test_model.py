@@ -42,19 +42,19 @@ def as_transformers(model: GPT) -> torch.nn.Module:
 
 
 @both_ops
-def test_float32_logits_of_the_iron_model_are_transformers_to_1e_4(ops) -> None:
+def test_float32_logits_of_the_iron_model_are_within_1e_4_of_transformers(ops) -> None:
     config = GPTConfig(vocab_size=104, bias=True, **{**PRESETS["iron"].model, "dropout": 0.0})
     torch.manual_seed(1)
     model = GPT(config, ops).eval()
     idx = torch.randint(104, (1, config.context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits, reference = model(idx), as_transformers(model)(idx).logits
-    assert logits.std() > 0.1  # so that 1e-4 is small
+    assert logits.std() > 0.1  # so 1e-4 is small
     torch.testing.assert_close(logits, reference, atol=1e-4, rtol=0)
 
 
 @both_ops
-def test_logits_and_gradients_are_transformers(ops) -> None:
+def test_logits_and_gradients_equal_those_of_transformers(ops) -> None:
     model = build(ops=ops).double().eval()
     reference = as_transformers(model)
     idx, targets = tokens(), tokens(seed=2)
@@ -89,7 +89,7 @@ def test_the_head_is_the_token_embedding() -> None:
     assert changed[64]
 
 
-def test_init_is_gpt_2s() -> None:
+def test_the_initialization_is_that_of_gpt_2() -> None:
     torch.manual_seed(0)
     config = replace(CONFIG, n_layer=8, n_embd=128, vocab_size=500, context=100)
     model = GPT(config, eager)
