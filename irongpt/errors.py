@@ -23,3 +23,8 @@ def brief(error: Exception) -> str:
         error = error.reason
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(reason).split())[:80]
+
+
+def one_line(e: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
