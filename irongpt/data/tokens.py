@@ -170,5 +170,5 @@ class _Cache:
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in TENSORS:
-        digest.update(memoryview(tensors[name].numpy()))
+        digest.update(tensors[name].numpy())  # type: ignore[arg-type]
     return digest.hexdigest()

@@ -29,7 +29,15 @@ def test_the_files_and_records_of_a_run(cli, tmp_path):
     result = cli("train", *TINY, "--out", "run")
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    names = {"best", "config.json", "last", "loss.png", "metrics.jsonl", "sample.txt"}
+    names = {
+        "best",
+        "config.json",
+        "last",
+        "loss.png",
+        "metrics.jsonl",
+        "sample.txt",
+        "result.json",
+    }
     assert {p.name for p in run.iterdir()} == names
     for name in ("best", "last"):
         assert {p.name for p in (run / name).iterdir()} == {*checkpoint.FILES, "state.json"}
@@ -100,7 +108,7 @@ def test_help_shows_defaults_and_groups(capsys, args):
     if args[0] == "train":
         iters = [f"{name} {preset.train['iters']}" for name, preset in PRESETS.items()]
         assert f"[{', '.join(iters)}]" in out
-        assert len(set(re.findall(r"--[a-z-]+", out))) <= 30
+        assert len(set(re.findall(r"--[a-z-]+", out))) <= 32
         assert all(f" {group}: " in out for group in ("run", "model", "recipe", "machine"))
     assert "None" not in out
 

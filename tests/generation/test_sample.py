@@ -153,6 +153,6 @@ def test_control_characters_are_escaped():
 
 
 def test_generation_without_a_prompt_starts_after_a_line_break():
-    assert start_ids(CharTokenizer.from_text("b\na")) == [0]
-    assert start_ids(CharTokenizer.from_text("ab")) == [0]
-    assert start_ids(CharTokenizer.from_text("\t\na")) == [1]
+    assert start_ids(CharTokenizer.from_text("b\na"), documents=False) == [0]
+    assert start_ids(CharTokenizer.from_text("ab"), documents=False) == [0]
+    assert start_ids(CharTokenizer.from_text("\t\na"), documents=False) == [1]
