@@ -1,57 +1,77 @@
-"""Draws a text with a tint for each of its tokens, as docs/tokens.svg.
+"""Draws texts with a tint for each of their tokens, by a vocabulary that is trained on each text.
 
-    python -m benchmarks.tokens_picture RUN [FILE ...] --out docs/tokens.svg
-
-RUN is a training run, whose tokenizer is used; the FILEs are drawn below each other.
+python -m benchmarks.tokens_picture --out docs/tokens.svg
 """
 
 import argparse
 from html import escape
 from pathlib import Path
 
+from irongpt.data import corpus, tokens
+from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import Tokenizer
-from irongpt.runs.run_folder import load_checkpoint, open_run
 
 TINTS = ("#ffe08a", "#b5e3ff", "#c9f2c0", "#ffc9d6")
 WIDTH, HEIGHT, MARGIN = 8.4, 20, 12  # of a character, of a line, around the text
 COLUMNS = 88
 
 
-def picture(tokenizer: Tokenizer, text: str) -> str:
-    """An SVG of the text, whose lines have at most COLUMNS characters."""
-    boxes, glyphs = [], []
-    row, column = 0, 0
-    for i, token in enumerate(tokenizer.encode(text).tolist()):
-        for char in tokenizer.token_bytes[token].decode(errors="replace"):
-            if column == COLUMNS and char != "\n":
-                row, column = row + 1, 0
-            x, y = MARGIN + column * WIDTH, MARGIN + row * HEIGHT
+class Drawing:
+    """An SVG of monospaced text. Lines have at most COLUMNS characters."""
+
+    def __init__(self) -> None:
+        self.boxes: list[str] = []
+        self.glyphs: list[str] = []
+        self.row, self.column = 0, 0
+
+    def add(self, tokenizer: Tokenizer, text: str) -> None:
+        """Draws a text below the others."""
+        for i, token in enumerate(tokenizer.encode(text).tolist()):
             tint = TINTS[i % len(TINTS)]
-            boxes.append(f'<rect x="{x:.1f}" y="{y}" width="{WIDTH}" height="18" fill="{tint}"/>')
-            shown = "⏎" if char == "\n" else char
-            style = ' fill="#999"' if char == "\n" else ""
-            if char != " ":
-                glyphs.append(f'<text x="{x:.1f}" y="{y + 14}"{style}>{escape(shown)}</text>')
-            row, column = (row + 1, 0) if char == "\n" else (row, column + 1)
-    width, height = 2 * MARGIN + COLUMNS * WIDTH, 2 * MARGIN + (row + 1) * HEIGHT
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
-        f'width="{width:.0f}" font-family="monospace" font-size="14">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(boxes + glyphs)}</svg>\n'
-    )
+            for char in tokenizer.token_bytes[token].decode(errors="replace"):
+                if self.column == COLUMNS and char != "\n":
+                    self.row, self.column = self.row + 1, 0
+                x, y = MARGIN + self.column * WIDTH, MARGIN + self.row * HEIGHT
+                self.boxes.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{WIDTH}" height="18" fill="{tint}"/>'
+                )
+                shown, color = ("⏎", "#888") if char == "\n" else (char, "#111")
+                if char != " ":
+                    self.glyphs.append(
+                        f'<text x="{x:.1f}" y="{y + 14}" fill="{color}">{escape(shown)}</text>'
+                    )
+                self.column += 1
+                if char == "\n":
+                    self.row, self.column = self.row + 1, 0
+
+    def svg(self) -> str:
+        width, height = 2 * MARGIN + COLUMNS * WIDTH, 2 * MARGIN + self.row * HEIGHT
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
+            f'width="{width:.0f}" font-family="monospace" font-size="14">'
+            f'<rect width="100%" height="100%" fill="white"/>'
+            f"{''.join(self.boxes + self.glyphs)}</svg>\n"
+        )
+
+
+def excerpt(text: Corpus, start: str, n_lines: int) -> str:
+    """Lines of the validation text from one that begins with `start` on."""
+    lines = "\n".join(text.val).split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    return "\n".join(lines[first : first + n_lines])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="a picture of a text's tokens")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser = argparse.ArgumentParser(description="a picture of the tokens of texts")
     parser.add_argument("--out", type=Path, default=Path("docs/tokens.svg"))
     args = parser.parse_args(argv)
-    _, _, tokenizer, _ = load_checkpoint(open_run(args.run), "last")
-    text = "\n".join(file.read_text(encoding="utf-8") for file in args.files)
-    args.out.write_text(picture(tokenizer, text), encoding="utf-8")
-    count = len(tokenizer.encode(text))
-    print(f"{args.out}: {count:,} tokens, {len(text.encode()) / count:.2f} bytes per token")
+    drawing = Drawing()
+    for name, start, n_lines in (("war-and-peace", "“", 9), ("python-code", "def ", 15)):
+        text = corpus.load(name, say=print)
+        tokenizer, _ = tokens.tokenize(text, "bpe", tokens.SMALL)
+        drawing.add(tokenizer, excerpt(text, start, n_lines) + "\n\n")
+    args.out.write_text(drawing.svg(), encoding="utf-8")
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
     "model": "the shape of the model",
     "recipe": "how it is trained",
-    "machine": "how it is computed",
+    "machine": "where and how it runs",
 }
 FUSED: dict[str, Any] = dict(
     action="store_const", const="fused", dest="ops", help="short for --ops fused"
@@ -94,19 +94,21 @@ def build_parser() -> Parser:
 
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
-    dtypes = "dtype to check, repeatable [all of the device]"
+    dtypes = "dtype to check; repeat the flag for several [all of the device]"
     compare.add_argument("--dtype", action="append", choices=DTYPES, help=dtypes)
     compare.add_argument("--ops", choices=OPS[1:], help="ops to check [fused]")
     compare.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="plot errors and losses to FILE")
 
-    doctor = command(doctor_command, "show what this machine will run, and why")
+    doctor = command(
+        doctor_command, "show which device, dtype and kernels will be used here, and why"
+    )
     doctor.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
 
     tune = command(tune_command, "measure the kernels' launch options on this GPU (optional)")
     tune.add_argument("--preset", choices=list(PRESETS), help="model and batch size [iron]")
     tune.add_argument("--dtype", choices=("auto", *DTYPES), help="dtype of the matmuls [auto]")
-    quick = "measure a third of the candidates, and fewer times"
+    quick = "measure a third of the candidates, with fewer samples each"
     tune.add_argument("--quick", action="store_true", help=quick)
     for added in (compare, doctor, tune):
         added.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N [auto]")
@@ -141,7 +143,7 @@ def _train_flags(train: Parser) -> None:
                 values = [(p.model | p.train).get(f.name, f.default) for p in PRESETS.values()]
                 _config_flag(groups[f.metadata["group"]], f, values)
     machine.add_argument("--fused", **FUSED)
-    help = "do not capture a step as a CUDA graph: the same numbers, slower"
+    help = "launch the kernels one by one, not as a CUDA graph: the same results, slower"
     machine.add_argument("--no-graph", action="store_false", dest="graph", help=help)
 
 

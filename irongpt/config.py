@@ -95,15 +95,17 @@ class TrainConfig:
     lr: float = option("recipe", "peak learning rate, of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
     decay: str = option(
-        "recipe", "learning rate after the warmup", choices=("constant", "linear", "cosine")
+        "recipe",
+        "shape of the learning rate after the warmup",
+        choices=("constant", "linear", "cosine"),
     )
     weight_decay: float = option("recipe", "weight decay of matrices; norms and biases have none")
-    eval_every: int = option("run", "steps between evaluations, each with a sample and checkpoint")
+    eval_every: int = option("run", "steps between evaluations; each saves a checkpoint")
     optimizer: str = option(
         "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
     )
     grad_accum: int = option("recipe", "forward passes per step, whose gradients are added", 1)
-    target_loss: float | None = option("run", "stop at a validation loss this low", None)
+    target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
     patience: int | None = option(
         "run", "stop after this many evaluations without a lower validation loss", None
     )
@@ -111,7 +113,7 @@ class TrainConfig:
         "run", "char: one token per character; bpe: byte pair encoding", "char", TOKENIZERS
     )
     seed: int = option("run", "seed of the weights, batches, dropout and samples", 1337)
-    ops: str = option("machine", "plain or built-in PyTorch, or our kernels", "builtin", OPS)
+    ops: str = option("machine", "plain PyTorch, its fused functions, our kernels", "builtin", OPS)
     device: str = option("machine", "cpu, cuda or cuda:N; auto is a GPU if there is one", "auto")
     dtype: str = option(
         "machine",
@@ -165,10 +167,12 @@ class SampleConfig:
 
     tokens: int = option("sampling", "number of tokens to generate", 1000)
     temperature: float = option("sampling", "divides the logits; 0 is greedy decoding", 0.8)
-    samples: int = option("sampling", "number of samples, in one batch, separated by ---", 1)
-    top_k: int | None = option("sampling", "sample only from the N likeliest tokens", None)
+    samples: int = option("sampling", "number of texts, in one batch, separated by ---", 1)
+    top_k: int | None = option("sampling", "sample only from the N most probable tokens", None)
     top_p: float | None = option(
-        "sampling", "nucleus sampling: only the top X of probability", None
+        "sampling",
+        "sample only from the most probable tokens whose probabilities add up to X (nucleus)",
+        None,
     )
     seed: int = option("sampling", "the same seed gives the same text", 1337)
 
@@ -213,7 +217,7 @@ PRESETS = {
         model=IRON,
         train=MANY_STEPS,
     ),
-    "fast": Preset(  # less than an epoch, which cannot overfit: no dropout
+    "fast": Preset(  # it sees less than an epoch, so it cannot overfit and needs no dropout
         "the same model and 2.5 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.0),
         train=dict(iters=600, **FEW_STEPS),
