@@ -33,7 +33,7 @@ class Drawing:
                     self.row, self.column = self.row + 1, 0
                 x, y = MARGIN + self.column * WIDTH, MARGIN + self.row * HEIGHT
                 self.boxes.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{WIDTH}" height="18" fill="{tint}"/>'
+                    f'<rect x="{x:.1f}" y="{y}" width="{WIDTH + 0.4:.1f}" height="18" fill="{tint}"/>'
                 )
                 shown, color = ("⏎", "#888") if char == "\n" else (char, "#111")
                 if char != " ":
