@@ -109,19 +109,10 @@ def _adamw_kernel(
 
 
 def adamw_launch(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, beta1: float, beta2: float, weight_decays: list[float], eps: float,
+) -> None:  # fmt: skip
     """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
@@ -151,20 +142,11 @@ def _(*_: Any) -> None:
 
 
 def adamw(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float = 1e-8,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
+) -> None:  # fmt: skip
     """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for other gradients."""
     lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

@@ -190,14 +190,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
 
     Raises TypeError for a dtype other than float32, float16 and bfloat16; ValueError for tensors
@@ -249,12 +244,9 @@ _packed_op.register_autograd(_packed_backward, setup_context=_packed_setup_conte
 
 
 def causal_attention_packed(
-    qkv: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    qkv: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention_packed`. Dtypes, autocast, errors: see `causal_attention`."""
     checks.floating(qkv=qkv)
     checks.rank("qkv", qkv, 5)

@@ -141,15 +141,10 @@ def _(x: Any, weight: Any, residual: Tensor, bias: Any) -> Tensor:
 
 
 def norm_linear(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    gelu: bool = False,
-    eps: float = 1e-5,
-) -> Tensor:
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None,
+    bias: Tensor | None = None, *,
+    gelu: bool = False, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     """See `eager.norm_linear`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)

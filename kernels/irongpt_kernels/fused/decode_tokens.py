@@ -237,15 +237,9 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
 
 
 def sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    counts: Tensor,
-    seed: int | Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> None:
+    logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+) -> None:  # fmt: skip
     """See `eager.sample_tokens`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     checks.floating(logits=logits)
     checks.rank("logits", logits, 2)

@@ -151,13 +151,9 @@ def count_16bit(grads: list[Tensor]) -> int:
 
 
 def grad_norm_launch(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    max_norm: float,
-    growth_interval: int,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
+    max_norm: float, growth_interval: int,
+) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. scale, growth_tracker and state_steps are updated in place."""
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
     launches = chunks(grads)
@@ -190,13 +186,8 @@ def _(grads: Any, scale: Tensor, *_: Any) -> Tensor:
 
 
 def grad_norm(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    *,
-    max_norm: float,
-    growth_interval: int = 0,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit dtype."""
     return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)

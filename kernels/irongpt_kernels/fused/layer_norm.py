@@ -140,12 +140,9 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> N
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See `eager.layer_norm`. Raises TypeError for other dtypes, ValueError for N above 8192."""
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(x, weight, bias, "x")

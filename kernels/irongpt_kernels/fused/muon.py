@@ -141,14 +141,9 @@ def muon_momentum_launch(
 
 
 def muon_update_launch(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `eager.muon_update`. params and low_precision_params are updated in place."""
     update = update.contiguous()
     size = update[0].numel()
@@ -187,15 +182,10 @@ def muon_momentum(
 
 
 def muon_update(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `eager.muon_update`; Limits in the module's docstring."""
     lists = list(params), list(low_precision_params)
     _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))
