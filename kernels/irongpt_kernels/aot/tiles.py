@@ -38,11 +38,8 @@ KERNELS = {
     "query": "attention_backward._bwd_dq_kernel",
     "key": "attention_backward._bwd_dkdv_kernel",
 }
-TILES_PER_PROGRAM = {
-    "forward": 2,
-    "query": 4,
-    "key": 4,
-}  # tensors of which a program reads or writes a tile
+# The number of tensors of which a program reads or writes one tile.
+TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4}
 FEW_WARPS = 8
 REST = 64  # registers that everything outside the tiles takes at least
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.

@@ -19,9 +19,7 @@ Spec        irongpt_kernels/eager.py::adamw
 """
 
 import math
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +35,7 @@ from irongpt_kernels.fused.grad_norm import (
     select_address,
 )  # fmt: skip
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 
 @triton.jit
@@ -129,16 +128,11 @@ def adamw_launch(
             )  # fmt: skip
 
 
-_op = torch.library.custom_op(
-    "irongpt::adamw",
+_op = custom_op(
+    "adamw",
     adamw_launch,
-    mutates_args=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs"),
+    mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs"),
 )
-
-
-@_op.register_fake
-def _(*_: Any) -> None:
-    return None
 
 
 def adamw(

@@ -42,6 +42,7 @@ from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_backward import backward_op
 from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import unpack
 
 
@@ -107,13 +108,18 @@ def _attend(
     return m_new, l, acc
 
 
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialized results of `causal_attention_fwd`."""
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
+
+
 def causal_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns out, (B, T, H, D), and m and log2(l) in one tensor, (2, B, H, T) float32."""
     B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D)
-    stats = q.new_empty(2, B, H, T, dtype=torch.float32)
+    out, stats = _empty_outputs(q)
     if out.numel() == 0:
         return out, stats
     config = attention_tiles.tiles("forward", q.device, D, q.element_size())
@@ -129,39 +135,39 @@ def causal_attention_fwd(
     return out, stats
 
 
-@torch.library.custom_op("irongpt::causal_attention", mutates_args=())
-def _op(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def _packed_fwd(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = unpack(qkv)
     return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
 
 
-@_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, seed, ctx.dropout_p, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, seed, *output)
+    *tensors, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Of both ops: the saved tensors begin with q, k and v, or with qkv."""
+    wanted = ctx.needs_input_grad[:-3]
     if dout is None:
-        return (None,) * 6
-    q, k, v, seed, out, stats = ctx.saved_tensors
-    wants_q, *wants_kv = ctx.needs_input_grad[:3]
-    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv))
-    gradients, wanted = unpack(packed), (wants_q, *wants_kv)
+        return *(None for _ in wanted), None, None, None
+    *qkv, seed, out, stats = ctx.saved_tensors
+    with_kv = len(qkv) == 1 or any(wanted[1:])
+    q, k, v = unpack(qkv[0]) if len(qkv) == 1 else qkv
+    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, with_kv)
+    gradients = [packed] if len(qkv) == 1 else unpack(packed)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "causal_attention", causal_attention_fwd, lambda q, *_: _empty_outputs(q),
+    (), _setup_context, _backward,
+)  # fmt: skip
+_packed_op = custom_op(
+    "causal_attention_packed", _packed_fwd, lambda qkv, *_: _empty_outputs(unpack(qkv)[0]),
+    (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def check_options(
@@ -172,10 +178,8 @@ def check_options(
     Raises ValueError for an unsupported D and for options out of range, TypeError for a bad seed.
     """
     checks.dropout(dropout_p, seed, **{name: q})
-    D = q.shape[-1]
-    if D not in range(16, 129, 16):
-        raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
-    scale = D**-0.5 if scale is None else float(scale)
+    checks.head_dimension(name, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return launch.seed_tensor(seed, q.device), scale
@@ -204,43 +208,8 @@ def causal_attention(
         checks.shape(name, x, tuple(q.shape))
     seed, scale = check_options("q", q, dropout_p, seed, scale)
     q, k, v = autocast(q, k, v)
-    for name, x in dict(k=k, v=v).items():
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    checks.same_dtype(q=q, k=k, v=v)
     return _op(q, k, v, seed, float(dropout_p), scale)[0].transpose(1, 2)
-
-
-@torch.library.custom_op("irongpt::causal_attention_packed", mutates_args=())
-def _packed_op(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = unpack(qkv)
-    return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
-
-
-@_packed_op.register_fake
-def _(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, _, H, D = qkv.shape
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(2, B, H, T, dtype=torch.float32)
-
-
-def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, seed, ctx.dropout_p, ctx.scale = inputs
-    ctx.save_for_backward(qkv, seed, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _packed_backward(
-    ctx: Any, dout: Tensor | None, _: None
-) -> tuple[Tensor | None, None, None, None]:
-    if dout is None:
-        return None, None, None, None
-    qkv, seed, out, stats = ctx.saved_tensors
-    q, k, v = unpack(qkv)
-    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, True)
-    return packed, None, None, None
-
-
-_packed_op.register_autograd(_packed_backward, setup_context=_packed_setup_context)
 
 
 def causal_attention_packed(

@@ -44,6 +44,7 @@ from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import unpack
 
 
@@ -233,12 +234,9 @@ def causal_attention_bwd(
     return packed
 
 
-backward_op = torch.library.custom_op(
-    "irongpt::causal_attention_backward", causal_attention_bwd, mutates_args=()
-)
-
-
-@backward_op.register_fake
-def _(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
+def _fake(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
     B, H, T, D = q.shape
     return q.new_empty(B, T, 3, H, D)
+
+
+backward_op = custom_op("causal_attention_backward", causal_attention_bwd, _fake)

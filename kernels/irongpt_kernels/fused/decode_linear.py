@@ -20,18 +20,17 @@ Limits      up to MAX_M rows and MAX_K columns. Larger inputs take separate step
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from irongpt_kernels import eager
 from irongpt_kernels.fused.gelu import gelu as gelu_op
 from irongpt_kernels.fused.gelu import logistic
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_M, MAX_K = 4, 4096
@@ -115,8 +114,7 @@ def _tile(N: int, K: int) -> dict[str, int]:
     return dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_N * BLOCK_K > 8192 else 4)
 
 
-@torch.library.custom_op("irongpt::norm_linear", mutates_args=())
-def _norm_linear_op(
+def _norm_linear(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None,
     gelu: bool, eps: float,
 ) -> Tensor:  # fmt: skip
@@ -124,20 +122,17 @@ def _norm_linear_op(
     return decode_linear_fwd(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
 
 
-@_norm_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(len(x), len(weight))
-
-
-@torch.library.custom_op("irongpt::linear_add", mutates_args=())
-def _linear_add_op(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     y = residual.new_empty(residual.shape)
     return decode_linear_fwd(x, weight, None, None, bias, residual, y, False, 0.0)
 
 
-@_linear_add_op.register_fake
-def _(x: Any, weight: Any, residual: Tensor, bias: Any) -> Tensor:
-    return residual.new_empty(residual.shape)
+_norm_linear_op = custom_op(
+    "norm_linear", _norm_linear, lambda x, weight, *_: weight.new_empty(len(x), len(weight))
+)
+_linear_add_op = custom_op(
+    "linear_add", _linear_add, lambda x, weight, residual, _: residual.new_empty(residual.shape)
+)
 
 
 def norm_linear(
@@ -164,12 +159,10 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None 
     checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
     checks.shape("residual", residual, (M, N))
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
+    checks.same_dtype(weight=weight, x=x)
     if M <= MAX_M and K <= MAX_K:
         return _linear_add_op(x, weight, residual, bias)
-    branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-    return (residual + branch).to(residual.dtype)
+    return eager.linear_add(x, weight, residual, bias)
 
 
 def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int]:

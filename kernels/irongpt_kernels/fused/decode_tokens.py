@@ -22,8 +22,6 @@ Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. No g
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from irongpt_kernels.eager import MASS_BITS, MAX_V, limits
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 MAX_BLOCK = 2048  # logits that a program holds at a time
 UNITS = tl.constexpr(2.0**MASS_BITS)
@@ -180,8 +179,7 @@ def _sample_kernel(
     tl.store(counts_ptrs, counts + 1, mask=columns < K)
 
 
-@torch.library.custom_op("irongpt::embed_tokens", mutates_args=())
-def _embed_op(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+def embed_tokens_fwd(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     (B, N), C = tokens.shape, wte.shape[1]
     x = wte.new_empty(B, C)
     if x.numel():
@@ -194,13 +192,7 @@ def _embed_op(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tenso
     return x
 
 
-@_embed_op.register_fake
-def _(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    return wte.new_empty(len(tokens), wte.shape[1])
-
-
-@torch.library.custom_op("irongpt::sample_tokens", mutates_args=("tokens", "counts"))
-def _sample_op(
+def sample_tokens_launch(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: Tensor,
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
@@ -220,9 +212,11 @@ def _sample_op(
             )  # fmt: skip
 
 
-@_sample_op.register_fake
-def _(*_: Any) -> None:
-    return None
+_embed_op = custom_op(
+    "embed_tokens", embed_tokens_fwd,
+    lambda tokens, counts, wte, wpe: wte.new_empty(len(tokens), wte.shape[1]),
+)  # fmt: skip
+_sample_op = custom_op("sample_tokens", sample_tokens_launch, mutates=("tokens", "counts"))
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -231,8 +225,7 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     _check(tokens, counts, wte=wte)
     checks.rank("wte", wte, 2)
     checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))
-    if wpe.dtype != wte.dtype:
-        raise ValueError(f"wpe must have the dtype of wte, {wte.dtype}, got {wpe.dtype}")
+    checks.same_dtype(wte=wte, wpe=wpe)
     return _embed_op(tokens, counts, wte.contiguous(), wpe.contiguous())
 
 

@@ -28,12 +28,9 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
-from irongpt_kernels.fused.layer_norm_backward import (
-    forward_tile,
-    keep_factor,
-    layer_norm_backward,
-)
+from irongpt_kernels.fused.layer_norm_backward import forward_tile, keep_factor, layer_norm_backward
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 
@@ -91,16 +88,6 @@ def dropout_add_layer_norm_fwd(
     return outputs
 
 
-_op = torch.library.custom_op(
-    "irongpt::dropout_add_layer_norm", dropout_add_layer_norm_fwd, mutates_args=()
-)
-
-
-@_op.register_fake
-def _(branch: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(branch, residual)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     branch, _, weight, bias, seed, dropout_p, _ = inputs
     total, _, mean, rstd = output
@@ -128,7 +115,10 @@ def _backward(
     return *kept, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "dropout_add_layer_norm", dropout_add_layer_norm_fwd,
+    lambda branch, residual, *_: _empty_outputs(branch, residual), (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def dropout_add_layer_norm(

@@ -17,14 +17,13 @@ Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless
 Spec        irongpt_kernels/eager.py::grad_norm
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 BLOCK = 1024
 MAX_TENSORS = 48  # per launch: five addresses each take 1.9 of the 4 KB for arguments
@@ -175,14 +174,10 @@ def grad_norm_launch(
     return stats
 
 
-_op = torch.library.custom_op(
-    "irongpt::grad_norm", grad_norm_launch, mutates_args=("scale", "growth_tracker", "state_steps")
-)
-
-
-@_op.register_fake
-def _(grads: Any, scale: Tensor, *_: Any) -> Tensor:
-    return scale.new_empty(3, dtype=torch.float32)
+_op = custom_op(
+    "grad_norm", grad_norm_launch, lambda grads, scale, *_: scale.new_empty(3, dtype=torch.float32),
+    mutates=("scale", "growth_tracker", "state_steps"),
+)  # fmt: skip
 
 
 def grad_norm(

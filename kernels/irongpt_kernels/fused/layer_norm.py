@@ -28,6 +28,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.layer_norm_backward import centre, layer_norm_backward, tile
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_N = 8192  # five longer float32 rows do not fit the registers of an SM
@@ -96,14 +97,6 @@ def layer_norm_fwd(
     return y, mean, rstd
 
 
-_op = torch.library.custom_op("irongpt::layer_norm", layer_norm_fwd, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, rest[-1])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _ = inputs
     _, mean, rstd = output
@@ -126,7 +119,10 @@ def _backward(
     return *(d if want else None for d, want in zip(gradients, wanted, strict=True)), None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "layer_norm", layer_norm_fwd, lambda x, *rest: _empty_outputs(x, rest[-1]),
+    (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:

@@ -22,8 +22,6 @@ Limits      Weights and momentum are contiguous float32, at addresses that are m
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.grad_norm import BLOCK, aligned, chunks, load
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 PARTS = 128  # partial sums per matrix, at most
 TINY = tl.constexpr(1e-7)
@@ -156,22 +155,14 @@ def muon_update_launch(
             )
 
 
-_momentum_op = torch.library.custom_op(
-    "irongpt::muon_momentum", muon_momentum_launch, mutates_args=("momentum",)
+_momentum_op = custom_op(
+    "muon_momentum", muon_momentum_launch,
+    lambda grads, momentum, *rest: torch.empty_like(momentum, dtype=rest[-1]),
+    mutates=("momentum",),
+)  # fmt: skip
+_update_op = custom_op(
+    "muon_update", muon_update_launch, mutates=("params", "low_precision_params")
 )
-_update_op = torch.library.custom_op(
-    "irongpt::muon_update", muon_update_launch, mutates_args=("params", "low_precision_params")
-)
-
-
-@_momentum_op.register_fake
-def _(grads: Any, momentum: Tensor, stats: Any, beta: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(momentum, dtype=dtype)
-
-
-@_update_op.register_fake
-def _(*_: Any) -> None:
-    return None
 
 
 def muon_momentum(
