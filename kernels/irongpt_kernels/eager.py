@@ -142,7 +142,8 @@ def grad_norm(
     the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
     increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
     many finite steps in a row and halves after a step that is not finite, between 1 and 2^24
-    (Micikevicius et al. 2018); with 0 it never changes. All three tensors are updated in place.
+    (Micikevicius et al. 2018); with 0 it never changes. scale, growth_tracker and state_steps are
+    updated in place.
     Returns a (3,) tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
@@ -309,10 +310,10 @@ def sample_tokens(
     counts: (B, K) int64: column 0 is n, and every column is incremented.
 
     Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
-    likely tokens; top_p (Holtzman et al. 2020) keeps the smallest set of most likely tokens, at
-    least one, that has p of the remaining probability. Of equal logits the first are kept. Kept
-    tokens have masses exp((logit - max logit) / temperature) in units of 2^-40, integers, so that
-    their sum does not depend on the order. The sampled token is the first at which the running sum
+    likely tokens. top_p (Holtzman et al. 2020) then keeps the fewest most likely tokens, at least
+    one, whose share of the probability that top_k has left is top_p or more. Among equal logits
+    those with the smallest token ids are kept. The mass of a kept token is the integer part of
+    2^40 exp((logit - max logit) / temperature), so that sums do not depend on the order. The sampled token is the first at which the running sum
     exceeds `uniform` times the total: a function of (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
     """

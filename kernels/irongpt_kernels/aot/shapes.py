@@ -178,19 +178,13 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
         case "norm_linear":
             for K, N in [(16, 16), (384, 1152), (384, IRON.V), (1024, 4096), (4096, 1024)]:
                 sizes = dict.fromkeys(("norm_weight", "norm_bias"), (K,)) | dict(bias=(N,))
-                yield dict(
-                    label=f"K={K} N={N}",
-                    omitted=("norm_bias", "bias"),
-                    options=dict(gelu=False),
-                    **_linear(K, N, dtype, sizes),
-                )
-                gelu = dict(gelu=True)
-                label = f"K={K} N={N} gelu"
-                yield dict(label=label, options=gelu, **_linear(K, N, dtype, sizes))
+                for gelu, omitted in ((False, ("norm_bias", "bias")), (True, ())):
+                    label = f"K={K} N={N}{' gelu' if gelu else ''}"
+                    more = _linear(K, N, dtype, sizes) | dict(omitted=omitted)
+                    yield dict(label=label, options=dict(gelu=gelu), **more)
         case "linear_add":
             for K, N in [(16, 16), (384, 384), (1536, 384), (4096, 1024)]:
-                sizes = dict(residual=(SEQUENCES, N))
-                more = _linear(K, N, dtype, sizes)
+                more = _linear(K, N, dtype, dict(residual=(SEQUENCES, N)))
                 yield dict(label=f"K={K} N={N}", omitted=("bias",), **more)
         case "sample_tokens":
             common: dict[str, Any] = dict(temperature=1.0, top_k=None)
@@ -206,7 +200,7 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
             yield dict(label="iron")
 
 
-def _linear(K: int, N: int, dtype: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _linear(K: int, N: int, dtype: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """A weight of N x K elements. sizes: those of further inputs."""
     sizes = sizes | dict(x=(SEQUENCES, K), weight=(N, K))
     return dict(sizes=sizes, bytes=N * K * DTYPES[dtype].itemsize)

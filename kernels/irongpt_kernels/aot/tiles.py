@@ -67,10 +67,7 @@ class Tile(NamedTuple):
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
     """The candidates. A warp owns rows of the scores; in the key kernel the rows are keys."""
     if itemsize == 4:  # scalar FMAs: larger tiles take minutes to compile, and spill
-        return [
-            Tile(M, N, num_warps)
-            for M, N, num_warps in itertools.product((16, 32), (16, 32), (2, 4, 8))
-        ]
+        return [Tile(*sizes) for sizes in itertools.product((16, 32), (16, 32), (2, 4, 8))]
     # Registers per row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
     wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
@@ -191,11 +188,10 @@ def main() -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print(
-        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k",
-        end="",
+    heading = (
+        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k"
     )
-    print(" by" if arch < 80 else "   head by")
+    print(heading + (" by" if arch < 80 else "   head by"))
     for r in rows:
         head = f" {max(r['head'].values()):6.0f}" if "head" in r else ""
         print(

@@ -6,15 +6,16 @@
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to the dtype of the copy
 
-Traffic     With 16-bit gradients: reads g, p, m, v and writes p, m, v and the copy, 28 bytes per
-            weight, or 30 with `grad_norm`. Separate passes for unscaling, clipping and casts would
-            cost 20 more. If found_inf is set, a program reads only that flag.
+Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradients 28 bytes per
+            weight, and 30 together with `grad_norm`. Separate passes for unscaling, clipping and
+            casts would move 20 bytes more. If found_inf is set, a program reads only that flag.
 Parallelism as in `grad_norm`: one launch for up to 48 weights. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 the subtraction would lose four digits at t = 1.
 Limits      Weights and moments are contiguous float32, copies are contiguous, and all addresses are
-            multiples of 16. The copies are those of the first weights. Gradients are float32,
-            except those of the first weights, which may have one 16-bit dtype.
+            multiples of 16. If there are fewer copies than weights, they belong to the first
+            weights. The gradients of the first weights may have one 16-bit dtype; the others are
+            float32.
 Spec        irongpt_kernels/eager.py::adamw
 """
 
@@ -62,10 +63,10 @@ def _adamw_kernel(
 ):  # fmt: skip
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
-    weights: the parameters; Triton's launcher has no place for an argument named params.
-    firsts: the first program of each tensor; sizes: its number of elements. rest1, log1: 1 - beta1
-    and log(beta1), likewise for beta2. steps_ptr: the step of the first tensor. stats_ptr: the
-    result of `grad_norm`.
+    weights: the parameters (Triton does not accept an argument named params). firsts: the id of the
+    first program of each tensor. sizes: the number of elements of each tensor. rest1, log1:
+    1 - beta1 and log(beta1), likewise for beta2. steps_ptr points to the number of steps of the
+    first tensor, and stats_ptr to the result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
@@ -129,9 +130,7 @@ def adamw_launch(
 
 
 _op = custom_op(
-    "adamw",
-    adamw_launch,
-    mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs"),
+    "adamw", adamw_launch, mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs")
 )
 
 

@@ -21,10 +21,11 @@ Parallelism one program per head and query tile; the longest rows of a head come
 Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
             matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
             score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
-            separately: their sum would be rounded to the last digit of m, a relative error of P.
-Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D). Its
-            backward writes the three gradients into one tensor. Otherwise autograd stacks them,
-            which moves 6 B H T D elements more.
+            separately: where m is large, their rounded sum would lose digits of log2(l), and all P
+            of the row would be wrong by one factor.
+Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
+            its backward writes the three gradients into one tensor. With separate q, k and v,
+            autograd stacks the gradients, which moves 6 B H T D elements more.
 Limits      D is a multiple of 16 from 16 to 128; D that is no power of two is padded in registers.
 Spec        irongpt_kernels/eager.py::causal_attention
 """
@@ -173,7 +174,8 @@ _packed_op = custom_op(
 def check_options(
     name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
 ) -> tuple[Tensor, float]:
-    """Returns the seed as a tensor and the scale as a float. q: the argument `name`, (..., D).
+    """Returns the seed as a tensor and the scale as a float, after checking the arguments that both
+    ops share. q: the tensor argument called `name`, of shape (..., D).
 
     Raises ValueError for an unsupported D and for options out of range, TypeError for a bad seed.
     """

@@ -11,10 +11,10 @@ Backward, per row:  p_v = exp(x_v - m) / (rest + exp(x_t - m))
 Traffic     The forward reads x: MV elements. The backward reads x and writes dx: 2MV. Nothing of
             size MV is saved: p is recomputed from m and rest, 8 bytes per row.
 Parallelism In the forward a program handles BLOCK_M rows and loops over V in blocks of BLOCK_N; the
-            sum is rescaled whenever m grows. It stores the sum of its rows' losses and their
-            number, which one program of a second kernel adds up in order. The backward needs no
-            reduction and has one program per tile. There are no atomics, so every run gives the
-            same bits.
+            sum is rescaled whenever m grows. The program stores the sum of its rows' losses and the
+            number of rows that are not ignored; one program of a second kernel then adds these
+            partial results in order. The backward needs no reduction and has one program per tile.
+            There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. m and rest are stored separately, because a float32
             m + log(sum) would limit the precision of p to the last digit of m. For a confident row
             (p_t near 1) a sum without the true class gives the loss as log1p(rest) and p_t - 1 as

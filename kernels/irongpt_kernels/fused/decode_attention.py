@@ -99,11 +99,9 @@ def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
 
 
 _op = custom_op(
-    "decode_attention",
-    decode_attention_fwd,
-    lambda qkv, *_: qkv.new_empty(len(qkv), 1, *qkv.shape[3:]),
-    mutates=("cache_k", "cache_v"),
-)
+    "decode_attention", decode_attention_fwd,
+    lambda qkv, *_: qkv.new_empty(len(qkv), 1, *qkv.shape[3:]), mutates=("cache_k", "cache_v"),
+)  # fmt: skip
 
 
 def decode_attention(

@@ -5,18 +5,19 @@
 
     x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Forward, per row:   the layer norm, rounded to the dtype of the weight; the matmul, summed in
-                    float32 and rounded to that dtype; then bias and GELU, or the residual. This is
-                    how a model under autocast rounds, without storing the intermediate results.
+Forward, per row:   The layer norm is rounded to the dtype of the weight. The matmul is summed in
+                    float32 and rounded to that dtype, after the bias is added unless GELU follows.
+                    The rest is in float32: bias and GELU, or the residual. A model under autocast
+                    rounds at the same places, but also stores these intermediate results.
 
-Traffic     reads the weight once: N K elements, which takes nearly all the time. Every program
-            normalizes x for itself, while its part of the weight is being loaded.
+Traffic     reads the weight once, N K elements, which takes nearly all of the time. Every program
+            computes the layer norm of all rows again, while its part of the weight is being loaded.
 Parallelism A program holds BLOCK_N rows of the weight in registers and applies them to all rows of
             x. It issues the loads of the weight first.
-Precision   float32 between load and store. The matmul is scalar: so few rows do not fill a tensor
-            core.
-Limits      up to MAX_M rows and MAX_K columns. Larger inputs take separate steps: our layer norm,
-            PyTorch's matmul and our GELU. No gradient.
+Precision   float32 between load and store. The matmul uses scalar instructions, because so few rows
+            do not fill a tensor core.
+Limits      x has at most MAX_M rows and MAX_K columns; for larger inputs the ops call our layer
+            norm, PyTorch's matmul and our GELU one after another. No gradient.
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
 
@@ -55,7 +56,7 @@ def _fwd_kernel(
     M, N, K, x_stride, weight_stride, residual_stride, eps,
     GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr: None without that step."""
+    """norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr: None to leave out that step."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (n < N)[:, None] & (k < K)[None, :]

@@ -3,21 +3,22 @@
     x = embed_tokens(tokens, counts, wte, wpe)
     sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
-    tokens: (B, N) int64, a ring buffer  counts: (B, K) int64  logits: (B, V)  wte: (V, C)
+    tokens: (B, N) int64, a ring buffer    counts: (B, K) int64, the number of tokens, the position
+    logits: (B, V)    wte: (V, C)    wpe: (context, C)    x: (B, C)
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
-            Sort the tokens by logit, and equal logits by token id: top-k and top-p keep a prefix of
-            that order. It is described by a threshold t: all logits above t are kept, and the first
-            n of those equal to t. t is found without a sort by 32 bisection steps over the logits;
-            each counts the tokens with a logit of at least t, or sums their masses. The sampled
-            token is the first at which the running sum of kept masses, in order of token id,
-            exceeds u times their total, where u has 53 bits of Philox at (seed, sequence, number of
-            the token).
-Traffic     a row of logits per pass; after the first pass it comes from L2 or nearer.
+            If the tokens were sorted by descending logit, and equal logits by token id, top-k and
+            top-p would keep a prefix. The kernel does not sort. It describes the prefix by t and n:
+            all logits above t are kept, and the first n of those equal to t. 32 bisection steps
+            find t; each counts the tokens with a logit of at least t, or sums their masses. The
+            sampled token is the first at which the running sum of kept masses, in order of token
+            id, exceeds u times their total. u is uniform in [0, 1) with 53 bits, by Philox from the
+            seed, the sequence and the number of its tokens.
+Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.
 Parallelism one program per sequence. Without top-k and top-p it passes over its row four times.
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
-            order. A temperature below 1/3e38 is replaced by 1/3e38, where only equal logits share
-            the mass.
+            order. A temperature below 1/3e38 is replaced by 1/3e38, which already leaves all mass
+            to the tokens with the largest logit.
 Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. No gradient.
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """

@@ -9,12 +9,12 @@ Backward            see `layer_norm_backward`
 
 Traffic     The forward reads branch and residual and writes sum and norm: 4MN elements. The
             backward reads dsum, dnorm and sum and writes dresidual and dbranch: 5MN, and 1MN less
-            if only one output was used. The mask is never stored: it is a function of the seed, the
-            column and the row (the index over all leading dimensions), and is recomputed.
+            if only one output was used. The mask is not stored but recomputed: it is a function of
+            the seed, the column and the row, where rows are counted over all leading dimensions.
 Parallelism as in `layer_norm`: complete rows in registers, and no atomics.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and norm in a
-            16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is that
-            of the sum as rounded for the store, because that is what the backward reads.
+            16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is
+            computed from the sum after it is rounded to its dtype, because the backward reads that.
 Limits      as in `layer_norm`: N <= 8192; tensors without contiguous rows are copied.
 Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 """

@@ -13,10 +13,10 @@ Parallelism The forward has one program per tile. In the backward P programs sha
             block of columns, and each accumulates dbias in registers; the (P, N) partial sums are
             added afterwards. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
-            and s (1 - s) without a subtraction, which keeps all digits for large negative z, where
-            1 + tanh u loses them.
-Limits      x and dy may have any two strides. Leading dimensions that no single stride describes
-            are copied.
+            and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
+            where 1 + tanh u loses them.
+Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+            not collapse to one stride is copied first.
 Spec        irongpt_kernels/eager.py::gelu
 """
 

@@ -1,17 +1,17 @@
-"""Gradient norm, clipping factor and loss scale: the first of the optimizer's two passes.
-
-The second is `adamw` or `muon`.
+"""Gradient norm, clipping factor and loss scale: the pass before `adamw` or `muon`.
 
     norm = sqrt(sum(g^2)) / scale      grad_scale = scale max(1, (norm + 1e-6) / max_norm)
-    found_inf = norm is not finite     scale, growth_tracker and state_steps are updated in place
+    found_inf = 1 if norm is not finite, else 0
+
+scale (the loss scale), growth_tracker and state_steps are updated in place.
 
 Traffic     reads every gradient: 2 or 4 bytes per weight.
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
-            one program of a second kernel adds those in order: two launches for up to 48 tensors,
-            no atomics, the same bits on every run.
-Precision   float32, also for sums of squares: a gradient beyond 1.8e19 sets found_inf.
+            one program of a second kernel adds those in order. This takes two launches for up to 48
+            tensors. There are no atomics, so every run gives the same bits.
+Precision   float32. The square of a gradient beyond 1.8e19 is infinite there, and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures.
 Spec        irongpt_kernels/eager.py::grad_norm
@@ -66,7 +66,7 @@ def _sum_squares_kernel(
 ):  # fmt: skip
     """Stores each program's sum of squares. Of N gradients the first N_16BIT are 16-bit.
 
-    firsts: the first program of each tensor; sizes: its number of elements.
+    firsts: the id of the first program of each tensor. sizes: the number of elements of each.
     """
     program = tl.program_id(0)
     address, first, size = grads[0].to(tl.int64), 0, tl.cast(sizes[0], tl.int64)

@@ -8,13 +8,13 @@ Backward            dx, dweight and dbias in one pass over the rows: see `layer_
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN. It needs mean and rstd, which take 8 bytes per row, and recomputes xhat.
-Parallelism A program holds BLOCK_M complete rows in registers, several where rows are short. Rows
-            of up to 1023 elements get one warp, so their sums need no barrier.
+Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
+            512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
-            variance is computed from centred values. The mean is computed twice, the second time
-            from x - mean, in the forward and in the backward, so that rows far from zero lose no
-            digits.
-Limits      N <= 8192, because a row is one block. x and dy may have any strides: they are copied
+            variance is computed from centred values. Forward and backward compute the mean twice,
+            the second time from x - mean, so that rows whose mean is large compared with their
+            spread lose no digits.
+Limits      N <= 8192, because a row is one block. x and dy may have any strides, but are copied
             unless the last dimension is contiguous and the others collapse to one row stride.
 Spec        irongpt_kernels/eager.py::layer_norm
 """

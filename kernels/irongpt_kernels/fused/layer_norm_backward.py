@@ -146,7 +146,7 @@ def layer_norm_bwd(
     options, warps = backward_tile(N, branch_dtype.itemsize, total.device)
     per_sm = warps // options["num_warps"]
     P = min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(total.device))
-    outputs = _empty_outputs(total, branch_dtype, wanted, (P, N))
+    outputs = _empty_outputs(total, (P, N), branch_dtype, wanted)
     if total.numel():
         inputs = dsum_rows, dnorm_rows, rows, weight.contiguous(), mean, rstd, seed
         pointers = (d if want else None for d, want in zip(outputs, wanted, strict=True))
@@ -163,7 +163,7 @@ def layer_norm_bwd(
 
 
 def _empty_outputs(
-    total: Tensor, branch_dtype: torch.dtype, wanted: Sequence[bool], parameter: Sequence[int]
+    total: Tensor, parameter: Sequence[int], branch_dtype: torch.dtype, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Uninitialized gradients. parameter: the shape of dweight and of dbias."""
     float32 = (parameter, torch.float32)
@@ -176,5 +176,5 @@ def _empty_outputs(
 
 layer_norm_backward = custom_op(
     "layer_norm_backward", layer_norm_bwd,
-    lambda dsum, dnorm, total, weight, *rest: (*_empty_outputs(total, *rest[-2:], weight.shape),),
+    lambda dsum, dnorm, total, weight, *rest: (*_empty_outputs(total, weight.shape, *rest[-2:]),),
 )  # fmt: skip

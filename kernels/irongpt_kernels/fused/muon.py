@@ -4,21 +4,21 @@
                     m = beta m + (1 - beta) g
                     a = beta m + (1 - beta) g        Nesterov momentum
                     y = a / (|a| + 1e-7)             |a| is the Frobenius norm of each matrix
-    muon_update:    p = p - lr decay p - lr size u   u is y made orthogonal by matmuls
+    muon_update:    p = p - lr decay p - lr scale u  u is y made orthogonal by matmuls
                     copy = p, rounded to the dtype of the copy
 
 Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
             writes m, then reads both again for y, which needs the norm, and writes y: 18.
             muon_update reads u and p and writes p and the copy: 12. The same by PyTorch's ops: 92.
-Parallelism A program handles BLOCK elements of one matrix, the second program id. It selects the
-            matrix from addresses that are kernel arguments, as in `grad_norm`. The first kernel's
-            programs loop over further blocks, which leaves at most PARTS sums of squares per
-            matrix. Every program of the second kernel adds those of its matrix in order: no
-            atomics, the same bits on every run.
+Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. A program selects
+            its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
+            the first kernel loop over several blocks, so that each matrix has at most PARTS partial
+            sums of squares. Every program of the second kernel adds those of its matrix in order.
+            There are no atomics, so every run gives the same bits.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Weights and momentum are contiguous float32, at addresses that are multiples of 16, as
-            PyTorch allocates them. Gradients have one dtype and are copied where they are not
-            contiguous or aligned. If found_inf is set, y is 0 and nothing else changes.
+            PyTorch allocates them. Gradients have one dtype, and are copied unless they are
+            contiguous and aligned. If found_inf is set, y is 0, and m, p and copies do not change.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
 
@@ -98,8 +98,7 @@ def _update_kernel(
     weights, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
     N: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates p and, with COPY, its copy. weights: the parameters. scale: the size in the
-    formula."""
+    """Updates p and, with COPY, its copy. weights: the parameters."""
     matrix = tl.program_id(1)
     offsets, mask = _offsets(size, BLOCK)
     if tl.load(stats_ptr + 2) == 0.0:

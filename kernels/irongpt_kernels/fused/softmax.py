@@ -19,8 +19,9 @@ Precision   float32 between load and store. The backward saves x and not y: a y 
             does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
             it had up to 46 times the error of eager. Where one column has nearly all the weight,
             dy - delta cancels, so the rounding error of delta is estimated and subtracted too.
-Limits      Rows of x and dy may have any two strides. Leading dimensions that no single stride
-            describes are copied. A row without a finite visible score is NaN, as in PyTorch.
+Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+            not collapse to one stride is copied first. A row without a finite visible score is
+            NaN, as in PyTorch.
 Spec        irongpt_kernels/eager.py::softmax
 """
 
