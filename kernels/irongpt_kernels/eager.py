@@ -313,8 +313,9 @@ def sample_tokens(
     likely tokens. top_p (Holtzman et al. 2020) then keeps the fewest most likely tokens, at least
     one, whose share of the probability that top_k has left is top_p or more. Among equal logits
     those with the smallest token ids are kept. The mass of a kept token is the integer part of
-    2^40 exp((logit - max logit) / temperature), so that sums do not depend on the order. The sampled token is the first at which the running sum
-    exceeds `uniform` times the total: a function of (logits, seed, sequence, n).
+    2^40 exp((logit - max logit) / temperature), so that sums do not depend on the order. The
+    sampled token is the first at which the running sum exceeds `uniform` times the total: a
+    function of (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
     """
     V = logits.shape[1]

@@ -20,6 +20,9 @@ IRON = Shape()  # costs are given at its batch
 CONTEXT = IRON.T
 SEQUENCES = 2  # of the one-token ops
 ROWS = 48  # rows of the tensors that are compiled for: a multiple of 16, as in any real model
+SAMPLING: dict[str, dict[str, Any]] = {
+    "all tokens": {}, "greedy": dict(temperature=0.0), "top-k, top-p": dict(top_k=20, top_p=0.9)
+}  # fmt: skip
 WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 
 
@@ -118,8 +121,8 @@ def representative(arch: int) -> list[Case]:
     rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
-    chosen += ["K=1536 N=384 float16", "V=104 draw 0 float16", "V=104 draw 2 float16"]
-    chosen += ["C=384 float32", "iron float16"]
+    chosen += ["K=1536 N=384 float16", "V=104 all tokens float16"]
+    chosen += ["V=104 top-k, top-p float16", "C=384 float32", "iron float16"]
     return [case for case in every(arch) if case.shape in chosen]
 
 
@@ -187,12 +190,11 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
                 more = _linear(K, N, dtype, dict(residual=(SEQUENCES, N)))
                 yield dict(label=f"K={K} N={N}", omitted=("bias",), **more)
         case "sample_tokens":
-            common: dict[str, Any] = dict(temperature=1.0, top_k=None)
             for V in (IRON.V, 50257):
-                for i, more in enumerate([{}, dict(temperature=0.0), dict(top_k=20, top_p=0.9)]):
-                    at, costs = Shape(B=SEQUENCES, V=V), Shape(B=1, V=V)
-                    label = f"V={V} draw {i}"
-                    yield dict(label=label, at=at, costs=costs, options=common | more)
+                at, costs = Shape(B=SEQUENCES, V=V), Shape(B=1, V=V)
+                for what, limits in SAMPLING.items():
+                    options = dict(temperature=1.0, top_k=None) | limits
+                    yield dict(label=f"V={V} {what}", at=at, costs=costs, options=options)
         case "embed_tokens":
             if dtype == "float32":
                 yield dict(label=f"C={IRON.width}", at=Shape(B=SEQUENCES), costs=Shape(B=1))
