@@ -14,8 +14,8 @@ Traffic     reads the weight once, N K elements, which takes nearly all of the t
             computes the layer norm of all rows again, while its part of the weight is being loaded.
 Parallelism A program holds BLOCK_N rows of the weight in registers and applies them to all rows of
             x. It issues the loads of the weight first.
-Precision   float32 between load and store. The matmul uses scalar instructions, because so few rows
-            do not fill a tensor core.
+Precision   float32 between load and store, apart from the two roundings above. The matmul uses
+            scalar instructions, because so few rows do not fill a tensor core.
 Limits      x has at most MAX_M rows and MAX_K columns; for larger inputs the ops call our layer
             norm, PyTorch's matmul and our GELU one after another. No gradient.
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add

@@ -15,7 +15,7 @@ Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z))
             id, exceeds u times their total. u is uniform in [0, 1) with 53 bits, by Philox from the
             seed, the sequence and the number of its tokens.
 Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.
-Parallelism one program per sequence. Without top-k and top-p it passes over its row four times.
+Parallelism one program per sequence. Without top-k and top-p it passes over its row three times.
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
             order. A temperature below 1/3e38 is replaced by 1/3e38, which already leaves all mass
             to the tokens with the largest logit.
