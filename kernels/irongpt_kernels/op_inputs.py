@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class RowShape(Shape):
-    """A shape whose rows and width are M and N, whatever the heads are."""
+    """A shape whose rows and width are M and N, independent of the heads."""
 
     M: int = 1
     N: int = 1

@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 class OpSpec:
     """An op. kind: "layer" for the ops with a gradient, "optimizer" or "token".
 
-    options(shape, p, seed): arguments that are no tensors; p is dropout, or the temperature of
+    options(shape, p, seed): arguments other than tensors; p is dropout, or the temperature of
     sample_tokens. cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype,
     stream that of the residual stream. changes: inputs that are written in place, which are results
     too. call: for a row that is more than one op of `Ops`, whose names are in `functions`.
@@ -206,18 +206,18 @@ def numel(sizes: Weights) -> int:
 
 
 def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:
-    """Of grad_norm and adamw for n weights, whose gradients are read twice."""
+    """Bytes of grad_norm and adamw for n weights, whose gradients are read twice."""
     return n * (24 + 2 * grad_itemsize + copy_itemsize)
 
 
 def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: int) -> int:
-    """Of muon_momentum and muon_update for n weights; gradients and momentum are read twice."""
+    """Bytes of muon_momentum and muon_update; gradients and momentum are read twice."""
     return n * (2 * grad_itemsize + 12 + 2 * update_itemsize + 8 + copy_itemsize)
 
 
 def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
-    """Of a step over so many weights in the blocks' matrices, whose gradients and copies have
-    `itemsize` bytes (there are no copies in float32), and so many others, which are float32."""
+    """Bytes of a step over `matrices` weights in the blocks' matrices, whose gradients and copies
+    have `itemsize` bytes (without copies in float32), and `others` weights, which are float32."""
     copy = itemsize if itemsize < 4 else 0
     rest = adamw_bytes(others, 4, 0)
     if optimizer == "muon":  # grad_norm has read the gradients before
@@ -226,7 +226,7 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
 
 
 def _state(name: str, n: int, moments: int, role: str) -> dict[str, Input]:
-    """n weights as one flat tensor, and what an optimizer has for each."""
+    """n weights as one flat tensor, with gradients, moments and copies."""
     found = {"params": Input((n,), "weight", scale=0.02)}
     found["grads"] = Input((n,), role, values=lambda x: 1e-4 * x)  # so small that none is clipped
     found["moment0"] = Input((n,), "weight", scale=1e-3)

@@ -3,19 +3,19 @@ Compiles every kernel as its launcher launches it, without a GPU, and reports th
 
     python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
 
-The ops run on small CPU tensors. A launch compiles its kernel on the path of every launch (dtypes,
-constants and alignment of the arguments, tiles of the launch tables) and ends there, so the results
+The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU (for the dtypes,
+constants and alignment of the arguments and the default tiles) but does not run it, so the results
 of the ops are garbage.
 
 | column | |
 |---|---|
-| regs, spill | registers a thread; bytes that it keeps in local memory, where registers spill to |
-| shared, w/SM | bytes of shared memory a program; warps that an SM holds at a time |
+| regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
+| shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions in the innermost loop with most arithmetic; without a loop, in all |
-| MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the |
-| | op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
-| clk, by | kernels with dots: `sass.clocks` of that loop per program, and which unit |
+| | instructions in the innermost loop with most arithmetic, or in a kernel without loops |
+| MB, GFLOP | least traffic and FLOPs of the op's forward or backward by its row in `op_specs`, at |
+| | the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 positions |
+| clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
 """
 
 import argparse
