@@ -3,9 +3,9 @@ Compiles every kernel as its launcher launches it, without a GPU, and reports th
 
     python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
 
-The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU (for the dtypes,
-constants and alignment of the arguments and the default tiles) but does not run it, so the results
-of the ops are garbage.
+The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU, for the
+dtypes, constants and alignment of the arguments and the default tiles. It does not run the kernel,
+so the results of the ops are garbage.
 
 | column | |
 |---|---|

@@ -26,7 +26,7 @@ Precision   Scores, softmax and accumulators are in float32; P is rounded to the
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
             its backward writes the three gradients into one tensor. With separate q, k and v,
             autograd stacks the gradients, which moves 6 B H T D elements more.
-Limits      D is a multiple of 16 from 16 to 128; a D that is not a power of two is padded in registers.
+Limits      D is a multiple of 16 from 16 to 128; 48, 80, 96 and 112 are padded in registers.
 Spec        irongpt_kernels/eager.py::causal_attention
 """
 
