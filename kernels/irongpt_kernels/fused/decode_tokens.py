@@ -180,7 +180,7 @@ def _sample_kernel(
     tl.store(counts_ptrs, counts + 1, mask=columns < K)
 
 
-def embed_tokens_fwd(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+def _embed(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     (B, N), C = tokens.shape, wte.shape[1]
     x = wte.new_empty(B, C)
     if x.numel():
@@ -193,7 +193,7 @@ def embed_tokens_fwd(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -
     return x
 
 
-def sample_tokens_launch(
+def _sample(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: Tensor,
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
@@ -214,10 +214,10 @@ def sample_tokens_launch(
 
 
 _embed_op = custom_op(
-    "embed_tokens", embed_tokens_fwd,
+    "embed_tokens", _embed,
     lambda tokens, counts, wte, wpe: wte.new_empty(len(tokens), wte.shape[1]),
 )  # fmt: skip
-_sample_op = custom_op("sample_tokens", sample_tokens_launch, mutates=("tokens", "counts"))
+_sample_op = custom_op("sample_tokens", _sample, mutates=("tokens", "counts"))
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
