@@ -75,6 +75,14 @@ def warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
+def row_tile(N: int, columns: int, elements: int) -> dict[str, int]:
+    """Launch options for rows of N elements: blocks of at most `columns` columns, and where rows
+    are short, so many rows that a program has `elements` elements."""
+    BLOCK_N = min(columns, block(N))
+    BLOCK_M = max(1, elements // BLOCK_N)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(BLOCK_M * BLOCK_N))
+
+
 def seed_tensor(seed: "int | Tensor | None", device: torch.device) -> Tensor:
     """The seed as a 0-d int64 tensor on the device. None, which means no dropout, becomes 0."""
     if isinstance(seed, Tensor):
