@@ -14,6 +14,7 @@ from irongpt.data.tokenizer import Tokenizer
 TINTS = ("#ffe08a", "#b5e3ff", "#c9f2c0", "#ffc9d6")
 WIDTH, HEIGHT, MARGIN = 8.4, 20, 12  # of a character, of a line, around the text
 COLUMNS = 88
+FILL = 8.8  # width of a tint, so that no gap shows between two of them
 
 
 class Drawing:
@@ -33,7 +34,7 @@ class Drawing:
                     self.row, self.column = self.row + 1, 0
                 x, y = MARGIN + self.column * WIDTH, MARGIN + self.row * HEIGHT
                 self.boxes.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{WIDTH + 0.4:.1f}" height="18" fill="{tint}"/>'
+                    f'<rect x="{x:.1f}" y="{y}" width="{FILL}" height="18" fill="{tint}"/>'
                 )
                 shown, color = ("⏎", "#888") if char == "\n" else (char, "#111")
                 if char != " ":
