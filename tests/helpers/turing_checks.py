@@ -1,6 +1,6 @@
 """
-What `turing` promises, checked by compiling. For test_turing.py, in a process of its own, where
-Triton compiles and does not interpret.
+Checks of `turing` by compiling. test_turing.py runs them in another process, where Triton compiles
+and does not interpret.
 
     python tests/helpers/turing_checks.py       prints JSON: by check, "" or what went wrong
 """
