@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 INF, NAN = math.inf, math.nan
-TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=37)
+TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=19)
 WITHOUT_GRADIENT = {s.name: TOKEN_SHAPE for s in TOKEN}
 WITHOUT_GRADIENT |= {s.name: replace(ROWS, L=2 if s.name == "muon" else 1) for s in OPTIMIZERS}
 ROW_OPS = ["layer_norm", "softmax", "gelu", "dropout_add_layer_norm"]  # of any rank
