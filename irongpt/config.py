@@ -238,7 +238,9 @@ PRESETS = {
         "1.3 M parameters, for Python code by BPE, minutes on a CPU",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=128, dropout=0.0),
         train=FEW_STEPS
-        | dict(iters=3000, eval_every=200, eval_windows=256, tokenizer="bpe", patience=6),
+        | dict(
+            batch_size=8, iters=3000, eval_every=250, eval_windows=256, tokenizer="bpe", patience=6
+        ),
         data=("python-code",),
         epochs=3.0,
     ),
