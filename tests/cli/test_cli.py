@@ -29,22 +29,14 @@ def test_the_files_and_records_of_a_run(cli, tmp_path):
     result = cli("train", *TINY, "--out", "run")
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    names = {
-        "best",
-        "config.json",
-        "last",
-        "loss.png",
-        "metrics.jsonl",
-        "sample.txt",
-        "result.json",
-    }
+    names = set("best config.json last loss.png metrics.jsonl result.json sample.txt".split())
     assert {p.name for p in run.iterdir()} == names
     for name in ("best", "last"):
         assert {p.name for p in (run / name).iterdir()} == {*checkpoint.FILES, "state.json"}
     records = records_of(run)
     assert [r["step"] for r in records] == [10, 20, 30]
-    keys = "step train_loss val_loss lr grad_norm loss_scale tokens_per_s mfu seconds sample"
-    assert all(list(r) == keys.split() for r in records)
+    keys = "step train_loss val_loss lr grad_norm loss_scale tokens_per_s mfu seconds"
+    assert all(list(r) == [*keys.split(), "bits_per_byte", "sample"] for r in records)
     for loss in ("train_loss", "val_loss"):
         assert records[-1][loss] < records[0][loss]
     assert (run / "loss.png").read_bytes().startswith(PNG)
