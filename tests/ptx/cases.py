@@ -1,4 +1,4 @@
-"""Calls of every op of the op table, as they are executed from compiled PTX and compared with eager.
+"""Calls of every op of the op table, executed from compiled PTX and compared with eager.
 
 The ops, their inputs and their calls come from `irongpt_kernels.op_specs`, most shapes from
 `irongpt_kernels.aot.shapes`, the layouts of inputs from `numerics`.

@@ -140,7 +140,7 @@ class Threads:
 
     def shfl(self, mode: str, a: Array, b: Any, c: int, at: At) -> tuple[Array, Array]:
         """Values of other lanes, and whether the lane that each asks for is in its segment."""
-        threads = self.whole_warps(at)
+        self.whole_warps(at)
         lane, b = self.lane, np.asarray(b).astype(i8) & 31
         segment, clamp = (c >> 8) & 31, c & 31
         low = lane & segment
@@ -153,11 +153,6 @@ class Threads:
         }[mode]
         inside = source >= high if mode == "up" else source <= high
         source = self.first_of_warp + np.where(inside, source, lane)
-        if len(threads) < self.n:  # lanes that do not take part have no value to give
-            part = np.zeros(self.n, dtype=bool)
-            part[threads] = True
-            bad = ~part[source[threads]]
-            self.complain("shuffle from an inactive lane", bad, threads, at)
         return a[source], inside
 
     def redux(self, what: str, a: Array, at: At) -> Array:
