@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from irongpt_kernels.fused.exponential import exp
 from irongpt_kernels.runtime import checks, launch
 
 TILE = 16_384  # elements of a tile of keys: 64 per thread
@@ -62,8 +63,8 @@ def _fwd_kernel(
         s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
         s = tl.where(seen, s, float("-inf"))  # (BLOCK_N,)
         m_new = tl.maximum(m, tl.max(s, 0))
-        p = tl.exp(s - m_new)
-        rescale = tl.exp(m - m_new)
+        p = exp(s - m_new)
+        rescale = exp(m - m_new)
         l = l * rescale + tl.sum(p, 0)  # noqa: E741
         acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
         m = m_new
@@ -94,7 +95,8 @@ def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
     most = TILE // BLOCK_D // (2 if itemsize == 4 else 1)
     if launch.INTERPRETED:  # several tiles even on short inputs
         most = 16
-    return dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+    tile = dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+    return tile | launch.equal_sums(BLOCK_D, 8)
 
 
 _op = torch.library.custom_op(

@@ -75,6 +75,16 @@ def warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
+def equal_sums(row: int, num_warps: int) -> dict[str, int]:
+    """Launch options that make every thread get the same sum of a row of `row` products.
+
+    If a thread has one product of a row, the compiler fuses it with the first addition:
+    fma(a, b, product of another lane). Two lanes then round different products, and a sum over one
+    element is not that element.
+    """
+    return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
+
+
 def seed_tensor(seed: "int | Tensor | None", device: torch.device) -> Tensor:
     """The seed as a 0-d int64 tensor on the device. None, which means no dropout, becomes 0."""
     if isinstance(seed, Tensor):
