@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
+from numerics import (
+    DEVICE,
+    OUTPUTS,
+    assert_exact,
+    assert_rule,
+    assert_same_bits,
+    each_dtype,
+    randn,
+    values,
+)
 from torch import Tensor
 
 kernel = importlib.import_module("irongpt_kernels.fused.decode_attention")
@@ -99,7 +108,11 @@ def test_strides_change_no_bit() -> None:
     laid["qkv"] = given["qkv"].transpose(2, 4).contiguous().transpose(2, 4)
     laid["position"] = torch.stack([given["position"], given["position"] * 99], 1)[:, 0]
     before = laid["cache_k"].clone()
-    assert torch.equal(fused.decode_attention(**laid), fused.decode_attention(**given))
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    (base, _, _), (oracle, _, _) = call(eager, given), call(eager, wide)
+    out = fused.decode_attention(**laid)
+    assert_same_bits(out, fused.decode_attention(**given))
+    assert_rule(OUTPUTS, out, base, oracle)
     assert torch.equal(laid["cache_k"].nan_to_num(7), given["cache_k"].nan_to_num(7))
     assert not torch.equal(laid["cache_k"].nan_to_num(7), before.nan_to_num(7))
 
