@@ -2,8 +2,9 @@
 
     python -m pytest -p tests.ptx.plugin --ptx sm_75 tests/kernels/test_gelu.py
 
-A test fails if its assertions fail, or if a launch accessed memory wrongly. Tests that need the
-interpreter or a GPU are skipped. --ptx-order, --ptx-mma and --ptx-noise are those of `tests.ptx`.
+A test fails if its assertions fail, or if a launch accessed memory wrongly. For sm_80 and newer the
+tests include bfloat16. Tests that need the interpreter or a GPU are skipped. The other options are
+--ptx-order, --ptx-mma and --ptx-noise, see `python -m tests.ptx --help`.
 """
 
 import os
@@ -16,7 +17,6 @@ import pytest
 from irongpt_kernels.ptx.driver import emulating
 
 totals = dict(launches=0, instructions=0)
-INTERPRETER_ONLY = ("test_sanitizer", "test_interpreter", "test_sanitizer_token")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ptx-order", default="lockstep")
     group.addoption("--ptx-mma", default="exact")
     group.addoption("--ptx-noise", type=int, default=0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import numerics
+    import torch
+
+    if config.option.ptx != "sm_75":
+        for dtypes in (numerics.HALVES, numerics.DTYPES):
+            dtypes.append(torch.bfloat16)
 
 
 @pytest.hookimpl(wrapper=True)

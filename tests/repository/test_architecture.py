@@ -189,7 +189,10 @@ def test_files_are_short() -> None:
 
 
 def test_the_packages_do_not_run_what_they_read() -> None:
-    found = {name(path): dangers(tree(path)) for path in PACKAGED}
+    """Except `ptx.blocks`, which makes functions of the PTX that Triton has just compiled."""
+    emulator = ROOT / "kernels" / "irongpt_kernels" / "ptx" / "blocks.py"
+    assert dangers(tree(emulator)) == ["exec", "compile"]
+    found = {name(path): dangers(tree(path)) for path in PACKAGED if path != emulator}
     assert {path: calls for path, calls in found.items() if calls} == {}
 
 
