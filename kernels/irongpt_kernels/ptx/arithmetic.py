@@ -19,14 +19,17 @@ Array = Any  # an array of a value for each thread
 
 
 def half_to_f8(x: Array) -> Array:
+    """The bits of float16 numbers to float64."""
     return x.view(f2).astype(f8)
 
 
 def bf16_to_f8(x: Array) -> Array:
+    """The bits of bfloat16 numbers to float64."""
     return (x.astype(u4) << u4(16)).view(f4).astype(f8)
 
 
 def half_of_f8(x: Array) -> Array:
+    """float64 to the bits of the nearest float16."""
     return x.astype(f2).view(u2)
 
 
@@ -64,10 +67,12 @@ def wobble(y: Array, bits: Array, ulps: int) -> Array:
 
 
 def maxf(a: Array, b: Array) -> Array:
+    """The larger number, or the one that is not NaN."""
     return _signed_zero(np.fmax(a, b), a, b, np.bitwise_and)
 
 
 def minf(a: Array, b: Array) -> Array:
+    """The smaller number, or the one that is not NaN."""
     return _signed_zero(np.fmin(a, b), a, b, np.bitwise_or)
 
 
@@ -106,16 +111,19 @@ def sdiv(a: Array, b: Array) -> Array:
 
 
 def srem(a: Array, b: Array) -> Array:
+    """The remainder, with the sign of a."""
     zero = b == 0
     return np.where(zero, a, np.fmod(a, np.where(zero, 1, b))).astype(a.dtype)
 
 
 def udiv(a: Array, b: Array) -> Array:
+    """Division by zero gives the largest number."""
     zero = b == 0
     return np.where(zero, ~np.zeros_like(a), a // np.where(zero, 1, b)).astype(a.dtype)
 
 
 def urem(a: Array, b: Array) -> Array:
+    """The remainder, which is a for a division by zero."""
     zero = b == 0
     return np.where(zero, a, a % np.where(zero, 1, b)).astype(a.dtype)
 

@@ -24,6 +24,8 @@ Args = list[str]
 
 
 class Arithmetic(Operands):
+    """Instructions whose result depends on registers of the thread alone."""
+
     def require(self, condition: bool, ins: Instruction) -> None:
         if not condition:
             raise Unsupported(str(ins))

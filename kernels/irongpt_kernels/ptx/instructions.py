@@ -12,6 +12,8 @@ from irongpt_kernels.ptx.parse import Instruction
 
 
 class Instructions(Arithmetic):
+    """The instructions of one block."""
+
     def emit(self, ins: Instruction) -> None:
         name, *mods = ins.op.split(".")
         handler = getattr(self, f"op_{name}", None)

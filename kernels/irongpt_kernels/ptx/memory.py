@@ -33,6 +33,8 @@ MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 
 class Memory(Threads):
+    """Some CTAs with their memory. `wrote` and `read` are sets of warps, as bits."""
+
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
         self.regions, self.params = launch.regions, np.frombuffer(launch.params, dtype=u1)

@@ -54,6 +54,8 @@ class Launch:
 
 
 class Threads:
+    """Some CTAs of a launch without their memory. Numbers of threads are indices in registers."""
+
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         self.launch, self.report, self.noise = launch, launch.report, launch.noise
         self.n_cta, self.cta_threads = len(ctas), launch.threads
