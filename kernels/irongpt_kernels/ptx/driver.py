@@ -106,7 +106,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
     try:
         with (
             patch.object(CompiledKernel, "_init_handles", init),
-            patch.object(launch, "architecture", lambda device: arch),
+            patch.object(launch, "EXECUTED_PTX", arch),
             patch.object(launch, "num_sms", lambda device: sms),
         ):
             yield report

@@ -18,12 +18,13 @@ from triton import knobs
 from irongpt_kernels.runtime import emulate, turing
 
 INTERPRETED = bool(knobs.runtime.interpret)
+EXECUTED_PTX = 0  # the architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors, if any
 
 
 def architecture(device: torch.device) -> int:
     """The compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
     if device.type != "cuda":
-        return turing.ARCH
+        return EXECUTED_PTX or turing.ARCH
     if emulate.on():
         return emulate.ARCH
     major, minor = _query(torch.cuda.get_device_capability, device)
