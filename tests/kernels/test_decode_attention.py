@@ -60,7 +60,7 @@ def test_eager_is_the_last_row_of_causal_attention() -> None:
 @each_dtype
 @pytest.mark.parametrize("D", [16, 48, 128])
 def test_the_rule(D: int, dtype: torch.dtype, positions: list[int]) -> None:
-    given = inputs(positions, dtype, D=D)
+    given = inputs(positions, dtype, H=8, D=D)  # of few heads eager may be exact by chance
     wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
     for scale in (None, 2.0):
         results = [call(ops, given, scale=scale) for ops in (fused, eager)]
