@@ -1,4 +1,4 @@
-"""The output of a run: a progress bar on a terminal, plain lines elsewhere; signals and timing."""
+"""A run's output (a progress bar on a terminal, plain lines elsewhere), signals and timing."""
 
 import contextlib
 import os
@@ -77,8 +77,7 @@ class Progress:
 
     def advance(self, step: int) -> None:
         self.bar.update()
-        if self._silent_for(3 * PLAIN_EVERY):  # slow steps
-            self._say(f"step {step:,} of {self.steps:,}")
+        self._plain(f"step {step:,} of {self.steps:,}", 3 * PLAIN_EVERY)  # steps are slow
 
     def show(self, record: dict[str, Any]) -> None:
         text = (
@@ -86,15 +85,13 @@ class Progress:
             f"MFU {record['mfu']:.1%}"
         )
         self.bar.set_postfix_str(text, refresh=False)
-        if self._silent_for(PLAIN_EVERY):
-            self._say(f"step {record['step']:,} of {self.steps:,}: {text}")
+        self._plain(f"step {record['step']:,} of {self.steps:,}: {text}", PLAIN_EVERY)
 
-    def _silent_for(self, seconds: float) -> bool:
-        return not self.terminal and time.monotonic() - self.printed_at >= seconds
-
-    def _say(self, text: str) -> None:
-        say(text)
-        self.printed_at = time.monotonic()
+    def _plain(self, text: str, after: float) -> None:
+        """Prints a line if there is no terminal and the last one is `after` seconds old."""
+        if not self.terminal and time.monotonic() - self.printed_at >= after:
+            say(text)
+            self.printed_at = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()

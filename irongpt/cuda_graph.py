@@ -28,7 +28,7 @@ class Graph(Generic[Result]):
     def __init__(
         self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
     ) -> None:
-        """device: a GPU, on which the whole step runs without a synchronization with the host."""
+        """device: a GPU. No part of the step may synchronize with the host."""
         self.step: Callable[[], Result] = step
         self.device, self.warmup = device, warmup
         self.calls = 0
@@ -44,10 +44,8 @@ class Graph(Generic[Result]):
             self._capture()
         assert self.graph is not None
         self.graph.replay()
-        return self._result_copy()
-
-    def _result_copy(self) -> Any:
-        return None if self.result is None else self.result.clone()
+        result: Any = None if self.result is None else self.result.clone()
+        return result
 
     def _run_on_side_stream(self) -> Result:
         """PyTorch requires another stream than the caller's for warmup before a capture."""

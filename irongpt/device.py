@@ -1,4 +1,4 @@
-"""Selects the device and the dtype, with the reason, and knows the peak FLOP/s for the MFU."""
+"""The device, the dtype with the reason for it, and the peak FLOP/s, which the MFU needs."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ from irongpt.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first
-# name that occurs as whole words in the name of the GPU is used.
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets, by GPU. The
+# first entry whose words are in the name that the GPU reports is used.
 PEAK_16_BIT = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -53,12 +53,11 @@ def pick(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    kind, _, index = name.partition(":")
-    if kind == "cpu":
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no NVIDIA GPU; use --device cpu")
-    count = torch.cuda.device_count()
+    count, index = torch.cuda.device_count(), name.partition(":")[2]
     if int(index or 0) >= count:
         raise UserError(f"--device {name}: there are {count} GPUs, and the first is cuda:0")
     return torch.device("cuda", int(index or torch.cuda.current_device()))
@@ -71,9 +70,8 @@ def precision(name: str, device: torch.device) -> Precision:
     bfloat16 is emulated and slow.
     """
     if device.type == "cpu":
-        if name == "auto":
-            return Precision(torch.float32, "the default on a CPU")
-        return Precision(DTYPES[name], "requested")
+        default = Precision(torch.float32, "the default on a CPU")
+        return default if name == "auto" else Precision(DTYPES[name], "requested")
     major, minor = emulate.capability(device)
     card = f"compute capability {major}.{minor}{' (emulated)' if emulate.on() else ''}"
     if name == "bfloat16" and major < 8:
@@ -93,7 +91,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished its work. A CPU always has."""
+    """Waits until the device has finished its work. On a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -113,11 +111,11 @@ def reserve_workspace() -> None:
 def make_deterministic() -> None:
     """Makes every run give the same bits in one environment. Call it before the first matmul.
 
-    warn_only is not used, because PyTorch's attention then keeps its atomics on a GPU.
+    warn_only is not used: with it PyTorch's attention would still use atomics on a GPU.
     """
     reserve_workspace()
     torch.use_deterministic_algorithms(True)
-    # This is an aid for debugging, and costs time.
+    # By default PyTorch then also fills new memory, which helps debugging and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -1,5 +1,6 @@
-"""`irongpt doctor`: what this machine will run, and why, with problems and their solutions."""
+"""`irongpt doctor`: the device, dtype and kernels that are used here, and how to fix problems."""
 
+import contextlib
 import json
 import platform
 import textwrap
@@ -30,7 +31,7 @@ HOT = 85  # degrees Celsius at which a T4 slows down
 
 @dataclass
 class Report:
-    """facts: lines by topic. problems: what is wrong and what to do. advice: what is slow."""
+    """facts: lines by topic. problems: errors and their solutions. advice: reasons for slowness."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -50,8 +51,7 @@ class Report:
 
 def doctor(device: str, json_file: Path | None) -> int:
     """Prints the report, and writes it to `json_file`. Returns 1 if there is a problem."""
-    if json_file is not None:
-        check_result(json_file)
+    check_result(json_file)
     report = examine(devices.pick(device))
     print(report)
     if json_file is not None:
@@ -61,12 +61,8 @@ def doctor(device: str, json_file: Path | None) -> int:
 
 def examine(device: torch.device) -> Report:
     report = Report()
-    _machine(report, device)
-    _software(report)
-    _training(report, device)
-    _matmuls(report, device)
-    _kernels(report, device)
-    _memory(report, device)
+    for topic in (_machine, _software, _training, _matmuls, _kernels, _memory):
+        topic(report, device)
     return report
 
 
@@ -88,9 +84,8 @@ def _machine(report: Report, device: torch.device) -> None:
 
 
 def _card(report: Report, device: torch.device) -> None:
-    p = torch.cuda.get_device_properties(device)
-    cores = f"{p.multi_processor_count} multiprocessors"
-    report.facts["machine"] += f"\n{cores}, CUDA {torch.version.cuda}"
+    p, cuda = torch.cuda.get_device_properties(device), torch.version.cuda
+    report.facts["machine"] += f"\n{p.multi_processor_count} multiprocessors, CUDA {cuda}"
     if (p.major, p.minor) < (7, 5):
         report.problems.append(
             "the kernels need compute capability 7.5 or newer: use --ops builtin"
@@ -102,10 +97,9 @@ def _card(report: Report, device: torch.device) -> None:
         )
         return
     report.facts["machine"] += f", driver {gpu_state.driver_version()}"
-    report.facts["clocks"] = (
-        f"{_number(now.sm_mhz)} of {_number(now.max_sm_mhz)} MHz, memory "
-        f"{_number(now.memory_mhz)} MHz, {_number(now.watt)} of {_number(now.limit_watt)} W, "
-        f"{_number(now.celsius)} degrees C"
+    shown = (now.sm_mhz, now.max_sm_mhz, now.memory_mhz, now.watt, now.limit_watt, now.celsius)
+    report.facts["clocks"] = "{} of {} MHz, memory {} MHz, {} of {} W, {} degrees C".format(
+        *("unknown" if value is None else f"{value:g}" for value in shown)
     )
     limit, default = now.limit_watt, now.default_limit_watt
     if limit is not None and default is not None and limit < default:
@@ -116,11 +110,7 @@ def _card(report: Report, device: torch.device) -> None:
         report.advice.append(f"{now.celsius} degrees C: the GPU lowers its clocks until it cools")
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:g}"
-
-
-def _software(report: Report) -> None:
+def _software(report: Report, device: torch.device) -> None:
     found = []
     for name, oldest in OLDEST.items():
         try:
@@ -147,25 +137,23 @@ def _training(report: Report, device: torch.device) -> None:
 
 
 def _matmuls(report: Report, device: torch.device) -> None:
-    """Compiles a small kernel for each dtype and looks for tensor cores in it.
-
-    It is compiled for this machine's GPU, or for a T4 where there is none.
-    """
+    """Compiles a small kernel for each dtype, for this GPU or else for a T4, and looks for
+    tensor-core instructions in it."""
     try:
         from irongpt_kernels.aot import probe
         from irongpt_kernels.runtime import launch
-    except ImportError:
-        return
-    if launch.INTERPRETED:
-        report.facts["matmuls"] = "not compiled: TRITON_INTERPRET is set"
-        return
-    arch = launch.architecture(device)
-    target = "" if device.type == "cuda" else "compiled for a T4: "
-    try:
+
+        if launch.INTERPRETED:
+            report.facts["matmuls"] = "not compiled: TRITON_INTERPRET is set"
+            return
+        arch = launch.architecture(device)
         made = probe.matmuls(arch)
+    except ImportError:  # no Triton, which `_software` reports
+        return
     except RuntimeError as e:
         report.problems.append(str(e))
         return
+    target = "" if device.type == "cuda" else "compiled for a T4: "
     listed = ", ".join(f"{dtype} by {how}" for dtype, how in made.items())
     report.facts["matmuls"] = f"{target}{listed} (sm_{arch})"
     if arch >= 75 and made["float16"] != probe.TENSOR_CORES:
@@ -195,11 +183,9 @@ def _memory(report: Report, device: torch.device) -> None:
     config, batch = _iron(), int(PRESETS["iron"].train["batch_size"])
     dtype = torch.float16 if device.type == "cpu" else devices.precision("auto", device).dtype
     needs = {"eager": training_bytes(config, batch, eager, dtype) / 2**30}
-    try:
+    with contextlib.suppress(ImportError):  # no Triton
         from irongpt_kernels import fused
-    except ImportError:
-        pass
-    else:
+
         needs["fused"] = training_bytes(config, batch, fused, dtype) / 2**30
     listed = ", ".join(f"{gib:.1f} GiB with --ops {name}" for name, gib in needs.items())
     report.facts["memory"] = (
@@ -223,10 +209,11 @@ def _iron() -> GPTConfig:
 def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dtype) -> int:
     """Memory of weights, gradients, optimizer and the tensors saved for the backward pass.
 
-    dtype: of the matmuls. Each storage counts once. It is a lower bound, because the workspace of
-    the kernels comes on top.
+    dtype: of the matmuls. Each storage counts once. It is a lower bound, because the kernels also
+    need a workspace.
     """
     kept: dict[int, int] = {}
+    alive: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -234,7 +221,6 @@ def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dt
         alive.append(x)  # so that its address is not reused
         return x
 
-    alive: list[Tensor] = []
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model = GPT(config, ops)
         copies = model.make_low_precision_params(dtype) if dtype.itemsize == 2 else {}

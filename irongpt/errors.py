@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class DivergenceError(Exception):
     """The gradients stay non-finite. This is not a user's mistake, and the exit code is 1."""
+
+
+def one_line(e: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]

@@ -15,7 +15,7 @@ from irongpt.errors import UserError
 
 
 def sealed(values: dict[str, Any]) -> bytes:
-    """JSON with its own digest, so that a changed or truncated file is noticed."""
+    """JSON that includes a digest of its values, so that a changed or truncated file is noticed."""
     return (json.dumps({**values, "sha256": _seal(values)}, indent=1) + "\n").encode()
 
 
@@ -23,10 +23,11 @@ def unsealed(data: bytes, path: Path) -> dict[str, Any]:
     """The values that `sealed` was given. Raises UserError, with `path`, if they were changed."""
     try:
         values: dict[str, Any] = json.loads(data)
-        if values.pop("sha256") != _seal(values):
-            raise damaged(path)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise damaged(path) from e
+        intact = values.pop("sha256") == _seal(values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise damaged(path)
     return values
 
 
@@ -84,12 +85,13 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_result(path: Path) -> None:
-    """Raises UserError if a later `write_result` to `path` would fail."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: its folder does not exist")
+def check_result(*paths: Path | None) -> None:
+    """Raises UserError if a later `write_result` to one of the paths would fail."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: its folder does not exist")
 
 
 def write_result(path: Path, data: bytes) -> None:
@@ -112,10 +114,8 @@ def sync_folder(folder: Path) -> None:
 
 def exchange(a: Path, b: Path) -> bool:
     """Swaps two folders atomically (renameat2). Returns False where that is not supported."""
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "renameat2"):
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is None or not hasattr(libc, "renameat2"):
         return False
     cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return libc.renameat2(cwd, os.fsencode(a), cwd, os.fsencode(b), swap) == 0

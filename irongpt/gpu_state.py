@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-THROTTLE = {  # bits of NVML's clock event reasons that mean lower clocks than possible
+THROTTLE = {  # bits of NVML's clock event reasons for lower clocks than the maximum
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "temperature (software)",
@@ -22,7 +22,7 @@ class GpuState:
     sm_mhz: int | None
     max_sm_mhz: int | None
     memory_mhz: int | None
-    watt: float | None
+    watt: float | None  # power drawn, its limit, and the limit that the GPU has by default
     limit_watt: float | None
     default_limit_watt: float | None
     celsius: int | None
@@ -32,37 +32,30 @@ class GpuState:
 def query(device: torch.device) -> GpuState | None:
     """The state of a CUDA device now; None without nvidia-ml-py or an NVIDIA driver."""
     nvml = _nvml()
-    if nvml is None:
-        return None
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
 
-    def get(name: str, *args: int) -> Any:
+    def get(name: str, *args: Any) -> Any:
         try:
-            return getattr(nvml, f"nvmlDeviceGet{name}")(gpu, *args)
+            return getattr(nvml, f"nvmlDeviceGet{name}")(*args)
         except nvml.NVMLError:
             return None
 
-    try:
-        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except nvml.NVMLError:
+    gpu = nvml and get("HandleByUUID", f"GPU-{uuid}")
+    if gpu is None:
         return None
-
-    def watt(name: str) -> float | None:
-        milliwatt = get(name)
-        return None if milliwatt is None else milliwatt / 1e3
-
-    reasons = get("CurrentClocksThrottleReasons")
+    names = ("PowerUsage", "EnforcedPowerLimit", "PowerManagementDefaultLimit")
+    watt, limit, default = (None if x is None else x / 1e3 for x in (get(n, gpu) for n in names))
+    reasons = get("CurrentClocksThrottleReasons", gpu)
+    throttled = None if reasons is None else [x for bit, x in THROTTLE.items() if reasons & bit]
     return GpuState(
-        sm_mhz=get("ClockInfo", SM),
-        max_sm_mhz=get("MaxClockInfo", SM),
-        memory_mhz=get("ClockInfo", MEMORY),
-        watt=watt("PowerUsage"),
-        limit_watt=watt("EnforcedPowerLimit"),
-        default_limit_watt=watt("PowerManagementDefaultLimit"),
-        celsius=get("Temperature", 0),
-        throttled_by=None
-        if reasons is None
-        else [x for bit, x in THROTTLE.items() if reasons & bit],
+        sm_mhz=get("ClockInfo", gpu, SM),
+        max_sm_mhz=get("MaxClockInfo", gpu, SM),
+        memory_mhz=get("ClockInfo", gpu, MEMORY),
+        watt=watt,
+        limit_watt=limit,
+        default_limit_watt=default,
+        celsius=get("Temperature", gpu, 0),
+        throttled_by=throttled,
     )
 
 
@@ -80,6 +73,6 @@ def _nvml() -> Any:
         return None
     try:
         pynvml.nvmlInit()
+        return pynvml
     except pynvml.NVMLError:
         return None
-    return pynvml

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from irongpt_kernels.runtime import emulate, launch_table
 
+from irongpt.config import check
 from irongpt.data.corpus import cache_folder
 from irongpt.errors import UserError
 from irongpt.files import read, replace_file, sealed, unsealed
@@ -23,7 +24,7 @@ FORMAT = 1
 
 
 class Loaded(NamedTuple):
-    """The measured options of a process. note: a line for the user, empty with default options."""
+    """The measured options that a process uses. note: a line for the user; empty without any."""
 
     entries: list[dict[str, Any]]
     note: str
@@ -32,8 +33,7 @@ class Loaded(NamedTuple):
 def wanted() -> bool:
     """Whether measured options are used. Raises UserError for an unknown value of the variable."""
     value = os.environ.get(VARIABLE, "")
-    if value not in ("", "off"):
-        raise UserError(f"{VARIABLE} must be off or unset, got {value!r}")
+    check(value in ("", "off"), f"{VARIABLE} must be off or unset, got {value!r}")
     return not value
 
 
@@ -56,42 +56,35 @@ def path(device: torch.device) -> Path:
     return cache_folder() / f"tuned-{re.sub(r'[^A-Za-z0-9.]+', '-', parts)}.json"
 
 
-def parse(data: bytes, file: Path, device: torch.device) -> list[dict[str, Any]]:
+def parse(file: Path, device: torch.device) -> list[dict[str, Any]]:
     """The entries of a file. Raises UserError unless `save` wrote it for this GPU."""
-    values = unsealed(data, file)
+    values = unsealed(read(file), file)
     same = {**identity(device), "format": FORMAT}
-    if {name: values.get(name) for name in same} != same:
-        raise UserError(f"{file} was measured on another GPU or version")
+    fits = {name: values.get(name) for name in same} == same
+    check(fits, f"{file} was measured on another GPU or version")
     try:
-        entries = values["entries"]
-        launch_table.table_of(entries)
+        launch_table.table_of(values["entries"])
     except (KeyError, ValueError) as e:
         raise UserError(f"{file} has no valid launch options: {e}") from e
-    return list(entries)
+    return list(values["entries"])
 
 
 @functools.cache  # once per process: a run keeps the options that it started with
 def load(device: torch.device) -> Loaded:
-    """Uses this GPU's measured options, if there are any. Never fails: a changed file is ignored,
-    and the note reports it."""
+    """Uses this GPU's measured options, if there are any. A changed file is ignored, and the note
+    reports it. Raises UserError for an unknown value of IRONGPT_TUNED only."""
     if device.type != "cuda" or not wanted():
         return Loaded([], "")
     try:
         file = path(device)
         if not file.is_file():
             return Loaded([], "")
-        entries = parse(read(file), file, device)
+        entries = parse(file, device)
     except (UserError, OSError) as e:
         return Loaded([], f"measured tiles ignored: {e}; run irongpt tune again")
     launch_table.use(device, launch_table.table_of(entries))
-    return Loaded(
-        entries, f"tiles measured on this GPU, table {launch_table.digest(device)} ({file})"
-    )
-
-
-def note(name: str, device: torch.device) -> str:
-    """A line for the user about the launch options of these ops; empty if they are the defaults."""
-    return load(device).note if name == "fused" else ""
+    used = launch_table.digest(device)
+    return Loaded(entries, f"tiles measured on this GPU, table {used} ({file})")
 
 
 def save(device: torch.device, entries: list[dict[str, Any]]) -> Path:

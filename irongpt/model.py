@@ -18,7 +18,7 @@ DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
 
 
 class LayerNorm(nn.Module):
-    """The parameters of a layer norm, which the ops apply together with the add before it."""
+    """The parameters of a layer norm. An op applies them together with the add before the norm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    An add and the norm that follows it are one op, so a block takes the residual stream with its
-    norm and returns both, with the norm that the next block or the head applies.
+    An add and the norm after it are one op. So a block takes the residual stream and its norm, and
+    returns the new residual stream and the norm that the next block or the head needs.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
@@ -109,8 +109,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids in, logits out. The output head is the token embedding's matrix.
 
-    `ops` is eager, builtin or fused of irongpt_kernels. It holds no parameters: a state_dict fits
-    a model on any ops.
+    `ops` is eager, builtin or fused of irongpt_kernels. It holds no parameters, so a state_dict
+    fits a model on any ops.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
@@ -123,7 +123,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's: std 0.02, divided by sqrt(2 L) for the projections into the residual stream."""
+        """As in GPT-2: std 0.02, divided by sqrt(2 L) for projections into the residual stream."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -133,11 +133,11 @@ class GPT(nn.Module):
                 module.proj.weight /= math.sqrt(2 * self.config.n_layer)
 
     def make_low_precision_params(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-        """Makes the blocks multiply by copies of their matrices in `dtype`, and returns these.
+        """Makes the blocks multiply by copies of their matrices in `dtype`. Returns them by weight.
 
         The copies are leaves and get the gradients, in `dtype`; an optimizer updates the float32
-        weights and their copies. A step then has no cast of a weight, forward or backward. The
-        result maps each weight to its copy. Loading a state_dict updates the copies.
+        weights and their copies. A step then casts no weight, forward or backward. Loading a
+        state_dict updates the copies.
         """
         copies: dict[Tensor, Tensor] = {}
         for m in self.modules():
@@ -157,15 +157,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V) for the token after each.
 
-        In training mode dropout is on; `seed` determines its masks in eager and fused ops. A cache
-        gets the keys and values of idx, at positions 0 to T - 1. Raises ValueError if T exceeds
-        the context.
+        In training mode dropout is on; `seed` determines its masks in eager and fused ops. The keys
+        and values of idx are written to the cache, at positions 0 to T - 1. Raises ValueError if T
+        exceeds the context.
         """
         T, context = idx.shape[1], self.config.context
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
         dropout_p = self.config.dropout if self.training else 0.0
-        # Slicing the whole matrix would add two passes over its gradient.
+        # A slice of all rows would add two passes over the gradient.
         positions = self.wpe.weight if context == T else self.wpe.weight[:T]
         x = self.wte(idx) + positions  # (B, T, C)
         blocks = cast(Sequence[Block], self.blocks)

@@ -52,20 +52,16 @@ def _load_fused(device: torch.device) -> Ops:
     return fused
 
 
-def slow_note(name: str, device: torch.device) -> str | None:
-    """Why the kernels are slow here, or their timings mean little; None if neither."""
+def notes(name: str, device: torch.device) -> list[str]:
+    """Lines for the user: why the kernels are slow here, and which launch options they use."""
     if name != "fused":
-        return None
+        return []
+    slow = ""
     if device.type == "cpu":
-        return "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
-    if emulate.on():
-        return (
+        slow = "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
+    elif emulate.on():
+        slow = (
             f"{emulate.VARIABLE}=sm_{emulate.ARCH}: the kernels of a T4 run on a newer GPU; "
             "their timings do not predict a T4's"
         )
-    return None
-
-
-def notes(name: str, device: torch.device) -> list[str]:
-    """Lines for the user about how the ops run on the device."""
-    return [x for x in (slow_note(name, device), launch_cache.note(name, device)) if x]
+    return [note for note in (slow, launch_cache.load(device).note) if note]

@@ -1,6 +1,6 @@
 """Seconds per call of several functions, measured so that they can be compared.
 
-On a GPU the calls of a provider are captured in a CUDA graph (`Replay`), and CUDA events time some
+On a GPU the calls of a provider are captured in a CUDA graph (`Replay`), and CUDA events time
 replays of it, so the device's work is measured and not Python's. The device waits a little before
 them, so that all of them are queued when the first one begins. Each call of a graph takes another
 copy of its inputs and writes other outputs. Together the copies do not fit in the L2 cache, since a
@@ -8,10 +8,9 @@ training step finds its inputs cold too; inputs of some kilobytes stay in the ca
 see `cold`. A call that cannot be captured is timed by events around plain calls, and its result
 has the reason.
 
-Providers are interleaved, one sample each, in an order that rotates: a GPU that gets hot or another
-process on the same CPU slows all of them alike. Those that do not fit in memory together are
-measured in groups, one group after the other. The results are the median of the samples and the
-distance of their quartiles.
+Samples of the providers are interleaved in an order that rotates: a GPU that gets hot or another
+process on the same CPU slows all of them alike. Providers that do not fit in memory together are
+measured in groups, one group after the other.
 """
 
 import contextlib
@@ -20,10 +19,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+from irongpt.errors import one_line
 
 CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
 SAMPLE = 5e-3  # the same on a GPU, unless that is too many calls
@@ -31,12 +32,13 @@ GRAPH = 1e-3  # seconds of a graph: the gap between two of them is a thousandth 
 CALLS = 200  # in a graph or a sample of plain calls at most, except for the copies of the inputs
 REPEATS = 64  # of a graph in a sample, at most
 AHEAD = 2_000_000  # clocks that the device waits, about a millisecond: by then the host is ahead
-COLD = 2  # inputs together are so many times the L2
+COLD = 2  # all copies of the inputs together have this many times the size of the L2 cache
 COPIES = 1024  # of the inputs at most: a graph holds a call of each
 FEW = 16  # copies of inputs that stay in the cache in any case
 WARM = 3
 
 Call = Callable[[int], object]  # of copy i of the inputs
+Sampler = Callable[[], float]  # seconds per call
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,9 @@ class Work:
 
     def begin(self, sets: int) -> Call:
         """The call, after `first` has run for every copy of the inputs."""
-        first = self.first
-        if first is None:
+        if self.first is None:
             return self.call
-        made = [first(i) for i in range(sets)]
+        made = [self.first(i) for i in range(sets)]
         return lambda i: self.call(made[i], i)
 
 
@@ -70,9 +71,7 @@ def free(device: torch.device) -> None:
 
 def reason(e: Exception) -> str:
     """An exception in one line."""
-    if isinstance(e, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    return "out of memory" if isinstance(e, torch.cuda.OutOfMemoryError) else one_line(e)[:200]
 
 
 @dataclass(frozen=True)
@@ -95,34 +94,13 @@ class Timing:
 
     @property
     def iqr(self) -> float:
-        """Distance of the quartiles; the range of 3 samples. It is unknown for fewer: NaN, in a
-        file null."""
+        """Distance of the quartiles; of 3 samples the range; NaN (null in a file) for fewer."""
         if len(self.samples) < 3:
             return math.nan
         if len(self.samples) == 3:
             return max(self.samples) - min(self.samples)
         low, _, high = statistics.quantiles(self.samples, n=4)
         return high - low
-
-
-class Sampler(Protocol):
-    def sample(self) -> float: ...
-
-
-@dataclass
-class Ready:
-    """A provider that can be sampled."""
-
-    work: Work
-    sampler: Sampler
-    graph: bool = False
-    host: float | None = None
-    no_graph_reason: str | None = None
-    samples: list[float] = field(default_factory=list)
-
-    def take(self) -> None:
-        with self.work.around():
-            self.samples.append(self.sampler.sample())
 
 
 def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -157,27 +135,31 @@ def measure(
     calls: Mapping[str, Call | Work], sets: int, device: torch.device, rounds: int
 ) -> dict[str, Timing | str]:
     """Timings by provider; the reason for one that cannot run. sets: copies of the inputs."""
-    works = {name: c if isinstance(c, Work) else Work(c) for name, c in calls.items()}
+    works = {name: _work(call) for name, call in calls.items()}
     results: dict[str, Timing | str] = {}
     waiting, group = list(works), 0
     while waiting:
         ready, waiting = _together(works, waiting, sets, device, results)
         names = list(ready)
         for r in range(rounds):
-            for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
+            first = r % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                sampler, timing = ready[name]
                 try:
-                    ready[name].take()
+                    with works[name].around():
+                        timing.samples.append(sampler())
                 except Exception as e:  # the others go on
                     results[name] = reason(e)
                     names.remove(name)
-                    break
-        for name in names:
-            one = ready[name]
-            results[name] = Timing(one.samples, one.graph, one.host, one.no_graph_reason, group)
+        results |= {name: replace(ready[name][1], group=group) for name in names}
         ready.clear()
         free(device)
         group += 1
     return {name: results[name] for name in calls}
+
+
+def _work(call: Call | Work) -> Work:
+    return call if isinstance(call, Work) else Work(call)
 
 
 def _together(
@@ -186,49 +168,53 @@ def _together(
     sets: int,
     device: torch.device,
     results: dict[str, Timing | str],
-) -> tuple[dict[str, Ready], list[str]]:
-    """As many as fit in memory together, and the names of the others. The reason of one that cannot
-    run goes to the results."""
-    ready: dict[str, Ready] = {}
+) -> tuple[dict[str, tuple[Sampler, Timing]], list[str]]:
+    """As many as fit in memory together, and the names of the others. For a provider that cannot
+    run, the reason is added to the results."""
+    ready: dict[str, tuple[Sampler, Timing]] = {}
     for i, name in enumerate(waiting):
         try:
             with works[name].around():
                 ready[name] = prepare(works[name], sets, device)
             continue
-        except Exception as e:  # a provider that cannot run here is a result
-            full = isinstance(e, torch.cuda.OutOfMemoryError)
-            if not (full and ready):
+        except Exception as e:
+            full = bool(ready) and isinstance(e, torch.cuda.OutOfMemoryError)
+            if not full:
                 results[name] = reason(e)
-        free(device)
-        if full and ready:
+        free(device)  # the exception, which refers to the call's tensors, is gone by now
+        if full:
             return ready, waiting[i:]
     return ready, []
 
 
-def prepare(work: Work, sets: int, device: torch.device) -> Ready:
-    """Warms a call up and makes it ready to be timed. Raises what the call raises."""
+def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timing]:
+    """Warms a call up. Returns its sampler and a timing without samples yet. Passes on what the
+    call raises."""
     call = work.begin(sets)
-    for i in range(WARM):
-        call(i % sets)
+
+    def warm() -> float:
+        start = time.perf_counter()
+        for i in range(WARM):
+            call(i % sets)
+        return (time.perf_counter() - start) / WARM
+
+    warm()
     if device.type != "cuda":
-        return Ready(work, Wall(call, sets))
+        return Wall(call, sets).sample, Timing([], graph=False)
     torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for i in range(WARM):
-        call(i % sets)
-    host = (time.perf_counter() - start) / WARM
+    host = warm()
     why = waits(lambda: call(0), device)
     if why is None:
         del call  # its memory is for the graph
         try:
-            return Ready(work, Replay(work, sets), graph=True, host=host)
+            return Replay(work, sets).sample, Timing([], graph=True, host=host)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as e:  # not every call can be captured
             why = reason(e)
         free(device)
         call = work.begin(sets)
-    return Ready(work, Events(call, sets), host=host, no_graph_reason=why)
+    return Events(call, sets).sample, Timing([], False, host, why)
 
 
 class Wall:
@@ -243,25 +229,6 @@ class Wall:
         for i in range(self.n):
             self.call(i % self.sets)
         return (time.perf_counter() - start) / self.n
-
-
-def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
-    """Peak memory of a call beyond what is allocated before; None on a CPU and where it does not
-    fit."""
-    if device.type != "cuda":
-        return None
-    work = call if isinstance(call, Work) else Work(call)
-    try:
-        with work.around():
-            begun = work.begin(1)
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            begun(0)
-            torch.cuda.synchronize(device)
-    except torch.cuda.OutOfMemoryError:
-        return None
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 class Events:
@@ -295,8 +262,7 @@ class Replay:
         n = _calls(GRAPH, self.sample(), sets)
         if n > sets:
             self._capture(call, sets, n)
-        sample = self.sample() * self.n
-        self.repeats = max(1, min(REPEATS, round(SAMPLE / sample)))
+        self.repeats = max(1, min(REPEATS, round(SAMPLE / (self.sample() * self.n))))
 
     def _capture(self, call: Call, sets: int, n: int) -> None:
         self.n, self.graph = n, torch.cuda.CUDAGraph()
@@ -321,6 +287,25 @@ def _calls(seconds: float, of_one: float, sets: int) -> int:
     return sets * max(1, min(CALLS // sets, passes))
 
 
+def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
+    """Peak memory of a call beyond what is allocated before; None on a CPU and where it does not
+    fit."""
+    if device.type != "cuda":
+        return None
+    work = _work(call)
+    try:
+        with work.around():
+            begun = work.begin(1)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            begun(0)
+            torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 @contextlib.contextmanager
 def capture(graph: Any) -> Iterator[None]:
     """Captures on the current stream, because a backward runs on the stream of its forward.
@@ -339,7 +324,7 @@ def capture(graph: Any) -> Iterator[None]:
         recover(pool)
         if broken is None or e is broken:
             raise
-        raise broken from None  # the end of a broken capture raises an error that says less
+        raise broken from None  # the end of a broken capture raises a less clear error
 
 
 def recover(pool: Any = None) -> None:

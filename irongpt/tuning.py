@@ -1,14 +1,15 @@
 """`irongpt tune`: launch options of the kernels, measured on this GPU. It runs only when asked for.
 
-A kernel's candidates and the default options run the same op as in a training of the preset: first
-on a small batch, where a candidate whose results exceed tolerance is out, then compiled as it is
-launched, where one that spills or does not fit is out, then timed, interleaved. The fastest is
-timed once more against the default, and it is kept if it is faster beyond the noise both times.
+A kernel's candidates and the default options run the same op as in a training of the preset. A
+candidate is rejected if its results on a small batch exceed tolerance, and if the kernel that is
+compiled for the preset's batch spills registers or does not run. The others are timed, interleaved.
+The fastest is timed once more against the default, and it is kept if it is faster beyond the noise
+both times.
 """
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,14 +22,16 @@ from irongpt_kernels.runtime import emulate, launch_table
 from irongpt import device as devices
 from irongpt import launch_cache as cache
 from irongpt import ops, timing
+from irongpt.compare.ops import factor
 from irongpt.config import PRESETS, GPTConfig, check
 from irongpt.console import say
+from irongpt.errors import one_line
 
 DEFAULT = 0  # the number of the default options among the candidates
 ROUNDS, QUICK_ROUNDS = 15, 6
-QUICK_EVERY = 3  # of so many candidates one is measured
+QUICK_EVERY = 3  # --quick measures one of so many candidates
 COPIES = 16  # of the inputs at most
-MIN_GAIN = 0.02  # of the time: less is not worth sums in another order
+MIN_GAIN = 0.02  # a smaller gain does not justify other rounding
 FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
     "attention forward": ("causal_attention_packed", "attention._fwd_kernel"),
     "attention query": ("causal_attention_packed", "attention_backward._bwd_dq_kernel"),
@@ -41,8 +44,7 @@ FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
 
 
 class Launch(NamedTuple):
-    """A kernel's launch, with its arguments, that can be repeated. spilled: bytes per thread.
-    bytes: of the tensors that it was given."""
+    """A kernel's launch that can be repeated. spilled: bytes per thread. bytes: of its tensors."""
 
     again: Callable[[], object]
     spilled: int
@@ -79,7 +81,7 @@ class Work:
 
     def run(self, module: Ops, inputs: Tensors) -> Tensors:
         """The op's outputs by name, and its gradients as `d x`. Upstream gradients are random
-        values of the compute dtype, whatever the inputs are."""
+        values that the compute dtype can hold, in the dtype of the output."""
         shape, p = self.shape(self.batch), self.model.dropout
         options = self.spec.options(shape, p, SEED) if p else {}
 
@@ -93,28 +95,20 @@ class Work:
 
         return op_inputs.results(call, inputs, self.spec.outputs, upstream)
 
-
-class AccuracyCheck:
-    """Holds an op to the tolerance, at the model's shape and a batch of two."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.inputs = work, work.inputs(2, seed=1)
-        self.baseline = work.run(eager, self.inputs)
-        self.oracle = work.run(eager, {n: x.double() for n, x in self.inputs.items()})
-
     def wrong(self, module: Ops) -> list[str]:
-        """The tensors whose errors exceed the tolerance."""
-        found = []
-        for name, x in self.work.run(module, self.inputs).items():
-            factor = tolerance.GRADIENTS if name.startswith("d ") else tolerance.OUTPUTS
-            errors = tolerance.errors(factor, x, self.baseline[name], self.oracle[name])
+        """The tensors whose errors exceed the tolerance, at a batch of two."""
+        inputs, found = self.inputs(2, seed=1), []
+        baseline = self.run(eager, inputs)
+        oracle = self.run(eager, {n: x.double() for n, x in inputs.items()})
+        for name, x in self.run(module, inputs).items():
+            errors = tolerance.errors(factor(name), x, baseline[name], oracle[name])
             found += [] if all(e.ok for e in errors.values()) else [name]
         return found
 
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate; None are the default options. out: why it was not timed. samples: seconds."""
+    """A candidate, or with None the default options. samples: seconds. out: why there are none."""
 
     options: launch_table.Options | None
     samples: tuple[float, ...] = ()
@@ -124,23 +118,19 @@ class Row:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in (self.options or {}).items()) or "default"
+
 
 def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     """Measures every kernel that has a choice, prints the results and keeps the winners."""
     target = devices.pick(device)
-    check(
-        target.type == "cuda",
-        "irongpt tune measures on an NVIDIA GPU, and there is none: the default tiles need no "
-        "tuning",
-    )
-    check(
-        not emulate.on(),
-        f"{emulate.VARIABLE} is set: measurements of this GPU are of no use to a T4, unset it",
-    )
-    check(
-        cache.wanted(),
-        f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it",
-    )
+    check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")
+    useless = f"{emulate.VARIABLE} is set: measurements of this GPU are of no use to a T4, unset it"
+    check(not emulate.on(), useless)
+    ignored = f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it"
+    check(cache.wanted(), ignored)
     model = GPTConfig(vocab_size=1, **PRESETS[preset].model)
     chosen = devices.precision(dtype, target).dtype
     module = ops.load("fused", target, model)
@@ -159,7 +149,7 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     if entries:
         digest = launch_table.table_digest(launch_table.table_of(entries))
         say(f"\nkept in {file}: table {digest}, for every run that starts from now on. Other tiles")
-        say(f"add up in another order. {cache.VARIABLE}=off, or no such file, runs the default")
+        say(f"sum in another order. {cache.VARIABLE}=off selects the default tiles")
     else:
         say("\nno tiles are faster than the default beyond the noise: nothing is kept")
     return 0
@@ -176,17 +166,25 @@ def candidates(work: Work, quick: bool = False) -> list[launch_table.Options]:
 
 def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: int) -> list[Row]:
     """A row for the default, and one for each candidate. Leaves the default in use."""
-    accuracy, inputs = AccuracyCheck(work), [work.inputs(work.batch)]
+    inputs = [work.inputs(work.batch)]
     rows = [Row(options) for options in [None, *found]]
     launches: dict[int, list[Launch]] = {}
+
+    def update(i: int, samples: Sequence[float] = (), out: str = "") -> None:
+        check(not out or i != DEFAULT, f"{work.kernel} with the default tiles: {out}")
+        rows[i] = Row(rows[i].options, (*samples,), out)
+
     try:
         for i, row in enumerate(rows):
             launch_table.use(work.device, {} if row.options is None else {work.key: row.options})
             try:
-                launches[i] = _prepared(work, module, accuracy, inputs)
+                made = _prepared(work, module, inputs)
             except Exception as e:  # a candidate that cannot run is a result
-                check(i != DEFAULT, f"{work.kernel} with the default tiles: {_brief(e)}")
-                rows[i] = replace(row, out=_brief(e))
+                made = one_line(e)[:100]
+            if isinstance(made, str):
+                update(i, out=made)
+            else:
+                launches[i] = made
     finally:
         launch_table.use(work.device, {})
 
@@ -195,30 +193,25 @@ def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: 
         with timing.stream(work.device):
             timings = timing.measure(calls, len(inputs), work.device, rounds)
         for i, t in timings.items():
-            options = rows[int(i)].options
-            ran = isinstance(t, timing.Timing) or i != str(DEFAULT)
-            check(ran, f"{work.kernel} with the default tiles: {t}")
-            rows[int(i)] = (
-                Row(options, out=t) if isinstance(t, str) else Row(options, (*t.samples,))
-            )
+            update(int(i), **(dict(out=t) if isinstance(t, str) else dict(samples=t.samples)))
 
     sample(list(launches), rounds)
     if (best := winner(rows)) is not None:
-        # The least of many medians is low by luck too: it has to be shown without the others.
+        # The lowest of many medians is partly luck, so it is measured once more.
         sample([DEFAULT, rows.index(best)], 2 * rounds)
     return rows
 
 
-def _prepared(
-    work: Work, module: Ops, accuracy: AccuracyCheck, inputs: list[Tensors]
-) -> list[Launch]:
-    """A launch for each copy of the inputs. Raises for options that are wrong, spill or cannot
-    run."""
-    if wrong := accuracy.wrong(module):
-        raise _Out(f"exceeds tolerance in {', '.join(wrong)}")
+def _prepared(work: Work, module: Ops, inputs: list[Tensors]) -> list[Launch] | str:
+    """A launch for each copy of the inputs; the reason for options that are wrong or spill.
+
+    Adds the copies to `inputs`, which begins with one. Raises what a launch raises.
+    """
+    if wrong := work.wrong(module):
+        return f"exceeds tolerance in {', '.join(wrong)}"
     first = record(work, module, inputs[0])
     if first.spilled and launch_table.digest(work.device):
-        raise _Out(f"spills {first.spilled} bytes")
+        return f"spills {first.spilled} bytes"
     if len(inputs) == 1:
         copies = min(COPIES, timing.copies(first.bytes, work.device))
         inputs += [work.inputs(work.batch, seed=i) for i in range(1, copies)]
@@ -247,22 +240,13 @@ def record(work: Work, module: Ops, inputs: Tensors) -> Launch:
     return made[0]
 
 
-class _Out(Exception):  # noqa: N818
-    pass
-
-
-def _brief(e: Exception) -> str:
-    text = str(e) if isinstance(e, _Out) else f"{type(e).__name__}: {e}"
-    return " ".join(text.split())[:100]
-
-
 def beats(candidate: tuple[float, ...], default: tuple[float, ...]) -> bool:
     """Whether a gain is more than noise: three quarters of the candidate's samples are below three
-    quarters of the other's, and the medians are MIN_GAIN apart."""
-    faster = statistics.median(candidate) < (1 - MIN_GAIN) * statistics.median(default)
-    return (
-        faster and statistics.quantiles(candidate, n=4)[2] < statistics.quantiles(default, n=4)[0]
+    quarters of the default's, and the medians are MIN_GAIN apart."""
+    (_, median, high), (low, slower, _) = (
+        statistics.quantiles(x, n=4) for x in (candidate, default)
     )
+    return high < low and median < (1 - MIN_GAIN) * slower
 
 
 def winner(rows: list[Row]) -> Row | None:
@@ -277,29 +261,19 @@ def updated(entries: list[dict[str, Any]], work: Work, rows: list[Row]) -> list[
     key = dict(zip(names, work.key, strict=True))
     kept = [e for e in entries if {name: e[name] for name in names} != key]
     if (best := winner(rows)) is not None:
-        times = dict(us=1e6 * best.median, default_us=1e6 * rows[DEFAULT].median)
-        rounded = {name: round(x, 2) for name, x in times.items()}
-        kept.append(key | dict(options=best.options) | rounded)
+        us, default_us = (round(1e6 * row.median, 2) for row in (best, rows[DEFAULT]))
+        kept.append(key | dict(options=best.options, us=us, default_us=default_us))
     return kept
 
 
 def table(work: Work, rows: list[Row]) -> str:
     """The timed candidates, fastest first, then the others."""
     kernel, size, _ = work.key
-    what = "head dimension" if kernel.startswith("attention") else "columns"
-    lines = [f"{kernel}, {what} {size}: us, relative to the default"]
+    meaning = "head dimension" if kernel.startswith("attention") else "columns"
+    lines = [f"{kernel}, {meaning} {size}: us, relative to the default"]
     best = winner(rows)
     for row in sorted((r for r in rows if r.samples), key=lambda r: r.median):
         mark = "  kept" if row is best else ""
         ratio = row.median / rows[DEFAULT].median
-        lines.append(f"  {_named(row):44} {1e6 * row.median:9.2f} {ratio:6.2f}{mark}")
-    return "\n".join(lines + [f"  {_named(row):44} {row.out}" for row in rows if row.out])
-
-
-def _named(row: Row) -> str:
-    if row.options is None:
-        return "default"
-    short = dict(
-        BLOCK_M="M", BLOCK_N="N", num_warps="warps", num_stages="stages", maxnreg="registers"
-    )
-    return ", ".join(f"{short.get(k, k)} {v}" for k, v in row.options.items())
+        lines.append(f"  {row.name:66} {1e6 * row.median:9.2f} {ratio:6.2f}{mark}")
+    return "\n".join(lines + [f"  {row.name:66} {row.out}" for row in rows if row.out])

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.runtime import launch_table as tiles
 
-from irongpt import __version__, launch_cache, ops
+from irongpt import __version__, ops
 from irongpt import device as devices
 from irongpt.compare import table as report
-from irongpt.compare.model import Curve, Setting, compare_step, setting, train_both
-from irongpt.compare.ops import DROPOUT_P, FULL, SMALL, Check, Row, cases, compare_case
+from irongpt.compare.model import Curve, compare_model, setting
+from irongpt.compare.ops import FULL, SMALL, Check, Row, cases, compare_case
 from irongpt.config import check
 from irongpt.console import duration, say
 from irongpt.files import check_result, finite, write_result
@@ -36,43 +35,41 @@ def compare(
     start = time.perf_counter()
     target = devices.pick(device)
     chosen = _dtypes(dtypes, target)
-    for path in (json_file, plot):
-        if path is not None:
-            check_result(path)
+    check_result(json_file, plot)
     if plot is not None:  # matplotlib is needed for the plot only
         from irongpt.compare import plot as compare_plot
     module = ops.load(candidate, target)
     devices.make_deterministic()
-    full, drops = target.type == "cuda", candidate != "builtin"
-    whole = setting(full, drops)
+    full, with_dropout = target.type == "cuda", candidate != "builtin"
+    training = setting(full, with_dropout)
 
-    names = ", ".join(devices.dtype_name(d) for d in chosen)
-    say(f"{candidate} against eager and float64, in {names}")
+    names = [devices.dtype_name(d) for d in chosen]
+    say(f"{candidate} against eager and float64, in {', '.join(names)}")
     say(f"on {devices.describe(target)}")
-    if note := ops.slow_note(candidate, target):
+    for note in ops.notes(candidate, target):
         say(note)
-    if note := launch_cache.note(candidate, target):
-        say(note)
-    if not drops:
+    if not with_dropout:
         say(
             f"no dropout: {candidate} takes its masks from PyTorch's generator, eager from the seed"
         )
-    say("")
-    say(report.heading(candidate))
+    say(f"\n{report.heading(candidate)}")
     rows: list[Row] = []
     checks: list[Check] = []
-    sizes = FULL if full else SMALL
-    for group in zip(
-        *(cases(k, sizes[k], DROPOUT_P if drops else 0.0) for k in sizes), strict=True
-    ):
-        for case in group:
-            found = [compare_case(case, module, dtype, target, drops) for dtype in chosen]
-            rows += (new := [row for part, _ in found for row in part])
-            checks += (new_checks := [c for _, part in found for c in part])
-            say(report.group(f"{case.op}, {case.shape}: {case.sizes}", new, new_checks))
-    new, curves, new_checks = _model(whole, module, chosen, target)
-    rows, checks = rows + new, checks + new_checks
-    say(report.group(f"model, one step: {whole.sizes}", new, []))
+    by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
+    for case in (case for same_op in zip(*by_class, strict=True) for case in same_op):
+        new_rows: list[Row] = []
+        new_checks: list[Check] = []
+        for dtype in chosen:
+            found = compare_case(case, module, dtype, target, with_dropout)
+            new_rows += found[0]
+            new_checks += found[1]
+        say(report.group(f"{case.op}, {case.shape}: {case.sizes}", new_rows, new_checks))
+        rows += new_rows
+        checks += new_checks
+    new_rows, curves, new_checks = compare_model(training, module, chosen, target)
+    rows += new_rows
+    checks += new_checks
+    say(report.group(f"model, one step: {training.sizes}", new_rows, []))
     for curve in curves:
         say(report.training(curve))
 
@@ -86,17 +83,14 @@ def compare(
             "device": devices.describe(target),
             "candidate": candidate,
             "tiles": tiles.digest(target),
-            "dtypes": [devices.dtype_name(d) for d in chosen],
+            "dtypes": names,
             "seconds": round(seconds, 1),
         }
         write_result(json_file, to_json(environment, rows, checks, curves))
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
         write_result(plot, compare_plot.png(rows, curves, candidate, title))
-    say("")
-    for line in failures:
-        say(line)
-    say(f"{report.summary(rows, checks)}; {duration(seconds)}")
+    say("\n".join(["", *failures, f"{report.summary(rows, checks)}; {duration(seconds)}"]))
     return 1 if failures else 0
 
 
@@ -107,41 +101,21 @@ def to_json(
     values = {
         **environment,
         "ok": all(row.ok for row in rows) and all(c.ok for c in checks),
-        "rows": [
-            {
-                **{k: v for k, v in vars(row).items() if k not in ("errors", *_VALUES)},
-                "ok": row.ok,
-                "errors": {
-                    norm: {**e._asdict(), "ratio": e.ratio} for norm, e in row.errors.items()
-                },
-                "worst": {"index": row.index, **{k: getattr(row, k) for k in _VALUES[1:]}},
-            }
-            for row in rows
-        ],
+        "rows": [_row(row) for row in rows],
         "checks": [vars(c) | {"detail": "" if c.ok else c.detail} for c in checks],
         "training": [{**vars(c), "difference": c.differences} for c in curves],
     }
     return (json.dumps(finite(values), indent=1, allow_nan=False) + "\n").encode()
 
 
-_VALUES = ("index", "candidate", "eager", "float64")
-
-
-def _model(
-    whole: Setting, module: Any, dtypes: Iterable[torch.dtype], device: torch.device
-) -> tuple[list[Row], list[Curve], list[Check]]:
-    rows, curves, checks = [], [], []
-    for dtype in dtypes:
-        try:
-            rows += compare_step(whole, module, dtype, device)
-            curves.append(train_both(whole, module, dtype, device))
-            checks.append(curves[-1].check())
-        except Exception as e:  # as in compare_case, this is a finding and the others go on
-            detail = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-            checks.append(
-                Check("model", "one step", devices.dtype_name(dtype), "runs", False, detail)
-            )
-    return rows, curves, checks
+def _row(row: Row) -> dict[str, Any]:
+    of_worst = ("index", "candidate", "eager", "float64")
+    return {
+        **{k: v for k, v in vars(row).items() if k not in ("errors", *of_worst)},
+        "ok": row.ok,
+        "errors": {norm: {**e._asdict(), "ratio": e.ratio} for norm, e in row.errors.items()},
+        "worst": {k: getattr(row, k) for k in of_worst},
+    }
 
 
 def _dtypes(names: list[str], device: torch.device) -> list[torch.dtype]:
@@ -151,10 +125,9 @@ def _dtypes(names: list[str], device: torch.device) -> list[torch.dtype]:
             "--dtype bfloat16 needs a GPU: Triton's interpreter computes it wrongly; "
             "use float32 or float16",
         )
-        names = names or ["float32", "float16"]
     if not names:
-        half = emulate.capability(device) >= (8, 0)
-        names = ["float32", "float16", *(["bfloat16"] if half else [])]
+        native = device.type == "cuda" and emulate.capability(device) >= (8, 0)
+        names = ["float32", "float16", *(["bfloat16"] if native else [])]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
 
 

@@ -1,5 +1,6 @@
 """A GPT on a candidate's ops against the same on eager: one step, and a training curve."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +13,14 @@ from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.console import say
 from irongpt.data import corpus
 from irongpt.data.tokenizer import CharTokenizer
+from irongpt.errors import one_line
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
 LOSS_SCALE = 4096.0  # keeps small gradients in float16's range, and large ones too
 
-# Two correct float32 trainings drift apart by rounding. Their losses have to agree to this relative
-# difference for this many steps; later, and in 16 bits, the difference is only shown.
+# Rounding makes the losses of two correct float32 trainings drift apart. For this many steps they
+# may differ by this much, relatively; later, and in 16 bits, the difference is only printed.
 JUDGED_STEPS, JUDGED_DIFFERENCE = 32, 2e-5
 
 
@@ -41,15 +43,11 @@ class Curve:
         finite = all(d < float("inf") for d in differences)
         near = self.dtype != "float32" or all(d <= JUDGED_DIFFERENCE for d in differences[:judged])
         largest = max(differences[:judged]) if finite else float("nan")
-        return Check(
-            "model",
-            "training",
-            self.dtype,
-            "loss curve",
-            finite and near,
+        detail = (
             f"losses differ from eager's by up to {largest:.1e} in the first {judged} steps, "
-            f"allowed {JUDGED_DIFFERENCE:.0e}",
+            f"allowed {JUDGED_DIFFERENCE:.0e}"
         )
+        return Check("model", "training", self.dtype, "loss curve", finite and near, detail)
 
 
 @dataclass(frozen=True)
@@ -66,21 +64,33 @@ class Setting:
         return f"{m.n_layer} layers, width {m.n_embd}, context {m.context}, dropout {m.dropout}"
 
 
-def setting(full: bool, drops: bool) -> Setting:
-    """full: the iron preset's model. drops: dropout is on."""
+def setting(full: bool, with_dropout: bool) -> Setting:
+    """full: the iron preset's model, else a small one of its kind."""
     text = corpus.load("python-docs", say=say).text[:100_000]
     tokenizer = CharTokenizer.from_text(text)
     iron = PRESETS["iron"]
     small = dict(n_layer=2, n_head=2, n_embd=32, context=32)
     model = GPTConfig(vocab_size=tokenizer.vocab_size, **iron.model | ({} if full else small))
-    recipe = TrainConfig(
-        **iron.train | dict(iters=100 if full else 20, batch_size=8 if full else 2)
-    )
-    return Setting(
-        model if drops else replace(model, dropout=0.0),
-        recipe if full else replace(recipe, lr=3e-3),
-        tokenizer.encode(text),
-    )
+    short = dict(iters=100, batch_size=8) if full else dict(iters=20, batch_size=2, lr=3e-3)
+    recipe = TrainConfig(**iron.train | short)
+    model = model if with_dropout else replace(model, dropout=0.0)
+    return Setting(model, recipe, tokenizer.encode(text))
+
+
+def compare_model(
+    s: Setting, candidate: Ops, dtypes: Iterable[torch.dtype], device: torch.device
+) -> tuple[list[Row], list[Curve], list[Check]]:
+    """One step and a training in each dtype."""
+    rows, curves, checks = [], [], []
+    for dtype in dtypes:
+        try:
+            rows += compare_step(s, candidate, dtype, device)
+            curves.append(train_both(s, candidate, dtype, device))
+            checks.append(curves[-1].check())
+        except Exception as e:  # as in compare_case, this is a finding and the others go on
+            name = devices.dtype_name(dtype)
+            checks.append(Check("model", "one step", name, "runs", False, one_line(e)))
+    return rows, curves, checks
 
 
 def compare_step(s: Setting, candidate: Ops, dtype: torch.dtype, device: torch.device) -> list[Row]:
@@ -110,12 +120,7 @@ def _step(s: Setting, ops: Ops, dtype: torch.dtype, device: torch.device) -> dic
     return {"logits": logits.detach(), **gradients}
 
 
-def train_both(
-    s: Setting,
-    candidate: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Curve:
+def train_both(s: Setting, candidate: Ops, dtype: torch.dtype, device: torch.device) -> Curve:
     losses = [
         [float(t.train_step()[0]) for _ in range(s.recipe.iters)]
         for t in (_trainer(s, ops, dtype, device) for ops in (candidate, eager))

@@ -19,6 +19,7 @@ from irongpt_kernels.op_specs import LAYERS, OpSpec
 from torch import Tensor
 
 from irongpt.device import dtype_name
+from irongpt.errors import one_line
 
 DROPOUT_P = 0.2
 
@@ -45,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A property that holds or not: two runs give the same bits, the dropout mask is eager's."""
+    """A property that is checked, such as: two runs give the same bits."""
 
     op: str
     shape: str
@@ -81,26 +82,25 @@ class Case:
         return self.spec.name
 
     @property
-    def strided(self) -> bool:
-        return self.shape == "strided"
-
-    @property
     def sizes(self) -> str:
-        """Of the first input; the others follow from it."""
+        """The sizes of the first input, from which the others follow."""
         name, one = next(iter(self.inputs().items()))
         return f"{name} {' x '.join(map(str, one.size))}"
 
     def inputs(self) -> dict[str, Input]:
         """The tensors that are made, of which `views` takes the op's inputs."""
         found = self.spec.inputs(self.at)
-        if not self.strided:
+        if self.shape != "strided":
             return found
         if "q" in found:
             return {"qkv": Input((self.at.B, self.at.T, 3, self.at.H, self.at.D))}
-        return {n: replace(x, size=_wider(x)) for n, x in found.items()}
+        return {  # a packed projection, of five dimensions, stays as it is
+            n: replace(x, size=(*x.size[:-1], x.size[-1] + 8)) if 2 <= len(x.size) <= 4 else x
+            for n, x in found.items()
+        }
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Every floating input in `dtype`, whatever it is in a training."""
+        """Every floating input in `dtype`, also where a training has float32."""
         return {
             name: op_inputs.indices(x, ignored=self.shape == "ragged").to(device)
             if x.role == "integer"
@@ -110,14 +110,12 @@ class Case:
 
     def views(self, x: Tensors) -> Tensors:
         """The op's inputs."""
-        if not self.strided:
+        if self.shape != "strided":
             return x
-        inputs = self.inputs()
-        if "qkv" in x and "q" in self.spec.inputs(self.at):
+        own = self.spec.inputs(self.at)
+        if "q" in own:
             return dict(zip("qkv", x["qkv"].permute(2, 0, 3, 1, 4), strict=True))
-        return {
-            n: t[..., 3 : t.shape[-1] - 5] if _is_matrix(inputs[n]) else t for n, t in x.items()
-        }
+        return {n: t if t.shape == own[n].size else t[..., 3:-5] for n, t in x.items()}
 
     def run(self, ops: Ops, inputs: Tensors) -> Tensors:
         """Outputs by their names, gradients as `d x`."""
@@ -125,7 +123,7 @@ class Case:
 
         def upstream(i: int, x: Tensor) -> Tensor:
             g = op_inputs.normal(tuple(x.shape), 90 + i).to(x.device, x.dtype)
-            return torch.stack([g, g], -1)[..., 0] if self.strided else g
+            return torch.stack([g, g], -1)[..., 0] if self.shape == "strided" else g
 
         def call(x: Tensors) -> Any:
             return self.spec.run(ops, self.at, self.views(x), **options)
@@ -133,28 +131,20 @@ class Case:
         return op_inputs.results(call, inputs, self.spec.outputs, upstream)
 
 
-def _is_matrix(x: Input) -> bool:
-    """Whether the strided class takes columns of a wider tensor; a packed projection is whole."""
-    return 2 <= len(x.size) <= 4
-
-
-def _wider(x: Input) -> tuple[int, ...]:
-    return (*x.size[:-1], x.size[-1] + 8) if _is_matrix(x) else x.size
-
-
-def cases(shape: str, at: RowShape, p: float) -> Iterator[Case]:
-    """Every op with a gradient. p: dropout, which the ragged class does not have."""
+def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
+    """Every op with a gradient. The ragged class never has dropout."""
     for spec in LAYERS:
         ragged = shape == "ragged"
         chosen = spec.full_rows if ragged and spec.full_rows else spec
-        yield Case(chosen, shape, at, 0.0 if ragged or not spec.dropout else p)
+        drops = with_dropout and spec.dropout and not ragged
+        yield Case(chosen, shape, at, DROPOUT_P if drops else 0.0)
 
 
 def compare_case(
-    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, drops: bool
+    case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, with_dropout: bool
 ) -> tuple[list[Row], list[Check]]:
-    """drops: the candidate takes its dropout masks from the seed, which is checked where the op
-    applies dropout."""
+    """with_dropout: the candidate takes its masks from the seed. Ops with dropout are checked for
+    that."""
     inputs = case.values(dtype, device)
     baseline = case.run(eager, inputs)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
@@ -166,9 +156,9 @@ def compare_case(
 
     try:
         results, again = (case.run(candidate, inputs) for _ in range(2))
-        wrong = _wrongly_dropped(case, candidate, inputs) if drops else None
+        wrong = _wrongly_dropped(case, candidate, inputs) if with_dropout else None
     except Exception as e:  # a kernel that cannot run here is a finding among the others
-        return [], [check("runs", False, " ".join(f"{type(e).__name__}: {e}".split())[:300])]
+        return [], [check("runs", False, one_line(e))]
     rows = [
         make_row(case.op, case.shape, case.sizes, name, t, results[t], baseline[t], oracle[t])
         for t in results
@@ -185,27 +175,31 @@ def make_row(
     op: str, shape: str, sizes: str, dtype: str, tensor: str, x: Tensor, base: Tensor, want: Tensor
 ) -> Row:
     """x: the candidate's, base: eager's, want: float64's."""
-    factor = tolerance.GRADIENTS if tensor.startswith("d ") else tolerance.OUTPUTS
     distance = (x.double() - want).abs().nan_to_num(nan=float("inf"))
     index = [int(i) for i in torch.unravel_index(distance.argmax(), x.shape)]
     values = (float(t[tuple(index)]) for t in (x, base, want))
-    return Row(
-        op, shape, sizes, dtype, tensor, tolerance.errors(factor, x, base, want), index, *values
-    )
+    errors = tolerance.errors(factor(tensor), x, base, want)
+    return Row(op, shape, sizes, dtype, tensor, errors, index, *values)
+
+
+def factor(tensor: str) -> int:
+    """How many times eager's error is allowed for an output, or for a gradient `d x`."""
+    return tolerance.GRADIENTS if tensor.startswith("d ") else tolerance.OUTPUTS
 
 
 def _wrongly_dropped(case: Case, ops: Ops, inputs: Tensors) -> list[str] | None:
-    """Where the op drops other elements than the seed decides; None for an op without dropout."""
+    """Where the op zeroes other elements than the seed determines; None for an op without dropout
+    and for the packed attention, which runs the kernels of causal_attention."""
     x = next(iter(inputs.values()))
     if case.op == "dropout_add_layer_norm":
         return _wrong_rows(ops, x)
-    if case.op == "causal_attention":  # the packed op runs the same kernels
+    if case.op == "causal_attention":
         return _wrong_weights(ops, x.new_zeros(case.spec.inputs(case.at)["q"].size))
     return None
 
 
 def _wrong_rows(ops: Ops, x: Tensor) -> list[str]:
-    """A branch of ones on a residual of zeros: what is zero was dropped, and so its gradient."""
+    """With a branch of ones and a residual of zeros, a dropped element and its gradient are 0."""
     M, N = x.shape
     keep = dropout.row_keep(SEED, M, N, DROPOUT_P, x.device)
     branch = torch.ones_like(x).requires_grad_()
@@ -218,21 +212,22 @@ def _wrong_rows(ops: Ops, x: Tensor) -> list[str]:
 
 
 def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
-    """The mask as the output and each gradient of attention show it, D rows or columns at a time.
+    """Reads the mask from the output and each gradient of attention, D rows or columns at a time.
 
-    Scores of zero make all weights of row i equal, 1 / (i + 1). A v, k, q or upstream gradient
-    that is D columns of the identity then copies D columns or rows of the matrix into the result:
-    of the weights, in out and d v, where zero is dropped; of d scores, in d q and d k. There, with
-    v and the upstream gradient of ones, an element is weight * (D scale * kept - delta), above 0
-    if it is kept and below if not, but in rows that keep all or nothing.
+    Scores of zero make all weights of row i equal, 1 / (i + 1). A v, k, q or upstream gradient that
+    is D columns of the identity then copies D columns or rows of a (T, T) matrix into the result.
+    For out and d v this matrix is the weights, in which dropped elements are 0. For d q and d k it
+    is d scores: with v and the upstream gradient of ones, an element is
+    weight * (D * scale * kept - delta), above 0 if it is kept and below 0 if it is dropped, except
+    in rows that keep all or none.
     """
     B, H, T, D = zeros.shape
     keep = dropout.attention_keep(SEED, B, H, T, DROPOUT_P, zeros.device).tril()
     kept = keep.sum(-1, keepdim=True)
-    seen = torch.arange(1, T + 1, device=zeros.device)[:, None]
-    mixed = ((kept > 0) & (kept < seen)).expand_as(keep).tril()
+    positions = torch.arange(1, T + 1, device=zeros.device)[:, None]
+    mixed = ((kept > 0) & (kept < positions)).expand_as(keep).tril()
     ones = torch.ones_like(zeros)
-    wrong = set()
+    found = {name: torch.zeros_like(keep) for name in ("d k", "d q", "d v", "out")}
 
     def grads(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -242,19 +237,16 @@ def _wrong_weights(ops: Ops, zeros: Tensor) -> list[str]:
     for first in range(0, T, D):
         part = slice(first, first + D)
         n = min(D, T - first)
-        unit = torch.eye(T, device=zeros.device, dtype=zeros.dtype)[:, part]
         block = torch.zeros_like(zeros)
-        block[..., :n] = unit
+        block[..., :n] = torch.eye(T, device=zeros.device, dtype=zeros.dtype)[:, part]
         out, _, _, dv = grads(zeros, zeros, block, block)
         _, dq, _, _ = grads(zeros, block, ones, ones)
         _, _, dk, _ = grads(block, zeros, ones, ones)
-        columns, rows = keep[..., part], keep[..., part, :].transpose(-2, -1)
-        if not torch.equal(out[..., :n] != 0, columns):
-            wrong.add("out")
-        if not torch.equal(dv[..., :n] != 0, rows):
-            wrong.add("d v")
-        if ((dq[..., :n] > 0) != columns)[mixed[..., part]].any():
-            wrong.add("d q")
-        if ((dk[..., :n] > 0) != rows)[mixed[..., part, :].transpose(-2, -1)].any():
-            wrong.add("d k")
-    return sorted(wrong)
+        found["out"][..., part] = out[..., :n] != 0
+        found["d v"][..., part, :] = (dv[..., :n] != 0).mT
+        found["d q"][..., part] = dq[..., :n] > 0
+        found["d k"][..., part, :] = (dk[..., :n] > 0).mT
+    wrong = {name: x != keep for name, x in found.items()}
+    for name in ("d k", "d q"):
+        wrong[name] &= mixed
+    return [name for name, x in wrong.items() if x.any()]

@@ -2,19 +2,18 @@
 
 import io
 import re
+from typing import Any
 
-from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from irongpt.compare.model import JUDGED_DIFFERENCE, JUDGED_STEPS, Curve
-from irongpt.compare.ops import Row
+from irongpt.compare.ops import Row, factor
 
 COLORS = {"float32": "tab:blue", "float16": "tab:orange", "bfloat16": "tab:green"}
-SHOWN = 10.0  # ratios above are drawn at the edge
+SHOWN = 10.0  # larger ratios are shown at the edge
 
 
 def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> bytes:
@@ -36,23 +35,22 @@ def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> byt
 
 def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
     """A line for every op and tensor, a point for every shape and dtype."""
-    labels: dict[tuple[str, str], int] = {}
-    for r in rows:
-        labels.setdefault(_label(r), len(labels))
+    labels = {label: y for y, label in enumerate(dict.fromkeys(map(_label, rows)))}
     dtypes = list(dict.fromkeys(r.dtype for r in rows))
     for r in rows:
-        ratio = r.errors["max"].ratio
+        ratio, color = r.errors["max"].ratio, COLORS[r.dtype]
         x = SHOWN if not ratio < SHOWN else max(ratio, 1 / SHOWN)
         y = labels[_label(r)] + 0.2 * (dtypes.index(r.dtype) - (len(dtypes) - 1) / 2)
-        if r.ok:
-            inside = ratio <= _factor(r.tensor)
-            face = COLORS[r.dtype] if inside else "white"  # white: within the floor
-            axes.plot(x, y, "o", color=COLORS[r.dtype], markerfacecolor=face, markersize=4)
-        else:
-            axes.plot(x, y, "X", color="tab:red", markersize=8, clip_on=False, zorder=5)
+        style: dict[str, Any] = dict(marker="o", color=color, markersize=4, label=r.dtype)
+        if not r.ok:
+            style |= dict(marker="X", color="tab:red", markersize=8, clip_on=False, zorder=5)
+            style |= dict(label="exceeds tolerance")
+        elif ratio > factor(r.tensor):
+            style |= dict(markerfacecolor="white", label="within one rounding")
+        axes.plot(x, y, linestyle="", **style)
     for (_, tensor), y in labels.items():
-        limit = _factor(tensor)
-        axes.plot([limit, limit], [y - 0.5, y + 0.5], color="black", linewidth=1)
+        limit = [factor(tensor)] * 2
+        axes.plot(limit, [y - 0.5, y + 0.5], color="black", linewidth=1, label="tolerance")
     ops = [op for op, _ in labels]
     for y in range(1, len(ops)):
         if ops[y] != ops[y - 1]:
@@ -67,22 +65,11 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
     axes.set_yticks(list(labels.values()), shown, fontsize=8, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(f"largest error of {candidate} / largest error of eager, both from float64")
-    handles = [
-        Line2D([], [], color=COLORS[d], marker="o", linestyle="", markersize=4, label=d)
-        for d in dtypes
-    ]
-    handles.append(Line2D([], [], color="black", linewidth=1, label="tolerance"))
-    if any(r.ok and r.errors["max"].ratio > _factor(r.tensor) for r in rows):
-        label = "within one rounding"
-        handles.append(
-            Line2D([], [], color="0.3", marker="o", linestyle="", mfc="white", label=label)
-        )
-    if any(not r.ok for r in rows):
-        label = "exceeds tolerance"
-        handles.append(Line2D([], [], color="tab:red", marker="X", linestyle="", label=label))
-    axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
+    names = {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    place: dict[str, Any] = dict(
+        loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
     )
+    axes.legend(names.values(), names.keys(), **place)
 
 
 def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate: str) -> None:
@@ -109,12 +96,8 @@ def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate
     for axes in (losses, *apart):
         axes.grid(alpha=0.3)
     for axes in apart:
-        axes.set_ylim(bottom=0)  # after all panels are drawn: they share the axis
+        axes.set_ylim(bottom=0)  # after all panels are plotted, since they share the axis
         axes.legend(fontsize=8)
-
-
-def _factor(tensor: str) -> int:
-    return GRADIENTS if tensor.startswith("d ") else OUTPUTS
 
 
 def _label(row: Row) -> tuple[str, str]:

@@ -28,12 +28,12 @@ def heading(candidate: str) -> str:
 def group(title: str, rows: list[Row], checks: list[Check]) -> str:
     """A title with the checks that passed, and a line for every tensor.
 
-    Parameters that every block of a model has share one line, that of the block nearest to its
-    tolerance; the JSON has all of them.
+    For a parameter that every block of a model has, only the block nearest to its tolerance is
+    shown; the JSON has all of them.
     """
-    passed = [name for name in dict.fromkeys(c.name for c in checks) if _all_ok(name, checks)]
+    names = {c.name for c in checks} - {c.name for c in checks if not c.ok}
     notes = {"repeatable": "same bits in two runs", "dropout mask": "eager's dropout mask"}
-    said = ", ".join(notes[name] for name in passed if name in notes)
+    passed = ", ".join(text for name, text in notes.items() if name in names)
     nearest: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row.dtype, re.sub(r"blocks\.\d+", "blocks.*", row.tensor)
@@ -41,7 +41,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
             nearest[key] = row
     lines = [_line(row) for row in nearest.values()]
     marks = [f"  {c.dtype:8} {c.name}: FAIL" for c in checks if not c.ok]
-    return "\n".join(["", f"{title}{'; ' if said else ''}{said}", *lines, *marks])
+    return "\n".join(["", f"{title}{passed and '; '}{passed}", *lines, *marks])
 
 
 def training(curve: Curve) -> str:
@@ -98,10 +98,6 @@ def _line(row: Row) -> str:
         f"{_ratio(largest.ratio):>6} {_ratio(rms.ratio):>6} {used}  "
         f"{_index(row.index)}{'' if row.ok else '  FAIL'}"
     )
-
-
-def _all_ok(name: str, checks: list[Check]) -> bool:
-    return all(c.ok for c in checks if c.name == name)
 
 
 def _index(index: list[int]) -> str:

@@ -69,8 +69,8 @@ class Muon:
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The iteration's dtype where a training step's matmuls have `dtype`.
 
-    It is float16 for bfloat16 on a GPU, which is as fast and ten times as exact: errors of 0.2 to
-    2.5 % instead of 1.3 to 20 % (docs/LOG.md). No value comes near its limit.
+    On a GPU it is float16 in place of bfloat16: as fast, with errors of 0.2 to 2.5 % instead of 1.3
+    to 20 % (docs/LOG.md). No value comes near the limit of float16.
     """
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 
@@ -81,9 +81,10 @@ def orthogonal(groups: list[Tensor]) -> list[Tensor]:
     groups: (n, rows, columns) each, of matrices of Frobenius norm 1. Matmuls and results have their
     dtype. Singular values far below the largest one stay small.
 
-    The iteration works on Gram matrices, whose size is the smaller side: all groups with the same
-    smaller side are batched, and a matrix itself is multiplied twice for each of STEPS, not at
-    every step as in the usual form. A single Gram matrix for all steps would lose half the digits.
+    The iteration works on Gram matrices, whose size is the smaller side, so all groups with the
+    same smaller side are batched. A matrix itself is multiplied twice for each group of STEPS, not
+    at every step as in the usual form. With one Gram matrix for all steps, half the digits would be
+    lost.
     """
     sides: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(groups):

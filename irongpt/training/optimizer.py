@@ -19,8 +19,8 @@ from irongpt.training.muon import Muon, matmul_dtype
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of step `step`, counted from 0: linear warmup to lr, then decay to min_lr.
 
-    It is lr / warmup at the first step, lr at step `warmup`, and would reach min_lr at step
-    `iters`, the first one that is not taken.
+    It is lr / warmup at the first step and lr at step `warmup`. It would be min_lr at step `iters`,
+    which is not taken.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -95,7 +95,7 @@ class Optimizer:
             p.grad = None
 
     def gradient(self, p: Tensor) -> Tensor:
-        """The parameter's float32 gradient if it has one, else that of its copy."""
+        """The float32 gradient of a parameter if it has one, else the gradient of its copy."""
         low = self.low_precision_params
         grad = low[p].grad if p.grad is None and p in low else p.grad
         if grad is None:
@@ -160,8 +160,7 @@ class Optimizer:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, named `<moment>.<parameter>`."""
-        # safetensors does not save two tensors that share a storage.
+        """The moments, named `<moment>.<parameter>`; views as clones, as safetensors requires."""
         return {
             name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
             for name, t in self._state().items()

@@ -101,12 +101,12 @@ def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     dtype, why = devices.precision("auto", GPU)
     assert dtype == torch.float16
     assert "7.5 (emulated)" in why
-    assert "timings do not predict a T4's" in ops.slow_note("fused", GPU)
-    assert ops.slow_note("builtin", GPU) is None
+    assert "timings do not predict a T4's" in ops.notes("fused", GPU)[0]
+    assert ops.notes("builtin", GPU) == []
     monkeypatch.delenv(emulate.VARIABLE)
     assert launch.architecture(GPU) == 90
     assert devices.precision("auto", GPU).dtype == torch.bfloat16
-    assert ops.slow_note("fused", GPU) is None
+    assert ops.notes("fused", GPU) == []
 
 
 def test_a_launch_asks_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:

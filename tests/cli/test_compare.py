@@ -1,21 +1,29 @@
-"""`irongpt compare`: it finds what is wrong with a candidate, and nothing where nothing is."""
+"""`irongpt compare` finds each bug of a candidate, and reports no error of a correct one."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import assert_mistake
-from irongpt_kernels import eager
+from irongpt_kernels import eager, tolerance
 from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.runtime import launch
 from numerics import DEVICE, OPS, UPDATES, each_dtype
 
 from irongpt import ops
-from irongpt.compare import model
-from irongpt.compare import ops as compare_ops
+from irongpt.compare import model, table
 from irongpt.compare.command import compare
-from irongpt.compare.ops import SMALL, Check, cases, compare_case
+from irongpt.compare.model import JUDGED_STEPS, Curve
+from irongpt.compare.ops import SMALL, cases, compare_case, make_row
+from irongpt.errors import UserError
+
+CPU = torch.device("cpu")
+TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 
 
 class Nudge(torch.autograd.Function):
@@ -42,20 +50,28 @@ def nudged_weight_gradient():
     return candidate(layer_norm=layer_norm)
 
 
-def other_elements_dropped():
-    def causal_attention(q, k, v, *, dropout_p=0.0, seed=None, scale=None):
-        seed = seed if seed is None else seed + 1
-        return eager.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+def other_seed(op: str, shift: int):
+    def wrong(*args, seed=None, **options):
+        seed = seed if seed is None else seed + shift
+        return getattr(eager, op)(*args, seed=seed, **options)
 
-    return candidate(causal_attention=causal_attention)
+    return candidate(**{op: wrong})
+
+
+def other_elements_dropped():
+    return other_seed("causal_attention", 1)
+
+
+def other_rows_dropped():
+    return other_seed("dropout_add_layer_norm", 1 << 32)
 
 
 def other_elements_dropped_in_one_gradient():
-    def causal_attention(q, k, v, *, dropout_p=0.0, seed=None, scale=None):
+    def causal_attention(q, k, v, *, seed=None, **options):
         def op(q, k, v, seed):
-            return eager.causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
+            return eager.causal_attention(q, k, v, seed=seed, **options)
 
-        if not dropout_p:
+        if not options["dropout_p"]:
             return op(q, k, v, seed)
         through_k = op(q.detach(), k, v.detach(), seed ^ 1)
         return op(q, k.detach(), v, seed) + through_k - through_k.detach()
@@ -63,42 +79,30 @@ def other_elements_dropped_in_one_gradient():
     return candidate(causal_attention=causal_attention)
 
 
-def other_rows_dropped():
-    def dropout_add_layer_norm(branch, residual, weight, bias=None, *, seed=None, **options):
-        seed = seed if seed is None else seed + (1 << 32)
-        return eager.dropout_add_layer_norm(branch, residual, weight, bias, seed=seed, **options)
-
-    return candidate(dropout_add_layer_norm=dropout_add_layer_norm)
+def scaled(op: str, factor: Callable[[], float]):
+    return candidate(**{op: lambda **inputs: getattr(eager, op)(**inputs) * factor()})
 
 
 def not_repeatable():
-    runs = [0]
-
-    def gelu(x, bias=None):
-        runs[0] += 1
-        return eager.gelu(x, bias) * (1 + 2.0**-23 * (runs[0] % 2))
-
-    return candidate(gelu=gelu)
-
-
-def raising():
-    def softmax(x, *, scale=1.0, causal=False):
-        raise RuntimeError("out of registers\nand more" + " of them" * 20)
-
-    return candidate(softmax=softmax)
+    runs = itertools.count()
+    return scaled("gelu", lambda: 1 + 2.0**-23 * (next(runs) % 2))
 
 
 def one_nan():
-    def cross_entropy(logits, targets, ignore_index=-100):
-        return eager.cross_entropy(logits, targets, ignore_index) * float("nan")
+    return scaled("cross_entropy", lambda: float("nan"))
 
-    return candidate(cross_entropy=cross_entropy)
+
+def raising():
+    def factor() -> float:
+        raise RuntimeError("out of registers\nand more" + " of them" * 20)
+
+    return scaled("softmax", factor)
 
 
 def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
-    """Runs the whole command, without the model: that has tests of its own."""
+    """Runs the command without the comparison of models, which has its own tests."""
     monkeypatch.setattr(ops, "load", lambda name, device: module)
-    monkeypatch.setattr("irongpt.compare.command._model", lambda *_: ([], [], []))
+    monkeypatch.setattr("irongpt.compare.command.compare_model", lambda *_: ([], [], []))
     capsys.readouterr()
     code = compare("cpu", ["float32"], files.get("json_file"), files.get("plot"))
     return code, capsys.readouterr().out
@@ -109,13 +113,14 @@ def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
     [
         (nudged_weight_gradient, "FAIL layer_norm, model, float32, gradient d weight"),
         (other_elements_dropped, "FAIL causal_attention, strided, float32, dropout mask"),
+        (other_elements_dropped_in_one_gradient, "elements than eager's are dropped in d k\n"),
         (other_rows_dropped, "FAIL dropout_add_layer_norm, model, float32, dropout mask"),
         (not_repeatable, "FAIL gelu, ragged, float32, repeatable"),
         (raising, "FAIL softmax, model, float32, runs\n     RuntimeError: out of registers and"),
         (one_nan, "FAIL cross_entropy, model, float32, output out"),
     ],
 )
-def test_what_is_wrong_is_named(monkeypatch, capsys, plant, found):
+def test_each_bug_is_found_and_named(monkeypatch, capsys, plant, found):
     code, out = compare_planted(monkeypatch, capsys, plant())
     assert code == 1
     assert found in out
@@ -130,20 +135,12 @@ def test_what_is_wrong_is_named(monkeypatch, capsys, plant, found):
         (other_rows_dropped, "dropout_add_layer_norm", "total", "total, d branch"),
     ],
 )
-def test_a_wrong_mask_is_seen_everywhere_and_as_an_error(
-    monkeypatch, capsys, plant, op, output, places
-):
+def test_a_wrong_mask_is_found_in_every_shape(monkeypatch, capsys, plant, op, output, places):
     _, out = compare_planted(monkeypatch, capsys, plant())
-    assert f"FAIL {op}, model, float32, output {output}\n" in out  # the cases themselves drop
+    assert f"FAIL {op}, model, float32, output {output}\n" in out  # an error, too
     for shape in SMALL:
         check = f"FAIL {op}, {shape}, float32, dropout mask\n     other elements than eager's are"
         assert f"{check} dropped in {places}\n" in out
-
-
-def test_a_mask_that_is_wrong_in_one_gradient_is_told_from_the_others(monkeypatch, capsys):
-    code, out = compare_planted(monkeypatch, capsys, other_elements_dropped_in_one_gradient())
-    assert code == 1
-    assert "other elements than eager's are dropped in d k\n" in out
 
 
 def test_eager_itself_passes_with_its_dropout(monkeypatch, capsys):
@@ -167,9 +164,8 @@ def test_a_failure_is_in_the_files_too(monkeypatch, capsys, tmp_path):
 
 
 def test_builtin_passes_and_its_files_are_complete(cli):
-    result = cli(
-        *"compare --device cpu --dtype float32 --ops builtin --json c.json --plot c.png".split()
-    )
+    flags = "--device cpu --dtype float32 --ops builtin --json c.json --plot c.png"
+    result = cli("compare", *flags.split())
     assert result.code == 0, result.out
     assert "FAIL" not in result.out
     assert max(map(len, result.out.splitlines())) <= 100
@@ -194,16 +190,12 @@ def test_builtin_passes_and_its_files_are_complete(cli):
 
 
 def test_the_model_of_a_candidate_with_a_wrong_gradient_fails():
-    s = model.setting(full=False, drops=True)
-    cpu = torch.device("cpu")
-    rows = model.compare_step(s, nudged_weight_gradient(), torch.float32, cpu)
+    s = model.setting(full=False, with_dropout=True)
+    rows = model.compare_step(s, nudged_weight_gradient(), torch.float32, CPU)
     assert {r.tensor for r in rows if not r.ok} == {"d blocks.0.ln_1.weight"}  # the one plain norm
-    curve = model.train_both(s, other_rows_dropped(), torch.float32, cpu)
+    curve = model.train_both(s, other_rows_dropped(), torch.float32, CPU)
     assert not curve.check().ok
-    assert model.train_both(s, candidate(), torch.float32, cpu).check().ok
-
-
-TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
+    assert model.train_both(s, candidate(), torch.float32, CPU).check().ok
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -211,18 +203,17 @@ TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 def test_the_kernels_pass(shape, dtype):
     device = torch.device(DEVICE)
     fused = ops.load("fused", device)
-    for case in cases(shape, TINY, compare_ops.DROPOUT_P):
-        rows, checks = compare_case(case, fused, dtype, device, drops=True)
+    for case in cases(shape, TINY, with_dropout=True):
+        rows, checks = compare_case(case, fused, dtype, device, with_dropout=True)
         assert rows
         assert [x for x in (*rows, *checks) if not x.ok] == []
 
 
-def test_a_kernel_that_cannot_run_is_a_finding_of_its_own():
-    case = next(c for c in cases("model", TINY, 0.0) if c.op == "softmax")
-    rows, checks = compare_case(case, raising(), torch.float32, torch.device("cpu"), drops=True)
+def test_a_kernel_that_cannot_run_is_a_failed_check():
+    case = next(c for c in cases("model", TINY, with_dropout=False) if c.op == "softmax")
+    rows, checks = compare_case(case, raising(), torch.float32, CPU, with_dropout=True)
     assert rows == []
     assert [(c.name, c.ok) for c in checks] == [("runs", False)]
-    assert isinstance(checks[0], Check)
 
 
 @pytest.mark.parametrize(
@@ -241,18 +232,12 @@ def test_mistakes(cli, arguments, message):
 
 
 def test_kernels_that_cannot_run_here_are_a_mistake(cli, monkeypatch):
-    from irongpt_kernels.runtime import launch
-
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert_mistake(cli("compare", "--device", "cpu"), "TRITON_INTERPRET=1")
 
 
-def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
-    from irongpt.errors import UserError
-
-    def refuse(path, data):
-        raise PermissionError(13, "Permission denied")
-
+def test_a_file_that_cannot_be_written_is_a_mistake(monkeypatch, capsys, tmp_path):
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("irongpt.files.replace_file", refuse)
     with pytest.raises(UserError, match=r"cannot write .*c\.json: Permission denied"):
         compare_planted(monkeypatch, capsys, candidate(), json_file=tmp_path / "c.json")
@@ -276,15 +261,76 @@ def test_strided_cases_give_an_op_strided_tensors():
             x = next(iter(inputs.values()))
             assert name == "causal_attention" or not x.is_contiguous()
             out = getattr(eager, name)(**inputs)
-            if isinstance(out, tuple):
-                return tuple(Spy.apply(t) for t in out)
-            return Spy.apply(out)
+            return tuple(map(Spy.apply, out)) if isinstance(out, tuple) else Spy.apply(out)
 
         return op
 
     module = SimpleNamespace(**{name: spy(name) for name in OPS})
-    for case in cases("strided", TINY, 0.0):
-        compare_case(case, module, torch.float32, torch.device("cpu"), drops=False)
+    for case in cases("strided", TINY, with_dropout=False):
+        compare_case(case, module, torch.float32, CPU, with_dropout=False)
     del seen["cross_entropy"]  # its gradient is one number
     assert len(seen) == 5
     assert all(seen.values())
+
+
+def test_the_tolerance_is_that_of_the_design():
+    one = torch.ones(4, dtype=torch.float64)
+    baseline, floor = (one + 2.0**-20).float(), 2.0**-23
+    for factor in (tolerance.OUTPUTS, tolerance.GRADIENTS):
+        allowed = factor * 2.0**-20 + floor
+        found = tolerance.errors(factor, (one + allowed).float(), baseline, one)
+        assert all(e.ok and e.bound == pytest.approx(allowed) for e in found.values())
+        too_far = (one + allowed + 2.0**-23).float()
+        assert not any(e.ok for e in tolerance.errors(factor, too_far, baseline, one).values())
+    assert (tolerance.OUTPUTS, tolerance.GRADIENTS) == (2, 3)
+
+
+def test_one_norm_that_exceeds_the_tolerance_is_enough():
+    """Each element has the error of eager's worst one: only the root mean square exceeds it."""
+    want = torch.ones(100, dtype=torch.float64)
+    baseline = want.float()
+    baseline[0] += 2.0**-10
+    x = (want + 2.0**-10).float()
+    row = make_row("gelu", "model", "", "float32", "out", x, baseline, want)
+    assert row.errors["max"].ok
+    assert not row.ok
+    assert row.errors["rms"].ratio == pytest.approx(10)
+
+
+@pytest.mark.parametrize("tensor", ["out", "d x"])
+def test_the_worst_element_and_the_factor_of_a_tensor(tensor):
+    want = torch.zeros(3, 4, dtype=torch.float64)
+    baseline, x = want.float(), want.float()
+    baseline[0, 0], x[0, 0], x[2, 1] = 0.5, 0.25, -1.25
+    row = make_row("gelu", "model", "", "float32", tensor, x, baseline, want)
+    assert (row.index, row.candidate, row.eager, row.float64) == ([2, 1], -1.25, 0, 0)
+    assert row.errors["max"].ok is (tensor == "d x")  # 2.5 times eager's
+
+
+def test_the_table_shows_the_block_nearest_to_its_tolerance():
+    want = torch.ones(2, dtype=torch.float64)
+
+    def row(block, steps):
+        x, base = ((want + n * 2.0**-22).float() for n in (steps, 1))
+        name = f"d blocks.{block}.ln_1.weight"
+        return make_row("model", "one step", "", "float32", name, x, base, want)
+
+    text = table.group("model", [row(0, 1), row(1, 3), row(2, 2)], [])
+    assert "blocks.1." in text
+    assert len(text.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "loss", "ok"),
+    [
+        ("float32", 3, 2.0, True),
+        ("float32", 3, 2.0001, False),
+        ("float32", JUDGED_STEPS + 1, 2.0001, True),  # by now rounding has grown
+        ("float16", 3, 2.0001, True),
+        ("float16", 3, float("nan"), False),
+        ("float32", JUDGED_STEPS + 1, float("inf"), False),
+    ],
+)
+def test_training_curves_have_to_agree_before_rounding_grows(dtype, step, loss, ok):
+    losses = [2.0] * (JUDGED_STEPS + 2)
+    assert Curve(dtype, [*losses[:step], loss, *losses[step + 1 :]], losses).check().ok is ok

@@ -1,7 +1,6 @@
-"""Measured launch options: their file, what of it is refused, and that launches take them."""
+"""Measured launch options: their file, its errors, and launches that use them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Cli, assert_mistake
+from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
 from irongpt_kernels.fused import attention_tiles
 from irongpt_kernels.runtime import emulate, launch, launch_table
@@ -24,50 +24,37 @@ TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=255)
 ENTRY: dict[str, Any] = dict(kernel="attention forward", size=64, itemsize=2, options=TILE)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    cache.load.cache_clear()
-    yield
-    cache.load.cache_clear()
-    launch_table._tables.clear()
-
-
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """Pretends that there is one, whose kernels are compiled, and a cache folder."""
-    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.delenv(emulate.VARIABLE, raising=False)
+    """Fakes an H200, for which kernels are compiled, and an empty cache folder."""
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
     monkeypatch.delenv(cache.VARIABLE, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (card.major, 0))
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    return card
+    return fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
 
 
 def forward_tile() -> dict[str, int]:
     return attention_tiles.tiles("forward", GPU, 64, 2)
 
 
-def test_what_was_kept_is_launched(h200) -> None:
-    shipped = forward_tile()
+def test_saved_options_are_launched(h200) -> None:
+    default = forward_tile()
     assert cache.load(GPU) == ([], "")
     assert launch_table.digest(GPU) == ""
     file = cache.save(GPU, [ENTRY])
     assert file.name.startswith("tuned-NVIDIA-H200-sm-90-")
-    assert forward_tile() == shipped  # this process has looked already
+    assert forward_tile() == default  # this process looked before there was a file
     cache.load.cache_clear()
     entries, note = cache.load(GPU)
     assert entries == [ENTRY]
     assert f"tiles measured on this GPU, table {launch_table.digest(GPU)}" in note
     assert forward_tile() == TILE
-    assert attention_tiles.tiles("query", GPU, 64, 2) == attention_tiles.table("query", 90, 64, 2)
-    assert attention_tiles.tiles("forward", GPU, 64, 4) == attention_tiles.table(
-        "forward", 90, 64, 4
-    )
-    assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == shipped
-    assert cache.note("fused", GPU) == note
-    assert cache.note("builtin", GPU) == ""
+    for kernel, itemsize in (("query", 2), ("forward", 4)):
+        found = attention_tiles.tiles(kernel, GPU, 64, itemsize)
+        assert found == attention_tiles.table(kernel, 90, 64, itemsize)
+    assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == default
+    assert ops.notes("fused", GPU) == [note]
+    assert ops.notes("builtin", GPU) == []
 
 
 def test_interpreted_tiles_stay_small(h200, monkeypatch) -> None:
@@ -76,7 +63,7 @@ def test_interpreted_tiles_stay_small(h200, monkeypatch) -> None:
     assert forward_tile()["BLOCK_M"] == 32
 
 
-def test_nothing_left_is_no_file(h200) -> None:
+def test_without_entries_the_file_is_deleted(h200) -> None:
     file = cache.save(GPU, [ENTRY])
     assert cache.save(GPU, []) == file
     assert not file.exists()
@@ -93,60 +80,58 @@ def test_nothing_left_is_no_file(h200) -> None:
     ],
     ids=["another GPU", "architecture", "Triton", "source"],
 )
-def test_of_another_it_is_not_opened(h200, monkeypatch, change) -> None:
+def test_a_file_of_another_machine_or_version_is_not_used(h200, monkeypatch, change) -> None:
     file = cache.save(GPU, [ENTRY])
     change(h200, monkeypatch)
     assert cache.path(GPU) != file
     assert cache.load(GPU) == ([], "")
-    cache.path(GPU).write_bytes(file.read_bytes())  # and renamed by hand, not believed
+    cache.path(GPU).write_bytes(file.read_bytes())  # renamed by hand, it is not trusted
     cache.load.cache_clear()
     assert "was measured on another GPU or version; run irongpt tune again" in cache.load(GPU).note
     assert launch_table.digest(GPU) == ""
 
 
 def edited(file: Path, **changed: Any) -> bytes:
-    """With a digest that fits, as no hand would write it."""
+    """The file with changed values and a digest that fits."""
     values = json.loads(file.read_bytes()) | changed
     del values["sha256"]
     return sealed(values)
 
 
-DAMAGES = {
+DAMAGES = {  # the new content, or changed values
     "empty": lambda file: b"",
     "cut": lambda file: file.read_bytes()[:-9],
     "by hand": lambda file: file.read_bytes().replace(b"128", b"256"),
     "a list": lambda file: b"[]",
     "binary": lambda file: b"\xff\x00\xfe",
-    "no entries": lambda file: edited(file, entries=None),
-    "text": lambda file: edited(file, entries="no"),
-    "another kernel": lambda file: edited(file, entries=[ENTRY | dict(kernel="gemm")]),
-    "no size": lambda file: edited(file, entries=[ENTRY | dict(size=None)]),
-    "no options": lambda file: edited(file, entries=[ENTRY | dict(options={})]),
-    "another option": lambda file: edited(
-        file, entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]
-    ),
-    "no power": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
-    "too small": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),
-    "true": lambda file: edited(file, entries=[ENTRY | dict(options=TILE | dict(num_stages=True))]),
-    "format": lambda file: edited(file, format=2),
+    "no entries": dict(entries=None),
+    "text": dict(entries="no"),
+    "another kernel": dict(entries=[ENTRY | dict(kernel="gemm")]),
+    "no size": dict(entries=[ENTRY | dict(size=None)]),
+    "no options": dict(entries=[ENTRY | dict(options={})]),
+    "another option": dict(entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]),
+    "no power": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_M=48))]),
+    "too small": dict(entries=[ENTRY | dict(options=TILE | dict(BLOCK_N=8))]),
+    "true": dict(entries=[ENTRY | dict(options=TILE | dict(num_stages=True))]),
+    "format": dict(format=2),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
 def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     file = cache.save(GPU, [ENTRY])
-    shipped = attention_tiles.table("forward", 90, 64, 2)
-    file.write_bytes(damage(file))
+    default = attention_tiles.table("forward", 90, 64, 2)
+    file.write_bytes(damage(file) if callable(damage) else edited(file, **damage))
     loaded = cache.load(GPU)
     assert loaded.entries == []
     assert loaded.note.startswith(f"measured tiles ignored: {file}")
     assert loaded.note.endswith("run irongpt tune again")
     assert "\n" not in loaded.note
     assert len(loaded.note) < 400
-    assert forward_tile() == shipped
+    assert forward_tile() == default
 
 
-def test_off_is_off(h200, monkeypatch, cli: Cli) -> None:
+def test_irongpt_tuned_off_ignores_the_file(h200, monkeypatch, cli: Cli) -> None:
     cache.save(GPU, [ENTRY])
     monkeypatch.setenv(cache.VARIABLE, "off")
     assert cache.load(GPU) == ([], "")
@@ -156,7 +141,7 @@ def test_off_is_off(h200, monkeypatch, cli: Cli) -> None:
         cache.load(GPU)
 
 
-def test_an_emulated_t4_and_a_cpu_take_none(h200, monkeypatch) -> None:
+def test_an_emulated_t4_and_a_cpu_use_no_file(h200, monkeypatch) -> None:
     cache.save(GPU, [ENTRY])
     monkeypatch.setenv(emulate.VARIABLE, "sm_75")
     assert cache.load(GPU) == ([], "")
@@ -171,7 +156,7 @@ def test_a_folder_that_cannot_be_written(h200, monkeypatch, tmp_path) -> None:
         cache.save(GPU, [ENTRY])
 
 
-def test_a_run_and_the_doctor_load_and_say_it(h200, monkeypatch) -> None:
+def test_a_run_and_the_doctor_load_and_report_them(h200, monkeypatch) -> None:
     cache.save(GPU, [ENTRY])
     monkeypatch.setattr(launch, "prepare", lambda device: None)
     assert ops.load("fused", GPU) is fused
@@ -182,33 +167,26 @@ def test_a_run_and_the_doctor_load_and_say_it(h200, monkeypatch) -> None:
     assert f"table {launch_table.digest(GPU)}" in report.facts["kernels"]
 
 
-def test_digests_tell_tables_apart() -> None:
-    one = launch_table.table_of([ENTRY, ENTRY | dict(size=128)])
-    other = launch_table.table_of([ENTRY | dict(size=128), ENTRY])
-    assert launch_table.table_digest(one) == launch_table.table_digest(other)
-    assert launch_table.table_digest(one) != launch_table.table_digest(
-        launch_table.table_of([ENTRY])
+def test_digests_distinguish_tables() -> None:
+    entries = [ENTRY, ENTRY | dict(size=128)]
+    one, other, first = (
+        launch_table.table_digest(launch_table.table_of(found))
+        for found in (entries, entries[::-1], entries[:1])
     )
-    assert len(launch_table.table_digest(one)) == 12
-    assert len(launch_table.sources()) == 12
+    assert one == other != first
+    assert len(one) == len(launch_table.sources()) == 12
 
 
 ROWS = {
     "norm forward": ("dropout_add_layer_norm", dict(BLOCK_M=4, num_warps=2)),
-    "norm backward": (
-        "dropout_add_layer_norm",
-        dict(BLOCK_M=4, num_warps=2, warps_per_sm=2),
-    ),
+    "norm backward": ("dropout_add_layer_norm", dict(BLOCK_M=4, num_warps=2, warps_per_sm=2)),
     "gelu forward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1)),
     "gelu backward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1, programs_per_sm=1)),
 }
-LAUNCHED = {"norm": "dropout_add_layer_norm", "gelu": "gelu"}
 
 
 @pytest.mark.parametrize("kernel", list(ROWS))
-def test_row_kernels_are_right_with_other_tiles_and_are_launched_with_them(
-    kernel: str, monkeypatch
-) -> None:
+def test_row_kernels_use_other_tiles_and_are_correct(kernel: str, monkeypatch) -> None:
     op, options = ROWS[kernel]
     inputs = small_inputs(torch.float32)[op]
     first = next(x for x in inputs.values() if x is not None)
@@ -227,7 +205,7 @@ def test_row_kernels_are_right_with_other_tiles_and_are_launched_with_them(
     assert (kernel, options) in seen
 
 
-def test_a_resume_with_other_tiles_says_so(cli: Cli, monkeypatch) -> None:
+def test_a_resume_with_other_tiles_warns(cli: Cli, monkeypatch) -> None:
     from irongpt.training import loop
 
     flags = [*TINY, "--iters", "4", "--eval-every", "2"]
@@ -245,7 +223,7 @@ def test_a_resume_with_other_tiles_says_so(cli: Cli, monkeypatch) -> None:
 
 def test_mistakes(cli: Cli, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_mistake(cli("tune"), "irongpt tune measures on an NVIDIA GPU, and there is none")
+    assert_mistake(cli("tune"), "irongpt tune needs an NVIDIA GPU")
     assert_mistake(cli("tune", "--device", "cuda"), "--device cuda: torch finds no NVIDIA GPU")
     assert_mistake(cli("tune", "--preset", "huge"), "--preset")
     assert_mistake(cli("tune", "--dtype", "int8"), "--dtype")

@@ -1,17 +1,19 @@
-"""`irongpt tune`: what it measures and what it keeps, with a clock that the test sets."""
+"""`irongpt tune`: which options it measures and keeps, with a clock that the test sets."""
 
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import assert_mistake
+from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import eager, fused
 from irongpt_kernels.aot import tiles
 from irongpt_kernels.runtime import emulate, launch_table
@@ -20,20 +22,12 @@ from irongpt import launch_cache as cache
 from irongpt import timing, tuning
 from irongpt.config import GPTConfig
 from irongpt.errors import UserError
-from irongpt.tuning import FUNCTIONS, AccuracyCheck, Launch, Row, Work, beats
+from irongpt.tuning import FUNCTIONS, Launch, Row, Work, beats
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(vocab_size=9, n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.2)
 SLOW, FAST = 10e-6, 5e-6
 Options = launch_table.Options
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    cache.load.cache_clear()
-    yield
-    cache.load.cache_clear()
-    launch_table._tables.clear()
 
 
 def work(kernel: str = "gelu forward", device: torch.device = CPU) -> Work:
@@ -53,8 +47,8 @@ def by_tile(default: float, **costs: float) -> Callable[[Options | None, int], f
 
 
 class Measured:
-    """Measures candidates whose seconds are what `costs` says of options and sample; each sample
-    adds some noise. The op is eager's, which launches nothing, unless another is given."""
+    """Measures candidates. costs(options, sample) gives the seconds, to which noise is added. The
+    op is eager's, which launches no kernel, unless another is given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch, self.samples = monkeypatch, 0
@@ -87,7 +81,7 @@ class Measured:
         self.patch.setattr(timing, "measure", measure)
         self.patch.setattr(timing, "copies", lambda touched, device: 2)
         rows = tuning.measure(work(), SimpleNamespace(gelu=gelu), FOUND, rounds=6)
-        assert launch_table.digest(CPU) == ""  # nothing of it stays in use
+        assert launch_table.digest(CPU) == ""  # the default is in use again
         return rows
 
 
@@ -101,7 +95,7 @@ def test_the_fastest_is_kept(measured: Measured) -> None:
     assert tuning.winner(rows).options == FOUND[1]
     lines = tuning.table(work(), rows).splitlines()
     assert lines[0] == "gelu forward, columns 128: us, relative to the default"
-    assert lines[1].split() == "M 2, N 16, warps 1 5.00 0.50 kept".split()
+    assert lines[1].split() == "BLOCK_M 2, BLOCK_N 16, num_warps 1 5.00 0.50 kept".split()
     assert "default" in lines[4] or "default" in lines[3]
     assert [e["options"] for e in tuning.updated([], work(), rows)] == [FOUND[1]]
 
@@ -126,31 +120,28 @@ def test_noise_hides_a_gain() -> None:
     assert not beats((1, 9, 5, 9, 1, 5, 5, 9), (2, 9, 6, 9, 1, 6, 6, 9))
 
 
-def test_a_candidate_that_spills_is_out_but_not_the_default(measured: Measured) -> None:
+def test_a_candidate_that_spills_is_rejected_but_not_the_default(measured: Measured) -> None:
     rows = measured(by_tile(SLOW, other=FAST), lambda o: 8 if o in (None, FOUND[1]) else 0)
     assert [row.out for row in rows] == ["", "", "spills 8 bytes", ""]
     assert "spills 8 bytes" in tuning.table(work(), rows).splitlines()[-1]
 
 
-def test_a_candidate_that_is_wrong_or_cannot_run_is_out(measured: Measured) -> None:
-    def gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured: Measured) -> None:
+    def gelu(x: torch.Tensor) -> torch.Tensor:
         if in_use() == FOUND[0]:
             raise ValueError("out of\nresources")
-        return eager.gelu(x, bias) * (1.01 if in_use() == FOUND[1] else 1)
+        return eager.gelu(x) * (1.01 if in_use() == FOUND[1] else 1)
 
     rows = measured(by_tile(SLOW, other=FAST), gelu=gelu)
     outs = ["", "ValueError: out of resources", "exceeds tolerance in out, d x", ""]
     assert [row.out for row in rows] == outs
     assert tuning.winner(rows).options == FOUND[2]
-    assert FOUND[1] not in measured.recorded  # it was not right, so it was not timed
+    assert FOUND[1] not in measured.recorded  # it was wrong, so it was not timed
 
 
 def test_the_default_has_to_run(measured: Measured) -> None:
-    def broken(x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        raise RuntimeError("no")
-
     with pytest.raises(UserError, match="gelu forward with the default tiles: RuntimeError: no"):
-        measured(by_tile(1.0, other=1.0), gelu=broken)
+        measured(by_tile(1.0, other=1.0), gelu=Mock(side_effect=RuntimeError("no")))
 
 
 def test_entries_of_other_kernels_stay(measured: Measured) -> None:
@@ -165,27 +156,19 @@ def test_entries_of_other_kernels_stay(measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("kernel", list(FUNCTIONS))
-def test_a_work_runs_the_kernel_that_it_times(kernel: str) -> None:
-    """And the accuracy check passes what is right."""
-    assert AccuracyCheck(work(kernel)).wrong(fused) == []
+def test_each_op_launches_the_kernel_that_is_timed(kernel: str) -> None:
+    """And the accuracy check passes."""
+    assert work(kernel).wrong(fused) == []
     module, name = FUNCTIONS[kernel][1].split(".")
     assert hasattr(sys.modules[f"irongpt_kernels.fused.{module}"], name)
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path) -> None:
-    """A GPU that is not there, with the interpreter in its place."""
-    p = SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=1 << 37, L2_cache_size=50 << 20
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: p)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    """Fakes an H200, whose kernels the interpreter runs."""
+    fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
     monkeypatch.delenv(cache.VARIABLE, raising=False)
-    monkeypatch.delenv(emulate.VARIABLE, raising=False)
 
 
 def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
@@ -194,10 +177,7 @@ def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
     def measure(work: Work, module: Any, found: list, rounds: int) -> list[Row]:
         assert rounds == tuning.QUICK_ROUNDS
         fast = work.kernel == "norm backward"
-        return [
-            Row(None, (SLOW,) * 6),
-            *(Row(o, (FAST if fast and o == best else SLOW,) * 6) for o in found),
-        ]
+        return [Row(o, (FAST if fast and o == best else SLOW,) * 6) for o in [None, *found]]
 
     monkeypatch.setattr(tuning, "measure", measure)
     result = cli("tune", "--quick")
@@ -205,10 +185,8 @@ def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
     assert "tuning for iron, 64 sequences in bfloat16, on NVIDIA H200" in result.out
     assert [x for x in result.out.splitlines() if x.endswith("kept")] != []
     cache.load.cache_clear()
-    entries = cache.load(torch.device("cuda", 0)).entries
-    assert [(e["kernel"], e["size"], e["options"]) for e in entries] == [
-        ("norm backward", 384, best)
-    ]
+    (entry,) = cache.load(torch.device("cuda", 0)).entries
+    assert (entry["kernel"], entry["size"], entry["options"]) == ("norm backward", 384, best)
     monkeypatch.setattr(tuning, "winner", lambda rows: None)
     result = cli("tune", "--quick")
     assert "nothing is kept" in result.out
@@ -222,7 +200,7 @@ def test_mistakes_on_a_gpu(card, cli, monkeypatch) -> None:
     assert_mistake(cli("tune"), "IRONGPT_EMULATE is set")
 
 
-# A process of its own, in which Triton compiles and does not interpret.
+# Run in another process, in which Triton compiles and does not interpret.
 COMPILED = """
 import torch
 from irongpt_kernels.aot import __main__ as aot, shapes

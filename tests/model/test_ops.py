@@ -1,6 +1,5 @@
 """--ops eager, builtin and fused from the command line, and the reasons why fused cannot run."""
 
-import json
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from conftest import TINY, Cli
 from irongpt_kernels import builtin, eager, fused
 from irongpt_kernels.runtime import launch
 from numerics import DEVICE
+from run_helpers import history
 
 from irongpt import ops
 from irongpt.config import GPTConfig
@@ -19,11 +19,6 @@ CPU = torch.device("cpu")
 SHAPE = GPTConfig(vocab_size=16, n_layer=2, n_head=1, n_embd=16, context=16, dropout=0.0)
 FLAGS = f"--n-layer 1 --n-head 1 --batch-size 2 --device {DEVICE} --dtype float32".split()
 HEAD_OF_16 = [*TINY, *FLAGS]
-
-
-def losses(run) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["val_loss"] for line in lines]
 
 
 def test_each_name_is_its_module():
@@ -45,7 +40,8 @@ def test_fused_trains_like_eager_and_warns_where_it_is_slow(cli: Cli, tmp_path):
     assert result.code == 0, result.err
     slow = "the kernels run in Triton's interpreter on the CPU, slowly" in result.out
     assert slow == (DEVICE == "cpu")
-    assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "eager"), rel=2e-5)
+    ours, eagers = ([r["val_loss"] for r in history(tmp_path / x)] for x in ("fused", "eager"))
+    assert ours == pytest.approx(eagers, rel=2e-5)
 
 
 @pytest.mark.usefixtures("_no_samples")
