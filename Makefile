@@ -52,6 +52,7 @@ test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compil
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set strides tuned $(ARGS); \
 	run $(BIN)/python -m tests.ptx.planted --arch $(ARCHS); \
 	for arch in $(ARCHS); do \
+		run $(BIN)/irongpt compare --arch $$arch; \
 		run $(BIN)/python -m pytest -p tests.ptx.plugin --ptx $$arch tests/kernels; \
 	done; \
 	for triton in $(TRITONS); do \
