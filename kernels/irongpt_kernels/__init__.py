@@ -24,125 +24,59 @@ class Ops(Protocol):
     """The signatures of the ops. A model runs on any module that has all of them."""
 
     def causal_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        dropout_p: float = 0.0,
-        seed: int | Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor: ...
+        self, q: Tensor, k: Tensor, v: Tensor, *,
+        dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def causal_attention_packed(
-        self,
-        qkv: Tensor,
-        *,
-        dropout_p: float = 0.0,
-        seed: int | Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor: ...
+        self, qkv: Tensor, *,
+        dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def layer_norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
         dtype: torch.dtype | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
     def softmax(self, x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor: ...
     def cross_entropy(
         self, logits: Tensor, targets: Tensor, ignore_index: int = -100
     ) -> Tensor: ...
     def gelu(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
     def dropout_add_layer_norm(
-        self,
-        branch: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dropout_p: float = 0.0,
-        seed: int | Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> tuple[Tensor, Tensor]: ...
+        self, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+        dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def grad_norm(
-        self,
-        grads: list[Tensor],
-        scale: Tensor,
-        growth_tracker: Tensor,
-        state_steps: Tensor,
-        *,
-        max_norm: float,
-        growth_interval: int = 0,
-    ) -> Tensor: ...
+        self, grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+        max_norm: float, growth_interval: int = 0,
+    ) -> Tensor: ...  # fmt: skip
     def adamw(
-        self,
-        params: list[Tensor],
-        low_precision_params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        state_steps: Tensor,
-        lr: Tensor,
-        stats: Tensor,
-        *,
-        beta1: float,
-        beta2: float,
-        weight_decays: list[float],
-        eps: float = 1e-08,
-    ) -> None: ...
+        self, params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+        exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+        stats: Tensor, *,
+        beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-08,
+    ) -> None: ...  # fmt: skip
     def muon_momentum(
-        self,
-        grads: list[Tensor],
-        momentum: Tensor,
-        stats: Tensor,
-        *,
-        beta: float,
-        dtype: torch.dtype,
-    ) -> Tensor: ...
+        self, grads: list[Tensor], momentum: Tensor, stats: Tensor, *,
+        beta: float, dtype: torch.dtype,
+    ) -> Tensor: ...  # fmt: skip
     def muon_update(
-        self,
-        params: list[Tensor],
-        low_precision_params: list[Tensor],
-        update: Tensor,
-        lr: Tensor,
-        stats: Tensor,
-        *,
-        scale: float,
-        weight_decay: float,
-    ) -> None: ...
+        self, params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+        stats: Tensor, *,
+        scale: float, weight_decay: float,
+    ) -> None: ...  # fmt: skip
     def decode_attention(
-        self,
-        qkv: Tensor,
-        cache_k: Tensor,
-        cache_v: Tensor,
-        position: Tensor,
-        *,
+        self, qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *,
         scale: float | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
     def embed_tokens(self, tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor: ...
     def norm_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        gelu: bool = False,
-        eps: float = 1e-5,
-    ) -> Tensor: ...
+        self, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None,
+        bias: Tensor | None = None, *,
+        gelu: bool = False, eps: float = 1e-5,
+    ) -> Tensor: ...  # fmt: skip
     def linear_add(
         self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None
     ) -> Tensor: ...
     def sample_tokens(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        counts: Tensor,
-        seed: int | Tensor,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> None: ...
+        self, logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    ) -> None: ...  # fmt: skip

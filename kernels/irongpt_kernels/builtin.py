@@ -15,26 +15,18 @@ from irongpt_kernels.eager import sample_tokens as sample_tokens
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`."""
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # most backends need no copy
 
 
 def causal_attention_packed(
-    qkv: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    qkv: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention_packed`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
@@ -42,12 +34,9 @@ def causal_attention_packed(
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See `eager.layer_norm`."""
     return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype or x.dtype)
 
@@ -74,29 +63,18 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def dropout_add_layer_norm(
-    branch: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.dropout_add_layer_norm`."""
     total = (residual + F.dropout(branch, dropout_p)).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
 
 def grad_norm(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    *,
-    max_norm: float,
-    growth_interval: int = 0,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`."""
     norms: dict[int, Tensor] = {}
     for dtype in {g.dtype for g in grads}:  # _foreach_norm is fused only for tensors of one dtype
@@ -108,20 +86,11 @@ def grad_norm(
 
 
 def adamw(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float = 1e-8,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
+) -> None:  # fmt: skip
     """See `eager.adamw`. Like PyTorch, it unscales float32 gradients in place."""
     _, grad_scale, found_inf = GradStats(*stats)
     at = [i for i, (p, g) in enumerate(zip(params, grads, strict=True)) if g.dtype != p.dtype]
@@ -158,15 +127,10 @@ def muon_momentum(
 
 
 def muon_update(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `eager.muon_update`."""
     lr = lr * (1 - GradStats(*stats).found_inf)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -199,15 +163,10 @@ def write_row(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: 
 
 
 def norm_linear(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    gelu: bool = False,
-    eps: float = 1e-5,
-) -> Tensor:
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None,
+    bias: Tensor | None = None, *,
+    gelu: bool = False, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     """See `eager.norm_linear`."""
     normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
     if gelu:

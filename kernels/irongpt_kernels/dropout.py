@@ -1,5 +1,5 @@
 """
-Counter-based dropout masks: a pure function of (seed, position), whatever the tiling.
+Counter-based dropout masks: a pure function of (seed, position), independent of the tiling.
 
 A mask bit comes from Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the counter is the position.

@@ -34,14 +34,9 @@ class GradStats(NamedTuple):
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """dropout(softmax(scale q k^T + causal mask)) v (Vaswani et al. 2017).
 
     q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout acts on the weights.
@@ -59,12 +54,9 @@ def causal_attention(
 
 
 def causal_attention_packed(
-    qkv: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    qkv: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """`causal_attention` in the layout of the projections before and after it.
 
     qkv: (B, T, 3, H, D), any strides. Returns (B, T, H, D), contiguous.
@@ -75,12 +67,9 @@ def causal_attention_packed(
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
 
     x: (..., N). weight, bias: (N,). dtype: of the result, by default that of x.
@@ -126,15 +115,9 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def dropout_add_layer_norm(
-    branch: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """residual + dropout(branch), and the layer norm of that sum.
 
     branch, residual: (..., N). weight, bias: (N,).
@@ -150,21 +133,17 @@ def dropout_add_layer_norm(
 
 
 def grad_norm(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    *,
-    max_norm: float,
-    growth_interval: int = 0,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """The norm of all gradients of scale * loss, the clipping factor, and dynamic loss scaling.
 
     scale: 0-d float32, the loss scale. growth_tracker: 0-d int64, the number of finite steps since
     the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
     increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
     many finite steps in a row and halves after a step that is not finite, between 1 and 2^24
-    (Micikevicius et al. 2018); with 0 it never changes. All three tensors are updated in place.
+    (Micikevicius et al. 2018); with 0 it never changes. scale, growth_tracker and state_steps are
+    updated in place.
     Returns a (3,) tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
@@ -172,13 +151,9 @@ def grad_norm(
 
 
 def grad_stats(
-    scaled_norm: Tensor,
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    max_norm: float,
-    growth_interval: int,
-) -> Tensor:
+    scaled_norm: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
+    max_norm: float, growth_interval: int,
+) -> Tensor:  # fmt: skip
     """The part of `grad_norm` after the norm of the scaled gradients."""
     norm = scaled_norm / scale
     not_finite = ~norm.isfinite()
@@ -194,20 +169,11 @@ def grad_stats(
 
 
 def adamw(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float = 1e-8,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
+) -> None:  # fmt: skip
     """AdamW (Loshchilov and Hutter 2019) in place. Nothing changes if found_inf is set in `stats`.
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
@@ -250,15 +216,10 @@ def muon_momentum(
 
 
 def muon_update(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """p = p - lr weight_decay p - lr scale update, in place. Nothing changes if found_inf is set.
 
     params: n tensors (rows, columns), contiguous float32. low_precision_params: a 16-bit copy of
@@ -315,15 +276,10 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
 
 
 def norm_linear(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    gelu: bool = False,
-    eps: float = 1e-5,
-) -> Tensor:
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None,
+    bias: Tensor | None = None, *,
+    gelu: bool = False, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     """layer_norm(x) weight^T + bias, and with `gelu` the GELU of that.
 
     x: (B, K). weight: (N, K). norm_weight, norm_bias: (K,). bias: (N,).
@@ -345,26 +301,21 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None 
 
 
 def sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    counts: Tensor,
-    seed: int | Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> None:
+    logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+) -> None:  # fmt: skip
     """Samples the next token of each sequence, stores it in `tokens` and increments `counts`.
 
     logits: (B, V). tokens: (B, N) int64, a ring buffer: token number n is stored in column n mod N.
     counts: (B, K) int64: column 0 is n, and every column is incremented.
 
     Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
-    likely tokens; top_p (Holtzman et al. 2020) keeps the smallest set of most likely tokens, at
-    least one, that has p of the remaining probability. Of equal logits the first are kept. Kept
-    tokens have masses exp((logit - max logit) / temperature) in units of 2^-40, integers, so that
-    their sum does not depend on the order. The sampled token is the first at which the running sum
-    exceeds `uniform` times the total: a function of (logits, seed, sequence, n).
+    likely tokens. top_p (Holtzman et al. 2020) then keeps the fewest most likely tokens, at least
+    one, whose share of the probability that top_k has left is top_p or more. Among equal logits
+    those with the smallest token ids are kept. The mass of a kept token is the integer part of
+    2^40 exp((logit - max logit) / temperature), so that sums do not depend on the order. The
+    sampled token is the first at which the running sum exceeds `uniform` times the total: a
+    function of (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
     """
     V = logits.shape[1]

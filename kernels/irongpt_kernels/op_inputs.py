@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class RowShape(Shape):
-    """A shape whose rows and width are M and N, whatever the heads are."""
+    """A shape whose rows and width are M and N, independent of the heads."""
 
     M: int = 1
     N: int = 1
@@ -131,11 +131,9 @@ def indices(one: Input, ignored: bool = False) -> Tensor:
 
 
 def results(
-    call: Callable[[Tensors], Any],
-    inputs: Tensors,
-    outputs: tuple[str, ...],
+    call: Callable[[Tensors], Any], inputs: Tensors, outputs: tuple[str, ...],
     upstream: Callable[[int, Tensor], Tensor],
-) -> Tensors:
+) -> Tensors:  # fmt: skip
     """Outputs by name, and the gradient of each floating input as `d name`. upstream(i, x): the
     gradient of output i, which is x."""
     leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}

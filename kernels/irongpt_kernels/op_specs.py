@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 class OpSpec:
     """An op. kind: "layer" for the ops with a gradient, "optimizer" or "token".
 
-    options(shape, p, seed): arguments that are no tensors; p is dropout, or the temperature of
+    options(shape, p, seed): arguments other than tensors; p is dropout, or the temperature of
     sample_tokens. cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype,
     stream that of the residual stream. changes: inputs that are written in place, which are results
     too. call: for a row that is more than one op of `Ops`, whose names are in `functions`.
@@ -41,10 +41,10 @@ class OpSpec:
     """
 
     name: str
-    kind: str
     inputs: Callable[[Any], dict[str, Input]]
     cost: Callable[[Any, int, int, bool], Cost]
     size: Callable[[Any], str]
+    kind: str = "layer"
     outputs: tuple[str, ...] = ("out",)
     options: Callable[[Any, float, Any], dict[str, Any]] = lambda s, p, seed: {}
     dropout: bool = False
@@ -119,7 +119,6 @@ def _attention_size(s: Shape) -> str:
 LAYERS = (
     OpSpec(
         "causal_attention",
-        "layer",
         lambda s: dict.fromkeys("qkv", Input((s.B, s.H, s.T, s.D))),
         _attention_cost,
         _attention_size,
@@ -130,7 +129,6 @@ LAYERS = (
     ),
     OpSpec(
         "causal_attention_packed",
-        "layer",
         lambda s: dict(qkv=Input((s.B, s.T, 3, s.H, s.D))),
         _attention_cost,
         _attention_size,
@@ -141,7 +139,6 @@ LAYERS = (
     ),
     OpSpec(
         "layer_norm",
-        "layer",
         lambda s: dict(x=Input((s.rows, s.width), "stream")) | _norm_inputs(s),
         _norm_cost,
         lambda s: f"{s.rows}x{s.width}",
@@ -149,7 +146,6 @@ LAYERS = (
     ),
     OpSpec(
         "softmax",
-        "layer",
         lambda s: dict(x=Input((s.B, s.H, s.T, s.T))),
         _softmax_cost,
         lambda s: f"{s.B}x{s.H}x{s.T}x{s.T}",
@@ -158,7 +154,6 @@ LAYERS = (
         sweeps=("T", "batch"),
         full_rows=OpSpec(
             "softmax",
-            "layer",
             lambda s: dict(x=Input((s.rows, s.V))),
             lambda s, item, stream, backward: Cost((3 if backward else 2) * s.rows * s.V * item),
             lambda s: f"{s.rows}x{s.V}",
@@ -167,7 +162,6 @@ LAYERS = (
     ),
     OpSpec(
         "cross_entropy",
-        "layer",
         lambda s: dict(logits=Input((s.rows, s.V)), targets=Input((s.rows,), "integer", below=s.V)),
         lambda s, item, stream, backward: Cost(
             s.rows * ((2 if backward else 1) * s.V * item + 8 + 8)  # a target, two statistics
@@ -177,7 +171,6 @@ LAYERS = (
     ),
     OpSpec(
         "gelu",
-        "layer",
         lambda s: dict(
             x=Input((s.rows, 4 * s.width)), bias=Input((4 * s.width,), "weight", optional=True)
         ),
@@ -189,7 +182,6 @@ LAYERS = (
     ),
     OpSpec(
         "dropout_add_layer_norm",
-        "layer",
         lambda s: dict(
             branch=Input((s.rows, s.width)),
             residual=Input((s.rows, s.width), "stream"),
@@ -205,8 +197,6 @@ LAYERS = (
 )
 
 
-# The optimizer -----------------------------------------------------------------------------------
-
 WEIGHT_DECAY = 0.1
 
 
@@ -216,18 +206,18 @@ def numel(sizes: Weights) -> int:
 
 
 def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:
-    """Of grad_norm and adamw for n weights, whose gradients are read twice."""
+    """Bytes of grad_norm and adamw for n weights, whose gradients are read twice."""
     return n * (24 + 2 * grad_itemsize + copy_itemsize)
 
 
 def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: int) -> int:
-    """Of muon_momentum and muon_update for n weights; gradients and momentum are read twice."""
+    """Bytes of muon_momentum and muon_update; gradients and momentum are read twice."""
     return n * (2 * grad_itemsize + 12 + 2 * update_itemsize + 8 + copy_itemsize)
 
 
 def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
-    """Of a step over so many weights in the blocks' matrices, whose gradients and copies have
-    `itemsize` bytes (there are no copies in float32), and so many others, which are float32."""
+    """Bytes of a step over `matrices` weights in the blocks' matrices, whose gradients and copies
+    have `itemsize` bytes (without copies in float32), and `others` weights, which are float32."""
     copy = itemsize if itemsize < 4 else 0
     rest = adamw_bytes(others, 4, 0)
     if optimizer == "muon":  # grad_norm has read the gradients before
@@ -236,7 +226,7 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
 
 
 def _state(name: str, n: int, moments: int, role: str) -> dict[str, Input]:
-    """n weights as one flat tensor, and what an optimizer has for each."""
+    """n weights as one flat tensor, with gradients, moments and copies."""
     found = {"params": Input((n,), "weight", scale=0.02)}
     found["grads"] = Input((n,), role, values=lambda x: 1e-4 * x)  # so small that none is clipped
     found["moment0"] = Input((n,), "weight", scale=1e-3)
@@ -326,24 +316,24 @@ def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Ten
 OPTIMIZERS = (
     OpSpec(
         "adamw",
-        "optimizer",
         _adamw_inputs,
         lambda s, item, stream, backward: Cost(
             optimizer_bytes("adamw", numel(s.matrices()), numel(s.other_weights()), item)
         ),
         lambda s: f"{numel(s.matrices() + s.other_weights()) / 1e6:.1f} M weights",
+        kind="optimizer",
         functions=("grad_norm", "adamw"),
         call=_adamw,
         sweeps=(),
     ),
     OpSpec(
         "muon",
-        "optimizer",
         _muon_inputs,
         lambda s, item, stream, backward: Cost(
             optimizer_bytes("muon", numel(s.matrices()), 0, item)
         ),
         lambda s: f"{numel(s.matrices()) / 1e6:.1f} M weights",
+        kind="optimizer",
         functions=("muon_momentum", "muon_update"),
         call=_muon,
         sweeps=(),
@@ -376,17 +366,16 @@ def _logits(x: Tensor) -> Tensor:
 TOKEN = (
     OpSpec(
         "embed_tokens",
-        "token",
         lambda s: (
             _ring(s)
             | dict(wte=Input((s.V, s.width), "weight"), wpe=Input((s.T, s.width), "weight"))
         ),
         lambda s, item, stream, backward: Cost(3 * s.B * s.width * stream),
         lambda s: f"{s.B}x{s.width}",
+        kind="token",
     ),
     OpSpec(  # the MLP's first matmul and its GELU
         "norm_linear",
-        "token",
         lambda s: dict(
             x=Input((s.B, s.width), "stream"),
             weight=Input((4 * s.width, s.width), scale=0.02),
@@ -396,11 +385,11 @@ TOKEN = (
         ),
         lambda s, item, stream, backward: Cost(4 * s.width**2 * item, 2 * s.B * 4 * s.width**2),
         lambda s: f"{s.B}x{s.width} by {4 * s.width}x{s.width}",
+        kind="token",
         options=lambda s, p, seed: dict(gelu=True),
     ),
     OpSpec(
         "decode_attention",
-        "token",
         lambda s: dict(
             qkv=Input((s.B, 1, 3, s.H, s.D)),
             cache_k=Input((s.B, s.H, s.T, s.D)),
@@ -414,12 +403,12 @@ TOKEN = (
             s.B * s.H * s.D * item * (2 * (s.T - 1) + 6), 4 * s.B * s.H * s.T * s.D
         ),
         lambda s: f"B={s.B} H={s.H} N={s.T} D={s.D}",
+        kind="token",
         changes=("cache_k", "cache_v"),
         sweeps=("T", "batch"),
     ),
     OpSpec(  # the MLP's second matmul
         "linear_add",
-        "token",
         lambda s: dict(
             x=Input((s.B, 4 * s.width)),
             weight=Input((s.width, 4 * s.width), scale=0.02),
@@ -428,13 +417,14 @@ TOKEN = (
         ),
         lambda s, item, stream, backward: Cost(4 * s.width**2 * item, 2 * s.B * 4 * s.width**2),
         lambda s: f"{s.B}x{4 * s.width} by {s.width}x{4 * s.width}",
+        kind="token",
     ),
     OpSpec(
         "sample_tokens",
-        "token",
         lambda s: _ring(s) | dict(logits=Input((s.B, s.V), values=_logits)),
         lambda s, item, stream, backward: Cost(s.B * s.V * item),
         lambda s: f"{s.B}x{s.V}",
+        kind="token",
         outputs=(),
         options=lambda s, p, seed: dict(seed=seed, temperature=p, top_k=TOP_K),
         changes=("tokens", "counts"),

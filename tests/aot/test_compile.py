@@ -16,7 +16,7 @@ SHARED_MEMORY = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes a program may ha
 
 
 def compiled(arch: int, *flags: str) -> dict[str, Any]:
-    """What `irongpt_kernels.aot` reports, run in a process where Triton does not interpret."""
+    """The report of `irongpt_kernels.aot`, run in a process where Triton does not interpret."""
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "irongpt_kernels.aot", "--arch", f"sm_{arch}", "--json", *flags],
@@ -29,7 +29,7 @@ def compiled(arch: int, *flags: str) -> dict[str, Any]:
 
 
 def launched_kernels() -> set[str]:
-    """module._name_kernel of the package: what launchers launch is named so."""
+    """module._name_kernel for every kernel of the package that a launcher launches."""
     found = set()
     for path in Path(irongpt_kernels.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -54,27 +54,27 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
 
     assert names([r for r in rows if r.get("LOCAL")]) == []  # in its loop
 
-    products = [r for r in rows if r["dot"] and r["dtype"] != "float32"]
-    assert {r["kernel"] for r in products} == {
+    matmuls = [r for r in rows if r["dot"] and r["dtype"] != "float32"]
+    assert {r["kernel"] for r in matmuls} == {
         "attention._fwd_kernel",
         "attention_backward._bwd_dq_kernel",
         "attention_backward._bwd_dkdv_kernel",
     }
-    assert names([r for r in products if r["HMMA"] == 0]) == []
-    assert {r["shape"].split()[0] for r in products} >= {"D=64", "D=128"}
+    assert names([r for r in matmuls if r["HMMA"] == 0]) == []
+    assert {r["shape"].split()[0] for r in matmuls} >= {"D=64", "D=128"}
     if arch >= 80 and f"triton=={report['triton']}" in CONSTRAINTS.read_text().split():
         attention = [r for r in rows if r["op"] == "causal_attention"]
         assert names([r for r in attention if r["stack"]]) == []
         kernel = {80: "_bwd_dq_kernel", 90: "_fwd_kernel"}[arch]  # whose registers have a limit
-        tight = [r for r in products if kernel in r["kernel"] and "D=64" in r["shape"]]
+        tight = [r for r in matmuls if kernel in r["kernel"] and "D=64" in r["shape"]]
         assert [r["warps_per_sm"] for r in tight] == [12] * len(tight) != []
     if arch == 75:
         # Registers fall out a little differently under another compiler.
         pinned = f"triton=={report['triton']}" in CONSTRAINTS.read_text().split()
         assert names([r for r in rows if r["stack"] > (0 if pinned else 16)]) == []
         assert names([r for r in rows if r["bf16"]]) == []
-        assert names([r for r in products if r["FFMA"] > r["HMMA"]]) == []
-        assert names([r for r in products if r["warps_per_sm"] < 4]) == []
+        assert names([r for r in matmuls if r["FFMA"] > r["HMMA"]]) == []
+        assert names([r for r in matmuls if r["warps_per_sm"] < 4]) == []
 
 
 def test_compiled_kernels_are_written(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""IRONGPT_EMULATE=sm_75: what Triton is told, and what its loader gets. No GPU runs it here."""
+"""IRONGPT_EMULATE=sm_75: the target that Triton sees and the code that its loader gets, without a
+GPU."""
 
 import contextlib
 import os
@@ -16,7 +17,7 @@ from irongpt import ops
 
 GPU = torch.device("cuda", 0)
 
-# A process of its own: Triton must not interpret, and what is installed stays.
+# In a separate process, since Triton must not interpret and `install` cannot be undone.
 LAUNCH = """
 import torch, triton, triton.language as tl
 from irongpt_kernels.runtime import launch, turing
@@ -71,18 +72,18 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return launched
 
 
-def test_the_driver_gets_the_ptx_of_a_t4s_kernel(run) -> None:
+def test_the_driver_gets_ptx_for_a_t4(run) -> None:
     out = run(IRONGPT_EMULATE="sm_75").stdout
     assert ".target sm_75" in out
     assert "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in out
     assert "ends in 0: True" in out
 
 
-def test_without_it_the_gpu_gets_its_own(run) -> None:
+def test_without_emulation_the_gpu_gets_its_own_code(run) -> None:
     assert run().stdout.startswith("ELF")
 
 
-def test_a_t4s_shared_memory_is_the_limit(run) -> None:
+def test_the_shared_memory_limit_is_that_of_a_t4(run) -> None:
     refused = run(large=True, IRONGPT_EMULATE="sm_75")
     assert "OutOfResources" in refused.stderr
     assert "65536" in refused.stderr
@@ -95,7 +96,7 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_75")
 
 
-def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_treats_the_gpu_as_a_t4(h200, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.architecture(GPU) == 75
     assert launch.num_sms(GPU) == 40
     dtype, why = devices.precision("auto", GPU)
@@ -109,7 +110,7 @@ def test_the_package_takes_the_gpu_for_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     assert ops.notes("fused", GPU) == []
 
 
-def test_a_launch_asks_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_query_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(emulate.VARIABLE)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     asked: list[torch.device] = []
@@ -126,7 +127,7 @@ def test_a_launch_asks_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [GPU, torch.device("cuda", 1)]
 
 
-def test_another_gpu_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_gpu_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_80")
     with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):
         emulate.on()

@@ -1,4 +1,4 @@
-"""What is read off a disassembly: loops, counts, occupancy, and the clocks that choose tiles."""
+"""Loops, counts, occupancy and clocks, which are read from a disassembly."""
 
 import pytest
 from irongpt_kernels.aot import sass
@@ -29,7 +29,7 @@ KERNEL = listing(
 )
 
 
-def test_loops_that_hold_no_other() -> None:
+def test_inner_loops_contain_no_other_loop() -> None:
     bodies = [[x.name for x in loop] for loop in sass.inner_loops(KERNEL)]
     assert bodies == [["FFMA", "BRA"], ["HMMA.1688.F32", "STL", "HMMA.1688.F32", "BRA"]]
 
@@ -90,7 +90,7 @@ def test_clocks_of_a_unit(name: str, unit: str, wanted: float) -> None:
         (80, "FFMA", "fma", 0.5),
         (90, "FFMA", "fma", 0.25),
         (90, "IMAD.MOV.U32", "fma", 0.5),
-        (90, "LDGSTS.E.128", "issue", 0.25),  # a copy of global memory is its issue alone
+        (90, "LDGSTS.E.128", "issue", 0.25),  # a copy from global memory costs only its issue
     ],
 )
 def test_clocks_of_newer_gpus(arch: int, name: str, unit: str, wanted: float) -> None:

@@ -1,4 +1,4 @@
-"""What kernels may be launched with, and how candidates are ranked."""
+"""The candidate launch options of kernels, and how they are ranked."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) 
         ("key", (64, 32), 4 + 4 + 3 + 3 + 2 + 2 + 1 + 1),
     ],
 )
-def test_what_a_head_costs(kernel: str, tile: tuple[int, int], wanted: int) -> None:
+def test_clocks_of_a_head(kernel: str, tile: tuple[int, int], wanted: int) -> None:
     """Tiles of scores on and below the diagonal; bytes through L2 and DRAM by hand."""
     chosen = tiles.Tile(*tile, num_warps=4)
     assert tiles.passes(chosen, 256) == wanted
@@ -41,7 +41,7 @@ def test_what_a_head_costs(kernel: str, tile: tuple[int, int], wanted: int) -> N
     assert found["l2"] == pytest.approx((once + again) / tiles.L2[80])
 
 
-def test_candidates_are_ranked_by_what_binds() -> None:
+def test_candidates_are_ranked_by_their_bottleneck() -> None:
     def row(stack: int = 0, warps: int = 8, **head: float) -> dict[str, Any]:
         return dict(
             kernel="attention._fwd_kernel",

@@ -1,4 +1,4 @@
-"""Tensor cores for sm_75: the split of an instruction, here; what compiles, in turing_checks.py."""
+"""Tensor cores for sm_75: how an instruction is split. turing_checks.py compiles kernels."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_compiled() -> None:
     assert {check: why for check, why in found.items() if why} == {}
 
 
-# Where the PTX ISA puts the elements of a fragment: (row, column) of register r's half e in a lane.
+# The fragment tables of the PTX ISA: (row, column) of the element in half e of a lane's register r.
 def a_at(r: int, e: int, lane: int) -> tuple[int, int]:
     return lane // 4 + 8 * (r % 2), lane % 4 * 2 + e + 8 * (r // 2)
 
@@ -80,10 +80,10 @@ def run(ptx: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("d", [D, C], ids=["own registers", "in place"])
-def test_two_products_of_8_are_one_of_16(d: list[str]) -> None:
+def test_two_m16n8k8_equal_one_m16n8k16(d: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def integers(*shape: int) -> Tensor:  # sums of them are exact in any order
+    def integers(*shape: int) -> Tensor:  # their sums are exact in any order
         return torch.randint(-8, 9, shape, generator=generator).float()
 
     registers = {x: integers(32, 2) for x in A + B} | {x: integers(32) for x in C}
@@ -116,11 +116,11 @@ def test_fp16_accumulators_are_split_too() -> None:
     ],
     ids=["overwrites a2", "overwrites b1", "predicated", "bfloat16", "of 8 already"],
 )
-def test_what_must_not_be_split_is_left(text: str) -> None:
+def test_other_instructions_are_not_split(text: str) -> None:
     assert turing.split_mma(text) == text
 
 
-def test_what_was_split_is_left() -> None:
+def test_split_instructions_are_not_split_again() -> None:
     split = turing.split_mma(instruction(D, A, B, C) * 3)
     assert split.count("mma.sync") == 6
     assert turing.split_mma(split) == split

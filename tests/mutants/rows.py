@@ -27,7 +27,7 @@ LAYER_NORM_BACKWARD: list[Bug] = [
      "                weight = tl.load(weight_ptr + cols * 0,"),
     ("dweight of the last rows only", "dweight += tl.sum(", "dweight = tl.sum("),
     ("dbias of the last rows only", "dbias += tl.sum(", "dbias = tl.sum("),
-    ("partials not all summed", "dweight.sum(0)", "dweight[0]"),
+    ("partials not all summed", "d.sum(0) if want", "d[:1].sum(0) if want"),
     ("dy read at the stride of x", "rows[:, None] * dnorm_stride", "rows[:, None] * sum_stride"),
     ("rows in int32", "tl.cast(row_tile, tl.int64) * BLOCK_M", "row_tile * BLOCK_M"),
     ("programs write one partial", "tl.cast(program, tl.int64) * N", "tl.cast(0, tl.int64) * N"),

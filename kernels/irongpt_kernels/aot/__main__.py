@@ -3,19 +3,19 @@ Compiles every kernel as its launcher launches it, without a GPU, and reports th
 
     python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
 
-The ops run on small CPU tensors. A launch compiles its kernel on the path of every launch (dtypes,
-constants and alignment of the arguments, tiles of the launch tables) and ends there, so the results
-of the ops are garbage.
+The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU, for the
+dtypes, constants and alignment of the arguments and the default tiles. It does not run the kernel,
+so the results of the ops are garbage.
 
 | column | |
 |---|---|
-| regs, spill | registers a thread; bytes that it keeps in local memory, where registers spill to |
-| shared, w/SM | bytes of shared memory a program; warps that an SM holds at a time |
+| regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
+| shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions in the innermost loop with most arithmetic; without a loop, in all |
-| MB, GFLOP | least traffic, and arithmetic, of the op's pass at the iron model's batch, by the |
-| | op's own cost functions: 16,384 rows; for attention 64 x 6 heads of 256 positions |
-| clk, by | kernels with dots: `sass.clocks` of that loop per program, and which unit |
+| | instructions in the innermost loop with most arithmetic, or in a kernel without loops |
+| MB, GFLOP | least traffic and FLOPs of the op's forward or backward by its row in `op_specs`, at |
+| | the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 positions |
+| clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
 """
 
 import argparse
@@ -38,23 +38,13 @@ from triton.runtime.jit import JITFunction
 from irongpt_kernels.aot import sass, shapes
 from irongpt_kernels.runtime import launch, turing
 
-COLUMNS = {  # heading, key, width
-    "kernel": ("kernel", 36),
-    "shape": ("shape", 30),
-    "warps": ("warps", 5),
-    "regs": ("registers", 5),
-    "spill": ("stack", 6),
-    "shared": ("shared", 7),
-    "w/SM": ("warps_per_sm", 5),
-    "HMMA": ("HMMA", 5),
-    "FFMA": ("FFMA", 5),
-    "MUFU": ("MUFU", 5),
-    "local": ("LOCAL", 6),
-    "MB": ("megabytes", 7),
-    "GFLOP": ("gigaflops", 6),
-    "clk": ("clocks", 6),
-    "by": ("bound", 8),
-}
+COLUMNS = {  # heading: key, width
+    "kernel": ("kernel", 36), "shape": ("shape", 30), "warps": ("warps", 5),
+    "regs": ("registers", 5), "spill": ("stack", 6), "shared": ("shared", 7),
+    "w/SM": ("warps_per_sm", 5), "HMMA": ("HMMA", 5), "FFMA": ("FFMA", 5), "MUFU": ("MUFU", 5),
+    "local": ("LOCAL", 6), "MB": ("megabytes", 7), "GFLOP": ("gigaflops", 6),
+    "clk": ("clocks", 6), "by": ("bound", 8),
+}  # fmt: skip
 
 
 class _Driver:
@@ -108,12 +98,9 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
 
 
 def report(
-    arch: int,
-    cases: list[shapes.Case],
-    stock: bool = False,
-    dump: Path | None = None,
+    arch: int, cases: list[shapes.Case], stock: bool = False, dump: Path | None = None,
     quick: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Every kernel that the cases launch: "kernels" has a dict of facts for each, "failed" a line
     for each that does not compile, "warnings" the warnings about tensor cores.
 
@@ -148,13 +135,8 @@ def report(
             except Exception:
                 failed[f"{case.op} {case.shape}: {traceback.format_exc()[-500:]}"] = None
     warned = sorted({str(w.message) for w in caught if "tensor cores" in str(w.message)})
-    return dict(
-        arch=arch,
-        triton=triton.__version__,
-        kernels=list(rows.values()),
-        failed=list(failed),
-        warnings=warned,
-    )
+    found = dict(kernels=list(rows.values()), failed=list(failed), warnings=warned)
+    return dict(arch=arch, triton=triton.__version__, **found)
 
 
 def _pass(kernel: str) -> str:
@@ -224,15 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="JSON in place of the table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
     parser.add_argument("--only", default="", metavar="TEXT", help="op and shape, or a part")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the shapes that the tests compile, and fewer instructions counted",
-    )
+    quick = "the shapes that the tests compile, and fewer instructions counted"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this dtype alone")
-    parser.add_argument(
-        "--stock", action="store_true", help="without tensor cores on sm_75, as Triton has it"
-    )
+    stock = "as Triton compiles by itself, on sm_75 without tensor cores"
+    parser.add_argument("--stock", action="store_true", help=stock)
     args = parser.parse_args(argv)
     if launch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")

@@ -1,9 +1,5 @@
 """Whether a GPU's tensor cores compute matmuls, by compiling a small one for each dtype."""
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from irongpt_kernels.aot import sass
 from irongpt_kernels.runtime import turing
 
@@ -23,9 +19,5 @@ def matmuls(arch: int) -> dict[str, str]:
 
 
 def _matmul(arch: int, dtype: str) -> str:
-    pointers = dict(a_ptr=f"*{dtype}", b_ptr=f"*{dtype}", c_ptr="*fp32")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(turing.small_dot, pointers, {}, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4))
-    counted = sass.count(sass.read(made.asm["cubin"]).instructions)
-    return TENSOR_CORES if counted["HMMA"] else SCALAR
+    made = turing.compile_small_dot(arch, dtype, num_warps=4)
+    return TENSOR_CORES if sass.count(sass.read(made["cubin"]).instructions)["HMMA"] else SCALAR

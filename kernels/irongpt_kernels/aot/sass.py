@@ -1,6 +1,6 @@
 """
-What a cubin holds: registers, spills, its instructions, its innermost loop; and what an SM makes
-of that. Read with the disassembler that Triton brings along. No GPU is needed.
+Reads registers, spills, instructions and innermost loops from a cubin, and estimates how many warps
+an SM holds and how long its units are busy. The disassembler comes with Triton. No GPU is needed.
 
 Occupancy and the rates are facts of the hardware (CUDA Programming Guide, arithmetic instructions;
 for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019, and
@@ -20,7 +20,7 @@ from triton import knobs
 
 
 class Instruction(NamedTuple):
-    """One line of SASS. target: where it may jump, None for all but branches."""
+    """One line of SASS. target: the address that a branch may jump to, else None."""
 
     address: int
     name: str  # with its modifiers: HMMA.1688.F32
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """A kernel as its cubin has it. stack: bytes a thread spills, or else keeps in local memory."""
+    """A compiled kernel. stack: bytes per thread in local memory, where registers spill to."""
 
     registers: int
     stack: int
@@ -37,8 +37,8 @@ class Binary(NamedTuple):
 
 
 class SM(NamedTuple):
-    """What the programs of one multiprocessor share. shared: bytes, of which each program needs
-    `reserved` more than it asks for; program: bytes that one may have."""
+    """Limits of one multiprocessor. shared: bytes of shared memory, of which each program takes
+    `reserved` more than it requests. program: the most bytes that one program may request."""
 
     warps: int
     programs: int
@@ -48,8 +48,8 @@ class SM(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Of an SM. flops: of its tensor cores, a clock. shared: bytes a clock. float: clocks that a
-    warp's float32 instruction takes."""
+    """Rates of an SM. flops: FLOPs of its tensor cores per clock. shared: bytes of shared memory
+    per clock. float: clocks that a warp's float32 instruction takes."""
 
     flops: int
     shared: int
@@ -64,7 +64,7 @@ SMS = {
 RATES = {
     75: Rates(1024, 64, 0.5),
     80: Rates(2048, 128, 0.5),
-    90: Rates(4096, 128, 0.25),  # of HGMMA; HMMA is slower there, by how much is not published
+    90: Rates(4096, 128, 0.25),  # of HGMMA; HMMA is slower, by an unpublished factor
 }
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _SPILLS = ("LDL", "STL")
@@ -106,8 +106,8 @@ def _cuobjdump(flag: str, path: Path) -> str:
 def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     """The bodies of the loops that hold no other loop, in order of address.
 
-    A loop is what lies between a branch backwards and its target; the endless one after a
-    kernel's EXIT is none.
+    A loop reaches from the target of a backward branch to that branch. The branch to itself that
+    follows a kernel's EXIT does not count.
     """
     spans = [(x.target, x.address) for x in instructions if x.target is not None]
     spans = [(a, b) for a, b in spans if a < b]
@@ -116,9 +116,9 @@ def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with most arithmetic (HMMA, then FFMA, then all), without spills counted;
-    of equals the shortest: where a masked and an unmasked loop do the same, the unmasked one.
-    All instructions of a kernel without a loop.
+    """The innermost loop with the most HMMA, or without HMMA the most FFMA; among equals the
+    shortest, which of a masked and an unmasked loop is the unmasked one. A kernel without a loop
+    gives all of its instructions.
     """
 
     def work(loop: list[Instruction]) -> tuple[int, int, int]:
@@ -138,7 +138,7 @@ def count(instructions: Iterable[Instruction]) -> Counter[str]:
 
 
 def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
-    """Warps that an SM holds at a time of a kernel with `warps` a program. 0: it does not fit."""
+    """Warps that an SM holds at a time, for `warps` warps per program; 0 if no program fits."""
     sm = SMS[arch]
     if shared > sm.program:
         return 0
@@ -149,10 +149,10 @@ def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
 
 
 def clocks(loop: Iterable[Instruction], warps: int, arch: int = 75) -> dict[str, float]:
-    """Least clocks that one pass through a loop keeps each unit of an SM busy, for a program.
+    """The clocks for which one pass of a program through a loop keeps each unit of an SM busy.
 
-    The units work side by side, so the greatest one is a bound from below. It knows no latency, no
-    bank conflicts, no dependences, and charges global memory for its issue alone.
+    The units work in parallel, so the busiest one gives a lower bound. Latency, bank conflicts and
+    dependences are ignored, and an access to global memory costs only its issue.
     """
     rates = RATES[arch]
     busy = dict(tensor=0.0, shared=0.0, special=0.0, alu=0.0, fma=0.0, issue=0.0)
@@ -177,7 +177,7 @@ def clocks(loop: Iterable[Instruction], warps: int, arch: int = 75) -> dict[str,
 
 
 def _flops(name: str) -> int:
-    """What one warp does of HMMA.1688, HMMA.16816, or HGMMA.64x32x16, which four warps share."""
+    """FLOPs of one warp in HMMA.1688, HMMA.16816, or HGMMA.64x32x16, which four warps share."""
     if name.startswith("HGMMA"):
         m, n, k = (int(x) for x in re.findall(r"\.(\d+)x(\d+)x(\d+)", name)[0])
         return 2 * m * n * k // 4
@@ -185,7 +185,7 @@ def _flops(name: str) -> int:
 
 
 def _shared_bytes(name: str) -> int:
-    """What one warp moves by a shared-memory instruction."""
+    """Bytes that a shared-memory instruction of one warp moves."""
     if name.startswith("LDSM"):
         matrices = re.search(r"\.(\d)$", name)  # LDSM.16.M88.4, or LDSM.16.M88 for one
         return 128 * int(matrices[1] if matrices else 1)

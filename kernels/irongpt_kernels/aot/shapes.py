@@ -3,9 +3,9 @@
 An op that has no shapes of its own here is compiled at the iron model's.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from irongpt_kernels import op_inputs
 from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
 from irongpt_kernels.op_specs import SPECS, OpSpec
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 IRON = Shape()  # costs are given at its batch
 CONTEXT = IRON.T
 SEQUENCES = 2  # of the one-token ops
 ROWS = 48  # rows of the tensors that are compiled for: a multiple of 16, as in any real model
+SAMPLING: dict[str, dict[str, Any]] = {
+    "all tokens": {}, "greedy": dict(temperature=0.0), "top-k, top-p": dict(top_k=20, top_p=0.9)
+}  # fmt: skip
 WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 
 
@@ -122,33 +121,16 @@ def representative(arch: int) -> list[Case]:
     rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
     chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
-    chosen += ["K=1536 N=384 float16", "V=104 draw 0 float16", "V=104 draw 2 float16"]
-    chosen += ["C=384 float32", "iron float16"]
+    chosen += ["K=1536 N=384 float16", "V=104 all tokens float16"]
+    chosen += ["V=104 top-k, top-p float16", "C=384 float32", "iron float16"]
     return [case for case in every(arch) if case.shape in chosen]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
     for spec in SPECS.values():
-        shapes = SHAPES.get(spec.name, _iron)
-        for more in shapes(dtype):
-            chosen = more.pop("spec", spec)
-            at = more.pop("at", IRON)
+        for more in _shapes(spec.name, dtype):
+            chosen, at = more.pop("spec", spec), more.pop("at", IRON)
             yield Case(chosen, more.pop("label"), dtype, at, more.pop("costs", at), **more)
-
-
-Shapes = Iterator[dict[str, Any]]  # fields of cases
-
-
-def _iron(dtype: str) -> Shapes:
-    yield dict(label="iron")
-
-
-def _attention(dtype: str) -> Shapes:
-    for D in range(16, 129, 16):
-        # A context that no tile divides has masked loops throughout.
-        for T, p in [(CONTEXT, 0.2), (CONTEXT, 0.0)] + ([(250, 0.2)] if D == 64 else []):
-            at = Shape(B=1, H=2, T=T, D=D)
-            yield dict(label=f"D={D} p={p} T={T}", at=at, costs=Shape(D=D), p=p)
 
 
 def _rows(N: int) -> dict[str, Shape]:
@@ -156,91 +138,71 @@ def _rows(N: int) -> dict[str, Shape]:
     return dict(at=RowShape(V=N, M=ROWS, N=N), costs=RowShape(V=N, M=IRON.rows, N=N))
 
 
-def _layer_norm(dtype: str) -> Shapes:
-    for N in WIDTHS:
-        yield dict(label=f"N={N}", **_rows(N))
-        if N == 384:
-            yield dict(label=f"N={N} no bias", omitted=("bias",), **_rows(N))
+def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """The fields of each case of an op."""
+    match op:
+        case "causal_attention":
+            for D in range(16, 129, 16):
+                # A context that no tile divides has masked loops throughout.
+                for T, p in [(CONTEXT, 0.2), (CONTEXT, 0.0)] + ([(250, 0.2)] if D == 64 else []):
+                    at = Shape(B=1, H=2, T=T, D=D)
+                    yield dict(label=f"D={D} p={p} T={T}", at=at, costs=Shape(D=D), p=p)
+        case "causal_attention_packed":  # has the kernels of causal_attention
+            return
+        case "layer_norm":
+            for N in WIDTHS:
+                yield dict(label=f"N={N}", **_rows(N))
+            yield dict(label="N=384 no bias", omitted=("bias",), **_rows(384))
+        case "dropout_add_layer_norm":
+            for N, p in itertools.product(WIDTHS, (0.0, 0.2)):
+                yield dict(label=f"N={N} p={p}", p=p, **_rows(N))
+        case "softmax":
+            scale = dict(scale=1.0)
+            at = Shape(B=1, H=1)
+            yield dict(label=f"N={CONTEXT} causal", at=at, costs=IRON, options=scale)
+            for N in (384, 16384, 20_000):
+                full = SPECS[op].full_rows
+                yield dict(spec=full, label=f"N={N}", options=scale, **_rows(N))
+        case "cross_entropy":
+            for V in (IRON.V, 50257):
+                yield dict(label=f"V={V}", **_rows(V))
+        case "gelu":
+            label = f"N={4 * IRON.width}"
+            yield dict(label=label, **_rows(IRON.width))
+            yield dict(label=f"{label} no bias", omitted=("bias",), **_rows(IRON.width))
+        case "adamw" | "muon":
+            what = dict(adamw="gradients", muon="matrices")[op]
+            growth = dict(growth_interval=2000 if dtype == "float16" else 0)
+            yield dict(label=f"N={IRON.width} {what}", options=growth)
+        case "decode_attention":
+            for D in range(16, 129, 16):
+                at = Shape(B=SEQUENCES, D=D)
+                yield dict(label=f"D={D} N={CONTEXT}", at=at, costs=Shape(B=1, D=D))
+        case "norm_linear":
+            for K, N in [(16, 16), (384, 1152), (384, IRON.V), (1024, 4096), (4096, 1024)]:
+                sizes = dict.fromkeys(("norm_weight", "norm_bias"), (K,)) | dict(bias=(N,))
+                for gelu, omitted in ((False, ("norm_bias", "bias")), (True, ())):
+                    label = f"K={K} N={N}{' gelu' if gelu else ''}"
+                    more = _linear(K, N, dtype, sizes) | dict(omitted=omitted)
+                    yield dict(label=label, options=dict(gelu=gelu), **more)
+        case "linear_add":
+            for K, N in [(16, 16), (384, 384), (1536, 384), (4096, 1024)]:
+                more = _linear(K, N, dtype, dict(residual=(SEQUENCES, N)))
+                yield dict(label=f"K={K} N={N}", omitted=("bias",), **more)
+        case "sample_tokens":
+            for V in (IRON.V, 50257):
+                at, costs = Shape(B=SEQUENCES, V=V), Shape(B=1, V=V)
+                for what, limits in SAMPLING.items():
+                    options = dict(temperature=1.0, top_k=None) | limits
+                    yield dict(label=f"V={V} {what}", at=at, costs=costs, options=options)
+        case "embed_tokens":
+            if dtype == "float32":
+                yield dict(label=f"C={IRON.width}", at=Shape(B=SEQUENCES), costs=Shape(B=1))
+        case _:
+            yield dict(label="iron")
 
 
-def _add_norm(dtype: str) -> Shapes:
-    for N in WIDTHS:
-        for p in (0.0, 0.2):
-            yield dict(label=f"N={N} p={p}", p=p, **_rows(N))
-
-
-def _softmax(dtype: str) -> Shapes:
-    yield dict(label=f"N={CONTEXT} causal", at=Shape(B=1, H=1), costs=IRON, options=dict(scale=1.0))
-    for N in (384, 16384, 20_000):
-        full = SPECS["softmax"].full_rows
-        yield dict(spec=full, label=f"N={N}", options=dict(scale=1.0), **_rows(N))
-
-
-def _cross_entropy(dtype: str) -> Shapes:
-    for V in (IRON.V, 50257):
-        yield dict(label=f"V={V}", **_rows(V))
-
-
-def _gelu(dtype: str) -> Shapes:
-    for omitted in ((), ("bias",)):
-        label = f"N={4 * IRON.width}" + (" no bias" if omitted else "")
-        yield dict(label=label, omitted=omitted, **_rows(IRON.width))
-
-
-def _optimizer(what: str, dtype: str) -> Shapes:
-    growth_interval = 2000 if dtype == "float16" else 0
-    yield dict(label=f"N={IRON.width} {what}", options=dict(growth_interval=growth_interval))
-
-
-def _decode_attention(dtype: str) -> Shapes:
-    for D in range(16, 129, 16):
-        at = Shape(B=SEQUENCES, D=D)
-        yield dict(label=f"D={D} N={CONTEXT}", at=at, costs=Shape(B=1, D=D))
-
-
-def _norm_linear(dtype: str) -> Shapes:
-    for K, N in [(16, 16), (384, 1152), (384, IRON.V), (1024, 4096), (4096, 1024)]:
-        sizes: dict[str, tuple[int, ...]] = dict(x=(SEQUENCES, K), weight=(N, K), bias=(N,))
-        sizes |= dict(norm_weight=(K,), norm_bias=(K,))
-        for gelu in (False, True):
-            label = f"K={K} N={N}{' gelu' if gelu else ''}"
-            more = dict(omitted=() if gelu else ("norm_bias", "bias"), options=dict(gelu=gelu))
-            yield dict(label=label, sizes=sizes, bytes=N * K * DTYPES[dtype].itemsize, **more)
-
-
-def _linear_add(dtype: str) -> Shapes:
-    for K, N in [(16, 16), (384, 384), (1536, 384), (4096, 1024)]:
-        sizes = dict(x=(SEQUENCES, K), weight=(N, K), residual=(SEQUENCES, N))
-        bytes_ = N * K * DTYPES[dtype].itemsize
-        yield dict(label=f"K={K} N={N}", sizes=sizes, omitted=("bias",), bytes=bytes_)
-
-
-def _sample_tokens(dtype: str) -> Shapes:
-    common: dict[str, Any] = dict(temperature=1.0, top_k=None)
-    for V in (IRON.V, 50257):
-        for i, more in enumerate([{}, dict(temperature=0.0), dict(top_k=20, top_p=0.9)]):
-            at, costs = Shape(B=SEQUENCES, V=V), Shape(B=1, V=V)
-            yield dict(label=f"V={V} draw {i}", at=at, costs=costs, options=common | more)
-
-
-def _embed_tokens(dtype: str) -> Shapes:
-    if dtype == "float32":
-        yield dict(label=f"C={IRON.width}", at=Shape(B=SEQUENCES), costs=Shape(B=1))
-
-
-SHAPES: dict[str, Callable[[str], Shapes]] = {
-    "causal_attention": _attention,
-    "causal_attention_packed": lambda dtype: iter(()),  # it runs causal_attention's kernels
-    "layer_norm": _layer_norm,
-    "dropout_add_layer_norm": _add_norm,
-    "softmax": _softmax,
-    "cross_entropy": _cross_entropy,
-    "gelu": _gelu,
-    "adamw": partial(_optimizer, "gradients"),
-    "muon": partial(_optimizer, "matrices"),
-    "decode_attention": _decode_attention,
-    "norm_linear": _norm_linear,
-    "linear_add": _linear_add,
-    "sample_tokens": _sample_tokens,
-    "embed_tokens": _embed_tokens,
-}
+def _linear(K: int, N: int, dtype: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """A weight of N x K elements. sizes: those of further inputs."""
+    sizes = sizes | dict(x=(SEQUENCES, K), weight=(N, K))
+    return dict(sizes=sizes, bytes=N * K * DTYPES[dtype].itemsize)

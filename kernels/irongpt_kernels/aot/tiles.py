@@ -38,13 +38,10 @@ KERNELS = {
     "query": "attention_backward._bwd_dq_kernel",
     "key": "attention_backward._bwd_dkdv_kernel",
 }
-TILES_PER_PROGRAM = {
-    "forward": 2,
-    "query": 4,
-    "key": 4,
-}  # tensors of which a program reads or writes a tile
+# The number of tensors of which a program reads or writes one tile.
+TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4}
 FEW_WARPS = 8
-REST = 64  # registers that everything outside the tiles takes at least
+REST = 64  # registers per thread, at least, for everything but the tiles
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
 L2 = {80: 5120 / 108, 90: 5120 / 132}
 DRAM = {80: 10.2, 90: 20.7}
@@ -57,7 +54,7 @@ class Tile(NamedTuple):
     BLOCK_N: int  # keys
     num_warps: int
     num_stages: int = 1
-    maxnreg: int = 0  # registers a thread may have; 0: as many as ptxas likes
+    maxnreg: int = 0  # limit of registers per thread; 0: ptxas decides
 
     def __str__(self) -> str:
         return f"{self.BLOCK_M} x {self.BLOCK_N}"
@@ -70,11 +67,8 @@ class Tile(NamedTuple):
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
     """The candidates. A warp owns rows of the scores; in the key kernel the rows are keys."""
     if itemsize == 4:  # scalar FMAs: larger tiles take minutes to compile, and spill
-        return [
-            Tile(M, N, num_warps)
-            for M, N, num_warps in itertools.product((16, 32), (16, 32), (2, 4, 8))
-        ]
-    # Registers per row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
+        return [Tile(*sizes) for sizes in itertools.product((16, 32), (16, 32), (2, 4, 8))]
+    # Registers for a row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
     wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
     new = arch >= 80
@@ -171,7 +165,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     unfit = row["stack"] > 0 or row["warps_per_sm"] == 0
     few = row["warps_per_sm"] < FEW_WARPS
     cost: tuple[float, ...] = (row["per_pair"],)
-    if "head" in row:  # where DRAM binds all alike, the rest of the work decides
+    if "head" in row:  # DRAM may limit all tiles equally; then the rest of the work decides
         cost = max(row["head"].values()), sum(row["head"].values())
     return list(KERNELS.values()).index(row["kernel"]), unfit, few, *cost
 
@@ -194,11 +188,10 @@ def main() -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print(
-        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k",
-        end="",
+    heading = (
+        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k"
     )
-    print(" by" if arch < 80 else "   head by")
+    print(heading + (" by" if arch < 80 else "   head by"))
     for r in rows:
         head = f" {max(r['head'].values()):6.0f}" if "head" in r else ""
         print(

@@ -6,22 +6,21 @@
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to the dtype of the copy
 
-Traffic     With 16-bit gradients: reads g, p, m, v and writes p, m, v and the copy, 28 bytes per
-            weight, or 30 with `grad_norm`. Separate passes for unscaling, clipping and casts would
-            cost 20 more. If found_inf is set, a program reads only that flag.
+Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradients 28 bytes per
+            weight, and 30 together with `grad_norm`. Separate passes for unscaling, clipping and
+            casts would move 20 bytes more. If found_inf is set, a program reads only that flag.
 Parallelism as in `grad_norm`: one launch for up to 48 weights. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 the subtraction would lose four digits at t = 1.
 Limits      Weights and moments are contiguous float32, copies are contiguous, and all addresses are
-            multiples of 16. The copies are those of the first weights. Gradients are float32,
-            except those of the first weights, which may have one 16-bit dtype.
+            multiples of 16. If there are fewer copies than weights, they belong to the first
+            weights. The gradients of the first weights may have one 16-bit dtype; the others are
+            float32.
 Spec        irongpt_kernels/eager.py::adamw
 """
 
 import math
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +36,7 @@ from irongpt_kernels.fused.grad_norm import (
     select_address,
 )  # fmt: skip
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 
 @triton.jit
@@ -63,10 +63,10 @@ def _adamw_kernel(
 ):  # fmt: skip
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
-    weights: the parameters; Triton's launcher has no place for an argument named params.
-    firsts: the first program of each tensor; sizes: its number of elements. rest1, log1: 1 - beta1
-    and log(beta1), likewise for beta2. steps_ptr: the step of the first tensor. stats_ptr: the
-    result of `grad_norm`.
+    weights: the parameters (Triton does not accept an argument named params). firsts: the id of the
+    first program of each tensor. sizes: the number of elements of each tensor. rest1, log1:
+    1 - beta1 and log(beta1), likewise for beta2. steps_ptr points to the number of steps of the
+    first tensor, and stats_ptr to the result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
@@ -109,19 +109,10 @@ def _adamw_kernel(
 
 
 def adamw_launch(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, beta1: float, beta2: float, weight_decays: list[float], eps: float,
+) -> None:  # fmt: skip
     """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
@@ -138,33 +129,17 @@ def adamw_launch(
             )  # fmt: skip
 
 
-_op = torch.library.custom_op(
-    "irongpt::adamw",
-    adamw_launch,
-    mutates_args=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs"),
+_op = custom_op(
+    "adamw", adamw_launch, mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs")
 )
 
 
-@_op.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
 def adamw(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    weight_decays: list[float],
-    eps: float = 1e-8,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
+) -> None:  # fmt: skip
     """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for other gradients."""
     lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

@@ -21,11 +21,12 @@ Parallelism one program per head and query tile; the longest rows of a head come
 Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
             matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
             score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
-            separately: their sum would be rounded to the last digit of m, a relative error of P.
-Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D). Its
-            backward writes the three gradients into one tensor. Otherwise autograd stacks them,
-            which moves 6 B H T D elements more.
-Limits      D is a multiple of 16 from 16 to 128; D that is no power of two is padded in registers.
+            separately: where m is large, their rounded sum would lose digits of log2(l), and all P
+            of the row would be wrong by one factor.
+Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
+            its backward writes the three gradients into one tensor. With separate q, k and v,
+            autograd stacks the gradients, which moves 6 B H T D elements more.
+Limits      D is a multiple of 16 from 16 to 128; 48, 80, 96 and 112 are padded in registers.
 Spec        irongpt_kernels/eager.py::causal_attention
 """
 
@@ -42,6 +43,7 @@ from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_backward import backward_op
 from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import unpack
 
 
@@ -107,13 +109,18 @@ def _attend(
     return m_new, l, acc
 
 
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialized results of `causal_attention_fwd`."""
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
+
+
 def causal_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns out, (B, T, H, D), and m and log2(l) in one tensor, (2, B, H, T) float32."""
     B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D)
-    stats = q.new_empty(2, B, H, T, dtype=torch.float32)
+    out, stats = _empty_outputs(q)
     if out.numel() == 0:
         return out, stats
     config = attention_tiles.tiles("forward", q.device, D, q.element_size())
@@ -129,53 +136,52 @@ def causal_attention_fwd(
     return out, stats
 
 
-@torch.library.custom_op("irongpt::causal_attention", mutates_args=())
-def _op(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def _packed_fwd(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = unpack(qkv)
     return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
 
 
-@_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(2, B, H, T, dtype=torch.float32)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, seed, ctx.dropout_p, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, seed, *output)
+    *tensors, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Of both ops: the saved tensors begin with q, k and v, or with qkv."""
+    wanted = ctx.needs_input_grad[:-3]
     if dout is None:
-        return (None,) * 6
-    q, k, v, seed, out, stats = ctx.saved_tensors
-    wants_q, *wants_kv = ctx.needs_input_grad[:3]
-    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, any(wants_kv))
-    gradients, wanted = unpack(packed), (wants_q, *wants_kv)
+        return *(None for _ in wanted), None, None, None
+    *qkv, seed, out, stats = ctx.saved_tensors
+    with_kv = len(qkv) == 1 or any(wanted[1:])
+    q, k, v = unpack(qkv[0]) if len(qkv) == 1 else qkv
+    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, with_kv)
+    gradients = [packed] if len(qkv) == 1 else unpack(packed)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "causal_attention", causal_attention_fwd, lambda q, *_: _empty_outputs(q),
+    (), _setup_context, _backward,
+)  # fmt: skip
+_packed_op = custom_op(
+    "causal_attention_packed", _packed_fwd, lambda qkv, *_: _empty_outputs(unpack(qkv)[0]),
+    (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def check_options(
     name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
 ) -> tuple[Tensor, float]:
-    """Returns the seed as a tensor and the scale as a float. q: the argument `name`, (..., D).
+    """Returns the seed as a tensor and the scale as a float, after checking the arguments that both
+    ops share. q: the tensor argument called `name`, of shape (..., D).
 
     Raises ValueError for an unsupported D and for options out of range, TypeError for a bad seed.
     """
     checks.dropout(dropout_p, seed, **{name: q})
-    D = q.shape[-1]
-    if D not in range(16, 129, 16):
-        raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
-    scale = D**-0.5 if scale is None else float(scale)
+    checks.head_dimension(name, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return launch.seed_tensor(seed, q.device), scale
@@ -190,14 +196,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
 
     Raises TypeError for a dtype other than float32, float16 and bfloat16; ValueError for tensors
@@ -209,52 +210,14 @@ def causal_attention(
         checks.shape(name, x, tuple(q.shape))
     seed, scale = check_options("q", q, dropout_p, seed, scale)
     q, k, v = autocast(q, k, v)
-    for name, x in dict(k=k, v=v).items():
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    checks.same_dtype(q=q, k=k, v=v)
     return _op(q, k, v, seed, float(dropout_p), scale)[0].transpose(1, 2)
 
 
-@torch.library.custom_op("irongpt::causal_attention_packed", mutates_args=())
-def _packed_op(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = unpack(qkv)
-    return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
-
-
-@_packed_op.register_fake
-def _(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, _, H, D = qkv.shape
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(2, B, H, T, dtype=torch.float32)
-
-
-def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, seed, ctx.dropout_p, ctx.scale = inputs
-    ctx.save_for_backward(qkv, seed, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _packed_backward(
-    ctx: Any, dout: Tensor | None, _: None
-) -> tuple[Tensor | None, None, None, None]:
-    if dout is None:
-        return None, None, None, None
-    qkv, seed, out, stats = ctx.saved_tensors
-    q, k, v = unpack(qkv)
-    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, True)
-    return packed, None, None, None
-
-
-_packed_op.register_autograd(_packed_backward, setup_context=_packed_setup_context)
-
-
 def causal_attention_packed(
-    qkv: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    qkv: Tensor, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `eager.causal_attention_packed`. Dtypes, autocast, errors: see `causal_attention`."""
     checks.floating(qkv=qkv)
     checks.rank("qkv", qkv, 5)

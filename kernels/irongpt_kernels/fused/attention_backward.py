@@ -9,11 +9,11 @@ With P, keep, m and l as in `attention`, the backward computes for each row
 
 where delta = sum_j Z_j dZ_j is also dot(dO, O), one number per row, which needs no extra pass.
 
-Algorithm   Dao, "FlashAttention-2" (2023), with two kernels so that one program computes each
-            gradient tile: a kernel over query tiles computes delta and dQ, then one over key tiles
-            dK and dV. Both recompute P = 2^(S - m) / l, and the dropout mask from its counter. That
-            is two matmuls more than one kernel with atomics needs, and every run gives the same
-            bits.
+Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a program for each query
+            tile and computes delta and dQ; the second has one for each key tile and computes dK and
+            dV. No two programs add to the same gradient, so every run gives the same bits. Both
+            kernels recompute P = 2^(S - m) / l and the dropout mask, which takes two matmuls more
+            than one kernel with atomics needs.
 Diagonal    As in the forward, tiles that the diagonal crosses have a masked loop of their own.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
             The second kernel reads q, k, v and dout again. Each tile of queries reads k and v, and
@@ -44,6 +44,7 @@ from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import unpack
 
 
@@ -233,12 +234,9 @@ def causal_attention_bwd(
     return packed
 
 
-backward_op = torch.library.custom_op(
-    "irongpt::causal_attention_backward", causal_attention_bwd, mutates_args=()
-)
-
-
-@backward_op.register_fake
-def _(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
+def _fake(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
     B, H, T, D = q.shape
     return q.new_empty(B, T, 3, H, D)
+
+
+backward_op = custom_op("causal_attention_backward", causal_attention_bwd, _fake)

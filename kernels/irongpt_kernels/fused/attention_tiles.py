@@ -86,8 +86,8 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     masks: tiles of 128 rows read keys less often, but at T = 256 they compute a fifth more, because
     more of their area is masked.
 
-    maxnreg: a limit of registers per thread. It is set where it lets an SM hold half as many warps
-    again, or keeps ptxas from spilling registers to fit even more warps.
+    maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
+    8, or where ptxas would otherwise spill registers to fit even more warps.
     """
     if itemsize == 4 and BLOCK_D > 64:  # float32 matmuls are scalar, and fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

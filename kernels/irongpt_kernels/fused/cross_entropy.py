@@ -11,10 +11,10 @@ Backward, per row:  p_v = exp(x_v - m) / (rest + exp(x_t - m))
 Traffic     The forward reads x: MV elements. The backward reads x and writes dx: 2MV. Nothing of
             size MV is saved: p is recomputed from m and rest, 8 bytes per row.
 Parallelism In the forward a program handles BLOCK_M rows and loops over V in blocks of BLOCK_N; the
-            sum is rescaled whenever m grows. It stores the sum of its rows' losses and their
-            number, which one program of a second kernel adds up in order. The backward needs no
-            reduction and has one program per tile. There are no atomics, so every run gives the
-            same bits.
+            sum is rescaled whenever m grows. The program stores the sum of its rows' losses and the
+            number of rows that are not ignored; one program of a second kernel then adds these
+            partial results in order. The backward needs no reduction and has one program per tile.
+            There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. m and rest are stored separately, because a float32
             m + log(sum) would limit the precision of p to the last digit of m. For a confident row
             (p_t near 1) a sum without the true class gives the loss as log1p(rest) and p_t - 1 as
@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 MAX_BLOCK = 4096  # columns in registers at a time
 TILE = 1024  # elements per program where rows are short: 2 warps
@@ -127,8 +128,8 @@ Statistics = tuple[Tensor, Tensor, Tensor]
 def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, *Statistics]:
     """x, t: any strides. Returns the loss, 0-d; m and rest, (M,) float32; n, 0-d int64."""
     M, V = x.shape
-    block_m, tile = _tile(V)
-    parts = triton.cdiv(M, block_m)
+    tile = launch.row_tile(V, MAX_BLOCK, TILE)
+    parts = triton.cdiv(M, tile["BLOCK_M"])
     sums, m, rest, loss = (
         torch.empty(size, dtype=torch.float32, device=x.device) for size in (parts, M, M, ())
     )
@@ -149,8 +150,8 @@ def cross_entropy_bwd(
     M, V = x.shape
     dx = torch.empty((M, V), dtype=x.dtype, device=x.device)
     if M:
-        block_m, tile = _tile(V)
-        grid = (triton.cdiv(M, block_m), triton.cdiv(V, tile["BLOCK_N"]))
+        tile = launch.row_tile(V, MAX_BLOCK, TILE)
+        grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"]))
         with launch.on(x.device):
             _bwd_kernel[grid](
                 x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **tile
@@ -158,15 +159,7 @@ def cross_entropy_bwd(
     return dx
 
 
-def _tile(V: int) -> tuple[int, dict[str, int]]:
-    block_n = min(MAX_BLOCK, launch.block(V))
-    block_m = max(1, TILE // block_n)
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=launch.warps(block_m * block_n))
-    return block_m, tile
-
-
-@torch.library.custom_op("irongpt::cross_entropy", mutates_args=())
-def _op(
+def _checked_fwd(
     logits: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
@@ -177,24 +170,9 @@ def _op(
     return cross_entropy_fwd(logits, targets, ignore_index)
 
 
-@torch.library.custom_op("irongpt::cross_entropy_backward", mutates_args=())
-def _backward_op(
-    dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, rest: Tensor, n: Tensor,
-    ignore_index: int,
-) -> Tensor:  # fmt: skip
-    return cross_entropy_bwd(dloss, logits, targets, m, rest, n, ignore_index)
-
-
-@_op.register_fake
-def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_fwd(logits: Tensor, targets: Tensor, _: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    n = targets.new_empty(())
-    return row.new_empty(()), row, torch.empty_like(row), n
-
-
-@_backward_op.register_fake
-def _(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return row.new_empty(()), row, torch.empty_like(row), targets.new_empty(())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -211,7 +189,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor
     return _backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op("cross_entropy", _checked_fwd, _fake_fwd, (), _setup_context, _backward)
+_backward_op = custom_op(
+    "cross_entropy_backward", cross_entropy_bwd, lambda dloss, x, *_: x.new_empty(x.shape)
+)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:

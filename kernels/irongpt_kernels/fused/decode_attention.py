@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 TILE = 16_384  # elements of a tile of keys: 64 per thread
 
@@ -98,15 +99,10 @@ def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
     return tile | launch.equal_sums(BLOCK_D, 8)
 
 
-_op = torch.library.custom_op(
-    "irongpt::decode_attention", decode_attention_fwd, mutates_args=("cache_k", "cache_v")
-)
-
-
-@_op.register_fake
-def _(qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, scale: float) -> Tensor:
-    B, _, _, H, D = qkv.shape
-    return qkv.new_empty(B, 1, H, D)
+_op = custom_op(
+    "decode_attention", decode_attention_fwd,
+    lambda qkv, *_: qkv.new_empty(len(qkv), 1, *qkv.shape[3:]), mutates=("cache_k", "cache_v"),
+)  # fmt: skip
 
 
 def decode_attention(
@@ -126,11 +122,8 @@ def decode_attention(
     checks.shape("cache_k", cache_k, (B, H, cache_k.shape[2], D))
     checks.shape("cache_v", cache_v, tuple(cache_k.shape))
     checks.shape("position", position, (B,))
-    if D not in range(16, 129, 16):
-        raise ValueError(f"D, the last dimension of qkv, must be 16, 32, ... or 128, got {D}")
-    for name, x in dict(cache_k=cache_k, cache_v=cache_v).items():
-        if x.dtype != qkv.dtype:
-            raise ValueError(f"{name} must have the dtype of qkv, {qkv.dtype}, got {x.dtype}")
+    checks.head_dimension("qkv", qkv)
+    checks.same_dtype(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
     if position.dtype != torch.int64:
         raise TypeError(f"position must be int64, got {position.dtype}")
     return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))

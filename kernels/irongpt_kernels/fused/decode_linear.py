@@ -5,33 +5,33 @@
 
     x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Forward, per row:   the layer norm, rounded to the dtype of the weight; the matmul, summed in
-                    float32 and rounded to that dtype; then bias and GELU, or the residual. This is
-                    how a model under autocast rounds, without storing the intermediate results.
+Forward, per row:   The layer norm is rounded to the dtype of the weight. The matmul is summed in
+                    float32 and rounded to that dtype, after the bias is added unless GELU follows.
+                    The rest is in float32: bias and GELU, or the residual. A model under autocast
+                    rounds at the same places, but also stores these intermediate results.
 
-Traffic     reads the weight once: N K elements, which takes nearly all the time. Every program
-            normalizes x for itself, while its part of the weight is being loaded.
+Traffic     reads the weight once, N K elements, which takes nearly all of the time. Every program
+            computes the layer norm of all rows again, while its part of the weight is being loaded.
 Parallelism A program holds BLOCK_N rows of the weight in registers and applies them to all rows of
             x. It issues the loads of the weight first.
-Precision   float32 between load and store. The matmul is scalar: so few rows do not fill a tensor
-            core.
-Limits      up to MAX_M rows and MAX_K columns. Larger inputs take separate steps: our layer norm,
-            PyTorch's matmul and our GELU. No gradient.
+Precision   float32 between load and store, apart from the two roundings above. The matmul uses
+            scalar instructions, because so few rows do not fill a tensor core.
+Limits      x has at most MAX_M rows and MAX_K columns; for larger inputs the ops call our layer
+            norm, PyTorch's matmul and our GELU one after another. No gradient.
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from irongpt_kernels import eager
 from irongpt_kernels.fused.gelu import gelu as gelu_op
 from irongpt_kernels.fused.gelu import logistic
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_M, MAX_K = 4, 4096
@@ -56,7 +56,7 @@ def _fwd_kernel(
     M, N, K, x_stride, weight_stride, residual_stride, eps,
     GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr: None without that step."""
+    """norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr: None to leave out that step."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (n < N)[:, None] & (k < K)[None, :]
@@ -117,8 +117,7 @@ def _tile(N: int, K: int) -> dict[str, int]:
     return tile | launch.equal_sums(BLOCK_K, num_warps)
 
 
-@torch.library.custom_op("irongpt::norm_linear", mutates_args=())
-def _norm_linear_op(
+def _norm_linear(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None,
     gelu: bool, eps: float,
 ) -> Tensor:  # fmt: skip
@@ -126,32 +125,24 @@ def _norm_linear_op(
     return decode_linear_fwd(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
 
 
-@_norm_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(len(x), len(weight))
-
-
-@torch.library.custom_op("irongpt::linear_add", mutates_args=())
-def _linear_add_op(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     y = residual.new_empty(residual.shape)
     return decode_linear_fwd(x, weight, None, None, bias, residual, y, False, 0.0)
 
 
-@_linear_add_op.register_fake
-def _(x: Any, weight: Any, residual: Tensor, bias: Any) -> Tensor:
-    return residual.new_empty(residual.shape)
+_norm_linear_op = custom_op(
+    "norm_linear", _norm_linear, lambda x, weight, *_: weight.new_empty(len(x), len(weight))
+)
+_linear_add_op = custom_op(
+    "linear_add", _linear_add, lambda x, weight, residual, _: residual.new_empty(residual.shape)
+)
 
 
 def norm_linear(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    gelu: bool = False,
-    eps: float = 1e-5,
-) -> Tensor:
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None,
+    bias: Tensor | None = None, *,
+    gelu: bool = False, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     """See `eager.norm_linear`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
@@ -171,12 +162,10 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None 
     checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
     checks.shape("residual", residual, (M, N))
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}")
+    checks.same_dtype(weight=weight, x=x)
     if M <= MAX_M and K <= MAX_K:
         return _linear_add_op(x, weight, residual, bias)
-    branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-    return (residual + branch).to(residual.dtype)
+    return eager.linear_add(x, weight, residual, bias)
 
 
 def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int]:

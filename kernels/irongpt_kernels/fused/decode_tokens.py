@@ -3,26 +3,25 @@
     x = embed_tokens(tokens, counts, wte, wpe)
     sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
-    tokens: (B, N) int64, a ring buffer  counts: (B, K) int64  logits: (B, V)  wte: (V, C)
+    tokens: (B, N) int64, a ring buffer    counts: (B, K) int64, the number of tokens, the position
+    logits: (B, V)    wte: (V, C)    wpe: (context, C)    x: (B, C)
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
-            Sort the tokens by logit, and equal logits by token id: top-k and top-p keep a prefix of
-            that order. It is described by a threshold t: all logits above t are kept, and the first
-            n of those equal to t. t is found without a sort by 32 bisection steps over the logits;
-            each counts the tokens with a logit of at least t, or sums their masses. The sampled
-            token is the first at which the running sum of kept masses, in order of token id,
-            exceeds u times their total, where u has 53 bits of Philox at (seed, sequence, number of
-            the token).
-Traffic     a row of logits per pass; after the first pass it comes from L2 or nearer.
-Parallelism one program per sequence. Without top-k and top-p it passes over its row four times.
+            If the tokens were sorted by descending logit, and equal logits by token id, top-k and
+            top-p would keep a prefix. The kernel does not sort. It describes the prefix by t and n:
+            all logits above t are kept, and the first n of those equal to t. 32 bisection steps
+            find t; each counts the tokens with a logit of at least t, or sums their masses. The
+            sampled token is the first at which the running sum of kept masses, in order of token
+            id, exceeds u times their total. u is uniform in [0, 1) with 53 bits, by Philox from the
+            seed, the sequence and the number of its tokens.
+Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.
+Parallelism one program per sequence. Without top-k and top-p it passes over its row three times.
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
-            order. A temperature below 1/3e38 is replaced by 1/3e38, where only equal logits share
-            the mass.
+            order. A temperature below 1/3e38 is replaced by 1/3e38, which already leaves all mass
+            to the tokens with the largest logit.
 Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. No gradient.
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from irongpt_kernels.eager import MASS_BITS, MAX_V, limits
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 MAX_BLOCK = 2048  # logits that a program holds at a time
 UNITS = tl.constexpr(2.0**MASS_BITS)
@@ -180,8 +180,7 @@ def _sample_kernel(
     tl.store(counts_ptrs, counts + 1, mask=columns < K)
 
 
-@torch.library.custom_op("irongpt::embed_tokens", mutates_args=())
-def _embed_op(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+def _embed(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     (B, N), C = tokens.shape, wte.shape[1]
     x = wte.new_empty(B, C)
     if x.numel():
@@ -194,13 +193,7 @@ def _embed_op(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tenso
     return x
 
 
-@_embed_op.register_fake
-def _(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    return wte.new_empty(len(tokens), wte.shape[1])
-
-
-@torch.library.custom_op("irongpt::sample_tokens", mutates_args=("tokens", "counts"))
-def _sample_op(
+def _sample(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: Tensor,
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
@@ -220,9 +213,11 @@ def _sample_op(
             )  # fmt: skip
 
 
-@_sample_op.register_fake
-def _(*_: Any) -> None:
-    return None
+_embed_op = custom_op(
+    "embed_tokens", _embed,
+    lambda tokens, counts, wte, wpe: wte.new_empty(len(tokens), wte.shape[1]),
+)  # fmt: skip
+_sample_op = custom_op("sample_tokens", _sample, mutates=("tokens", "counts"))
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -231,21 +226,14 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     _check(tokens, counts, wte=wte)
     checks.rank("wte", wte, 2)
     checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))
-    if wpe.dtype != wte.dtype:
-        raise ValueError(f"wpe must have the dtype of wte, {wte.dtype}, got {wpe.dtype}")
+    checks.same_dtype(wte=wte, wpe=wpe)
     return _embed_op(tokens, counts, wte.contiguous(), wpe.contiguous())
 
 
 def sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    counts: Tensor,
-    seed: int | Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> None:
+    logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+) -> None:  # fmt: skip
     """See `eager.sample_tokens`. Raises TypeError for dtypes, ValueError for shapes and devices."""
     checks.floating(logits=logits)
     checks.rank("logits", logits, 2)

@@ -9,12 +9,12 @@ Backward            see `layer_norm_backward`
 
 Traffic     The forward reads branch and residual and writes sum and norm: 4MN elements. The
             backward reads dsum, dnorm and sum and writes dresidual and dbranch: 5MN, and 1MN less
-            if only one output was used. The mask is never stored: it is a function of the seed, the
-            column and the row (the index over all leading dimensions), and is recomputed.
+            if only one output was used. The mask is not stored but recomputed: it is a function of
+            the seed, the column and the row, where rows are counted over all leading dimensions.
 Parallelism as in `layer_norm`: complete rows in registers, and no atomics.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and norm in a
-            16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is that
-            of the sum as rounded for the store, because that is what the backward reads.
+            16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is
+            computed from the sum after it is rounded to its dtype, because the backward reads that.
 Limits      as in `layer_norm`: N <= 8192; tensors without contiguous rows are copied.
 Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 """
@@ -28,12 +28,9 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
-from irongpt_kernels.fused.layer_norm_backward import (
-    forward_tile,
-    keep_factor,
-    layer_norm_backward,
-)
+from irongpt_kernels.fused.layer_norm_backward import forward_tile, keep_factor, layer_norm_backward
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 
@@ -91,16 +88,6 @@ def dropout_add_layer_norm_fwd(
     return outputs
 
 
-_op = torch.library.custom_op(
-    "irongpt::dropout_add_layer_norm", dropout_add_layer_norm_fwd, mutates_args=()
-)
-
-
-@_op.register_fake
-def _(branch: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(branch, residual)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     branch, _, weight, bias, seed, dropout_p, _ = inputs
     total, _, mean, rstd = output
@@ -128,19 +115,16 @@ def _backward(
     return *kept, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "dropout_add_layer_norm", dropout_add_layer_norm_fwd,
+    lambda branch, residual, *_: _empty_outputs(branch, residual), (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def dropout_add_layer_norm(
-    branch: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.dropout_add_layer_norm`. Raises as `layer_norm`, and ValueError for dropout_p > 0
     without a seed."""
     checks.floating(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))

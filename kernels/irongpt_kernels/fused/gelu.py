@@ -13,10 +13,10 @@ Parallelism The forward has one program per tile. In the backward P programs sha
             block of columns, and each accumulates dbias in registers; the (P, N) partial sums are
             added afterwards. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
-            and s (1 - s) without a subtraction, which keeps all digits for large negative z, where
-            1 + tanh u loses them.
-Limits      x and dy may have any two strides. Leading dimensions that no single stride describes
-            are copied.
+            and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
+            where 1 + tanh u loses them.
+Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+            not collapse to one stride is copied first.
 Spec        irongpt_kernels/eager.py::gelu
 """
 
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch, launch_table
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import as_matrix
 
 BLOCK_N = 256
@@ -133,26 +134,20 @@ def _tile() -> dict[str, int]:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_M * BLOCK_N))
 
 
-@torch.library.custom_op("irongpt::gelu", mutates_args=())
-def _op(x: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return gelu_fwd(as_matrix(x), bias).view(x.shape)
 
 
-@torch.library.custom_op("irongpt::gelu_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     dx, dbias = gelu_bwd(as_matrix(dy), as_matrix(x), bias, bias_grad)
     return dx.view(x.shape), dbias
 
 
-@_op.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
+def _fake_gradients(
+    dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if bias is None else bias.dtype
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias_grad else 0, dtype=dtype)
 
@@ -167,7 +162,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return dx if need_x else None, dbias if need_bias else None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op("gelu", _forward, lambda x, _: x.new_empty(x.shape), (), _setup_context, _backward)
+_backward_op = custom_op("gelu_backward", _gradients, _fake_gradients)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,23 +1,21 @@
-"""Gradient norm, clipping factor and loss scale: the first of the optimizer's two passes.
-
-The second is `adamw` or `muon`.
+"""Gradient norm, clipping factor and loss scale: the pass before `adamw` or `muon`.
 
     norm = sqrt(sum(g^2)) / scale      grad_scale = scale max(1, (norm + 1e-6) / max_norm)
-    found_inf = norm is not finite     scale, growth_tracker and state_steps are updated in place
+    found_inf = 1 if norm is not finite, else 0
+
+scale (the loss scale), growth_tracker and state_steps are updated in place.
 
 Traffic     reads every gradient: 2 or 4 bytes per weight.
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
-            one program of a second kernel adds those in order: two launches for up to 48 tensors,
-            no atomics, the same bits on every run.
-Precision   float32, also for sums of squares: a gradient beyond 1.8e19 sets found_inf.
+            one program of a second kernel adds those in order. This takes two launches for up to 48
+            tensors. There are no atomics, so every run gives the same bits.
+Precision   float32. The square of a gradient beyond 1.8e19 is infinite there, and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures.
 Spec        irongpt_kernels/eager.py::grad_norm
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -25,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 BLOCK = 1024
 MAX_TENSORS = 48  # per launch: five addresses each take 1.9 of the 4 KB for arguments
@@ -67,7 +66,7 @@ def _sum_squares_kernel(
 ):  # fmt: skip
     """Stores each program's sum of squares. Of N gradients the first N_16BIT are 16-bit.
 
-    firsts: the first program of each tensor; sizes: its number of elements.
+    firsts: the id of the first program of each tensor. sizes: the number of elements of each.
     """
     program = tl.program_id(0)
     address, first, size = grads[0].to(tl.int64), 0, tl.cast(sizes[0], tl.int64)
@@ -153,13 +152,9 @@ def count_16bit(grads: list[Tensor]) -> int:
 
 
 def grad_norm_launch(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    max_norm: float,
-    growth_interval: int,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
+    max_norm: float, growth_interval: int,
+) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. scale, growth_tracker and state_steps are updated in place."""
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
     launches = chunks(grads)
@@ -181,24 +176,15 @@ def grad_norm_launch(
     return stats
 
 
-_op = torch.library.custom_op(
-    "irongpt::grad_norm", grad_norm_launch, mutates_args=("scale", "growth_tracker", "state_steps")
-)
-
-
-@_op.register_fake
-def _(grads: Any, scale: Tensor, *_: Any) -> Tensor:
-    return scale.new_empty(3, dtype=torch.float32)
+_op = custom_op(
+    "grad_norm", grad_norm_launch, lambda grads, scale, *_: scale.new_empty(3, dtype=torch.float32),
+    mutates=("scale", "growth_tracker", "state_steps"),
+)  # fmt: skip
 
 
 def grad_norm(
-    grads: list[Tensor],
-    scale: Tensor,
-    growth_tracker: Tensor,
-    state_steps: Tensor,
-    *,
-    max_norm: float,
-    growth_interval: int = 0,
-) -> Tensor:
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit dtype."""
     return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)

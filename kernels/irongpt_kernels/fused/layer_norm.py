@@ -8,13 +8,13 @@ Backward            dx, dweight and dbias in one pass over the rows: see `layer_
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN. It needs mean and rstd, which take 8 bytes per row, and recomputes xhat.
-Parallelism A program holds BLOCK_M complete rows in registers, several where rows are short. Rows
-            of up to 1023 elements get one warp, so their sums need no barrier.
+Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
+            512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
-            variance is computed from centred values. The mean is computed twice, the second time
-            from x - mean, in the forward and in the backward, so that rows far from zero lose no
-            digits.
-Limits      N <= 8192, because a row is one block. x and dy may have any strides: they are copied
+            variance is computed from centred values. Forward and backward compute the mean twice,
+            the second time from x - mean, so that rows whose mean is large compared with their
+            spread lose no digits.
+Limits      N <= 8192, because a row is one block. x and dy may have any strides, but are copied
             unless the last dimension is contiguous and the others collapse to one row stride.
 Spec        irongpt_kernels/eager.py::layer_norm
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.layer_norm_backward import centre, layer_norm_backward, tile
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_N = 8192  # five longer float32 rows do not fit the registers of an SM
@@ -96,14 +97,6 @@ def layer_norm_fwd(
     return y, mean, rstd
 
 
-_op = torch.library.custom_op("irongpt::layer_norm", layer_norm_fwd, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, rest[-1])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, _ = inputs
     _, mean, rstd = output
@@ -126,7 +119,10 @@ def _backward(
     return *(d if want else None for d, want in zip(gradients, wanted, strict=True)), None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "layer_norm", layer_norm_fwd, lambda x, *rest: _empty_outputs(x, rest[-1]),
+    (), _setup_context, _backward,
+)  # fmt: skip
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
@@ -140,12 +136,9 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> N
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See `eager.layer_norm`. Raises TypeError for other dtypes, ValueError for N above 8192."""
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(x, weight, bias, "x")

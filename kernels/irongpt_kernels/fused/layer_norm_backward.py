@@ -21,7 +21,6 @@ Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_l
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -31,6 +30,7 @@ from torch import Tensor
 from irongpt_kernels import dropout
 from irongpt_kernels.fused import philox
 from irongpt_kernels.runtime import launch, launch_table
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 WARPS_PER_SM = 8  # of all programs together
@@ -147,40 +147,35 @@ def layer_norm_bwd(
     options, warps = backward_tile(N, branch_dtype.itemsize, total.device)
     per_sm = warps // options["num_warps"]
     P = min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(total.device))
-    dbranch = total.new_empty(total.shape, dtype=branch_dtype) if wanted[0] else None
-    dresidual = total.new_empty(total.shape) if wanted[1] else None
-    dweight, dbias = (
-        total.new_empty(P, N, dtype=torch.float32) if want else None for want in wanted[2:]
-    )
+    outputs = _empty_outputs(total, (P, N), branch_dtype, wanted)
     if total.numel():
         inputs = dsum_rows, dnorm_rows, rows, weight.contiguous(), mean, rstd, seed
-        outputs = dbranch, dresidual, dweight, dbias
+        pointers = (d if want else None for d, want in zip(outputs, wanted, strict=True))
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.on(total.device):
             # All registers that so many warps leave a thread: left alone, ptxas would spill some
             # to make room for more warps.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))
-            _bwd_kernel[(P,)](*inputs, *outputs, M, N, *strides, *drop, **options)
-    return (
-        total.new_empty(0, dtype=branch_dtype) if dbranch is None else dbranch,
-        total.new_empty(0) if dresidual is None else dresidual,
-        total.new_empty(0, dtype=torch.float32) if dweight is None else dweight.sum(0),
-        total.new_empty(0, dtype=torch.float32) if dbias is None else dbias.sum(0),
-    )
+            _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
+    dbranch, dresidual, *partial = outputs
+    dweight, dbias = (d.sum(0) if want else d for d, want in zip(partial, wanted[2:], strict=True))
+    return dbranch, dresidual, dweight, dbias
 
 
-layer_norm_backward = torch.library.custom_op(
-    "irongpt::layer_norm_backward", layer_norm_bwd, mutates_args=()
-)
-
-
-@layer_norm_backward.register_fake
-def _(dsum: Any, dnorm: Any, total: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    branch_dtype, wanted = rest[-2:]
-    x, parameter = total.shape, (weight.shape, torch.float32)
-    like = [(x, branch_dtype), (x, total.dtype), parameter, parameter]
-    return tuple(
+def _empty_outputs(
+    total: Tensor, parameter: Sequence[int], branch_dtype: torch.dtype, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Uninitialized gradients. parameter: the shape of dweight and of dbias."""
+    float32 = (parameter, torch.float32)
+    kinds = [(total.shape, branch_dtype), (total.shape, total.dtype), float32, float32]
+    return [
         total.new_empty(shape if want else 0, dtype=dtype)
-        for want, (shape, dtype) in zip(wanted, like, strict=True)
-    )
+        for want, (shape, dtype) in zip(wanted, kinds, strict=True)
+    ]
+
+
+layer_norm_backward = custom_op(
+    "layer_norm_backward", layer_norm_bwd,
+    lambda dsum, dnorm, total, weight, *rest: (*_empty_outputs(total, weight.shape, *rest[-2:]),),
+)  # fmt: skip

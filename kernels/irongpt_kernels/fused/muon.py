@@ -4,25 +4,23 @@
                     m = beta m + (1 - beta) g
                     a = beta m + (1 - beta) g        Nesterov momentum
                     y = a / (|a| + 1e-7)             |a| is the Frobenius norm of each matrix
-    muon_update:    p = p - lr decay p - lr size u   u is y made orthogonal by matmuls
+    muon_update:    p = p - lr decay p - lr scale u  u is y made orthogonal by matmuls
                     copy = p, rounded to the dtype of the copy
 
 Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
             writes m, then reads both again for y, which needs the norm, and writes y: 18.
             muon_update reads u and p and writes p and the copy: 12. The same by PyTorch's ops: 92.
-Parallelism A program handles BLOCK elements of one matrix, the second program id. It selects the
-            matrix from addresses that are kernel arguments, as in `grad_norm`. The first kernel's
-            programs loop over further blocks, which leaves at most PARTS sums of squares per
-            matrix. Every program of the second kernel adds those of its matrix in order: no
-            atomics, the same bits on every run.
+Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. A program selects
+            its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
+            the first kernel loop over several blocks, so that each matrix has at most PARTS partial
+            sums of squares. Every program of the second kernel adds those of its matrix in order.
+            There are no atomics, so every run gives the same bits.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Weights and momentum are contiguous float32, at addresses that are multiples of 16, as
-            PyTorch allocates them. Gradients have one dtype and are copied where they are not
-            contiguous or aligned. If found_inf is set, y is 0 and nothing else changes.
+            PyTorch allocates them. Gradients have one dtype, and are copied unless they are
+            contiguous and aligned. If found_inf is set, y is 0, and m, p and copies do not change.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.grad_norm import BLOCK, aligned, chunks, load
 from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
 
 PARTS = 128  # partial sums per matrix, at most
 TINY = tl.constexpr(1e-7)
@@ -99,8 +98,7 @@ def _update_kernel(
     weights, low_precision_params, update_ptr, lr_ptr, stats_ptr, size, scale, decay,
     N: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates p and, with COPY, its copy. weights: the parameters. scale: the size in the
-    formula."""
+    """Updates p and, with COPY, its copy. weights: the parameters."""
     matrix = tl.program_id(1)
     offsets, mask = _offsets(size, BLOCK)
     if tl.load(stats_ptr + 2) == 0.0:
@@ -141,14 +139,9 @@ def muon_momentum_launch(
 
 
 def muon_update_launch(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `eager.muon_update`. params and low_precision_params are updated in place."""
     update = update.contiguous()
     size = update[0].numel()
@@ -161,22 +154,14 @@ def muon_update_launch(
             )
 
 
-_momentum_op = torch.library.custom_op(
-    "irongpt::muon_momentum", muon_momentum_launch, mutates_args=("momentum",)
+_momentum_op = custom_op(
+    "muon_momentum", muon_momentum_launch,
+    lambda grads, momentum, *rest: torch.empty_like(momentum, dtype=rest[-1]),
+    mutates=("momentum",),
+)  # fmt: skip
+_update_op = custom_op(
+    "muon_update", muon_update_launch, mutates=("params", "low_precision_params")
 )
-_update_op = torch.library.custom_op(
-    "irongpt::muon_update", muon_update_launch, mutates_args=("params", "low_precision_params")
-)
-
-
-@_momentum_op.register_fake
-def _(grads: Any, momentum: Tensor, stats: Any, beta: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(momentum, dtype=dtype)
-
-
-@_update_op.register_fake
-def _(*_: Any) -> None:
-    return None
 
 
 def muon_momentum(
@@ -187,15 +172,10 @@ def muon_momentum(
 
 
 def muon_update(
-    params: list[Tensor],
-    low_precision_params: list[Tensor],
-    update: Tensor,
-    lr: Tensor,
-    stats: Tensor,
-    *,
-    scale: float,
-    weight_decay: float,
-) -> None:
+    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
+    stats: Tensor, *,
+    scale: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `eager.muon_update`; Limits in the module's docstring."""
     lists = list(params), list(low_precision_params)
     _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))

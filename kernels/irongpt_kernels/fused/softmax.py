@@ -19,8 +19,9 @@ Precision   float32 between load and store. The backward saves x and not y: a y 
             does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
             it had up to 46 times the error of eager. Where one column has nearly all the weight,
             dy - delta cancels, so the rounding error of delta is estimated and subtracted too.
-Limits      Rows of x and dy may have any two strides. Leading dimensions that no single stride
-            describes are copied. A row without a finite visible score is NaN, as in PyTorch.
+Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+            not collapse to one stride is copied first. A row without a finite visible score is
+            NaN, as in PyTorch.
 Spec        irongpt_kernels/eager.py::softmax
 """
 
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.exponential import exp
 from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import as_matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
@@ -170,7 +172,8 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
         return y
     with launch.on(x.device):
         if N <= MAX_BLOCK:
-            grid, tile = _tile(M, N)
+            tile = launch.row_tile(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, tile["BLOCK_M"]),)
             _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **tile)
         else:
             _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_tile())
@@ -186,18 +189,12 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     strides = x.stride(), dy.stride()
     with launch.on(x.device):
         if N <= MAX_BLOCK:
-            grid, tile = _tile(M, N)
+            tile = launch.row_tile(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, tile["BLOCK_M"]),)
             _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **tile)
         else:
             _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_tile())
     return dx
-
-
-def _tile(M: int, N: int) -> tuple[tuple[int], dict[str, int]]:
-    block_n = launch.block(N)
-    block_m = max(1, TILE // block_n)
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=launch.warps(block_m * block_n))
-    return (triton.cdiv(M, block_m),), tile
 
 
 def _online_tile() -> dict[str, int]:
@@ -206,24 +203,12 @@ def _online_tile() -> dict[str, int]:
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 
-@torch.library.custom_op("irongpt::softmax", mutates_args=())
-def _op(x: Tensor, scale: float, causal: bool) -> Tensor:
+def _forward(x: Tensor, scale: float, causal: bool) -> Tensor:
     return softmax_fwd(as_matrix(x), scale, causal).view(x.shape)
 
 
-@torch.library.custom_op("irongpt::softmax_backward", mutates_args=())
-def _backward_op(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
+def _gradient(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     return softmax_bwd(as_matrix(dy), as_matrix(x), scale, causal).view(x.shape)
-
-
-@_op.register_fake
-def _(x: Tensor, scale: float, causal: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -236,7 +221,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return _backward_op(dy, x, ctx.scale, ctx.causal), None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = custom_op(
+    "softmax", _forward, lambda x, *_: x.new_empty(x.shape), (), _setup_context, _backward
+)
+_backward_op = custom_op("softmax_backward", _gradient, lambda dy, x, *_: x.new_empty(x.shape))
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:

@@ -1,1 +1,1 @@
-"""What every launch of a kernel needs."""
+"""Launch options, argument checks and compiler hooks that all kernels share."""

@@ -27,6 +27,21 @@ def same_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {other}, but {first} is on {device}")
 
 
+def same_dtype(**tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors have the dtype of the first."""
+    (first, dtype), *others = ((name, t.dtype) for name, t in tensors.items())
+    for name, other in others:
+        if other != dtype:
+            raise ValueError(f"{name} must have the dtype of {first}, {dtype}, got {other}")
+
+
+def head_dimension(name: str, t: Tensor) -> None:
+    """Raises ValueError unless the attention kernels support the last dimension of t."""
+    D = t.shape[-1]
+    if D not in range(16, 129, 16):
+        raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
+
+
 def shape(name: str, t: Tensor | None, wanted: tuple[int, ...]) -> None:
     """Raises ValueError unless t is None or has the shape `wanted`."""
     if t is not None and tuple(t.shape) != wanted:

@@ -86,6 +86,14 @@ def equal_sums(row: int, num_warps: int) -> dict[str, int]:
     return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
 
 
+def row_tile(N: int, columns: int, elements: int) -> dict[str, int]:
+    """Launch options for rows of N elements: blocks of at most `columns` columns, and where rows
+    are short, so many rows that a program has `elements` elements."""
+    BLOCK_N = min(columns, block(N))
+    BLOCK_M = max(1, elements // BLOCK_N)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(BLOCK_M * BLOCK_N))
+
+
 def seed_tensor(seed: "int | Tensor | None", device: torch.device) -> Tensor:
     """The seed as a 0-d int64 tensor on the device. None, which means no dropout, becomes 0."""
     if isinstance(seed, Tensor):

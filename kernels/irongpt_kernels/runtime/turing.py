@@ -264,14 +264,19 @@ def small_dot(a_ptr, b_ptr, c_ptr):
     tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="ieee"))
 
 
-def probe() -> str:
-    """The PTX for sm_75 of a dot of fp16 tiles, with the current hooks. Needs no GPU. If tensor
-    cores are used, it has mma.sync instructions."""
-    pointers = dict(a_ptr="*fp16", b_ptr="*fp16", c_ptr="*fp32")
+def compile_small_dot(arch: int, dtype: str, num_warps: int) -> dict[str, Any]:
+    """Compiles `small_dot` for operands such as fp16, with the current hooks. Needs no GPU. Returns
+    the code by name, such as ptx and cubin."""
+    pointers = dict(a_ptr=f"*{dtype}", b_ptr=f"*{dtype}", c_ptr="*fp32")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(small_dot, pointers, {}, aligned)
-    target = GPUTarget("cuda", ARCH, 32)
-    return triton.compile(source, target=target, options=dict(num_warps=1)).asm["ptx"]
+    source, target = ASTSource(small_dot, pointers, {}, aligned), GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=dict(num_warps=num_warps)).asm
+
+
+def probe() -> str:
+    """The PTX of a dot of fp16 tiles for sm_75. If tensor cores are used, it has mma.sync
+    instructions."""
+    return compile_small_dot(ARCH, "fp16", num_warps=1)["ptx"]
 
 
 def prove() -> None:
