@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import TINY, Cli
 from irongpt_kernels import Ops, builtin, eager, fused
-from numerics import DEVICE, HALVES, Inputs, each_dtype, run, small_inputs, values
-from torch import Tensor
+from numerics import DEVICE, HALVES, each_dtype
+from op_cases import OP_CASES, Case
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,9 +25,9 @@ from irongpt.cuda_graph import WARMUP
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-SHAPE = GPTConfig(vocab_size=29, n_layer=1, n_head=2, n_embd=32, context=16, dropout=0.2)
+SHAPE = GPTConfig(vocab_size=29, n_layer=1, n_head=2, n_embd=32, context=8, dropout=0.2)
 RECIPE = TrainConfig(
-    iters=10, batch_size=2, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
+    iters=10, batch_size=1, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
 )
 each_ops = pytest.mark.parametrize(
     "ops", [eager, builtin, fused], ids="eager builtin fused".split()
@@ -156,39 +156,17 @@ def test_the_host_never_waits_for_a_replay() -> None:
     assert row.isfinite().all()
 
 
-def op_inputs(op: str) -> Inputs:
-    """On the device, in float32."""
-    if op == "causal_attention":
-        return {name: values(2, 3, 33, 16, seed=i) for i, name in enumerate("qkv")}
-    if op == "causal_attention_packed":
-        return {"qkv": values(2, 33, 3, 3, 16)}
-    return {n: x.to(DEVICE) for n, x in small_inputs(torch.float32)[op].items() if x is not None}
-
-
-def outputs_and_gradients(op: str, inputs: Inputs) -> list[Tensor]:
-    """With dropout if the op has it. The host does not wait for the results."""
-    has_dropout = op.startswith("causal_attention") or op == "dropout_add_layer_norm"
-    options = dict(dropout_p=0.3, seed=5) if has_dropout else {}
-    first = next(x for x in inputs.values() if x is not None)
-    y = first.new_zeros(()) if op == "cross_entropy" else first
-    y = first[:, :, 0] if op == "causal_attention_packed" else y
-    upstream = tuple(
-        torch.full_like(y, 0.5 + i) for i in range(2 if op == "dropout_add_layer_norm" else 1)
-    )
-    outputs, gradients = run(getattr(fused, op), inputs, upstream, **options)
-    return [*outputs, *gradients]
-
-
-each_op = pytest.mark.parametrize("op", list(small_inputs()))
+each_op = pytest.mark.parametrize("case", OP_CASES.values(), ids=list(OP_CASES))
 
 
 @pytest.mark.gpu
 @each_op
-def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
+def test_an_op_runs_on_the_stream_of_its_caller(case: Case) -> None:
     """After the kernels that make its inputs there: they are NaN until a long wait is over."""
-    inputs = op_inputs(op)
-    wanted = outputs_and_gradients(op, inputs)
-    floats = {n: x for n, x in inputs.items() if x is not None and x.is_floating_point()}
+    inputs = case.inputs()
+    upstream = case.upstream(inputs)
+    wanted = case.results(fused, inputs, upstream)
+    floats = {n: x for n, x in inputs.items() if x.is_floating_point()}
     delayed = {n: torch.full_like(x, float("nan")) for n, x in floats.items()}
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -196,7 +174,7 @@ def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
         torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
         for n, x in floats.items():
             delayed[n].copy_(x)
-        results = outputs_and_gradients(op, inputs | delayed)
+        results = case.results(fused, inputs | delayed, upstream)
     side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
 
@@ -204,11 +182,13 @@ def test_an_op_runs_on_the_stream_of_its_caller(op: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @each_op
-def test_an_op_runs_on_the_device_of_its_inputs(op: str) -> None:
-    wanted = outputs_and_gradients(op, op_inputs(op))
-    moved = {n: x.to("cuda:1") for n, x in op_inputs(op).items() if x is not None}
+def test_an_op_runs_on_the_device_of_its_inputs(case: Case) -> None:
+    inputs = case.inputs()
+    upstream = case.upstream(inputs)
+    wanted = case.results(fused, inputs, upstream)
+    moved = {n: x.to("cuda:1") for n, x in inputs.items()}
     assert torch.cuda.current_device() == 0
-    results = outputs_and_gradients(op, moved)
+    results = case.results(fused, moved, tuple(g.to("cuda:1") for g in upstream))
     assert {x.device for x in results} == {torch.device("cuda", 1)}
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, wanted, strict=True))
 

@@ -1,4 +1,4 @@
-"""Where a kernel reaches in tensors too large for any memory.
+"""The addresses that a kernel accesses in tensors too large for any memory.
 
     with addresses_only():
         fused.layer_norm(x, weight)                 x on the meta device
@@ -82,7 +82,7 @@ def addresses_only() -> Iterator[Report]:
 
 
 class _Address(MockTensor):
-    """What a kernel learns of a tensor."""
+    """Stands for a tensor in a launch: its dtype and its address."""
 
     def __init__(self, t: Tensor, address: int) -> None:
         super().__init__(t.dtype)

@@ -1,9 +1,8 @@
-"""The rule of `irongpt_kernels.tolerance` as an assertion, and the inputs it is tried on.
+"""The tolerance of `irongpt_kernels.tolerance` as an assertion, and inputs to test it on.
 
 `eager` itself is held in float64 against other formulas, to `EXACT`.
 """
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import eager, tolerance
-from irongpt_kernels.op_inputs import Input, RowShape, indices
-from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, TOKEN
+from irongpt_kernels.op_inputs import Input, RowShape, Shape, indices
+from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, SPECS, TOKEN
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
@@ -57,13 +56,6 @@ def assert_rule(
         assert e.candidate <= bound, found
 
 
-def assert_same_bits(x: Tensor, y: Tensor) -> None:
-    """One input in two layouts gives the same bits in the interpreter. A compiled kernel may load
-    them with other threads, and then adds up in another order: there the tolerance decides."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        assert torch.equal(x, y)
-
-
 def assert_exact(x: Any, y: Any) -> None:
     """Equal but for float64 rounding. Tensors, or tuples of them."""
     torch.testing.assert_close(x, y, rtol=EXACT, atol=EXACT, equal_nan=True)
@@ -98,7 +90,7 @@ def assert_op(
     upstream: tuple[Tensor, ...] | None = None,
     **options: Any,
 ) -> None:
-    """Holds an op of `module` to the rule, forward and backward, in the dtype of the inputs.
+    """Asserts the tolerance of an op of `module`, forward and backward, in the inputs' dtype.
 
     upstream: random unless given.
     """
@@ -133,23 +125,32 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 SMALL = RowShape(2, 3, 7, 5, V=17, M=20, N=19)  # sizes that no tile divides
 
 
-def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
-    """Small inputs of every op with a gradient."""
+def inputs_of(
+    name: str,
+    dtype: torch.dtype,
+    shape: Shape = SMALL,
+    lead: tuple[int, ...] = (4, 5),
+    causal: bool = False,
+    **roles: torch.dtype,
+) -> Inputs:
+    """Inputs of an op with a gradient. lead: the dimensions that make up M, except of logits and of
+    a softmax's rows. roles: dtypes of the residual stream and of weights, if they differ."""
+    spec, kinds = SPECS[name], dict.fromkeys(("compute", "stream", "weight"), dtype) | roles
+    inputs = (spec if causal else spec.full_rows or spec).inputs(shape)
 
     def made(i: int, x: Input) -> Tensor:
         if x.role == "integer":
             return indices(x, ignored=True)
-        value = randn(*x.size, dtype=dtype, seed=i)
-        rows = x.size[0] == SMALL.M and x.size[-1] != SMALL.V  # logits have two dimensions
-        return value.unflatten(0, (4, 5)) if rows else value
+        value = randn(*x.size, dtype=kinds[x.role], seed=i)
+        rows = len(x.size) == 2 and "N" in vars(shape) and x.size[-1] != shape.V
+        return value.view(*lead, x.size[1]) if rows else value
 
-    return {
-        spec.name: {
-            name: made(i, x)
-            for i, (name, x) in enumerate((spec.full_rows or spec).inputs(SMALL).items())
-        }
-        for spec in LAYERS
-    }
+    return {name: made(i, x) for i, (name, x) in enumerate(inputs.items())}
+
+
+def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
+    """Small inputs of every op with a gradient."""
+    return {name: inputs_of(name, dtype) for name in OPS}
 
 
 OPS = [spec.name for spec in LAYERS]
@@ -161,7 +162,7 @@ def _between_nans(x: Tensor) -> Tensor:
     return F.pad(x, (3, 5), value=float("nan")).narrow(-1, 3, x.shape[-1])
 
 
-# Where a tensor's values may lie. Memory that is none of its own is NaN.
+# Layouts of a tensor. Memory between its elements is NaN.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "every second value": lambda x: torch.stack([x, x * float("nan")], -1)[..., 0],

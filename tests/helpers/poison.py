@@ -1,4 +1,4 @@
-"""Uninitialised memory that shows: inside `poison()`, what torch.empty returns is NaN."""
+"""Makes uninitialised memory visible: inside `poison()`, torch.empty returns NaN."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,5 +1,5 @@
 """
-What a GPU would not tell: a sanitizer for Triton kernels, over Triton's interpreter.
+A sanitizer for Triton kernels in Triton's interpreter, for bugs that a GPU does not report.
 
     with sanitize() as report:
         fused.layer_norm(x, weight)
@@ -16,7 +16,7 @@ runs every launch inside on copies of its tensors with guard bands between them,
 
 `order` shuffles the programs of each launch by that seed; two orders must give the same bits.
 
-Reads of memory that nobody wrote are the business of `poison`.
+`poison` makes reads of memory visible that was never written.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 GUARD = 1 << 16  # bytes around every storage: more than the tiles of a test reach over
-NOBODY, SEVERAL = -1, -2
+NONE, SEVERAL = -1, -2
 
 
 class Violation(AssertionError):  # noqa: N818
@@ -66,8 +66,8 @@ class Arena:
         self.legal = np.zeros(end, dtype=bool)
         for t in tensors:
             self._allow(t)
-        self.writer = np.full(end, NOBODY, dtype=np.int64)
-        self.reader = np.full(end, NOBODY, dtype=np.int64)
+        self.writer = np.full(end, NONE, dtype=np.int64)
+        self.reader = np.full(end, NONE, dtype=np.int64)
 
     def _allow(self, t: Tensor) -> None:
         start, size = self.starts[t.untyped_storage().data_ptr()], t.untyped_storage().nbytes()
@@ -124,7 +124,7 @@ class _Launch:
         if not inside.all():
             self.fail(f"{kind} out of bounds in {int((~inside).sum())} of {first.size} lanes")
         me = self._program()
-        others = (NOBODY, me)
+        others = (NONE, me)
         if not np.isin(arena.writer[first], others).all():
             self.fail(f"{kind} of what another program writes")
         if kind == "store":

@@ -1,6 +1,6 @@
 """
-What `turing` promises, checked by compiling. For test_turing.py, in a process of its own, where
-Triton compiles and does not interpret.
+Checks of `turing` by compiling. test_turing.py runs them in another process, where Triton compiles
+and does not interpret.
 
     python tests/helpers/turing_checks.py       prints JSON: by check, "" or what went wrong
 """
@@ -69,10 +69,19 @@ def check_stages_of_an_option_are_one() -> None:
         assert MMA in ptx(loop_kernel, num_stages=3)
 
 
-def check_float32_is_as_ever() -> None:
-    for precision in ("ieee", "tf32"):
-        same = dict(types="fp32 fp32 fp32", precision=precision)
-        assert ptx(**same) == stock(**same)
+def check_other_kernels_and_gpus_are_unchanged() -> None:
+    plans: list[dict[str, Any]] = [
+        *(dict(types="fp32 fp32 fp32", precision=precision) for precision in ("ieee", "tf32")),
+        *(dict(kernel=add_kernel, types=f"{x} {x} {x}") for x in ("fp16", "fp32")),
+        *(dict(arch=arch) for arch in (80, 86, 89, 90)),
+        dict(types="bf16 bf16 fp32"),
+    ]
+    with saying():
+        for plan in plans:
+            assert ptx(**plan) == stock(**plan), plan
+
+
+def check_float32_is_unchanged_next_to_fp16() -> None:
     with saying():
         text = ptx(two_dots_kernel)
     assert MMA in text
@@ -80,22 +89,7 @@ def check_float32_is_as_ever() -> None:
     assert text.count("fma.rn.f32") >= 32 * 32
 
 
-def check_no_dot_no_change() -> None:
-    for types in ("fp16 fp16 fp16", "fp32 fp32 fp32"):
-        assert ptx(add_kernel, types) == stock(add_kernel, types)
-
-
-def check_bfloat16_is_as_ever() -> None:
-    with saying():
-        assert ptx(types="bf16 bf16 fp32") == stock(types="bf16 bf16 fp32")
-
-
-def check_other_gpus_are_as_ever() -> None:
-    for arch in (80, 86, 89, 90):
-        assert ptx(arch=arch) == stock(arch=arch)
-
-
-def check_what_cannot_be_served_is_as_ever_and_said_once() -> None:
+def check_unsupported_kernels_are_unchanged_with_one_warning() -> None:
     other = two_dots_kernel, "fp16 fp16 bf16"
     with saying("two_dots_kernel runs slowly, without", "staged_kernel runs slowly, without"):
         for num_warps in (1, 2):
@@ -104,7 +98,7 @@ def check_what_cannot_be_served_is_as_ever_and_said_once() -> None:
             assert ptx(staged_kernel, **same) == stock(staged_kernel, **same)
 
 
-def check_ptx_that_is_not_known_falls_back() -> None:
+def check_unknown_ptx_falls_back() -> None:
     with (
         saying("m16n8k16"),
         patch.object(turing, "split_mma", lambda text: text),
@@ -170,7 +164,7 @@ def check_install_again_is_the_same() -> None:
     assert knobs.runtime.add_stages_inspection_hook is hook
 
 
-def check_the_cache_is_honest() -> None:
+def check_the_cache_keeps_both_kinds_apart() -> None:
     """One folder, with and without the hook, in either order, and for other GPUs the same entry."""
     for hooked_first in (True, False):
         with tempfile.TemporaryDirectory() as folder, patch.object(knobs.cache, "dir", folder):
@@ -211,13 +205,13 @@ def check_threads() -> None:
         assert not isinstance(knobs.runtime.add_stages_inspection_hook.before, turing.Hook)
 
 
-def check_a_triton_without_the_hook_is_told() -> None:
+def check_a_triton_without_the_hook_is_reported() -> None:
     bare = SimpleNamespace(runtime=SimpleNamespace())
     with patch.object(turing, "knobs", bare), patch.object(turing, "_proved", False):
         _assert_refused("no hook")
 
 
-def check_a_triton_with_other_ptx_is_told() -> None:
+def check_a_triton_with_other_ptx_is_reported() -> None:
     with (
         without(),
         patch.object(turing, "split_mma", lambda text: text),
@@ -264,7 +258,7 @@ def _raise(function: Any, e: Exception) -> None:
 
 
 def check_spills_are_seen() -> None:
-    """The facts that test_compile.py demands can be otherwise."""
+    """So what test_compile.py requires of the kernels can fail."""
     kernel = made(N=128)  # 512 accumulators a thread
     binary = sass.read(kernel.asm["cubin"])
     assert binary.stack > 0

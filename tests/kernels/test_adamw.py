@@ -1,17 +1,15 @@
 """The optimizer's ops, grad_norm and adamw: each implementation against eager in float64."""
 
-import contextlib
 import importlib
 from types import ModuleType
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from numerics import DEVICE, OUTPUTS, assert_rule, each_dtype, values
+from numerics import DEVICE, HALVES, OUTPUTS, assert_rule, values
 from torch import Tensor
 
 norm_kernel = importlib.import_module("irongpt_kernels.fused.grad_norm")
-kernel = importlib.import_module("irongpt_kernels.fused.adamw")
 each_ops = pytest.mark.parametrize("ops", [builtin, fused], ids=["builtin", "fused"])
 SHAPES = [(33, 40), (1025,), (1024,), (1,), (3, 5), (2100,), (16,)]
 COPIES = 2  # of the first weights
@@ -63,9 +61,12 @@ class State:
 
 
 @each_ops
-@each_dtype
-@pytest.mark.parametrize("narrow", [True, False])
-@pytest.mark.parametrize("size", [0.01, 50.0], ids=["whole", "clipped"])
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [(torch.float32, False), *((half, narrow) for half in HALVES for narrow in (False, True))],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [0.01, 50.0], ids=["as they are", "clipped"])
 def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: float) -> None:
     ours, theirs = (State(dtype, narrow) for _ in range(2))
     oracle = State(dtype, narrow).double()
@@ -99,9 +100,11 @@ def test_any_step_has_its_bias_corrected(ops: ModuleType, step: int) -> None:
 
 
 @each_ops
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("where", [0, 3, 6])
-def test_an_overflow_changes_the_scale_alone(ops: ModuleType, bad: float, where: int) -> None:
+@pytest.mark.parametrize(
+    ("bad", "where"),
+    [(float("inf"), 0), (float("-inf"), 3), (float("nan"), 6), (float("nan"), 0)],
+)
+def test_an_overflow_changes_only_the_scale(ops: ModuleType, bad: float, where: int) -> None:
     state = State(torch.float16, True)
     state.step(ops, state.grads(0))
     before = [t.clone() for t in state.tensors()]
@@ -118,7 +121,7 @@ def test_an_overflow_changes_the_scale_alone(ops: ModuleType, bad: float, where:
 
 
 @pytest.mark.parametrize("ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"])
-def test_the_scale_doubles_after_a_calm_halves_and_stays_within_its_bounds(ops) -> None:
+def test_the_scale_doubles_and_halves_within_its_bounds(ops) -> None:
     scale, good = torch.tensor(65536.0, device=DEVICE), torch.tensor(0, device=DEVICE)
     steps, g = torch.zeros(1, device=DEVICE), torch.ones(3, device=DEVICE)
 
@@ -148,14 +151,6 @@ def test_more_weights_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(a, b)
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    runs = []
-    for _ in range(2):
-        state = State(torch.float16, True)
-        runs.append([*(state.step(fused, state.grads(i)) for i in range(2)), *state.tensors()])
-    assert all(map(torch.equal, *runs))
-
-
 def test_gradients_of_any_layout() -> None:
     shapes = [(40, 24), (24, 8)]
     straight, other = (State(torch.float16, True, shapes) for _ in range(2))
@@ -171,35 +166,8 @@ def test_gradients_of_any_layout() -> None:
     assert all(map(torch.equal, straight.tensors(), other.tensors()))
 
 
-def test_gradients_of_two_narrow_types_are_refused() -> None:
+def test_gradients_of_two_16_bit_dtypes_are_refused() -> None:
     one = torch.ones((), device=DEVICE)
     grads = [torch.ones(3, device=DEVICE, dtype=d) for d in (torch.float16, torch.bfloat16)]
     with pytest.raises(TypeError, match="one 16-bit dtype"):
         fused.grad_norm(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the sanitizer works on Triton's interpreter")
-@pytest.mark.parametrize("order", [0, 1, None])
-def test_an_op_runs_clean_in_any_order(order: int | None) -> None:
-    from sanitizer import sanitize
-
-    shapes = [(30, 40), (1025,), (1,), (3, 5)]
-    results = []
-    for watched in (False, True):
-        state = State(torch.float16, True, shapes)
-        with sanitize(order) if watched else contextlib.nullcontext() as report:
-            rows = [state.step(fused, state.grads(i)) for i in range(2)]
-        results.append([*rows, *state.tensors()])
-    assert all(map(torch.equal, *results))
-    assert len(report.kernels) == 2 * 3
-
-
-def test_fakes_keep_the_ops_promises() -> None:
-    state = State(torch.float16, True, [(3, 5), (4,), (2,)])
-    grads = state.grads(0)
-    arguments = (grads, state.scale, state.good, state.steps, 1.0, 3)
-    torch.library.opcheck(norm_kernel._op, arguments)
-    stats = fused.grad_norm(*arguments[:4], max_norm=1.0)
-    lists = (state.params, state.copies, grads, state.m, state.v)
-    numbers = (state.steps, state.lr, stats, 0.9, 0.999, state.decays, 1e-8)
-    torch.library.opcheck(kernel._op, (*lists, *numbers))

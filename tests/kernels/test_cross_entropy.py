@@ -1,4 +1,4 @@
-"""The cross-entropy kernels, held to the rule of `numerics`."""
+"""The cross-entropy kernels within the tolerance of eager."""
 
 import importlib
 import math
@@ -10,11 +10,9 @@ from numerics import (
     DEVICE,
     EPS32,
     GRADIENTS,
-    LAYOUTS,
     OUTPUTS,
     assert_op,
     assert_rule,
-    assert_same_bits,
     each_dtype,
     run,
     values,
@@ -99,24 +97,14 @@ def test_an_ignored_row_does_not_matter(bad: float, dtype: torch.dtype, path: No
     assert (dx[~counted] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [INF, math.nan])
-def test_what_is_not_finite_elsewhere_shows(bad: float, path: None) -> None:
-    x = values(3, 37, dtype=torch.float32)
-    x[1, 20] = bad
-    for target in (20, 5):
-        targets = torch.tensor([0, target, 1], device=DEVICE)
-        assert kernel.cross_entropy(x, targets).isnan()
-
-
 def test_another_ignored_class() -> None:
     hold(values(4, 10, dtype=torch.float32), torch.tensor([3, 3, 1, 2]), ignore_index=3)
     hold(values(4, 10, dtype=torch.float32), torch.tensor([3, 3, 1, 77]), ignore_index=77)
 
 
-@pytest.mark.parametrize("M", [0, 4], ids=["no rows", "all ignored"])
-def test_with_nothing_left_the_loss_is_nan_and_the_gradient_zero(M: int) -> None:
-    x = values(M, 10, dtype=torch.float32)
-    targets = torch.full((M,), -100, device=DEVICE)
+def test_with_all_targets_ignored_the_loss_is_nan_and_the_gradient_zero() -> None:
+    x = values(4, 10, dtype=torch.float32)
+    targets = torch.full((4,), -100, device=DEVICE)
     dloss = torch.tensor(1.0, device=DEVICE)
     (loss,), (dx,) = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
     assert loss.isnan()
@@ -143,20 +131,6 @@ def test_a_confident_row_keeps_its_loss_and_gradient(doubt: float, dtype, path: 
         assert_rule(GRADIENTS, got, wanted.to(dtype), wanted, wanted.abs() * roundings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_change_nothing(layout: str, path: None) -> None:
-    x = LAYOUTS[layout](values(19, 23, dtype=torch.float32))
-    targets = torch.stack([torch.arange(19), torch.full((19,), 99)], 1).to(DEVICE)[:, 0]
-    assert targets.stride() == (2,)
-    dloss = torch.ones(3, device=DEVICE)[1].expand(())
-    laid = run(kernel.cross_entropy, dict(logits=x, targets=targets), (dloss,))
-    straight = dict(logits=x.contiguous(), targets=targets.contiguous())
-    wanted = run(kernel.cross_entropy, straight, (dloss,))
-    assert_same_bits(laid[0][0], wanted[0][0])
-    assert_same_bits(laid[1][0], wanted[1][0])
-    hold(x, targets)
-
-
 def test_targets_may_be_the_tail_of_a_tensor() -> None:
     targets = torch.arange(8, device=DEVICE)
     hold(values(7, 9, dtype=torch.float32), targets[1:])
@@ -179,31 +153,8 @@ def test_on_a_gpu_such_a_target_makes_the_loss_nan(target: int, path: None) -> N
     assert dx[::2].isfinite().all()
 
 
-def test_the_custom_op_keeps_its_promises() -> None:
-    x = values(5, 9, dtype=torch.float32).requires_grad_()
-    targets = torch.tensor([0, 8, -100, 3, 3], device=DEVICE)
-    torch.library.opcheck(kernel._op, (x, targets, -100))
-    loss, m, rest, n = kernel._op(x.detach(), targets, -100)
-    arguments = (torch.ones_like(loss), x.detach(), targets, m, rest, n, -100)
-    torch.library.opcheck(kernel._backward_op, arguments)
-
-
-X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("logits", "targets", "error", "message"),
-    [
-        (X.double(), T, TypeError, "logits must be .* got torch.float64"),
-        (X[0], T, ValueError, r"logits must have 2 dimensions, got shape \(3,\)"),
-        (X[:, :0], T, ValueError, r"logits must have at least one class, got shape \(2, 0\)"),
-        (X, T.int(), TypeError, "targets must be an int64 tensor, got torch.int32"),
-        (X, [0, 1], TypeError, "targets must be an int64 tensor, got list"),
-        (X, T[:1], ValueError, r"targets must have shape \(2,\), got \(1,\)"),
-        (X, T[:, None], ValueError, r"targets must have shape \(2,\), got \(2, 1\)"),
-        (X, T.to("meta"), ValueError, "targets is on meta, but logits is on cpu"),
-    ],
-)
-def test_bad_arguments_are_named(logits, targets, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        kernel.cross_entropy(logits, targets)
+def test_logits_of_no_class_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"logits must have at least one class, got shape \(2, 0\)"
+    ):
+        kernel.cross_entropy(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))

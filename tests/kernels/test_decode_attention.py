@@ -1,6 +1,5 @@
-"""Attention of one position to a cache: eager against causal attention, kernel against the rule."""
+"""Attention of one position to a cache: eager is causal attention, the kernel is like eager."""
 
-import importlib
 import math
 
 import pytest
@@ -11,14 +10,12 @@ from numerics import (
     OUTPUTS,
     assert_exact,
     assert_rule,
-    assert_same_bits,
     each_dtype,
     randn,
     values,
 )
 from torch import Tensor
 
-kernel = importlib.import_module("irongpt_kernels.fused.decode_attention")
 each_ops = pytest.mark.parametrize(
     "ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"]
 )
@@ -26,7 +23,7 @@ POSITIONS = [[0, 0], [1, 0], [15, 16], [17, 39], [39, 31]]
 
 
 def inputs(positions: list[int], dtype=torch.float32, H: int = 3, N: int = 40, D: int = 16) -> dict:
-    """What nobody has written yet is NaN."""
+    """The caches are NaN where nothing has been written yet."""
     B = len(positions)
     position = torch.tensor(positions, dtype=torch.int64, device=DEVICE)
     past = torch.arange(N, device=DEVICE) < position[:, None, None]
@@ -59,7 +56,7 @@ def test_eager_is_the_last_row_of_causal_attention() -> None:
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @each_dtype
 @pytest.mark.parametrize("D", [16, 48, 128])
-def test_the_rule(D: int, dtype: torch.dtype, positions: list[int]) -> None:
+def test_fused(D: int, dtype: torch.dtype, positions: list[int]) -> None:
     given = inputs(positions, dtype, H=8, D=D)  # of few heads eager may be exact by chance
     wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
     for scale in (None, 2.0):
@@ -100,23 +97,6 @@ def test_huge_scores_are_rescaled() -> None:
         assert_rule(OUTPUTS, *results, call(eager, wide)[0])
 
 
-def test_strides_change_no_bit() -> None:
-    given = inputs([17, 39])
-    laid = dict(given)
-    for name in ("cache_k", "cache_v"):
-        laid[name] = given[name].transpose(1, 3).contiguous().transpose(1, 3)
-    laid["qkv"] = given["qkv"].transpose(2, 4).contiguous().transpose(2, 4)
-    laid["position"] = torch.stack([given["position"], given["position"] * 99], 1)[:, 0]
-    before = laid["cache_k"].clone()
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
-    (base, _, _), (oracle, _, _) = call(eager, given), call(eager, wide)
-    out = fused.decode_attention(**laid)
-    assert_same_bits(out, fused.decode_attention(**given))
-    assert_rule(OUTPUTS, out, base, oracle)
-    assert torch.equal(laid["cache_k"].nan_to_num(7), given["cache_k"].nan_to_num(7))
-    assert not torch.equal(laid["cache_k"].nan_to_num(7), before.nan_to_num(7))
-
-
 @pytest.mark.parametrize("position", [-1, 40, 2**40])
 def test_a_position_outside_writes_nothing(position: int) -> None:
     given = inputs([5, 5])
@@ -128,19 +108,9 @@ def test_a_position_outside_writes_nothing(position: int) -> None:
     assert not torch.equal(k[1], given["cache_k"][1])
 
 
-def test_no_texts_at_all() -> None:
-    assert call(fused, inputs([]))[0].shape == (0, 1, 3, 16)
-
-
-def test_registration() -> None:
-    given = {n: x.nan_to_num(3) for n, x in inputs([3, 7]).items()}
-    torch.library.opcheck(kernel._op, (*given.values(), 0.25))
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(qkv=None), TypeError, "qkv must be a tensor"),
         (dict(qkv=torch.zeros(2, 2, 3, 3, 16)), ValueError, r"qkv must have shape \(2, 1, 3, 3"),
         (dict(cache_v=torch.zeros(2, 3, 9, 16)), ValueError, "cache_v must have shape"),
         (dict(cache_k=torch.zeros(2, 3, 40, 16).half()), ValueError, "cache_k must have the dtype"),

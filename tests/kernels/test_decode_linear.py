@@ -1,9 +1,8 @@
-"""Products of a few rows with what stands around them, to the rule of `numerics`."""
+"""Matmuls of a few rows with the ops before and after them, within the tolerance of eager."""
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from irongpt_kernels.fused import decode_linear
 from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
 from torch import Tensor
 
@@ -13,7 +12,7 @@ with_and_without = pytest.mark.parametrize("bias", [False, True], ids=["no bias"
 
 
 def hold(op: str, ops, given: dict, **options) -> None:
-    """To the rule, against float64 of what is given."""
+    """Asserts the tolerance, against float64 of the given inputs."""
     wide = {n: x if x is None else x.double() for n, x in given.items()}
     results = [getattr(module, op)(**given, **options) for module in (ops, eager)]
     assert_rule(OUTPUTS, *results, getattr(eager, op)(**wide, **options))
@@ -40,8 +39,8 @@ def test_norm_linear(M: int, K: int, N: int, dtype, bias: bool, gelu: bool) -> N
 
 @pytest.mark.parametrize("mean", [1e4, 1e6 / 3])
 @pytest.mark.parametrize("K", [37, 384])
-def test_a_large_mean_costs_no_more_than_eager_s(mean: float, K: int) -> None:
-    """Its rounding, left in, would be a shift of the whole row, which the product adds up."""
+def test_rows_with_a_large_mean(mean: float, K: int) -> None:
+    """The rounding error of the mean would shift the row, and the matmul would add that up."""
     given = normed(3, K, 21, torch.float32, False)
     given["x"] = (mean + 0.1 * randn(3, K)).float().to(DEVICE)
     given["weight"] = given["weight"].abs()
@@ -62,7 +61,7 @@ def test_linear_add(M: int, K: int, N: int, dtype, bias: bool) -> None:
         hold("linear_add", ops, given)
 
 
-def test_eager_is_what_it_says() -> None:
+def test_eager_is_the_formula() -> None:
     x, weight, norm, bias = randn(3, 9), randn(5, 9, seed=1), randn(9, seed=2), randn(5, seed=3)
     y = torch.nn.functional.layer_norm(x, (9,), norm, norm) @ weight.T + bias
     assert_exact(eager.norm_linear(x, weight, norm, norm, bias), y)
@@ -110,48 +109,28 @@ def test_rows_far_from_zero_keep_their_digits() -> None:
     hold("norm_linear", fused, given)
 
 
-def test_strides_change_no_bit() -> None:
-    given = normed(3, 37, 21, torch.float16, True)
-    wanted = fused.norm_linear(**given)
-    for name in ("x", "weight"):
-        for laid in (given[name].T.contiguous().T, torch.cat([given[name]] * 2, 1)[:, :37]):
-            assert torch.equal(fused.norm_linear(**given | {name: laid}), wanted)
-    rest = values(21, 3, seed=7).T
-    x, weight = given["x"].half(), given["weight"]
-    wanted = fused.linear_add(x, weight, rest.contiguous())
-    assert torch.equal(fused.linear_add(x, weight, rest), wanted)
-
-
 def test_a_row_does_not_depend_on_the_others() -> None:
     given = normed(4, 37, 21, torch.float16, True)
     alone = fused.norm_linear(**given | dict(x=given["x"][2:3]))
     assert torch.equal(fused.norm_linear(**given)[2:3], alone)
 
 
-def test_registration() -> None:
-    given = normed(2, 37, 21, torch.float32, True)
-    torch.library.opcheck(decode_linear._norm_linear_op, (*given.values(), True, 1e-5))
-    add = (given["x"], given["weight"], values(2, 21), None)
-    torch.library.opcheck(decode_linear._linear_add_op, add)
-
-
 @pytest.mark.parametrize(
-    ("changed", "error", "message"),
+    ("changed", "message"),
     [
-        (dict(x=None), TypeError, "x must be a tensor"),
-        (dict(x=torch.zeros(3)), ValueError, "x must have 2 dimensions"),
-        (dict(weight=torch.zeros(21, 36)), ValueError, r"weight must have shape \(21, 37\)"),
-        (dict(norm_weight=torch.zeros(36)), ValueError, r"norm_weight must have shape \(37,\)"),
-        (dict(bias=torch.zeros(20)), ValueError, r"bias must have shape \(21,\)"),
+        (dict(x=torch.zeros(3)), "x must have 2 dimensions"),
+        (dict(weight=torch.zeros(21, 36)), r"weight must have shape \(21, 37\)"),
+        (dict(norm_weight=torch.zeros(36)), r"norm_weight must have shape \(37,\)"),
+        (dict(bias=torch.zeros(20)), r"bias must have shape \(21,\)"),
     ],
 )
-def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> None:
+def test_bad_arguments_are_named(changed: dict, message: str) -> None:
     given = normed(2, 37, 21, torch.float32, True)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         fused.norm_linear(**given | changed)
 
 
-def test_bad_arguments_of_the_sum_are_named() -> None:
+def test_bad_arguments_of_linear_add_are_named() -> None:
     x, weight = torch.zeros(2, 16), torch.zeros(8, 16)
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 8\)"):
         fused.linear_add(x, weight, torch.zeros(2, 9))

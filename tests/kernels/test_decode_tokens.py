@@ -1,4 +1,4 @@
-"""What is drawn: by eager, and the same by the kernel. Nothing of it needs a model."""
+"""Sampled tokens: those of eager, and the same by the kernel."""
 
 import math
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from irongpt_kernels import eager, fused
 from irongpt_kernels.fused import decode_tokens
-from numerics import DEVICE, each_dtype, values
+from numerics import DEVICE, HALVES, values
 from torch import Tensor
 
 LOGITS = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
 SEED = (5 << 32) + 7
-# Where a row has no draw, or a temperature no float32, numpy says so.
+# NumPy warns of rows that cannot be sampled from, and of temperatures beyond float32.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 each = pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
 
 
-def drawn(ops, logits: Tensor, number: int = 0, seed: int | Tensor = SEED, **how) -> list[int]:
-    """Token `number` of texts whose logits are the rows."""
+def sampled(ops, logits: Tensor, number: int = 0, seed: int | Tensor = SEED, **how) -> list[int]:
+    """Token `number` of sequences whose logits are the rows."""
     B, N = len(logits), 3
     ring = torch.full((B, N), -9, device=DEVICE)
     counts = torch.tensor([[number, 5]] * B, device=DEVICE).reshape(B, 2)
@@ -27,10 +27,10 @@ def drawn(ops, logits: Tensor, number: int = 0, seed: int | Tensor = SEED, **how
     return ring[:, number % N].tolist()
 
 
-def shares(ops, logits: Tensor, draws: int = 2000, **how) -> Tensor:
-    """How often each token is drawn by that many texts."""
-    found = drawn(ops, logits.expand(draws, -1), **how)
-    return torch.bincount(torch.tensor(found), minlength=len(logits)) / draws
+def shares(ops, logits: Tensor, samples: int = 2000, **how) -> Tensor:
+    """How often each token is sampled by that many sequences."""
+    found = sampled(ops, logits.expand(samples, -1), **how)
+    return torch.bincount(torch.tensor(found), minlength=len(logits)) / samples
 
 
 HOW = [
@@ -50,15 +50,18 @@ HOW = [
 ]
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@each_dtype
-def test_the_kernel_draws_what_eager_draws(dtype, how: dict, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [*((how, torch.float32) for how in HOW), *((how, h) for h in HALVES for how in HOW[::3])],
+    ids=str,
+)
+def test_the_kernel_samples_the_tokens_of_eager(how: dict, dtype, monkeypatch) -> None:
     """Among them rows of equal logits, of a few values, of 0 and -0, and one sure one.
 
-    In float32 a row takes several blocks.
+    In float32 a row takes two blocks.
     """
     if dtype == torch.float32:
-        monkeypatch.setattr(decode_tokens, "MAX_BLOCK", 16)
+        monkeypatch.setattr(decode_tokens, "MAX_BLOCK", 32)
     logits = values(6, 37, dtype=dtype) * 3
     logits[1] = 2.0
     logits[2] = logits[2].round()
@@ -66,24 +69,24 @@ def test_the_kernel_draws_what_eager_draws(dtype, how: dict, monkeypatch) -> Non
     logits[3, ::2] = -0.0
     logits[4, 30] = 200.0
     logits[5] = -logits[5].abs() - 60000 if dtype == torch.float16 else logits[5] - 1e30
-    assert drawn(fused, logits, 2**33 + 1, **how) == drawn(eager, logits, 2**33 + 1, **how)
+    assert sampled(fused, logits, 2**33 + 1, **how) == sampled(eager, logits, 2**33 + 1, **how)
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_samples_follow_the_probabilities() -> None:
     wanted = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    # Five standard deviations of a share of 2,000 draws are at most 0.056.
+    # Five standard deviations of a share of 2,000 samples are at most 0.056.
     torch.testing.assert_close(shares(eager, LOGITS), wanted, atol=0.056, rtol=0)
     rows = LOGITS.expand(40, -1)  # as many as the interpreter has time for
-    assert drawn(fused, rows) == drawn(eager, rows)
+    assert sampled(fused, rows) == sampled(eager, rows)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-8, 1e-300])
 @each
-def test_the_coldest_is_greedy(ops, temperature: float) -> None:
+def test_a_low_temperature_is_greedy(ops, temperature: float) -> None:
     assert shares(ops, LOGITS, 20, temperature=temperature).tolist() == [1, 0, 0, 0]
 
 
-def test_the_hottest_is_even() -> None:
+def test_a_high_temperature_is_uniform() -> None:
     for temperature in (1e9, 1e308):
         share = shares(eager, LOGITS, temperature=temperature)
         torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.056, rtol=0)
@@ -105,50 +108,50 @@ def test_the_hottest_is_even() -> None:
         (2, 0.6, 2),
     ],
 )
-def test_what_top_k_and_top_p_keep(top_k, top_p, kept: int) -> None:
+def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p, kept: int) -> None:
     how = dict(top_k=top_k, top_p=top_p)
     share = shares(eager, LOGITS, 100, **how)
     assert (share > 0).tolist() == [i < kept for i in range(4)]
     rows = LOGITS.expand(4, -1)
-    assert drawn(fused, rows, 9, **how) == drawn(eager, rows, 9, **how)
+    assert sampled(fused, rows, 9, **how) == sampled(eager, rows, 9, **how)
 
 
 @each
 def test_of_equal_logits_the_first_are_kept(ops) -> None:
     for how in (dict(top_k=2), dict(top_p=0.3)):
         assert (shares(ops, torch.zeros(6), 12, **how) > 0).tolist() == [True] * 2 + [False] * 4
-    assert drawn(ops, torch.zeros(1, 6), temperature=0.0) == [0]
+    assert sampled(ops, torch.zeros(1, 6), temperature=0.0) == [0]
 
 
 def test_equal_logits_before_a_likelier_one(monkeypatch) -> None:
-    """In several blocks: of the equal ones some are kept, and what is likelier stands behind."""
+    """In several blocks: some of the equal ones are kept, and a likelier one comes after them."""
     monkeypatch.setattr(decode_tokens, "MAX_BLOCK", 16)
-    logits = torch.zeros(8, 40)
+    logits = torch.zeros(3, 40)
     logits[:, 39] = 2.0
     for how in (dict(top_k=3), dict(top_k=19), dict(top_p=0.5)):
-        assert drawn(fused, logits, **how) == drawn(eager, logits, **how)
+        assert sampled(fused, logits, **how) == sampled(eager, logits, **how)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.0), dict(top_k=2, top_p=0.5)], ids=str)
 @each
-def test_logits_of_no_use_give_no_token(ops, how: dict, bad: float) -> None:
+def test_logits_that_are_not_finite_give_no_token(ops, how: dict, bad: float) -> None:
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = bad
-    found = drawn(ops, logits, **how)
+    found = sampled(ops, logits, **how)
     assert found[1] == -1
     assert min(found[0], found[2]) >= 0
 
 
 @each
-def test_a_draw_is_a_function_of_seed_text_and_number(ops) -> None:
+def test_a_sample_is_a_function_of_seed_sequence_and_number(ops) -> None:
     even = torch.zeros(5, 1000)
-    first = drawn(ops, even)
-    assert first == drawn(ops, even)
-    assert first == drawn(ops, even, seed=torch.tensor(SEED, device=DEVICE))
-    assert first[:2] == drawn(ops, even[:2])
-    others = [drawn(ops, even, seed=SEED + 1), drawn(ops, even, seed=SEED + 2**32)]
-    others += [drawn(ops, even, number) for number in (1, 2**32)]
+    first = sampled(ops, even)
+    assert first == sampled(ops, even)
+    assert first == sampled(ops, even, seed=torch.tensor(SEED, device=DEVICE))
+    assert first[:2] == sampled(ops, even[:2])
+    others = [sampled(ops, even, seed=SEED + 1), sampled(ops, even, seed=SEED + 2**32)]
+    others += [sampled(ops, even, number) for number in (1, 2**32)]
     assert len(set(map(tuple, [first, *others]))) == 5
     assert len(set(first)) > 1
 
@@ -162,23 +165,17 @@ def test_uniform_numbers_are_uniform() -> None:
     assert abs(float(u.square().mean()) - 1 / 3) < 5 * math.sqrt(4 / 45 / len(u))
 
 
-def test_all_of_a_mass_can_be_drawn(monkeypatch) -> None:
+def test_the_first_and_the_last_token_can_be_sampled(monkeypatch) -> None:
     """The ends of the unit interval are the first and the last token of some mass."""
     for u, token in ((0.0, 1), (1 - 2**-53, 4)):
         monkeypatch.setattr(eager, "uniform", lambda *_, u=u: torch.tensor([u]).double())
         logits = torch.tensor([[-200.0, 0.0, 3.0, 0.0, 1.0, -200.0]])
-        assert drawn(eager, logits.cpu()) == [token] if DEVICE == "cpu" else True
+        assert sampled(eager, logits.cpu()) == [token] if DEVICE == "cpu" else True
 
 
 @each
 def test_one_token_is_no_choice(ops) -> None:
-    assert drawn(ops, torch.full((2, 1), 3.0), top_p=0.5) == [0, 0]
-
-
-def test_strided_logits_are_read_as_they_are() -> None:
-    wide = values(4, 2 * 37, dtype=torch.float32)
-    for logits in (wide[:, ::2], wide[:, :37], wide[:37].T[:30].contiguous().T):
-        assert drawn(fused, logits) == drawn(eager, logits)
+    assert sampled(ops, torch.full((2, 1), 3.0), top_p=0.5) == [0, 0]
 
 
 @each
@@ -190,19 +187,9 @@ def test_the_last_token_and_its_position_are_embedded(ops) -> None:
     assert torch.equal(ops.embed_tokens(ring, counts, wte, wpe), wanted)
 
 
-def test_the_ops_keep_their_promises() -> None:
-    ring, counts = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
-    ring, counts = ring.to(DEVICE), counts.to(DEVICE)
-    seed = torch.tensor(3, device=DEVICE)
-    torch.library.opcheck(decode_tokens._sample_op, (values(2, 9), ring, counts, seed, 0.8, 3, 0.5))
-    torch.library.opcheck(decode_tokens._embed_op, (ring, counts, values(9, 16), values(8, 16)))
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(logits=None), TypeError, "logits must be a tensor, got NoneType"),
-        (dict(logits=torch.zeros(2, 5).double()), TypeError, "logits must be .* torch.float64"),
         (dict(logits=torch.zeros(2, 0)), ValueError, "logits must have 1 to 4,194,304 columns"),
         (dict(logits=torch.zeros(3, 5)), ValueError, r"tokens must have shape \(3, 4\)"),
         (dict(tokens=torch.zeros(2, 4)), TypeError, "tokens must be int64 with contiguous rows"),

@@ -1,4 +1,4 @@
-"""The specification itself: in float64 against PyTorch's own functions, then its promises."""
+"""The specification itself: in float64 against PyTorch's functions, and at extreme values."""
 
 import math
 from collections.abc import Callable
@@ -230,20 +230,6 @@ def test_empty_batches() -> None:
     assert eager.layer_norm(torch.zeros(0, 4), torch.ones(4)).shape == (0, 4)
     assert eager.gelu(torch.zeros(0, 4)).shape == (0, 4)
     assert eager.cross_entropy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).isnan()
-
-
-@pytest.mark.parametrize("name", ["causal_attention", "dropout_add_layer_norm"])
-def test_dropout_asks_for_a_seed_and_takes_it_as_a_number_or_a_tensor(name: str) -> None:
-    op, inputs = getattr(eager, name), small_inputs()[name]
-    with pytest.raises(ValueError, match="seed"):
-        op(**inputs, dropout_p=0.1)
-    for seed in (5, -3, 2**40 + 1):
-        number, _ = run(op, inputs, dropout_p=0.4, seed=seed)
-        tensor, _ = run(op, inputs, dropout_p=0.4, seed=torch.tensor(seed))
-        assert all(map(torch.equal, number, tensor))
-    unseeded, _ = run(op, inputs, dropout_p=0.0)
-    seeded, _ = run(op, inputs, dropout_p=0.0, seed=5)
-    assert all(map(torch.equal, unseeded, seeded))
 
 
 def test_a_dropped_weight_gets_no_gradient() -> None:

@@ -21,9 +21,9 @@ V, T = 29, 32
 CLOSE = 2e-5  # Liger-Kernel's, for the relative gap of a float32 loss
 
 
-def model(ops, dropout: float = 0.2, bias: bool = True) -> GPT:
+def model(ops, dropout: float = 0.2, bias: bool = True, n_layer: int = 2) -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(V, n_layer=2, n_head=2, n_embd=32, context=T, dropout=dropout, bias=bias)
+    config = GPTConfig(V, n_layer, n_head=2, n_embd=32, context=T, dropout=dropout, bias=bias)
     return GPT(config, ops).to(DEVICE)
 
 
@@ -33,7 +33,7 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def loss_and_gradients(gpt: GPT, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    x = tokens(2, T + 1)
+    x = tokens(2, 13)
     loss = gpt.loss(x[:, :-1], x[:, 1:], seed=seed)
     return loss.detach(), list(torch.autograd.grad(loss, list(gpt.parameters())))
 
@@ -44,12 +44,11 @@ def test_the_signatures_are_those_of_eager(name: str) -> None:
     assert sorted(fused.__all__) == sorted([*OPS, *UPDATES, *DECODING])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("bias", "dropout"), [(False, 0.2), (True, 0.0)])
 def test_a_model_computes_what_it_computes_on_eager(bias: bool, dropout: float) -> None:
     ours, theirs, oracle = (model(ops, dropout, bias) for ops in (fused, eager, eager))
     oracle.double()
-    x = tokens(2, T)
+    x = tokens(2, 12)
     with torch.no_grad():
         assert_rule(OUTPUTS, *(gpt(x, seed=7) for gpt in (ours, theirs, oracle)))
     results = [loss_and_gradients(gpt, seed=7) for gpt in (ours, theirs, oracle)]
@@ -59,8 +58,8 @@ def test_a_model_computes_what_it_computes_on_eager(bias: bool, dropout: float) 
 
 
 def test_the_seed_decides_what_is_dropped() -> None:
-    ours, theirs = model(fused), model(eager)
-    losses = [[float(loss_and_gradients(m, seed)[0]) for m in (ours, theirs)] for seed in (1, 2)]
+    ours, theirs = (model(ops, n_layer=1) for ops in (fused, eager))
+    losses = [[float(loss_and_gradients(m, seed)[0]) for m in (ours, theirs)] for seed in (3, 4)]
     for a, b in losses:
         assert abs(a - b) <= CLOSE * b
     assert abs(losses[0][0] - losses[1][0]) > 5 * CLOSE * losses[0][0]

@@ -1,12 +1,11 @@
-"""Canaries: what Triton's interpreter gets wrong, and so what is tested on a GPU only.
+"""Canaries: errors of Triton's interpreter, because of which some tests run only on a GPU.
 
-Where one fails after an update of Triton, a gap of the suite has closed: bfloat16 can join the
-dtypes of the kernel tests, NaN the extreme values, and so on.
+If one of these tests fails after an update of Triton, the suite can test more: bfloat16 in the
+kernel tests, NaN among the extreme values, and so on.
 """
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -44,15 +43,6 @@ def _max_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr, tl.max(tl.load(x_ptr + tl.arange(0, N)), axis=0))
 
 
-@triton.jit
-def _philox_kernel(seed, out_ptr, N: tl.constexpr):
-    at = tl.arange(0, N)
-    zero = at * 0
-    words = tl.philox(seed, at, zero, zero, zero, 7)
-    for i in tl.static_range(4):
-        tl.store(out_ptr + 4 * at + i, words[i].to(tl.int64))
-
-
 def _dot_error(dtype: torch.dtype) -> float:
     a, b, out = randn(16, 16, dtype=dtype), randn(16, 16, dtype=dtype, seed=1), torch.zeros(16, 16)
     _dot_kernel[(1,)](a, b, out, 16)
@@ -65,7 +55,7 @@ def test_dot_is_right_in_float32_and_float16() -> None:
 
 
 @pytest.mark.parametrize("n", [16, 64])
-def test_a_product_and_its_transpose_have_the_same_bits(n: int) -> None:
+def test_a_matmul_and_its_transpose_have_the_same_bits(n: int) -> None:
     a, b = (randn(n, n, dtype=torch.float32, seed=i) for i in range(2))
     found = torch.zeros(2, n, n)
     _dot_kernel[(1,)](a, b, found[0], n)
@@ -112,7 +102,7 @@ def test_autotune_with_several_configurations_does_not_run() -> None:
 
 
 def test_an_access_out_of_bounds_goes_unnoticed() -> None:
-    """Why there is a sanitizer."""
+    """The sanitizer catches it."""
     x = torch.zeros(16)
     _double_kernel[(1,)](torch.ones(16), x[:8], 16)
     assert x.tolist() == [2] * 16
@@ -121,23 +111,3 @@ def test_an_access_out_of_bounds_goes_unnoticed() -> None:
 def test_int32_arithmetic_overflows_unnoticed() -> None:
     x = torch.tensor([2**31 - 1, 1, 1, 1], dtype=torch.int32)
     assert _elementwise(_double_kernel, x, torch.int32)[0] == -2
-
-
-def test_philox_is_that_of_the_paper() -> None:
-    """Philox4x32-7 in numpy, another text of it than the one in `dropout`."""
-    out = torch.zeros(8, 4, dtype=torch.int64)
-    seed = 0x1234567_89ABCDEF
-    _philox_kernel[(1,)](seed, out, 8)
-    counter = [np.arange(8, dtype=np.uint64), *np.zeros((3, 8), dtype=np.uint64)]
-    low = np.uint64(0xFFFFFFFF)
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(7):
-        a, b = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
-        counter = [
-            (b >> np.uint64(32)) ^ counter[1] ^ np.uint64(k0),
-            b & low,
-            (a >> np.uint64(32)) ^ counter[3] ^ np.uint64(k1),
-            a & low,
-        ]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    assert np.array_equal(out.numpy(), np.stack(counter, 1).astype(np.int64))

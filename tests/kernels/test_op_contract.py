@@ -1,78 +1,147 @@
-"""The promises that every differentiable fused op makes, once for all of them.
+"""The promises that every op makes, once for all of them. The table of ops says which there are.
 
-Compilation without a graph break, determinism, unchanged inputs, eager's dtypes under autocast, and
-an error for second derivatives. The sanitizer adds that the order of programs changes no bit.
+The sanitizer adds that no access is out of bounds and that the order of programs changes no bit.
 """
 
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from irongpt_kernels import eager, fused
-from numerics import DEVICE, OPS, Inputs, each_dtype, run, values
+from irongpt_kernels import builtin, eager, fused
+from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_specs import OPTIMIZERS, SPECS, TOKEN
+from irongpt_kernels.runtime import launch
+from numerics import (
+    DEVICE,
+    DTYPES,
+    GRADIENTS,
+    HALVES,
+    LAYOUTS,
+    OUTPUTS,
+    assert_exact,
+    assert_rule,
+    each_dtype,
+    inputs_of,
+)
+from op_cases import CASES, OP_CASES, ROWS, Case, leaves_of, spec_inputs, spec_run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-DROPOUT = dict(dropout_p=0.3, seed=5)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "causal_attention": DROPOUT,
-    "causal_attention_packed": DROPOUT,
-    "dropout_add_layer_norm": DROPOUT,
-    "softmax": dict(scale=0.3, causal=True),
-}
-each_op = pytest.mark.parametrize("name", OPS)
+INF, NAN = math.inf, math.nan
+TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=19)
+WITHOUT_GRADIENT = {s.name: TOKEN_SHAPE for s in TOKEN}
+WITHOUT_GRADIENT |= {s.name: replace(ROWS, L=2 if s.name == "muon" else 1) for s in OPTIMIZERS}
+ROW_OPS = ["layer_norm", "softmax", "gelu", "dropout_add_layer_norm"]  # of any rank
 
-
-def inputs_of(name: str, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Sizes that no tile divides; attention with two tiles of queries."""
-    x, y = values(5, 19, 19, dtype=dtype), values(5, 19, 19, dtype=dtype, seed=1)
-    parameters = dict(weight=values(19, seed=2), bias=values(19, seed=3))
-    qkv = values(1, 37, 3, 2, 16, dtype=dtype)
-    return {
-        "causal_attention": dict(zip("qkv", qkv.permute(2, 0, 3, 1, 4), strict=True)),
-        "causal_attention_packed": dict(qkv=qkv),
-        "layer_norm": dict(x=x, **parameters),
-        "softmax": dict(x=x),
-        "cross_entropy": dict(
-            logits=x[0], targets=torch.arange(19, device=DEVICE).masked_fill(x[0, 0] > 1, -100)
-        ),
-        "gelu": dict(x=x, bias=parameters["bias"].to(dtype)),
-        "dropout_add_layer_norm": dict(branch=x, residual=y, **parameters),
-    }[name]
-
-
-def upstream_of(name: str, inputs: Inputs) -> tuple[Tensor, ...]:
-    outputs, _ = run(getattr(fused, name), inputs, **OPTIONS.get(name, {}))
-    return tuple(values(*y.shape, dtype=y.dtype, seed=7 + i) for i, y in enumerate(outputs))
+PATHS = {n: c for n, c in CASES.items() if "seed" not in c.options}
+each_path = pytest.mark.parametrize("case", PATHS.values(), ids=list(PATHS), indirect=True)
+each_op = pytest.mark.parametrize("case", OP_CASES.values(), ids=list(OP_CASES), indirect=True)
+each_dropout_op = pytest.mark.parametrize(
+    "case", [c for c in OP_CASES.values() if "seed" in c.options], ids=lambda c: c.op, indirect=True
+)
+each_row_op = pytest.mark.parametrize(
+    "case", [Case(op) for op in ROW_OPS], ids=ROW_OPS, indirect=True
+)
+each_other = pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+# Fused gives the same bits. Eager and builtin, whose sums depend on layouts, run in float64. So do
+# the sums of compiled kernels, where other threads load another layout: see the tests of layouts.
+each_module = pytest.mark.parametrize(
+    ("ops", "dtype"),
+    [(eager, torch.float64), (builtin, torch.float64), *((fused, dtype) for dtype in DTYPES)],
+    ids=["eager", "builtin", *(f"fused-{str(d).removeprefix('torch.')}" for d in DTYPES)],
+)
 
 
-def results(op: Any, name: str, inputs: Inputs, upstream: tuple[Tensor, ...]) -> list[Tensor]:
-    outputs, gradients = run(op, inputs, upstream, **OPTIONS.get(name, {}))
-    return [*outputs, *gradients]
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    with request.param.path():
+        yield request.param
+
+
+def assert_same(ops: Any, a: Any, b: Any) -> None:
+    if ops is fused:
+        assert all(map(torch.equal, a, b))
+    else:
+        assert_exact(tuple(a), tuple(b))
+
+
+class Calls(TorchDispatchMode):
+    """Records each custom op that runs, with copies of the arguments of its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "irongpt" and op not in self.found:
+            learns = not op._schema.name.endswith("_backward")
+            self.found[op] = tree_map_only(
+                Tensor,
+                lambda x: x.detach().clone().requires_grad_(learns and x.requires_grad),
+                args,
+            )
+        return op(*args, **(kwargs or {}))
+
+    def check(self, kind: str = "") -> None:
+        for op, args in self.found.items():
+            if kind in op._schema.name:
+                torch.library.opcheck(op, args)
 
 
 @each_op
-def test_an_op_compiles_without_a_graph_break(name: str) -> None:
-    op, inputs = getattr(fused, name), inputs_of(name)
-    upstream = upstream_of(name, inputs)
+@pytest.mark.parametrize("part", ["all", "first", "last"])
+def test_custom_ops_pass_opcheck(case: Case, part: str) -> None:
+    """The op and its backward: with every gradient, and with those of one input and one output."""
+    inputs = leaves_of(case.inputs())
+    floats = [n for n, x in inputs.items() if x.is_floating_point()]
+    upstream = case.upstream(inputs)
+    if part != "all" and "bias" not in inputs:
+        pytest.skip("one input, or attention, which leaves unwanted gradients unwritten")
+    at = dict(all=slice(None), first=slice(1), last=slice(-1, None))[part]
+    for name in set(floats) - set(floats[at]):
+        inputs[name] = None if name == "bias" else inputs[name].detach()
+    with Calls() as calls:
+        outputs = case.outputs(fused, inputs)[at]
+        torch.autograd.grad(outputs, [inputs[n] for n in floats[at]], upstream[at])
+    assert len(calls.found) == 2
+    calls.check("" if part == "all" else "backward")
+
+
+@each_other
+def test_custom_ops_without_a_gradient_pass_opcheck(name: str) -> None:
+    inputs = spec_inputs(name, WITHOUT_GRADIENT[name], torch.float16)
+    with Calls() as calls:
+        spec_run(SPECS[name], fused, WITHOUT_GRADIENT[name], inputs)
+    calls.check()
+
+
+@each_op
+def test_an_op_compiles_without_a_graph_break(case: Case) -> None:
+    inputs = case.inputs()
+    upstream = case.upstream(inputs)
+    op, case_op = getattr(fused, case.op), case.op
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    expected = results(op, name, inputs, upstream)
-    assert all(map(torch.equal, results(compiled, name, inputs, upstream), expected))
+    found = case.results(type("Compiled", (), {case_op: staticmethod(compiled)}), inputs, upstream)
+    assert_same(fused, found, case.results(fused, inputs, upstream))
 
 
 @each_op
-@each_dtype
-def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(name: str, dtype) -> None:
-    leaves = {
-        n: x.detach().requires_grad_(x.is_floating_point())
-        for n, x in inputs_of(name, dtype).items()
-    }
-    upstream = upstream_of(name, leaves)
+@each_module
+def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(case: Case, ops, dtype) -> None:
+    """Attention on two tiles of queries."""
+    leaves = leaves_of(case.inputs(dtype, replace(ROWS, T=37)))
+    upstream = case.upstream(leaves)
     tensors = [*leaves.values(), *upstream]
     before = [x.detach().clone() for x in tensors]
     found = []
     for _ in range(2):
-        outputs = getattr(fused, name)(**leaves, **OPTIONS.get(name, {}))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = case.outputs(ops, leaves)
         wanted = [x for x in leaves.values() if x.requires_grad]
         found += [  # the backward runs twice on each graph
             [*outputs, *torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)]
@@ -82,12 +151,21 @@ def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(name: str, dtype
     assert all(map(torch.equal, tensors, before))
 
 
+@each_other
+def test_two_runs_without_a_gradient_give_the_same_bits(name: str) -> None:
+    shape = WITHOUT_GRADIENT[name]
+    inputs = spec_inputs(name, shape, torch.float16)
+    before = [x.clone() for x in inputs.values()]
+    first, again = (spec_run(SPECS[name], fused, shape, inputs) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, inputs.values(), before))
+
+
 @each_op
-def test_a_second_derivative_raises(name: str) -> None:
-    leaves = {n: x.requires_grad_(x.is_floating_point()) for n, x in inputs_of(name).items()}
+def test_a_second_derivative_raises(case: Case) -> None:
+    leaves = leaves_of(case.inputs())
     first = next(x for x in leaves.values() if x.requires_grad)
-    outputs = getattr(fused, name)(**leaves, **OPTIONS.get(name, {}))
-    loss = sum(y.square().sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    loss = sum(y.square().sum() for y in case.outputs(fused, leaves))
     (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
     with pytest.raises(RuntimeError, match=r"_backward.*no autograd formula"):
         gradient.sum().backward()
@@ -96,12 +174,301 @@ def test_a_second_derivative_raises(name: str) -> None:
 @each_op
 @each_dtype
 @pytest.mark.parametrize("enabled", [False, True], ids=["no autocast", "autocast"])
-def test_dtypes_are_those_of_eager(name: str, dtype, enabled: bool) -> None:
-    inputs = inputs_of(name, dtype)
-    found = []
-    for ops in (fused, eager):
-        with torch.autocast(DEVICE, torch.float16, enabled=enabled):
-            outputs, _ = run(getattr(ops, name), inputs, **OPTIONS.get(name, {}))
-            upstream = tuple(torch.ones_like(y) for y in outputs)
-            found.append([x.dtype for x in results(getattr(ops, name), name, inputs, upstream)])
-    assert found[0] == found[1]
+def test_dtypes_are_those_of_eager(case: Case, dtype, enabled: bool) -> None:
+    """For every dtype of the residual stream and of weights."""
+    kinds = [case.inputs(dtype, stream=s, weight=w) for s in DTYPES for w in DTYPES]
+    for inputs in {tuple(x.dtype for x in inputs.values()): inputs for inputs in kinds}.values():
+        found = []
+        for ops in (fused, eager):
+            with torch.autocast(DEVICE, torch.float16, enabled=enabled):
+                upstream = tuple(map(torch.ones_like, case.outputs(ops, inputs)))
+                found.append([x.dtype for x in case.results(ops, inputs, upstream)])
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "ops", "dtype"),
+    [
+        pytest.param(case, ops, dtype, id=f"{name}-{ops.__name__.split('.')[-1]}-{str(dtype)[6:]}")
+        for name, case in PATHS.items()
+        for ops, dtype in [(eager, torch.float64), (builtin, torch.float64), (fused, torch.float32)]
+        + [(fused, half) for half in HALVES if "attention" in name]  # it has a path for float32
+    ],
+    indirect=["case"],
+)
+def test_the_layout_of_inputs_and_gradients_changes_no_bit(case: Case, ops, dtype) -> None:
+    """Each tensor has another layout than the others, and every layout in its turn."""
+    inputs = case.inputs(dtype, replace(case.shape, B=2, H=2 if "attention" in case.op else 1, T=5))
+    floats = [n for n, x in inputs.items() if x.is_floating_point()]
+    upstream = dict(enumerate(case.upstream(inputs)))
+    for turn in range(len(LAYOUTS)):
+        laid, above = dict(inputs), dict(upstream)
+        for i, name in enumerate([*floats, *upstream]):
+            layout, place = list(LAYOUTS.items())[(i + turn) % len(LAYOUTS)]
+            same = ops is fused and launch.INTERPRETED
+            if not same and layout == "one value expanded" and name in inputs:
+                continue  # a layer norm of equal values is all rounding: nothing to compare
+            tensors = laid if name in inputs else above
+            tensors[name] = place(tensors[name]) if tensors[name].dim() else tensors[name]
+        for name in set(inputs) - set(floats):
+            laid[name] = torch.stack([laid[name], 0 * laid[name] + 99], 1)[:, 0]
+        found = case.results(ops, laid, tuple(above.values()))
+        straight = [{n: x.contiguous() for n, x in t.items()} for t in (laid, above)]
+        wanted = case.results(ops, straight[0], tuple(straight[1].values()))
+        if ops is fused and not launch.INTERPRETED:
+            assert_within_tolerance(case, straight[0], straight[1], found)
+        else:
+            assert_same(ops, found, wanted)
+        assert not any(x.isnan().any() for x in found)
+
+
+def assert_within_tolerance(case: Case, inputs: Any, upstream: Any, found: Any) -> None:
+    def eager_results(cast: Any) -> Any:
+        given = ({n: cast(x) for n, x in tensors.items()} for tensors in (inputs, upstream))
+        x, above = given
+        return case.results(eager, x, tuple(above.values()))
+
+    base = eager_results(lambda x: x)
+    oracle = eager_results(lambda x: x.double() if x.is_floating_point() else x)
+    for i, tensors in enumerate(zip(found, base, oracle, strict=True)):
+        assert_rule(OUTPUTS if i < len(upstream) else GRADIENTS, *tensors)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second value", "slice of a wider tensor"])
+@pytest.mark.parametrize("name", [spec.name for spec in TOKEN])
+def test_the_layout_of_one_input_changes_no_bit(name: str, layout: str) -> None:
+    """Of ops of one token. They read tokens and counts in rows, and the position with a stride."""
+    inputs = spec_inputs(name, TOKEN_SHAPE, torch.float16)
+    call = getattr(fused, name)
+    options = SPECS[name].options(TOKEN_SHAPE, 0.8, 5)
+    for chosen in inputs:
+        if chosen in ("tokens", "counts"):
+            continue
+        results = []
+        for place in (torch.clone, LAYOUTS[layout]):
+            given = {n: x.clone() for n, x in inputs.items()}
+            if chosen == "position":
+                given[chosen] = torch.stack([given[chosen], given[chosen] * 99], 1)[:, 0]
+            else:
+                given[chosen] = place(given[chosen])
+            results.append([call(**given, **options), *(given[n] for n in SPECS[name].changes)])
+        wide = {n: x.double() if x.is_floating_point() else x.clone() for n, x in inputs.items()}
+        oracle = [getattr(eager, name)(**wide, **options), *(wide[n] for n in SPECS[name].changes)]
+        for a, b, c in zip(*results, oracle, strict=True):
+            if a is None or launch.INTERPRETED or not a.is_floating_point():
+                assert a is b is None or torch.equal(a, b)
+            else:  # the contiguous result is the baseline; its own tests compare it with eager
+                assert_rule(OUTPUTS, b, a, c)
+
+
+@each_row_op
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3, 2, 2)], ids=str)
+def test_any_rank_gives_the_bits_of_its_rows(case: Case, lead: tuple[int, ...]) -> None:
+    shape = replace(ROWS, M=math.prod(lead))
+    inputs = case.inputs(shape=shape, lead=lead)
+    if case.op == "softmax":
+        inputs["x"] = inputs["x"].view(*lead, -1)
+    upstream = case.upstream(inputs)
+    found = case.results(fused, inputs, upstream)
+    rows = {
+        n: x.reshape(shape.M, -1) if n not in ("weight", "bias") else x for n, x in inputs.items()
+    }
+    wanted = case.results(fused, rows, tuple(y.view(shape.M, -1) for y in upstream))
+    assert_same(fused, found, [y.view_as(x) for x, y in zip(found, wanted, strict=True)])
+    assert found[0].shape == (*lead, found[0].shape[-1])
+
+
+EMPTY = [
+    *((name, {size: 0}, ()) for name in ("causal_attention", "causal_attention_packed")
+      for size in "BHT"),
+    *((name, dict(M=0), lead) for name in ("layer_norm", "gelu", "dropout_add_layer_norm",
+      "dropout_add_layer_norm with dropout") for lead in ((0,), (3, 0))),
+    *((name, dict(N=0), (4, 5)) for name in ("layer_norm", "gelu", "dropout_add_layer_norm")),
+    *((name, {size: 0}, ()) for name in ("softmax", "online softmax") for size in "MV"),
+    ("causal softmax", dict(B=0), ()), ("causal softmax", dict(T=0), ()),
+    ("online causal softmax", dict(B=0), ()), ("cross_entropy", dict(M=0), ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sizes", "lead"), EMPTY, ids=str)
+def test_empty_inputs(name: str, sizes: dict[str, int], lead: tuple[int, ...]) -> None:
+    """The outputs are those of builtin, and the gradients are 0."""
+    case = CASES[name]
+    inputs = case.inputs(shape=replace(case.shape, **sizes), lead=lead)
+    wanted = case.outputs(builtin, inputs)
+    with case.path():
+        found = case.results(fused, inputs, tuple(map(torch.ones_like, wanted)))
+    torch.testing.assert_close(tuple(found[: len(wanted)]), wanted, equal_nan=True)
+    floats = [x for x in inputs.values() if x.is_floating_point()]
+    assert all(map(torch.equal, found[len(wanted) :], map(torch.zeros_like, floats)))
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in TOKEN])
+def test_no_sequences(name: str) -> None:
+    shape = replace(TOKEN_SHAPE, B=0)
+    inputs = spec_inputs(name, shape, torch.float16)
+    found, wanted = (spec_run(SPECS[name], ops, shape, inputs) for ops in (fused, eager))
+    assert all(map(torch.equal, found, wanted))
+
+
+@each_op
+@pytest.mark.parametrize("ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"])
+def test_frozen_inputs_get_no_gradient_and_the_others_theirs(case: Case, ops) -> None:
+    """For every set of them. Without any gradient nothing is recorded."""
+    dtype = torch.float32 if ops is fused else torch.float64
+    inputs = case.inputs(dtype)
+    floats = [n for n, x in inputs.items() if x.is_floating_point()]
+    upstream = case.upstream(inputs)
+    outputs = case.outputs(ops, inputs)
+    everything = dict(zip(floats, case.results(ops, inputs, upstream)[len(outputs) :], strict=True))
+    for learn in itertools.product([False, True], repeat=len(floats)):
+        wanted = {n for n, one in zip(floats, learn, strict=True) if one}
+        leaves = {n: x.detach().clone().requires_grad_(n in wanted) for n, x in inputs.items()}
+        found = case.outputs(ops, leaves)
+        assert found[-1].requires_grad == any(learn)
+        if wanted:
+            pairs = [(y, g) for y, g in zip(found, upstream, strict=True) if y.requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        assert all(leaves[n].grad is None for n in set(inputs) - wanted)
+        names = sorted(wanted)
+        assert_same(ops, [leaves[n].grad for n in names], [everything[n] for n in names])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = case.outputs(ops, leaves)
+        assert not any(y.requires_grad for y in found)
+        assert_same(ops, found, outputs)
+
+
+@each_path
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_an_element_that_is_not_finite_has_eagers_effect(case: Case, bad: float) -> None:
+    """The same elements of the result are NaN or infinite, and those that keep their bits in eager
+    do so here. Attention has to be not finite where eager is not, and of a causal softmax the
+    positions that a row sees are compared."""
+    inputs = case.inputs()
+    clean = [case.outputs(ops, inputs) for ops in (fused, eager)]
+    for name, x in inputs.items():
+        if not x.is_floating_point():
+            continue
+        changed = inputs | {name: x.clone()}
+        at = tuple(min(1, n - 1) for n in x.shape)
+        changed[name][at] = bad
+        for y, e, before, eager_before in zip(
+            case.outputs(fused, changed), case.outputs(eager, changed), *clean, strict=True
+        ):
+            if "attention" in case.op:
+                assert not y[~e.isfinite()].isfinite().any()
+                continue
+            if case.options.get("causal"):
+                y, e = y.tril(), e.tril()
+            assert torch.equal(y.isnan(), e.isnan())
+            assert torch.equal(y[~y.isnan()].isinf(), e[~e.isnan()].isinf())
+            same = e == eager_before
+            assert torch.equal(y[same], before[same])
+    if math.isnan(bad):
+        name, x = next(iter(inputs.items()))
+        at = tuple(min(1, n - 1) for n in x.shape)
+        changed = inputs | {name: x.clone()}
+        changed[name][at] = bad
+        upstream = case.upstream(inputs)
+        gradient = case.results(fused, changed, upstream)[len(upstream)]
+        assert gradient[at].isnan()
+
+
+@each_dropout_op
+@pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
+def test_a_seed_is_a_number_or_a_tensor_that_changes_in_place(case: Case, ops) -> None:
+    inputs = case.inputs()
+
+    def outputs(p: float, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        return replace(case, options=dict(dropout_p=p, seed=seed)).outputs(ops, inputs)
+
+    assert all(map(torch.equal, outputs(0.0, None), outputs(0.0, 5)))
+    for start in (3, -3, 2**40 + 1):
+        seed = torch.tensor(start, device=DEVICE)
+        first = outputs(0.4, seed)
+        seed += 1
+        second = outputs(0.4, seed)
+        assert all(map(torch.equal, first, outputs(0.4, start)))
+        assert all(map(torch.equal, second, outputs(0.4, start + 1)))
+        assert not any(map(torch.equal, first, second))
+
+
+@each_dropout_op
+def test_a_seed_that_changes_between_forward_and_backward_is_rejected(case: Case) -> None:
+    seed = torch.tensor(3, device=DEVICE)
+    given = replace(case, options=dict(dropout_p=0.3, seed=seed))
+    outputs = given.outputs(fused, leaves_of(case.inputs()))
+    seed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs[0].sum().backward()
+
+
+BAD_SEEDS = [
+    (torch.tensor(1, device="meta"), ValueError, "^seed is on meta, but {first} is on cpu$"),
+    (torch.tensor([1]), TypeError, "^seed must be an int or a 0-d int64 tensor, got torch.int"),
+    (torch.tensor(1.0), TypeError, "^seed must be .*, got torch.float32"),
+    (1.5, TypeError, "^seed must be .*, got 1.5$"),
+    (2**63, ValueError, "^seed must fit into a signed 64-bit integer, got 9223372036854775808$"),
+]
+
+
+@pytest.mark.parametrize("name", [n for n, case in OP_CASES.items() if "seed" in case.options])
+def test_bad_dropout_options_are_named(name: str) -> None:
+    inputs = inputs_of(name, torch.float32, ROWS)
+    op = getattr(fused, name)
+    for p in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"^dropout_p must be in \[0, 1\), got {p}$"):
+            op(**inputs, dropout_p=p, seed=1)
+    for ops in (eager, fused):
+        with pytest.raises(ValueError, match=r"^dropout_p > 0 needs a seed$"):
+            getattr(ops, name)(**inputs, dropout_p=0.1)
+    for seed, error, message in BAD_SEEDS:
+        with pytest.raises(error, match=message.format(first=next(iter(inputs)))):
+            op(**inputs, dropout_p=0.5, seed=seed)
+
+
+TENSORS = [
+    *((name, x) for name in OP_CASES for x in inputs_of(name, torch.float32, ROWS)),
+    *((s.name, n) for s in TOKEN for n, x in s.inputs(TOKEN_SHAPE).items() if x.role != "integer"),
+]  # fmt: skip
+RANKS = dict(causal_attention="4", causal_attention_packed="5", cross_entropy="2")
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_a_bad_tensor_is_named(op: str, name: str) -> None:
+    """One that is missing, no tensor, of another dtype, shape or rank, or on another device."""
+    token = SPECS[op].kind == "token"
+    if token:
+        inputs = spec_inputs(op, TOKEN_SHAPE, torch.float32) | dict(
+            SPECS[op].options(TOKEN_SHAPE, 0.8, 5)
+        )
+    else:
+        inputs = {n: x.to(DEVICE) for n, x in inputs_of(op, torch.float32, ROWS).items()}
+    x, first = (
+        inputs[name],
+        next(n for n, x in inputs.items() if token is False or x.dtype.is_floating_point),
+    )
+    floating = f"{name} must be float32, float16 or bfloat16, got"
+    kind = "a tensor" if x.is_floating_point() else "an int64 tensor"
+    bad: list[tuple[Any, type[Exception], str]] = [
+        ([1.0], TypeError, f"{name} must be {kind}, got list")
+    ]
+    if "bias" not in name:
+        bad.append((None, TypeError, f"{name} must be {kind}, got NoneType"))
+    if x.is_floating_point():
+        bad += [(x.to(d), TypeError, f"{floating} {d}") for d in (torch.float64, torch.int64)]
+    else:
+        bad.append((x.int(), TypeError, f"{name} must be {kind}, got torch.int32"))
+    if name != first:
+        bad.append((x.to("meta"), ValueError, f"{name} is on meta, but {first} is on {x.device}"))
+    if not token and name == first:
+        rank = RANKS.get(op, "1 to 64")
+        bad.append((x.sum(), ValueError, f"{name} must have {rank} dimensions, got shape ()"))
+    elif not token:
+        longer = torch.cat([x, x], -1)
+        sizes = tuple(x.shape), tuple(longer.shape)
+        bad.append((longer, ValueError, f"{name} must have shape {sizes[0]}, got {sizes[1]}"))
+    for value, error, message in bad:
+        with pytest.raises(error, match=rf"^{re.escape(message)}$"):
+            getattr(fused, op)(**inputs | {name: value})

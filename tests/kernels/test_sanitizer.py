@@ -1,8 +1,8 @@
 """The sanitizer catches planted faults, and every op of `fused` runs clean under it."""
 
-import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from addresses import addresses_only
+from irongpt_kernels.op_inputs import RowShape, Shape
+from irongpt_kernels.op_specs import SPECS, TOKEN
 from irongpt_kernels.runtime import launch
-from numerics import OPS, Inputs, randn, run
+from numerics import LAYOUTS, Inputs, randn
+from op_cases import CASES, ROWS, Case, leaves_of, spec_inputs, spec_run
 from poison import poison
 from sanitizer import Violation, sanitize
 from torch import Tensor
@@ -21,7 +24,6 @@ if not launch.INTERPRETED:
 
 from irongpt_kernels import fused
 
-softmax = importlib.import_module("irongpt_kernels.fused.softmax")
 F32, F16 = torch.float32, torch.float16
 
 
@@ -125,7 +127,7 @@ def test_nothing_stays_patched() -> None:
     with pytest.raises(Violation), sanitize():
         _copy(randn(19, dtype=F32), torch.zeros(18), 19)
     y = torch.zeros(40)
-    _copy(torch.ones(40), y[:18], 19)  # out of bounds, and nobody looks
+    _copy(torch.ones(40), y[:18], 19)  # out of bounds, which nothing checks
     assert y[18] == 1
 
 
@@ -140,124 +142,101 @@ def test_poison_shows_what_was_not_written() -> None:
     assert all(x.isnan().all() for x in made)
 
 
-def _cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every op with each of its options: name of the case, (op, options)."""
-    cases: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in OPS}
-    del cases["causal_attention_packed"]  # it launches the kernels of causal_attention
-    for name in ("causal_attention", "dropout_add_layer_norm"):
-        cases[f"{name} with dropout"] = name, dict(dropout_p=0.3, seed=5)
-    cases["causal softmax"] = "softmax", dict(causal=True, scale=0.5)
-    cases["online softmax"] = "softmax", dict(scale=0.5)
-    cases["online causal softmax"] = "softmax", dict(causal=True, scale=0.5)
-    return cases
-
-
-CASES = _cases()
-each_case = pytest.mark.parametrize("case", CASES)
-
-
-@pytest.fixture(autouse=True)
-def _rows_longer_than_registers(request: pytest.FixtureRequest, monkeypatch) -> None:
-    """The online cases: every row is, and takes several blocks where it is short."""
-    if "online" in request.node.name:
-        monkeypatch.setattr(softmax, "MAX_BLOCK", 0)
-        if "2_to_the_31" not in request.node.name:
-            monkeypatch.setattr(softmax, "ONLINE_BLOCK", 4)
-
-
+# Several programs and several tiles take part: two tiles of attention with dropout, which is slow
+# here, else three. The packed op launches the kernels of causal_attention.
+SHAPE = replace(ROWS, H=2, V=37, M=33, N=37)
+CHECKED = {n: c for n, c in CASES.items() if "packed" not in n and "in blocks" not in n}
+each_case = pytest.mark.parametrize("case", CHECKED.values(), ids=list(CHECKED), indirect=True)
 # Where loads give 0, kernels divide by it.
 of_no_values = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def _inputs(case: str, dtype: torch.dtype) -> Inputs:
-    """Ragged, and so that several programs and several tiles take part."""
-    rows, x = randn(11, 37, dtype=dtype), randn(3, 11, 37, dtype=dtype, seed=1)
-    weight, bias = (randn(37, dtype=dtype, seed=seed) for seed in (2, 3))
-    if "causal softmax" in case:
-        T = 7 if "online" in case else 37
-        return dict(x=randn(2, T, T, dtype=dtype))
-    if CASES[case][0] == "causal_attention":
-        T = 35 if CASES[case][1] else 67  # two tiles with dropout, which is slow here, else three
-        packed = randn(1, T, 3, 2, 16, dtype=dtype)  # q, k, v are views of one projection
-        return {n: t.transpose(1, 2) for n, t in zip("qkv", packed.unbind(2), strict=True)}
-    return {
-        "layer_norm": dict(x=x, weight=weight, bias=bias),
-        "softmax": dict(x=x[:, :2, :7] if "online" in case else x),
-        "cross_entropy": dict(
-            logits=rows, targets=torch.tensor([3, -100, 36, 0, 7, 7, -100, 2, 1, 9, 4])
-        ),
-        "gelu": dict(x=x, bias=bias),
-        "dropout_add_layer_norm": dict(
-            branch=x, residual=x.flip(0).contiguous(), weight=weight, bias=bias
-        ),
-    }[CASES[case][0]]
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    with request.param.path():
+        yield request.param
 
 
-def _run(case: str, inputs: Inputs, upstream: tuple[Tensor, ...] | None = None) -> list[Tensor]:
-    """Outputs and gradients. `upstream` is random unless given."""
-    name, options = CASES[case]
-    op = getattr(fused, name)
-    if upstream is None:
-        with torch.no_grad():
-            out = op(**inputs, **options)
-        out = out if isinstance(out, tuple) else (out,)
-        upstream = tuple(randn(*y.shape, dtype=y.dtype, seed=i) for i, y in enumerate(out, 80))
-    outputs, gradients = run(op, inputs, upstream, **options)
-    return [*outputs, *gradients]
+def _inputs(case: Case, dtype: torch.dtype) -> Inputs:
+    T = {"causal_attention": 35 if case.options else 67}.get(case.op, 37)
+    shape = case.shape if "ONLINE_BLOCK" in case.constants else replace(SHAPE, T=T)
+    return case.inputs(dtype, shape, (3, 11))
 
 
 @each_case
 @pytest.mark.parametrize(
-    ("dtype", "orders"), [(F32, (0, 1, 2)), (F16, (None,))], ids=["float32", "float16"]
+    ("dtype", "orders"), [(F32, (0, 1)), (F16, (None,))], ids=["float32", "float16"]
 )
 def test_an_op_runs_clean_in_any_order(
-    case: str, dtype: torch.dtype, orders: tuple[int | None, ...]
+    case: Case, dtype: torch.dtype, orders: tuple[int | None, ...]
 ) -> None:
-    plain = _run(case, _inputs(case, dtype))
+    inputs = _inputs(case, dtype)
+    upstream = case.upstream(inputs)
+    plain = case.results(fused, inputs, upstream)
     assert all(x.isfinite().all() for x in plain)
     for order in orders:
         with sanitize(order) as report:
-            results = _run(case, _inputs(case, dtype))
-        assert all(torch.equal(x, y) for x, y in zip(plain, results, strict=True))
+            results = case.results(fused, inputs, upstream)
+        assert all(map(torch.equal, plain, results))
         assert len(report.kernels) >= 2, "forward and backward are kernels"
 
 
 @each_case
-def test_an_op_runs_clean_on_its_smallest_input(case: str) -> None:
-    inputs = {name: _first_of_each(x) for name, x in _inputs(case, F32).items()}
+def test_an_op_runs_clean_on_its_smallest_input(case: Case) -> None:
+    inputs = case.inputs(shape=RowShape(B=1, H=1, T=1, D=16, V=2, M=1, N=1), lead=(1, 1))
     if "targets" in inputs:
         inputs["targets"] = torch.tensor([0])
     with sanitize():
-        results = _run(case, inputs)
+        results = case.results(fused, inputs, case.upstream(inputs))
     assert all(x.isfinite().all() for x in results)
 
 
-def _first_of_each(x: Tensor | None) -> Tensor | None:
-    """Size 1 along every dimension, but the last of four: a head of attention."""
-    if x is None:
-        return None
-    return x[tuple(slice(1) for _ in range(x.dim() - (x.dim() == 4)))].clone()
+TOKEN_SHAPE = RowShape(B=3, H=2, T=34, D=48, V=11, N=37)
+WITHOUT_GRADIENT: dict[str, tuple[str, Shape, dict[str, Any], int]] = {  # and the kernels they run
+    **{spec.name: (spec.name, TOKEN_SHAPE, {}, 1) for spec in TOKEN},
+    "linear": ("norm_linear", TOKEN_SHAPE, dict(gelu=False), 1),
+    "sample_tokens of a few": ("sample_tokens", TOKEN_SHAPE, dict(top_k=5, top_p=0.7), 1),
+    "adamw": ("adamw", replace(ROWS, N=19, V=56, L=1), {}, 3),  # matrices of one block and of more
+    "muon": ("muon", replace(ROWS, N=19, L=2), {}, 14),  # in groups of two matrices
+}
+each_other = pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+each_token = pytest.mark.parametrize(
+    "name", [n for n in WITHOUT_GRADIENT if n not in ("adamw", "muon")]
+)
 
 
-def _big(case: str) -> Inputs:
+@each_other
+@pytest.mark.parametrize(("dtype", "order"), [(F32, 0), (F16, 1)], ids=["float32", "float16"])
+def test_an_op_without_a_gradient_runs_clean_in_any_order(name: str, dtype, order: int) -> None:
+    op, shape, options, kernels = WITHOUT_GRADIENT[name]
+    inputs = spec_inputs(op, shape, dtype)
+    place = LAYOUTS["slice of a wider tensor"]  # what lies between is not to be read
+    wanted = spec_run(SPECS[op], fused, shape, inputs, **options)
+    assert all(x.isfinite().all() for x in wanted if x.is_floating_point())
+    with sanitize(order) as report:
+        results = spec_run(SPECS[op], fused, shape, inputs, place, **options)
+    assert len(report.kernels) == kernels
+    assert all(map(torch.equal, wanted, results))
+
+
+def _big(case: Case) -> Inputs:
     """Meta tensors of more than 2^31 elements, in shapes whose kernels loop little."""
 
     def empty(*shape: int, dtype: torch.dtype = F16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if "causal softmax" in case:
+    if case.options.get("causal"):
         return dict(x=empty(2**19 + 1, 65, 65))
-    if CASES[case][0] == "causal_attention":
-        packed = empty(2**24 + 1, 67, 3, 4, 16)  # and m has 2^32
-        return {n: t.transpose(1, 2) for n, t in zip("qkv", packed.unbind(2), strict=True)}
     x = empty(2**19 + 1, 4099)
+    packed = empty(2**24 + 1, 67, 3, 4, 16)  # and m has 2^32
     return {
+        "causal_attention": dict(zip("qkv", packed.permute(2, 0, 3, 1, 4), strict=True)),
         "layer_norm": dict(x=x, weight=x[0], bias=x[0]),
         "softmax": dict(x=x),
         "cross_entropy": dict(logits=x, targets=empty(len(x), dtype=torch.int64)),
         "gelu": dict(x=empty(257, 2**23 + 5), bias=empty(2**23 + 5)),
         "dropout_add_layer_norm": dict(branch=x, residual=x, weight=x[0], bias=x[0]),
-    }[CASES[case][0]]
+    }[case.op]
 
 
 def _far_apart(x: Tensor, last: int) -> Tensor:
@@ -268,31 +247,63 @@ def _far_apart(x: Tensor, last: int) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device="meta").as_strided(x.shape, strides)
 
 
-def _addresses(case: str, inputs: Inputs, spread: Callable[[Tensor], Tensor]) -> None:
-    name, options = CASES[case]
-    op = getattr(fused, name)
-    if "seed" in options:
-        options = options | dict(seed=torch.empty((), dtype=torch.int64, device="meta"))
-    inputs = {n: x if x is None else spread(x) for n, x in inputs.items()}
-    out = op(**inputs, **options)  # by the fake: for the shapes
-    upstream = tuple(spread(y) for y in (out if isinstance(out, tuple) else (out,)))
+def _addresses(case: Case, inputs: Inputs, spread: Callable[[Tensor], Tensor]) -> None:
+    if "seed" in case.options:
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        case = replace(case, options=case.options | dict(seed=seed))
+    inputs = {n: spread(x) for n, x in inputs.items()}
+    upstream = tuple(map(spread, case.outputs(fused, inputs)))  # by the fake: for the shapes
+    leaves = leaves_of(inputs)
     with addresses_only() as report:
-        run(op, inputs, upstream, **options)
+        outputs = case.outputs(fused, leaves)
+        torch.autograd.grad(outputs, [x for x in leaves.values() if x.requires_grad], upstream)
     assert len(report.kernels) >= 2, "forward and backward are kernels"
 
 
 @of_no_values
-@each_case
+@pytest.mark.parametrize("name", CHECKED)
 def test_an_op_addresses_more_than_2_to_the_31_elements(
-    case: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case, online = CHECKED[name], "online" in name
     monkeypatch.setattr(launch, "num_sms", lambda device: 2**15)  # few rows for each program
-    _addresses(case, _big(case), lambda x: x)
+    # With a block of a few columns a long row would take hours.
+    with (
+        replace(case, constants=dict(MAX_BLOCK=0)) if online else replace(case, constants={})
+    ).path():
+        _addresses(case, _big(case), lambda x: x)
 
 
 @of_no_values
 @each_case
 @pytest.mark.parametrize("last", [1, 2**33], ids=["rows far apart", "all far apart"])
-def test_an_op_addresses_strides_beyond_2_to_the_31(case: str, last: int) -> None:
-    inputs = {n: None if x is None else x.to("meta") for n, x in _inputs(case, F16).items()}
+def test_an_op_addresses_strides_beyond_2_to_the_31(case: Case, last: int) -> None:
+    inputs = {n: x.to("meta") for n, x in _inputs(case, F16).items()}
     _addresses(case, inputs, lambda x: _far_apart(x, last) if x.dim() else x)
+
+
+@of_no_values
+@each_token
+@pytest.mark.parametrize("least", [2**31, 2**30], ids=["strides", "multiples of strides"])
+def test_an_op_of_one_token_addresses_rows_that_an_int32_cannot_count(
+    name: str, least: int
+) -> None:
+    """Strides of 2^30 fit into 32 bits, and their multiples do not."""
+    op, shape, options, _ = WITHOUT_GRADIENT[name]
+    inputs = {n: x.to("meta") for n, x in spec_inputs(op, shape, F16).items()}
+
+    def spread(name: str, x: Tensor) -> Tensor:
+        if x.dim() < 2 or (least == 2**31 and name in ("tokens", "counts")):
+            return x
+        if least == 2**31:
+            return _far_apart(x, 1)
+        inner = x[0].contiguous().stride()
+        size = least * (len(x) - 1) + x[0].numel()
+        return torch.empty(size, dtype=x.dtype, device="meta").as_strided(x.shape, (least, *inner))
+
+    options = dict(SPECS[op].options(shape, 0.8, 3)) | options
+    if "seed" in options:
+        options["seed"] = torch.empty((), dtype=torch.int64, device="meta")
+    with addresses_only() as report:
+        getattr(fused, op)(**{n: spread(n, x) for n, x in inputs.items()}, **options)
+    assert len(report.kernels) == 1

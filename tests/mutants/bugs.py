@@ -91,46 +91,34 @@ PHILOX: list[Bug] = [
     ("fewer calls for a row's columns", "cols // 16, rows", "cols // 32, rows"),
     ("rows repeat after 2^32", "(row >> 32).to(tl.uint32)", "(row >> 40).to(tl.uint32)"),
     ("every head drops alike", "zero + head, zero, 7)", "zero, zero, 7)"),
-    ("one row in eight draws", "rows // 32 * 8 + rows % 8", "rows // 32 * 8 + rows // 8 % 4"),
+    ("eight rows share their bits", "rows // 32 * 8 + rows % 8", "rows // 32 * 8 + rows // 8 % 4"),
 ]  # fmt: skip
 
-# For each module: its bugs, its own test files, and the name of its cases in `test_sanitizer`, if
-# it has some.
+# For each module: its bugs, the test files of its ops alone, and what pytest -k selects in those of
+# all ops, test_op_contract.py and test_sanitizer.py.
 BUGS: dict[str, tuple[list[Bug], str, str]] = {
-    "attention": (ATTENTION, "test_attention.py test_attention_dropout.py", "causal_attention"),
-    "attention_tiles": (
-        ATTENTION_TILES,
-        "test_attention.py test_attention_dropout.py",
-        "causal_attention",
-    ),
-    "attention_backward": (
-        ATTENTION_BACKWARD,
-        "test_attention.py test_attention_dropout.py",
-        "causal_attention",
-    ),
-    "layer_norm": (LAYER_NORM, "test_layer_norm.py", "layer_norm"),
+    "attention": (ATTENTION, "attention", "causal_attention"),
+    "attention_tiles": (ATTENTION_TILES, "attention", "causal_attention"),
+    "attention_backward": (ATTENTION_BACKWARD, "attention", "causal_attention"),
+    "layer_norm": (LAYER_NORM, "layer_norm", "layer_norm"),
     "layer_norm_backward": (
         LAYER_NORM_BACKWARD,
-        "test_layer_norm.py test_dropout_add_layer_norm.py",
+        "layer_norm dropout_add_layer_norm",
         "layer_norm",
     ),
     "dropout_add_layer_norm": (
         DROPOUT_ADD_LAYER_NORM,
-        "test_dropout_add_layer_norm.py",
+        "dropout_add_layer_norm",
         "dropout_add_layer_norm",
     ),
-    "softmax": (SOFTMAX, "test_softmax.py", "softmax"),
-    "cross_entropy": (CROSS_ENTROPY, "test_cross_entropy.py", "cross_entropy"),
-    "decode_attention": (DECODE_ATTENTION, "test_decode_attention.py test_sanitizer_token.py", ""),
-    "decode_linear": (DECODE_LINEAR, "test_decode_linear.py test_sanitizer_token.py", ""),
-    "decode_tokens": (DECODE_TOKENS, "test_decode_tokens.py test_sanitizer_token.py", ""),
-    "gelu": (GELU, "test_gelu.py", "gelu"),
-    "grad_norm": (GRAD_NORM, "test_adamw.py", "gelu"),
-    "adamw": (ADAMW, "test_adamw.py", "gelu"),
-    "muon": (MUON, "test_muon.py", ""),
-    "philox": (
-        PHILOX,
-        "test_philox.py test_attention_dropout.py test_dropout_add_layer_norm.py",
-        "dropout",
-    ),
+    "softmax": (SOFTMAX, "softmax", "softmax"),
+    "cross_entropy": (CROSS_ENTROPY, "cross_entropy", "cross_entropy"),
+    "decode_attention": (DECODE_ATTENTION, "decode_attention", "decode_attention"),
+    "decode_linear": (DECODE_LINEAR, "decode_linear", "linear"),
+    "decode_tokens": (DECODE_TOKENS, "decode_tokens", "tokens"),
+    "gelu": (GELU, "gelu", "gelu"),
+    "grad_norm": (GRAD_NORM, "adamw", "adamw"),
+    "adamw": (ADAMW, "adamw", "adamw"),
+    "muon": (MUON, "muon", "muon"),
+    "philox": (PHILOX, "philox attention dropout_add_layer_norm", "with and dropout"),
 }

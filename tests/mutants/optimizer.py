@@ -10,7 +10,7 @@ GRAD_NORM: list[Bug] = [
     ("partial sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
     ("the scale stays in the norm",
      "tl.sqrt_rn(tl.sum(total, 0)) / scale", "tl.sqrt_rn(tl.sum(total, 0))"),
-    ("small gradients are blown up", "tl.where(larger > 1.0, larger, 1.0)", "larger"),
+    ("small gradients are scaled up", "tl.where(larger > 1.0, larger, 1.0)", "larger"),
     ("the scale stays in the gradients", "scale * tl.where(larger", "tl.where(larger"),
     ("NaN counts as good", 'finite = norm < float("inf")', 'finite = norm != float("inf")'),
     ("an overflow counts as a step", "before + tl.where(finite, 1.0, 0.0)", "before + 1.0"),

@@ -5,7 +5,8 @@
     python -m tests.mutants.run --check                  only checks that every bug fits its source
 
 A bug is caught if a test fails, or if Python crashes after memory was corrupted. The kernel's own
-test files run first; if they pass, the sanitizer's tests run too. The tests of a module must pass
+test files run first; if they pass, the op's tests of test_op_contract.py and test_sanitizer.py do.
+The tests of a module must pass
 without a bug, or the module is reported as RED and skipped. The command prints a row per bug and
 how many were caught, and exits with 1 if fewer than 95 % were.
 """
@@ -74,9 +75,9 @@ def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: flo
         if old and text.count(old) != 1:
             return f"STALE, the text occurs {text.count(old)} times"
         source.write_text(text.replace(old, new) if old else text)
-        own = [f"tests/kernels/{name}" for name in files.split()]
-        under_sanitizer = ["tests/kernels/test_sanitizer.py", "-k", f"an_op and {ops}"]
-        for tests in (own, under_sanitizer) if ops else (own,):
+        own = [f"tests/kernels/test_{name}.py" for name in files.split()]
+        of_all = [f"tests/kernels/test_{name}.py" for name in ("op_contract", "sanitizer")]
+        for tests in (own, [*of_all, "-k", ops]):
             try:
                 code, out = _pytest(folder, tests, seconds)
             except subprocess.TimeoutExpired:

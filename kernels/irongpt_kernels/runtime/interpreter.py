@@ -3,7 +3,7 @@
 A GPU adds up a float32 dot product along its inner dimension in one fixed order. The interpreter
 leaves the order to NumPy's BLAS, and some BLAS add up a transposed product in another order. The
 attention kernels compute scores twice, the second time transposed, and rely on equal bits where
-scores are large. Here products are summed in float64 and rounded once, so the order has no effect.
+scores are large. Here matmuls are summed in float64 and rounded once, so the order has no effect.
 """
 
 from collections.abc import Iterator
