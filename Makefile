@@ -5,11 +5,12 @@ BIN := .venv/bin
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 
+ARCHS := sm_75 sm_80 sm_90
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -n 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate compare doctor test test-tritons mutants lint format check \
+.PHONY: help setup train generate compare doctor test test-tritons test-compiled mutants lint format check \
 	bench bench-train bench-nano gpu report clean
 
 help: ## print this list
@@ -39,6 +40,25 @@ test-tritons: $(TRITONS:%=test-triton-%) ## compile for a T4 with every supporte
 test-triton-%: .venv-triton-%/ready
 	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \
 		tests/aot/test_compile.py $(ARGS)
+
+# If one step fails, the others still run. The last one takes the table under all Tritons.
+test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels (hours)
+	@failed=0; \
+	run() { (set -x; "$$@") || failed=1; }; \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --order ascending $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --order descending $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --mma hardware --noise 2 $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set strides tuned $(ARGS); \
+	run $(BIN)/python -m tests.ptx.planted --arch $(ARCHS); \
+	for arch in $(ARCHS); do \
+		run $(BIN)/irongpt compare --arch $$arch; \
+		run $(BIN)/python -m pytest -p tests.ptx.plugin --ptx $$arch tests/kernels; \
+	done; \
+	for triton in $(TRITONS); do \
+		run .venv-triton-$$triton/bin/python -m tests.ptx --arch $(ARCHS) $(ARGS); \
+	done; \
+	exit $$failed
 
 mutants: .venv/dev ## run the mutation tests (half an hour); ARGS="--only gelu" for some of them
 	$(BIN)/python -m tests.mutants.run $(ARGS)

@@ -97,6 +97,8 @@ def build_parser() -> Parser:
     dtypes = "dtype to check; repeat the flag for several [all of the device]"
     compare.add_argument("--dtype", action="append", choices=DTYPES, help=dtypes)
     compare.add_argument("--ops", choices=OPS[1:], help="ops to check [fused]")
+    compiled = "without a GPU: execute the kernels as compiled for sm_75 (T4), sm_80 or sm_90"
+    compare.add_argument("--arch", metavar="SM", help=compiled)
     compare.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="plot errors and losses to FILE")
 
@@ -299,6 +301,7 @@ def compare_command(flags: Flags) -> int:
         flags.get("json"),
         flags.get("plot"),
         flags.get("ops", "fused"),
+        flags.get("arch"),
     )
 
 

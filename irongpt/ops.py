@@ -44,7 +44,7 @@ def _load_fused(device: torch.device) -> Ops:
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
         launch_cache.load(device)
-    elif not launch.INTERPRETED:
+    elif not (launch.INTERPRETED or launch.EXECUTED_PTX):
         raise UserError(
             f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
@@ -56,8 +56,14 @@ def notes(name: str, device: torch.device) -> list[str]:
     """Lines for the user: why the kernels are slow here, and which launch options they use."""
     if name != "fused":
         return []
+    from irongpt_kernels.runtime import launch
+
     slow = ""
-    if device.type == "cpu":
+    if launch.EXECUTED_PTX:
+        slow = (
+            f"the kernels are compiled for sm_{launch.EXECUTED_PTX} and executed on the CPU, slowly"
+        )
+    elif device.type == "cpu":
         slow = "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
     elif emulate.on():
         slow = (

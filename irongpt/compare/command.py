@@ -12,6 +12,7 @@ from irongpt_kernels.runtime import launch_table as tiles
 from irongpt import __version__, ops
 from irongpt import device as devices
 from irongpt.compare import table as report
+from irongpt.compare.execution import Faults, execution
 from irongpt.compare.model import Curve, compare_model, setting
 from irongpt.compare.ops import FULL, SMALL, Check, Row, cases, compare_case
 from irongpt.config import check
@@ -25,16 +26,30 @@ def compare(
     json_file: Path | None,
     plot: Path | None,
     candidate: str = "fused",
+    arch: str | None = None,
 ) -> int:
     """Prints how far `candidate` is from eager, op by op and as a model. Returns 1 if an error
     exceeds tolerance, else 0.
 
     device: auto, cpu, cuda or cuda:N. dtypes: names, or empty for all that the device computes.
-    Every number goes to `json_file`, a plot to `plot`. Raises UserError for flags that do not fit.
+    Every number goes to `json_file`, a plot to `plot`. arch: sm_75, sm_80 or sm_90 to execute the
+    kernels that are compiled for it on the CPU. Raises UserError for flags that do not fit.
     """
+    with execution(arch, device, candidate) as faults:
+        target = torch.device("cpu") if arch else devices.pick(device)
+        chosen = _dtypes(dtypes, target, arch)
+        return _compare(target, chosen, json_file, plot, candidate, faults)
+
+
+def _compare(
+    target: torch.device,
+    chosen: list[torch.dtype],
+    json_file: Path | None,
+    plot: Path | None,
+    candidate: str,
+    faults: Faults | None,
+) -> int:
     start = time.perf_counter()
-    target = devices.pick(device)
-    chosen = _dtypes(dtypes, target)
     check_result(json_file, plot)
     if plot is not None:  # matplotlib is needed for the plot only
         from irongpt.compare import plot as compare_plot
@@ -72,6 +87,9 @@ def compare(
     say(report.group(f"model, one step: {training.sizes}", new_rows, []))
     for curve in curves:
         say(report.training(curve))
+    if faults is not None:
+        wrong = faults()
+        checks.append(Check("kernels", "all", "all", "memory access", not wrong, "; ".join(wrong)))
 
     seconds = time.perf_counter() - start
     failures = report.failures(rows, checks, candidate)
@@ -118,15 +136,16 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _dtypes(names: list[str], device: torch.device) -> list[torch.dtype]:
-    if device.type == "cpu":
+def _dtypes(names: list[str], device: torch.device, arch: str | None) -> list[torch.dtype]:
+    native = device.type == "cuda" and emulate.capability(device) >= (8, 0)
+    native = native or arch in ("sm_80", "sm_90")
+    if device.type == "cpu" and not native:
         check(
             "bfloat16" not in names,
-            "--dtype bfloat16 needs a GPU: Triton's interpreter computes it wrongly; "
-            "use float32 or float16",
+            "--dtype bfloat16 needs a GPU or --arch sm_80: Triton's interpreter computes it "
+            "wrongly; use float32 or float16",
         )
     if not names:
-        native = device.type == "cuda" and emulate.capability(device) >= (8, 0)
         names = ["float32", "float16", *(["bfloat16"] if native else [])]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
 

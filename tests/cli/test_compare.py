@@ -12,12 +12,14 @@ import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager, tolerance
 from irongpt_kernels.op_inputs import RowShape
-from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime import interpreter, launch
 from numerics import DEVICE, OPS, UPDATES, each_dtype
+from triton.runtime.interpreter import InterpreterBuilder
 
 from irongpt import ops
 from irongpt.compare import model, table
 from irongpt.compare.command import compare
+from irongpt.compare.execution import execution
 from irongpt.compare.model import JUDGED_STEPS, Curve
 from irongpt.compare.ops import SMALL, cases, compare_case, make_row
 from irongpt.errors import UserError
@@ -223,12 +225,29 @@ def test_a_kernel_that_cannot_run_is_a_failed_check():
         ("--device cpu --ops builtin --json missing/c.json", "its folder does not exist"),
         ("--device cpu --ops builtin --plot .", ". is a folder"),
         ("--device gpu", "--device must be"),
+        ("--arch sm_61", "--arch must be sm_75, sm_80, sm_90, got 'sm_61'"),
+        ("--arch sm_75 --ops builtin", "--ops builtin has none"),
+        ("--arch sm_75 --device cuda", "not on --device cuda"),
     ],
 )
 def test_mistakes(cli, arguments, message):
     before = set(Path().iterdir())
     assert_mistake(cli("compare", *arguments.split()), message)
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="is about the interpreter")
+def test_compiled_kernels_are_not_interpreted(cli):
+    assert_mistake(cli("compare", "--arch", "sm_75"), "unset TRITON_INTERPRET")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="is about the interpreter")
+def test_interpreted_matmuls_have_one_order_of_sums(monkeypatch):
+    """Whatever the BLAS of NumPy does with a transposed product."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", interpreter.PLAIN)
+    with execution(None, "cpu", "fused"):
+        assert InterpreterBuilder.create_dot is not interpreter.PLAIN
+    assert InterpreterBuilder.create_dot is interpreter.PLAIN
 
 
 def test_kernels_that_cannot_run_here_are_a_mistake(cli, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from irongpt_kernels import builtin, dropout
 from irongpt_kernels.fused import attention, attention_tiles
+from irongpt_kernels.runtime import launch
 from numerics import DEVICE, assert_op, each_dtype, randn, run
 from torch import Tensor
 
@@ -65,9 +66,30 @@ def test_every_end_of_a_sequence_in_a_tile(tiling, tiles: str, T: int, dtype) ->
     ids=str,
 )
 def test_long_sequences(tiling, T: int, dtype) -> None:
-    if DEVICE == "cpu":
+    if launch.INTERPRETED:
         tiling("large, for the interpreter")
     check(inputs(1, 1, T, 16, dtype), dropout_p=0.1, seed=1)
+
+
+def test_scores_of_hundreds_and_their_transpose_have_the_same_bits() -> None:
+    """The forward's weights, and those that the key kernel computes from transposed scores.
+
+    One rounding of a score of 400 changes a weight by 4e-5 of itself.
+    """
+    T, D = 48, 16
+    q, k = 10 + randn(1, 1, T, D), 10 + randn(1, 1, T, D, seed=1) / 20
+    q, k = (x.to(DEVICE, torch.float32) for x in (q, k))
+    forward, backward = (torch.zeros(T, T, device=DEVICE) for _ in range(2))
+    for first in range(0, T, D):
+        part = slice(first, first + D)
+        unit = torch.eye(T, device=DEVICE)[None, None, :, part].contiguous()
+        (out,), (_, _, dv) = run(attention.causal_attention, dict(q=q, k=k, v=unit), (unit,))
+        forward[:, part], backward[part] = out[0, 0], dv[0, 0].T
+    scores = (q[0, 0] @ k[0, 0].T) * D**-0.5
+    assert scores.min() > 300
+    large = forward > 0.01
+    assert large.sum() > T
+    assert ((forward - backward).abs() / forward)[large].max() < 4e-6
 
 
 @pytest.mark.gpu

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype, randn, values
+from numerics import (
+    DEVICE,
+    OUTPUTS,
+    assert_exact,
+    assert_rule,
+    each_dtype,
+    randn,
+    values,
+)
 from torch import Tensor
 
 each_ops = pytest.mark.parametrize(
@@ -49,7 +57,7 @@ def test_eager_is_the_last_row_of_causal_attention() -> None:
 @each_dtype
 @pytest.mark.parametrize("D", [16, 48, 128])
 def test_fused(D: int, dtype: torch.dtype, positions: list[int]) -> None:
-    given = inputs(positions, dtype, D=D)
+    given = inputs(positions, dtype, H=8, D=D)  # of few heads eager may be exact by chance
     wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
     for scale in (None, 2.0):
         results = [call(ops, given, scale=scale) for ops in (fused, eager)]

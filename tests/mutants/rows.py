@@ -62,7 +62,7 @@ DROPOUT_ADD_LAYER_NORM: list[Bug] = [
 ]  # fmt: skip
 
 SOFTMAX: list[Bug] = [
-    ("no maximum subtracted", "e = tl.exp(a - tl.max(a, axis=1)[:, None])", "e = tl.exp(a)"),
+    ("no maximum subtracted", "e = exp(a - tl.max(a, axis=1)[:, None])", "e = exp(a)"),
     ("the sum is not rescaled", "total = total * rescale + e", "total = total + e"),
     ("delta is not rescaled", "weighted = weighted * rescale +", "weighted = weighted +"),
     ("lanes meet without their maxima", "tl.sum(total * rescale, axis=0)", "tl.sum(total, axis=0)"),

@@ -140,10 +140,12 @@ def test_this_file_finds_the_sources() -> None:
 
 
 def test_imports_go_in_one_direction() -> None:
-    """benchmarks -> irongpt -> irongpt_kernels -> torch, triton."""
+    """benchmarks -> irongpt -> irongpt_kernels -> torch, triton. The emulator of PTX has NumPy."""
     for_kernels = sys.stdlib_module_names | {"irongpt_kernels", "torch", "triton"}
     above = {"benchmarks", "tests", "numerics", "."}
     wrong = {p: packages(tree(p)) - for_kernels for p in KERNELS}
+    for p in (p for p in KERNELS if p.parent.name == "ptx"):
+        wrong[p] -= {"numpy"}
     wrong |= {p: packages(tree(p)) & above for p in IRONGPT}
     wrong |= {p: packages(tree(p)) & (above - {"benchmarks"}) for p in BENCHMARKS}
     assert found(wrong) == {}
@@ -190,7 +192,10 @@ def test_files_are_short() -> None:
 
 
 def test_the_packages_do_not_run_what_they_read() -> None:
-    assert found({path: dangers(tree(path)) for path in PACKAGED}) == {}
+    """Except `ptx.blocks`, which makes functions of the PTX that Triton has just compiled."""
+    wrong = {path: dangers(tree(path)) for path in PACKAGED}
+    assert wrong.pop(ROOT / "kernels/irongpt_kernels/ptx/blocks.py") == ["exec", "compile"]
+    assert found(wrong) == {}
 
 
 BANNED = """import pickle / from pickle import loads / eval(x) / run = exec / os.system(x)

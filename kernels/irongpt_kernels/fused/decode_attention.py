@@ -95,7 +95,8 @@ def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
     most = TILE // BLOCK_D // (2 if itemsize == 4 else 1)
     if launch.INTERPRETED:  # several tiles even on short inputs
         most = 16
-    return dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+    tile = dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+    return tile | launch.equal_sums(BLOCK_D, 8)
 
 
 _op = custom_op(

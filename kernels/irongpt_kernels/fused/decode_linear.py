@@ -112,7 +112,9 @@ def _tile(N: int, K: int) -> dict[str, int]:
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
     if launch.INTERPRETED:  # where time is per program
         BLOCK_N = 16
-    return dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_N * BLOCK_K > 8192 else 4)
+    num_warps = 8 if BLOCK_N * BLOCK_K > 8192 else 4
+    tile = dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)
+    return tile | launch.equal_sums(BLOCK_K, num_warps)
 
 
 def _norm_linear(

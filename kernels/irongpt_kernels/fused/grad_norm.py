@@ -98,14 +98,16 @@ def _stats_kernel(
     norm = tl.sqrt_rn(tl.sum(total, 0)) / scale
     finite = norm < float("inf")  # False for NaN
     larger = (norm + 1e-6) / max_norm
+    state_steps = tl.arange(0, STEPS)
+    before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
+    if GROWTH_INTERVAL > 0:
+        count = tl.where(finite, tl.load(growth_tracker_ptr) + 1, 0)
+    tl.debug_barrier()  # every warp has loaded the state before one of them stores it
     tl.store(stats_ptr, norm)
     tl.store(stats_ptr + 1, scale * tl.where(larger > 1.0, larger, 1.0))
     tl.store(stats_ptr + 2, tl.where(finite, 0.0, 1.0))
-    state_steps = tl.arange(0, STEPS)
-    before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
     tl.store(steps_ptr + state_steps, before + tl.where(finite, 1.0, 0.0), mask=state_steps < n)
     if GROWTH_INTERVAL > 0:
-        count = tl.where(finite, tl.load(growth_tracker_ptr) + 1, 0)
         grow = count >= GROWTH_INTERVAL
         scale *= tl.where(finite, tl.where(grow, 2.0, 1.0), 0.5)
         tl.store(scale_ptr, tl.minimum(tl.maximum(scale, 1.0), 16777216.0))

@@ -112,8 +112,9 @@ def _bwd_kernel(
 def tile(N: int) -> dict[str, int]:
     """Launch options for rows of N elements: 16 to 32 elements per thread."""
     block_n = launch.block(N)
-    block_m = max(1, 1024 // block_n)
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=launch.warps(block_n))
+    block_m, num_warps = max(1, 1024 // block_n), launch.warps(block_n)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
+    return tile | launch.equal_sums(block_n, num_warps)
 
 
 def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from irongpt_kernels.fused.exponential import exp
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import as_matrix
@@ -51,7 +52,7 @@ def _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL: tl.const
         load = load & (cols // 16 * 16 <= rows % N)  # one mask bit per 16 columns
     x = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=load, other=0.0)
     a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))
-    e = tl.exp(a - tl.max(a, axis=1)[:, None])
+    e = exp(a - tl.max(a, axis=1)[:, None])
     return e / tl.sum(e, axis=1)[:, None], seen, load
 
 
@@ -105,15 +106,15 @@ def _row_statistics(x_row, dy_row, x_stride, dy_stride, end, scale, BLOCK_N: tl.
         a = tl.where(cols < end, x.to(tl.float32) * scale, float("-inf"))
         m_new = tl.maximum(m, a)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
-        e = tl.exp(a - shift)
-        rescale = tl.exp(m - shift)
+        e = exp(a - shift)
+        rescale = exp(m - shift)
         total = total * rescale + e
         if dy_row is not None:
             dy = tl.load(dy_row + cols * dy_stride, mask=cols < end, other=0.0)
             weighted = weighted * rescale + dy.to(tl.float32) * e
         m = m_new
     m_row = tl.max(m, axis=0)
-    rescale = tl.exp(m - m_row)
+    rescale = exp(m - m_row)
     return m_row, tl.sum(total * rescale, axis=0), tl.sum(weighted * rescale, axis=0)
 
 
@@ -129,7 +130,7 @@ def _fwd_online_kernel(
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
-        y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
+        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) / total, 0.0)
         tl.store(y_ptr + row * N + cols, y, mask=cols < N)
 
 
@@ -151,14 +152,14 @@ def _bwd_online_kernel(
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
-        y = tl.where(cols < end, tl.exp(x.to(tl.float32) * scale - m) / total, 0.0)
+        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) / total, 0.0)
         left += y * (dy - delta)
     left_row = tl.sum(left, axis=0)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
-        y = tl.exp(x.to(tl.float32) * scale - m) / total
+        y = exp(x.to(tl.float32) * scale - m) / total
         dx = tl.where(cols < end, scale * y * (dy - delta - left_row), 0.0)
         tl.store(dx_ptr + row * N + cols, dx, mask=cols < N)
 

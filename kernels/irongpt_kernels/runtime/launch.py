@@ -18,12 +18,13 @@ from triton import knobs
 from irongpt_kernels.runtime import emulate, turing
 
 INTERPRETED = bool(knobs.runtime.interpret)
+EXECUTED_PTX = 0  # the architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors, if any
 
 
 def architecture(device: torch.device) -> int:
     """The compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
     if device.type != "cuda":
-        return turing.ARCH
+        return EXECUTED_PTX or turing.ARCH
     if emulate.on():
         return emulate.ARCH
     major, minor = _query(torch.cuda.get_device_capability, device)
@@ -73,6 +74,16 @@ def block(n: int) -> int:
 def warps(elements: int) -> int:
     """Warps for a program with `elements` values in registers: 8 to 16 values per thread."""
     return min(16, max(1, elements // 512))
+
+
+def equal_sums(row: int, num_warps: int) -> dict[str, int]:
+    """Launch options that make every thread get the same sum of a row of `row` products.
+
+    If a thread has one product of a row, the compiler fuses it with the first addition:
+    fma(a, b, product of another lane). Two lanes then round different products, and a sum over one
+    element is not that element.
+    """
+    return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
 
 
 def row_tile(N: int, columns: int, elements: int) -> dict[str, int]:

@@ -1,0 +1,47 @@
+"""How the kernels of a comparison run: on a GPU, in Triton's interpreter, or from their PTX."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+from irongpt.config import check
+from irongpt.errors import UserError
+
+Faults = Callable[[], list[str]]
+ARCHS = ("sm_75", "sm_80", "sm_90")
+
+
+@contextmanager
+def execution(arch: str | None, device: str, candidate: str) -> Iterator[Faults | None]:
+    """Within, kernels run as compiled for `arch`, executed on the CPU. Without arch they run where
+    the device is; the interpreter's matmuls then have the same bits with any NumPy.
+
+    With arch it yields a function that lists the wrong memory accesses so far. Raises UserError for
+    flags that do not fit.
+    """
+    if arch is None:
+        with _one_order_of_sums():
+            yield None
+        return
+    check(arch in ARCHS, f"--arch must be {', '.join(ARCHS)}, got {arch!r}")
+    check(candidate == "fused", f"--arch is for the kernels, and --ops {candidate} has none")
+    check(device in ("auto", "cpu"), f"--arch runs on the CPU, not on --device {device}")
+    try:
+        from irongpt_kernels.ptx.driver import emulating
+        from irongpt_kernels.runtime import launch
+    except ImportError as e:
+        raise UserError(f"--arch needs Triton, which cannot be imported ({e})") from e
+    check(not launch.INTERPRETED, "--arch needs compiled kernels: unset TRITON_INTERPRET")
+    with emulating(int(arch.removeprefix("sm_"))) as report:
+        yield report.lines
+
+
+@contextmanager
+def _one_order_of_sums() -> Iterator[None]:
+    try:
+        from irongpt_kernels.runtime import launch
+        from irongpt_kernels.runtime.interpreter import repeatable_matmuls
+    except ImportError:  # without Triton there is no interpreter
+        yield
+        return
+    with repeatable_matmuls() if launch.INTERPRETED else nullcontext():
+        yield

@@ -1,0 +1,23 @@
+"""e^x for the weights of a softmax, with the error of one exponential.
+
+`tl.exp(x)` is compiled to 2^(x log2 e). The product is rounded, which costs |x| roundings of the
+result: too many where a softmax has only a few elements. Here x = n ln 2 + r with |r| <= 0.35, and
+e^x = 2^n 2^(r log2 e). n LN2_HIGH is exact for |n| < 512.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-200.0)  # e^x is 0 in float32
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693145751953125)  # 15 bits of ln 2
+LN2_LOW = tl.constexpr(1.4286068203094172e-06)  # the rest
+
+
+@triton.jit
+def exp(x):
+    """e^x for x <= 0 in float32, or NaN for NaN."""
+    x = tl.where(x < LOWEST, LOWEST, x)
+    n = tl.floor(x * LOG2E + 0.5)
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    return tl.exp2(r * LOG2E) * tl.exp2(n)

@@ -1,0 +1,218 @@
+"""Arithmetic that NumPy does not have in the way of PTX, on arrays with a value for each thread.
+
+u1 to u8, i2 to i8 and f2 to f8 are NumPy's types by their bytes. bfloat16 values are u2 arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
+i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64
+f2, f4, f8 = np.float16, np.float32, np.float64
+UINT: dict[int, Any] = {1: u1, 2: u2, 4: u4, 8: u8}
+
+Array = Any  # an array of a value for each thread
+
+# Floating point -----------------------------------------------------------------------------------
+
+
+def half_to_f8(x: Array) -> Array:
+    """The bits of float16 numbers to float64."""
+    return x.view(f2).astype(f8)
+
+
+def bf16_to_f8(x: Array) -> Array:
+    """The bits of bfloat16 numbers to float64."""
+    return (x.astype(u4) << u4(16)).view(f4).astype(f8)
+
+
+def half_of_f8(x: Array) -> Array:
+    """float64 to the bits of the nearest float16."""
+    return x.astype(f2).view(u2)
+
+
+def bf16_of(x: Array) -> Array:
+    """float32 to the nearest bfloat16, ties to even."""
+    bits = x.view(u4)
+    rounded = (bits + u4(0x7FFF) + ((bits >> u4(16)) & u4(1))) >> u4(16)
+    return np.where(np.isnan(x), u4(0x7FFF), rounded).astype(u2)
+
+
+def bf16_of_f8(x: Array) -> Array:
+    """float64 to the nearest bfloat16, rounded once, except for subnormal numbers."""
+    bits = x.view(u8)
+    low = u8((1 << 45) - 1)
+    rounded = (bits + (low >> u8(1)) + ((bits >> u8(45)) & u8(1))) & ~low
+    return bf16_of(np.where(np.isfinite(x), rounded.view(f8), x).astype(f4))
+
+
+def fma32(a: Array, b: Array, c: Array) -> Array:
+    """a b + c in float64, rounded to float32: about once in 2^29 it is rounded twice."""
+    return (np.multiply(a, b, dtype=f8) + c).astype(f4)
+
+
+def ftz(x: Array) -> Array:
+    """Subnormal float32 numbers become zeros of their sign."""
+    return np.where(np.abs(x) < f4(2.0**-126), np.copysign(f4(0), x), x)
+
+
+def wobble(y: Array, bits: Array, ulps: int) -> Array:
+    """y with an error of up to `ulps` units in the last place, which is a hash of the argument."""
+    h = (bits.astype(u8) * u8(0x9E3779B97F4A7C15)) >> u8(40)
+    step = (h % u8(2 * ulps + 1)).astype(i8) - ulps
+    ordinary = np.isfinite(y) & (np.abs(y) > 2.0**-100)
+    return (y.view(i4) + np.where(ordinary, step, 0)).astype(i4).view(f4)
+
+
+def maxf(a: Array, b: Array) -> Array:
+    """The larger number, or the one that is not NaN."""
+    return _signed_zero(np.fmax(a, b), a, b, np.bitwise_and)
+
+
+def minf(a: Array, b: Array) -> Array:
+    """The smaller number, or the one that is not NaN."""
+    return _signed_zero(np.fmin(a, b), a, b, np.bitwise_or)
+
+
+def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -> Array:
+    """-0 is less than 0 here; NumPy leaves it open."""
+    zero = (a == 0) & (b == 0)
+    if not zero.any():
+        return found
+    t = UINT[found.itemsize]
+    return np.where(zero, pick(a.view(t), b.view(t)).view(found.dtype), found)
+
+
+def to_int(x: Array, dtype: Any, rounding: str) -> Array:
+    """Float to integer, clamped. NaN becomes 0, or 2^63 where either side has 64 bits."""
+    info = np.iinfo(dtype)
+    whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
+    y = whole(x.astype(f8))
+    nan, big, small = np.isnan(y), y >= float(info.max), y <= float(info.min)
+    out = np.where(nan | big | small, 0, y).astype(dtype)
+    out = np.where(big, info.max, np.where(small, info.min, out))
+    wide = x.dtype == f8 or info.bits == 64
+    special = (info.min if info.min < 0 else 1 << (info.bits - 1)) if wide else 0
+    return np.where(nan, np.array(special, dtype=dtype), out).astype(dtype)
+
+
+# Integers -----------------------------------------------------------------------------------------
+
+
+def sdiv(a: Array, b: Array) -> Array:
+    """Rounds towards zero. Division by zero gives -1 as on GPUs; PTX leaves it open."""
+    zero = b == 0
+    safe = np.where(zero, 1, b)
+    q = a // safe
+    q = q + ((a != q * safe) & ((a < 0) != (safe < 0)))
+    return np.where(zero, -1, q).astype(a.dtype)
+
+
+def srem(a: Array, b: Array) -> Array:
+    """The remainder, with the sign of a."""
+    zero = b == 0
+    return np.where(zero, a, np.fmod(a, np.where(zero, 1, b))).astype(a.dtype)
+
+
+def udiv(a: Array, b: Array) -> Array:
+    """Division by zero gives the largest number."""
+    zero = b == 0
+    return np.where(zero, ~np.zeros_like(a), a // np.where(zero, 1, b)).astype(a.dtype)
+
+
+def urem(a: Array, b: Array) -> Array:
+    """The remainder, which is a for a division by zero."""
+    zero = b == 0
+    return np.where(zero, a, a % np.where(zero, 1, b)).astype(a.dtype)
+
+
+def mulhi_u8(a: Array, b: Array) -> Array:
+    """The upper 64 bits of a product of 64-bit numbers."""
+    low, half = u8(0xFFFFFFFF), u8(32)
+    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
+    mid = a1 * b0 + ((a0 * b0) >> half)
+    other = a0 * b1 + (mid & low)
+    return a1 * b1 + (mid >> half) + (other >> half)
+
+
+def shift(x: Array, n: Array, left: bool) -> Array:
+    """Shifts by n of each thread. From the width on, all bits are gone (or copies of the sign)."""
+    bits = 8 * x.itemsize
+    t = x.dtype.type
+    some = np.minimum(n, u4(bits - 1)).astype(t)
+    if left:
+        return np.where(n < bits, x << some, t(0))
+    return x >> some if np.issubdtype(t, np.signedinteger) else np.where(n < bits, x >> some, t(0))
+
+
+def funnel(low: Array, high: Array, n: Array, left: bool, wrap: bool) -> Array:
+    """shf: a word of the 64 bits high:low, shifted."""
+    k = (n & u4(31) if wrap else np.minimum(n, u4(32))).astype(u8)
+    both = low.astype(u8) | (high.astype(u8) << u8(32))
+    return ((both << k) >> u8(32) if left else both >> k).astype(u4)
+
+
+def bfe(a: Array, position: int, length: int, signed: bool) -> Array:
+    """The bit field of `length` bits from `position` on, with its sign if signed."""
+    bits = 8 * a.itemsize
+    t, s = UINT[a.itemsize], {4: i4, 8: i8}[a.itemsize]
+    length = min(length & 0xFF, bits - position)
+    if length <= 0:
+        return np.zeros_like(a)
+    top = a << t(bits - position - length)
+    kept = bits - length
+    return (top.view(s) >> s(kept)).view(t) if signed else top >> t(kept)
+
+
+def prmt(a: Array, b: Array, selector: Any) -> Array:
+    """Four bytes of the eight of b:a, chosen by the selector's nibbles; bit 3 spreads a sign."""
+    both = a.astype(u8) | (b.astype(u8) << u8(32))
+    selector = np.asarray(selector, dtype=u4)
+    out = np.zeros_like(a)
+    for i in range(4):
+        nibble = (selector >> u4(4 * i)) & u4(0xF)
+        byte = ((both >> ((nibble & u4(7)).astype(u8) * u8(8))) & u8(0xFF)).astype(u4)
+        sign = np.where(byte & u4(0x80), u4(0xFF), u4(0))
+        out = out | (np.where(nibble & u4(8), sign, byte).astype(u4) << u4(8 * i))
+    return out
+
+
+def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
+    """Any logical function of three words, by its truth table."""
+    out = np.zeros_like(a)
+    for i in range(8):
+        if table >> i & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+# Matmuls ------------------------------------------------------------------------------------------
+
+
+def accumulate_exact(C: Array, A: Array, B: Array) -> Array:
+    """C + A B^T, the sum rounded once to float32."""
+    return (np.matmul(A, B.swapaxes(-1, -2)) + C).astype(f4)
+
+
+def accumulate_like_hardware(block: int, extra_bits: int) -> Callable[[Array, Array, Array], Array]:
+    """Matmuls as measured on tensor cores (Fasi, Higham, Mikaitis, Pranesh 2021).
+
+    Products are exact. `block` of them and the accumulator are aligned to the largest exponent with
+    `extra_bits` beyond float32's, truncated there and added; the sum is truncated to float32.
+    """
+
+    def accumulate(C: Array, A: Array, B: Array) -> Array:
+        acc = C.astype(f8)
+        for k in range(0, A.shape[-1], block):
+            terms = A[..., :, None, k : k + block] * B[..., None, :, k : k + block]
+            terms = np.concatenate([terms, acc[..., None]], -1)
+            top = np.frexp(np.abs(terms).max(-1))[1]
+            step = np.ldexp(1.0, (top - 24 - extra_bits).astype(int))[..., None]
+            total = (np.trunc(terms / step) * step).sum(-1)
+            ulp = np.ldexp(1.0, np.maximum(np.frexp(total)[1] - 24, -149).astype(int))
+            acc = np.where(np.isfinite(total), np.trunc(total / ulp) * ulp, total)
+        return acc.astype(f4)
+
+    return accumulate

@@ -1,0 +1,116 @@
+"""Runs Triton kernels on a CPU from the PTX that Triton compiles for an NVIDIA GPU.
+
+    with emulating(75) as report:
+        fused.layer_norm(x, weight)  # CPU tensors; what runs is the kernel compiled for sm_75
+
+A launch takes the path of every launch. Triton specializes the arguments and compiles for the
+architecture (for sm_75 with the hook in `runtime.turing`), then hands the compiled kernel, the
+grid and the arguments to a driver. The driver here parses the PTX (`parse`), makes Python functions
+of it (`blocks`, `instructions`, `compute`), and runs the CTAs of the grid, some side by side
+(`threads`, `memory`, `tensor_cores`), on the tensors' own memory.
+
+Modelled    Every instruction in our kernels, on registers of the right width; all threads of a CTA,
+            with masks where they part; parameters at their offsets; shared memory of as many bytes
+            as the kernel asks for; cp.async and wgmma with their groups. `memory` lists what is
+            checked at every access.
+Not         ptxas and SASS (registers, spills, scheduling, and the contraction of a mul and an add
+            that PTX permits), the memory model beyond barriers (fences do nothing), time. Between
+            barriers warps run in lockstep, or in one of two orders.
+Arithmetic  IEEE, as PTX specifies; an fma is rounded twice about once in 2^29. The approximate
+            instructions (ex2, lg2, rsqrt, div.full) are the true value rounded, or with noise=n
+            wrong by up to n units in the last place. Sums of tensor cores: see `Options`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+
+from irongpt_kernels.ptx.execute import SHARED_LIMIT, Argument, Options, execute
+from irongpt_kernels.ptx.threads import Report
+from irongpt_kernels.runtime import launch, turing
+
+
+class _Driver:
+    """Stands in for Triton's driver. The device has the number of its architecture, so that
+    Triton keeps the kernels of two architectures apart."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        properties = dict(max_shared_mem=SHARED_LIMIT[arch])
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _flatten(kind: Any, x: Any) -> list[Argument]:
+    """The arguments that are passed to the kernel, tuples taken apart."""
+    if isinstance(kind, tuple):
+        return [one for k, y in zip(kind, x, strict=True) for one in _flatten(k, y)]
+    return [] if kind == "constexpr" else [(kind, x)]
+
+
+def _launch(kernel: Any, grid: Any, values: Any, options: Options, report: Report) -> None:
+    arch, name, ptx = kernel.metadata.target.arch, kernel.metadata.name, kernel.asm["ptx"]
+    assert arch == options.arch, f"{name} was compiled for sm_{arch}"
+    if options.change is not None:
+        ptx = options.change(name, ptx)
+    shared = kernel.metadata.shared
+    if shared > SHARED_LIMIT[arch]:
+        raise OutOfResources(shared, SHARED_LIMIT[arch], "shared memory")
+    arguments = _flatten(tuple(kernel.src.signature.values()), values)
+    execute(ptx, grid, arguments, shared, options, report)
+
+
+_now: list[tuple[Options, Report]] = []  # the `emulating` blocks that are active
+
+
+@contextlib.contextmanager
+def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
+    """Kernels that are launched inside on CPU tensors run by execution of their PTX.
+
+    sms: the number of SMs that launches are told, which decides how many programs share the rows.
+    options: see `Options`. Raises RuntimeError in a process with TRITON_INTERPRET=1.
+    """
+    if launch.INTERPRETED:
+        raise RuntimeError("compiled kernels cannot be executed: unset TRITON_INTERPRET")
+    report = Report()
+
+    def init(kernel: Any) -> None:
+        def run(gx: int, gy: int, gz: int, stream: Any, function: Any, *rest: Any) -> None:
+            values = rest[-len(kernel.src.signature) :]  # after metadata and hooks
+            _launch(kernel, (gx, gy, gz), values, *_now[-1])
+
+        if kernel._run is None:
+            kernel._run, kernel.module, kernel.function = run, object(), object()
+
+    hook, active = triton.knobs.runtime.add_stages_inspection_hook, driver._active
+    if arch == turing.ARCH:
+        turing.install()
+    driver.set_active(_Driver(arch))
+    _now.append((Options(arch, **options), report))
+    try:
+        with (
+            patch.object(CompiledKernel, "_init_handles", init),
+            patch.object(launch, "EXECUTED_PTX", arch),
+            patch.object(launch, "num_sms", lambda device: sms),
+        ):
+            yield report
+    finally:
+        _now.pop()
+        driver._active = active
+        triton.knobs.runtime.add_stages_inspection_hook = hook

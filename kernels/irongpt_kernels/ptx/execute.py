@@ -1,0 +1,192 @@
+"""Executes a kernel's PTX: all CTAs of a grid, on the memory of CPU tensors."""
+
+import functools
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from irongpt_kernels.ptx.arithmetic import Array, accumulate_exact, accumulate_like_hardware
+from irongpt_kernels.ptx.blocks import Code
+from irongpt_kernels.ptx.parse import Program, parse
+from irongpt_kernels.ptx.regions import Regions
+from irongpt_kernels.ptx.tensor_cores import Batch
+from irongpt_kernels.ptx.threads import Launch, Report
+
+SIDE_BY_SIDE = 2048  # threads
+SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes of a CTA
+PARAMETER_LIMIT = 4096  # bytes
+TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}  # products added at a time, extra bits
+_PACK = {"f32": "<f", "f64": "<d"} | {
+    f"{kind}{8 * size}": f"<{letter.upper() if kind != 's' else letter}"
+    for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
+    for kind in "bus"
+}
+
+Grid = tuple[int, int, int]
+Argument = tuple[str, Any]  # its type for Triton (*fp16, i32, fp32), and a tensor or a number
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to execute.
+
+    order: of the warps of a CTA between two barriers: "lockstep" (all at once), or one after the
+    other, "ascending" or "descending". mma: sums of tensor cores are "exact" (rounded once) or as
+    "hardware" truncates them. noise: approximate instructions are wrong by up to so many units in
+    the last place. change: makes another PTX of (kernel, PTX), to plant a bug.
+    """
+
+    arch: int = 75
+    order: str = "lockstep"
+    mma: str = "exact"
+    noise: int = 0
+    change: Callable[[str, str], str] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.order in ("lockstep", "ascending", "descending"), self.order
+        assert self.mma in ("exact", "hardware"), self.mma
+
+    def accumulate(self) -> Callable[[Array, Array, Array], Array]:
+        if self.mma == "exact":
+            return accumulate_exact
+        return accumulate_like_hardware(*TENSOR_CORES[self.arch])
+
+
+@functools.lru_cache(maxsize=512)
+def _code(ptx: str, split: bool) -> Code:
+    return Code(parse(ptx), split)
+
+
+def execute(
+    ptx: str,
+    grid: Grid,
+    arguments: list[Argument],
+    shared_bytes: int,
+    options: Options,
+    report: Report,
+) -> None:
+    """shared_bytes: of dynamic shared memory. Raises `Unsupported` for an unknown instruction."""
+    code = _code(ptx, options.order != "lockstep")
+    program = code.program
+    tensors = [x for _, x in arguments if isinstance(x, torch.Tensor)]
+    widths = _access_widths(program)
+    granule = min([8, *widths["global"], *(t.itemsize for t in tensors)])
+    if program.param_bytes > PARAMETER_LIMIT:
+        report.add("too many parameters", 1, program.name)
+    launch = Launch(
+        name=program.name,
+        grid=grid,
+        threads=program.threads,
+        shared_bytes=shared_bytes + program.static_shared,
+        shared_granule=min([4, *widths["shared"]]),
+        regions=Regions(tensors, granule),
+        params=_pack(program, arguments),
+        accumulate=options.accumulate(),
+        noise=options.noise,
+        report=report,
+    )
+    report.launches += 1
+    ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    step = max(1, SIDE_BY_SIDE // program.threads)
+    with np.errstate(all="ignore"):
+        for i in range(0, len(ctas), step):
+            batch = Batch(launch, ctas[i : i + step])
+            registers: list[Any] = [None] * len(program.regs)
+            for r, dtype in code.dtypes.items():
+                registers[r] = np.zeros(batch.n, dtype=dtype)
+            if options.order == "lockstep":
+                _run_together(code, batch, registers)
+            else:
+                _run_warps(code, batch, registers, options.order == "descending")
+            batch.finish()
+
+
+def _pack(program: Program, arguments: list[Argument]) -> bytes:
+    """The parameters as a driver lays them out. The last two are pointers to scratch memory."""
+    out = bytearray(program.param_bytes)
+    params = list(program.params.values())[:-2]
+    if len(arguments) != len(params):
+        raise TypeError(f"{program.name}: {len(arguments)} arguments, {len(params)} parameters")
+    for (kind, x), (offset, dtype) in zip(arguments, params, strict=True):
+        if isinstance(x, torch.Tensor) != kind.startswith("*"):
+            raise TypeError(f"{program.name}: {type(x)} for {kind}")
+        number = x.data_ptr() if isinstance(x, torch.Tensor) else x
+        form = _PACK[dtype]
+        if dtype[0] == "f":
+            struct.pack_into(form, out, offset, float(number))
+            continue
+        if kind[0] == "i" and kind != "i1":  # the PTX declares it as unsigned
+            form = form.lower()
+        struct.pack_into(form, out, offset, int(number))  # raises struct.error if it is too large
+    return bytes(out)
+
+
+def _access_widths(program: Program) -> dict[str, set[int]]:
+    """Bytes of the elements of loads and stores, by space."""
+    found: dict[str, set[int]] = {"global": set(), "shared": set()}
+    for ins in program.instructions():
+        _, *mods = ins.op.split(".")
+        if ins.name in ("ld", "st"):
+            space = next((s for s in found if s in ins.op), None)
+            if space:
+                found[space].add(int("".join(filter(str.isdigit, mods[-1]))) // 8)
+        elif ins.name in ("ldmatrix", "stmatrix", "wgmma"):
+            found["shared"].add(2)
+    return found
+
+
+def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
+    """All warps at once. Where threads part, those at the lowest block go first."""
+    block, mask = 0, None
+    position: Any = np.zeros(batch.n, dtype=np.int64)
+    while block >= 0:
+        follows = code.functions[block](batch, registers, mask)
+        _count(code, batch, block, mask)
+        if mask is None and isinstance(follows, tuple) and (p := follows[0]).all() == p.any():
+            follows = follows[1] if p.all() else follows[2]
+        if isinstance(follows, tuple):
+            follows = np.where(*follows)
+        elif mask is None:
+            block = follows
+            continue
+        position = follows if mask is None else np.where(mask, follows, position)
+        batch.alive = position >= 0
+        if not batch.alive.any():
+            return
+        block = int(position[batch.alive].min())
+        mask = position == block
+        mask = None if mask.all() else mask
+
+
+def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool) -> None:
+    """One warp of each CTA after the other, each as far as the next barrier. The four warps of a
+    wgmma go together."""
+    together = 128 if any(i.name == "wgmma" for i in code.program.instructions()) else 32
+    unit = batch.tid // together
+    units = sorted(set(unit.tolist()), reverse=descending)
+    position: Any = np.zeros(batch.n, dtype=np.int64)
+    while batch.alive.any():
+        for u in units:
+            waiting = unit != u
+            while (ready := (position >= 0) & ~waiting).any():
+                block = int(position[ready].min())
+                mask = ready & (position == block)
+                follows = code.functions[block](batch, registers, mask)
+                _count(code, batch, block, mask)
+                if isinstance(follows, tuple) and follows[0] is None:  # at a barrier
+                    waiting = waiting | mask
+                    follows = follows[1]
+                elif isinstance(follows, tuple):
+                    follows = np.where(*follows)
+                position = np.where(mask, follows, position)
+        batch.alive = position >= 0
+        if batch.alive.any():
+            batch.bar((None, batch.alive, (0, "", "bar.sync")))
+
+
+def _count(code: Code, batch: Batch, block: int, mask: Array | None) -> None:
+    batch.report.instructions += code.sizes[block] * len(batch.warps(mask))

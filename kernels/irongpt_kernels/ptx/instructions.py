@@ -1,0 +1,176 @@
+"""PTX instructions that move data, use memory, or need a whole warp. See `compute` for the others.
+
+Nothing is skipped except cache hints and memory fences, which have no effect here: threads see what
+others stored at once.
+"""
+
+import re
+
+from irongpt_kernels.ptx.compute import Args, Arithmetic, Mods
+from irongpt_kernels.ptx.operands import NUMPY, Unsupported
+from irongpt_kernels.ptx.parse import Instruction
+
+
+class Instructions(Arithmetic):
+    """The instructions of one block."""
+
+    def emit(self, ins: Instruction) -> None:
+        name, *mods = ins.op.split(".")
+        handler = getattr(self, f"op_{name}", None)
+        if handler is None or "sat" in mods or "cc" in mods:
+            raise Unsupported(str(ins))
+        handler(ins, mods, ins.args)
+
+    # Moves --------------------------------------------------------------------------------------
+
+    def op_mov(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        if mods[0] == "pred":
+            return self.set(a[0], self.predicate(a[1]), "b", ins)
+        bits = self.typed(mods[-1])[1]
+        t = NUMPY["u"][bits]
+        if a[0].startswith("{"):  # unpack
+            parts = self.vector(a[0])
+            each = bits // len(parts)
+            x = self.array(a[1], "u", bits)
+            for i, part in enumerate(parts):
+                self.set(part, f"({x} >> {t}({i * each})).astype({NUMPY['u'][each]})", "u", ins)
+        elif a[1].startswith("{"):  # pack
+            parts = self.vector(a[1])
+            each = bits // len(parts)
+            words = (f"{self.array(part, 'u', each)}.astype({t})" for part in parts)
+            terms = [f"({x} << {t}({i * each}))" for i, x in enumerate(words)]
+            self.set(a[0], " | ".join(terms), "u", ins)
+        elif self.is_register(a[1]) and a[0] != a[1] and ins.pred is None:
+            self.read(a[1], next(iter(self.forms.get(a[1], "u"))))
+            for form in sorted(self.forms[a[1]]):  # its views stay views of the copy
+                self.put(f"{self.local(a[0], form)} = {self.local(a[1], form)}")
+            self.forms[a[0]] = {*self.forms[a[1]]}
+            self.written[a[0]] = None
+        else:
+            self.widen(a[0], self.array(a[1], "u", bits), "u", bits, ins)
+        return None
+
+    # Memory -------------------------------------------------------------------------------------
+
+    def op_ld(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        mods = [x for x in mods if x != "volatile"]
+        form, bits = self.typed(mods[-1])
+        parts, size = self.vector(a[0]), bits // 8
+        form = "s" if form == "s" else "u"
+        if mods[0] == "param":
+            base, offset = self.address(a[1])
+            array = f"{base}.view(i8) + " if base else ""
+            for i, part in enumerate(parts):
+                x = self.temporary(f"S.ldp({array}{offset + i * size}, {size})")
+                self.widen(part, self._as(x, form, bits), form, bits, ins)
+            return
+        vec, at = len(parts), self.at(ins)
+        function, address = self._space(ins, mods, a[1], "ld")
+        x = self.temporary(f"S.{function}({address}, {size}, {vec}, {at})")
+        for i, part in enumerate(parts):
+            self.widen(part, self._as(f"{x}[{i}]", form, bits), form, bits, ins)
+
+    def op_st(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        mods = [x for x in mods if x != "volatile"]
+        bits = self.typed(mods[-1])[1]
+        words = ", ".join(self.array(x, "u", max(16, bits)) for x in self.vector(a[1]))
+        at = self.at(ins)
+        function, address = self._space(ins, mods, a[0], "st")
+        self.put(f"S.{function}({address}, [{words}], {bits // 8}, {at})")
+
+    def _space(self, ins: Instruction, mods: Mods, a: str, prefix: str) -> tuple[str, str]:
+        space = mods[0].removesuffix("::cta")
+        self.require(space in ("global", "shared"), ins)
+        return prefix + space[0], self.pointer(a, "u8" if space == "global" else "u4")
+
+    def op_ldmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        parts, address = self.vector(a[0]), self.pointer(a[1], "u4")
+        tail = f"{'trans' in mods}, {self.at(ins)}"
+        x = self.temporary(f"S.ldmatrix({address}, {len(parts)}, {tail})")
+        for i, part in enumerate(parts):
+            self.set(part, f"{x}[{i}]", "u", ins)
+
+    def op_stmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        address = self.pointer(a[0], "u4")
+        words = ", ".join(self.array(x, "u", 32) for x in self.vector(a[1]))
+        tail = f"{'trans' in mods}, {self.at(ins)}"
+        self.put(f"S.stmatrix({address}, [{words}], {tail})")
+
+    def op_cp(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        self.require(mods[0] == "async", ins)
+        if mods[1] == "commit_group":
+            self.put("S.cp_commit(m)")
+        elif mods[1] == "wait_group":
+            self.put(f"S.cp_wait({int(a[0], 0)}, m)")
+        elif mods[1] == "wait_all":
+            self.put("S.cp_commit(m); S.cp_wait(0, m)")
+        else:
+            self.require(mods[1] in ("ca", "cg"), ins)
+            to, source = self.pointer(a[0], "u4"), self.pointer(a[1], "u8")
+            count = self.array(a[3], "u", 32) if len(a) > 3 else "None"
+            tail = f"{count}, {self.at(ins)}"
+            self.put(f"S.cp_async({to}, {source}, {int(a[2], 0)}, {tail})")
+
+    def op_fence(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        pass
+
+    op_membar = op_prefetch = op_fence
+
+    def op_bar(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        if mods[0] == "warp":
+            return self.put(f"S.whole_warps({self.at(ins)})")
+        self.require(mods[0] == "sync" and a == ["0"] and ins.pred is None, ins)
+        return self.put(f"S.bar({self.at(ins)})")
+
+    op_barrier = op_bar
+
+    # Warps --------------------------------------------------------------------------------------
+
+    def op_shfl(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        x, lane = self.array(a[1], "u", 32), self.value(a[2], "u", 32)
+        tail = f"{self.immediate(a[3])}, {self.at(ins)}"
+        found = self.temporary(f"S.shfl({mods[1]!r}, {x}, {lane}, {tail})")
+        for i, reg in enumerate(a[0].split("|")):
+            self.set(reg, f"{found}[{i}]", "u", ins)
+
+    def op_redux(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        form, bits = self.typed(mods[-1])
+        x = self.array(a[1], form, bits)
+        tail = f"{self.at(ins)}"
+        self.set(a[0], self.temporary(f"S.redux({mods[1]!r}, {x}, {tail})"), form, ins)
+
+    def _list(self, a: str, form: str) -> str:
+        return f"[{', '.join(self.array(x, form, 32) for x in self.vector(a))}]"
+
+    def op_mma(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        shape = re.fullmatch(r"m16n8k(8|16)", mods[2])
+        dtype = mods[6]
+        self.require(shape is not None and mods[3:5] == ["row", "col"], ins)
+        self.require(mods[5:] == ["f32", dtype, dtype, "f32"] and dtype in ("f16", "bf16"), ins)
+        A, B, C = self._list(a[1], "u"), self._list(a[2], "u"), self._list(a[3], "f")
+        head = f"{shape.group(1) if shape else ''}, {dtype!r}"
+        tail = f"{self.at(ins)}"
+        x = self.temporary(f"S.mma({head}, {A}, {B}, {C}, {tail})")
+        for i, reg in enumerate(self.vector(a[0])):
+            self.set(reg, f"{x}[{i}]", "f", ins)
+
+    def op_wgmma(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        if mods[0] == "fence":
+            return None
+        if mods[0] == "commit_group":
+            return self.put("S.wgmma_commit(m)")
+        if mods[0] == "wait_group":
+            return self.put(f"S.wgmma_wait({int(a[0], 0)}, m)")
+        shape = re.fullmatch(r"m64n(\d+)k16", mods[3])
+        self.require(shape is not None and mods[4] == "f32" and mods[5] in ("f16", "bf16"), ins)
+        self.require(a[4:6] == ["1", "1"], ins)  # operands that are not negated
+        registers = a[1].startswith("{")
+        A = self._list(a[1], "u") if registers else self.array(a[1], "u", 64)
+        transposed = (0, int(a[6])) if registers else (int(a[6]), int(a[7]))
+        head = f"{shape.group(1) if shape else ''}, {mods[5]!r}, {self._list(a[0], 'f')}, {A}"
+        middle = f"{self.array(a[2], 'u', 64)}, {self.predicate(a[3])}, {transposed}"
+        tail = f"{self.at(ins)}"
+        x = self.temporary(f"S.wgmma({head}, {middle}, {tail})")
+        for i, reg in enumerate(self.vector(a[0])):
+            self.set(reg, f"{x}[{i}]", "f", ins)
+        return None

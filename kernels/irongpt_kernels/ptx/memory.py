@@ -1,0 +1,315 @@
+"""Parameters, global memory and shared memory, checked at every access.
+
+Global memory is the host's own, by absolute address. Reported are accesses out of bounds and
+misaligned ones, two CTAs on one address (one of them writes), two warps of a CTA on one address
+without a barrier between, reads of shared memory that was never written, accesses to bytes that an
+asynchronous copy still fills or a wgmma still reads, and lanes of one instruction that store
+different values to one address.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from irongpt_kernels.ptx.arithmetic import UINT, Array, i2, i8, u1, u2, u4
+from irongpt_kernels.ptx.regions import NO_ONE, SEVERAL
+from irongpt_kernels.ptx.threads import At, Launch, Threads
+
+_BASE = 4096  # NumPy accepts no array at address 0
+RACE = "race between warps"
+
+
+class _Raw:
+    """All of the process's memory, as words of `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        count = ((1 << 47) - _BASE) // size
+        self.__array_interface__ = dict(
+            shape=(count,), typestr=f"<u{size}", data=(_BASE, False), version=3
+        )
+
+
+MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
+
+
+class Memory(Threads):
+    """Some CTAs with their memory. `wrote` and `read` are sets of warps, as bits."""
+
+    def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
+        super().__init__(launch, ctas)
+        self.regions, self.params = launch.regions, np.frombuffer(launch.params, dtype=u1)
+        self.shared_size, self.granule = launch.shared_bytes, launch.shared_granule
+        pitch = -(-self.shared_size // 128) * 128 + 128
+        raw = np.full(pitch * self.n_cta, 0xA5, dtype=u1)
+        self.shared = {size: raw.view(t) for size, t in UINT.items()}
+        self.shared_base = (self.cta * pitch).astype(i8)
+        cells = pitch * self.n_cta // self.granule
+        # Of each granule of shared memory: the warps that wrote and read it since the last barrier,
+        # whether it was ever written, and the asynchronous copies and wgmma that still use it.
+        self.wrote, self.read = np.zeros(cells, dtype=u4), np.zeros(cells, dtype=u4)
+        self.known = np.zeros(cells, dtype=bool)
+        self.copies, self.products = np.zeros(cells, dtype=i2), np.zeros(cells, dtype=i2)
+        warps = self.n // 32
+        self.open_copies: list[list[Any]] = [[] for _ in range(warps)]
+        self.copy_groups: list[list[Any]] = [[] for _ in range(warps)]
+
+    def ldp(self, address: Any, size: int) -> Array:
+        """A parameter at an offset: a number, or an array."""
+        at = np.broadcast_to(np.asarray(address, dtype=i8), (self.n,))
+        found = self.params[at[:, None] + np.arange(size)]
+        return np.ascontiguousarray(found).view(UINT[size])[:, 0]
+
+    # Global memory ------------------------------------------------------------------------------
+
+    def _global(
+        self, address: Array, width: int, threads: Array, at: At, store: bool
+    ) -> tuple[Array, Array]:
+        """Checks an access. Returns the threads that may go on, and their addresses."""
+        inside, cells = self.regions.locate(address, width)
+        self.complain("out of bounds", ~inside, threads, at)
+        if not inside.all():
+            address, cells, threads = address[inside], cells[inside], threads[inside]
+        odd = address % width != 0
+        if odd.any():
+            self.complain("misaligned", odd, threads, at, f"{width} bytes")
+            address, cells, threads = address[~odd], cells[~odd], threads[~odd]
+        gap = ~self.regions.legal[cells].all(1)
+        self.complain("out of bounds", gap, threads, at, "between the elements of a view")
+        if len(threads):
+            self._cta_races(cells, threads, at, store)
+            self._warp_races(cells, threads, at, store)
+        return threads, address
+
+    def _cta_races(self, cells: Array, threads: Array, at: At, store: bool) -> None:
+        r = self.regions
+        cta = np.broadcast_to(self.cta_number[threads][:, None], cells.shape)
+        writer, reader = r.writer[cells], r.reader[cells]
+        clash = (writer != NO_ONE) & (writer != cta)
+        if store:
+            clash |= (reader != NO_ONE) & (reader != cta)
+            r.writer[cells] = cta
+            clash |= r.writer[cells] != cta  # two CTAs in this very instruction
+        else:
+            new = np.where((reader == NO_ONE) | (reader == cta), cta, SEVERAL)
+            r.reader[cells] = new
+            r.reader[cells[r.reader[cells] != new]] = SEVERAL
+        self.complain("race between CTAs", clash.any(1), threads, at)
+
+    def _warp_races(self, cells: Array, threads: Array, at: At, store: bool) -> None:
+        r = self.regions
+        now = self.barriers[self.cta[threads]] * (1 << 32) + self.cta_number[threads]
+        now = np.broadcast_to(now[:, None], cells.shape)
+        old = cells[r.interval[cells] != now]
+        r.writing_warps[old] = r.reading_warps[old] = 0
+        r.interval[cells] = now
+        bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
+        others = r.writing_warps[cells] & ~bit
+        if store:
+            others |= r.reading_warps[cells] & ~bit
+        mine = r.writing_warps if store else r.reading_warps
+        np.bitwise_or.at(mine, cells.ravel(), bit.ravel())
+        if store:
+            others |= r.writing_warps[cells] & ~bit
+        self.complain(RACE, others.any(1), threads, at, "in global memory")
+
+    def ldg(self, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
+        """vec registers of `size` bytes; 0 in threads that do not load."""
+        threads = self.active(at)
+        out = np.zeros((vec, self.n), dtype=UINT[size])
+        if len(threads):
+            address = a[threads].view(i8) + offset
+            threads, address = self._global(address, size * vec, threads, at, False)
+            index = (address - _BASE) // size
+            for v in range(vec):
+                out[v, threads] = MEMORY[size][index + v]
+        return list(out)
+
+    def stg(self, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
+        threads = self.active(at)
+        if not len(threads):
+            return
+        address = a[threads].view(i8) + offset
+        threads, address = self._global(address, size * len(values), threads, at, True)
+        self._store(MEMORY[size], (address - _BASE) // size, values, threads, at)
+
+    def _store(
+        self, words: Array, index: Array, values: list[Array], threads: Array, at: At
+    ) -> None:
+        for v, x in enumerate(values):
+            x = x[threads].astype(words.dtype, copy=False)
+            words[index + v] = x
+            differ = words[index + v] != x
+            self.complain("lanes store different values", differ, threads, at)
+
+    # Shared memory ------------------------------------------------------------------------------
+
+    def cells(self, flat: Array, width: int) -> Array:
+        return (flat // self.granule)[:, None] + np.arange(max(1, width // self.granule))
+
+    def _shared(
+        self,
+        address: Array,
+        width: int,
+        threads: Array,
+        at: At,
+        store: bool,
+        data: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Checks an access to addresses within a CTA's memory. Returns the threads that may go on,
+        and their addresses in `self.shared`.
+
+        data: the bytes of a store, (threads, width). Warps that hold copies of one value store it
+        to one address; that is no race.
+        """
+        inside = (address >= 0) & (address + width <= self.shared_size)
+        self.complain("out of bounds", ~inside, threads, at, "in shared memory")
+        odd = inside & (address % width != 0)
+        self.complain("misaligned", odd, threads, at, f"{width} bytes of shared memory")
+        good = inside & ~odd
+        if not good.all():
+            threads, address = threads[good], address[good]
+            data = None if data is None else data[good]
+        flat = address + self.shared_base[threads]
+        cells = self.cells(flat, width)
+        bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
+        others = self.wrote[cells] & ~bit
+        if store:
+            if data is not None and others.any():
+                there = self.shared[1][flat[:, None] + np.arange(width)]
+                same = (there == data).reshape(*cells.shape, -1).all(2)
+                others = np.where(same, u4(0), others)
+            others = others | (self.read[cells] & ~bit)
+            np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
+            if data is None:  # two warps in this very instruction
+                others |= self.wrote[cells] & ~bit
+            self.known[cells] = True
+            used = self.products[cells].any(1)
+            self.complain("wgmma in flight", used, threads, at, "it reads what is stored over")
+        else:
+            np.bitwise_or.at(self.read, cells.ravel(), bit.ravel())
+            unwritten = ~self.known[cells].all(1)
+            self.complain("read of unwritten shared memory", unwritten, threads, at)
+        self.complain(RACE, others.any(1), threads, at, "in shared memory")
+        self.complain("async copy in flight", self.copies[cells].any(1), threads, at)
+        return threads, flat
+
+    def lds(self, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
+        threads = self.active(at)
+        out = np.zeros((vec, self.n), dtype=UINT[size])
+        if len(threads):
+            address = a[threads].astype(i8) + offset
+            threads, flat = self._shared(address, size * vec, threads, at, False)
+            for v in range(vec):
+                out[v, threads] = self.shared[size][flat // size + v]
+        return list(out)
+
+    def sts(self, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
+        threads = self.active(at)
+        if not len(threads):
+            return
+        address = a[threads].astype(i8) + offset
+        words = np.stack([x[threads].astype(UINT[size], copy=False) for x in values], 1)
+        data = words.view(u1).reshape(len(threads), -1)
+        threads, flat = self._shared(address, size * len(values), threads, at, True, data)
+        self._store(self.shared[size], flat // size, values, threads, at)
+
+    def bar(self, at: At) -> Array:
+        ctas = super().bar(at)
+        for warps in (self.wrote, self.read):
+            warps.reshape(self.n_cta, -1)[ctas] = 0
+        return ctas
+
+    def _matrices(
+        self, a: Array, offset: int, count: int, threads: Array, at: At, store: bool
+    ) -> Array | None:
+        """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
+        8 i + 7 have the addresses of the rows of matrix i."""
+        address = a[threads].astype(i8) + offset
+        users, address = (x.reshape(-1, 32)[:, : 8 * count].ravel() for x in (threads, address))
+        good, flat = self._shared(address, 16, users, at, store)
+        if len(good) < len(users):
+            return None  # it was reported
+        return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
+
+    def ldmatrix(self, a: Array, offset: int, count: int, transposed: bool, at: At) -> list[Array]:
+        """Lane t gets elements 2 (t % 4) and the next of row t // 4 of each matrix."""
+        threads = self.whole_warps(at)
+        index = self._matrices(a, offset, count, threads, at, False)
+        if index is None:
+            return [self.const(0, u4)] * count
+        words = self.shared[2][index]
+        words = np.ascontiguousarray(words.swapaxes(2, 3) if transposed else words).view(u4)
+        return [self.spread(words[:, i].reshape(-1), threads) for i in range(count)]
+
+    def stmatrix(
+        self, a: Array, offset: int, values: list[Array], transposed: bool, at: At
+    ) -> None:
+        threads = self.whole_warps(at)
+        index = self._matrices(a, offset, len(values), threads, at, True)
+        if index is None:
+            return
+        for i, x in enumerate(values):
+            words = np.ascontiguousarray(x[threads]).view(u2).reshape(-1, 8, 8)
+            self.shared[2][index[:, i]] = words.swapaxes(1, 2) if transposed else words
+
+    # Asynchronous copies ------------------------------------------------------------------------
+
+    def cp_async(
+        self,
+        s: Array,
+        s_offset: int,
+        a: Array,
+        offset: int,
+        size: int,
+        source_bytes: Array | None,
+        at: At,
+    ) -> None:
+        """From global to shared memory. The bytes arrive when the group is waited for."""
+        threads = self.active(at)
+        if not len(threads):
+            return
+        data = np.zeros((len(threads), size), dtype=u1)
+        reads = np.ones(len(threads), dtype=bool)
+        if source_bytes is not None:  # 0 fills with zeros
+            count = source_bytes[threads]
+            if not np.isin(count, (0, size)).all():
+                raise NotImplementedError("cp.async of a part of its bytes")
+            reads = count > 0
+        some = threads[reads]
+        kept, address = self._global(a[some].view(i8) + offset, size, some, at, False)
+        data[np.searchsorted(threads, kept)] = MEMORY[1][
+            (address - _BASE)[:, None] + np.arange(size)
+        ]
+        to = s[threads].astype(i8) + s_offset
+        good, flat = self._shared(to, size, threads, at, True)
+        if len(good) < len(threads):
+            return  # it was reported
+        np.add.at(self.copies, self.cells(flat, size).ravel(), 1)
+        for warp in np.unique(threads // 32):
+            mine = threads // 32 == warp
+            self.open_copies[warp].append((threads[mine], flat[mine], data[mine]))
+
+    def cp_commit(self, m: Array | None) -> None:
+        for warp in self.warps(m):
+            self.copy_groups[warp].append(self.open_copies[warp])
+            self.open_copies[warp] = []
+
+    def cp_wait(self, left: int, m: Array | None) -> None:
+        """Waits until at most `left` groups are in flight."""
+        for warp in self.warps(m):
+            groups = self.copy_groups[warp]
+            done = max(0, len(groups) - left)
+            for threads, flat, data in (copy for group in groups[:done] for copy in group):
+                size = data.shape[1]
+                cells = self.cells(flat, size)
+                np.subtract.at(self.copies, cells.ravel(), 1)
+                self.shared[1][flat[:, None] + np.arange(size)] = data
+                # The bytes are there for the thread that waited; other warps need a barrier.
+                bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
+                np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
+            self.copy_groups[warp] = groups[done:]
+
+    def finish(self) -> None:
+        """At the end of the CTAs."""
+        if any(self.open_copies) or any(any(groups) for groups in self.copy_groups):
+            self.report.add("async copy in flight", 1, f"{self.launch.name} ends with it")

@@ -1,0 +1,157 @@
+"""PTX text as a `Program`: parameters with their offsets, registers, and basic blocks."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+SIZES = {
+    **dict.fromkeys(("pred", "b8", "u8", "s8"), 1),
+    **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 2),
+    **dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2"), 4),
+    **dict.fromkeys(("b64", "u64", "s64", "f64"), 8),
+}
+
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?"
+    r"(\w+)(?:\[(\d+)\])?"
+)
+_SHARED = re.compile(
+    r"^\s*(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\];", re.M
+)
+_LABEL = re.compile(r"^(\$?[A-Za-z_$][\w$]*):")
+_OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+
+
+@dataclass
+class Instruction:
+    op: str  # with its suffixes, as in the text
+    args: list[str]
+    pred: str | None  # the predicate register, if it is guarded
+    negated: bool
+    line: int  # in the PTX text, counted from 1
+    where: str  # the Python line that it comes from, by .loc
+
+    @property
+    def name(self) -> str:
+        return self.op.split(".")[0]
+
+    def __str__(self) -> str:
+        guard = f"@{'!' if self.negated else ''}{self.pred} " if self.pred else ""
+        return f"{guard}{self.op} {', '.join(self.args)}"
+
+
+@dataclass
+class Program:
+    """One kernel. Registers have the type pred, b16, b32 or b64, whatever they were declared as."""
+
+    name: str
+    target: str  # sm_75, sm_90a
+    threads: int = 0  # of a CTA
+    params: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset, type
+    param_bytes: int = 0
+    shared: dict[str, int] = field(default_factory=dict)  # symbol: address
+    static_shared: int = 0
+    regs: dict[str, str] = field(default_factory=dict)
+    blocks: list[list[Instruction]] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)  # label: index of a block
+
+    def instructions(self) -> Iterator[Instruction]:
+        for block in self.blocks:
+            yield from block
+
+    def close_block(self) -> None:
+        if not self.blocks or self.blocks[-1]:
+            self.blocks.append([])
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def parse(ptx: str) -> Program:
+    """Raises SyntaxError for a text that is not the PTX of one kernel as Triton prints it."""
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)
+    entry = re.search(r"\.entry\s+(\w+)\s*\(", ptx)
+    if not target or not entry:
+        raise SyntaxError("the PTX has no .target or no .entry")
+    p = Program(entry.group(1), target.group(1))
+    head_end = ptx.index(")", entry.end())
+    for align, kind, name, count in _PARAM.findall(ptx[entry.end() : head_end]):
+        offset = _round_up(p.param_bytes, max(SIZES[kind], int(align or 1)))
+        p.params[name] = (offset, kind)
+        p.param_bytes = offset + SIZES[kind] * int(count or 1)
+    for align, name, size in _SHARED.findall(ptx):
+        p.shared[name] = _round_up(p.static_shared, int(align))
+        p.static_shared = p.shared[name] + int(size or 0)
+    start = ptx.index("{", head_end)
+    if threads := re.search(r"\.reqntid\s+(\d+)", ptx[head_end:start]):
+        p.threads = int(threads.group(1))
+    body = ptx[start + 1 : ptx.index("\n}", start)]
+    first_line = ptx.count("\n", 0, start + 1) + 1
+    p.close_block()
+    for text, line, where in _statements(body, first_line):
+        _add(p, text, line, where)
+    if not p.blocks[-1]:  # a label may be the last statement
+        p.blocks[-1].append(Instruction("ret", [], None, False, first_line, ""))
+    return p
+
+
+def _statements(body: str, first_line: int) -> Iterator[tuple[str, int, str]]:
+    """(text, line, Python line) of each statement or label, without comments."""
+    where, pending, start = "", "", 0
+    for n, raw in enumerate(body.split("\n"), first_line):
+        if ".loc" in raw:
+            found = re.search(r"//\s*(.*)$", raw)
+            where = found.group(1) if found else raw.strip()
+            continue
+        text = raw.split("//", 1)[0].strip()
+        if not text or text.startswith((".file", ".pragma")):
+            continue
+        while not pending and (label := _LABEL.match(text)):
+            yield label.group(), n, where
+            text = text[label.end() :].strip()
+        if not pending:
+            start = n
+        pending = f"{pending} {text}".strip()
+        while ";" in pending:
+            one, pending = (part.strip() for part in pending.split(";", 1))
+            yield one, start, where
+            start = n
+    if pending:
+        raise SyntaxError(f"a statement has no end: {pending!r}")
+
+
+def _add(p: Program, text: str, line: int, where: str) -> None:
+    """Adds one statement to the program."""
+    if text.endswith(":"):
+        if not text.startswith(("$L__tmp", "$L__func")):  # these mark lines for debuggers
+            p.close_block()
+            p.labels[text[:-1]] = len(p.blocks) - 1
+        return
+    while text.startswith(("{", "}")) and not text.startswith("{%"):  # a scope of registers
+        text = text[1:].strip()
+    if text.startswith(".reg"):
+        _declare(p, text)
+    elif text.startswith("."):
+        raise SyntaxError(f"line {line}: unknown directive {text!r}")
+    elif text:
+        negated, pred = False, None
+        if guard := re.match(r"@(!?)\s*([%\w$]+)\s+(.*)", text, re.S):
+            negated, pred, text = bool(guard.group(1)), guard.group(2), guard.group(3)
+        op, _, rest = text.replace("\t", " ").partition(" ")
+        args = [a.strip() for a in _OPERANDS.findall(rest.strip())]
+        p.blocks[-1].append(Instruction(op, args, pred, negated, line, where))
+        if p.blocks[-1][-1].name in ("bra", "ret", "exit"):
+            p.close_block()
+
+
+def _declare(p: Program, text: str) -> None:
+    """A `.reg` statement: single names, or %r<9> for %r0 to %r8."""
+    found = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S)
+    assert found, text
+    kind = found.group(1)
+    kind = kind if kind == "pred" else f"b{8 * SIZES[kind]}"
+    for one in found.group(2).split(","):
+        many = re.match(r"(.*)<(\d+)>", one.strip())
+        names = [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [one]
+        p.regs.update((name.strip(), kind) for name in names)

@@ -1,0 +1,77 @@
+"""The global memory of a launch: which bytes a kernel may access, and which warps have done so."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from irongpt_kernels.ptx.arithmetic import i4, i8, u4
+
+LARGE = 1 << 26  # bytes of a storage whose pieces are listed instead of mapped byte by byte
+NO_ONE, SEVERAL = -1, -2
+
+Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, which of the bytes are legal
+
+
+class Regions:
+    """Legal memory in granules of `granule` bytes, of which each access covers whole ones.
+
+    What lies between the elements of a view is not legal, unless another view has it.
+    """
+
+    def __init__(self, tensors: list[Tensor], granule: int) -> None:
+        self.granule = granule
+        spans = _spans(tensors)
+        self.starts = np.array([start for start, _, _ in spans], dtype=i8)
+        self.sizes = np.array([size for _, size, _ in spans], dtype=i8)
+        cells = -(-self.sizes // granule) + 16
+        self.first_cell = np.concatenate([[0], np.cumsum(cells)[:-1]]).astype(i8)
+        end = int(cells.sum())
+        self.legal = np.zeros(end, dtype=bool)
+        for at, (_, size, some) in zip(self.first_cell, spans, strict=True):
+            legal = np.ones(size, dtype=bool) if some is None else some
+            padded = np.pad(legal, (0, -size % granule)).reshape(-1, granule)
+            self.legal[at : at + len(padded)] = padded.any(1)
+        self.writer = np.full(end, NO_ONE, dtype=i4)  # a CTA
+        self.reader = np.full(end, NO_ONE, dtype=i4)  # a CTA, or SEVERAL
+        self.interval = np.full(end, -1, dtype=i8)  # between barriers, for which the next two hold
+        self.writing_warps = np.zeros(end, dtype=u4)
+        self.reading_warps = np.zeros(end, dtype=u4)
+
+    def locate(self, address: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each access lies within one span, and its cells (n, cells of an access)."""
+        k = np.searchsorted(self.starts, address, side="right") - 1
+        offset = address - self.starts[k]
+        inside = (k >= 0) & (offset >= 0) & (offset + width <= self.sizes[k])
+        first = self.first_cell[k] + offset // self.granule
+        return inside, first[:, None] + np.arange(max(1, width // self.granule))
+
+
+def _spans(tensors: list[Tensor]) -> list[Span]:
+    """Every storage, by address."""
+    found: dict[int, np.ndarray] = {}
+    spans: list[Span] = []
+    for t in tensors:
+        storage = t.untyped_storage()
+        size = storage.nbytes()
+        if size > LARGE:
+            spans += _pieces(t)
+        elif size:
+            legal = found.setdefault(storage.data_ptr(), np.zeros(size, dtype=bool))
+            cells = torch.zeros(size // t.itemsize, dtype=torch.bool)
+            cells.as_strided(t.size(), t.stride(), t.storage_offset()).fill_(True)
+            some = np.repeat(cells.numpy(), t.itemsize)
+            legal[: len(some)] |= some
+    spans += [(start, len(legal), legal) for start, legal in found.items()]
+    return sorted(spans, key=lambda span: span[0]) or [(4096, 0, None)]
+
+
+def _pieces(t: Tensor) -> list[Span]:
+    """The contiguous pieces of a view."""
+    dims = sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+    run = 1
+    while dims and dims[0][0] == run:
+        run *= dims.pop(0)[1]
+    starts = np.zeros(1, dtype=i8)
+    for stride, n in dims:
+        starts = (starts[:, None] + np.arange(n) * stride).ravel()
+    return [(t.data_ptr() + int(s) * t.itemsize, run * t.itemsize, None) for s in starts]

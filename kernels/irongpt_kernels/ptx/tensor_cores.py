@@ -1,0 +1,146 @@
+"""mma.sync and wgmma: which element of a matrix each register of each thread holds.
+
+The fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k8" and
+"Register Fragments and Shared Memory Matrix Layouts" of wgmma. Results of a wgmma are visible at
+once: a kernel that reads them before it waits is not caught, one that stores over its operands is.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from irongpt_kernels.ptx.arithmetic import Array, bf16_to_f8, f4, half_to_f8, i8, u2, u8
+from irongpt_kernels.ptx.memory import RACE, Memory
+from irongpt_kernels.ptx.threads import At, Launch
+
+_WIDEN = {"f16": half_to_f8, "bf16": bf16_to_f8}
+
+
+class Batch(Memory):
+    """Everything that the code of a kernel runs on."""
+
+    def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
+        super().__init__(launch, ctas)
+        groups = self.n // 128 + 1  # of four warps
+        self.open_products: list[list[Array]] = [[] for _ in range(groups)]
+        self.product_groups: list[list[list[Array]]] = [[] for _ in range(groups)]
+
+    def mma(
+        self, k: int, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: At
+    ) -> list[Array]:
+        """m16n8k{k}. A register of a or b holds two 16-bit values, one of c a float32."""
+        threads = self.whole_warps(at)
+        pairs = [self._pairs(x, threads, dtype) for x in (*a, *b)]
+        rows = [np.concatenate(pairs[i : len(a) : 2], 2) for i in (0, 1)]  # g and g + 8
+        A = np.concatenate(rows, 1)  # (warps, 16, k)
+        B = np.concatenate(pairs[len(a) :], 2)  # (warps, 8, k), by columns of B
+        C = np.empty((len(threads) // 32, 16, 8), dtype=f4)
+        places = [(slice(8 * h, 8 * h + 8), slice(e, None, 2)) for h in (0, 1) for e in (0, 1)]
+        for x, (row, column) in zip(c, places, strict=True):
+            C[:, row, column] = x[threads].reshape(-1, 8, 4)
+        D = self.launch.accumulate(C, A, B)
+        return [self.spread(D[:, row, column].reshape(-1), threads) for row, column in places]
+
+    def _pairs(self, x: Array, threads: Array, dtype: str) -> Array:
+        """(warps, 8, 8) float64: lane 4 g + t holds columns 2 t and 2 t + 1 of row g."""
+        words = np.ascontiguousarray(x if len(threads) == self.n else x[threads])
+        return _WIDEN[dtype](words.view(u2)).reshape(-1, 8, 8)
+
+    # wgmma ----------------------------------------------------------------------------------------
+
+    def wgmma(
+        self,
+        n: int,
+        dtype: str,
+        c: list[Array],
+        a: Any,
+        b: Array,
+        keep: Array,
+        transposed: tuple[int, int],
+        at: At,
+    ) -> list[Array]:
+        """m64n{n}k16. a: a descriptor or four registers, b: a descriptor. keep: whether c is
+        added. transposed: whether m or n, not k, runs along the rows in shared memory."""
+        threads = self.whole_warps(at)
+        groups = len(threads) // 128
+        if isinstance(a, list):
+            pairs = [self._pairs(x, threads, dtype) for x in a]
+            rows = [np.concatenate(pairs[i::2], 2) for i in (0, 1)]
+            A = np.concatenate(rows, 1).reshape(groups, 64, 16)
+        else:
+            A = _WIDEN[dtype](self._tiles(a, 64, not transposed[0], threads, at))
+        B = _WIDEN[dtype](self._tiles(b, n, not transposed[1], threads, at))
+        C = np.empty((groups, 4, 16, n), dtype=f4)
+        places = [
+            (slice(8 * h, 8 * h + 8), slice(8 * j + e, 8 * j + 8, 2))
+            for j in range(n // 8)
+            for h in (0, 1)
+            for e in (0, 1)
+        ]
+        for x, (row, column) in zip(c, places, strict=True):
+            C[:, :, row, column] = x[threads].reshape(groups, 4, 8, 4)
+        kept = np.broadcast_to(keep, (self.n,))[threads].reshape(groups, 128)[:, 0]
+        C = np.where(kept[:, None, None, None], C, f4(0))
+        D = self.launch.accumulate(C.reshape(groups, 64, n), A, B).reshape(groups, 4, 16, n)
+        return [self.spread(D[:, :, row, column].reshape(-1), threads) for row, column in places]
+
+    def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: At) -> Array:
+        """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
+
+        k_major: a row has up to 128 bytes of k; 8 rows make a pattern, `stride` bytes lead to the
+        next one. Otherwise 64 (32, 16) values of m or n are adjacent, `stride` leads to the next 8
+        values of k and `lead` to the next values of m or n.
+        """
+        tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
+        row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+        for tile, group in zip(tiles, threads.reshape(-1, 128), strict=True):
+            words = d[group].astype(u8)
+            differ = words != words[0]
+            self.complain("descriptor differs in a warp group", differ, group, at)
+            start, lead, stride = (((int(words[0]) >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
+            width = {1: 128, 2: 64, 3: 32, 0: 16}[int(words[0]) >> 62]
+            if k_major:
+                byte = start + row // 8 * stride + row % 8 * width
+                byte = byte + (k // 8 * lead + k % 8 * 2 if width == 16 else k * 2)
+            else:
+                per = width // 2
+                byte = start + k // 8 * stride + k % 8 * width + row // per * lead + row % per * 2
+            byte = byte.astype(i8)
+            if width > 16:  # within a pattern the row changes the order of 16-byte pieces
+                byte ^= ((byte >> 7) & (width // 16 - 1)) << 4
+            flat = self._operand(byte.ravel(), group, at)
+            if flat is not None:
+                tile[:] = self.shared[2][flat // 2].reshape(rows, 16)
+        return tiles
+
+    def _operand(self, address: Array, group: Array, at: At) -> Array | None:
+        """Checks that a wgmma may read these 16-bit values, and marks them as read until it is
+        waited for. Returns their addresses in `self.shared`."""
+        user = np.full(len(address), group[0])
+        outside = (address < 0) | (address + 2 > self.shared_size)
+        self.complain("out of bounds", outside, user, at, "in shared memory")
+        if outside.any():
+            return None
+        flat = address + self.shared_base[group[0]]
+        cells = flat // self.granule
+        # It reads for four warps at once, so what any of them wrote needs a barrier.
+        self.complain(RACE, self.wrote[cells] != 0, user, at, "wgmma reads shared memory")
+        self.complain("async copy in flight", self.copies[cells] > 0, user, at)
+        self.complain("read of unwritten shared memory", ~self.known[cells], user, at)
+        np.bitwise_or.at(self.read, cells, np.bitwise_or.reduce(self.warp_bit[group]))
+        np.add.at(self.products, cells, 1)
+        self.open_products[group[0] // 128].append(cells)
+        return flat
+
+    def wgmma_commit(self, m: Array | None) -> None:
+        for group in np.unique(self.warps(m) // 4):
+            self.product_groups[group].append(self.open_products[group])
+            self.open_products[group] = []
+
+    def wgmma_wait(self, left: int, m: Array | None) -> None:
+        for group in np.unique(self.warps(m) // 4):
+            waiting = self.product_groups[group]
+            done = max(0, len(waiting) - left)
+            for cells in (cells for products in waiting[:done] for cells in products):
+                np.subtract.at(self.products, cells, 1)
+            self.product_groups[group] = waiting[done:]

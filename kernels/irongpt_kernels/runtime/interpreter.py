@@ -1,0 +1,31 @@
+"""Matmuls in Triton's interpreter with the same bits in every layout, as on a GPU.
+
+A GPU adds up a float32 dot product along its inner dimension in one fixed order. The interpreter
+leaves the order to NumPy's BLAS, and some BLAS add up a transposed product in another order. The
+attention kernels compute scores twice, the second time transposed, and rely on equal bits where
+scores are large. Here matmuls are summed in float64 and rounded once, so the order has no effect.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+PLAIN = InterpreterBuilder.create_dot
+DTYPES = ("float32", "float16")  # bfloat16 is stored as raw bits
+
+
+def _create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    if a.data.dtype.name not in DTYPES or b.data.dtype.name not in DTYPES:
+        return PLAIN(self, a, b, d, *rest)
+    product = a.data.astype("float64") @ b.data.astype("float64")
+    return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+@contextmanager
+def repeatable_matmuls() -> Iterator[None]:
+    """Inside, `tl.dot` of the interpreter has one result, whatever BLAS NumPy uses."""
+    with patch.object(InterpreterBuilder, "create_dot", _create_dot):
+        yield

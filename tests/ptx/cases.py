@@ -1,0 +1,269 @@
+"""Calls of every op of the op table, executed from compiled PTX and compared with eager.
+
+The ops, their inputs and their calls come from `irongpt_kernels.op_specs`, most shapes from
+`irongpt_kernels.aot.shapes`, the layouts of inputs from `numerics`.
+"""
+
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from irongpt_kernels import eager, op_inputs, tolerance
+from irongpt_kernels.aot import shapes, tiles
+from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
+from irongpt_kernels.op_specs import LAYERS, SPECS, OpSpec
+from irongpt_kernels.ptx.driver import emulating
+from irongpt_kernels.runtime import launch_table
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from tests.helpers.numerics import LAYOUTS
+from tests.helpers.poison import poison
+
+CPU = torch.device("cpu")
+SEED = 2**33 + 5  # uses both halves of the generator's key
+DROPOUT_P = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op, forward and backward. p: dropout, or the temperature of sample_tokens.
+
+    sizes: sizes of inputs that are not those of the shape. omitted: inputs that are not given.
+    scale: a factor of the inputs. table: launch options in place of the default ones.
+    """
+
+    spec: OpSpec
+    label: str
+    dtype: str
+    at: Shape
+    p: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
+    layout: str = "contiguous"
+    scale: float = 1.0
+    table: launch_table.Table = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        layout = "" if self.layout == "contiguous" else f", {self.layout}"
+        return f"{self.spec.name} {self.label}{layout}"
+
+    def inputs(self) -> Tensors:
+        kinds = op_inputs.dtypes(shapes.DTYPES[self.dtype])
+        if self.spec.differentiable:
+            kinds["weight"] = kinds["compute"]
+        if self.spec.name == "layer_norm":
+            kinds["stream"] = kinds["compute"]
+        wanted = {
+            n: replace(x, size=self.sizes.get(n, x.size), optional=False)
+            for n, x in self.spec.inputs(self.at).items()
+            if n not in self.omitted
+        }
+        made = op_inputs.random_inputs(wanted, kinds, CPU)
+        for name, one in wanted.items():
+            if one.below:
+                made[name] = op_inputs.indices(one, ignored=one.size[0] > 4)
+            elif name in made and made[name].is_floating_point() and made[name].dim() > 1:
+                made[name] *= self.scale
+                if "expanded" not in self.layout:  # equal rows are for upstream gradients
+                    made[name] = self.laid_out(made[name])
+        return made
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return (LAYOUTS | FAR).get(self.layout, lambda x: x)(x)
+
+    def results(self, ops: Any, inputs: Tensors) -> Tensors:
+        """Outputs and what was changed in place, by name or number; gradients as `d x`."""
+        options = self.spec.options(self.at, self.p, SEED) | self.options
+
+        def call(x: Tensors) -> tuple[Tensor, ...]:
+            return self.spec.run(ops, self.at, x, **options)
+
+        def upstream(i: int, x: Tensor) -> Tensor:
+            g = op_inputs.normal(tuple(x.shape), 90 + i).to(x.dtype)
+            return self.laid_out(g) if self.layout in LAYOUTS and x.dim() > 1 else g
+
+        if self.spec.differentiable:
+            return op_inputs.results(call, inputs, self.spec.outputs, upstream)
+        return {str(i): x for i, x in enumerate(call({n: x.clone() for n, x in inputs.items()}))}
+
+
+@dataclass
+class Result:
+    """What the execution of a case found. share: the largest error over the tolerance."""
+
+    case: Case
+    arch: int
+    share: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    launches: int = 0
+    instructions: int = 0  # of warps
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def line(self) -> str:
+        facts = f"sm_{self.arch} {self.case.dtype:9}{self.share:5.2f}{self.instructions:12,}"
+        return f"{self.case.name:66} {facts}{self.seconds:7.1f}  {'ok' if self.ok else 'FAULT'}"
+
+
+HEADING = f"{'case':67}arch  dtype    error / tolerance, instructions, seconds"
+
+
+def execute(case: Case, arch: int, **options: Any) -> Result:
+    """Runs a case's kernels from their PTX for sm_{arch}; options: see `ptx.execute.Options`."""
+    from irongpt_kernels import fused
+
+    start, result, inputs = time.perf_counter(), Result(case, arch), case.inputs()
+    launch_table.use(CPU, case.table)
+    try:
+        with emulating(arch, **options) as report, poison():
+            found = case.results(fused, inputs)
+    except OutOfResources as e:
+        if not case.table:  # `irongpt tune` leaves out tiles that do not fit into shared memory
+            result.problems.append(str(e))
+    except Exception as e:
+        result.problems.append(f"{type(e).__name__}: {' '.join(str(e).split())[:400]}")
+    else:
+        base = case.results(eager, inputs)
+        wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+        compare(result, found, base, case.results(eager, wide))
+        result.problems += report.lines()
+        result.launches, result.instructions = report.launches, report.instructions
+    finally:
+        launch_table.use(CPU, {})
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def compare(result: Result, found: Tensors, base: Tensors, oracle: Tensors) -> None:
+    """By the tolerance; integers have to be equal."""
+    for name, x in found.items():
+        if x.dtype != base[name].dtype or x.shape != base[name].shape:
+            result.problems.append(f"{name} is {x.dtype} {tuple(x.shape)}")
+        elif not x.is_floating_point():
+            differ = int((x != base[name]).sum())
+            result.problems += [f"{differ} elements of {name} differ from eager's"] * (differ > 0)
+        elif x.numel():
+            if not torch.equal(x.isfinite(), oracle[name].isfinite()):
+                result.problems.append(f"{name} is not finite in the same places as eager's")
+            factor = tolerance.GRADIENTS if name.startswith("d ") else tolerance.OUTPUTS
+            for norm, e in tolerance.errors(factor, x, base[name], oracle[name]).items():
+                share = e.candidate / e.bound if e.candidate else 0.0
+                result.share = max(result.share, share)
+                if not e.ok:
+                    told = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
+                    result.problems.append(told)
+
+
+# The sets of cases -------------------------------------------------------------------------------
+
+
+def dtypes(arch: int) -> list[str]:
+    return ["float16", "float32", *(["bfloat16"] if arch >= 80 else [])]
+
+
+def sample(dtype: str) -> Iterator[Case]:
+    """Every op once. float32 attention takes the compiler long for larger heads."""
+    at = RowShape(1, 2, 45, 16 if dtype == "float32" else 64, V=109, L=1, M=7, N=200)
+    for spec in SPECS.values():
+        options = dict(growth_interval=4) if spec.kind == "optimizer" else {}
+        p = 1.0 if spec.name == "sample_tokens" else DROPOUT_P
+        yield Case(spec, spec.size(at), dtype, at, p, options)
+
+
+def shape_table(dtype: str, arch: int) -> Iterator[Case]:
+    """Every shape at which `aot` compiles, with fewer rows where the kernels stay the same."""
+    for c in shapes.every(arch):
+        at = c.at
+        if c.dtype != dtype:
+            continue
+        if c.op == "causal_attention":  # still a multiple of 16, or not
+            at = replace(at, H=1, T=at.T // 16 * 6 + at.T % 16)
+        elif c.spec.kind == "optimizer":
+            at = replace(at, H=1, L=1, T=32)
+        elif isinstance(at, RowShape):
+            at = replace(at, M=max(2, min(16, 20_000 // at.N)))
+        yield Case(c.spec, c.label, c.dtype, at, c.p, c.options, c.sizes, c.omitted)
+
+
+EDGES = {  # sizes that no tile divides, and the smallest ones
+    "of odd sizes": RowShape(2, 3, 37, 48, V=101, M=21, N=331),
+    "of one element": RowShape(1, 1, 1, 16, V=1, M=5, N=1),
+    "of few elements": RowShape(1, 2, 17, 16, V=2, M=40, N=17),
+}
+
+
+def edges(dtype: str) -> Iterator[Case]:
+    for label, at in EDGES.items():
+        for spec in LAYERS:
+            yield Case(spec.full_rows or spec, label, dtype, at, DROPOUT_P)
+    for layout in LAYOUTS:
+        at = RowShape(2, 2, 40, 16 if dtype == "float32" else 32, V=70, M=12, N=48)
+        for spec in LAYERS:
+            yield Case(spec, spec.size(at), dtype, at, DROPOUT_P, layout=layout)
+    at = RowShape(1, 1, 80, 64 if dtype != "float32" else 16)
+    yield Case(SPECS["causal_attention"], "scores of hundreds", dtype, at, scale=6.0)
+
+
+def strides(dtype: str) -> Iterator[Case]:
+    """Inputs whose elements are further apart than 2^31, in memory of which few pages exist."""
+    at = RowShape(2, 2, 24, 32 if dtype != "float32" else 16, V=100, M=4, N=100)
+    for layout in FAR:
+        for spec in LAYERS:
+            chosen = spec.full_rows or spec
+            if dtype != "float32" or not spec.scores:
+                yield Case(chosen, spec.size(at), dtype, at, DROPOUT_P, layout=layout)
+        for name in ("sample_tokens", "norm_linear", "linear_add"):
+            yield Case(SPECS[name], "B=2", dtype, at, 1.0, layout=layout)
+
+
+def _spread(dim: int, stride: int) -> Callable[[Tensor], Tensor]:
+    """A layout: the elements of one dimension lie `stride` apart."""
+
+    def spread(x: Tensor) -> Tensor:
+        steps = list(x.contiguous().stride())
+        steps[dim] = stride
+        span = sum((n - 1) * s for n, s in zip(x.shape, steps, strict=True)) + 1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        pages = mmap.mmap(-1, span * x.itemsize + 4096, flags=flags)
+        flat = torch.frombuffer(pages, dtype=torch.uint8)[: span * x.itemsize].view(x.dtype)
+        y = flat.as_strided(x.shape, steps)
+        return y.copy_(x)
+
+    return spread
+
+
+FAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows 2^30 apart": _spread(-2, 2**30 + 16),  # twice of it passes 2^31
+    "rows 2^31 apart": _spread(-2, 2**31 + 32),
+    "columns 2^26 apart": _spread(-1, 2**26 + 8),
+    "first dimension 2^31 apart": _spread(0, 2**31 + 16),
+}
+KEYS = [(kernel, 64, 2) for kernel in launch_table.KNOBS if kernel.startswith("attention")]
+KEYS += [("norm forward", 384, 2), ("norm backward", 384, 2)]
+KEYS += [("gelu forward", 512, 2), ("gelu backward", 512, 2)]
+
+
+def tuned(arch: int, every: int = 1) -> Iterator[Case]:
+    """The launch options that `irongpt tune` may choose, or of so many one."""
+    for key in KEYS:
+        kernel, size, _ = key
+        name = {"attention": "causal_attention", "norm": "dropout_add_layer_norm"}
+        spec = SPECS[name.get(kernel.split()[0], "gelu")]
+        at = RowShape(1, 1, 150, 64, M=30, N=size // 4 if spec.name == "gelu" else size)
+        seen: list[launch_table.Options] = []
+        for options in tiles.launches(key, arch):
+            options = {k: v for k, v in options.items() if k != "maxnreg"}  # it changes no PTX
+            if options not in seen:
+                seen.append(options)
+        for options in seen[::every]:
+            label = f"{kernel} {' '.join(map(str, options.values()))}"
+            yield Case(spec, label, "float16", at, DROPOUT_P, table={key: options})

@@ -1,0 +1,122 @@
+"""Each kind of wrong access is reported by the emulator, and its correct neighbour is not."""
+
+import pytest
+import torch
+from irongpt_kernels.ptx.threads import Report
+from torch import Tensor
+
+from tests.ptx.text import run
+
+I32 = torch.int32
+# %rd20 is the address of word i of the first parameter in thread i, %r1 that in shared memory.
+START = """mul.wide.u32 %rd20, %r0, 4; add.s64 %rd20, %rd0, %rd20;
+mov.b32 %r1, global_smem; mad.lo.s32 %r1, %r0, 4, %r1; mov.b32 %r2, global_smem;"""
+FILL = "st.shared.b32 [%r1], %r0; "
+
+
+def report(body: str, x: Tensor | None = None, threads: int = 64, **options: object) -> Report:
+    x = torch.zeros(64, dtype=I32) if x is None else x
+    return run(f"{START} {body}", x, threads=threads, shared=256, **options)  # type: ignore[arg-type]
+
+
+CORRECT = [
+    "ld.global.b32 %r20, [%rd20];",
+    "setp.lt.u32 %p20, %r0, 8; @%p20 ld.global.b32 %r20, [%rd20+224];",
+    f"{FILL} bar.sync 0; xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];",
+    f"{FILL} ld.shared.b32 %r20, [%r1]; bar.sync 0; st.shared.b32 [%r1], %r20;",
+    "mov.b32 %r9, 7; st.shared.b32 [%r2], %r9;",  # copies of one value
+    "st.global.b32 [%rd20], %r0; bar.sync 0; ld.global.b32 %r20, [%rd0];",
+    "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;",
+    "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group; cp.async.wait_group 0;"
+    "bar.sync 0; ld.shared.b32 %r20, [%r2];",
+]
+WRONG = [
+    ("out of bounds", "ld.global.b32 %r20, [%rd20+4];"),
+    ("out of bounds", "ld.global.b32 %r20, [%rd20+-4];"),
+    ("out of bounds", "st.global.b32 [%rd20+4], %r0;"),
+    ("out of bounds", f"{FILL} bar.sync 0; ld.shared.b32 %r20, [%r1+4];"),
+    ("out of bounds", "st.shared.b32 [%r1+4], %r0;"),
+    ("misaligned", "ld.global.b32 %r20, [%rd20+2];"),
+    ("misaligned", "ld.global.v2.b32 {%r20, %r21}, [%rd0+4];"),
+    ("misaligned", "st.shared.b32 [%r1+2], %r0;"),
+    ("read of unwritten shared memory", "ld.shared.b32 %r20, [%r1];"),
+    ("race between warps", f"{FILL} xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];"),
+    ("race between warps", f"{FILL} bar.sync 0; xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];"
+     "st.shared.b32 [%r1], %r0;"),
+    ("race between warps", "st.global.b32 [%rd20], %r0; ld.global.b32 %r20, [%rd0];"),
+    ("race between warps", "ld.global.b32 %r20, [%rd0]; st.global.b32 [%rd20], %r0;"),
+    ("race between warps", "st.global.b32 [%rd0], 1;"),
+    ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.global.b32 [%rd0], %r0;"),
+    ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.shared.b32 [%r2], %r0;"),
+    ("warp is not whole", "setp.lt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
+     "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;\n$L_end:"),
+    ("CTA is not whole", "setp.lt.u32 %p20, %r0, 32; @%p20 bra $L_end; bar.sync 0;\n$L_end:\n"
+     "mov.b32 %r20, 0;"),
+    ("async copy in flight", "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group;"
+     "ld.shared.b32 %r20, [%r1]; cp.async.wait_group 0;"),
+    ("async copy in flight", "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group;"
+     "cp.async.wait_group 1; bar.sync 0; ld.shared.b32 %r20, [%r1];"),
+    ("async copy in flight", "cp.async.ca.shared.global [%r1], [%rd20], 4;"),
+    ("race between warps", "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group;"
+     "cp.async.wait_group 0; xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", CORRECT)
+@pytest.mark.parametrize("order", ["lockstep", "ascending", "descending"])
+def test_correct_accesses_are_not_reported(body: str, order: str) -> None:
+    assert report(body, order=order).counts == {}
+
+
+@pytest.mark.parametrize(("kind", "body"), WRONG, ids=[body for _, body in WRONG])
+def test_a_wrong_access_is_reported(kind: str, body: str) -> None:
+    found = report(body)
+    assert kind in found.counts, found
+    assert "k line" in found.examples[kind][0] or "ends with it" in found.examples[kind][0]
+
+
+def test_two_ctas_on_one_address() -> None:
+    writes, reads = "st.global.b32 [%rd20], 1;", "ld.global.b32 %r20, [%rd20];"
+    assert report(reads, grid=(2, 1, 1)).counts == {}
+    assert set(report(writes, grid=(2, 1, 1)).counts) == {"race between CTAs"}
+    one = "mov.u32 %r5, %ctaid.x; setp.eq.u32 %p20, %r5, 1; "
+    later = f"{reads} {one} @%p20 {writes}"
+    assert "race between CTAs" in report(later, grid=(2, 1, 1)).counts
+    assert "race between CTAs" in report(later, grid=(99, 1, 1)).counts  # not side by side
+
+
+def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
+    wide = torch.zeros(32, 4, dtype=I32)
+    assert report("ld.global.b32 %r20, [%rd20];", wide[:16]).counts == {}
+    assert report("ld.global.b32 %r20, [%rd20];", wide[:, :2]).counts == {"out of bounds": 32}
+    last = "ld.global.b32 %r20, [%rd0+-4];"  # the element before the view, in its storage
+    assert set(report(last, wide.view(-1)[4:]).counts) == {"out of bounds"}
+
+
+def test_memory_that_is_stored_over_while_wgmma_reads_it() -> None:
+    body = """mov.b32 %r40, 0; mov.b64 %rd30, 0x4000000000080; add.s32 %r3, %r1, 0;
+    st.shared.b32 [%r3], 0; st.shared.b32 [%r3+512], 0; st.shared.b32 [%r3+1024], 0;
+    st.shared.b32 [%r3+1536], 0; bar.sync 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%r40, %r41, %r42, %r43}, {%r50, %r51, %r52, %r53}, %rd30, 0, 1, 1, 0;
+    wgmma.commit_group.sync.aligned; WAIT bar.sync 0; st.shared.b32 [%r3], 1;
+    st.shared.b32 [%r3+512], 1; st.shared.b32 [%r3+1024], 1; st.shared.b32 [%r3+1536], 1;"""
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    descriptor = f"mov.b64 %rd30, {0 | 8 << 16 | 8 << 32};"  # 128 bytes from piece to piece
+    body = body.replace("mov.b64 %rd30, 0x4000000000080;", descriptor)
+    x = torch.zeros(128, dtype=I32)
+    options = dict(threads=128, shared=2048, arch="90a")
+    assert run(f"{START} {body.replace('WAIT', wait)}", x, **options).counts == {}
+    found = run(f"{START} {body.replace('WAIT', '')}", x, **options)
+    assert set(found.counts) == {"wgmma in flight"}
+
+
+def test_arguments_have_to_fit_the_parameters() -> None:
+    from irongpt_kernels.ptx.execute import Options, execute
+
+    from tests.ptx.text import program
+
+    with pytest.raises(TypeError, match="arguments"):
+        execute(program("", 2), (1, 1, 1), [("i32", 1)], 0, Options(), Report())
+    with pytest.raises(TypeError, match="for i32"):
+        execute(program("", 1), (1, 1, 1), [("i32", torch.zeros(1))], 0, Options(), Report())

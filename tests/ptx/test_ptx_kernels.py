@@ -1,0 +1,42 @@
+"""Every op from the PTX that is compiled for a T4, and bugs planted there.
+
+`make test-compiled` runs all of it: every shape, architecture and dtype.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from irongpt_kernels.op_specs import SPECS
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+
+
+def output(*command: str) -> str:
+    """Of a process in which Triton does not interpret."""
+    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = (sys.executable, "-m", *command)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_op_executed_as_compiled_for_a_t4(dtype: str) -> None:
+    found = output("tests.ptx", "--set", "sample", "--arch", "sm_75", "--dtype", dtype)
+    rows = [line for line in found.splitlines() if "sm_75" in line]
+    assert {row.split()[0] for row in rows} == set(SPECS)
+    assert all(re.search(rf"sm_75 {dtype} +\d\.\d\d +[\d,]+ +[\d.]+  ok$", row) for row in rows)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+def test_planted_bugs_are_found(arch: str) -> None:
+    found = output("tests.ptx.planted", "--quick", "--arch", arch)
+    assert re.search(r"^[45] named bugs, 0 not found$", found, re.MULTILINE), found
