@@ -23,8 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.presets import model_of
 from benchmarks.roofline import group_bytes
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from irongpt.config import PRESETS, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
@@ -142,9 +143,8 @@ def step(
     ops: Ops, dtype: torch.dtype, preset: str = "iron", **recipe: Any
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one training step, and its trainer, whose tensors have no memory."""
-    chosen = PRESETS[preset]
-    model = GPTConfig(WAR_AND_PEACE_VOCAB, **chosen.model)
-    train = TrainConfig(**{**chosen.train, **recipe})
+    model = model_of(preset)
+    train = TrainConfig(**PRESETS[preset].train | recipe)
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as in `irongpt train`

@@ -22,6 +22,7 @@ MODES = ("forward", "backward", "total")
 TOTAL = ("total", "call")  # the modes that time all of an op
 OPS = tuple(SPECS)
 DROPS = tuple(op for op, spec in SPECS.items() if spec.dropout)
+AS_EAGER = ("embed_tokens", "linear_add", "sample_tokens")  # ops that builtin takes from eager
 FLOAT32 = tuple(op for op, spec in SPECS.items() if spec.float32_only())
 
 IRON = Shape()

@@ -1,8 +1,8 @@
-"""The page of a result file, and what two of them differ in.
+"""Draws the page of a result file, or compares two result files.
 
     python -m benchmarks.report                   of the newest file in benchmarks/results
     python -m benchmarks.report FILE              -> FILE's folder/<name>/report.md
-    python -m benchmarks.report --compare A B     what changed in B by more than the noise
+    python -m benchmarks.report --compare A B     differences between A and B beyond the noise
 
 report.md shows the PNGs that are next to it. Every number is in the file or follows from numbers in
 it; a number that was computed and not measured is labelled as computed.
@@ -61,7 +61,7 @@ def _date(file: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="the page of a result file")
+    parser = argparse.ArgumentParser(description="draw the page of a result file")
     parser.add_argument("file", nargs="?", type=Path, help="[the newest in benchmarks/results]")
     parser.add_argument("--out", type=Path, help="folder [FILE without its .json]")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))

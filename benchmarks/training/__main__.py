@@ -13,8 +13,8 @@
                              builtin AdamW, which does the same work if the preset uses Muon
 
 A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants are
-interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights are
-randomly initialized.
+interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights and
+the text are random.
 
 The matmuls of a step are timed alone, one shape at a time, and so is Muon's iteration. The lower
 bound of a step is computed: their time, and the least bytes of the other ops over the measured copy
@@ -32,15 +32,14 @@ from irongpt_kernels import builtin, eager
 
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
-from benchmarks.ops.providers import Naive
+from benchmarks.ops.providers import NAIVE
+from benchmarks.presets import Setting, random_setting
 from benchmarks.training import matmuls
 from benchmarks.training.steps import Make, Steps
 from benchmarks.training.variants import Variant, nanogpt, trained
 from irongpt import device as devices
 from irongpt import ops
-from irongpt.config import PRESETS, GPTConfig, TrainConfig
-from irongpt.data import corpus
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.config import PRESETS
 
 BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
 # Shares of the budget by which each part ends: the variants that compile in seconds, in 16 bits and
@@ -64,7 +63,7 @@ def variants(
 ) -> list[tuple[str, Make]]:
     """The variants to time in one dtype; those that compile for minutes come last."""
     gpu = device.type == "cuda"
-    modules = {"fused": None, "builtin": builtin, "naive": Naive, "eager": eager}
+    modules = {"fused": None, "builtin": builtin, "naive": NAIVE, "eager": eager}
     theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
     names = ["fused"] if gpu or "fused" in (only or []) else []
     names += ["builtin", "naive", "eager", *theirs]
@@ -79,30 +78,19 @@ def variants(
     if gpu:
         names += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
 
-    def make(name: str, setting: tuple[Any, ...]) -> Variant:
+    def make(name: str, setting: Setting) -> Variant:
         base, _, how = name.partition(" ")
         if base == "nanoGPT":
             assert checkout is not None
             return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
-        module = modules[base] or ops.load("fused", device, setting[0])
+        module = modules[base] or ops.load("fused", device, setting.model)
         return trained(setting, module, dtype, device, **OPTIONS[how])
 
     return [(name, partial(make, name)) for name in names if only is None or name in only]
 
 
-def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainConfig, torch.Tensor]:
-    """Model, recipe and token ids, of the built-in text: speed does not depend on the text."""
-    text = corpus.load("python-docs", say=lambda line: None).text[:400_000]
-    tokenizer = CharTokenizer.from_text(text)
-    model = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
-    recipe = dict(PRESETS[preset].train)
-    if batch_size is not None:
-        recipe["batch_size"] = batch_size
-    return model, TrainConfig(**recipe), tokenizer.encode(text)
-
-
 def _matmuls(
-    section: result_file.Section, setting: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+    section: result_file.Section, setting: Setting, dtype: torch.dtype, device: torch.device
 ) -> None:
     config, recipe, _ = setting
     found = matmuls.measure(config, recipe, dtype, device)
@@ -110,8 +98,9 @@ def _matmuls(
     found["lower_bound_seconds"] = roofline.step_lower_bound(
         config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(found)
     )
-    section.put(matmuls=section.values["matmuls"] | {devices.dtype_name(dtype): found})
-    print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
+    name = devices.dtype_name(dtype)
+    section.put(matmuls=section.values["matmuls"] | {name: found})
+    print(matmuls.line(name, found), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
-    setting = setting_of(preset, args.batch_size)
+    setting = random_setting(preset, args.batch_size)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
     if args.dtypes:
         dtypes = [devices.DTYPES[name] for name in args.dtypes]
@@ -138,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     with result_file.Section("train", device, args) as section:
         section.put(
             preset=preset,
-            model=vars(setting[0]),
-            batch_size=setting[1].batch_size,
+            model=vars(setting.model),
+            batch_size=setting.recipe.batch_size,
             nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
             matmuls={},
             rows=[],
