@@ -125,14 +125,11 @@ def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
 
 
 def line(row: DecodeRow) -> str:
-    """A row for a terminal."""
-    head = f"{row.ops:8} {row.way:8} batch {row.batch:3} "
-    if not row.timed:
-        return f"{head}{row.skipped_reason}"
-    text = f"{row.tokens_per_s:11,.0f} tokens/s {row.seconds * 1e6:9,.1f} us/token"
-    if row.steady_tokens_per_s:
-        text += f", {row.steady_tokens_per_s:,.0f} tokens/s after {ROOM}"
-    return head + text + ("" if row.nodes is None else f", {row.nodes} nodes")
+    """A row for a terminal; its time is that of a token."""
+    steady = row.steady_tokens_per_s
+    later = f"{steady:,.0f} tokens/s after {ROOM}" if steady else ""
+    nodes = "" if row.nodes is None else f"{row.nodes} nodes"
+    return row.line(f"{row.tokens_per_s:,.0f} tokens/s", later, nodes)
 
 
 def main(argv: list[str] | None = None) -> None:

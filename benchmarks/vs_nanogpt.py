@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from irongpt_kernels import builtin
 from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import NanoRow
 from benchmarks.presets import model_of
+from irongpt import timing
 from irongpt.data import corpus
 from irongpt.data.batches import split
 from irongpt.data.tokenizer import CharTokenizer
@@ -137,23 +139,25 @@ def iron_step(checkout: Path) -> dict[str, Any]:
     same = {name: getattr(config, name) for name in names}
     theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(block_size=config.context, **same))
     x = torch.randint(config.vocab_size, (IRON_BATCH, config.context))
-    steps = {
-        "irongpt": (ours, lambda: ours.loss(x, x, seed=1)),
-        "nanogpt": (theirs, lambda: theirs(x, x)[1]),
-    }
-    optimizer = {
-        name: torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-        for name, (model, _) in steps.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(12):
-        for name, (_, loss) in steps.items():
-            start = time.perf_counter()
-            optimizer[name].zero_grad()
+
+    def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> timing.Call:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+        def call(i: int) -> None:
+            optimizer.zero_grad()
             loss().backward()
-            optimizer[name].step()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+            optimizer.step()
+
+        return call
+
+    calls = {
+        "irongpt": step(ours, lambda: ours.loss(x, x, seed=1)),
+        "nanogpt": step(theirs, lambda: theirs(x, x)[1]),
+    }
+    medians = {}
+    for name, t in timing.measure(calls, 1, torch.device("cpu"), rounds=10).items():
+        assert isinstance(t, timing.Timing), t
+        medians[name] = t.median
     return {
         "batch": IRON_BATCH,
         **{f"{name}_ms": round(1e3 * s, 1) for name, s in medians.items()},

@@ -109,7 +109,7 @@ class Section:
 
     def put(self, **values: Any) -> None:
         self.values |= values
-        self.values["state"] = self.watch.update()
+        self.values["state"] = self.watch.report()
         save(self.path, self.name, self.values)
 
     def __exit__(
@@ -124,14 +124,3 @@ class Section:
 def loss(value: float | None) -> str:
     """Four digits. A file has null for a loss that is not finite."""
     return "nan" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def spread(iqr: float, unit: float) -> str:
-    """An interquartile range; ? if there were too few samples."""
-    return "?" if math.isnan(iqr) else f"{iqr * unit:,.2f}"
-
-
-def short(text: str | None) -> str:
-    """At most 90 characters in one line, for a cell of a table."""
-    text = " ".join((text or "").split())
-    return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")

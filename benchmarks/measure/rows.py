@@ -40,6 +40,14 @@ class Row:
     def key(self) -> tuple[str, ...]:
         return tuple(str(getattr(self, part)) for part in self.KEY)
 
+    def line(self, *notes: str) -> str:
+        """For a terminal: the key, the time or the reason why there is none, and notes."""
+        head = f"{'  '.join(self.key):72} "
+        if not self.timed:
+            return f"{head} -  {short(self.skipped_reason)}"
+        text = f"{head} {self.seconds * 1e3:10.3f} ms +- {spread(self.iqr, 1e3):>7}"
+        return "  ".join([text, *(note for note in notes if note)])
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """A row of a file. Unknown fields are ignored; those that are missing have defaults."""
@@ -187,6 +195,17 @@ class NanoRow(Row):
     peak_rss_mb: float = math.nan
     tokens_per_s: float | None = None
     curve: list[Point] = field(default_factory=list)
+
+
+def spread(iqr: float, unit: float) -> str:
+    """An interquartile range; ? if there were too few samples."""
+    return "?" if math.isnan(iqr) else f"{iqr * unit:,.2f}"
+
+
+def short(text: str | None) -> str:
+    """At most 90 characters in one line, for a cell of a table."""
+    text = " ".join((text or "").split())
+    return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")
 
 
 KINDS: dict[str, type[Row]] = {  # by section

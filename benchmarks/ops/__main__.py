@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
-from benchmarks.measure.rows import Accuracy, KernelRow
+from benchmarks.measure.rows import Accuracy, KernelRow, short
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import AccuracyCheck, passes, tensors_of
 from benchmarks.ops.cases import MODEL_SHAPES, Case, Inputs
@@ -191,17 +191,13 @@ def row(
 
 def line(r: KernelRow, peak_rates: dict[str, Any]) -> str:
     """A row for a terminal."""
-    head = f"{r.op:24} {r.size:24} {r.dtype:8} {r.mode:8} {r.provider:10}"
     rates = roofline.derive(r, peak_rates)
-    if rates is None:
-        return f"{head} -  {result_file.short(r.skipped_reason)}"
-    text = f"{head} {r.seconds * 1e6:10.1f} us +- {result_file.spread(r.iqr, 1e6):>6}  "
-    text += f"{rates.share_of_peak:6.1%} of the peak rate"
+    notes = [f"{rates.share_of_peak:6.1%} of the peak rate"] if rates else []
     if r.accuracy and r.exceeds_tolerance:
-        text += f"  EXCEEDS THE TOLERANCE: {r.accuracy.share:.1f} x"
+        notes.append(f"EXCEEDS THE TOLERANCE: {r.accuracy.share:.1f} x")
     if r.no_graph_reason:
-        text += f"  NO GRAPH, Python's time: {result_file.short(r.no_graph_reason)}"
-    return text
+        notes.append(f"NO GRAPH, Python's time: {short(r.no_graph_reason)}")
+    return r.line(*notes)
 
 
 def halves(device: torch.device) -> list[torch.dtype]:

@@ -1,6 +1,7 @@
 """The plots of the report, from nothing but a result file."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.measure.rows import KernelRow, StepRow
+from benchmarks.measure.rows import KernelRow
 from benchmarks.ops.cases import DROPS, MODEL_SHAPES
 from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
@@ -36,28 +37,23 @@ OTHER = "#f08c00"
 
 def draw(values: Values) -> dict[str, bytes]:
     """PNGs by name, of the sections that the file has."""
-    figures: dict[str, Figure | None] = {}
-    if "kernels" in values:
-        section = values["kernels"]
-        figures["speedup"] = speedup(section, "total", "forward and backward")
-        figures["speedup-calls"] = speedup(section, "call", "ops without a gradient")
-        figures["roofline"] = roofline(section)
-        figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
-        figures["memory-T"] = sweep(section, "peak_bytes", "MiB at the peak", 2**-20)
-    if "train" in values:
-        figures["step"] = step(values["train"])
-        figures["memory"] = memory(values["train"])
-    if "runs" in values:
-        figures["runs"] = losses(values["runs"], "curve", "training loss")
-    if "target" in values:
-        figures["target"] = losses(values["target"], "evaluated", "validation loss")
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    makers: dict[str, tuple[str, Callable[[Values], Figure | None]]] = {
+        "speedup": ("kernels", lambda s: speedup(s, "total", "forward and backward")),
+        "speedup-calls": ("kernels", lambda s: speedup(s, "call", "ops without a gradient")),
+        "roofline": ("kernels", roofline),
+        "sweep-T": ("kernels", lambda s: sweep(s, "seconds", "microseconds", 1e6)),
+        "memory-T": ("kernels", lambda s: sweep(s, "peak_bytes", "MiB at the peak", 2**-20)),
+        "step": ("train", step),
+        "runs": ("runs", lambda s: losses(s, "curve", "training loss")),
+        "target": ("target", lambda s: losses(s, "evaluated", "validation loss")),
+    }
+    found = {}
+    for name, (section, make) in makers.items():
+        if section in values and (figure := make(values[section])):
+            buffer = io.BytesIO()
+            FigureCanvasAgg(figure).print_png(buffer)
+            found[name] = buffer.getvalue()
+    return found
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -67,11 +63,6 @@ def _figure(width: float, height: float) -> Figure:
 def _plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _line_per_label(axes: Axes, labels: list[str], size: int) -> None:
-    axes.set_yticks(range(len(labels)), labels, fontsize=size)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _at_model(section: Values) -> tuple[str, list[KernelRow]]:
@@ -171,7 +162,8 @@ def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
             markersize=8 if ours else 5,
             zorder=4 if ours else 3,
         )
-    _line_per_label(axes, labels, 8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.axvline(100, color="0.3", linewidth=0.8)
     axes.set_xlabel(
@@ -233,38 +225,31 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
     return figure
 
 
-def _step_color(r: StepRow) -> str:
-    return COLORS.get(r.variant.split()[0], OTHER)
-
-
 def step(section: Values) -> Figure | None:
     """Milliseconds per step: the matmuls, timed alone, and the rest."""
-    by_dtype = {
-        dtype: sorted(
-            (r for r in section["rows"] if r.dtype == dtype and r.timed), key=lambda r: r.seconds
-        )
-        for dtype in section["matmuls"]
-    }
-    by_dtype = {dtype: rows for dtype, rows in by_dtype.items() if rows}
-    if not by_dtype:
+    timed = sorted((r for r in section["rows"] if r.timed), key=lambda r: r.seconds)
+    if not timed:
         return None
-    counts = [len(rows) for rows in by_dtype.values()]
-    figure = _figure(9, 1.1 * len(counts) + 0.36 * sum(counts))
-    grid = figure.subplots(len(counts), 1, height_ratios=counts, squeeze=False)
-    for axes, (dtype, rows) in zip(grid[:, 0], by_dtype.items(), strict=True):
+    dtypes = [d for d in section["matmuls"] if any(r.dtype == d for r in timed)]
+    by_dtype = [[r for r in timed if r.dtype == dtype] for dtype in dtypes]
+    figure = _figure(9, 1.1 * len(dtypes) + 0.36 * len(timed))
+    counts = [len(rows) for rows in by_dtype]
+    grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
+    for axes, dtype, rows in zip(grid[:, 0], dtypes, by_dtype, strict=True):
         alone = section["matmuls"][dtype]
         for y, r in enumerate(rows):
             ms, half = 1e3 * r.seconds, 0.5e3 * (r.iqr if r.iqr == r.iqr else 0.0)
             base = min(1e3 * matmuls.of_step(alone, r.variant), ms)
             axes.barh(y, base, color="#495057")
-            axes.barh(y, ms - base, left=base, color=_step_color(r))
+            axes.barh(y, ms - base, left=base, color=COLORS.get(r.variant.split()[0], OTHER))
             axes.errorbar(ms, y, xerr=half, color="black", linewidth=1, capsize=2)
             k = r.tokens_per_s / 1e3
             rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
             axes.text(ms + half, y, rate, va="center", fontsize=8)
         bound = 1e3 * alone["lower_bound_seconds"]
         line = axes.axvline(bound, color="black", linestyle=":", label="computed lower bound")
-        _line_per_label(axes, [r.variant for r in rows], 9)
+        axes.set_yticks(range(len(rows)), [r.variant for r in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(right=1.35 * 1e3 * rows[-1].seconds)
         axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
         handles: list[Any] = [
@@ -275,23 +260,6 @@ def step(section: Values) -> Figure | None:
         place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
         axes.legend(handles=handles, fontsize=8, frameon=False, **place)
         _plain(axes)
-    return figure
-
-
-def memory(section: Values) -> Figure | None:
-    """A bar for every variant."""
-    rows = sorted((r for r in section["rows"] if r.peak_bytes), key=lambda r: r.peak_bytes)
-    if not rows:
-        return None
-    figure = _figure(9, 0.9 + 0.28 * len(rows))
-    axes = figure.add_subplot()
-    for y, r in enumerate(rows):
-        size = r.peak_bytes / 2**30
-        axes.barh(y, size, color=_step_color(r))
-        axes.text(size, y, f" {size:.2f}", va="center", fontsize=8)
-    _line_per_label(axes, [f"{r.variant}, {r.dtype}" for r in rows], 8)
-    axes.set_xlabel("GiB at the peak of a training step, with weights and moments")
-    _plain(axes)
     return figure
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import roofline
-from benchmarks.measure.result_file import loss, short, spread
-from benchmarks.measure.rows import StepRow
+from benchmarks.measure.result_file import loss
+from benchmarks.measure.rows import StepRow, short, spread
 from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.roofline import T4
@@ -99,7 +99,7 @@ def measured(values: Values) -> Values:
 def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(heading, Markdown, names of the pictures that belong there). values: see `measured`."""
     if "train" in values:
-        yield "A training step", train(values["train"]), ("step", "memory")
+        yield "A training step", train(values["train"]), ("step",)
     if "target" in values:
         yield "Seconds to a validation loss", runs(values["target"]), ("target",)
     if "decode" in values:

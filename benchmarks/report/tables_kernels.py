@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measure import result_file
-from benchmarks.measure.rows import KernelRow
+from benchmarks.measure.rows import KernelRow, spread
 from benchmarks.ops.cases import AS_EAGER, DROPS, MODEL_SHAPES, TOTAL, modes
 from benchmarks.roofline import Rates, derive
 
@@ -113,7 +112,7 @@ def _times(op: str, timed: Timed) -> str:
         for m in order:
             r = found[m]
             cells += [f"{r.seconds * 1e6:,.1f}{'*' if r.no_graph_reason else ''}"]
-            cells += [result_file.spread(r.iqr, 1e6)]
+            cells += [spread(r.iqr, 1e6)]
             cells += [f"{base[m].seconds / r.seconds:.2f}" if base and found is not base else ""]
         host = f"{total.host_seconds * 1e6:,.0f}" if total.host_seconds else ""
         error = f"{total.accuracy.share:.0%}" if total.accuracy else ""

@@ -42,10 +42,7 @@ from irongpt import ops
 from irongpt.config import PRESETS
 
 BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
-# Shares of the budget by which each part ends: the variants that compile in seconds, in 16 bits and
-# in float32, then the slow ones in 16 bits and in float32.
-PARTS = (0.45, 0.75, 0.9, 1.0)
-SLOW = "max-autotune"  # may compile for minutes
+SLOW = "max-autotune"  # compiles for minutes, so these variants come last
 OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the name of the ops
     "": {},
     "graph": dict(graph=True),
@@ -61,22 +58,18 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the n
 def variants(
     dtype: torch.dtype, device: torch.device, only: list[str] | None, checkout: Path | None
 ) -> list[tuple[str, Make]]:
-    """The variants to time in one dtype; those that compile for minutes come last."""
-    gpu = device.type == "cuda"
+    """The variants to time in one dtype."""
     modules = {"fused": None, "builtin": builtin, "naive": NAIVE, "eager": eager}
     theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
-    names = ["fused"] if gpu or "fused" in (only or []) else []
-    names += ["builtin", "naive", "eager", *theirs]
-    if gpu:
-        names += [f"{name} graph" for name in modules]
-        names += ["fused as trained", "builtin as trained"]
-    names.append("builtin compiled")
-    if gpu:
-        names += ["builtin compiled graph", "naive compiled", "fused compiled"]
-        names += ["eager compiled", "fused compiled graph"]
-    names += [f"{name} compiled" for name in theirs]
-    if gpu:
+    names = ["builtin", "naive", "eager", *theirs, "builtin compiled"]
+    if device.type == "cuda":
+        names = ["fused", *names, *(f"{name} graph" for name in modules)]
+        names += ["fused as trained", "builtin as trained", "builtin compiled graph"]
+        names += ["naive compiled", "fused compiled", "eager compiled", "fused compiled graph"]
         names += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
+    elif "fused" in (only or []):
+        names.insert(0, "fused")
+    names += [f"{name} compiled" for name in theirs]
 
     def make(name: str, setting: Setting) -> Variant:
         base, _, how = name.partition(" ")
@@ -123,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
     if args.dtypes:
         dtypes = [devices.DTYPES[name] for name in args.dtypes]
-    budget, start = args.budget or BUDGET[device.type], time.perf_counter()
+    end = time.perf_counter() + (args.budget or BUDGET[device.type])
     with result_file.Section("train", device, args) as section:
         section.put(
             preset=preset,
@@ -133,19 +126,26 @@ def main(argv: list[str] | None = None) -> None:
             matmuls={},
             rows=[],
         )
-        peak_rates = environment.peak_rates(device, dtypes)
-        found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
-        peak_rates["peak"] = {name: flops for name, (flops, _) in found.items()}
-        peak_rates["peak_from"] = {name: source for name, (_, source) in found.items()}
+        peak_rates: dict[str, Any] = environment.peak_rates(device, dtypes)
+        peak_rates |= {"peak": {}, "peak_from": {}}
+        for dtype in dtypes:
+            name, (flops, source) = devices.dtype_name(dtype), devices.peak_flops(device, dtype)
+            peak_rates["peak"][name], peak_rates["peak_from"][name] = flops, source
         section.put(peak_rates=peak_rates)
         for dtype in dtypes:
             _matmuls(section, setting, dtype, device)
-        parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]
-        for (slow, dtype), part in zip(parts, PARTS[-len(parts) :], strict=True):
-            chosen = variants(dtype, device, args.variants, args.nanogpt)
-            chosen = [pair for pair in chosen if (SLOW in pair[0]) == slow]
+        every = [(d, variants(d, device, args.variants, args.nanogpt)) for d in dtypes]
+        parts = [
+            (dtype, [pair for pair in found if (SLOW in pair[0]) == slow])
+            for slow in (False, True)
+            for dtype, found in every
+        ]
+        parts = [(dtype, found) for dtype, found in parts if found]
+        for i, (dtype, found) in enumerate(parts, start=1):  # each takes half of the time, the last
+            share = 1.0 if i == len(parts) else 0.5  # one all of it
+            now = time.perf_counter()
             steps = Steps(section, setting, dtype, device, args)
-            steps.measure(chosen, start + part * budget)
+            steps.measure(found, now + share * (end - now))
     print(f"written to {section.path}")
 
 

@@ -137,12 +137,6 @@ class Steps:
 
 def line(row: StepRow) -> str:
     """A row for a terminal."""
-    head = f"{row.dtype:9} {row.variant:22}"
-    if not row.timed:
-        return f"{head} -  {result_file.short(row.skipped_reason)}"
     memory = f"{row.peak_bytes / 2**30:6.2f} GiB" if row.peak_bytes else ""
     kernels = f"{row.kernels:5} kernels" if row.kernels else ""
-    return (
-        f"{head} {row.seconds * 1e3:9.2f} ms +- {result_file.spread(row.iqr, 1e3):>6} "
-        f"{row.tokens_per_s:11,.0f} tokens/s  MFU {row.mfu:6.1%} {memory} {kernels}"
-    )
+    return row.line(f"{row.tokens_per_s:,.0f} tokens/s", f"MFU {row.mfu:.1%}", memory, kernels)

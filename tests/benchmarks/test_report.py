@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.measure import result_file
-from benchmarks.measure.rows import Accuracy, DecodeRow, KernelRow, NanoRow, RunRow, StepRow
+from benchmarks.measure.rows import Accuracy, DecodeRow, KernelRow, NanoRow, RunRow, StepRow, short
 from benchmarks.ops.cases import MODES
 from benchmarks.report import __main__ as report
 from benchmarks.report import diff, plots, tables, tables_kernels
@@ -263,8 +263,8 @@ def test_three_digits(value: float, shown: str) -> None:
 
 
 def test_a_reason_fits_in_a_cell() -> None:
-    assert result_file.short("x" * 300) == "x" * 86 + " ..."
-    assert result_file.short("a | b") == "a / b"
+    assert short("x" * 300) == "x" * 86 + " ..."
+    assert short("a | b") == "a / b"
 
 
 def test_the_pages_have_the_numbers_of_their_files() -> None:
