@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import result_file
+from benchmarks.measure import profiler, result_file
 from benchmarks.measure.rows import DecodeRow
 from benchmarks.presets import model_of
 from irongpt import device as devices
@@ -109,17 +108,13 @@ def measure(
 
 
 @torch.inference_mode()
-def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
-    """The number of kernels, copies and fills per token, by the profiler, or the error message."""
+def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str | None:
+    """The number of kernels, copies and fills per token, or the error message."""
     try:
         decoder = Decoder(model, batch, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
         decoder.prefill({i: [0] for i in range(batch)})
         decoder.step()
-        devices.synchronize(decoder.tokens.device)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            decoder.step()
-            devices.synchronize(decoder.tokens.device)
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events() or ())
+        return profiler.counts(decoder.step, decoder.tokens.device)[0]
     except Exception as e:  # the times are valid without the count
         return timing.reason(e)
 

@@ -25,12 +25,8 @@ def model_of(preset: str) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
 
 
-def random_setting(preset: str, batch_size: int | None) -> Setting:
-    """The preset with random tokens, because the speed of a step does not depend on the text.
-
-    batch_size: in place of the preset's.
-    """
+def random_setting(preset: str) -> Setting:
+    """The preset with random tokens, because the speed of a step does not depend on the text."""
     model = model_of(preset)
     ids = torch.randint(model.vocab_size, (N_IDS,), generator=torch.Generator().manual_seed(1))
-    changes = {} if batch_size is None else {"batch_size": batch_size}
-    return Setting(model, TrainConfig(**PRESETS[preset].train | changes), Tokens.of(ids))
+    return Setting(model, TrainConfig(**PRESETS[preset].train), Tokens.of(ids))

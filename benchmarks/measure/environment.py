@@ -130,7 +130,7 @@ class Watch:
         seconds = round(time.perf_counter() - self.began, 1)
         seen = list(self.seen)
         after = seen[-1] if seen else self.before
-        found = {"seconds": seconds, "before": self.before, "after": after}
+        found: dict[str, Any] = {"seconds": seconds, "before": self.before, "after": after}
         for key in ("sm_mhz", "watt", "celsius"):
             if values := [s[key] for s in seen if s[key] is not None]:
                 found[f"{key}_from_to"] = [min(values), max(values)]
@@ -148,7 +148,7 @@ class Watch:
 
 
 def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """Measures the peak rates of this device: bytes/s of a copy, FLOP/s of a large matmul."""
+    """Measures bytes/s of a copy and FLOP/s of a large matmul on this device."""
     gpu, n = device.type == "cuda", COPIED[device.type]
     x = torch.ones(n, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)

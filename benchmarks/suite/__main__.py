@@ -31,7 +31,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -180,15 +179,15 @@ class Suite:
 
     def with_json(self, name: str, limit: float, *words: object) -> Done:
         """Runs a command of irongpt, and saves the JSON that it writes as a section."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "values.json"
-            command = [*words, "--device", self.device, "--json", file]
-            done = run(command, self.env, limit, self.log)
-            if file.exists():
-                values = json.loads(file.read_bytes())
-                result_file.save(self.file, name, values)
-                if name == "doctor":  # its last line is the end of an advice
-                    done.says = "; ".join(values["problems"])[:150] or "no problems"
+        file = self.file.with_suffix(f".{name}.json")
+        command = [*words, "--device", self.device, "--json", file]
+        done = run(command, self.env, limit, self.log)
+        if file.exists():
+            values = json.loads(file.read_bytes())
+            file.unlink()
+            result_file.save(self.file, name, values)
+            if name == "doctor":  # its last line is the end of an advice
+                done.says = "; ".join(values["problems"])[:150] or "no problems"
         return done
 
     def tests(self, name: str, limit: float) -> Done:

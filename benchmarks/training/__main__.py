@@ -100,8 +100,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time training steps of every variant")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="time only these variants")
-    parser.add_argument("--dtypes", nargs="+", choices=list(devices.DTYPES))
-    parser.add_argument("--batch-size", type=int, help="sequences per step [the preset's]")
     parser.add_argument("--steps", type=int, help="steps per round [10, 2 on a CPU]")
     parser.add_argument("--turns", type=int, help="rounds per variant [8, 4 on a CPU]")
     parser.add_argument("--budget", type=float, help="total seconds [1200, 110 on a CPU]")
@@ -110,12 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
     device = devices.pick(args.device)
-    gpu = device.type == "cuda"
-    preset = args.preset or ("iron" if gpu else "nano")
-    setting = random_setting(preset, args.batch_size)
+    preset = args.preset or ("iron" if device.type == "cuda" else "nano")
+    setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
-    if args.dtypes:
-        dtypes = [devices.DTYPES[name] for name in args.dtypes]
     end = time.perf_counter() + (args.budget or BUDGET[device.type])
     with result_file.Section("train", device, args) as section:
         section.put(

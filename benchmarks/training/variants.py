@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import profiler
 from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from irongpt import device as devices
@@ -22,8 +22,6 @@ from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-# Names of the CUDA calls that give work to a device.
-LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 WARM = 5  # warm-up steps, within which a trainer captures its CUDA graph
 
 
@@ -49,25 +47,9 @@ class Variant:
         self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
 
     def counts(self) -> tuple[int | None, int | None]:
-        """Of a step: the kernels, copies and fills on the device, and the launches by the host,
-        where a graph is one launch. None on a CPU and if the profiler sees no kernel."""
-        if self.device.type != "cuda":
-            return None, None
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        # As PyTorch does for CUDA graphs: tearing down the profiler may crash.
-        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
-        with (
-            self._algorithms(),
-            profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
-        ):
-            self.step()
-            devices.synchronize(self.device)
-        ours = [e for e in trace.events() or [] if not getattr(e, "is_user_annotation", False)]
-        kernels = sum(e.device_type == DeviceType.CUDA for e in ours)
-        launches = sum(e.device_type == DeviceType.CPU and e.name.startswith(LAUNCH) for e in ours)
-        return (kernels, launches) if kernels else (None, None)
+        """The kernels and the launches of a step, see `profiler`."""
+        with self._algorithms():
+            return profiler.counts(self.step, self.device)
 
     @contextlib.contextmanager
     def _algorithms(self) -> Iterator[None]:

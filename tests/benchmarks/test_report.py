@@ -1,4 +1,4 @@
-"""Result files: what they hold, how their rows are printed, and what two of them differ in."""
+"""Result files: their content, their page, and the comparison of two of them."""
 
 import argparse
 import json
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests are; a result file would say so in its name."""
+    """The tests run in the interpreter, which the name of a result file would contain."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_a_file_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_name_of_a_file_has_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result_file.path(tmp_path, CPU, "abc", "gpu").name.endswith("-abc-gpu.json")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert result_file.path(tmp_path, CPU, "abc").name.endswith("-abc-interpreted.json")
@@ -71,7 +71,7 @@ def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
     assert theirs[head.index("GB/s total")] == "4"
 
 
-def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
+def test_a_sweep_has_rates_of_fused_and_memory_of_all() -> None:
     rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
     text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
     cells = table_of(text, "size")[2]
@@ -83,7 +83,7 @@ def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
     assert "fused: GB/s" not in text
 
 
-def test_what_follows_from_a_time() -> None:
+def test_the_rates_of_a_time() -> None:
     (row,) = rows_of({"fused": 2.0}, least_bytes=100, least_flops=600)[2:]
     peak_rates = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
     d = roofline.derive(row, peak_rates)
@@ -112,7 +112,7 @@ def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
     assert '"y": [1.0, 2.0]' in file.read_text()
 
 
-def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
+def test_results_before_an_error_are_kept(tmp_path: Path) -> None:
     section = result_file.Section("runs", CPU, options(tmp_path))
 
     def measured() -> None:
@@ -153,7 +153,7 @@ def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> Non
     assert said in diff.text(file_of(*before), file_of(*after), "a", "b")
 
 
-def test_a_difference_without_a_known_noise_is_none() -> None:
+def test_a_difference_without_a_known_noise_is_not_reported() -> None:
     text = diff.text(file_of(1.0, math.nan), file_of(9.0, 0.01), "a", "b")
     assert "0 of 1 times differ" in text
     assert "of 1 times the noise is not known" in text
@@ -199,8 +199,8 @@ def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> No
     assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
 
 
-def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> None:
-    """Killed before its first row, or by an error in it: the page has the others."""
+def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
+    """The page has the other sections."""
     begun = dict(environment=dict(name="T4"), state=dict(seconds=1.0), ended_by="RuntimeError: a|b")
     values = {"kernels": begun | dict(rows=[], missing={}), "train": begun, "decode": begun}
     for name, section in values.items():
@@ -216,7 +216,7 @@ def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> 
     assert "![runs](runs.png)" in text
 
 
-def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
+def test_a_repeated_measurement_goes_to_another_file(tmp_path: Path) -> None:
     for i in range(3):
         for name in ("kernels", "train"):
             with result_file.Section(name, CPU, options(tmp_path)) as section:
@@ -232,7 +232,7 @@ def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
     assert result_file.load(named.result)["train"]["x"] == 1
 
 
-def test_a_time_beyond_the_rule_is_marked() -> None:
+def test_a_time_of_a_provider_that_exceeds_the_tolerance_is_marked() -> None:
     def file(seconds: float, ok: bool) -> dict:
         accuracy = Accuracy(ok, 2.0)
         rows = rows_of({"builtin": seconds}, "T", accuracy=accuracy, shape=dict(B=1, T=64))
