@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = devices.precision(args.dtype, device).dtype
     gpu, to_target = device.type == "cuda", args.section == "target"
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])
-    if to_target and not args.target_loss and (without := presets - TARGETS.keys()):
+    if to_target and not args.target_loss and (without := set(presets) - TARGETS.keys()):
         parser.error(f"--target-loss is needed for {', '.join(sorted(without))}")
     chosen = list(itertools.product(presets, args.seeds or [None]))
     texts: dict[str | tuple[str, ...] | None, Corpus] = {}

@@ -202,8 +202,8 @@ def line(r: KernelRow, peak_rates: dict[str, Any]) -> str:
 
 def halves(device: torch.device) -> list[torch.dtype]:
     """The 16-bit dtypes of a GPU, the one that it trains in first; a CPU's float32."""
-    own = devices.precision("auto", device).dtype
-    return [own, torch.float16] if own == torch.bfloat16 else [own]
+    first = devices.precision("auto", device).dtype
+    return [first, torch.float16] if first == torch.bfloat16 else [first]
 
 
 def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
@@ -211,10 +211,10 @@ def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] =
 
     quick: only the 16-bit dtype that this GPU trains in, and only with iron's dropout.
     """
-    gpu, own = device.type == "cuda", halves(device)[: 1 if quick else None]
-    dtypes = list(dict.fromkeys([*own, torch.float32]))
-    cases = workloads.own_cases(gpu, dtypes, dropout_off=not quick)
-    return cases + list(workloads.sweep_cases(gpu, own, swept))
+    gpu, in_16_bits = device.type == "cuda", halves(device)[: 1 if quick else None]
+    dtypes = list(dict.fromkeys([*in_16_bits, torch.float32]))
+    cases = workloads.model_cases(gpu, dtypes, dropout_off=not quick)
+    return cases + list(workloads.sweep_cases(gpu, in_16_bits, swept))
 
 
 @contextlib.contextmanager

@@ -19,12 +19,12 @@ from irongpt.files import replace_file
 Values = dict[str, Any]
 
 
-def markdown(values: Values, name: str, drawn: dict[str, bytes]) -> str:
-    """The page; its pictures are named by their files."""
+def markdown(values: Values, name: str, pictures: dict[str, bytes]) -> str:
+    """The page, which names the pictures by their files."""
     parts: list[str] = [f"# {tables.title(values)}", tables.about(values, name)]
     for heading, text, shown in tables.sections(tables.measured(values)):
         parts.append(f"## {heading}")
-        parts += [f"![{p}]({p}.png)" for p in shown if p in drawn]
+        parts += [f"![{p}]({p}.png)" for p in shown if p in pictures]
         parts.append(text)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -34,10 +34,10 @@ def write(file: Path, out: Path | None = None) -> Path:
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = plots.draw(tables.measured(values))
-    for name, data in drawn.items():
+    pictures = plots.draw(tables.measured(values))
+    for name, data in pictures.items():
         replace_file(folder / f"{name}.png", data)
-    text = markdown(values, file.name, drawn)
+    text = markdown(values, file.name, pictures)
     replace_file(folder / "report.md", text.encode())
     return folder
 

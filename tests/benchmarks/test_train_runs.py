@@ -1,6 +1,7 @@
 """The benchmark commands run end to end with a tiny model, and the report shows their results."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,8 @@ from benchmarks.report import __main__ as report
 from benchmarks.report import tables
 from benchmarks.training import __main__ as train
 from irongpt.config import PRESETS, GPTConfig
+from irongpt.data import tokens
+from irongpt.data.corpus import Corpus
 from irongpt.model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,7 @@ def test_complete_trainings(result: Path) -> None:
     assert [point[0] for point in builtin.curve] == [10, 20]
     assert builtin.evaluated[-1][0] == 20
     assert builtin.target is None
+    assert builtin.bits_per_byte == pytest.approx(builtin.validation_loss / math.log(2), rel=0.05)
     rows = values["target"]["rows"]
     assert [r.run for r in rows] == [
         f"nano, {ops}, seed {seed}" for seed in (1, 2) for ops in ("builtin", "eager")
@@ -113,6 +117,22 @@ def test_complete_trainings(result: Path) -> None:
         assert r.run in tables.runs(values["target"])
     losses = [r.evaluated[-1][2] for r in rows]
     assert losses[0] != losses[2]  # the seed changes the training
+
+
+def test_the_tokens_of_a_text_are_those_of_irongpt_train() -> None:
+    text = Corpus("a text", ("abcé" * 45,), ("caab" * 5,))
+    size, found = train_runs.tokenize(text, "char")
+    tokenizer, wanted = tokens.tokenize(text, "char")
+    assert size == tokenizer.vocab_size
+    for name in ("train", "val", "before_val"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
+    assert found.val_bytes == wanted.val_bytes
+
+
+def test_a_preset_without_a_known_target_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_runs.main(["--section", "target", "--preset", "nano", "code", "--device", "cpu"])
+    assert "--target-loss is needed for code" in capsys.readouterr().err
 
 
 def test_the_report(result: Path, tmp_path: Path) -> None:
