@@ -12,7 +12,7 @@ from benchmarks import roofline
 from benchmarks.conftest import Session
 from benchmarks.ops.accuracy import passes
 from benchmarks.ops.cases import Case
-from benchmarks.report.tables_kernels import beyond
+from benchmarks.report.tables_kernels import mark
 
 
 class Clock:
@@ -37,11 +37,12 @@ def bench_op(
     benchmark: BenchmarkFixture, session: Session, case: Case, mode: str, provider: str
 ) -> None:
     row = session.row(case, mode, provider)
-    if "skipped_reason" in row:
-        assert row["accuracy"] is None or passes(provider, row["accuracy"]), row["skipped_reason"]
-        pytest.skip(row["skipped_reason"])
+    rates = roofline.derive(row, session.section.values["peak_rates"])
+    if rates is None:
+        assert row.accuracy is None or passes(provider, row.accuracy), row.skipped_reason
+        pytest.skip(row.skipped_reason or "")
     benchmark.group = f"{case.name}, {mode}"
-    benchmark.name = provider + beyond(row)
-    benchmark.extra_info.update(row, **roofline.derive(row, session.section.values["peak_rates"]))
-    CLOCK.samples = list(row["sample_seconds"])
+    benchmark.name = provider + mark(row)
+    benchmark.extra_info.update(row.to_json() | rates._asdict())
+    CLOCK.samples = list(row.sample_seconds)
     benchmark.pedantic(CLOCK.tick, rounds=len(CLOCK.samples), iterations=1)

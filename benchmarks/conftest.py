@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import KernelRow
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.cases import Case
@@ -17,11 +18,11 @@ from irongpt import device as devices
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("irongpt")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.addoption("--no-sweeps", action="store_true", help="the model's own shape only")
-    group.addoption("--providers", default=",".join(NAMES), help="of these only")
+    group.addoption("--no-sweeps", action="store_true", help="only the model's shape")
+    group.addoption("--providers", default=",".join(NAMES), help="only these")
     group.addoption("--out", type=Path, default=result_file.FOLDER, help="folder of the results")
     group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
-    group.addoption("--commit", help="of this source, where git is not there to tell")
+    group.addoption("--commit", help="of this source, if git is not installed")
 
 
 class Session:
@@ -32,17 +33,17 @@ class Session:
         self.names = tuple(config.getoption("providers").split(","))
         self.section = result_file.Section("kernels", self.device, config.option)
         self.case: Case | None = None
-        self.rows: list[kernels.Row] = []
+        self.rows: list[KernelRow] = []
 
-    def row(self, case: Case, mode: str, provider: str) -> kernels.Row:
-        """The row, which may tell why it has no time."""
+    def row(self, case: Case, mode: str, provider: str) -> KernelRow:
+        """The row, which may have the reason why it has no time."""
         if case != self.case:
             self.case, self.rows = case, kernels.measure_case(case, self.device, self.names)
             self.section.put(rows=self.section.values["rows"] + self.rows)
         return next(
             row
             for row in self.rows
-            if row["provider"] == provider and ("skipped_reason" in row or row["mode"] == mode)
+            if row.provider == provider and (row.skipped_reason or row.mode == mode)
         )
 
 

@@ -17,15 +17,15 @@ is in the time, as it is for a user; `steady` leaves out the first tokens, and s
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import result_file
+from benchmarks.measure import profiler, result_file
+from benchmarks.measure.rows import DecodeRow
+from benchmarks.presets import model_of
 from irongpt import device as devices
 from irongpt import ops, timing
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, SampleConfig
+from irongpt.config import PRESETS, SampleConfig
 from irongpt.errors import UserError
 from irongpt.generation import sample
 from irongpt.generation.decode import ROOM, Decoder
@@ -34,7 +34,6 @@ from irongpt.model import GPT
 ROUNDS = 5
 TEMPERATURE = 0.8
 
-Row = dict[str, Any]
 Stamps = list[float]  # time of each token, in seconds
 
 
@@ -60,8 +59,8 @@ def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool)
 
 
 def measure(
-    model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
-) -> list[Row]:
+    ops: str, model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
+) -> list[DecodeRow]:
     """A row for each way to generate; a failed one has a `skipped_reason`. Interleaved."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
@@ -73,66 +72,59 @@ def measure(
         ways["graphed", 1] = lambda: cached(model, dtype, tokens, 1, True)
     for B in batches:
         ways["batched", B] = lambda B=B: cached(model, dtype, tokens, B, gpu)  # type: ignore[misc]
+    rows = {
+        (way, B): DecodeRow(ops=ops, way=way, batch=B, tokens=tokens, samples=rounds)
+        for way, B in ways
+    }
     samples: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     steady: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
-    failed: dict[tuple[str, int], str] = {}
     model.eval()
     for i in range(rounds + 1):  # the first round warms up
-        for key in [key for key in ways if key not in failed]:
+        for key in [key for key, row in rows.items() if row.skipped_reason is None]:
             try:
                 devices.synchronize(device)
                 start = time.perf_counter()
                 stamps = ways[key]()
                 devices.synchronize(device)
             except Exception as e:  # the other ways are still measured
-                failed[key] = timing.reason(e)
+                rows[key].skipped_reason = timing.reason(e)
                 continue
             end = time.perf_counter()
             if i:
                 samples[key].append(end - start)
             if i and len(stamps) > ROOM:
                 steady[key].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
-    rows = []
-    for way, B in ways:
-        row = Row(way=way, batch=B, tokens=tokens)
-        rows.append(row)
-        if (way, B) in failed:
-            row["skipped_reason"] = failed[way, B]
+    for (way, B), row in rows.items():
+        if row.skipped_reason is not None:
             continue
         t = timing.Timing(samples[way, B], False)
-        row |= dict(tokens_per_s=B * tokens / t.median, seconds_per_token=t.median / tokens)
-        row |= dict(iqr=t.iqr / tokens, samples=rounds)
+        row.seconds, row.iqr = t.median / tokens, t.iqr / tokens
+        row.tokens_per_s = B / row.seconds
         if steady[way, B]:
-            row["steady_tokens_per_s"] = B / timing.Timing(steady[way, B], False).median
+            row.steady_tokens_per_s = B / timing.Timing(steady[way, B], False).median
         if gpu and way != "naive":
-            row["nodes"] = nodes(model, dtype, B)
-    return rows
+            row.nodes = nodes(model, dtype, B)
+    return list(rows.values())
 
 
 @torch.inference_mode()
-def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str:
-    """The number of kernels, copies and fills per token, by the profiler, or the error message."""
+def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str | None:
+    """The number of kernels, copies and fills per token, or the error message."""
     try:
         decoder = Decoder(model, batch, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
         decoder.prefill({i: [0] for i in range(batch)})
         decoder.step()
-        devices.synchronize(decoder.tokens.device)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            decoder.step()
-            devices.synchronize(decoder.tokens.device)
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events() or ())
+        return profiler.counts(decoder.step, decoder.tokens.device)[0]
     except Exception as e:  # the times are valid without the count
         return timing.reason(e)
 
 
-def line(row: Row) -> str:
-    head = f"{row['ops']:8} {row['way']:8} batch {row['batch']:3} "
-    if "skipped_reason" in row:
-        return head + row["skipped_reason"]
-    text = f"{row['tokens_per_s']:11,.0f} tokens/s {row['seconds_per_token'] * 1e6:9,.1f} us/token"
-    if "steady_tokens_per_s" in row:
-        text += f", {row['steady_tokens_per_s']:,.0f} tokens/s after {ROOM}"
-    return head + text + (f", {row['nodes']} nodes" if "nodes" in row else "")
+def line(row: DecodeRow) -> str:
+    """A row for a terminal; its time is that of a token."""
+    steady = row.steady_tokens_per_s
+    later = f"{steady:,.0f} tokens/s after {ROOM}" if steady else ""
+    nodes = "" if row.nodes is None else f"{row.nodes} nodes"
+    return row.line(f"{row.tokens_per_s:,.0f} tokens/s", later, nodes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     device = devices.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
-    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
+    config = model_of(preset)
     tokens = min(args.tokens or config.context, config.context)
     dtype = devices.precision("auto", device).dtype
     with result_file.Section("decode", device, args) as section:
@@ -157,9 +149,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"no {name}: {e}")
                 continue
             batches = [4, 8, 64] if gpu else [8]
-            rows = measure(model, dtype, tokens, batches, ROUNDS if gpu else 2)
+            rows = measure(name, model, dtype, tokens, batches, ROUNDS if gpu else 2)
             for row in rows:
-                row["ops"] = name
                 print(line(row), flush=True)
             section.put(rows=section.values["rows"] + rows)
     print(f"written to {section.path}")

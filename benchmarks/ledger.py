@@ -1,6 +1,6 @@
 """Kernel launches and bytes of one training step, computed on tensors without memory.
 
-    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon] [--top 12]
+    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon]
 
 The step of a Trainer runs on fake tensors. For every operation for which a GPU would launch
 kernels, the ledger counts the launches and the bytes of its operands, each read once and written
@@ -12,8 +12,7 @@ which a T4 runs.
 """
 
 import argparse
-import contextlib
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
@@ -23,8 +22,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.presets import model_of
 from benchmarks.roofline import group_bytes
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from irongpt.config import PRESETS, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
@@ -66,7 +66,6 @@ class Ledger(TorchDispatchMode):
         self.phase = ""
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self.operations: dict[str, Counter[str]] = defaultdict(Counter)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -78,7 +77,6 @@ class Ledger(TorchDispatchMode):
             group = self.phase or group_of(name)
             self.launches[group] += LAUNCHES.get(name, 1)
             self.bytes[group] += moved
-            self.operations[group][name] += LAUNCHES.get(name, 1)
         return out
 
 
@@ -142,9 +140,8 @@ def step(
     ops: Ops, dtype: torch.dtype, preset: str = "iron", **recipe: Any
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one training step, and its trainer, whose tensors have no memory."""
-    chosen = PRESETS[preset]
-    model = GPTConfig(WAR_AND_PEACE_VOCAB, **chosen.model)
-    train = TrainConfig(**{**chosen.train, **recipe})
+    model = model_of(preset)
+    train = TrainConfig(**PRESETS[preset].train | recipe)
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as in `irongpt train`
@@ -160,10 +157,9 @@ def step(
 
             def optimizer_step_in_phase() -> Tensor:
                 ledger.phase = "optimizer"
-                try:
-                    return optimizer_step()
-                finally:
-                    ledger.phase = ""
+                norm = optimizer_step()
+                ledger.phase = ""
+                return norm
 
             trainer._run_step()  # allocates the moments
             with patch.object(trainer.optimizer, "step", optimizer_step_in_phase), ledger:
@@ -173,15 +169,13 @@ def step(
     return ledger, trainer
 
 
-def show(name: str, ledger: Ledger, least: dict[str, int], top: int) -> None:
+def show(name: str, ledger: Ledger, least: dict[str, int]) -> None:
+    """Prints a line for each group, the one that moves most first."""
     print(f"\n{name}: computed, not measured")
     print(f"{'':18}{'launches':>9}{'MB':>10}{'least MB':>10}")
     for group in sorted(ledger.bytes, key=lambda g: -ledger.bytes[g]):
         known = f"{least[group] / 1e6:10.1f}" if group in least else ""
         print(f"{group:18}{ledger.launches[group]:9}{ledger.bytes[group] / 1e6:10.1f}{known}")
-        if top:
-            most = ledger.operations[group].most_common(top)
-            print("    " + ", ".join(f"{n.split('::')[1]} {count}" for n, count in most))
     launches, moved = sum(ledger.launches.values()), sum(ledger.bytes.values())
     print(f"{'total':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
 
@@ -191,21 +185,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="iron")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
-    parser.add_argument(
-        "--top", type=int, default=0, help="number of operations to list per group [0]"
-    )
     args = parser.parse_args(argv)
-    modules = {"eager": eager, "builtin": builtin}
-    with contextlib.suppress(ImportError):
-        from irongpt_kernels import fused
+    from irongpt_kernels import fused
 
-        modules["fused"] = fused
     dtype = DTYPES[args.dtype]
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
-    for name, ops in modules.items():
+    for name, ops in {"eager": eager, "builtin": builtin, "fused": fused}.items():
         ledger, trainer = step(ops, dtype, args.preset, **recipe)
         least = group_bytes(trainer.model.config, trainer.config, dtype.itemsize)
-        show(f"{name}, {args.dtype}", ledger, least, args.top)
+        show(f"{name}, {args.dtype}", ledger, least)
     return 0
 
 

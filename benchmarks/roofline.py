@@ -7,7 +7,7 @@ Bytes and FLOPs are the least that an op needs (`irongpt_kernels.op_specs`); rat
 reaches on a large copy and a large matmul. All results here are computed, not measured.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from irongpt_kernels import op_specs
@@ -15,43 +15,55 @@ from irongpt_kernels.op_inputs import Shape
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from benchmarks.measure.rows import KernelRow
+from benchmarks.presets import model_of
+from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.device import dtype_name
 from irongpt.training import muon
 
 PeakRates = dict[str, Any]  # copy_bytes_per_s, and gemm_flops_per_s by the name of a dtype
-Row = dict[str, Any]
 
 # What others have measured on a T4: copies reach 72 to 82 % of 320 GB/s, and cuBLAS reaches 18 to
 # 24 TFLOP/s in float16 under the card's limit of 70 W.
 T4: PeakRates = dict(copy_bytes_per_s=250e9, gemm_flops_per_s=dict(float16=24e12, float32=7e12))
 
 
-def op_seconds(row: Row, dtype: str, rates: PeakRates) -> float:
-    """Lower bound of an op's time. row: has its least_bytes and least_flops."""
-    rate = rates["gemm_flops_per_s"].get(dtype)
-    by_flops = row["least_flops"] / rate if rate else 0.0
-    return float(max(row["least_bytes"] / rates["copy_bytes_per_s"], by_flops))
+class Rates(NamedTuple):
+    """What follows from the time of an op. share_of_gemm: None if its dtype has no peak rate.
 
-
-def derive(row: Row, rates: PeakRates) -> Row:
-    """The rates that a row's time gives, as shares of the device's peak rates too.
-
-    share_of_peak is the lower bound over the time. Empty if the row has no time or no cost.
+    share_of_peak: the lower bound of the time over the time.
     """
-    if row.get("seconds") is None or "least_bytes" not in row:
-        return {}
-    seconds, rate = row["seconds"], rates["gemm_flops_per_s"].get(row["dtype"])
-    bytes_per_s, flops_per_s = row["least_bytes"] / seconds, row["least_flops"] / seconds
-    least = op_seconds(row, row["dtype"], rates)
-    return {
-        "bytes_per_s": bytes_per_s,
-        "flops_per_s": flops_per_s,
-        "share_of_copy": bytes_per_s / rates["copy_bytes_per_s"],
-        "share_of_gemm": flops_per_s / rate if rate else None,
-        "lower_bound_seconds": least,
-        "share_of_peak": least / seconds,
-    }
+
+    bytes_per_s: float
+    flops_per_s: float
+    share_of_copy: float
+    share_of_gemm: float | None
+    lower_bound_seconds: float
+    share_of_peak: float
+
+
+def op_seconds(row: KernelRow, dtype: str, rates: PeakRates) -> float:
+    """Lower bound of an op's time."""
+    rate = rates["gemm_flops_per_s"].get(dtype)
+    by_flops = row.least_flops / rate if rate else 0.0
+    return float(max(row.least_bytes / rates["copy_bytes_per_s"], by_flops))
+
+
+def derive(row: KernelRow, rates: PeakRates) -> Rates | None:
+    """The rates of a row; None if it has no time."""
+    if not row.timed:
+        return None
+    rate = rates["gemm_flops_per_s"].get(row.dtype)
+    bytes_per_s, flops_per_s = row.least_bytes / row.seconds, row.least_flops / row.seconds
+    least = op_seconds(row, row.dtype, rates)
+    return Rates(
+        bytes_per_s=bytes_per_s,
+        flops_per_s=flops_per_s,
+        share_of_copy=bytes_per_s / rates["copy_bytes_per_s"],
+        share_of_gemm=flops_per_s / rate if rate else None,
+        lower_bound_seconds=least,
+        share_of_peak=least / row.seconds,
+    )
 
 
 def matmul_shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, int, int, int]]:
@@ -126,8 +138,8 @@ def step_lower_bound(
 
 def t4_step(preset: str = "iron") -> float:
     """Lower bound of a preset's step in float16 on a T4, in seconds."""
-    config = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
-    return step_lower_bound(config, TrainConfig(**PRESETS[preset].train), torch.float16, T4)
+    recipe = TrainConfig(**PRESETS[preset].train)
+    return step_lower_bound(model_of(preset), recipe, torch.float16, T4)
 
 
 def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:

@@ -14,16 +14,20 @@ import argparse
 import itertools
 import math
 import time
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import RunRow
+from benchmarks.presets import Setting
 from irongpt import device as devices
 from irongpt import ops, timing
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.cuda_graph import WARMUP
 from irongpt.data import corpus
+from irongpt.data.batches import Tokens
+from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import UserError
 from irongpt.model import GPT
@@ -34,66 +38,64 @@ LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds per training
 
 
 def train(
-    name: str,
-    setting: tuple[GPTConfig, TrainConfig, torch.Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    target: float | None,
-    limit: float,
-) -> dict[str, Any]:
-    """Trains until the last step, the target loss or the limit in seconds, and returns a row."""
-    config, recipe, ids = setting
-    module = ops.load(name, device, config)
+    row: RunRow, setting: Setting, dtype: torch.dtype, device: torch.device, limit: float
+) -> None:
+    """Trains until the last step, the row's target or the limit in seconds, and fills the row."""
+    recipe = setting.recipe
+    module = ops.load(row.ops, device, setting.model)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(GPT(config, module).to(device), ids, recipe, device, dtype)
-    recent: list[torch.Tensor] = []
-    curve: list[list[float]] = []  # step, seconds, mean training loss since the last entry
-    evaluated: list[list[float]] = []  # step, seconds, validation loss
+    model = GPT(setting.model, module).to(device)
+    trainer = Trainer(model, setting.tokens, recipe, device, dtype)
+    recent: list[torch.Tensor] = []  # losses since the last entry of the curve
     # Not timed: compilation, and on a GPU the capture of the step.
-    warm = min(recipe.iters, WARMUP + 2 if device.type == "cuda" else 1)
+    row.warm_steps = min(recipe.iters, WARMUP + 2 if device.type == "cuda" else 1)
     start = time.perf_counter()
-    for _ in range(warm):
+    for _ in range(row.warm_steps):
         recent.append(trainer.train_step())
     devices.synchronize(device)
-    warm_seconds = time.perf_counter() - start
-    seconds, evaluation, reached, finite = 0.0, 0.0, False, True
-    while trainer.step < recipe.iters and seconds + evaluation < limit and not reached and finite:
+    row.warm_seconds = time.perf_counter() - start
+    seconds = 0.0
+    while (
+        trainer.step < recipe.iters
+        and seconds + row.evaluation_seconds < limit
+        and row.finite
+        and not row.reached
+    ):
         start = time.perf_counter()
         until = min(recipe.iters, (trainer.step // recipe.log_every + 1) * recipe.log_every)
         while trainer.step < until:
             recent.append(trainer.train_step())
         losses = torch.stack(recent)[:, 0].tolist()
         seconds += time.perf_counter() - start
-        curve.append([trainer.step, seconds, sum(losses) / len(losses)])
-        recent, finite = [], math.isfinite(losses[-1])
+        row.curve.append([trainer.step, seconds, sum(losses) / len(losses)])
+        recent, row.finite = [], math.isfinite(losses[-1])
         if trainer.step % recipe.eval_every == 0 or trainer.step == recipe.iters:
             start = time.perf_counter()
             loss = trainer.evaluate()
-            evaluation += time.perf_counter() - start
+            row.evaluation_seconds += time.perf_counter() - start
             assert loss is not None
-            evaluated.append([trainer.step, seconds, loss])
-            reached = target is not None and loss <= target
-    tokens_per_s = (trainer.step - warm) * trainer.tokens_per_step() / seconds
-    return dict(
-        dtype=devices.dtype_name(dtype), steps=trainer.step, seconds=seconds, warm_steps=warm,
-        warm_seconds=warm_seconds, evaluation_seconds=evaluation, tokens_per_s=tokens_per_s,
-        target=target, reached=reached, finite=finite, curve=curve, evaluated=evaluated,
-    )  # fmt: skip
+            row.evaluated.append([trainer.step, seconds, loss])
+            row.bits_per_byte = trainer.tokens.bits_per_byte(loss)
+            row.reached = row.target is not None and loss <= row.target
+    row.steps, row.seconds, row.dtype = trainer.step, seconds, devices.dtype_name(dtype)
+    row.tokens_per_s = (trainer.step - row.warm_steps) * trainer.tokens_per_step() / seconds
 
 
-def line(run: dict[str, Any]) -> str:
-    if "skipped_reason" in run:
-        return f"{run['run']:22} -  {run['skipped_reason']}"
-    loss = f"training loss {run['curve'][-1][2]:.4f}" if run["curve"] else "no loss"
-    if run["evaluated"]:
-        loss += f", validation {run['evaluated'][-1][2]:.4f}"
-    text = f"{run['run']:22} {run['steps']} steps in {run['seconds']:.1f} s: {loss}"
-    if run["target"] is not None:
-        text += f"; {run['target']} {'reached' if run['reached'] else 'not reached'}"
-    return text + ("" if run["finite"] else "; STOPPED: the loss is not finite")
+def line(row: RunRow) -> str:
+    """A row for a terminal."""
+    if not row.timed:
+        return f"{row.run:22} -  {row.skipped_reason}"
+    text = f"{row.run:22} {row.steps} steps in {row.seconds:.1f} s: "
+    text += f"training loss {row.curve[-1][2]:.4f}" if row.curve else "no loss"
+    if row.validation_loss is not None:
+        text += f", validation {row.validation_loss:.4f} ({row.bits_per_byte:.3f} bits per byte)"
+    if row.target is not None:
+        text += f"; {row.target} {'reached' if row.reached else 'not reached'}"
+    return text + ("" if row.finite else "; STOPPED: the loss is not finite")
 
 
 def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainConfig:
+    """The preset's recipe with the steps and the seed of the command line."""
     recipe = dict(PRESETS[preset].train)
     if args.iters or args.section == "runs":
         recipe["iters"] = args.iters or 300
@@ -102,6 +104,18 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
     if seed is not None:
         recipe["seed"] = seed
     return TrainConfig(**recipe)
+
+
+def tokenize(text: Corpus, kind: str) -> tuple[int, Tokens]:
+    """The size of the vocabulary, and the tokens of the text."""
+    if kind == "char" and not text.files:  # needs no safetensors, which a GPU machine may not have
+        chars = CharTokenizer.from_text(text.text)
+        tokens = Tokens.of(chars.encode(text.text))
+        return chars.vocab_size, replace(tokens, val_bytes=corpus.utf8_size(text.val))
+    from irongpt.data import tokens as tokenized
+
+    tokenizer, tokens = tokenized.tokenize(text, kind)
+    return tokenizer.vocab_size, tokens
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="one training per seed [the preset's]")
     parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")
     parser.add_argument("--iters", type=int, help="steps [300; target: the preset's]")
-    parser.add_argument("--data", help="as in irongpt train [war-and-peace]")
-    parser.add_argument("--target-loss", type=float)
+    parser.add_argument("--data", help="as in irongpt train [the preset's]")
+    parser.add_argument("--target-loss", type=float, help="[1.38; nano: 1.80]")
     parser.add_argument("--limit", type=float, help="seconds for each training [600, CPU 100]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
@@ -122,29 +136,38 @@ def main(argv: list[str] | None = None) -> None:
     dtype = devices.precision(args.dtype, device).dtype
     gpu, to_target = device.type == "cuda", args.section == "target"
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])
+    if to_target and not args.target_loss and (without := set(presets) - TARGETS.keys()):
+        parser.error(f"--target-loss is needed for {', '.join(sorted(without))}")
     chosen = list(itertools.product(presets, args.seeds or [None]))
-    recipes = {pair: recipe_of(*pair, args) for pair in chosen}
-    text = corpus.load(args.data, say=print)
-    tokenizer = CharTokenizer.from_text(text.text)
-    ids = tokenizer.encode(text.text)
+    texts: dict[str | tuple[str, ...] | None, Corpus] = {}
+    prepared: dict[str, tuple[int, Tokens]] = {}  # by preset
+    for preset in presets:
+        source = args.data or PRESETS[preset].data or None
+        if source not in texts:
+            texts[source] = corpus.load(source, say=print)
+        prepared[preset] = tokenize(texts[source], recipe_of(preset, None, args).tokenizer)
     devices.make_deterministic()
     modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with result_file.Section(args.section, device, args) as section:
-        section.put(preset=", ".join(presets), text=text.name, text_sha256=text.sha256, rows=[])
+        section.put(
+            preset=", ".join(presets),
+            text=", ".join(text.name for text in texts.values()),
+            text_sha256=", ".join(text.sha256 for text in texts.values()),
+            rows=[],
+        )
         for (preset, seed), name in itertools.product(chosen, modules):
-            config = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
-            setting = config, recipes[preset, seed], ids
-            target = (args.target_loss or TARGETS[preset]) if to_target else None
+            vocab_size, tokens = prepared[preset]
+            model = GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
+            setting = Setting(model, recipe_of(preset, seed, args), tokens)
             words = [preset, name, *([] if seed is None else [f"seed {seed}"])]
-            run: dict[str, Any] = {"run": ", ".join(words), "preset": preset, "ops": name}
+            row = RunRow(run=", ".join(words), preset=preset, ops=name)
+            row.target = (args.target_loss or TARGETS[preset]) if to_target else None
             try:
-                run |= train(name, setting, dtype, device, target, args.limit or LIMIT[device.type])
-            except UserError as e:
-                run["skipped_reason"] = str(e)
+                train(row, setting, dtype, device, args.limit or LIMIT[device.type])
             except Exception as e:  # the other trainings continue
-                run["skipped_reason"] = timing.reason(e)
-            print(line(run), flush=True)
-            section.put(rows=[*section.values["rows"], run])
+                row.skipped_reason = str(e) if isinstance(e, UserError) else timing.reason(e)
+            print(line(row), flush=True)
+            section.put(rows=[*section.values["rows"], row])
     print(f"written to {section.path}")
 
 

@@ -21,12 +21,12 @@ import json
 import os
 import pickle
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ import torch
 from irongpt_kernels import builtin
 
 from benchmarks.measure import environment, result_file
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
+from benchmarks.measure.rows import NanoRow
+from benchmarks.presets import model_of
+from irongpt import timing
 from irongpt.data import corpus
 from irongpt.data.batches import split
 from irongpt.data.tokenizer import CharTokenizer
@@ -75,13 +77,14 @@ def main(argv: list[str] | None = None) -> None:
         ):
             row = measure()
             section.put(rows=[*section.values["rows"], row])
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row.to_json()), flush=True)
         section.put(iron_step=iron_step(checkout))
         print(json.dumps(section.values["iron_step"]))
     print(f"written to {section.path}")
 
 
-def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
+def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:
+    """A training by nanoGPT's train.py in a folder with links to its files."""
     data = scratch / "data" / "wp"
     data.mkdir(parents=True)
     tokenizer = CharTokenizer.from_text(text)
@@ -91,35 +94,28 @@ def nanogpt(scratch: Path, checkout: Path, text: str) -> dict[str, Any]:
         pickle.dump({"vocab_size": tokenizer.vocab_size}, f)
     for name in ("train.py", "model.py", "configurator.py", "config"):
         (scratch / name).symlink_to(checkout / name)
-    out, seconds, memory = run([sys.executable, "train.py", *RECIPE], scratch)
+    out, row = run("nanoGPT", [sys.executable, "train.py", *RECIPE], scratch)
     losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", out)
-    return {
-        "name": "nanoGPT",
-        "seconds": seconds,
-        "validation_loss": float(losses[-1][1]),
-        "peak_rss_mb": memory,
-        "curve": [[int(step), float(loss)] for step, loss in losses],
-    }
+    row.curve = [[int(step), float(loss)] for step, loss in losses]
+    row.validation_loss = row.curve[-1][1]
+    return row
 
 
-def irongpt(name: str, scratch: Path, *flags: str) -> dict[str, Any]:
+def irongpt(name: str, scratch: Path, *flags: str) -> NanoRow:
+    """A training by `irongpt train` with the nano preset."""
     folder = scratch / name.replace(" ", "-")
     command = [sys.executable, "-m", "irongpt", "train", "--preset", "nano", "--data"]
-    _, seconds, memory = run([*command, "war-and-peace", "--out", str(folder), *flags], Path())
+    _, row = run(name, [*command, "war-and-peace", "--out", str(folder), *flags], Path())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [r for r in records if r["val_loss"] is not None]
-    return {
-        "name": name,
-        "seconds": seconds,
-        "validation_loss": evaluated[-1]["val_loss"],
-        "peak_rss_mb": memory,
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
-        "curve": [[r["step"], r["val_loss"], round(r["seconds"], 1)] for r in evaluated],
-    }
+    row.curve = [[r["step"], r["val_loss"], round(r["seconds"], 1)] for r in evaluated]
+    row.validation_loss = evaluated[-1]["val_loss"]
+    row.tokens_per_s = statistics.median(r["tokens_per_s"] for r in records)
+    return row
 
 
-def run(command: list[str], folder: Path) -> tuple[str, float, float]:
-    """Runs a process. Returns its stdout, seconds of wall time and peak memory in MB."""
+def run(name: str, command: list[str], folder: Path) -> tuple[str, NanoRow]:
+    """Runs a process. Returns its stdout, and a row with its wall time and peak memory."""
     start = time.perf_counter()
     child = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -128,11 +124,8 @@ def run(command: list[str], folder: Path) -> tuple[str, float, float]:
     seconds = round(time.perf_counter() - start, 1)
     if status != 0:
         sys.exit(f"{' '.join(command)} failed:\n{out}")
-    return out, seconds, round(peak_mb(usage), 1)
-
-
-def peak_mb(usage: resource.struct_rusage) -> float:
-    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    megabytes = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return out, NanoRow(name=name, seconds=seconds, peak_rss_mb=round(megabytes, 1))
 
 
 def iron_step(checkout: Path) -> dict[str, Any]:
@@ -140,30 +133,31 @@ def iron_step(checkout: Path) -> dict[str, Any]:
     sys.path.insert(0, str(checkout))
     import model as nanogpt_model  # type: ignore[import-not-found]
 
-    shape = PRESETS["iron"].model
-    V = WAR_AND_PEACE_VOCAB
-    ours = GPT(GPTConfig(vocab_size=V, **shape), builtin)
-    same = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "dropout")}
-    config = dict(vocab_size=V, block_size=shape["context"], bias=False, **same)
-    theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(**config))
-    x = torch.randint(V, (IRON_BATCH, shape["context"]))
-    steps = {
-        "irongpt": (ours, lambda: ours.loss(x, x, seed=1)),
-        "nanogpt": (theirs, lambda: theirs(x, x)[1]),
-    }
-    optimizer = {
-        name: torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-        for name, (model, _) in steps.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(12):
-        for name, (_, loss) in steps.items():
-            start = time.perf_counter()
-            optimizer[name].zero_grad()
+    config = model_of("iron")
+    ours = GPT(config, builtin)
+    names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    same = {name: getattr(config, name) for name in names}
+    theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(block_size=config.context, **same))
+    x = torch.randint(config.vocab_size, (IRON_BATCH, config.context))
+
+    def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> timing.Call:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+        def call(i: int) -> None:
+            optimizer.zero_grad()
             loss().backward()
-            optimizer[name].step()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+            optimizer.step()
+
+        return call
+
+    calls = {
+        "irongpt": step(ours, lambda: ours.loss(x, x, seed=1)),
+        "nanogpt": step(theirs, lambda: theirs(x, x)[1]),
+    }
+    medians = {}
+    for name, t in timing.measure(calls, 1, torch.device("cpu"), rounds=10).items():
+        assert isinstance(t, timing.Timing), t
+        medians[name] = t.median
     return {
         "batch": IRON_BATCH,
         **{f"{name}_ms": round(1e3 * s, 1) for name, s in medians.items()},

@@ -1,4 +1,4 @@
-"""What a measurement was made on: the machine, the card's state, and what the device can do."""
+"""The machine of a measurement: hardware, software, the state of the GPU, and peak rates."""
 
 import os
 import platform
@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +19,8 @@ from irongpt import __version__, gpu_state, timing
 from irongpt.device import dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = 1 << 30  # bytes of the copy that measures a GPU's bandwidth
-PERIOD = 2.0  # seconds between two looks at the card
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes of a copy, more than any cache holds
+PERIOD = 2.0  # seconds between two queries of the GPU's state
 
 State = dict[str, Any]
 PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn")
@@ -48,7 +47,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         facts |= {
             "capability": f"{p.major}.{p.minor}",
             "emulated": emulate.on(),
-            "tiles": launch_table.digest(device),  # empty: as shipped
+            "tiles": launch_table.digest(device),  # empty: the default
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,
             "l2_bytes": p.L2_cache_size,
@@ -76,7 +75,7 @@ def installed(package: str) -> str | None:
 
 
 def git_commit(checkout: Path = ROOT) -> str:
-    """Of a checkout, with -dirty where tracked files have changed; unknown without git."""
+    """The commit of a checkout, with -dirty if tracked files have changed; unknown without git."""
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -103,12 +102,11 @@ def state(device: torch.device) -> State | None:
 
 
 class Watch:
-    """The card's state before, during and after a measurement, as `report`."""
+    """The GPU's state before, during and after a measurement."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seen: list[State] = []
-        self.report: dict[str, Any] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
@@ -123,56 +121,52 @@ class Watch:
         self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.set()
-        if e is None:  # else time is short, and the last look has to do
-            if self.before is not None:
-                self.thread.join()
-            self.seen += [now] if (now := state(self.device)) is not None else []
-        self.update()
+        if e is None and self.before is not None:  # after an error the time may be short
+            self.thread.join()
+            self._query()
 
-    def update(self) -> dict[str, Any]:
-        """The report up to now; `after` is what was seen last."""
+    def report(self) -> dict[str, Any]:
+        """The states up to now; `after` is the last one."""
         seconds = round(time.perf_counter() - self.began, 1)
         seen = list(self.seen)
         after = seen[-1] if seen else self.before
-        self.report = {"seconds": seconds, "before": self.before, "after": after}
+        found: dict[str, Any] = {"seconds": seconds, "before": self.before, "after": after}
         for key in ("sm_mhz", "watt", "celsius"):
-            values = [s[key] for s in seen if s[key] is not None]
-            if values:
-                self.report[f"{key}_from_to"] = [min(values), max(values)]
-        reasons = [r for s in seen for r in s["throttled_by"] or []]
-        known = any(s["throttled_by"] is not None for s in seen)
-        self.report["throttled_by"] = sorted(set(reasons)) if known else None
-        return self.report
+            if values := [s[key] for s in seen if s[key] is not None]:
+                found[f"{key}_from_to"] = [min(values), max(values)]
+        known = [s["throttled_by"] for s in seen if s["throttled_by"] is not None]
+        found["throttled_by"] = sorted(set().union(*known)) if known else None
+        return found
+
+    def _query(self) -> None:
+        if (now := state(self.device)) is not None:
+            self.seen.append(now)
 
     def _look(self) -> None:
         while not self.stop.wait(PERIOD):
-            now = state(self.device)
-            if now is not None:
-                self.seen.append(now)
+            self._query()
 
 
 def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """Measures the peak rates of this device: bytes/s of a copy, FLOP/s of a large matmul."""
-    gpu = device.type == "cuda"
-    n = COPIED if gpu else 1 << 28  # beyond any cache
+    """Measures bytes/s of a copy and FLOP/s of a large matmul on this device."""
+    gpu, n = device.type == "cuda", COPIED[device.type]
     x = torch.ones(n, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    found: dict[str, Any] = {"copy_bytes_per_s": 2 * n / _seconds(lambda i: y.copy_(x), device)}
+    found: dict[str, Any] = {
+        "copy_bytes_per_s": 2 * n / median_seconds(lambda i: y.copy_(x), device)
+    }
     rates = {}
     for dtype in dtypes:
         size = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 512
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[dtype_name(dtype)] = 2 * size**3 / _seconds(partial(_product, a, b), device)
+        seconds = median_seconds(lambda i, a=a, b=b: a @ b, device)  # type: ignore[misc]
+        rates[dtype_name(dtype)] = 2 * size**3 / seconds
     return found | {"gemm_flops_per_s": rates}
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, i: int) -> torch.Tensor:
-    return a @ b
-
-
-def _seconds(call: timing.Call, device: torch.device) -> float:
-    """Median of a call."""
+def median_seconds(call: timing.Call, device: torch.device, rounds: int = 10) -> float:
+    """The time of a call, timed alone."""
     with timing.stream(device):
-        found = timing.measure({"": call}, 1, device, rounds=10)[""]
+        found = timing.measure({"": call}, 1, device, rounds)[""]
     assert isinstance(found, timing.Timing), found
     return found.median

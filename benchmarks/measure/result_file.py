@@ -1,8 +1,8 @@
 """Result files: benchmarks/results/<device>/<date>-<commit>.json, a section for each benchmark.
 
-A section holds its environment, so that a file can be filled by several commands, one after the
-other. Each write replaces the file atomically. A repeated measurement goes to another file, -2, -3
-and so on, unless --result names one.
+Several commands can fill a file, because each section has its own environment. Each write replaces
+the file atomically. A repeated measurement goes to another file, -2, -3 and so on, unless --result
+names one.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from irongpt_kernels.runtime import emulate
 
 from benchmarks.measure import environment
+from benchmarks.measure.rows import KINDS, Row
 from irongpt.files import finite, replace_file
 
 FORMAT = 2
@@ -31,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
     parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
-    parser.add_argument("--commit", help="of this source, where git is not there to tell")
+    parser.add_argument("--commit", help="of this source, if git is not installed")
 
 
 def slug(text: str) -> str:
@@ -39,7 +40,7 @@ def slug(text: str) -> str:
 
 
 def path(out: Path, device: torch.device, commit: str | None, kind: str = "") -> Path:
-    """kind: of measurement, where it is not the usual one."""
+    """kind: a part of the name for other kinds of measurements."""
     commit = commit or environment.git_commit()
     how = ""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -53,14 +54,23 @@ def path(out: Path, device: torch.device, commit: str | None, kind: str = "") ->
 def fresh(file: Path, *sections: str) -> Path:
     """The file, or the first one after it that holds none of the sections yet."""
     found, n = file, 1
-    while found.exists() and not load(found).keys().isdisjoint(sections):
+    while found.exists() and not _read(found).keys().isdisjoint(sections):
         n += 1
         found = file.with_stem(f"{file.stem}-{n}")
     return found
 
 
 def load(file: Path) -> Values:
-    """A result file. Raises ValueError for anything else."""
+    """A result file, its rows as objects. Raises ValueError for anything else."""
+    values = _read(file)
+    for name, kind in KINDS.items():
+        section = values.get(name, {})
+        if "rows" in section:
+            section["rows"] = [kind.from_json(row) for row in section["rows"]]
+    return values
+
+
+def _read(file: Path) -> Values:
     values = json.loads(file.read_bytes())
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{file} is not a result file of format {FORMAT}: measure it again")
@@ -69,20 +79,23 @@ def load(file: Path) -> Values:
 
 def save(file: Path, section: str, values: Values) -> None:
     """Puts a section into a file that may hold others."""
-    known = load(file) if file.exists() else {"format": FORMAT}
+    known = _read(file) if file.exists() else {"format": FORMAT}
+    if "rows" in values:
+        rows = [r.to_json() if isinstance(r, Row) else r for r in values["rows"]]
+        values = values | {"rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, encode(known | {section: values}))
 
 
 def encode(values: Values) -> bytes:
-    """JSON to be read and compared by line: lists of numbers are one line each."""
+    """JSON with a list of numbers on one line, so that it can be read and compared by line."""
     text = json.dumps(finite(values, digits=6), indent=1, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda m: "[" + " ".join(m[0][1:-1].split()) + "]", text)
     return (text + "\n").encode()
 
 
 class Section:
-    """A section that is being measured: saved at each `put`, with the card's state at the end."""
+    """A section that is being measured: each `put` saves it, with the state of the GPU."""
 
     def __init__(self, name: str, device: torch.device, args: argparse.Namespace) -> None:
         self.name, self.device = name, device
@@ -96,7 +109,7 @@ class Section:
 
     def put(self, **values: Any) -> None:
         self.values |= values
-        self.values["state"] = self.watch.update()
+        self.values["state"] = self.watch.report()
         save(self.path, self.name, self.values)
 
     def __exit__(
@@ -109,16 +122,5 @@ class Section:
 
 
 def loss(value: float | None) -> str:
-    """Four digits; a loss that is no number is null in a file."""
+    """Four digits. A file has null for a loss that is not finite."""
     return "nan" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def spread(iqr: float | None, unit: float) -> str:
-    """An interquartile distance to be shown; ? where there were too few samples."""
-    return "?" if iqr is None or math.isnan(iqr) else f"{iqr * unit:,.2f}"
-
-
-def short(text: str) -> str:
-    """For a cell of a table: a line, whose end is dots if it is long, without a bar."""
-    text = " ".join(text.split())
-    return (text if len(text) <= 90 else f"{text[:86]} ...").replace("|", "/")

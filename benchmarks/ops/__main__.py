@@ -16,13 +16,14 @@ needs, not what a provider moved.
 import argparse
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
+from benchmarks.measure.rows import Accuracy, KernelRow, short
 from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import AccuracyCheck, passes, tensors_of
 from benchmarks.ops.cases import MODEL_SHAPES, Case, Inputs
@@ -32,125 +33,126 @@ from irongpt import timing
 from irongpt.timing import Work, free, reason
 
 ROUNDS = {"cuda": 20, "cpu": 9}
-LARGE = 1 << 28  # elements of all T x T matrices, from which on one copy of the inputs will do:
-# who has the matrices in memory moves many times the L2, for who has not, arithmetic decides
+# Elements of all T x T matrices from which on there is one copy of the inputs: a provider with the
+# matrices in memory moves many times the L2, and the time of the others is arithmetic.
+LARGE = 1 << 28
+# Providers that need little memory come first, so that those that need most do not fit.
 LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")
-Row = dict[str, Any]
-
-
-class Measured(NamedTuple):
-    """peak: bytes of memory. cold: whether a call finds its inputs out of the L2 cache."""
-
-    timing: timing.Timing
-    peak: int | None
-    cold: bool | None
 
 
 def measure_case(
-    case: Case, device: torch.device, names: tuple[str, ...] = NAMES, rounds: int | None = None
-) -> list[Row]:
-    """A row for every provider and mode; one that has no time says why."""
+    case: Case,
+    device: torch.device,
+    names: tuple[str, ...] = NAMES,
+    rounds: int | None = None,
+    quick: bool = False,
+) -> list[KernelRow]:
+    """A row for every provider and mode, with a time or the reason why it has none."""
     try:
         with timing.stream(device):
-            rows = _measure(case, device, names, rounds or ROUNDS[device.type])
+            rows = _measure(case, device, names, rounds or ROUNDS[device.type], quick)
     except Exception as e:  # the next case goes on
         here = [name for name in names if computes(name, case.op)]
-        rows = [row(case, case.modes[-1], None, name, reason(e), None) for name in here]
+        rows = [row(case, case.modes[-1], name, skipped_reason=reason(e)) for name in here]
     free(device)
     return rows
 
 
-def compiled_here(case: Case, device: torch.device) -> bool:
-    """Compiling takes longer than all else, so it is done where it tells most: at the model's own
-    shape, and of the sweeps for attention and GELU. On a CPU, at the own shape and for GELU."""
-    swept = case.op.startswith("causal_attention") and device.type == "cuda"
-    return case.sweep in MODEL_SHAPES or case.op == "gelu" or swept
+def not_compiled(case: Case, device: torch.device, quick: bool = False) -> str | None:
+    """Why torch.compile is left out. It takes longer than all else, so it is there at the model's
+    shape, and in the sweeps of GELU and, on a GPU, of attention; with `quick` only in 16 bits."""
+    gpu = device.type == "cuda"
+    if quick and gpu and case.dtype == torch.float32:
+        return "not compiled in float32: --quick"
+    swept = case.op == "gelu" or (gpu and case.op.startswith("causal_attention"))
+    if case.sweep in MODEL_SHAPES or swept:
+        return None
+    return "not compiled in this sweep: it would take longer than all else"
 
 
-def _measure(case: Case, device: torch.device, names: tuple[str, ...], rounds: int) -> list[Row]:
+def _measure(
+    case: Case, device: torch.device, names: tuple[str, ...], rounds: int, quick: bool
+) -> list[KernelRow]:
     accuracy = AccuracyCheck(case, device)
-    accuracies: dict[str, dict[str, Any]] = {}
+    accuracies: dict[str, Accuracy] = {}
     refused: dict[str, str] = {}
     here: dict[str, Provider] = {}
-    if not compiled_here(case, device) and "compile" in names and computes("compile", case.op):
+    if (why := not_compiled(case, device, quick)) and computes("compile", case.op):
+        refused |= {name: why for name in names if name == "compile"}
         names = tuple(name for name in names if name != "compile")
-        refused["compile"] = "not compiled in this sweep: it would take longer than all else"
     for name, provider in providers(case, device, names).items():
         try:
-            accuracies[name] = accuracy(name, provider.own_masks)
-        except Exception as e:  # a backend that does not take this case
+            accuracies[name] = found = accuracy(name, provider.own_masks)
+        except Exception as e:  # a backend that does not support this case
             refused[name] = reason(e)
             continue
-        if passes(name, accuracies[name]):
+        if passes(name, found):
             here[name] = provider
         else:
-            refused[name] = (
-                f"wrong: {accuracies[name]['share']:.2g} x the error that the tolerance allows"
-            )
+            refused[name] = f"wrong: {found.share:.2g} x the error that the tolerance allows"
     del accuracy
     free(device)
     rows = []
-    times: dict[str, Measured | str]
     for mode in case.modes:
         try:
             times = _times(case, device, here, mode, rounds)
-        except torch.cuda.OutOfMemoryError as e:
-            times = dict.fromkeys(here, f"{reason(e)}, by the inputs alone")
-        for name, found in times.items():
-            if isinstance(found, str):  # no other mode is tried
-                refused[name] = found
+        except Exception as e:  # no provider runs, or not even the inputs fit in memory
+            times = dict.fromkeys(here, reason(e))
+        for name, t in times.items():
+            if isinstance(t, str):  # no other mode is tried
+                refused[name] = t
                 del here[name]
             else:
-                rows.append(row(case, mode, here[name], name, found, accuracies[name]))
+                backend = here[name].backend
+                rows.append(row(case, mode, name, accuracies[name], backend=backend, **t))
     for name, why in refused.items():
-        rows.append(row(case, case.modes[-1], None, name, why, accuracies.get(name)))
+        rows.append(row(case, case.modes[-1], name, accuracies.get(name), skipped_reason=why))
     return rows
 
 
 def _times(
     case: Case, device: torch.device, here: dict[str, Provider], mode: str, rounds: int
-) -> dict[str, Measured | str]:
+) -> dict[str, dict[str, Any] | str]:
+    """By provider: the fields of its row, or why it has no time."""
     inputs = [case.inputs(device)]
-    cost = case.cost(mode)
-    used = sum(x.nbytes for x in inputs[0].values())
-    used = min(used, cost[0])  # an embedding reads a few rows of many
+    least_bytes, _ = case.cost(mode)
+    # An embedding reads a few rows of many.
+    used = min(sum(x.nbytes for x in inputs[0].values()), least_bytes)
     sets = timing.copies(used, device)
     if case.shape.B * case.shape.H * case.shape.T**2 > LARGE:
         sets = 1
     inputs += [case.inputs(device, seed) for seed in range(1, sets)]
-    # Those that need little memory first: what does not fit is what needs most.
     names = sorted(here, key=lambda n: LEAN.index(n) if n in LEAN else len(LEAN))
     upstream: list[list[Tensor]] = []
     if mode in ("backward", "total"):
-        outputs, refused = _outputs(here, names, inputs[0])
-        if outputs is None:
-            return {name: refused[name] for name in here}
+        outputs = _outputs([here[name] for name in names], inputs[0])
         upstream = [workloads.upstream(outputs) for _ in inputs]
         del outputs
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
-    moved = used if sets > 1 else cost[0]
-    cold = timing.cold(sets * moved, device)
-    found: dict[str, Measured | str] = {}
-    for name, t in timings.items():
-        peak = None if isinstance(t, str) else timing.peak_bytes(works[name], device)
-        found[name] = t if isinstance(t, str) else Measured(t, peak, cold)
-    return {name: found[name] for name in here}
+    cold = timing.cold(sets * used if sets > 1 else least_bytes, device)
+    found: dict[str, dict[str, Any] | str] = {}
+    for name in here:
+        t = timings[name]
+        found[name] = t if isinstance(t, str) else dict(
+            seconds=t.median, iqr=t.iqr, sample_seconds=t.samples, graph=t.graph,
+            no_graph_reason=t.no_graph_reason, group=t.group, host_seconds=t.host,
+            peak_bytes=timing.peak_bytes(works[name], device), cold=cold,
+        )  # fmt: skip
+    return found
 
 
-def _outputs(
-    here: dict[str, Provider], names: list[str], inputs: Inputs
-) -> tuple[tuple[Tensor, ...] | None, dict[str, str]]:
-    """Of the first provider that runs; where none does, why. A check without dropout lets pass who
-    refuses with it."""
-    refused = {}
-    for name in names:
+def _outputs(runners: list[Provider], inputs: Inputs) -> tuple[Tensor, ...]:
+    """Those of the first provider that runs. One that passed the check without dropout may refuse
+    to run with it. Raises the last error if none runs."""
+    error: Exception = RuntimeError("no provider is left")
+    for provider in runners:
         try:
-            with here[name].around():
-                return tuple(x.detach() for x in tensors_of(here[name].function(inputs))), {}
+            with provider.around():
+                return tuple(x.detach() for x in tensors_of(provider.function(inputs)))
         except Exception as e:
-            refused[name] = reason(e)
-    return None, refused
+            error = e
+    raise error
 
 
 def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[list[Tensor]]) -> Work:
@@ -175,94 +177,63 @@ def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[lis
 
 
 def row(
-    case: Case,
-    mode: str,
-    provider: Provider | None,
-    name: str,
-    found: Measured | str,
-    accuracy: dict[str, Any] | None,
-) -> Row:
-    """All that is known of a provider, as the results hold it. Times are in seconds."""
-    values: Row = {
-        "op": case.op,
-        "sweep": case.sweep,
-        "shape": vars(case.shape),
-        "size": case.size,
-        "dtype": devices.dtype_name(case.dtype),
-        "dropout": case.p if case.op in workloads.DROPS else 0.0,
-        "mode": mode,
-        "provider": name,
-        "backend": provider.backend if provider else None,
-        "accuracy": accuracy,
-    }
-    cost = case.cost(mode)
-    values |= {"least_bytes": cost[0], "least_flops": cost[1]}
-    if isinstance(found, str):
-        return values | {"skipped_reason": found}
-    t = found.timing
-    return values | {
-        "seconds": t.median,
-        "iqr": t.iqr,
-        "sample_seconds": t.samples,
-        "graph": t.graph,
-        "no_graph_reason": t.no_graph_reason,
-        "group": t.group,
-        "host_seconds": t.host,
-        "peak_bytes": found.peak,
-        "cold": found.cold,
-    }
+    case: Case, mode: str, provider: str, accuracy: Accuracy | None = None, **values: Any
+) -> KernelRow:
+    """values: further fields of the row."""
+    least_bytes, least_flops = case.cost(mode)
+    return KernelRow(
+        op=case.op, sweep=case.sweep, shape=vars(case.shape), size=case.size,
+        dtype=devices.dtype_name(case.dtype), dropout=case.p if case.spec.dropout else 0.0,
+        mode=mode, provider=provider, accuracy=accuracy, least_bytes=least_bytes,
+        least_flops=least_flops, **values,
+    )  # fmt: skip
 
 
-def line(r: Row, peak_rates: dict[str, Any]) -> str:
+def line(r: KernelRow, peak_rates: dict[str, Any]) -> str:
     """A row for a terminal."""
-    head = f"{r['op']:24} {r['size']:24} {r['dtype']:8} {r['mode']:8} {r['provider']:10}"
-    if "seconds" not in r:
-        return f"{head} -  {result_file.short(r['skipped_reason'])}"
-    derived = roofline.derive(r, peak_rates)
-    share = f"{derived['share_of_peak']:6.1%} of the peak rate" if derived else ""
-    if not r["accuracy"]["ok"]:
-        share += f"  EXCEEDS THE TOLERANCE: {r['accuracy']['share']:.1f} x"
-    spread = result_file.spread(r["iqr"], 1e6)
-    plain = ""
-    if r["no_graph_reason"]:
-        plain = f"  NO GRAPH, Python's time: {result_file.short(r['no_graph_reason'])}"
-    return f"{head} {r['seconds'] * 1e6:10.1f} us +- {spread:>6}  {share}{plain}"
+    rates = roofline.derive(r, peak_rates)
+    notes = [f"{rates.share_of_peak:6.1%} of the peak rate"] if rates else []
+    if r.accuracy and r.exceeds_tolerance:
+        notes.append(f"EXCEEDS THE TOLERANCE: {r.accuracy.share:.1f} x")
+    if r.no_graph_reason:
+        notes.append(f"NO GRAPH, Python's time: {short(r.no_graph_reason)}")
+    return r.line(*notes)
 
 
 def halves(device: torch.device) -> list[torch.dtype]:
-    """The 16-bit types of a card, the one that it trains in first; a CPU's float32."""
-    own = devices.precision("auto", device).dtype
-    return [own, torch.float16] if own == torch.bfloat16 else [own]
+    """The 16-bit dtypes of a GPU, the one that it trains in first; a CPU's float32."""
+    first = devices.precision("auto", device).dtype
+    return [first, torch.float16] if first == torch.bfloat16 else [first]
 
 
 def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
-    """The model's own shape in 16 bits and in float32, then the sweeps in 16 bits.
+    """The model's shape in 16 bits and in float32, then the sweeps in 16 bits.
 
-    quick: as iron trains on this card, in its own 16-bit type and with dropout, and no more.
+    quick: only the 16-bit dtype that this GPU trains in, and only with iron's dropout.
     """
-    gpu, own = device.type == "cuda", halves(device)
-    types = list(dict.fromkeys([*own[: 1 if quick else None], torch.float32]))
-    cases = workloads.own_cases(gpu, types, dropout_off=not quick)
-    return cases + list(workloads.sweep_cases(gpu, own[: 1 if quick else None], swept))
+    gpu, in_16_bits = device.type == "cuda", halves(device)[: 1 if quick else None]
+    dtypes = list(dict.fromkeys([*in_16_bits, torch.float32]))
+    cases = workloads.model_cases(gpu, dtypes, dropout_off=not quick)
+    return cases + list(workloads.sweep_cases(gpu, in_16_bits, swept))
 
 
 @contextlib.contextmanager
 def begun(
-    section: result_file.Section, names: tuple[str, ...], types: list[torch.dtype]
+    section: result_file.Section, names: tuple[str, ...], dtypes: list[torch.dtype]
 ) -> Iterator[None]:
     """The section that rows are added to. Peak rates are measured before and after the rows,
     because a hot GPU is slower."""
     device = section.device
     with section:
         section.put(missing=missing(device, names), rows=[])
-        section.put(peak_rates=environment.peak_rates(device, types))
+        section.put(peak_rates=environment.peak_rates(device, dtypes))
         yield
         if device.type == "cuda":
-            section.put(peak_rates_after=environment.peak_rates(device, types))
+            section.put(peak_rates_after=environment.peak_rates(device, dtypes))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="every op by every provider")
+    parser = argparse.ArgumentParser(description="time every op with every provider")
     parser.add_argument(
         "--sweeps", nargs="*", choices=workloads.SWEEPS, metavar="NAME", help="these, or all"
     )
@@ -272,26 +243,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one 16-bit type and float32, iron's dropout, compiled in the former only",
+        help="one 16-bit dtype and float32, iron's dropout, torch.compile only in 16 bits",
     )
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = devices.pick(args.device)
     swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
     cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
-    types = list(dict.fromkeys([case.dtype for case in cases]))
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    names = tuple(args.providers)
     section = result_file.Section("kernels", device, args)
-    with begun(section, tuple(args.providers), types):
+    with begun(section, names, dtypes):
         for name, why in section.values["missing"].items():
             print(f"no {name}: {why}")
         for case in cases:
-            names = tuple(args.providers)
-            if args.quick and case.dtype != types[0]:
-                names = tuple(name for name in names if name != "compile")
-            rows = measure_case(case, device, names, args.rounds)
-            if len(names) < len(args.providers) and computes("compile", case.op):
-                why = f"not compiled in {devices.dtype_name(case.dtype)}: --quick"
-                rows.append(row(case, case.modes[-1], None, "compile", why, None))
+            rows = measure_case(case, device, names, args.rounds, args.quick)
             for r in rows:
                 print(line(r, section.values["peak_rates"]), flush=True)
             section.put(rows=section.values["rows"] + rows)

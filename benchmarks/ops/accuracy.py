@@ -13,6 +13,7 @@ import torch
 from irongpt_kernels import eager, tolerance
 from torch import Tensor
 
+from benchmarks.measure.rows import Accuracy
 from benchmarks.ops import cases
 from benchmarks.ops.cases import Case, Inputs
 from benchmarks.ops.providers import Outputs, by, providers
@@ -20,9 +21,9 @@ from benchmarks.ops.providers import Outputs, by, providers
 BASELINES = 16.0  # times the tolerance
 
 
-def passes(name: str, found: dict[str, Any]) -> bool:
-    """Whether a provider with this result of AccuracyCheck is timed."""
-    return bool(found["ok"] or (name != "fused" and found["share"] <= BASELINES))
+def passes(name: str, found: Accuracy) -> bool:
+    """Whether a provider with this accuracy is timed."""
+    return found.ok or (name != "fused" and found.share <= BASELINES)
 
 
 class AccuracyCheck:
@@ -32,8 +33,8 @@ class AccuracyCheck:
         self.case, self.device = case.small(), device
         self.known: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def __call__(self, name: str, own_masks: bool) -> dict[str, Any]:
-        """`share` is of what the rule allows, the largest one. Raises what the provider raises."""
+    def __call__(self, name: str, own_masks: bool) -> Accuracy:
+        """own_masks: check it without dropout. Raises what the provider raises."""
         case = replace(self.case, p=0.0) if own_masks else self.case
         baseline, oracle = self._wanted(case)
         provider = providers(case, self.device, (name,))[name]
@@ -48,7 +49,7 @@ class AccuracyCheck:
                 ok &= e.ok
                 part = e.candidate / e.bound if e.bound else float(not e.ok)
                 share = max(share, math.inf if math.isnan(part) else part)
-        return {"ok": ok, "share": share, "size": case.size, "dropout": case.p}
+        return Accuracy(ok, share, case.size, case.p)
 
     def _wanted(self, case: Case) -> tuple[list[Tensor], list[Tensor]]:
         if case.p not in self.known:

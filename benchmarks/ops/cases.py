@@ -19,9 +19,10 @@ from irongpt.device import dtype_name
 from irongpt.training import muon
 
 MODES = ("forward", "backward", "total")
-TOTAL = ("total", "call")  # the modes that time all of an op
+TOTAL = ("total", "call")  # the modes of a complete op
 OPS = tuple(SPECS)
 DROPS = tuple(op for op, spec in SPECS.items() if spec.dropout)
+AS_EAGER = ("embed_tokens", "linear_add", "sample_tokens")  # ops that builtin takes from eager
 FLOAT32 = tuple(op for op, spec in SPECS.items() if spec.float32_only())
 
 IRON = Shape()
@@ -35,7 +36,7 @@ Inputs = dict[str, Tensor]
 
 
 def modes(op: str) -> tuple[str, ...]:
-    """What is timed of an op; the last one is all of it."""
+    """The modes in which an op is timed; the last one is the total."""
     return MODES if SPECS[op].differentiable else ("call",)
 
 
@@ -110,7 +111,7 @@ def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-def own_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
+def model_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
     """Every op at the model's shape, with the dropout of `iron` and, if asked, without, as `fast`.
 
     Ops whose tensors are float32 in any training come once.

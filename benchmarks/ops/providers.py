@@ -1,19 +1,18 @@
-"""Who computes an op: ours, PyTorch's, and what else is installed.
+"""The implementations of an op that are timed: ours, PyTorch's, and those of other packages.
 
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
                      masks by integer arithmetic, too slow to train with: see naive
-    naive            attention as it is written without a fused function, by F.dropout; of the ops
-                     of one token, what one would write: see `inplace_ops`
+    naive            attention and the one-token ops as plain PyTorch, without a fused function
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
-    compile          torch.compile of what one would write: naive where there is one, builtin
-                     else; the optimizers are not compiled, PyTorch's are fused as they are
+    compile          torch.compile of naive, or of builtin if the op has no naive version; not for
+                     the optimizers, which PyTorch fuses itself
     fused            the Triton kernels
-    liger, flash-attn    those packages, where they are installed
+    liger, flash-attn    those packages, if they are installed
 
-A provider takes the inputs and returns the output or outputs; in 16 bits under autocast, but for
-the ops of `inplace_ops`.
+A provider takes the inputs and returns the output or outputs. In 16 bits the ops with a gradient
+run under autocast.
 """
 
 import contextlib
@@ -23,16 +22,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import builtin, eager
+from irongpt_kernels.builtin import write_row
+from irongpt_kernels.op_inputs import RING, TOP_K
+from irongpt_kernels.op_specs import SPECS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.ops import inplace_ops
-from benchmarks.ops.cases import Case, Inputs
+from benchmarks.ops.cases import AS_EAGER, Case, Inputs
 from irongpt import device as devices
 from irongpt import ops
 from irongpt.errors import UserError
@@ -47,16 +49,14 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-NAMES = (
-    *("eager", "naive", "builtin", *BACKENDS),
-    *("compile", "fused", "liger", "flash-attn"),
-)
+NAMES = ("eager", "naive", "builtin", *BACKENDS, "compile", "fused", "liger", "flash-attn")
+COLDEST = 1e-6  # a temperature at which the most likely token is sampled
 
 
 class Provider(NamedTuple):
-    """own_masks: it drops by a generator of its own, so it is checked without dropout.
+    """own_masks: its dropout has another generator, so it is checked without dropout.
 
-    around: entered once about many calls. backend: of attention, where PyTorch picks one.
+    around: a context for many calls. backend: of attention, if PyTorch picks one.
     """
 
     function: Function
@@ -64,20 +64,9 @@ class Provider(NamedTuple):
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     backend: str | None = None
 
-    def under(
-        self, autocast: Callable[[], contextlib.AbstractContextManager[object]]
-    ) -> "Provider":
-        """The same, called as it is in a training."""
-
-        def function(x: Inputs) -> Outputs:
-            with autocast():
-                return self.function(x)
-
-        return self._replace(function=function)
-
 
 def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, str]:
-    """Those of `names` that have no row here, and why."""
+    """Those of `names` that cannot run here, and why."""
     found = {}
     if "fused" in names:
         try:
@@ -96,50 +85,57 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
 
 def computes(name: str, op: str) -> bool:
     """Whether a provider has the op at all."""
-    if name == "naive":
-        return op in ATTENTION or (op in inplace_ops.TOKEN and op != "norm_linear")
+    kind = SPECS[op].kind
     if name in ("flash-attn", *BACKENDS):
         return op in ATTENTION
-    if op in inplace_ops.OPS:
-        here = {"builtin": op not in inplace_ops.AS_EAGER, "compile": op in inplace_ops.TOKEN}
-        return here.get(name, name in ("eager", "fused"))
-    return op in ("layer_norm", "cross_entropy") if name == "liger" else True
+    if name == "liger":
+        return op in ("layer_norm", "cross_entropy")
+    if name == "naive":
+        return op in ATTENTION or (kind == "token" and op != "norm_linear")
+    if name == "compile":
+        return kind != "optimizer"
+    return name != "builtin" or op not in AS_EAGER
 
 
 def providers(
     case: Case, device: torch.device, names: tuple[str, ...] = NAMES
 ) -> dict[str, Provider]:
     """Those of `names` that compute the op and are not missing."""
-    found: dict[str, Provider] = {}
     without = missing(device, names)
-    for name in names:
-        if name in without or not computes(name, case.op):
-            continue
-        if name == "eager":
-            found[name] = Provider(by(eager, case, device), own_masks=False)
-        elif name == "builtin":
-            picked = backend(case, device) if case.op in ATTENTION else None
-            found[name] = Provider(by(builtin, case, device), backend=picked)
-        elif name == "fused":
-            module = ops.load("fused", device)
-            found[name] = Provider(by(module, case, device), own_masks=False)
-        elif name == "compile":
-            plain = _naive(case) if computes("naive", case.op) else by(builtin, case, device)
-            found[name] = Provider(compiled(plain))
-        elif name == "naive":
-            found[name] = Provider(_naive(case))
-        elif name in BACKENDS:
-            found[name] = Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
-        else:
-            found[name] = Provider(PEERS[name][1](case))
-    if case.op in inplace_ops.OPS:  # an optimizer and a token are not under autocast
+    here = [name for name in names if name not in without and computes(name, case.op)]
+    found = {name: _provider(name, case, device) for name in here}
+    if not case.spec.differentiable:  # an optimizer and a token are not under autocast
         return found
-    autocast = partial(devices.autocast, device, case.dtype)
-    return {name: provider.under(autocast) for name, provider in found.items()}
+
+    def under_autocast(function: Function, x: Inputs) -> Outputs:
+        with devices.autocast(device, case.dtype):
+            return function(x)
+
+    return {
+        name: p._replace(function=partial(under_autocast, p.function)) for name, p in found.items()
+    }
+
+
+def _provider(name: str, case: Case, device: torch.device) -> Provider:
+    if name == "eager":
+        return Provider(by(eager, case, device), own_masks=False)
+    if name == "fused":
+        return Provider(by(ops.load("fused", device), case, device), own_masks=False)
+    if name == "builtin":
+        picked = backend(case, device) if case.op in ATTENTION else None
+        return Provider(by(builtin, case, device), backend=picked)
+    if name == "compile":
+        plain = _naive(case) if computes("naive", case.op) else by(builtin, case, device)
+        return Provider(compiled(plain))
+    if name == "naive":
+        return Provider(_naive(case))
+    if name in BACKENDS:
+        return Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
+    return Provider(PEERS[name][1](case))
 
 
 def compiled(function: Function) -> Function:
-    """torch.compile, of static shapes, and such that its backward can be run again to be timed."""
+    """torch.compile for static shapes, with a backward that can run again to be timed."""
     from torch._functorch import config
 
     config.donated_buffer = False
@@ -157,22 +153,13 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return F.dropout(weights, p) @ v
 
 
-class Naive:
-    """The ops of `builtin`, with attention written out: what a model costs without any kernel."""
+def _naive_packed(qkv: Tensor, *, dropout_p: float = 0.0, seed: Any = None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return naive_attention(q, k, v, dropout_p).transpose(1, 2).contiguous()
 
-    @staticmethod
-    def causal_attention_packed(qkv: Tensor, *, dropout_p: float = 0.0, seed: Any = None) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return naive_attention(q, k, v, dropout_p).transpose(1, 2).contiguous()
 
-    softmax = staticmethod(builtin.softmax)
-    layer_norm = staticmethod(builtin.layer_norm)
-    dropout_add_layer_norm = staticmethod(builtin.dropout_add_layer_norm)
-    grad_norm, adamw = staticmethod(builtin.grad_norm), staticmethod(builtin.adamw)
-    muon_momentum = staticmethod(builtin.muon_momentum)
-    muon_update = staticmethod(builtin.muon_update)
-    gelu = staticmethod(builtin.gelu)
-    cross_entropy = staticmethod(builtin.cross_entropy)
+# The ops of `builtin` with plain PyTorch's attention: what a model costs without any kernel.
+NAIVE: Any = SimpleNamespace(**vars(builtin) | {"causal_attention_packed": _naive_packed})
 
 
 def by(module: Any, case: Case, device: torch.device) -> Function:
@@ -187,15 +174,52 @@ def _unpacked(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed_like(case: Case, out: Tensor) -> Tensor:
-    """out: (B, H, T, D). In the layout that the op returns."""
+    """out (B, H, T, D) in the layout that the op returns."""
     out = out.transpose(1, 2).contiguous()
     return out if case.op == "causal_attention_packed" else out.transpose(1, 2)
 
 
 def _naive(case: Case) -> Function:
-    if case.op in inplace_ops.OPS:
-        return inplace_ops.naive(case.op, case.p)
-    return lambda x: _packed_like(case, naive_attention(*_unpacked(x), p=case.p))
+    """Plain PyTorch, which torch.compile accepts. builtin's one-token ops partly are eager's,
+    because the same token has to be sampled with any ops; that is not required here."""
+    functions: dict[str, Function] = {
+        "embed_tokens": _embed,
+        "decode_attention": _decode_attention,
+        "linear_add": lambda x: (x["residual"] + F.linear(x["x"], x["weight"]),),
+        "sample_tokens": partial(_sample, temperature=case.p),
+    }
+
+    def attention(x: Inputs) -> Tensor:
+        return _packed_like(case, naive_attention(*_unpacked(x), p=case.p))
+
+    return functions.get(case.op, attention)
+
+
+def _embed(x: Inputs) -> tuple[Tensor, ...]:
+    rows = torch.arange(len(x["tokens"]), device=x["tokens"].device)
+    last = x["tokens"][rows, (x["counts"][:, 0] - 1) % RING]
+    return (F.embedding(last, x["wte"]) + F.embedding(x["counts"][:, 1], x["wpe"]),)
+
+
+def _decode_attention(x: Inputs) -> tuple[Tensor, ...]:
+    """A static cache: one row is written, and a mask hides those that are not filled yet."""
+    cache_k, cache_v = x["cache_k"], x["cache_v"]
+    q, k, v = x["qkv"].permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
+    seen = write_row(k[:, :, 0], v[:, :, 0], cache_k, cache_v, x["position"])[:, :, None]
+    out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen)
+    return out.transpose(1, 2), cache_k, cache_v
+
+
+def _sample(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
+    logits, tokens, counts = x["logits"], x["tokens"], x["counts"]
+    scores = logits.float() / max(temperature, COLDEST)
+    best, which = scores.topk(min(TOP_K, logits.shape[1]))
+    # As multinomial samples, but without its checks, for which the host waits.
+    race = best.softmax(-1) / torch.empty_like(best).exponential_()
+    sampled = which.gather(1, race.argmax(-1, keepdim=True))
+    tokens.scatter_(1, counts[:, :1] % RING, sampled)
+    counts += 1
+    return tokens, counts
 
 
 def _sdpa(case: Case) -> Function:
@@ -209,9 +233,9 @@ def _sdpa(case: Case) -> Function:
 
 @contextlib.contextmanager
 def only(backend: SDPBackend) -> Iterator[None]:
-    """One backend of scaled_dot_product_attention; where it refuses, the call raises."""
+    """Selects one backend of scaled_dot_product_attention. A call that it cannot run raises."""
     with sdpa_kernel([backend]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why it refuses; told by the exception
+        warnings.simplefilter("ignore")  # the exception has the reason
         yield
 
 

@@ -1,8 +1,8 @@
-"""The page of a result file, and what two of them differ in.
+"""Draws the page of a result file, or compares two result files.
 
     python -m benchmarks.report                   of the newest file in benchmarks/results
     python -m benchmarks.report FILE              -> FILE's folder/<name>/report.md
-    python -m benchmarks.report --compare A B     what changed in B by more than the noise
+    python -m benchmarks.report --compare A B     differences between A and B beyond the noise
 
 report.md shows the PNGs that are next to it. Every number is in the file or follows from numbers in
 it; a number that was computed and not measured is labelled as computed.
@@ -19,12 +19,12 @@ from irongpt.files import replace_file
 Values = dict[str, Any]
 
 
-def markdown(values: Values, name: str, drawn: dict[str, bytes]) -> str:
-    """The page; its pictures are named by their files."""
+def markdown(values: Values, name: str, pictures: dict[str, bytes]) -> str:
+    """The page, which names the pictures by their files."""
     parts: list[str] = [f"# {tables.title(values)}", tables.about(values, name)]
     for heading, text, shown in tables.sections(tables.measured(values)):
         parts.append(f"## {heading}")
-        parts += [f"![{p}]({p}.png)" for p in shown if p in drawn]
+        parts += [f"![{p}]({p}.png)" for p in shown if p in pictures]
         parts.append(text)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -34,10 +34,10 @@ def write(file: Path, out: Path | None = None) -> Path:
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = plots.draw(tables.measured(values))
-    for name, data in drawn.items():
+    pictures = plots.draw(tables.measured(values))
+    for name, data in pictures.items():
         replace_file(folder / f"{name}.png", data)
-    text = markdown(values, file.name, drawn)
+    text = markdown(values, file.name, pictures)
     replace_file(folder / "report.md", text.encode())
     return folder
 
@@ -61,7 +61,7 @@ def _date(file: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="the page of a result file")
+    parser = argparse.ArgumentParser(description="draw the page of a result file")
     parser.add_argument("file", nargs="?", type=Path, help="[the newest in benchmarks/results]")
     parser.add_argument("--out", type=Path, help="folder [FILE without its .json]")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))

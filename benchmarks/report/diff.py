@@ -1,163 +1,118 @@
 """What two result files differ in, beyond the noise of both."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import KernelRow, NanoRow, Row, RunRow
 
 Values = dict[str, Any]
-Name = tuple[str, ...]
-Times = dict[Name, tuple[float, float | None]]
+Name = tuple[str, ...]  # the section of a row, then its key
+Pairs = dict[Name, tuple[Row, Row]]
 
 LEAST = 0.03  # of the time: smaller changes are not reported
 LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
-
-# By section, what names a row: of times that were taken often enough to know their noise, ...
-KEYS: dict[str, Name] = {
-    "kernels": ("op", "sweep", "size", "dtype", "dropout", "mode", "provider"),
-    "train": ("variant", "dtype"),
-    "decode": ("ops", "way", "batch", "tokens"),
-}
-# ... and of whole trainings, of which there is one each.
-TRAININGS: dict[str, Name] = {
-    "target": ("run", "dtype"),
-    "runs": ("run", "dtype"),
-    "nano": ("name",),
-}
-
-
-# What makes a section another's work.
-WORK = (
+SAMPLED = ("kernels", "train", "decode")  # sections whose rows have enough samples for the noise
+TRAININGS = ("target", "runs", "nano")  # sections with one sample in a row
+WORK = (  # what has to be equal in the sections of both files
     *(("train", "preset"), ("train", "batch_size"), ("decode", "preset"), ("decode", "dtype")),
     *(("target", "text_sha256"), ("runs", "text_sha256")),
 )
 
 
-def named(values: Values, section: str, keys: Name) -> dict[Name, Values]:
-    """The rows of a section that say all of `keys`."""
-    found = values.get(section, {}).get("rows", [])
-    return {tuple(str(r[key]) for key in keys): r for r in found if all(key in r for key in keys)}
-
-
-def rows(values: Values, section: str) -> Times:
-    """Seconds and their interquartile distance, None if unknown, by name."""
-    found: Times = {}
-    for name, r in named(values, section, KEYS[section]).items():
-        seconds = r.get("seconds", r.get("seconds_per_token"))
-        if seconds is not None:
-            found[name] = (seconds, r.get("iqr"))
-    return found
-
-
-def memory(a: Values, b: Values) -> Iterator[tuple[str, Name, int, int]]:
-    """(section, name, peak bytes in a, in b) where they differ by more than 1 %."""
-    for section, keys in KEYS.items():
-        before, after = named(a, section, keys), named(b, section, keys)
-        for name in (name for name in before if name in after):
-            x, y = (found[name].get("peak_bytes") for found in (before, after))
-            if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
-                yield section, name, x, y
-
-
-def trainings(a: Values, b: Values) -> Iterator[str]:
-    """A line for each whole training in both: seconds and validation loss, without a verdict."""
-    for section, keys in TRAININGS.items():
-        before, after = named(a, section, keys), named(b, section, keys)
-        for name, x in before.items():
-            if name in after and "seconds" in x and "seconds" in after[name]:
-                y = after[name]
-                losses = f"{_loss(x)} to {_loss(y)}"
-                seconds = f"{x['seconds']:.1f} to {y['seconds']:.1f} s"
-                yield f"{section}: {', '.join(name)}: {seconds}, validation loss {losses}"
-
-
-def _loss(row: Values) -> str:
-    evaluated = row.get("evaluated")
-    loss = evaluated[-1][2] if evaluated else row.get("validation_loss")
-    return result_file.loss(loss)
-
-
-def changed(a: Values, b: Values) -> Iterator[tuple[str, Name, float, float]]:
-    """(section, name, seconds in a, seconds in b) where they differ by more than the noise.
-
-    The noise is the sum of both interquartile distances, and 3 % of the time at least. Where one of
-    them is not known, nothing is said to differ: see `unknown`.
-    """
-    for section in KEYS:
-        before, after = rows(a, section), rows(b, section)
-        for name, (x, dx) in before.items():
-            if name in after:
-                y, dy = after[name]
-                if dx is not None and dy is not None and abs(y - x) > max(dx + dy, LEAST * x):
-                    yield section, name, x, y
-
-
-def less_exact(values: Values) -> set[tuple[str, Name]]:
-    """(section, name) of the times whose provider exceeds the tolerance."""
+def rows(values: Values, sections: tuple[str, ...]) -> dict[Name, Row]:
+    """The rows that have a time, by name."""
     return {
-        (section, name)
-        for section, keys in KEYS.items()
-        for name, r in named(values, section, keys).items()
-        if r.get("accuracy") and not r["accuracy"]["ok"]
+        (name, *row.key): row
+        for name in sections
+        for row in values.get(name, {}).get("rows", [])
+        if row.timed
     }
 
 
-def unknown(a: Values, b: Values) -> int:
-    """How many times are in both files, without their noise in one of them."""
-    found = 0
-    for section in KEYS:
-        before, after = rows(a, section), rows(b, section)
-        both = before.keys() & after.keys()
-        found += sum(before[name][1] is None or after[name][1] is None for name in both)
-    return found
+def pairs(a: Values, b: Values, sections: tuple[str, ...]) -> Pairs:
+    """The rows that have a time in both files."""
+    before, after = rows(a, sections), rows(b, sections)
+    return {name: (before[name], after[name]) for name in before if name in after}
+
+
+def differs(x: Row, y: Row) -> bool:
+    """Whether two times differ by more than the noise: the sum of both interquartile ranges, and
+    at least 3 % of the time. False if a range is not known."""
+    change = abs(y.seconds - x.seconds)
+    return change > x.iqr + y.iqr and change > LEAST * x.seconds
+
+
+def memory(found: Pairs) -> Iterator[tuple[int, int, Name]]:
+    """(peak bytes in a, in b, name) where they differ by more than 1 %."""
+    for name, both in found.items():
+        x, y = (getattr(row, "peak_bytes", None) for row in both)
+        if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
+            yield x, y, name
+
+
+def _loss(row: Row) -> str:
+    assert isinstance(row, RunRow | NanoRow)
+    return result_file.loss(row.validation_loss)
 
 
 def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
-    """A line for each change, the largest first, and what one file has and the other has not."""
-    found = sorted(changed(a, b), key=lambda c: c[3] / c[2])
-    total = sum(len(rows(a, s).keys() & rows(b, s).keys()) for s in KEYS)
-    lines = [f"{name_b} against {name_a}: {len(found)} of {total} times differ beyond the noise"]
-    if few := unknown(a, b):
+    """A line for each change, the largest first, and the times that only one file has."""
+    both = pairs(a, b, SAMPLED)
+    changed = [(name, x, y) for name, (x, y) in both.items() if differs(x, y)]
+    count = f"{len(changed)} of {len(both)} times"
+    lines = [f"{name_b} against {name_a}: {count} differ beyond the noise"]
+    if few := sum(math.isnan(x.iqr + y.iqr) for x, y in both.values()):
         lines.append(f"NOTE: of {few} times the noise is not known, from too few samples")
     for key in ("name", "torch", "triton", "driver", "threads", "emulated", "interpreted", "tiles"):
-        x, y = (_environment(values).get(key) for values in (a, b))
-        if x != y:
-            lines.append(f"NOTE: another {'device' if key == 'name' else key}: {x} and {y}")
+        one, other = (_environment(values).get(key) for values in (a, b))
+        if one != other:
+            what = "device" if key == "name" else key
+            lines.append(f"NOTE: another {what}: {one} and {other}")
     for section, key in WORK:
-        x, y = (values.get(section, {}).get(key) for values in (a, b))
-        if x != y and None not in (x, y):
-            lines.append(f"NOTE: {section}: another {key}, {x} and {y}: not the same work")
-    if found:
+        one, other = (values.get(section, {}).get(key) for values in (a, b))
+        if one != other and None not in (one, other):
+            lines.append(f"NOTE: {section}: another {key}, {one} and {other}: not the same work")
+    if changed:
         lines += ["", "| change | before | after | what |", "|---|---|---|---|"]
-    marked = less_exact(a) | less_exact(b)
-    for section, name, x, y in found:
-        word = f"{x / y:.2f}x faster" if y < x else f"{y / x:.2f}x slower"
-        what = f"{section}: {', '.join(name)}{' †' if (section, name) in marked else ''}"
-        lines.append(f"| {word} | {_time(x)} | {_time(y)} | {what} |")
-    found_memory = sorted(memory(a, b), key=lambda c: c[3] - c[2])
-    if found_memory:
+    marked = False
+    for name, x, y in sorted(changed, key=lambda c: c[2].seconds / c[1].seconds):
+        ratio = y.seconds / x.seconds
+        word = f"{1 / ratio:.2f}x faster" if ratio < 1 else f"{ratio:.2f}x slower"
+        exceeds = any(isinstance(r, KernelRow) and r.exceeds_tolerance for r in (x, y))
+        marked |= exceeds
+        what = f"{_shown(name)}{' †' if exceeds else ''}"
+        lines.append(f"| {word} | {_time(x.seconds)} | {_time(y.seconds)} | {what} |")
+    if sizes := sorted(memory(both), key=lambda c: c[1] - c[0]):
         lines += ["", "| memory | before | after | what |", "|---|---|---|---|"]
-    for section, name, p, q in found_memory:
-        sizes = f"{p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB"
+    for p, q, name in sizes:
         change = f"{q / p - 1:+.0%}" if p else "new"
-        lines.append(f"| {change} | {sizes} | {section}: {', '.join(name)} |")
-    if any((section, name) in marked for section, name, *_ in found):
+        lines.append(f"| {change} | {p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB | {_shown(name)} |")
+    if marked:
         lines += ["", "†: exceeds the tolerance"]
-    if once := list(trainings(a, b)):
-        lines += ["", "Whole trainings, one of each, so their noise is not known:", *once]
-    for s in KEYS:
+    if trainings := pairs(a, b, TRAININGS):
+        lines += ["", "Whole trainings, one of each, so their noise is not known:"]
+    for name, (x, y) in trainings.items():
+        seconds = f"{x.seconds:.1f} to {y.seconds:.1f} s"
+        lines.append(f"{_shown(name)}: {seconds}, validation loss {_loss(x)} to {_loss(y)}")
+    for section in (s for s in SAMPLED if s in a and s in b):
         for one, other, word in ((a, b, "gone"), (b, a, "new")):
-            only = sorted(rows(one, s).keys() - rows(other, s).keys())
-            if only and s in a and s in b:
-                shown = "; ".join(", ".join(name) for name in only[:3])
-                lines.append(f"{word} in {s}: {len(only)} times ({shown}, ...)")
+            only = sorted(rows(one, (section,)).keys() - rows(other, (section,)).keys())
+            if only:
+                shown = "; ".join(", ".join(name[1:]) for name in only[:3])
+                lines.append(f"{word} in {section}: {len(only)} times ({shown}, ...)")
     return "\n".join(lines)
+
+
+def _shown(name: Name) -> str:
+    return f"{name[0]}: {', '.join(name[1:])}"
 
 
 def _environment(values: Values) -> Values:
     for section in values.values():
         found = section.get("environment") if isinstance(section, dict) else None
-        if isinstance(found, dict) and "name" in found:  # else variables that tests were given
+        if isinstance(found, dict) and "name" in found:  # that of the tests holds variables
             return dict(found)
     return {}
 

@@ -1,152 +1,164 @@
 """The plots of the report, from nothing but a result file."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.measure.rows import KernelRow
 from benchmarks.ops.cases import DROPS, MODEL_SHAPES
-from benchmarks.report.plots_train import COLORS, figure_of, losses, memory, plain, step
-from benchmarks.report.tables_kernels import base_of, beyond
+from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
+from benchmarks.training import matmuls
 
 Values = dict[str, Any]
+
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
+COLORS = {  # by provider; that of ours is warm, most others are blue or gray
+    "fused": "#e8590c",
+    "builtin": "#1c7ed6",
+    "eager": "#868e96",
+    "naive": "#adb5bd",
+    "compile": "#2b8a3e",
+    "flash": "#4dabf7",
+    "cudnn": "#1864ab",
+    "efficient": "#748ffc",
+    "math": "#ced4da",
+    "liger": "#9c36b5",
+    "flash-attn": "#c2255c",
+}
+OTHER = "#f08c00"
 
 
 def draw(values: Values) -> dict[str, bytes]:
-    """PNGs by name; none for what the file does not hold."""
-    figures: dict[str, Figure | None] = {}
-    if "kernels" in values:
-        section = values["kernels"]
-        figures["speedup"] = speedup(section, "total", "forward and backward")
-        figures["speedup-calls"] = speedup(section, "call", "ops without a gradient")
-        figures["roofline"] = roofline(section)
-        figures["sweep-T"] = sweep(section, "seconds", "microseconds", 1e6)
-        figures["memory-T"] = sweep(section, "peak_bytes", "MiB at the peak", 2**-20)
-    if "train" in values:
-        figures["step"] = step(values["train"])
-        figures["memory"] = memory(values["train"])
-    if "runs" in values:
-        figures["runs"] = losses(values["runs"], "curve", "training loss")
-    if "target" in values:
-        figures["target"] = losses(values["target"], "evaluated", "validation loss")
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    """PNGs by name, of the sections that the file has."""
+    makers: dict[str, tuple[str, Callable[[Values], Figure | None]]] = {
+        "speedup": ("kernels", lambda s: speedup(s, "total", "forward and backward")),
+        "speedup-calls": ("kernels", lambda s: speedup(s, "call", "ops without a gradient")),
+        "roofline": ("kernels", roofline),
+        "sweep-T": ("kernels", lambda s: sweep(s, "seconds", "microseconds", 1e6)),
+        "memory-T": ("kernels", lambda s: sweep(s, "peak_bytes", "MiB at the peak", 2**-20)),
+        "step": ("train", step),
+        "runs": ("runs", lambda s: losses(s, "curve", "training loss")),
+        "target": ("target", lambda s: losses(s, "evaluated", "validation loss")),
+    }
+    found = {}
+    for name, (section, make) in makers.items():
+        if section in values and (figure := make(values[section])):
+            buffer = io.BytesIO()
+            FigureCanvasAgg(figure).print_png(buffer)
+            found[name] = buffer.getvalue()
+    return found
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _own(section: Values) -> tuple[str, list[Values]]:
-    """The rows of the model's own shape with a time, in the dtype that comes first."""
-    rows = [r for r in section["rows"] if r["sweep"] in MODEL_SHAPES and r.get("seconds")]
-    dtype = rows[0]["dtype"] if rows else ""
-    return dtype, [r for r in rows if r["dtype"] == dtype]
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
-def _label(r: Values) -> str:
-    return f"{r['op']}, no dropout" if r["op"] in DROPS and not r["dropout"] else str(r["op"])
+def _at_model(section: Values) -> tuple[str, list[KernelRow]]:
+    """The rows of the model's shape with a time, in the dtype that comes first."""
+    rows = [r for r in section["rows"] if r.sweep in MODEL_SHAPES and r.timed]
+    dtype = rows[0].dtype if rows else ""
+    return dtype, [r for r in rows if r.dtype == dtype]
+
+
+def _label(r: KernelRow) -> str:
+    return f"{r.op}, no dropout" if r.op in DROPS and not r.dropout else r.op
 
 
 def speedup(section: Values, mode: str, what: str) -> Figure | None:
-    """How many times as fast as builtin, or naive where that has none of its own: a bar for
-    every provider."""
-    dtype, rows = _own(section)
-    rows = [r for r in rows if r["mode"] == mode]
-    base = {_label(r): r["seconds"] for r in rows if r["provider"] == base_of(r["op"])}
+    """Speedup over builtin, or over naive where builtin is eager's: a bar for every provider."""
+    dtype, rows = _at_model(section)
+    rows = [r for r in rows if r.mode == mode]
+    base = {_label(r): r.seconds for r in rows if r.provider == base_of(r.op)}
     if not base:
         return None
     bars = {op: [r for r in rows if _label(r) == op] for op in base}
-    count = sum(len(b) + 1 for b in bars.values())
-    figure = figure_of(9, 1.2 + 0.24 * count)
+    figure = _figure(9, 1.2 + 0.24 * sum(len(b) + 1 for b in bars.values()))
     axes = figure.add_subplot()
     y, ticks, largest = 0.0, [], 1.0
     for op in bars:
         begin = y
-        for r in sorted(bars[op], key=lambda r: r["seconds"]):
-            ratio = base[op] / r["seconds"]
+        for r in sorted(bars[op], key=lambda r: r.seconds):
+            ratio = base[op] / r.seconds
             largest = max(largest, ratio)
-            axes.barh(y, ratio, height=0.85, color=COLORS[r["provider"]])
-            marked = beyond(r) + ("  (no graph)" if r.get("no_graph_reason") else "")
-            label = f" {r['provider']}  {ratio:.2f}{marked}"
-            weight = "bold" if r["provider"] == "fused" else "normal"
+            axes.barh(y, ratio, height=0.85, color=COLORS[r.provider])
+            marked = mark(r) + ("  (no graph)" if r.no_graph_reason else "")
+            label = f" {r.provider}  {ratio:.2f}{marked}"
+            weight = "bold" if r.provider == "fused" else "normal"
             axes.text(ratio, y, label, va="center", fontsize=8, fontweight=weight, bbox=PAPER)
             y += 1
-        ticks.append(((begin + y - 1) / 2, op))
+        ticks.append((begin + y - 1) / 2)
         y += 1
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks([t for t, _ in ticks], [op for _, op in ticks], fontsize=9)
+    axes.set_yticks(ticks, list(bars), fontsize=9)
     axes.set_ylim(y - 1, -1)
     axes.set_xlim(0, 1.25 * largest)
     axes.set_xlabel(f"times as fast as builtin (else naive), {what}, {dtype}")
-    plain(axes)
+    _plain(axes)
     return figure
 
 
 def roofline(section: Values) -> Figure | None:
     """Left: attention under the measured peak rates. Right: each op's share of its limit."""
-    dtype, rows = _own(section)
+    dtype, rows = _at_model(section)
     peak_rates = section["peak_rates"]
     rate, bandwidth = peak_rates["gemm_flops_per_s"].get(dtype), peak_rates["copy_bytes_per_s"]
-    known = [(r, derive(r, peak_rates)) for r in rows if "least_bytes" in r]
-    if not known or rate is None:
+    if not rows or rate is None:
         return None
-    figure = figure_of(12, 6.6)
+    figure = _figure(12, 6.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     ridge = rate / bandwidth
     corner = [ridge / 30, ridge, ridge * 8]
     left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
     swept = [
-        (r, derive(r, peak_rates))
+        r
         for r in section["rows"]
-        if r.get("seconds") and r["dtype"] == dtype and r.get("least_flops")
-        if r["sweep"] in (*MODEL_SHAPES, "T")
+        if r.timed and r.dtype == dtype and r.mode == "total" and r.least_flops
+        if r.sweep in (*MODEL_SHAPES, "T")
     ]
-    swept = [(r, d) for r, d in swept if r["mode"] == "total"]
-    for provider in dict.fromkeys(r["provider"] for r, _ in swept):
-        points = [
-            (r["least_flops"] / r["least_bytes"], d["flops_per_s"] / 1e12)
-            for r, d in swept
-            if r["provider"] == provider
-        ]
-        left.scatter(*zip(*points, strict=True), s=22, color=COLORS[provider], zorder=3)
+    for r in swept:
+        point = r.least_flops / r.least_bytes, r.least_flops / r.seconds / 1e12
+        left.scatter(*point, s=22, color=COLORS[r.provider], zorder=3)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xlabel("FLOPs per byte (lower bound)")
     left.set_ylabel("TFLOP/s")
-    roof = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
-    lengths = sorted({r["shape"]["T"] for r, _ in swept})
+    rates = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
+    lengths = sorted({r.shape["T"] for r in swept})
     sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
-    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {roof}"
+    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {rates}"
     left.set_title(title, fontsize=9)
     left.grid(alpha=0.25)
-    _shares(right, [(r, d) for r, d in known if r["mode"] != "total"])
-    _legend(right, [r for r, _ in known + swept])
+    _shares(right, [r for r in rows if r.mode != "total"], peak_rates)
+    _legend(right, rows + swept)
     return figure
 
 
-def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
+def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
     """A line for every op and direction, a point for every provider."""
-
-    def label(r: Values) -> str:
-        return _label(r) if r["mode"] == "call" else f"{_label(r)}, {r['mode']}"
-
-    labels = list(dict.fromkeys(label(r) for r, _ in known))
-    for r, d in known:
-        y = labels.index(label(r))
-        ours = r["provider"] == "fused"
+    names = [_label(r) if r.mode == "call" else f"{_label(r)}, {r.mode}" for r in rows]
+    labels = list(dict.fromkeys(names))
+    for r, name in zip(rows, names, strict=True):
+        d, color = derive(r, peak_rates), COLORS[r.provider]
+        assert d is not None
+        ours = r.provider == "fused"
         axes.plot(
-            100 * d["share_of_peak"],
-            y,
+            100 * d.share_of_peak,
+            labels.index(name),
             "D" if ours else "o",
-            color=COLORS[r["provider"]],
-            markerfacecolor=COLORS[r["provider"]] if r["accuracy"]["ok"] else "none",  # less exact
+            color=color,
+            markerfacecolor="none" if r.exceeds_tolerance else color,
             markersize=8 if ours else 5,
             zorder=4 if ours else 3,
         )
@@ -161,59 +173,115 @@ def _shares(axes: Axes, known: list[tuple[Values, Values]]) -> None:
     axes.grid(axis="y", alpha=0.15)
 
 
-def _legend(axes: Axes, rows: list[Values], floor: bool = False) -> None:
-    """Right of the axes, of every provider that the figure shows anywhere."""
-    for provider in dict.fromkeys(r["provider"] for r in rows):
+def _legend(axes: Axes, rows: list[KernelRow], bound: bool = False) -> None:
+    """Right of the axes, with every provider in the figure."""
+    for provider in dict.fromkeys(r.provider for r in rows):
         axes.plot([], [], "o", color=COLORS[provider], label=provider)
-    if floor:
+    if bound:
         axes.plot([], [], "k:", label="computed lower bound")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None:
     """A quantity of attention over T at a constant number of tokens, with dropout and without."""
-    rows = [r for r in section["rows"] if r["sweep"] == "T" and r["op"] == "causal_attention"]
-    rows = [r for r in rows if r.get(key)]
+    rows = [r for r in section["rows"] if (r.sweep, r.op) == ("T", "causal_attention")]
+    rows = [r for r in rows if r.timed and getattr(r, key)]
     if not rows:
         return None
-    dtype = rows[0]["dtype"]
-    rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == "total"]
-    figure = figure_of(12, 4.6)
-    floor = key == "seconds" and any("least_bytes" in r for r in rows)
+    dtype = rows[0].dtype
+    rows = [r for r in rows if r.dtype == dtype and r.mode == "total"]
+    figure = _figure(12, 4.6)
     for axes, p in zip(figure.subplots(1, 2, sharey=True), (0.0, 0.2), strict=True):
-        part = [r for r in rows if r["dropout"] == p]
-        for provider in dict.fromkeys(r["provider"] for r in part):
-            points = sorted(
-                (r["shape"]["T"], r[key] * factor) for r in part if r["provider"] == provider
-            )
-            wide = 2.6 if provider == "fused" else 1.3
+        part = sorted((r for r in rows if r.dropout == p), key=lambda r: r.shape["T"])
+        for provider in dict.fromkeys(r.provider for r in rows):
+            drawn = [r for r in part if r.provider == provider]
             axes.plot(
-                *zip(*points, strict=True),
+                [r.shape["T"] for r in drawn],
+                [getattr(r, key) * factor for r in drawn],
                 marker="o",
                 markersize=4,
-                linewidth=wide,
+                linewidth=2.6 if provider == "fused" else 1.3,
                 color=COLORS[provider],
             )
-        for r in part:
-            if not r["accuracy"]["ok"]:  # hollow: exceeds the tolerance
-                at = r["shape"]["T"], r[key] * factor
-                axes.plot(*at, "o", markersize=4, color=COLORS[r["provider"]], mfc="white")
-        if floor and part:
-            floors = {
-                (r["shape"]["T"], derive(r, section["peak_rates"])["lower_bound_seconds"] * factor)
-                for r in part
-            }
-            axes.plot(*zip(*sorted(floors), strict=True), "k:", linewidth=1.2)
+        for r in (r for r in part if r.exceeds_tolerance):
+            at = r.shape["T"], getattr(r, key) * factor
+            axes.plot(*at, "o", markersize=4, color=COLORS[r.provider], mfc="white")
+        if key == "seconds":
+            bounds = [(r.shape["T"], derive(r, section["peak_rates"])) for r in part]
+            points = [(T, d.lower_bound_seconds * factor) for T, d in bounds if d]
+            axes.plot([T for T, _ in points], [y for _, y in points], "k:", linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        tokens = part[0]["shape"]["B"] * part[0]["shape"]["T"] if part else 0
+        tokens = part[0].shape["B"] * part[0].shape["T"] if part else 0
         axes.set_title(f"attention, dropout {p:g}, {dtype}, {tokens:,} tokens", fontsize=10)
         axes.set_xlabel("T")
         axes.grid(alpha=0.25)
-        plain(axes)
-    _legend(axes, rows, floor)
+        _plain(axes)
+    _legend(axes, rows, key == "seconds")
     figure.axes[0].set_ylabel(f"{label}, forward and backward")
+    return figure
+
+
+def step(section: Values) -> Figure | None:
+    """Milliseconds per step: the matmuls, timed alone, and the rest."""
+    timed = sorted((r for r in section["rows"] if r.timed), key=lambda r: r.seconds)
+    if not timed:
+        return None
+    dtypes = [d for d in section["matmuls"] if any(r.dtype == d for r in timed)]
+    by_dtype = [[r for r in timed if r.dtype == dtype] for dtype in dtypes]
+    figure = _figure(9, 1.1 * len(dtypes) + 0.36 * len(timed))
+    counts = [len(rows) for rows in by_dtype]
+    grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
+    for axes, dtype, rows in zip(grid[:, 0], dtypes, by_dtype, strict=True):
+        alone = section["matmuls"][dtype]
+        for y, r in enumerate(rows):
+            ms, half = 1e3 * r.seconds, 0.5e3 * (r.iqr if r.iqr == r.iqr else 0.0)
+            base = min(1e3 * matmuls.of_step(alone, r.variant), ms)
+            axes.barh(y, base, color="#495057")
+            axes.barh(y, ms - base, left=base, color=COLORS.get(r.variant.split()[0], OTHER))
+            axes.errorbar(ms, y, xerr=half, color="black", linewidth=1, capsize=2)
+            k = r.tokens_per_s / 1e3
+            rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
+            axes.text(ms + half, y, rate, va="center", fontsize=8)
+        bound = 1e3 * alone["lower_bound_seconds"]
+        line = axes.axvline(bound, color="black", linestyle=":", label="computed lower bound")
+        axes.set_yticks(range(len(rows)), [r.variant for r in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(right=1.35 * 1e3 * rows[-1].seconds)
+        axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
+        handles: list[Any] = [
+            Patch(color="#495057", label="matmuls, timed alone"),
+            line,
+            Patch(color=OTHER, label="all else, in the colour of its ops"),
+        ]
+        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
+        axes.legend(handles=handles, fontsize=8, frameon=False, **place)
+        _plain(axes)
+    return figure
+
+
+def losses(section: Values, key: str, label: str) -> Figure | None:
+    """Loss over steps, and over seconds of training."""
+    rows = [r for r in section["rows"] if getattr(r, key)]
+    if not rows:
+        return None
+    figure = _figure(12, 4.2)
+    once = len({r.ops for r in rows}) == len(rows)
+    for column, (axes, name) in enumerate(
+        zip(figure.subplots(1, 2, sharey=True), ("steps", "seconds of training"), strict=True)
+    ):
+        for i, r in enumerate(rows):
+            x, y = [p[column] for p in getattr(r, key)], [p[2] for p in getattr(r, key)]
+            color, style = COLORS[r.ops] if once else f"C{i}", ["-", "--", ":"][i % 3]
+            axes.plot(x, y, style, color=color, linewidth=2, label=r.run)
+        for target in {r.target for r in rows if r.target is not None}:
+            axes.axhline(target, color="black", linewidth=0.8)
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+        _plain(axes)
+    figure.axes[0].set_ylabel(f"{label} (nats a token)")
     return figure

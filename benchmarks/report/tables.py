@@ -1,14 +1,15 @@
-"""The words and tables of the report, as Markdown."""
+"""The text and tables of the report, as Markdown."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import roofline
-from benchmarks.measure import result_file
+from benchmarks.measure.result_file import loss
+from benchmarks.measure.rows import StepRow, short, spread
 from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
-from benchmarks.report.tables_train import decode, runs, train
 from benchmarks.roofline import T4
+from benchmarks.training import matmuls
 from irongpt.config import PRESETS
 
 Values = dict[str, Any]
@@ -17,6 +18,7 @@ SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano")  # with an e
 
 
 def environment(values: Values) -> Values:
+    """The machine of the first section."""
     for name in SECTIONS:
         if name in values:
             return dict(values[name]["environment"])
@@ -24,11 +26,12 @@ def environment(values: Values) -> Values:
 
 
 def title(values: Values) -> str:
+    """The heading of the page."""
     return f"IronGPT on {environment(values).get('name', 'an unknown device')}"
 
 
 def about(values: Values, name: str) -> str:
-    """What it was measured on, and whether the card was held back."""
+    """The machine and the software, and whether the GPU was throttled."""
     e = environment(values)
     software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
     card = "".join(
@@ -38,7 +41,8 @@ def about(values: Values, name: str) -> str:
         f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
         f"{e.get('cpu')}, {e.get('threads')} threads."
     ]
-    every = [values[name].get("environment", {}) for name in SECTIONS if name in values]
+    here = {section: values[section] for section in SECTIONS if section in values}
+    every = [section.get("environment", {}) for section in here.values()]
     if any(one.get("interpreted") for one in every):
         lines.append(
             "> fused ran in Triton's interpreter: its times do not predict those of a GPU."
@@ -50,30 +54,25 @@ def about(values: Values, name: str) -> str:
         )
     if any(one.get("emulated") for one in every):
         lines.append("> A newer GPU ran the code of a T4: these times do not predict a T4's.")
-    for section in SECTIONS:
-        if why := values.get(section, {}).get("ended_by"):
-            lines.append(f"> {section}: broke off before its end ({result_file.short(why)}).")
-        state = values.get(section, {}).get("state") or {}
+    for name, section in here.items():
+        state = section.get("state") or {}
+        if why := section.get("ended_by"):
+            lines.append(f"> {name}: broke off before its end ({short(why)}).")
         if state.get("throttled_by"):
-            lines.append(
-                f"> {section}: the card was held back by {', '.join(state['throttled_by'])}."
-            )
+            lines.append(f"> {name}: the card was held back by {', '.join(state['throttled_by'])}.")
         if state.get("before"):
-            lines.append(f"- {section}: {_state(state)}")
-    for section, key, when in (
+            lines.append(f"- {name}: {_state(state)}")
+    for name, key, when in (
         ("kernels", "peak_rates", "before the kernels"),
         ("kernels", "peak_rates_after", "after the kernels"),
         ("train", "peak_rates", "before the training steps"),
     ):
-        peak_rates = values.get(section, {}).get(key)
-        if peak_rates:
-            rates = ", ".join(
-                f"{k} {v / 1e12:.3g}" for k, v in peak_rates["gemm_flops_per_s"].items()
-            )
+        if rates := here.get(name, {}).get(key):
+            flops = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in rates["gemm_flops_per_s"].items())
             lines.append(
                 f"- Measured peak rates of this device, {when}: copy "
-                f"{peak_rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large "
-                f"matmul, TFLOP/s: {rates}."
+                f"{rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large "
+                f"matmul, TFLOP/s: {flops}."
             )
     return "\n\n".join(lines)
 
@@ -88,21 +87,19 @@ def _state(state: Values) -> str:
 
 
 def measured(values: Values) -> Values:
-    """Without sections that broke off before they had anything to tell."""
+    """Without the sections that broke off before their first result."""
     needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
-    needed |= {name: ("rows",) for name in SECTIONS if name not in needed}
-    empty = {
-        name
-        for name, keys in needed.items()
-        if name in values and not all(values[name].get(key) for key in keys)
+    return {
+        name: section
+        for name, section in values.items()
+        if name not in SECTIONS or all(section.get(key) for key in needed.get(name, ("rows",)))
     }
-    return {name: section for name, section in values.items() if name not in empty}
 
 
 def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(heading, Markdown, names of the pictures that belong there). values: see `measured`."""
     if "train" in values:
-        yield "A training step", train(values["train"]), ("step", "memory")
+        yield "A training step", train(values["train"]), ("step",)
     if "target" in values:
         yield "Seconds to a validation loss", runs(values["target"]), ("target",)
     if "decode" in values:
@@ -119,10 +116,133 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "Stages", stages(values), ()
 
 
+def alike(variant: str) -> str:
+    """The baseline of a variant: builtin, launched and compiled in the same way."""
+    if variant.startswith("nanoGPT"):  # which has only AdamW
+        return variant.replace("nanoGPT", "builtin AdamW")
+    return " ".join(["builtin", *variant.split()[1:]])
+
+
+def train(section: Values) -> str:
+    """The part of the page about training steps."""
+    parts = []
+    for dtype, alone in section["matmuls"].items():
+        rows = [r for r in section["rows"] if r.dtype == dtype]
+        timed = sorted((r for r in rows if r.timed), key=lambda r: r.seconds)
+        times = {r.variant: r.seconds for r in timed}
+        body = [_step_cells(r, times, alone) for r in timed]
+        body += [[r.variant, *["-"] * 9, short(r.skipped_reason)] for r in rows if not r.timed]
+        head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "matmuls", "GiB"]
+        text = (
+            f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} sequences of "
+            f"{section['model']['context']} a step. Its matmuls alone take "
+            f"{alone['seconds'] * 1e3:.2f} ms, "
+            f"{alone['flops'] / alone['seconds'] / 1e12:.3g} TFLOP/s."
+        )
+        if "optimizer" in alone:
+            text += (
+                f" Muon's iteration takes {alone['optimizer']['seconds'] * 1e3:.2f} ms more, in "
+                "all but nanoGPT and builtin AdamW."
+            )
+        peaks = section["peak_rates"]
+        text += (
+            f" Computed lower bound, with all other bytes moved at copy bandwidth: "
+            f"{alone['lower_bound_seconds'] * 1e3:.2f} ms. MFU is relative to "
+            f"{peaks['peak'][dtype] / 1e12:.3g} TFLOP/s ({peaks['peak_from'][dtype]}). The column "
+            "kernels counts kernels, copies and fills per step; launches counts the host's "
+            "launches, a CUDA graph as one."
+        )
+        if section.get("nanogpt"):
+            text += f" nanoGPT at {section['nanogpt']}."
+        parts += [text, figures(times, alone), table([*head, "kernels", "launches", ""], body)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]:
+    other = alike(r.variant)
+    note = [f"first call {r.first_seconds:.0f} s"]
+    note += ["not interleaved with the first"] if r.group else []
+    note += [f"stopped: {short(r.stop_reason)}"] if r.stop_reason else []
+    return [
+        r.variant,
+        f"{r.seconds * 1e3:.2f}",
+        spread(r.iqr, 1e3),
+        f"{times[other] / r.seconds:.2f} {other}" if other in times and other != r.variant else "",
+        f"{r.tokens_per_s:,.0f}",
+        f"{r.mfu:.1%}",
+        f"{matmuls.of_step(alone, r.variant) / r.seconds:.0%}",
+        f"{r.peak_bytes / 2**30:.2f}" if r.peak_bytes else "",
+        str(r.kernels or ""),
+        str(r.launches or ""),
+        "; ".join(note),
+    ]
+
+
+def figures(times: dict[str, float], alone: Values) -> str:
+    """Our fastest variant against the fastest of each group of others, and the lower bound."""
+    ours = [name for name in times if name.startswith("fused")]
+    if not ours:
+        return ""
+    best = min(ours, key=lambda name: times[name])
+    compiled = [name for name in times if "compiled" in name or "autotune" in name]
+    others = {
+        "naive": ["naive", "eager"],
+        "naive in a CUDA graph": ["naive graph", "eager graph"],
+        "PyTorch's fused functions": ["builtin"],
+        "those in a CUDA graph": ["builtin graph", "builtin as trained"],
+        "the best of torch.compile": [name for name in compiled if name not in ours],
+        "nanoGPT": ["nanoGPT", "nanoGPT compiled"],
+    }
+    said = []
+    for what, names in others.items():
+        if known := [name for name in names if name in times]:
+            fastest = min(known, key=lambda name: times[name])
+            said.append(f"{times[fastest] / times[best]:.2f} times as fast as {what} ({fastest})")
+    over = times[best] / alone["lower_bound_seconds"]
+    said.append(f"{over:.2f} times the computed lower bound")
+    return f"Ours at its fastest, {best}, is " + ", ".join(said) + "."
+
+
+def decode(section: Values) -> str:
+    """The part of the page about generation."""
+    rows = []
+    for r in section["rows"]:
+        cells = ["-", "-", "-", short(r.skipped_reason)]
+        if r.timed:
+            steady = f"{r.steady_tokens_per_s:,.0f}" if r.steady_tokens_per_s else ""
+            cells = [f"{r.tokens_per_s:,.0f}", steady, f"{r.seconds * 1e6:,.0f}"]
+            cells.append("" if r.nodes is None else str(r.nodes))
+        rows.append([f"{r.ops}, {r.way}", str(r.batch), *cells])
+    text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
+    head = ["ops, way", "sequences", "tokens/s", "after the first", "us/token", "nodes/token"]
+    return text + "\n\n" + table(head, rows)
+
+
+def runs(section: Values) -> str:
+    """The part of the page about complete trainings."""
+    rows, head = [], ["run", "steps", "seconds", "tokens/s", "training loss", "validation loss"]
+    per_byte = any(r.bits_per_byte is not None for r in section["rows"])
+    head += ["bits per byte"] if per_byte else []
+    for r in section["rows"]:
+        if not r.timed:
+            rows.append([r.run, *["-"] * (len(head) - 1), short(r.skipped_reason)])
+            continue
+        notes = [] if r.finite else ["STOPPED: the loss is not finite"]
+        if r.target is not None:
+            notes.append(f"{r.target} {'reached' if r.reached else 'not reached'}")
+        cells = [r.run, str(r.steps), f"{r.seconds:.1f}", f"{r.tokens_per_s:,.0f}"]
+        cells += [loss(curve[-1][2]) if curve else "" for curve in (r.curve, r.evaluated)]
+        if per_byte:
+            cells.append("" if r.bits_per_byte is None else f"{r.bits_per_byte:.3f}")
+        rows.append([*cells, "; ".join(notes)])
+    return f"On {section['text']}.\n\n" + table([*head, ""], rows)
+
+
 def nano(section: Values) -> str:
+    """The part of the page about nanoGPT's recipe on a CPU."""
     step = section["iron_step"] or dict.fromkeys(("batch", "irongpt_ms", "nanogpt_ms"), "?")
     rows = [
-        [r["name"], f"{r['seconds']:.1f}", f"{r['validation_loss']:.3f}", f"{r['peak_rss_mb']:.0f}"]
+        [r.name, f"{r.seconds:.1f}", f"{r.validation_loss:.3f}", f"{r.peak_rss_mb:.0f}"]
         for r in section["rows"]
     ]
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
@@ -133,6 +253,7 @@ def nano(section: Values) -> str:
 
 
 def stages(values: Values) -> str:
+    """How each stage of `make gpu` ended."""
     rows = [
         [name, s["status"], f"{s['seconds']:.0f}", s["says"].replace("|", "/")]
         for name, s in values["stages"].items()
@@ -140,47 +261,43 @@ def stages(values: Values) -> str:
     return table(["stage", "", "seconds", ""], rows)
 
 
-def is_t4(section: Values) -> bool:
-    return "T4" in section["environment"]["name"].split()
-
-
-def _step(values: Values, preset: str) -> float | None:
-    """Seconds of a step of ours in float16, as trained: measured alone, or in a whole training."""
+def _t4_step(values: Values, preset: str) -> float | None:
+    """Seconds of our step in float16, timed alone at the preset's size or in a whole training."""
     section = values.get("train", {})
-    usual = (preset, PRESETS[preset].train["batch_size"])
-    own = (section.get("preset"), section.get("batch_size")) == usual
-    for r in section.get("rows", []) if own else []:
-        if (r["variant"], r["dtype"]) == ("fused as trained", "float16") and "seconds" in r:
-            return float(r["seconds"])
+    size = section.get("preset"), section.get("batch_size")
+    if size == (preset, PRESETS[preset].train["batch_size"]):
+        for r in section["rows"]:
+            if r.timed and r.key == ("fused as trained", "float16"):
+                return float(r.seconds)
     for r in values.get("target", {}).get("rows", []):
-        key = (r["preset"], r["ops"], r.get("dtype"))
-        if key == (preset, "fused", "float16") and r["steps"] > r["warm_steps"]:
-            return float(r["seconds"] / (r["steps"] - r["warm_steps"]))
+        if (r.preset, r.ops, r.dtype) == (preset, "fused", "float16") and r.steps > r.warm_steps:
+            return float(r.seconds / (r.steps - r.warm_steps))
     return None
 
 
 def t4(values: Values) -> str:
-    """Measured nowhere but on a T4: elsewhere the column is empty, beside it what is computed."""
+    """Lower bounds of a T4, and next to them the times if they were measured on one."""
     section = values["kernels"]
-    here = is_t4(section)
-    known: dict[tuple[str, str, float], Values] = {}
-    for r in section["rows"]:
-        if r["sweep"] == "iron" and r["dtype"] != "float32" and r["mode"] in TOTAL:
-            slot = known.setdefault((r["op"], r["size"], r["dropout"]), dict(r, fused=None))
-            if r["provider"] == "fused" and here:
-                slot["fused"] = r.get("seconds")
-    rows = []
+    here = "T4" in section["environment"]["name"].split()
+    bounds: dict[str, float] = {}
+    times: dict[str, float | None] = {}
     for preset in ("iron", "fast"):
-        step = _step(values, preset) if here else None
-        bound = roofline.t4_step(preset)
-        cells = ["" if x is None else f"{x * 1e6:,.0f}" for x in (step, bound)]
-        rows.append([f"a training step, {preset}", *cells])
-    for (op, size, p), r in known.items():
-        if "least_bytes" not in r:
-            continue
-        bound = roofline.op_seconds(r, "float16", T4)
-        measured = f"{r['fused'] * 1e6:,.0f}" if r["fused"] else ""
-        rows.append([f"{op}, {size}{dropout(op, p)}", measured, f"{bound * 1e6:,.0f}"])
+        bounds[f"a training step, {preset}"] = roofline.t4_step(preset)
+        times[f"a training step, {preset}"] = _t4_step(values, preset)
+    for r in section["rows"]:
+        if r.sweep == "iron" and r.dtype != "float32" and r.mode in TOTAL:
+            name = f"{r.op}, {r.size}{dropout(r)}"
+            bounds.setdefault(name, roofline.op_seconds(r, "float16", T4))
+            if r.provider == "fused" and r.timed:
+                times[name] = r.seconds
+
+    def microseconds(x: float | None) -> str:
+        return "" if x is None else f"{x * 1e6:,.0f}"
+
+    rows = [
+        [name, microseconds(times.get(name) if here else None), microseconds(bound)]
+        for name, bound in bounds.items()
+    ]
     text = (
         "Times are in microseconds, in float16. The bound is computed, not measured: least bytes "
         f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "

@@ -1,18 +1,15 @@
-"""The tables of the kernels: every provider at the model's own shape, then along the sweeps."""
+"""The tables of the kernels: every provider at the model's shape, then along the sweeps."""
 
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import roofline
-from benchmarks.measure import result_file
-from benchmarks.ops import inplace_ops
-from benchmarks.ops.cases import DROPS, MODEL_SHAPES, TOTAL, modes
+from benchmarks.measure.rows import KernelRow, spread
+from benchmarks.ops.cases import AS_EAGER, DROPS, MODEL_SHAPES, TOTAL, modes
+from benchmarks.roofline import Rates, derive
 
 Values = dict[str, Any]
-Key = tuple[Any, ...]
-Timed = dict[str, dict[str, Values]]  # rows by provider and mode
+Timed = dict[str, dict[str, KernelRow]]  # rows by provider and mode
 
-# What a size does not tell.
 NOTES = {
     "layer_norm": "Its rows are the float32 residual stream, whatever the dtype of a training.",
     "dropout_add_layer_norm": "The residual stream is float32; the branch has the dtype above.",
@@ -24,12 +21,21 @@ NOTES = {
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def kernels(section: Values) -> str:
-    own = [r for r in section["rows"] if r["sweep"] in MODEL_SHAPES]
+    """The part of the page about the kernels."""
+    peak_rates = section["peak_rates"]
+    at_model: dict[Any, list[KernelRow]] = {}
+    swept: dict[Any, list[KernelRow]] = {}
+    for r in section["rows"]:
+        if r.sweep in MODEL_SHAPES:
+            at_model.setdefault((r.op, r.size, r.dtype, r.dropout), []).append(r)
+        else:
+            swept.setdefault((r.op, r.sweep, r.dtype, r.dropout), []).append(r)
     parts = []
     if section.get("missing"):
         parts.append("Not here: " + "; ".join(f"{k} ({v})" for k, v in section["missing"].items()))
@@ -40,190 +46,155 @@ def kernels(section: Values) -> str:
         "peak rates of this device. Host is the time that Python needs to launch the op once. "
         "Error is a share of the tolerance; a baseline that exceeds the tolerance is marked (†)."
     )
-    for key in dict.fromkeys(_key(r) for r in own):
-        rows = [r for r in own if _key(r) == key]
-        parts.append(_op(key, rows, section["peak_rates"]))
-    swept = [r for r in section["rows"] if r["sweep"] not in MODEL_SHAPES]
+    parts += [_op(rows, peak_rates) for rows in at_model.values()]
     if swept:
         parts.append(
             "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a "
             "gradient. In brackets is the speedup over builtin (over naive for ops that builtin "
             "takes from eager). The last columns are fused's rates and its share of the limit."
         )
-    for series in dict.fromkeys(_series(r) for r in swept):
-        rows = [r for r in swept if _series(r) == series and r["mode"] in TOTAL]
-        parts.append(_sweep(series, rows, section["peak_rates"]))
+    for rows in swept.values():
+        parts.append(_sweep([r for r in rows if r.mode in TOTAL], peak_rates))
     return "\n\n".join(part for part in parts if part)
 
 
-def _key(r: Values) -> Key:
-    return r["op"], r["size"], r["dtype"], r["dropout"]
-
-
-def _series(r: Values) -> Key:
-    return r["op"], r["sweep"], r["dtype"], r["dropout"]
-
-
-def _op(key: Key, rows: list[Values], peak_rates: Values) -> str:
+def _op(rows: list[KernelRow], peak_rates: Values) -> str:
     """Two tables of an op's providers, the fastest first: times, then rates and memory."""
-    op, size, dtype, p = key
-    by: Timed = {}
+    one, by = rows[0], Timed()
     for r in rows:
-        by.setdefault(r["provider"], {})[r["mode"]] = r
-    total = modes(op)[-1]
-    timed = {name: found for name, found in by.items() if found[total].get("seconds")}
-    timed = dict(sorted(timed.items(), key=lambda item: item[1][total]["seconds"]))
-    notes = [NOTES[op]] if op in NOTES else []
+        by.setdefault(r.provider, {})[r.mode] = r
+    total = modes(one.op)[-1]
+    timed = {name: found for name, found in by.items() if found[total].timed}
+    timed = dict(sorted(timed.items(), key=lambda item: item[1][total].seconds))
+    notes = [NOTES[one.op]] if one.op in NOTES else []
     for name, found in timed.items():
-        plain = [
-            f"{m} ({r['no_graph_reason']})" for m, r in found.items() if r.get("no_graph_reason")
-        ]
+        plain = [f"{m} ({r.no_graph_reason})" for m, r in found.items() if r.no_graph_reason]
         if plain:
             notes.append(
                 f"**{name} in no graph, so these are Python's times too:** " + "; ".join(plain)
             )
-        if any(r.get("group") for r in found.values()):
+        if any(r.group for r in found.values()):
             notes.append(
                 f"{name}: measured after the others, because memory was short, so not interleaved."
             )
-    if any(r.get("cold") is False for found in timed.values() for r in found.values()):
+    if any(r.cold is False for found in timed.values() for r in found.values()):
         notes.append("Its inputs are so small that they stay in the L2 cache.")
-    without = [
-        f"{name}: {m[total]['skipped_reason']}" for name, m in by.items() if name not in timed
-    ]
+    without = [f"{name}: {m[total].skipped_reason}" for name, m in by.items() if name not in timed]
     notes += ["No time: " + "; ".join(without)] if without else []
-    heading = f"### {op}, {size}, {dtype}{dropout(op, p)}"
-    return "\n\n".join([heading, _times(op, timed), _rates(op, timed, peak_rates), *notes])
+    heading = f"### {one.op}, {one.size}, {one.dtype}{dropout(one)}"
+    tables = [_times(one.op, timed), _rates(one.op, timed, peak_rates)]
+    return "\n\n".join(part for part in (heading, *tables, *notes) if part)
 
 
 def base_of(op: str) -> str:
     """Returns the baseline of the speedups of an op."""
-    return "naive" if op in inplace_ops.AS_EAGER else "builtin"
+    return "naive" if op in AS_EAGER else "builtin"
 
 
-def beyond(r: Values) -> str:
+def mark(r: KernelRow) -> str:
     """Marks the time of a provider that exceeds the tolerance."""
-    return "" if r["accuracy"]["ok"] else " †"
+    return " †" if r.exceeds_tolerance else ""
 
 
-def dropout(op: str, p: float) -> str:
-    """Names the dropout of an op that has one; empty for the others."""
-    return f", dropout {p:g}" if op in DROPS else ""
+def dropout(r: KernelRow) -> str:
+    """The dropout of an op that has one; empty for the others."""
+    return f", dropout {r.dropout:g}" if r.op in DROPS else ""
 
 
 def _times(op: str, timed: Timed) -> str:
     order = modes(op)
     head = ["provider", *(head for m in order for head in (m, "±", "x")), "host us", "error"]
-    reference = base_of(op)
-    base = {m: r["seconds"] for m, r in timed.get(reference, {}).items()}
+    base = timed.get(base_of(op), {})
     body = []
     for name, found in timed.items():
         total = found[order[-1]]
-        shown = f"{name} ({total['backend']})" if total.get("backend") else name
-        cells = [shown + beyond(total)]
+        cells = [(f"{name} ({total.backend})" if total.backend else name) + mark(total)]
         for m in order:
             r = found[m]
-            cells += [f"{r['seconds'] * 1e6:,.1f}{'*' if r.get('no_graph_reason') else ''}"]
-            cells += [result_file.spread(r["iqr"], 1e6)]
-            cells += [f"{base[m] / r['seconds']:.2f}" if m in base and name != reference else ""]
-        host = f"{total['host_seconds'] * 1e6:,.0f}" if total.get("host_seconds") else ""
-        body.append([*cells, host, f"{total['accuracy']['share']:.0%}"])
+            cells += [f"{r.seconds * 1e6:,.1f}{'*' if r.no_graph_reason else ''}"]
+            cells += [spread(r.iqr, 1e6)]
+            cells += [f"{base[m].seconds / r.seconds:.2f}" if base and found is not base else ""]
+        host = f"{total.host_seconds * 1e6:,.0f}" if total.host_seconds else ""
+        error = f"{total.accuracy.share:.0%}" if total.accuracy else ""
+        body.append([*cells, host, error])
     return table(head, body)
 
 
-RATES: dict[str, tuple[str, Callable[[float], str]]] = {  # by what it says: unit, of `derive`
-    "GB/s": ("bytes_per_s", lambda x: digits(x / 1e9)),
-    "TFLOP/s": ("flops_per_s", lambda x: digits(x / 1e12)),
-    "copy": ("share_of_copy", lambda x: f"{x:.1%}"),
-    "matmul": ("share_of_gemm", lambda x: f"{x:.1%}"),
-    "MiB": ("peak_bytes", lambda x: digits(x / 2**20)),
-}
-
-
 def digits(x: float) -> str:
-    """Three of them, more before the point."""
+    """Three digits, or all of those before the point."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def _cell(value: float | None, form: Callable[[float], str]) -> str:
-    return "" if value is None else form(value)
+def _flops(r: KernelRow, d: Rates) -> str:
+    return digits(d.flops_per_s / 1e12) if r.least_flops else ""
+
+
+def _mebibytes(r: KernelRow) -> str:
+    return "" if r.peak_bytes is None else digits(r.peak_bytes / 2**20)
+
+
+RATES: dict[str, Callable[[KernelRow, Rates], str]] = {
+    "GB/s": lambda r, d: digits(d.bytes_per_s / 1e9),
+    "TFLOP/s": _flops,
+    "copy": lambda r, d: f"{d.share_of_copy:.1%}",
+    "matmul": lambda r, d: f"{d.share_of_gemm:.1%}" if d.share_of_gemm and r.least_flops else "",
+    "MiB": lambda r, d: _mebibytes(r),
+}
 
 
 def _rates(op: str, timed: Timed, peak_rates: Values) -> str:
     """Rates and memory by mode. A CPU has no peak memory; an op without matmuls has no FLOPs."""
     order = modes(op)
-    known = {
-        name: [r | roofline.derive(r, peak_rates) for r in (found[m] for m in order)]
-        for name, found in timed.items()
-    }
-    multiplies = any(r.get("least_flops") for rows in known.values() for r in rows)
-    shown = {
-        what: (key, form)
-        for what, (key, form) in RATES.items()
-        if any(r.get(key) is not None for rows in known.values() for r in rows)
-        if multiplies or key not in ("flops_per_s", "share_of_gemm")
-    }
-    if not shown:
-        return ""
-    head = ["provider", *(f"{what} {m}" for what in shown for m in order)]
-    body = [
-        [
-            name + beyond(rows[-1]),
-            *(_cell(r.get(key), form) for key, form in shown.values() for r in rows),
-        ]
-        for name, rows in known.items()
-    ]
-    return table(head, body)
+    columns: dict[str, list[str]] = {}
+    for what, cell in RATES.items():
+        for m in order:
+            derived = [(r, derive(r, peak_rates)) for r in (found[m] for found in timed.values())]
+            columns[f"{what} {m}"] = [cell(r, d) if d else "" for r, d in derived]
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    names = [name + mark(found[order[-1]]) for name, found in timed.items()]
+    body = [[name, *(cells[i] for cells in columns.values())] for i, name in enumerate(names)]
+    return table(["provider", *columns], body) if columns else ""
 
 
-def _sweep(series: Key, rows: list[Values], peak_rates: Values) -> str:
+def _sweep(rows: list[KernelRow], peak_rates: Values) -> str:
     """A line for each size, a column for each provider."""
-    op, sweep, dtype, p = series
-    reference = base_of(op)
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    body: list[list[str]] = []
+    one = rows[0]
+    reference = base_of(one.op)
+    names = list(dict.fromkeys(r.provider for r in rows))
+    body, memory = [], []
     notes: dict[str, None] = {}  # in order, each once
-    for size in dict.fromkeys(r["size"] for r in rows):
-        by = {r["provider"]: r for r in rows if r["size"] == size}
-        base = by.get(reference, {}).get("seconds")
+    for size in dict.fromkeys(r.size for r in rows):
+        by = {r.provider: r for r in rows if r.size == size}
         cells = []
         for name in names:
-            r = by.get(name, {})
-            if r.get("seconds") is None:
+            r = by.get(name)
+            if r is None or not r.timed:
                 cells.append("-")
-                notes[f"{name}: {r.get('skipped_reason', 'not measured')}"] = None
+                notes[f"{name}: {r.skipped_reason if r else 'not measured'}"] = None
                 continue
-            ratio = f" ({base / r['seconds']:.2f})" if base and name != reference else ""
-            star = "*" if r.get("no_graph_reason") else ""
-            cells.append(f"{r['seconds'] * 1e6:,.1f}{star}{beyond(r)}{ratio}")
-        cells += _ours(by.get("fused", {}), peak_rates) if "fused" in names else []
+            base = by.get(reference, r)
+            ratio = f" ({base.seconds / r.seconds:.2f})" if base is not r and base.timed else ""
+            star = "*" if r.no_graph_reason else ""
+            cells.append(f"{r.seconds * 1e6:,.1f}{star}{mark(r)}{ratio}")
+        if "fused" in names:
+            d = derive(by["fused"], peak_rates) if "fused" in by else None
+            cells += _ours(by["fused"], d) if d else [""] * 3
         body.append([size, *cells])
+        memory.append([size, *(_mebibytes(by[n]) or "-" if n in by else "-" for n in names)])
     head = ["size", *names]
     head += ["fused: GB/s", "TFLOP/s", "of the peak rate"] if "fused" in names else []
-    parts = [f"**{op} over {sweep}, {dtype}{dropout(op, p)}**", table(head, body)]
-    parts += [_memory(names, rows)] if any(r.get("peak_bytes") is not None for r in rows) else []
+    parts = [f"**{one.op} over {one.sweep}, {one.dtype}{dropout(one)}**", table(head, body)]
+    if any(r.peak_bytes is not None for r in rows):
+        parts.append(table(["MiB at the peak", *names], memory))
     if any("*" in cell for row in body for cell in row):
         notes["* in no graph: Python's time too"] = None
     if any("†" in cell for row in body for cell in row):
         notes["† exceeds the tolerance"] = None
-    if any(r.get("cold") is False for r in rows):
+    if any(r.cold is False for r in rows):
         notes["some inputs are so small that they stay in the cache"] = None
     parts += ["Without a time (-) and other notes: " + "; ".join(notes)] if notes else []
     return "\n\n".join(parts)
 
 
-def _ours(row: Values, peak_rates: Values) -> list[str]:
-    d = roofline.derive(row, peak_rates)
-    if not d:
-        return [""] * 3
-    flops = digits(d["flops_per_s"] / 1e12) if d["flops_per_s"] else ""
-    return [digits(d["bytes_per_s"] / 1e9), flops, f"{d['share_of_peak']:.0%}"]
-
-
-def _memory(names: list[str], rows: list[Values]) -> str:
-    key, form = RATES["MiB"]
-    body = []
-    for size in dict.fromkeys(r["size"] for r in rows):
-        by = {r["provider"]: r.get(key) for r in rows if r["size"] == size}
-        body.append([size, *(_cell(by.get(n), form) or "-" for n in names)])
-    return table(["MiB at the peak", *names], body)
+def _ours(r: KernelRow, d: Rates) -> list[str]:
+    return [digits(d.bytes_per_s / 1e9), _flops(r, d), f"{d.share_of_peak:.0%}"]

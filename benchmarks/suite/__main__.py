@@ -31,7 +31,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -67,11 +66,11 @@ COMMANDS = {  # of a stage, and its additional options without a GPU
 
 @dataclass
 class Done:
-    """How a stage ended. status: ok, failed, timed out or skipped; says: its summary in a line."""
+    """How a stage ended. status: ok, failed, timed out or skipped; summary: one line."""
 
     status: str
     seconds: float = 0.0
-    says: str = ""
+    summary: str = ""
     lines: list[str] = field(default_factory=list)
 
 
@@ -164,7 +163,7 @@ class Suite:
             return self.tests(name, limit)
         plots = importlib.util.find_spec("matplotlib") is not None
         if name == "report" and not plots:
-            return Done("skipped", says="matplotlib is not installed: draw it from the file")
+            return Done("skipped", summary="matplotlib is not installed: draw it from the file")
         command, on_cpu = COMMANDS[name]
         words: list[object] = [*command.split(), *("" if self.gpu else on_cpu).split()]
         if name in ("doctor", "compare"):
@@ -180,35 +179,37 @@ class Suite:
 
     def with_json(self, name: str, limit: float, *words: object) -> Done:
         """Runs a command of irongpt, and saves the JSON that it writes as a section."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "values.json"
-            command = [*words, "--device", self.device, "--json", file]
-            done = run(command, self.env, limit, self.log)
-            if file.exists():
-                values = json.loads(file.read_bytes())
-                result_file.save(self.file, name, values)
-                if name == "doctor":  # its last line is the end of an advice
-                    done.says = "; ".join(values["problems"])[:150] or "no problems"
+        file = self.file.with_suffix(f".{name}.json")
+        command = [*words, "--device", self.device, "--json", file]
+        done = run(command, self.env, limit, self.log)
+        if file.exists():
+            values = json.loads(file.read_bytes())
+            file.unlink()
+            result_file.save(self.file, name, values)
+            if name == "doctor":  # its last line is the end of an advice
+                done.summary = "; ".join(values["problems"])[:150] or "no problems"
         return done
 
     def tests(self, name: str, limit: float) -> Done:
         """Runs the test files, each in a pytest of its own, in as many processes as fit."""
         env = {emulate.VARIABLE: f"sm_{emulate.ARCH}"} if name == "emulated" else {}
         if env and not self.gpu:
-            return Done("skipped", says="emulation of a T4 needs a GPU")
+            return Done("skipped", summary="emulation of a T4 needs a GPU")
         if env and emulate.capability(self.device) == (7, 5):
-            return Done("skipped", says="this GPU has compute capability 7.5 itself")
+            return Done("skipped", summary="this GPU has compute capability 7.5 itself")
         start, lock = time.perf_counter(), threading.Lock()
         found: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
         total: Counter[str] = Counter()
 
         def one(file: Path) -> str:
             left = limit - GRACE - (time.perf_counter() - start)
-            done = Done("timed out", says="no time was left")
+            done = Done("timed out", summary="no time was left")
             if left > 1:
                 words = ["pytest", "-rfE", "--tb=short", "-p", "no:cacheprovider", file]
                 done = run(words, self.env | env, left, self.log, show=False)
-            counts = {w: int(n) for n, w in re.findall(rf"(\d+) ({'|'.join(COUNTS)})", done.says)}
+            counts = {
+                w: int(n) for n, w in re.findall(rf"(\d+) ({'|'.join(COUNTS)})", done.summary)
+            }
             bad = [line[:200] for line in done.lines if line.startswith(("FAILED", "ERROR"))]
             with lock:
                 total.update(counts)
@@ -216,17 +217,17 @@ class Suite:
                 found["files"][file.name] = row
                 found["failures"] += bad
                 result_file.save(self.file, name, found)
-                print(f"{file.name:36} {done.status:9} {done.says}", flush=True)
+                print(f"{file.name:36} {done.status:9} {done.summary}", flush=True)
             return done.status
 
         at_once = min(PROCESSES, max(1, (os.cpu_count() or 2) // 2)) if self.gpu else 1
         with ThreadPoolExecutor(at_once) as pool:
             statuses = list(pool.map(one, test_files(self.gpu)))
-        says = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
+        summary = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
         late = [f for f, row in found["files"].items() if row["status"] == "timed out"]
-        says += f"; timed out: {', '.join(late)}" if late else ""
+        summary += f"; timed out: {', '.join(late)}" if late else ""
         worst = next((s for s in ("failed", "timed out") if s in statuses), "ok")
-        return Done(worst, time.perf_counter() - start, says)
+        return Done(worst, time.perf_counter() - start, summary)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -248,13 +249,13 @@ def main(argv: list[str] | None = None) -> int:
         share = left * SHARES[name] / sum(SHARES[later] for later in stages[i:])
         limit = min(left, max(LEAST, share))
         print(f"\n== {name}, {max(0, limit):.0f} s at most", flush=True)
-        done = Done("timed out", says="no time was left")
+        done = Done("timed out", summary="no time was left")
         try:
             if limit > 1:
                 done = suite.stage(name, limit)
         except Exception as e:  # the next stage runs in any case
-            done = Done("failed", says=f"{type(e).__name__}: {e}"[:200])
-        table[name] = dict(status=done.status, seconds=round(done.seconds, 1), says=done.says)
+            done = Done("failed", summary=f"{type(e).__name__}: {e}"[:200])
+        table[name] = dict(status=done.status, seconds=round(done.seconds, 1), says=done.summary)
         known = result_file.load(suite.file) if suite.file.exists() else {}
         result_file.save(suite.file, "stages", known.get("stages", {}) | table)
     print(f"\n{'stage':9} {'':9} {'seconds':>7}")

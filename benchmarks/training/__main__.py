@@ -13,8 +13,8 @@
                              builtin AdamW, which does the same work if the preset uses Muon
 
 A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants are
-interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights are
-randomly initialized.
+interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights and
+the text are random.
 
 The matmuls of a step are timed alone, one shape at a time, and so is Muon's iteration. The lower
 bound of a step is computed: their time, and the least bytes of the other ops over the measured copy
@@ -32,21 +32,17 @@ from irongpt_kernels import builtin, eager
 
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
-from benchmarks.ops.providers import Naive
+from benchmarks.ops.providers import NAIVE
+from benchmarks.presets import Setting, random_setting
 from benchmarks.training import matmuls
 from benchmarks.training.steps import Make, Steps
 from benchmarks.training.variants import Variant, nanogpt, trained
 from irongpt import device as devices
 from irongpt import ops
-from irongpt.config import PRESETS, GPTConfig, TrainConfig
-from irongpt.data import corpus
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.config import PRESETS
 
 BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
-# Shares of the budget by which each part ends: the variants that compile in seconds, in 16 bits and
-# in float32, then the slow ones in 16 bits and in float32.
-PARTS = (0.45, 0.75, 0.9, 1.0)
-SLOW = "max-autotune"  # may compile for minutes
+SLOW = "max-autotune"  # compiles for minutes, so these variants come last
 OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the name of the ops
     "": {},
     "graph": dict(graph=True),
@@ -62,47 +58,32 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the n
 def variants(
     dtype: torch.dtype, device: torch.device, only: list[str] | None, checkout: Path | None
 ) -> list[tuple[str, Make]]:
-    """The variants to time in one dtype; those that compile for minutes come last."""
-    gpu = device.type == "cuda"
-    modules = {"fused": None, "builtin": builtin, "naive": Naive, "eager": eager}
+    """The variants to time in one dtype."""
+    modules = {"fused": None, "builtin": builtin, "naive": NAIVE, "eager": eager}
     theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
-    names = ["fused"] if gpu or "fused" in (only or []) else []
-    names += ["builtin", "naive", "eager", *theirs]
-    if gpu:
-        names += [f"{name} graph" for name in modules]
-        names += ["fused as trained", "builtin as trained"]
-    names.append("builtin compiled")
-    if gpu:
-        names += ["builtin compiled graph", "naive compiled", "fused compiled"]
-        names += ["eager compiled", "fused compiled graph"]
-    names += [f"{name} compiled" for name in theirs]
-    if gpu:
+    names = ["builtin", "naive", "eager", *theirs, "builtin compiled"]
+    if device.type == "cuda":
+        names = ["fused", *names, *(f"{name} graph" for name in modules)]
+        names += ["fused as trained", "builtin as trained", "builtin compiled graph"]
+        names += ["naive compiled", "fused compiled", "eager compiled", "fused compiled graph"]
         names += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
+    elif "fused" in (only or []):
+        names.insert(0, "fused")
+    names += [f"{name} compiled" for name in theirs]
 
-    def make(name: str, setting: tuple[Any, ...]) -> Variant:
+    def make(name: str, setting: Setting) -> Variant:
         base, _, how = name.partition(" ")
         if base == "nanoGPT":
             assert checkout is not None
             return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
-        module = modules[base] or ops.load("fused", device, setting[0])
+        module = modules[base] or ops.load("fused", device, setting.model)
         return trained(setting, module, dtype, device, **OPTIONS[how])
 
     return [(name, partial(make, name)) for name in names if only is None or name in only]
 
 
-def setting_of(preset: str, batch_size: int | None) -> tuple[GPTConfig, TrainConfig, torch.Tensor]:
-    """Model, recipe and token ids, of the built-in text: speed does not depend on the text."""
-    text = corpus.load("python-docs", say=lambda line: None).text[:400_000]
-    tokenizer = CharTokenizer.from_text(text)
-    model = GPTConfig(vocab_size=tokenizer.vocab_size, **PRESETS[preset].model)
-    recipe = dict(PRESETS[preset].train)
-    if batch_size is not None:
-        recipe["batch_size"] = batch_size
-    return model, TrainConfig(**recipe), tokenizer.encode(text)
-
-
 def _matmuls(
-    section: result_file.Section, setting: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+    section: result_file.Section, setting: Setting, dtype: torch.dtype, device: torch.device
 ) -> None:
     config, recipe, _ = setting
     found = matmuls.measure(config, recipe, dtype, device)
@@ -110,16 +91,15 @@ def _matmuls(
     found["lower_bound_seconds"] = roofline.step_lower_bound(
         config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(found)
     )
-    section.put(matmuls=section.values["matmuls"] | {devices.dtype_name(dtype): found})
-    print(matmuls.line(devices.dtype_name(dtype), found), flush=True)
+    name = devices.dtype_name(dtype)
+    section.put(matmuls=section.values["matmuls"] | {name: found})
+    print(matmuls.line(name, found), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time training steps of every variant")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="time only these variants")
-    parser.add_argument("--dtypes", nargs="+", choices=list(devices.DTYPES))
-    parser.add_argument("--batch-size", type=int, help="sequences per step [the preset's]")
     parser.add_argument("--steps", type=int, help="steps per round [10, 2 on a CPU]")
     parser.add_argument("--turns", type=int, help="rounds per variant [8, 4 on a CPU]")
     parser.add_argument("--budget", type=float, help="total seconds [1200, 110 on a CPU]")
@@ -128,35 +108,39 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
     device = devices.pick(args.device)
-    gpu = device.type == "cuda"
-    preset = args.preset or ("iron" if gpu else "nano")
-    setting = setting_of(preset, args.batch_size)
+    preset = args.preset or ("iron" if device.type == "cuda" else "nano")
+    setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
-    if args.dtypes:
-        dtypes = [devices.DTYPES[name] for name in args.dtypes]
-    budget, start = args.budget or BUDGET[device.type], time.perf_counter()
+    end = time.perf_counter() + (args.budget or BUDGET[device.type])
     with result_file.Section("train", device, args) as section:
         section.put(
             preset=preset,
-            model=vars(setting[0]),
-            batch_size=setting[1].batch_size,
+            model=vars(setting.model),
+            batch_size=setting.recipe.batch_size,
             nanogpt=args.nanogpt and environment.git_commit(args.nanogpt),
             matmuls={},
             rows=[],
         )
-        peak_rates = environment.peak_rates(device, dtypes)
-        found = {devices.dtype_name(d): devices.peak_flops(device, d) for d in dtypes}
-        peak_rates["peak"] = {name: flops for name, (flops, _) in found.items()}
-        peak_rates["peak_from"] = {name: source for name, (_, source) in found.items()}
+        peak_rates: dict[str, Any] = environment.peak_rates(device, dtypes)
+        peak_rates |= {"peak": {}, "peak_from": {}}
+        for dtype in dtypes:
+            name, (flops, source) = devices.dtype_name(dtype), devices.peak_flops(device, dtype)
+            peak_rates["peak"][name], peak_rates["peak_from"][name] = flops, source
         section.put(peak_rates=peak_rates)
         for dtype in dtypes:
             _matmuls(section, setting, dtype, device)
-        parts = [(slow, dtype) for slow in (False, True) for dtype in dtypes]
-        for (slow, dtype), part in zip(parts, PARTS[-len(parts) :], strict=True):
-            chosen = variants(dtype, device, args.variants, args.nanogpt)
-            chosen = [pair for pair in chosen if (SLOW in pair[0]) == slow]
+        every = [(d, variants(d, device, args.variants, args.nanogpt)) for d in dtypes]
+        parts = [
+            (dtype, [pair for pair in found if (SLOW in pair[0]) == slow])
+            for slow in (False, True)
+            for dtype, found in every
+        ]
+        parts = [(dtype, found) for dtype, found in parts if found]
+        for i, (dtype, found) in enumerate(parts, start=1):  # each takes half of the time, the last
+            share = 1.0 if i == len(parts) else 0.5  # one all of it
+            now = time.perf_counter()
             steps = Steps(section, setting, dtype, device, args)
-            steps.measure(chosen, start + part * budget)
+            steps.measure(found, now + share * (end - now))
     print(f"written to {section.path}")
 
 

@@ -3,11 +3,12 @@
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import StepRow
+from benchmarks.presets import Setting
 from benchmarks.training.variants import Variant, peak_of
 from irongpt import timing
 from irongpt.device import dtype_name
@@ -18,8 +19,7 @@ STEPS = {"cuda": 10, "cpu": 2}  # steps of a variant per round
 ROUNDS = {"cuda": 8, "cpu": 4}
 LAST_START = 0.7  # share of the time after which no further variant starts
 
-Make = Callable[[tuple[Any, ...]], Variant]
-Row = dict[str, Any]
+Make = Callable[[Setting], Variant]
 
 
 class Steps:
@@ -31,7 +31,7 @@ class Steps:
     def __init__(
         self,
         section: result_file.Section,
-        setting: tuple[Any, ...],
+        setting: Setting,
         dtype: torch.dtype,
         device: torch.device,
         args: argparse.Namespace,
@@ -40,14 +40,14 @@ class Steps:
         self.dtype = dtype_name(dtype)
         self.steps = args.steps or STEPS[device.type]
         self.rounds = args.turns or ROUNDS[device.type]
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, StepRow] = {}
         self.samples: dict[str, list[float]] = {}
-        self.others = list(section.values["rows"])
+        self.others: list[StepRow] = list(section.values["rows"])
 
     def measure(self, waiting: list[tuple[str, Make]], end: float) -> None:
         """end: the time by time.perf_counter() after which no round begins."""
         last = time.perf_counter() + LAST_START * (end - time.perf_counter())
-        group = 1 + max((r.get("group", 0) for r in self.others), default=-1)
+        group = 1 + max((r.group for r in self.others), default=-1)
         while waiting:
             ready, waiting = self._begin(waiting, last, group)
             for i in range(1, self.rounds):
@@ -71,25 +71,22 @@ class Steps:
         """The variants that fit in memory, each with a first sample, and those that must wait."""
         ready: dict[str, Variant] = {}
         for i, (name, make) in enumerate(waiting):
-            row: Row = {"variant": name, "dtype": self.dtype, "group": group}
-            self.rows[name], full = row, False
+            row, full = StepRow(variant=name, dtype=self.dtype, group=group), False
+            self.rows[name] = row
             if time.perf_counter() > last:
-                row["skipped_reason"] = "the time for this benchmark was over"
+                row.skipped_reason = "the time for this benchmark was over"
                 continue
             start = time.perf_counter()
             try:
-                with peak_of(self.device) as peak:
+                with peak_of(self.device, row):
                     ready[name] = make(self.setting)
                     ready[name].warm_up()
-                row |= {"first_seconds": time.perf_counter() - start, **peak}
+                row.first_seconds = time.perf_counter() - start
                 self.samples[name] = []
                 self._sample(name, ready[name])
-            except UserError as e:
-                row["skipped_reason"] = str(e)
             except Exception as e:  # that it cannot run here is a result
                 full = isinstance(e, torch.cuda.OutOfMemoryError)
-                row["skipped_reason"] = reason(e)
-            if "skipped_reason" in row:
+                row.skipped_reason = str(e) if isinstance(e, UserError) else reason(e)
                 ready.pop(name, None)
                 self._recover()
             if full and ready:
@@ -104,7 +101,7 @@ class Steps:
         try:
             do(name, ready[name])
         except Exception as e:
-            self.rows[name]["stop_reason"] = reason(e)
+            self.rows[name].stop_reason = reason(e)
             del ready[name]
             self._recover()
             print(f"{name}: {reason(e)}", flush=True)
@@ -118,39 +115,28 @@ class Steps:
 
     def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))
+        t, row, model = (
+            timing.Timing(self.samples[name], False),
+            self.rows[name],
+            self.setting.model,
+        )
+        tokens = self.setting.recipe.batch_size * model.context
         peak = self.section.values["peak_rates"]["peak"][self.dtype]
-        self.rows[name] |= summary(self.samples[name], self.setting, peak)
+        row.seconds, row.iqr, row.samples = t.median, t.iqr, len(t.samples)
+        row.tokens_per_s = tokens / t.median
+        row.mfu = row.tokens_per_s * model.flops_per_token() / peak
         self._put()
 
     def _count(self, name: str, variant: Variant) -> None:
-        self.rows[name] |= variant.counts()
+        self.rows[name].kernels, self.rows[name].launches = variant.counts()
         self._put()
 
     def _put(self) -> None:
         self.section.put(rows=self.others + list(self.rows.values()))
 
 
-def summary(samples: list[float], setting: tuple[Any, ...], peak: float) -> Row:
-    model, train = setting[0], setting[1]
-    t = timing.Timing(samples, False)
-    tokens = train.batch_size * model.context
-    return {
-        "seconds": t.median,
-        "iqr": t.iqr,
-        "samples": len(samples),
-        "tokens_per_s": tokens / t.median,
-        "mfu": tokens / t.median * model.flops_per_token() / peak,
-    }
-
-
-def line(row: Row) -> str:
-    head = f"{row['dtype']:9} {row['variant']:22}"
-    if "seconds" not in row:
-        return f"{head} -  {result_file.short(row.get('skipped_reason', ''))}"
-    memory = f"{row['peak_bytes'] / 2**30:6.2f} GiB" if row.get("peak_bytes") else ""
-    kernels = f"{row['kernels']:5} kernels" if row.get("kernels") else ""
-    spread = result_file.spread(row["iqr"], 1e3)
-    return (
-        f"{head} {row['seconds'] * 1e3:9.2f} ms +- {spread:>6} "
-        f"{row['tokens_per_s']:11,.0f} tokens/s  MFU {row['mfu']:6.1%} {memory} {kernels}"
-    )
+def line(row: StepRow) -> str:
+    """A row for a terminal."""
+    memory = f"{row.peak_bytes / 2**30:6.2f} GiB" if row.peak_bytes else ""
+    kernels = f"{row.kernels:5} kernels" if row.kernels else ""
+    return row.line(f"{row.tokens_per_s:,.0f} tokens/s", f"MFU {row.mfu:.1%}", memory, kernels)

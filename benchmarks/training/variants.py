@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import gc
-import os
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import profiler
+from benchmarks.measure.rows import StepRow
+from benchmarks.presets import Setting
 from irongpt import device as devices
-from irongpt.data.batches import TrainBatches, split
+from irongpt.data.batches import TrainBatches
 from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
-# Names of the CUDA calls that give work to a device.
-LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 WARM = 5  # warm-up steps, within which a trainer captures its CUDA graph
 
 
@@ -45,26 +46,10 @@ class Variant:
     def warm_up(self) -> None:
         self.seconds_a_step(WARM if self.device.type == "cuda" else 1)
 
-    def counts(self) -> dict[str, int]:
-        """Counts of a step: `kernels`, copies and fills that run on the device, and `launches` by
-        the host, where a graph is one launch. Empty on a CPU and if the profiler sees none."""
-        if self.device.type != "cuda":
-            return {}
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        # As PyTorch does for CUDA graphs: tearing down the profiler may crash.
-        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
-        with (
-            self._algorithms(),
-            profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace,
-        ):
-            self.step()
-            devices.synchronize(self.device)
-        ours = [e for e in trace.events() or [] if not getattr(e, "is_user_annotation", False)]
-        kernels = sum(e.device_type == DeviceType.CUDA for e in ours)
-        launches = sum(e.device_type == DeviceType.CPU and e.name.startswith(LAUNCH) for e in ours)
-        return {"kernels": kernels, "launches": launches} if kernels else {}
+    def counts(self) -> tuple[int | None, int | None]:
+        """The kernels and the launches of a step, see `profiler`."""
+        with self._algorithms():
+            return profiler.counts(self.step, self.device)
 
     @contextlib.contextmanager
     def _algorithms(self) -> Iterator[None]:
@@ -77,25 +62,24 @@ class Variant:
 
 
 @contextlib.contextmanager
-def peak_of(device: torch.device) -> Iterator[dict[str, int]]:
-    """Measures peak_bytes: the peak of the allocated bytes less those allocated before.
+def peak_of(device: torch.device, row: StepRow) -> Iterator[None]:
+    """Measures the row's peak_bytes: the peak of the allocated bytes less those allocated before.
 
     The memory pool of a CUDA graph counts while it is captured, so a variant must be made and
     warmed up inside."""
-    found: dict[str, int] = {}
     gc.collect()  # a trainer and its graph reference each other
     if device.type != "cuda":
-        yield found
+        yield
         return
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    yield found
-    found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    yield
+    row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
 
 
 def trained(
-    setting: tuple[Any, ...],
+    setting: Setting,
     module: Any,
     dtype: torch.dtype,
     device: torch.device,
@@ -104,16 +88,15 @@ def trained(
     graph: bool = False,
     **recipe: Any,
 ) -> Variant:
-    """A training of our model. setting: model, recipe, token ids. mode: of torch.compile, or None.
+    """A training of our model. mode: of torch.compile, or None.
 
     graph: run the step as one CUDA graph, if the trainer supports it. recipe: fields of the
     setting's recipe to replace.
     """
-    model_config, train_config, ids = setting
-    train_config = dataclasses.replace(train_config, graph=graph, **recipe)
+    train_config = dataclasses.replace(setting.recipe, graph=graph, **recipe)
     torch.manual_seed(train_config.seed)
-    model = GPT(model_config, module).to(device)
-    trainer = Trainer(model, ids, train_config, device, dtype)
+    model = GPT(setting.model, module).to(device)
+    trainer = Trainer(model, setting.tokens, train_config, device, dtype)
     if mode is not None:
         # Each variant compiles its model again, and earlier variants keep theirs.
         torch._dynamo.config.recompile_limit = 64
@@ -130,7 +113,7 @@ def trained(
 
 
 def nanogpt(
-    setting: tuple[Any, ...],
+    setting: Setting,
     checkout: Path,
     dtype: torch.dtype,
     device: torch.device,
@@ -145,7 +128,7 @@ def nanogpt(
     sys.path.insert(0, str(checkout.resolve()))
     import model as theirs  # type: ignore[import-not-found]
 
-    ours, train, ids = setting
+    ours, train = setting.model, setting.recipe
     names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     config = theirs.GPTConfig(
         block_size=ours.context, **{name: getattr(ours, name) for name in names}
@@ -157,9 +140,9 @@ def nanogpt(
     )
     called = torch.compile(model) if compiled else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    train_ids, _ = split(ids.to(device), ours.context)
-    batches = TrainBatches(train_ids, ours.context, train.batch_size, train.seed)
-    count = iter(range(10**9))
+    ids = setting.tokens.train.to(device)
+    batches = TrainBatches(ids, ours.context, train.batch_size, train.seed)
+    count = itertools.count()
 
     def step() -> None:
         x, y = (t.contiguous() for t in batches(next(count)))

@@ -1,5 +1,4 @@
-"""Samples of a GPU's time, on a GPU that a clock plays: graphs, their calls, and where none can be
-had."""
+"""Samples of a GPU's time, on a simulated GPU: graphs, and calls that cannot be captured."""
 
 import contextlib
 import weakref
@@ -14,10 +13,7 @@ from irongpt import timing
 
 
 class Clock:
-    """A GPU's stream: the host queues, the device works off what is queued, in seconds of its own.
-
-    Launching takes the host `LAUNCH` each; a call keeps the device busy for a time of its own.
-    """
+    """A stream of a GPU: the host queues a call in `LAUNCH` seconds, and the device runs it."""
 
     LAUNCH = 1e-5
 
@@ -87,8 +83,8 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("busy", [1e-6, 3e-5, 4e-3, 0.1])
-def test_a_sample_is_the_devices_work_alone(gpu: Clock, busy: float) -> None:
-    """Neither launch latency nor what the host takes is in it."""
+def test_a_sample_is_the_time_of_the_device(gpu: Clock, busy: float) -> None:
+    """It contains neither the launch latency nor the time of the host."""
     found = timing.measure({"": lambda i: gpu.queue(busy)}, 3, CUDA, rounds=4)[""]
     assert found.graph
     assert found.no_graph_reason is None
@@ -108,7 +104,7 @@ def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
     assert timing.Replay(timing.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
 
 
-def test_a_graph_takes_all_copies_in_turn_and_keeps_their_outputs(gpu: Clock) -> None:
+def test_a_graph_uses_all_copies_and_keeps_their_outputs(gpu: Clock) -> None:
     class Output:
         pass
 
@@ -131,7 +127,7 @@ def test_a_graph_takes_all_copies_in_turn_and_keeps_their_outputs(gpu: Clock) ->
     assert most == 4  # that of each copy, and the new one
 
 
-def test_what_comes_first_is_captured_too(gpu: Clock) -> None:
+def test_the_forward_of_a_backward_is_captured_too(gpu: Clock) -> None:
     """A backward in a graph starts from a forward in a graph; one outside from one outside."""
     seen: list[tuple[bool, bool]] = []
 
@@ -144,7 +140,7 @@ def test_what_comes_first_is_captured_too(gpu: Clock) -> None:
     assert set(seen) == {(False, False), (True, True)}
 
 
-def test_what_waits_for_the_device_is_never_captured(
+def test_a_call_that_waits_for_the_device_is_not_captured(
     gpu: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode: list[object] = [0]
@@ -163,7 +159,7 @@ def test_what_waits_for_the_device_is_never_captured(
     assert mode == [0]
 
 
-def test_a_capture_that_breaks_is_recovered_from_and_says_why(
+def test_a_failed_capture_is_recovered_from_and_has_a_reason(
     gpu: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[object] = []

@@ -24,7 +24,7 @@ def test_a_matmul_moves_three_matrices_and_a_view_moves_no_bytes() -> None:
     with ledger.Ledger() as book:
         y = torch.ones(4, 6).half() @ torch.ones(6, 5).half()
         y.t()[:2].view(1, 2, 4)
-    assert book.operations["matmuls"] == {"aten::mm": 1}
+    assert book.launches["matmuls"] == 1
     assert book.bytes["matmuls"] == 2 * (A + B + 4 * 5)
     assert book.bytes["casts"] == (A + B) * (4 + 2)
 
@@ -154,8 +154,8 @@ def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledge
 def test_the_command_prints_that_its_figures_are_computed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = "--preset nano --dtype float32 --optimizer adamw --top 3"
+    options = "--preset nano --dtype float32 --optimizer adamw"
     assert ledger.main(options.split()) == 0
     out = capsys.readouterr().out
     assert out.count("computed, not measured") == 3
-    assert "adamw 1" in out
+    assert out.count("optimizer") == 3

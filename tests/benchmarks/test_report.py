@@ -1,8 +1,10 @@
-"""Result files: what they hold, how their rows are printed, and what two of them differ in."""
+"""Result files: their content, their page, and the comparison of two of them."""
 
 import argparse
+import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import Accuracy, DecodeRow, KernelRow, NanoRow, RunRow, StepRow, short
 from benchmarks.ops.cases import MODES
 from benchmarks.report import __main__ as report
 from benchmarks.report import diff, plots, tables, tables_kernels
@@ -20,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests are; a result file would say so in its name."""
+    """The tests run in the interpreter, which the name of a result file would contain."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_a_file_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_name_of_a_file_has_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result_file.path(tmp_path, CPU, "abc", "gpu").name.endswith("-abc-gpu.json")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert result_file.path(tmp_path, CPU, "abc").name.endswith("-abc-interpreted.json")
@@ -36,14 +39,14 @@ def table_of(text: str, head: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[dict]:
-    """Rows of attention in all modes; `providers`: seconds of both."""
+def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) -> list[KernelRow]:
+    """Rows of attention in all modes; `providers`: seconds of forward + backward."""
     row = dict(op="causal_attention", sweep=sweep, size="s", dtype="float16", dropout=0.0)
-    row |= dict(accuracy=dict(ok=True, share=0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
+    row |= dict(accuracy=Accuracy(True, 0.5), iqr=0.0, host_seconds=1e-5, peak_bytes=3 << 20)
     row |= dict(least_bytes=8e9, least_flops=16e12) | more
     parts = dict(forward=0.25, backward=0.75, total=1.0)
     return [
-        row | dict(provider=name, mode=mode, seconds=seconds * part)
+        KernelRow(**row, provider=name, mode=mode, seconds=seconds * part)
         for name, seconds in providers.items()
         for mode, part in parts.items()
     ]
@@ -68,27 +71,26 @@ def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
     assert theirs[head.index("GB/s total")] == "4"
 
 
-def test_a_sweep_has_ours_in_rates_and_everybody_s_memory() -> None:
+def test_a_sweep_has_rates_of_fused_and_memory_of_all() -> None:
     rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
     text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
     cells = table_of(text, "size")[2]
     assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
     assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
-    without = [r | dict(peak_bytes=None) for r in rows if r["provider"] == "builtin"]
+    without = [replace(r, peak_bytes=None) for r in rows if r.provider == "builtin"]
     text = tables.kernels({"rows": without, "peak_rates": PEAK_RATES})
     assert "MiB at the peak" not in text
     assert "fused: GB/s" not in text
 
 
-def test_what_follows_from_a_time() -> None:
-    row = dict(seconds=2.0, least_bytes=100, least_flops=600, dtype="float16")
+def test_the_rates_of_a_time() -> None:
+    (row,) = rows_of({"fused": 2.0}, least_bytes=100, least_flops=600)[2:]
     peak_rates = dict(copy_bytes_per_s=100.0, gemm_flops_per_s={"float16": 400.0})
     d = roofline.derive(row, peak_rates)
-    assert d["bytes_per_s"] == 50
-    assert d["flops_per_s"] == 300
-    assert (d["share_of_copy"], d["share_of_gemm"]) == (0.5, 0.75)
-    assert (d["lower_bound_seconds"], d["share_of_peak"]) == (1.5, 0.75)
-    assert roofline.derive(dict(skipped_reason="x", least_bytes=1), peak_rates) == {}
+    assert (d.bytes_per_s, d.flops_per_s) == (50, 300)
+    assert (d.share_of_copy, d.share_of_gemm) == (0.5, 0.75)
+    assert (d.lower_bound_seconds, d.share_of_peak) == (1.5, 0.75)
+    assert roofline.derive(replace(row, seconds=math.nan), peak_rates) is None
 
 
 def options(folder: Path, **more: object) -> argparse.Namespace:
@@ -98,7 +100,7 @@ def options(folder: Path, **more: object) -> argparse.Namespace:
 def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
     for name in ("kernels", "train"):
         with result_file.Section(name, CPU, options(tmp_path)) as section:
-            section.put(rows=[dict(x=math.inf, y=[1.0, 2.0])])
+            section.put(x=math.inf, y=[1.0, 2.0])
     (file,) = tmp_path.glob("*/*.json")
     assert file.name.endswith("-abc.json")
     values = result_file.load(file)
@@ -106,22 +108,22 @@ def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
     e = values["kernels"]["environment"]
     assert e["commit"] == "abc"
     assert e["torch"] == torch.__version__
-    assert values["train"]["rows"] == [dict(x=None, y=[1.0, 2.0])]
+    assert (values["train"]["x"], values["train"]["y"]) == (None, [1.0, 2.0])
     assert '"y": [1.0, 2.0]' in file.read_text()
 
 
-def test_what_is_measured_when_it_breaks_off_is_kept(tmp_path: Path) -> None:
+def test_results_before_an_error_are_kept(tmp_path: Path) -> None:
     section = result_file.Section("runs", CPU, options(tmp_path))
 
     def measured() -> None:
         with section:
-            section.put(rows=[1])
+            section.put(rows=[RunRow(run="fast")])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measured()
     values = result_file.load(section.path)["runs"]
-    assert values["rows"] == [1]
+    assert values["rows"] == [RunRow(run="fast")]
     assert values["ended_by"].startswith("KeyboardInterrupt")
 
 
@@ -132,8 +134,8 @@ def test_another_file_is_no_result(tmp_path: Path) -> None:
             result_file.load(tmp_path / "a.json")
 
 
-def file_of(seconds: float, iqr: float | None, name: str = "T4") -> dict:
-    row = dict(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
+def file_of(seconds: float, iqr: float, name: str = "T4") -> dict:
+    row = StepRow(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
     tests = {"environment": {"IRONGPT_EMULATE": "sm_75"}}  # says nothing of the device
     return {"format": 2, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
 
@@ -151,8 +153,8 @@ def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> Non
     assert said in diff.text(file_of(*before), file_of(*after), "a", "b")
 
 
-def test_a_difference_without_a_known_noise_is_none() -> None:
-    text = diff.text(file_of(1.0, None), file_of(9.0, 0.01), "a", "b")
+def test_a_difference_without_a_known_noise_is_not_reported() -> None:
+    text = diff.text(file_of(1.0, math.nan), file_of(9.0, 0.01), "a", "b")
     assert "0 of 1 times differ" in text
     assert "of 1 times the noise is not known" in text
 
@@ -164,10 +166,11 @@ def test_another_device_is_noted() -> None:
 
 def test_memory_and_whole_trainings_are_compared() -> None:
     def file(peak: int, seconds: float, loss: float) -> dict:
-        step = dict(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
-        run = dict(run="fast, fused", dtype="float16", seconds=seconds, evaluated=[[500, 1, loss]])
-        nano = dict(name="nano", seconds=seconds, validation_loss=loss)
-        parts = dict(train=[step], target=[run, dict(run="no", skipped_reason="x")], nano=[nano])
+        step = StepRow(variant="fused", dtype="float16", seconds=1.0, iqr=0.0, peak_bytes=peak)
+        run = RunRow(run="fast, fused", dtype="float16", seconds=seconds)
+        run.evaluated = [[500, 1, loss]]
+        nano = NanoRow(name="nano", seconds=seconds, validation_loss=loss)
+        parts = dict(train=[step], target=[run, RunRow(run="no", skipped_reason="x")], nano=[nano])
         return {"format": 2} | {name: {"rows": rows} for name, rows in parts.items()}
 
     text = diff.text(file(100 << 20, 20.0, 1.375), file(50 << 20, 10.0, 1.25), "a", "b")
@@ -196,15 +199,15 @@ def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> No
     assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
 
 
-def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> None:
-    """Killed before its first row, or by an error in it: the page has the others."""
+def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
+    """The page has the other sections."""
     begun = dict(environment=dict(name="T4"), state=dict(seconds=1.0), ended_by="RuntimeError: a|b")
     values = {"kernels": begun | dict(rows=[], missing={}), "train": begun, "decode": begun}
     for name, section in values.items():
         result_file.save(tmp_path / "a.json", name, section)
-    run = dict(run="fast, fused", preset="fast", ops="fused", dtype="float16", target=None)
-    run |= dict(steps=20, warm_steps=3, seconds=1.0, tokens_per_s=1.0, finite=False)
-    run |= dict(curve=[[10, 0.5, 4.0], [20, 1.0, math.nan]], evaluated=[[20, 1.0, math.nan]])
+    run = RunRow(run="fast, fused", preset="fast", ops="fused", dtype="float16", finite=False)
+    run.steps, run.seconds, run.tokens_per_s = 20, 1.0, 1.0
+    run.curve, run.evaluated = [[10, 0.5, 4.0], [20, 1.0, math.nan]], [[20, 1.0, math.nan]]
     result_file.save(tmp_path / "a.json", "runs", dict(text="t", rows=[run]))
     text = (report.write(tmp_path / "a.json") / "report.md").read_text()
     for name in values:
@@ -213,29 +216,25 @@ def test_a_section_that_broke_off_is_told_and_spoils_nothing(tmp_path: Path) -> 
     assert "![runs](runs.png)" in text
 
 
-def test_what_is_measured_again_goes_to_another_file(tmp_path: Path) -> None:
+def test_a_repeated_measurement_goes_to_another_file(tmp_path: Path) -> None:
     for i in range(3):
         for name in ("kernels", "train"):
             with result_file.Section(name, CPU, options(tmp_path)) as section:
-                section.put(rows=[i])
+                section.put(x=i)
     found = {f.name.split("-abc")[1]: result_file.load(f) for f in tmp_path.glob("*/*.json")}
     assert sorted(found) == ["-2.json", "-3.json", ".json"]
-    assert [found[end]["train"]["rows"] for end in (".json", "-2.json", "-3.json")] == [
-        [0],
-        [1],
-        [2],
-    ]
+    assert [found[end]["train"]["x"] for end in (".json", "-2.json", "-3.json")] == [0, 1, 2]
     named = options(tmp_path)
     named.result = tmp_path / "mine.json"
     for i in range(2):
         with result_file.Section("train", CPU, named) as section:
-            section.put(rows=[i])
-    assert result_file.load(named.result)["train"]["rows"] == [1]
+            section.put(x=i)
+    assert result_file.load(named.result)["train"]["x"] == 1
 
 
-def test_a_time_beyond_the_rule_is_marked() -> None:
+def test_a_time_of_a_provider_that_exceeds_the_tolerance_is_marked() -> None:
     def file(seconds: float, ok: bool) -> dict:
-        accuracy = dict(ok=ok, share=2.0)
+        accuracy = Accuracy(ok, 2.0)
         rows = rows_of({"builtin": seconds}, "T", accuracy=accuracy, shape=dict(B=1, T=64))
         section = dict(rows=rows, peak_rates=PEAK_RATES, environment={})
         return {"format": 2, "kernels": section}
@@ -255,17 +254,14 @@ def test_other_work_is_noted() -> None:
     assert "NOTE: train" not in diff.text(a, a, "a", "b")
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(2812.4, "2,812"), (99.96, "100"), (32.0, "32"), (0.012345, "0.0123"), (0, "0")],
-)
-def test_three_digits(value: float, shown: str) -> None:
-    assert tables_kernels.digits(value) == shown
+def test_three_digits() -> None:
+    shown = {2812.4: "2,812", 99.96: "100", 32.0: "32", 0.012345: "0.0123", 0: "0"}
+    assert {value: tables_kernels.digits(value) for value in shown} == shown
 
 
 def test_a_reason_fits_in_a_cell() -> None:
-    assert result_file.short("x" * 300) == "x" * 86 + " ..."
-    assert result_file.short("a | b") == "a / b"
+    assert short("x" * 300) == "x" * 86 + " ..."
+    assert short("a | b") == "a / b"
 
 
 def test_the_pages_have_the_numbers_of_their_files() -> None:
@@ -273,12 +269,28 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     (file,) = re.findall(r"2-core AMD EPYC \(`(.*?)`\)", docs)
     section = result_file.load(ROOT / file)["nano"]
     keys = dict(seconds=1, validation_loss=3, peak_rss_mb=0)
-    wanted = [[f"{row[k]:.{digits}f}" for k, digits in keys.items()] for row in section["rows"]]
+    wanted = [
+        [f"{getattr(row, k):.{digits}f}" for k, digits in keys.items()] for row in section["rows"]
+    ]
     shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", docs)
     assert [list(cells) for cells in shown] == wanted
     shown = re.findall(
         r"^\| .*(?:nano|nanoGPT).* \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE
     )
     assert [list(cells) for cells in shown] == [cells[:2] for cells in wanted]
-    assert f"({section['rows'][2]['seconds']:.0f} s on a 2-core AMD EPYC)" in readme
+    assert f"({section['rows'][2].seconds:.0f} s on a 2-core AMD EPYC)" in readme
     assert f"takes {section['iron_step']['irongpt_over_nanogpt']:.2f} times as long" in docs
+
+
+def test_rows_survive_a_file_and_ignore_unknown_fields(tmp_path: Path) -> None:
+    (row,) = rows_of({"fused": 1.0}, backend="flash")[2:]
+    decoded = DecodeRow(ops="fused", way="cached", batch=1, seconds=2e-6, iqr=1e-7)
+    for name, one in {"kernels": row, "decode": decoded}.items():
+        result_file.save(tmp_path / "a.json", name, {"rows": [one]})
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert values["decode"]["rows"][0]["seconds_per_token"] == 2e-6
+    values["kernels"]["rows"][0] |= {"new_in_a_later_version": 1, "skipped_reason": None}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    loaded = result_file.load(tmp_path / "a.json")
+    assert loaded["kernels"]["rows"] == [row]
+    assert loaded["decode"]["rows"] == [decoded]

@@ -2,6 +2,7 @@
 the roofline model of a step."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.measure import result_file
-from benchmarks.report import tables_train
+from benchmarks.measure.rows import StepRow
+from benchmarks.presets import Setting, random_setting
+from benchmarks.report import tables
 from benchmarks.training import __main__ as train
 from benchmarks.training import matmuls, steps, variants
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.data.batches import Tokens
 
 CPU = torch.device("cpu")
 MODEL = GPTConfig(vocab_size=13, n_layer=1, n_head=1, n_embd=16, context=8, dropout=0.0)
 RECIPE = TrainConfig(
     iters=10, batch_size=2, lr=1e-3, warmup=2, decay="constant", weight_decay=0.1, eval_every=10
 )
+SETTING = Setting(MODEL, RECIPE, Tokens.of(torch.arange(1000) % MODEL.vocab_size))
 
 
 class Fake:
@@ -47,41 +52,41 @@ class Fake:
             raise RuntimeError("it broke")
         return 1.0 + self.calls
 
-    def counts(self) -> dict[str, int]:
-        return {"kernels": 5, "launches": 2}
+    def counts(self) -> tuple[int, int]:
+        return 5, 2
 
 
-def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[str, Any]:
+def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[str, StepRow]:
     """Rows by variant. made: the options of each `Fake` by its name."""
     args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
     with result_file.Section("train", CPU, args) as section:
         section.put(rows=[], peak_rates={"peak": {"float32": 1e12}})
-        run = steps.Steps(section, (MODEL, RECIPE), torch.float32, CPU, args)
+        run = steps.Steps(section, SETTING, torch.float32, CPU, args)
         waiting = [(name, lambda s, o=options: Fake(**o)) for name, options in made.items()]
         run.measure(waiting, time.perf_counter() + seconds)
-    return {r["variant"]: r for r in result_file.load(section.path)["train"]["rows"]}
+    return {r.variant: r for r in result_file.load(section.path)["train"]["rows"]}
 
 
 def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path) -> None:
     sizes = dict(a=1, b=1, c=1, huge=3, d=1)
     rows = measured(tmp_path, {name: dict(size=size) for name, size in sizes.items()})
-    assert rows.pop("huge")["skipped_reason"] == "out of memory"
-    assert {name: r["group"] for name, r in rows.items()} == dict(a=0, b=0, c=1, d=2)
-    assert all(r["samples"] == 4 and r["kernels"] == 5 for r in rows.values())
+    assert rows.pop("huge").skipped_reason == "out of memory"
+    assert {name: r.group for name, r in rows.items()} == dict(a=0, b=0, c=1, d=2)
+    assert all(r.samples == 4 and r.kernels == 5 for r in rows.values())
 
 
 def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path: Path) -> None:
     rows = measured(tmp_path, {"a": {}, "b": dict(fails=3)})
-    assert rows["a"]["samples"] == 4
-    assert rows["b"]["samples"] == 2
-    assert rows["b"]["stop_reason"] == "RuntimeError: it broke"
-    assert rows["b"]["iqr"] is None  # two samples have none
+    assert rows["a"].samples == 4
+    assert rows["b"].samples == 2
+    assert rows["b"].stop_reason == "RuntimeError: it broke"
+    assert math.isnan(rows["b"].iqr)  # two samples have none
 
 
 def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
     rows = measured(tmp_path, {"a": dict(seconds=0.5), "b": {}}, seconds=0.6)
-    assert rows["a"]["samples"] < 4
-    assert "was over" in rows["b"]["skipped_reason"]
+    assert rows["a"].samples < 4
+    assert "was over" in rows["b"].skipped_reason
 
 
 @pytest.mark.parametrize(
@@ -96,14 +101,16 @@ def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
 def test_a_variant_is_compared_with_builtin_launched_in_the_same_way(
     variant: str, builtin: str
 ) -> None:
-    assert tables_train.alike(variant) == builtin
+    assert tables.alike(variant) == builtin
     names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
     assert {variant, builtin} <= set(names)
 
 
 def section_of(**seconds: float) -> dict[str, Any]:
-    row = dict(dtype="float16", iqr=None, samples=1, tokens_per_s=1.0, mfu=0.5, first_seconds=1.0)
-    rows = [{"variant": name.replace("_", " "), "seconds": s, **row} for name, s in seconds.items()]
+    row = dict(dtype="float16", samples=1, tokens_per_s=1.0, mfu=0.5, first_seconds=1.0)
+    rows = [
+        StepRow(variant=name.replace("_", " "), seconds=s, **row) for name, s in seconds.items()
+    ]
     return {
         "preset": "iron", "model": vars(MODEL), "batch_size": 2, "rows": rows,
         "peak_rates": {"peak": {"float16": 65e12}, "peak_from": {"float16": "data sheet"}},
@@ -113,7 +120,7 @@ def section_of(**seconds: float) -> dict[str, Any]:
 
 def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None:
     section = section_of(fused=8.0, fused_graph=3.0, builtin=10.0, builtin_graph=6.0, eager=20.0)
-    text = tables_train.train(section)
+    text = tables.train(section)
     assert "| fused graph | 3000.00 | ? | 2.00 builtin graph |" in text
     assert "| fused | 8000.00 | ? | 1.25 builtin |" in text
     assert "65 TFLOP/s (data sheet)" in text
@@ -129,19 +136,17 @@ def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None
 def test_kernels_and_launches_of_a_step_are_counted() -> None:
     """A CUDA graph has as many kernels as a plain step, and fewer launches."""
     device = torch.device("cuda")
-    ids = torch.arange(1000) % MODEL.vocab_size
     from irongpt_kernels import builtin
 
     plain, graph = (
-        variants.trained((MODEL, RECIPE, ids), builtin, torch.float32, device, graph=g)
-        for g in (False, True)
+        variants.trained(SETTING, builtin, torch.float32, device, graph=g) for g in (False, True)
     )
     for one in (plain, graph):
         one.warm_up()
-    a, b = plain.counts(), graph.counts()
-    assert a["kernels"] > 50
-    assert b["kernels"] == pytest.approx(a["kernels"], rel=0.2)
-    assert b["launches"] < a["launches"] / 4
+    (kernels, launches), (in_graph, launched) = plain.counts(), graph.counts()
+    assert kernels > 50
+    assert in_graph == pytest.approx(kernels, rel=0.2)
+    assert launched < launches / 4
 
 
 def test_matmuls_of_a_step_have_the_flops_that_the_model_counts() -> None:
@@ -180,3 +185,11 @@ def test_matmuls_of_a_step_without_muon_are_those_of_the_model() -> None:
     assert matmuls.of_step(found, "nanoGPT compiled") == 2.0
     assert matmuls.of_step(found, "builtin AdamW") == 2.0
     assert matmuls.of_step(dict(seconds=2.0), "builtin") == 2.0
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_can_be_timed(preset: str) -> None:
+    model, recipe, tokens = random_setting(preset)
+    assert len(tokens.train) > recipe.batch_size * model.context
+    assert tokens.train.max() < model.vocab_size
+    assert roofline.t4_step(preset) > 0

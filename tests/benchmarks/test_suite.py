@@ -49,7 +49,7 @@ def test_a_subprocess_ends_in_time(
     """Even one that ignores interrupts and has a subprocess which keeps the output open."""
     limit = 2.0 if status == "timed out" else 60.0
     done = suite.run(["child", code], env, limit, tmp_path / "log")
-    assert (done.status, done.says) == (status, says)
+    assert (done.status, done.summary) == (status, says)
     assert done.seconds < 20
     assert done.lines == (tmp_path / "log").read_text().split("\n")[1:-2]
 

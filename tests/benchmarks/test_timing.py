@@ -1,4 +1,4 @@
-"""How seconds are measured: turns, groups, copies of the inputs, and what is said of them."""
+"""How seconds are measured: interleaved, in groups, with copies of the inputs; and their spread."""
 
 import math
 import os
@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def test_providers_take_turns() -> None:
+def test_providers_are_interleaved() -> None:
     order: list[str] = []
     calls = {name: lambda i, name=name: order.append(name) for name in "abc"}
     found = timing.measure(calls, 1, CPU, rounds=3)
-    turns = "".join(name for i, name in enumerate(order) if i == 0 or name != order[i - 1])
-    assert turns.endswith("abcbcacab")  # abc, bca, cab
+    sampled = "".join(name for i, name in enumerate(order) if i == 0 or name != order[i - 1])
+    assert sampled.endswith("abcbcacab")  # abc, bca, cab
     assert [len(t.samples) for t in found.values()] == [3, 3, 3]
 
 
-def test_what_does_not_fit_together_is_measured_in_groups() -> None:
+def test_providers_that_do_not_fit_together_are_measured_in_groups() -> None:
     """There is memory for two units."""
     held: weakref.WeakSet = weakref.WeakSet()
 
@@ -64,25 +64,27 @@ def test_one_that_fails_while_it_is_sampled_does_not_stop_the_others() -> None:
     assert len(found["b"].samples) >= 39
 
 
-def test_copies_of_the_inputs_pass_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(L2_cache_size=60 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = torch.device("cuda")
     assert timing.copies(38 << 20, device) == 4
     assert timing.copies(1 << 30, device) == 2
-    small = 2048 * 104 * 2  # logits of 8 windows: all of them together pass the cache too
+    small = 2048 * 104 * 2  # logits of 8 sequences: all copies together exceed the cache
     assert timing.copies(small, device) * small > 2 * (60 << 20)
-    assert timing.copies(0, device) == timing.copies(1, device) == timing.FEW  # none would do
+    assert (
+        timing.copies(0, device) == timing.copies(1, device) == timing.FEW
+    )  # no number of copies would exceed it
     least = (60 << 20) // timing.COPIES
     assert timing.copies(least, device) == timing.FEW
-    assert timing.copies(least + 1, device) == timing.COPIES  # passes the cache, by little
+    assert timing.copies(least + 1, device) == timing.COPIES  # slightly more than the cache
     assert timing.copies(1, CPU) == 1
     assert timing.cold(timing.copies(small, device) * small, device)
     assert not timing.cold(timing.copies(500, device) * 500, device)
     assert timing.cold(1 << 40, CPU) is None
 
 
-def test_nothing_is_needed_but_torch_triton_and_numpy() -> None:
+def test_only_torch_triton_and_numpy_are_needed() -> None:
     """make gpu, where nothing can be installed, and the tests that it runs."""
     blocked = ["matplotlib", "tqdm", "safetensors", "pytest_benchmark", "pynvml", "transformers"]
     blocked += ["hypothesis", "xdist"]
@@ -94,15 +96,8 @@ def test_nothing_is_needed_but_torch_triton_and_numpy() -> None:
     assert len(files) > 20
     code += f"\nimport pytest, contextlib\nfor name in {[f.stem for f in files]}:\n"
     code += "    with contextlib.suppress(pytest.skip.Exception):\n        __import__(name)"
-    path = os.pathsep.join(
-        [
-            str(ROOT),
-            str(ROOT / "kernels"),
-            str(ROOT / "tests"),
-            str(ROOT / "tests" / "helpers"),
-            *(str(f.parent) for f in files),
-        ]
-    )
+    folders = [ROOT, *(ROOT / name for name in ("kernels", "tests", "tests/helpers"))]
+    path = os.pathsep.join(map(str, folders + [f.parent for f in files]))
     env = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 

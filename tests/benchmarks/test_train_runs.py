@@ -1,6 +1,7 @@
 """The benchmark commands run end to end with a tiny model, and the report shows their results."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,12 +15,15 @@ from irongpt_kernels import builtin
 
 from benchmarks import decode, roofline, train_runs, vs_nanogpt
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import KernelRow, NanoRow, RunRow, StepRow
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
 from benchmarks.report import __main__ as report
 from benchmarks.report import tables
 from benchmarks.training import __main__ as train
 from irongpt.config import PRESETS, GPTConfig
+from irongpt.data import tokens
+from irongpt.data.corpus import Corpus
 from irongpt.model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,21 +63,21 @@ def test_every_section_is_complete(result: Path) -> None:
 
 def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
     section = result_file.load(result)["train"]
-    assert {r["variant"] for r in section["rows"]} == {"builtin", "naive", "eager"}
+    assert {r.variant for r in section["rows"]} == {"builtin", "naive", "eager"}
     shown = tables.train(section)
     for r in section["rows"]:
-        assert r["samples"] == 2
-        assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["seconds"], rel=1e-4)
-        assert f"| {r['variant']} | {r['seconds'] * 1e3:.2f} |" in shown
-        assert f"{r['tokens_per_s']:,.0f}" in shown
+        assert r.samples == 2
+        assert r.tokens_per_s == pytest.approx(2 * 16 / r.seconds, rel=1e-4)
+        assert f"| {r.variant} | {r.seconds * 1e3:.2f} |" in shown
+        assert f"{r.tokens_per_s:,.0f}" in shown
     alone = section["matmuls"]["float32"]
     assert 0 < alone["seconds"] < alone["lower_bound_seconds"]
 
 
 def test_generation_is_measured(result: Path) -> None:
     rows = result_file.load(result)["decode"]["rows"]
-    assert [(r["way"], r["batch"]) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
-    assert all(r["tokens"] == 16 for r in rows)
+    assert [(r.way, r.batch) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
+    assert all(r.tokens == 16 for r in rows)
 
 
 def test_the_other_ways_to_generate_are_measured_when_one_fails(
@@ -84,34 +88,51 @@ def test_the_other_ways_to_generate_are_measured_when_one_fails(
 
     monkeypatch.setattr(decode, "naive", broken)
     shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
-    rows = decode.measure(GPT(shape, builtin), torch.float32, 40, [3], 2)
-    assert rows[0]["skipped_reason"] == "RuntimeError: no such kernel"
-    assert [(r["way"], r["batch"], "tokens_per_s" in r) for r in rows[1:]] == [
+    rows = decode.measure("builtin", GPT(shape, builtin), torch.float32, 40, [3], 2)
+    assert rows[0].skipped_reason == "RuntimeError: no such kernel"
+    assert [(r.way, r.batch, r.timed) for r in rows[1:]] == [
         ("cached", 1, True), ("batched", 3, True)
     ]  # fmt: skip
-    assert all(r["steady_tokens_per_s"] > 0 for r in rows[1:])
-    section = dict(preset="nano", dtype="float32", rows=[r | dict(ops="builtin") for r in rows])
+    assert all(r.steady_tokens_per_s > 0 for r in rows[1:])
+    section = dict(preset="nano", dtype="float32", rows=rows)
     assert "no such kernel" in tables.decode(section)
-    assert all(r["ops"] in decode.line(r) for r in section["rows"])
+    assert all(r.ops in decode.line(r) for r in section["rows"])
 
 
 def test_complete_trainings(result: Path) -> None:
     values = result_file.load(result)
     builtin, eager = values["runs"]["rows"]
-    assert builtin["steps"] == eager["steps"] == 20
-    assert [point[0] for point in builtin["curve"]] == [10, 20]
-    assert builtin["evaluated"][-1][0] == 20
-    assert builtin["target"] is None
+    assert builtin.steps == eager.steps == 20
+    assert [point[0] for point in builtin.curve] == [10, 20]
+    assert builtin.evaluated[-1][0] == 20
+    assert builtin.target is None
+    assert builtin.bits_per_byte == pytest.approx(builtin.validation_loss / math.log(2), rel=0.05)
     rows = values["target"]["rows"]
-    assert [r["run"] for r in rows] == [
+    assert [r.run for r in rows] == [
         f"nano, {ops}, seed {seed}" for seed in (1, 2) for ops in ("builtin", "eager")
     ]
     for r in rows:
-        assert r["reached"]
-        assert r["steps"] == r["evaluated"][0][0]
-        assert r["run"] in tables.runs(values["target"])
-    losses = [r["evaluated"][-1][2] for r in rows]
+        assert r.reached
+        assert r.steps == r.evaluated[0][0]
+        assert r.run in tables.runs(values["target"])
+    losses = [r.evaluated[-1][2] for r in rows]
     assert losses[0] != losses[2]  # the seed changes the training
+
+
+def test_the_tokens_of_a_text_are_those_of_irongpt_train() -> None:
+    text = Corpus("a text", ("abcé" * 45,), ("caab" * 5,))
+    size, found = train_runs.tokenize(text, "char")
+    tokenizer, wanted = tokens.tokenize(text, "char")
+    assert size == tokenizer.vocab_size
+    for name in ("train", "val", "before_val"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
+    assert found.val_bytes == wanted.val_bytes
+
+
+def test_a_preset_without_a_known_target_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_runs.main(["--section", "target", "--preset", "nano", "code", "--device", "cpu"])
+    assert "--target-loss is needed for code" in capsys.readouterr().err
 
 
 def test_the_report(result: Path, tmp_path: Path) -> None:
@@ -127,7 +148,7 @@ def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.py").touch()
-    row = dict(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
+    row = NanoRow(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
     step = dict(batch=4, irongpt_ms=915.7, nanogpt_ms=926.5)
     for name in ("nanogpt", "irongpt"):
         monkeypatch.setattr(vs_nanogpt, name, lambda *args: row)
@@ -149,7 +170,7 @@ def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
 def iron_row(name: str) -> dict:
     row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="total", dropout=0)
     row |= dict(provider="fused", seconds=1e-3, least_bytes=250_000_000, least_flops=0)
-    return {"environment": {"name": name}, "rows": [row]}
+    return {"environment": {"name": name}, "rows": [KernelRow(**row)]}
 
 
 def test_the_column_of_a_t4_is_empty_on_other_gpus() -> None:
@@ -159,8 +180,9 @@ def test_the_column_of_a_t4_is_empty_on_other_gpus() -> None:
     assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
     assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
     assert "computed" in elsewhere
-    step = dict(variant="fused as trained", dtype="float16", seconds=0.5)
-    run = dict(preset="fast", ops="fused", dtype="float16", seconds=9.0, steps=500, warm_steps=50)
+    step = StepRow(variant="fused as trained", dtype="float16", seconds=0.5)
+    run = RunRow(run="", preset="fast", ops="fused", dtype="float16", seconds=9.0)
+    run.steps, run.warm_steps = 500, 50
     values = {"kernels": iron_row("Tesla T4"), "target": dict(rows=[run])}
     values["train"] = dict(preset="iron", batch_size=64, rows=[step])
     text = tables.t4(values)
@@ -191,10 +213,10 @@ def test_pytest_benchmark_reports_the_samples(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     assert "6 passed" in done.stdout
     (ours,) = tmp_path.glob("*/*.json")
-    rows = {(r["provider"], r["mode"]): r for r in result_file.load(ours)["kernels"]["rows"]}
+    rows = {(r.provider, r.mode): r for r in result_file.load(ours)["kernels"]["rows"]}
     timed = json.loads(file.read_text())["benchmarks"]
     assert {(b["name"], b["extra_info"]["mode"]) for b in timed} == set(rows)
     for b in timed:
         row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
-        assert b["stats"]["median"] == pytest.approx(row["seconds"], rel=1e-4)
-        assert b["stats"]["rounds"] == len(row["sample_seconds"])
+        assert b["stats"]["median"] == pytest.approx(row.seconds, rel=1e-4)
+        assert b["stats"]["rounds"] == len(row.sample_seconds)

@@ -1,0 +1,32 @@
+"""The presets as the benchmarks measure them."""
+
+from typing import NamedTuple
+
+import torch
+
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from irongpt.data.batches import Tokens
+
+BPE_VOCAB = {"code": 8192, "nano-code": 4096}  # of python-packages and of python-code
+N_IDS = 400_000
+
+
+class Setting(NamedTuple):
+    """What a training starts from."""
+
+    model: GPTConfig
+    recipe: TrainConfig
+    tokens: Tokens
+
+
+def model_of(preset: str) -> GPTConfig:
+    """The model with the vocabulary of the preset's default corpus."""
+    vocab_size = BPE_VOCAB.get(preset, WAR_AND_PEACE_VOCAB)
+    return GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
+
+
+def random_setting(preset: str) -> Setting:
+    """The preset with random tokens, because the speed of a step does not depend on the text."""
+    model = model_of(preset)
+    ids = torch.randint(model.vocab_size, (N_IDS,), generator=torch.Generator().manual_seed(1))
+    return Setting(model, TrainConfig(**PRESETS[preset].train), Tokens.of(ids))
