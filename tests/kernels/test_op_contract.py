@@ -49,8 +49,8 @@ each_row_op = pytest.mark.parametrize(
     "case", [Case(op) for op in ROW_OPS], ids=ROW_OPS, indirect=True
 )
 each_other = pytest.mark.parametrize("name", WITHOUT_GRADIENT)
-# Fused gives the same bits. Eager and builtin, whose sums depend on layouts, run in float64. So do
-# the sums of compiled kernels, where other threads load another layout: see the tests of layouts.
+# Fused gives the same bits. Eager and builtin, whose sums depend on layouts, run in float64. Sums
+# of compiled kernels depend on layouts too, and are held to the tolerance there.
 each_module = pytest.mark.parametrize(
     ("ops", "dtype"),
     [(eager, torch.float64), (builtin, torch.float64), *((fused, dtype) for dtype in DTYPES)],

@@ -174,9 +174,12 @@ def sample(dtype: str) -> Iterator[Case]:
     """Every op once. float32 attention takes the compiler long for larger heads."""
     at = RowShape(1, 2, 45, 16 if dtype == "float32" else 64, V=109, L=1, M=7, N=200)
     for spec in SPECS.values():
-        options = dict(growth_interval=4) if spec.kind == "optimizer" else {}
         p = 1.0 if spec.name == "sample_tokens" else DROPOUT_P
-        yield Case(spec, spec.size(at), dtype, at, p, options)
+        if spec.kind == "optimizer":
+            few = replace(at, N=48)
+            yield Case(spec, "few weights", dtype, few, p, dict(growth_interval=4))
+        else:
+            yield Case(spec, spec.size(at), dtype, at, p)
 
 
 def shape_table(dtype: str, arch: int) -> Iterator[Case]:
