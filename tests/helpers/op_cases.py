@@ -13,6 +13,8 @@ from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
 from irongpt_kernels.op_specs import SPECS, OpSpec
 from numerics import DEVICE, OPS, Inputs, inputs_of, values
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 ROWS = RowShape(B=1, H=1, T=9, D=16, V=17, M=20, N=19)  # sizes that no tile divides
 SHORT = RowShape(B=2, H=1, T=7, V=7, M=6)  # for blocks of 4 columns
@@ -115,3 +117,26 @@ def spec_inputs(name: str, shape: Shape, dtype: torch.dtype) -> Tensors:
     """Inputs of an op without a gradient, with the optional ones."""
     inputs = {n: replace(x, optional=False) for n, x in SPECS[name].inputs(shape).items()}
     return op_inputs.random_inputs(inputs, op_inputs.dtypes(dtype), torch.device(DEVICE))
+
+
+class Calls(TorchDispatchMode):
+    """Records each custom op that runs, with copies of the arguments of its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "irongpt" and op not in self.found:
+            learns = not op._schema.name.endswith("_backward")
+            self.found[op] = tree_map_only(
+                Tensor,
+                lambda x: x.detach().clone().requires_grad_(learns and x.requires_grad),
+                args,
+            )
+        return op(*args, **(kwargs or {}))
+
+    def check(self, kind: str = "") -> None:
+        for op, args in self.found.items():
+            if kind in op._schema.name:
+                torch.library.opcheck(op, args)

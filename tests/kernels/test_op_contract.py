@@ -28,10 +28,8 @@ from numerics import (
     each_dtype,
     inputs_of,
 )
-from op_cases import CASES, OP_CASES, ROWS, Case, leaves_of, spec_inputs, spec_run
+from op_cases import CASES, OP_CASES, ROWS, Calls, Case, leaves_of, spec_inputs, spec_run
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 INF, NAN = math.inf, math.nan
 TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=19)
@@ -69,29 +67,6 @@ def assert_same(ops: Any, a: Any, b: Any) -> None:
         assert all(map(torch.equal, a, b))
     else:
         assert_exact(tuple(a), tuple(b))
-
-
-class Calls(TorchDispatchMode):
-    """Records each custom op that runs, with copies of the arguments of its first call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[Any, Any] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "irongpt" and op not in self.found:
-            learns = not op._schema.name.endswith("_backward")
-            self.found[op] = tree_map_only(
-                Tensor,
-                lambda x: x.detach().clone().requires_grad_(learns and x.requires_grad),
-                args,
-            )
-        return op(*args, **(kwargs or {}))
-
-    def check(self, kind: str = "") -> None:
-        for op, args in self.found.items():
-            if kind in op._schema.name:
-                torch.library.opcheck(op, args)
 
 
 @each_op
