@@ -55,7 +55,7 @@ class Case:
 
     @property
     def spec(self) -> OpSpec:
-        return SPECS[self.op]
+        return SPECS[self.op].over(self.sweep) or SPECS[self.op]
 
     @property
     def name(self) -> str:
@@ -138,9 +138,9 @@ ON_GPU: Sizes = {
     "D": (16, 32, 64, 96, 128),
     "batch": (8, 16, 32, 128, 256),
     "width": (12, 16, 32, 64),  # 768 to 4096 columns
-    "V": (1024, 8192, 50257),
+    "V": (4096, 8192, 16384, 50304),
 }
-ON_CPU: Sizes = dict(T=(64, 128, 256, 512), D=(16, 64), batch=(4,), width=(12,), V=(1024,))
+ON_CPU: Sizes = dict(T=(64, 128, 256, 512), D=(16, 64), batch=(4,), width=(12,), V=(4096,))
 
 
 def sweep_cases(
@@ -152,7 +152,7 @@ def sweep_cases(
     for dtype in dtypes:
         for sweep in names:
             for op, spec in SPECS.items():
-                if sweep not in spec.sweeps or (op in FLOAT32 and dtype != dtypes[0]):
+                if spec.over(sweep) is None or (op in FLOAT32 and dtype != dtypes[0]):
                     continue
                 for shape in _swept(sweep, spec, base, sizes[sweep]):
                     for p in (0.0, DROPOUT) if op == "causal_attention" else (dropping(op),):
@@ -160,9 +160,11 @@ def sweep_cases(
 
 
 def _swept(sweep: str, spec: OpSpec, base: Shape, sizes: tuple[int, ...]) -> list[Shape]:
-    """The one-token ops are swept over a few sequences, and over T with one."""
+    """The one-token ops are swept over a few sequences, and over T and V with one."""
     if sweep == "T":
         return [replace(base, T=T, B=1 if spec in TOKEN else max(1, base.rows // T)) for T in sizes]
     if sweep == "batch":
         return [replace(base, B=B) for B in ((4, 8, 64) if spec in TOKEN else sizes)]
+    if spec in TOKEN:
+        base = replace(base, B=1)
     return [replace(base, **{"H" if sweep == "width" else sweep: n}) for n in sizes]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from irongpt import device as devices
 from irongpt.compare import table as report
 from irongpt.compare.execution import Faults, execution
 from irongpt.compare.model import Curve, compare_model, setting
-from irongpt.compare.ops import FULL, SMALL, Check, Row, cases, compare_case
+from irongpt.compare.ops import (
+    FULL,
+    FULL_ROWS,
+    SMALL,
+    SMALL_ROWS,
+    Check,
+    Row,
+    cases,
+    compare_case,
+    vocabulary_cases,
+)
 from irongpt.config import check
 from irongpt.console import duration, say
 from irongpt.files import check_result, finite, write_result
@@ -71,7 +82,8 @@ def _compare(
     rows: list[Row] = []
     checks: list[Check] = []
     by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
-    for case in (case for same_op in zip(*by_class, strict=True) for case in same_op):
+    same_ops = [*zip(*by_class, strict=True), vocabulary_cases(FULL_ROWS if full else SMALL_ROWS)]
+    for case in chain.from_iterable(same_ops):
         new_rows: list[Row] = []
         new_checks: list[Check] = []
         for dtype in chosen:

@@ -6,6 +6,8 @@ A case is an op on inputs of one shape class:
     ragged     sizes that no tile divides
     strided    views: q, k and v of one packed projection, columns of a wider matrix; the upstream
                gradient has strides too
+    V=4,096    few rows of a large vocabulary, for the ops whose work grows with it, those of one
+               token too; V=50,304 likewise
 """
 
 from collections.abc import Iterator
@@ -15,13 +17,14 @@ from typing import Any
 import torch
 from irongpt_kernels import Ops, dropout, eager, op_inputs, tolerance
 from irongpt_kernels.op_inputs import SEED, Input, RowShape, Tensors
-from irongpt_kernels.op_specs import LAYERS, OpSpec
+from irongpt_kernels.op_specs import LAYERS, SPECS, OpSpec
 from torch import Tensor
 
 from irongpt.device import dtype_name
 from irongpt.errors import one_line
 
 DROPOUT_P = 0.2
+TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ SMALL = {
     "ragged": RowShape(1, 3, 37, 48, 101, M=13, N=29),
     "strided": RowShape(2, 2, 20, 32, 24, M=11, N=48),
 }
+FULL_ROWS, SMALL_ROWS = RowShape(2, 6, 256, 64, M=64, N=384), RowShape(2, 2, 32, 16, M=3, N=32)
+VOCABULARIES = (4096, 50304)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape of one class. p: dropout."""
+    """An op at a shape of one class. p: dropout, or the temperature of sample_tokens."""
 
     spec: OpSpec
     shape: str
@@ -83,8 +88,8 @@ class Case:
 
     @property
     def sizes(self) -> str:
-        """The sizes of the first input, from which the others follow."""
-        name, one = next(iter(self.inputs().items()))
+        """The sizes of the first floating input, from which the others follow."""
+        name, one = next((n, x) for n, x in self.inputs().items() if x.role != "integer")
         return f"{name} {' x '.join(map(str, one.size))}"
 
     def inputs(self) -> dict[str, Input]:
@@ -101,12 +106,15 @@ class Case:
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
         """Every floating input in `dtype`, also where a training has float32."""
-        return {
-            name: op_inputs.indices(x, ignored=self.shape == "ragged").to(device)
-            if x.role == "integer"
-            else op_inputs.normal(x.size, i).to(device, dtype)
-            for i, (name, x) in enumerate(self.inputs().items())
-        }
+        found = {}
+        for i, (name, x) in enumerate(self.inputs().items()):
+            if x.role != "integer":
+                found[name] = op_inputs.normal(x.size, i).to(device, dtype)
+            elif x.values:
+                found[name] = x.values(torch.empty(x.size, dtype=torch.int64, device=device))
+            else:
+                found[name] = op_inputs.indices(x, ignored=self.shape == "ragged").to(device)
+        return found
 
     def views(self, x: Tensors) -> Tensors:
         """The op's inputs."""
@@ -118,7 +126,7 @@ class Case:
         return {n: t if t.shape == own[n].size else t[..., 3:-5] for n, t in x.items()}
 
     def run(self, ops: Ops, inputs: Tensors) -> Tensors:
-        """Outputs by their names, gradients as `d x`."""
+        """Outputs and inputs changed in place by their names, gradients as `d x`."""
         options = self.spec.options(self.at, self.p, SEED if self.p else None)
 
         def upstream(i: int, x: Tensor) -> Tensor:
@@ -128,7 +136,10 @@ class Case:
         def call(x: Tensors) -> Any:
             return self.spec.run(ops, self.at, self.views(x), **options)
 
-        return op_inputs.results(call, inputs, self.spec.outputs, upstream)
+        if self.spec.differentiable:
+            return op_inputs.results(call, inputs, self.spec.outputs, upstream)
+        names = (*self.spec.outputs, *self.spec.changes)
+        return dict(zip(names, call({n: x.clone() for n, x in inputs.items()}), strict=True))
 
 
 def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
@@ -138,6 +149,14 @@ def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
         chosen = spec.full_rows if ragged and spec.full_rows else spec
         drops = with_dropout and spec.dropout and not ragged
         yield Case(chosen, shape, at, DROPOUT_P if drops else 0.0)
+
+
+def vocabulary_cases(at: RowShape) -> Iterator[Case]:
+    """Every op that the benchmarks sweep over the vocabulary."""
+    for spec in SPECS.values():
+        if chosen := spec.over("V"):
+            p = TEMPERATURE if chosen.kind == "token" else 0.0
+            yield from (Case(chosen, f"V={V:,}", replace(at, V=V), p) for V in VOCABULARIES)
 
 
 def compare_case(
@@ -162,9 +181,15 @@ def compare_case(
     rows = [
         make_row(case.op, case.shape, case.sizes, name, t, results[t], baseline[t], oracle[t])
         for t in results
+        if results[t].is_floating_point()
     ]
     differing = [t for t in results if not torch.equal(results[t], again[t])]
     checks = [check("repeatable", not differing, "two runs differ in " + ", ".join(differing))]
+    whole = [t for t in results if not results[t].is_floating_point()]
+    if whole:
+        other = [t for t in whole if not torch.equal(results[t], baseline[t])]
+        detail = "other values than eager's in " + ", ".join(other)
+        checks.append(check("whole numbers", not other, detail))
     if wrong is not None:
         detail = "other elements than eager's are dropped in " + ", ".join(wrong)
         checks.append(check("dropout mask", not wrong, detail))

@@ -32,7 +32,11 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
     shown; the JSON has all of them.
     """
     names = {c.name for c in checks} - {c.name for c in checks if not c.ok}
-    notes = {"repeatable": "same bits in two runs", "dropout mask": "eager's dropout mask"}
+    notes = {
+        "repeatable": "same bits in two runs",
+        "dropout mask": "eager's dropout mask",
+        "whole numbers": "eager's tokens",
+    }
     passed = ", ".join(text for name, text in notes.items() if name in names)
     nearest: dict[tuple[str, str], Row] = {}
     for row in rows:

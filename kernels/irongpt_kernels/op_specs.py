@@ -37,7 +37,8 @@ class OpSpec:
     stream that of the residual stream. changes: inputs that are written in place, which are results
     too. call: for a row that is more than one op of `Ops`, whose names are in `functions`.
     scores: the op has a T x T matrix per head. sweeps: what the benchmarks vary.
-    full_rows: the same op without a causal mask, on rows of V columns.
+    full_rows: the same op on rows of V columns: softmax without a causal mask, norm_linear as the
+    model's head.
     """
 
     name: str
@@ -63,6 +64,11 @@ class OpSpec:
     @property
     def differentiable(self) -> bool:
         return self.kind == "layer"
+
+    def over(self, sweep: str) -> "OpSpec | None":
+        """The row that a sweep varies: this one, `full_rows`, or neither."""
+        found = (spec for spec in (self, self.full_rows) if spec and sweep in spec.sweeps)
+        return next(found, None)
 
     def float32_only(self) -> bool:
         """Whether none of its tensors has the compute dtype: it is the same in every training."""
@@ -371,8 +377,9 @@ TOKEN = (
             | dict(wte=Input((s.V, s.width), "weight"), wpe=Input((s.T, s.width), "weight"))
         ),
         lambda s, item, stream, backward: Cost(3 * s.B * s.width * stream),
-        lambda s: f"{s.B}x{s.width}",
+        lambda s: f"{s.B}x{s.width} of {s.V}",
         kind="token",
+        sweeps=("batch", "V"),
     ),
     OpSpec(  # the MLP's first matmul and its GELU
         "norm_linear",
@@ -387,6 +394,19 @@ TOKEN = (
         lambda s: f"{s.B}x{s.width} by {4 * s.width}x{s.width}",
         kind="token",
         options=lambda s, p, seed: dict(gelu=True),
+        full_rows=OpSpec(
+            "norm_linear",
+            lambda s: dict(
+                x=Input((s.B, s.width), "stream"),
+                weight=Input((s.V, s.width), scale=0.02),
+                norm_weight=Input((s.width,), "weight", scale=0.1, mean=1.0),
+                norm_bias=Input((s.width,), "weight", optional=True),
+            ),
+            lambda s, item, stream, backward: Cost(s.V * s.width * item, 2 * s.B * s.V * s.width),
+            lambda s: f"{s.B}x{s.width} by {s.V}x{s.width}",
+            kind="token",
+            sweeps=("V",),
+        ),
     ),
     OpSpec(
         "decode_attention",
@@ -428,6 +448,7 @@ TOKEN = (
         outputs=(),
         options=lambda s, p, seed: dict(seed=seed, temperature=p, top_k=TOP_K),
         changes=("tokens", "counts"),
+        sweeps=("batch", "V"),
     ),
 )
 

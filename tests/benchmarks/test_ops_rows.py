@@ -221,7 +221,8 @@ def test_every_op_is_swept_over_its_rows_and_columns() -> None:
     swept = list(cases.sweep_cases(True, [torch.float16, torch.bfloat16]))
     assert {c.op for c in swept if c.sweep == "batch"} == set(OPS) - OPTIMIZERS
     columns = {c.op for c in swept if c.sweep in ("T", "D", "width", "V")}
-    assert columns == {*LAYERS, "decode_attention"}
+    token = {"decode_attention", "embed_tokens", "norm_linear", "sample_tokens"}
+    assert columns == {*LAYERS, *token}
     assert {c.dtype for c in swept} == {torch.float16, torch.bfloat16}
     for sweep in ("T", "D", "batch"):
         attention = [c.p for c in swept if c.op == "causal_attention" and c.sweep == sweep]

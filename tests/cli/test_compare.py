@@ -12,8 +12,9 @@ import torch
 from conftest import assert_mistake
 from irongpt_kernels import eager, tolerance
 from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_specs import SPECS
 from irongpt_kernels.runtime import interpreter, launch
-from numerics import DEVICE, OPS, UPDATES, each_dtype
+from numerics import DEVICE, OPS, each_dtype
 from triton.runtime.interpreter import InterpreterBuilder
 
 from irongpt import ops
@@ -21,10 +22,19 @@ from irongpt.compare import model, table
 from irongpt.compare.command import compare
 from irongpt.compare.execution import execution
 from irongpt.compare.model import JUDGED_STEPS, Curve
-from irongpt.compare.ops import SMALL, cases, compare_case, make_row
+from irongpt.compare.ops import (
+    SMALL,
+    SMALL_ROWS,
+    VOCABULARIES,
+    cases,
+    compare_case,
+    make_row,
+    vocabulary_cases,
+)
 from irongpt.errors import UserError
 
 CPU = torch.device("cpu")
+AT_LARGE_VOCABULARIES = ("cross_entropy", "embed_tokens", "norm_linear")
 TINY = RowShape(1, 2, 17, 16, 21, M=5, N=19)
 
 
@@ -42,7 +52,8 @@ class Nudge(torch.autograd.Function):
 
 def candidate(**wrong) -> SimpleNamespace:
     """Eager, but for the ops that are given."""
-    return SimpleNamespace(**{name: getattr(eager, name) for name in (*OPS, *UPDATES)} | wrong)
+    names = [name for spec in SPECS.values() for name in spec.names]
+    return SimpleNamespace(**{name: getattr(eager, name) for name in names} | wrong)
 
 
 def nudged_weight_gradient():
@@ -94,6 +105,20 @@ def one_nan():
     return scaled("cross_entropy", lambda: float("nan"))
 
 
+def other_tokens():
+    def sample_tokens(logits, *state, temperature, **options):
+        eager.sample_tokens(logits, *state, temperature=temperature + 0.2, **options)
+
+    return candidate(sample_tokens=sample_tokens)
+
+
+def one_column_off():
+    def norm_linear(x, weight, *norm, **options):
+        return eager.norm_linear(x, weight.roll(len(weight) > 50_000, 0), *norm, **options)
+
+    return candidate(norm_linear=norm_linear)
+
+
 def raising():
     def factor() -> float:
         raise RuntimeError("out of registers\nand more" + " of them" * 20)
@@ -120,6 +145,9 @@ def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
         (not_repeatable, "FAIL gelu, ragged, float32, repeatable"),
         (raising, "FAIL softmax, model, float32, runs\n     RuntimeError: out of registers and"),
         (one_nan, "FAIL cross_entropy, model, float32, output out"),
+        (one_nan, "FAIL cross_entropy, V=4,096, float32, output out"),
+        (other_tokens, "FAIL sample_tokens, V=50,304, float32, whole numbers"),
+        (one_column_off, "FAIL norm_linear, V=50,304, float32, output out"),
     ],
 )
 def test_each_bug_is_found_and_named(monkeypatch, capsys, plant, found):
@@ -177,6 +205,7 @@ def test_builtin_passes_and_its_files_are_complete(cli):
     assert values["ok"] is True
     assert {(r["op"], r["shape"]) for r in values["rows"]} == {
         *((op, shape) for op in OPS for shape in SMALL),
+        *((op, f"V={V:,}") for op in AT_LARGE_VOCABULARIES for V in VOCABULARIES),
         ("model", "one step"),
     }
     tensors = {r["tensor"] for r in values["rows"] if r["op"] == "model"}
@@ -209,6 +238,15 @@ def test_the_kernels_pass(shape, dtype):
         rows, checks = compare_case(case, fused, dtype, device, with_dropout=True)
         assert rows
         assert [x for x in (*rows, *checks) if not x.ok] == []
+
+
+def test_the_kernels_pass_at_large_vocabularies():
+    device = torch.device(DEVICE)
+    fused = ops.load("fused", device)
+    for case in vocabulary_cases(SMALL_ROWS):
+        rows, checks = compare_case(case, fused, torch.float16, device, with_dropout=True)
+        assert [x for x in (*rows, *checks) if not x.ok] == []
+        assert len(rows) + len(checks) == (3 if case.spec.differentiable else 2)
 
 
 def test_a_kernel_that_cannot_run_is_a_failed_check():

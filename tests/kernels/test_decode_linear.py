@@ -37,6 +37,12 @@ def test_norm_linear(M: int, K: int, N: int, dtype, bias: bool, gelu: bool) -> N
         hold("norm_linear", ops, normed(M, K, N, dtype, bias), gelu=gelu, eps=1e-3)
 
 
+@each_dtype
+@pytest.mark.parametrize("V", [4096, 8192, 16384, 50304])
+def test_the_head_of_a_large_vocabulary(V: int, dtype: torch.dtype) -> None:
+    hold("norm_linear", fused, normed(2, 48, V, dtype, False))
+
+
 @pytest.mark.parametrize("mean", [1e4, 1e6 / 3])
 @pytest.mark.parametrize("K", [37, 384])
 def test_rows_with_a_large_mean(mean: float, K: int) -> None:

@@ -72,6 +72,34 @@ def test_the_kernel_samples_the_tokens_of_eager(how: dict, dtype, monkeypatch) -
     assert sampled(fused, logits, 2**33 + 1, **how) == sampled(eager, logits, 2**33 + 1, **how)
 
 
+LIMITS_AT_LARGE_VOCABULARIES = {
+    4096: dict(top_k=500, top_p=0.5), 8192: dict(top_p=0.9), 16384: {}, 50304: dict(top_k=16000)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("V", LIMITS_AT_LARGE_VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_large_vocabularies(V: int, dtype: torch.dtype) -> None:
+    """Many logits of a float16 row are equal. The last row has its likeliest token at its end."""
+    logits = (values(2, V, dtype=torch.float32) * 3).to(dtype)
+    logits[1, -1] = 20.0
+    how = LIMITS_AT_LARGE_VOCABULARIES[V]
+    assert sampled(fused, logits, 5, **how) == sampled(eager, logits, 5, **how)
+    wte, wpe = values(V, 32, dtype=dtype), values(4, 32, dtype=dtype)
+    ring = torch.tensor([[V - 1], [V // 2]], device=DEVICE)
+    counts = torch.tensor([[1, 3], [1, 0]], device=DEVICE)
+    found = fused.embed_tokens(ring, counts, wte, wpe)
+    assert torch.equal(found, eager.embed_tokens(ring, counts, wte, wpe))
+
+
+def test_all_tokens_of_a_large_vocabulary_can_be_sampled() -> None:
+    """Equal logits give every token the same mass, so the token follows from the uniform number."""
+    V, B = 50304, 5
+    wanted = (eager.uniform(SEED, torch.full((B,), 7)) * V).long().tolist()
+    for ops in (eager, fused):
+        assert sampled(ops, torch.zeros(B, V), 7) == wanted
+
+
 def test_samples_follow_the_probabilities() -> None:
     wanted = torch.tensor([0.4, 0.3, 0.2, 0.1])
     # Five standard deviations of a share of 2,000 samples are at most 0.056.

@@ -71,6 +71,16 @@ def test_a_softmax_of_full_rows_reads_all_of_them() -> None:
     assert full.cost(ROWS, 4, 4, True).bytes == 3 * 10 * 20 * 4
 
 
+def test_the_head_has_a_row_for_each_token_of_the_vocabulary() -> None:
+    head = SPECS["norm_linear"].over("V")
+    assert head is not None
+    shape = Shape(3, 1, 1, 5, V=7)
+    assert head.inputs(shape)["weight"].size == (7, 5)
+    assert head.cost(shape, 2, 4, False) == (7 * 5 * 2, 2 * 3 * 7 * 5)
+    over = {name for name, spec in SPECS.items() if spec.over("V")}
+    assert over == {"cross_entropy", "embed_tokens", "norm_linear", "sample_tokens"}
+
+
 def test_bytes_of_the_optimizer() -> None:
     assert (adamw_bytes(10, 2, 2), adamw_bytes(10, 4, 0)) == (300, 320)
     assert (muon_bytes(10, 2, 2, 2), muon_bytes(10, 4, 4, 0)) == (300, 360)

@@ -23,6 +23,7 @@ ROWS = 48  # rows of the tensors that are compiled for: a multiple of 16, as in 
 SAMPLING: dict[str, dict[str, Any]] = {
     "all tokens": {}, "greedy": dict(temperature=0.0), "top-k, top-p": dict(top_k=20, top_p=0.9)
 }  # fmt: skip
+VOCABULARIES = (IRON.V, 4096, 8192, 50257, 50304)  # 50,257 is GPT-2's, which no tile divides
 WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 
 
@@ -119,7 +120,7 @@ def representative(arch: int) -> list[Case]:
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
-    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 50257)]
+    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 4096, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
     chosen += ["K=1536 N=384 float16", "V=104 all tokens float16"]
     chosen += ["V=104 top-k, top-p float16", "C=384 float32", "iron float16"]
@@ -164,7 +165,7 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
                 full = SPECS[op].full_rows
                 yield dict(spec=full, label=f"N={N}", options=scale, **_rows(N))
         case "cross_entropy":
-            for V in (IRON.V, 50257):
+            for V in VOCABULARIES:
                 yield dict(label=f"V={V}", **_rows(V))
         case "gelu":
             label = f"N={4 * IRON.width}"
@@ -179,6 +180,11 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
                 at = Shape(B=SEQUENCES, D=D)
                 yield dict(label=f"D={D} N={CONTEXT}", at=at, costs=Shape(B=1, D=D))
         case "norm_linear":
+            for V in VOCABULARIES[1:]:  # the head, which has no GELU
+                sizes = dict(norm_weight=(IRON.width,))
+                more = _linear(IRON.width, V, dtype, sizes)
+                more |= dict(options=dict(gelu=False), omitted=("norm_bias", "bias"))
+                yield dict(label=f"K={IRON.width} N={V}", **more)
             for K, N in [(16, 16), (384, 1152), (384, IRON.V), (1024, 4096), (4096, 1024)]:
                 sizes = dict.fromkeys(("norm_weight", "norm_bias"), (K,)) | dict(bias=(N,))
                 for gelu, omitted in ((False, ("norm_bias", "bias")), (True, ())):
@@ -190,14 +196,16 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
                 more = _linear(K, N, dtype, dict(residual=(SEQUENCES, N)))
                 yield dict(label=f"K={K} N={N}", omitted=("bias",), **more)
         case "sample_tokens":
-            for V in (IRON.V, 50257):
+            for V in VOCABULARIES:
                 at, costs = Shape(B=SEQUENCES, V=V), Shape(B=1, V=V)
                 for what, limits in SAMPLING.items():
                     options = dict(temperature=1.0, top_k=None) | limits
                     yield dict(label=f"V={V} {what}", at=at, costs=costs, options=options)
         case "embed_tokens":
             if dtype == "float32":
-                yield dict(label=f"C={IRON.width}", at=Shape(B=SEQUENCES), costs=Shape(B=1))
+                for V in VOCABULARIES:
+                    label = f"C={IRON.width}" + (f" V={V}" if V != IRON.V else "")
+                    yield dict(label=label, at=Shape(B=SEQUENCES, V=V), costs=Shape(B=1))
         case _:
             yield dict(label="iron")
 

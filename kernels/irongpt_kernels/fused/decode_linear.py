@@ -111,7 +111,7 @@ def _tile(N: int, K: int) -> dict[str, int]:
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
     if launch.INTERPRETED:  # where time is per program
-        BLOCK_N = 16
+        BLOCK_N = min(1024, max(16, triton.next_power_of_2(N) // 64))
     num_warps = 8 if BLOCK_N * BLOCK_K > 8192 else 4
     tile = dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)
     return tile | launch.equal_sums(BLOCK_K, num_warps)

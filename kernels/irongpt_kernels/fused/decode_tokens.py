@@ -32,7 +32,8 @@ from irongpt_kernels.eager import MASS_BITS, MAX_V, limits
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-MAX_BLOCK = 2048  # logits that a program holds at a time
+# Logits that a program holds at a time; the interpreter's time is per block.
+MAX_BLOCK = 16_384 if launch.INTERPRETED else 2048
 UNITS = tl.constexpr(2.0**MASS_BITS)
 
 
