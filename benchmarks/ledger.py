@@ -13,6 +13,7 @@ which a T4 runs.
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -137,10 +138,12 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 
 
 def step(
-    ops: Ops, dtype: torch.dtype, preset: str = "iron", **recipe: Any
+    ops: Ops, dtype: torch.dtype, preset: str = "iron", vocab_size: int | None = None, **recipe: Any
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one training step, and its trainer, whose tensors have no memory."""
     model = model_of(preset)
+    if vocab_size is not None:
+        model = replace(model, vocab_size=vocab_size)
     train = TrainConfig(**PRESETS[preset].train | recipe)
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -185,13 +188,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="iron")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
+    parser.add_argument("--vocab-size", type=int, help="tokens [the preset's]")
     args = parser.parse_args(argv)
     from irongpt_kernels import fused
 
     dtype = DTYPES[args.dtype]
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in {"eager": eager, "builtin": builtin, "fused": fused}.items():
-        ledger, trainer = step(ops, dtype, args.preset, **recipe)
+        ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, **recipe)
         least = group_bytes(trainer.model.config, trainer.config, dtype.itemsize)
         show(f"{name}, {args.dtype}", ledger, least)
     return 0

@@ -189,7 +189,7 @@ def compare_case(
     if whole:
         other = [t for t in whole if not torch.equal(results[t], baseline[t])]
         detail = "other values than eager's in " + ", ".join(other)
-        checks.append(check("whole numbers", not other, detail))
+        checks.append(check("tokens", not other, detail))
     if wrong is not None:
         detail = "other elements than eager's are dropped in " + ", ".join(wrong)
         checks.append(check("dropout mask", not wrong, detail))

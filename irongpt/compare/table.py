@@ -35,7 +35,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
     notes = {
         "repeatable": "same bits in two runs",
         "dropout mask": "eager's dropout mask",
-        "whole numbers": "eager's tokens",
+        "tokens": "eager's tokens",
     }
     passed = ", ".join(text for name, text in notes.items() if name in names)
     nearest: dict[tuple[str, str], Row] = {}

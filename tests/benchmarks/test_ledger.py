@@ -143,6 +143,16 @@ def test_a_fused_step_of_fast_does_not_grow() -> None:
     assert sum(book.bytes.values()) <= 3.1e9
 
 
+def test_a_fused_step_of_code_does_not_grow() -> None:
+    """With BPE's vocabulary for large corpora. Lower these numbers when the step needs less."""
+    book, trainer = ledger.step(fused, torch.float16, "code")
+    assert trainer.model.config.vocab_size == 8192
+    assert sum(book.launches.values()) <= 221
+    assert sum(book.bytes.values()) <= 6.24e9
+    logits = 16 * 512 * 8192 * 2  # read, read again, and the gradient written
+    assert book.bytes["loss"] == pytest.approx(3 * logits, rel=1e-3)
+
+
 def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledger) -> None:
     config = GPTConfig(WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
     least = roofline.group_bytes(config, TrainConfig(**PRESETS["iron"].train), 2)

@@ -41,6 +41,27 @@ def as_transformers(model: GPT) -> torch.nn.Module:
     return reference.to(model.wte.weight.dtype).eval()
 
 
+def test_the_gradient_of_the_embedding_has_the_same_bits_in_every_run() -> None:
+    """Most tokens of a batch occur several times, and threads share the sums of their gradients."""
+    config = GPTConfig(4096, n_layer=1, n_head=2, n_embd=32, context=64, dropout=0.0)
+    idx = torch.randint(4096, (2, 4, 64), generator=torch.Generator().manual_seed(1)) ** 2 // 4096
+    torch.manual_seed(1)
+    model, found = GPT(config, builtin), []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            x = F.embedding(idx[0], model.wte.weight)
+            (gradient,) = torch.autograd.grad(x.square().sum(), model.wte.weight)
+            torch.set_num_threads(threads)
+            (whole,) = torch.autograd.grad(model.loss(*idx), model.wte.weight)
+            found.append((gradient, whole))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, found[0], found[2]))
+
+
 @both_ops
 def test_float32_logits_of_the_iron_model_are_within_1e_4_of_transformers(ops) -> None:
     config = GPTConfig(vocab_size=104, bias=True, **{**PRESETS["iron"].model, "dropout": 0.0})
