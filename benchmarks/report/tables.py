@@ -14,7 +14,15 @@ from irongpt.config import PRESETS
 
 Values = dict[str, Any]
 
-SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano")  # with an environment each
+SECTIONS = (
+    "kernels",
+    "train",
+    "decode",
+    "runs",
+    "target",
+    "nano",
+    "tokenizers",
+)  # with an environment each
 
 
 def environment(values: Values) -> Values:
@@ -89,6 +97,7 @@ def _state(state: Values) -> str:
 def measured(values: Values) -> Values:
     """Without the sections that broke off before their first result."""
     needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
+    needed["tokenizers"] = ()
     return {
         name: section
         for name, section in values.items()
@@ -112,8 +121,22 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "Runs from one seed", runs(values["runs"]), ("runs",)
     if "nano" in values:
         yield "On a CPU, against nanoGPT's own recipe", nano(values["nano"]), ()
+    if "tokenizers" in values:
+        yield "Tokenizers", tokenizers(values["tokenizers"]), ()
     if "stages" in values:
         yield "Stages", stages(values), ()
+
+
+def tokenizers(section: Values) -> str:
+    """The rows of benchmarks.tokenizers, a table for each of its parts."""
+    parts = []
+    for name in ("speed", "compressors", "runs", "trained"):
+        if rows := section.get(name):
+            cells = [
+                [f"{v:,.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows
+            ]
+            parts.append(f"**{name}**\n\n{table([k.replace('_', ' ') for k in rows[0]], cells)}")
+    return "\n\n".join(parts)
 
 
 def alike(variant: str) -> str:
