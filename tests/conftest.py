@@ -1,5 +1,6 @@
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +13,16 @@ from poison import poison
 from irongpt import files
 from irongpt.cli import main
 from irongpt.config import PRESETS
+from irongpt.data.download import cache_folder
 from irongpt.device import reserve_workspace
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+# Tests read the downloaded corpus, if there is one, and write what they cache elsewhere.
+_cache = tempfile.TemporaryDirectory(prefix="irongpt-tests-")
+for _file in cache_folder().glob("*.txt"):
+    os.symlink(_file.resolve(), Path(_cache.name) / _file.name)
+os.environ["IRONGPT_DATA"] = _cache.name
 os.environ["IRONGPT_TUNED"] = "off"  # tests do not use a launch table measured on this GPU
 reserve_workspace()  # runs turn on determinism
 
