@@ -21,6 +21,7 @@ Sources: Gage 1994 (the algorithm), Sennrich et al. 2016 (words from merges), Ra
 """
 
 import heapq
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -33,10 +34,21 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-pre_tokens = regex.compile(PATTERN).findall  # of a str, in order; joined they are the text again
+# The same on ASCII text, where the standard library can express it, which is faster.
+ASCII_PATTERN = (
+    r"'(?:[stmd]|re|ve|ll|[STMD]|RE|Re|rE|VE|Ve|vE|LL|Ll|lL)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]"
+    r"| ?[^ \t\n\v\f\rA-Za-z0-9]+[\r\n]*|[ \t\n\v\f\r]*[\r\n]+"
+    r"|[ \t\n\v\f\r]+(?![^ \t\n\v\f\r])|[ \t\n\v\f\r]+"
+)
+_find, _find_ascii = regex.compile(PATTERN).findall, re.compile(ASCII_PATTERN).findall
 LONGEST = 4096  # bytes of a pre-token that training looks at together; longer ones are cut for it
 
 Pair = tuple[int, int]
+
+
+def pre_tokens(text: str) -> list[str]:
+    """The pre-tokens of a text, in order. Joined they are the text again."""
+    return _find_ascii(text) if text.isascii() else _find(text)
 
 
 def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:

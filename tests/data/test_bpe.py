@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import regex
 import rustbpe
 import tiktoken
 import tokenizers
@@ -127,6 +128,13 @@ def test_every_token_encodes_to_itself() -> None:
     ranks = own.ranks
     for i, token in enumerate(own.token_bytes[:-1]):
         assert bpe.encode_word(token, ranks) == [i]
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=30))
+def test_pre_tokens_of_ascii_text_are_those_of_the_general_pattern(text: str) -> None:
+    assert bpe.pre_tokens(text) == regex.findall(bpe.PATTERN, text)
+    quotes = text.replace("0", "'re'LL'Ve'S ").replace("1", " \x1c\v")
+    assert bpe.pre_tokens(quotes) == regex.findall(bpe.PATTERN, quotes)
 
 
 ALPHABET = [
