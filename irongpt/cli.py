@@ -208,11 +208,15 @@ def train_command(flags: Flags) -> int:
     if stopped_by is not None:
         say(f"stopped at step {trainer.step:,}, saved; continue: irongpt train --resume {path}")
     elif idle:
-        longer = "a lower --target-loss" if training.reached_target() else "a larger --iters"
+        longer = "a larger --iters"
+        if training.reached_target():
+            longer = "a lower --target-loss"
+        elif training.out_of_patience():
+            longer = "a larger --patience"
         say(f"nothing to do: the run is finished; {longer} continues it")
     else:
         say(f"{training.outcome()}; generate text: irongpt generate {path}")
-    if training.result:
+    if training.result and training.result["val_loss"] is not None:
         loss, bits = training.result["val_loss"], training.result["bits_per_byte"]
         text = f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
         say(f"result    best/ has {text} over the entire validation text")

@@ -51,7 +51,7 @@ LEAST = 30.0  # seconds, the shortest limit of a stage
 GRACE = 8.0  # seconds from the interrupt of a late stage to its kill
 COUNTS = ("passed", "failed", "error", "skipped")  # in pytest's last line
 SHARES = dict(  # of the time
-    doctor=4, tests=20, emulated=20, compare=10, kernels=17, train=18, decode=4, runs=7, report=4
+    doctor=4, tests=20, emulated=20, compare=14, kernels=17, train=18, decode=4, runs=7, report=4
 )
 COMMANDS = {  # of a stage, and its additional options without a GPU
     "doctor": ("irongpt doctor", ""),

@@ -90,7 +90,7 @@ def summary(rows: list[Row], checks: list[Check]) -> str:
         for name, n in Counter(c.name for c in checks).items()
     )
     verdict = "FAIL" if bad or not all(c.ok for c in checks) else "ok"
-    return f"{verdict}: {len(rows) - len(bad)} of {len(rows)} tensors within tolerance; {done}"
+    return f"{verdict}: {len(rows) - len(bad)} of {len(rows)} tensors pass; {done}"
 
 
 def _line(row: Row) -> str:

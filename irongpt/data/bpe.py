@@ -10,11 +10,16 @@ An example by hand: the text "low low lower lowest" has the pre-tokens "low", " 
 
     l o: 4   o w: 4   " " l: 3   w e: 2   e r: 1   e s: 1   s t: 1
 
-l o and o w are equally frequent, and "l" (byte 108) is less than "o" (byte 111), so "lo" becomes
-token 256. Now lo w has 4, so "low" becomes 257; then " " low with 3 becomes 258, " low"; then "
-low" e with 2 becomes 259, " lowe". Three pairs are left, once each: " lowe" r, " lowe" s, and s
-t, which has the lowest ids and becomes 260. To encode " lower", the merges are applied in the
-same order: 259 and "r".
+Each merge takes the most frequent pair, or of equally frequent ones that with the lower ids ("l" is
+byte 108, "o" is 111):
+
+    256 = "l" "o"          l o and o w occur 4 times each
+    257 = "lo" "w"         lo w occurs 4 times
+    258 = " " "low"        3 times
+    259 = " low" "e"       2 times
+    260 = "s" "t"          once, as do " lowe" r and " lowe" s, whose ids are higher
+
+To encode " lower", the merges are applied in the same order, which gives 259 and "r".
 
 Sources: Gage 1994 (the algorithm), Sennrich et al. 2016 (words from merges), Radford et al. 2019
 (on bytes, so that every text has an encoding). The pre-tokens are those of Qwen2.

@@ -66,9 +66,11 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal digest of the text in UTF-8, or of the files with their digests."""
+        """Hexadecimal digest of the text in UTF-8, or of its files and their split."""
         if self.files:
-            return hashlib.sha256(json.dumps(list(self.files.items())).encode()).hexdigest()
+            split = [len(text) for text in self.train], [len(text) for text in self.val]
+            described = json.dumps([*self.files.items(), split])
+            return hashlib.sha256(described.encode()).hexdigest()
         digest = hashlib.sha256()
         for document in self.train + self.val:
             for first in range(0, len(document), CHUNK):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -131,14 +132,17 @@ class _Cache:
 
     def __init__(self, corpus: Corpus, vocab_size: int) -> None:
         self.worthwhile = corpus.n_bytes >= CACHED_FROM
-        key = hashlib.sha256(f"1 {corpus.sha256} {vocab_size}".encode()).hexdigest()
-        self.path = cache_folder() / "tokens" / f"{key[:32]}.safetensors"
+        key = hashlib.sha256(f"2 {corpus.sha256} {vocab_size}".encode()).hexdigest()
+        try:
+            self.path = cache_folder() / "tokens" / f"{key[:32]}.safetensors"
+        except UserError:  # no home folder
+            self.path, self.worthwhile = Path(os.devnull) / key, False
 
     def read(self) -> tuple[BPETokenizer, Tokens] | None:
         """None if there is no such file, or if it is damaged."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata.pop("sha256") != _digest(metadata, tensors):
                 return None
@@ -163,6 +167,8 @@ class _Cache:
             for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
                 old.unlink()
         except (OSError, SafetensorError):
+            pass
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 

@@ -21,6 +21,7 @@ from irongpt.files import damaged
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
+HEALED = 2**31 - 1  # the number of a healed token: its random number is that of no other
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
@@ -124,8 +125,9 @@ def heal(
     prompt already. With characters, no token begins with another one: nothing changes.
     """
     kept, last = list(prompt[:-1]), tokenizer.token_bytes[prompt[-1]]
-    longer = [i for i, b in enumerate(tokenizer.token_bytes) if b.startswith(last)]
-    if not kept or len(longer) == 1 or prompt[-1] == tokenizer.end:
+    tokens = enumerate(tokenizer.token_bytes)
+    longer = [i for i, b in tokens if b.startswith(last) and i != tokenizer.end]
+    if not kept or not config.tokens or len(longer) == 1 or prompt[-1] == tokenizer.end:
         return [list(prompt)] * config.samples, len(last)
     was_training = model.training
     model.eval()
@@ -134,12 +136,13 @@ def heal(
     with torch.autocast(device.type, dtype if lower else None, enabled=lower):
         logits = model(torch.tensor([kept[-model.config.context :]], device=device))[:, -1, longer]
     model.train(was_training)
-    tokens = torch.zeros(config.samples, 1, dtype=torch.int64, device=device)
+    sampled = torch.zeros(config.samples, 1, dtype=torch.int64, device=device)
+    counts = torch.full_like(sampled, HEALED)
     eager.sample_tokens(
-        logits.expand(config.samples, -1), tokens, torch.zeros_like(tokens), config.seed,
+        logits.expand(config.samples, -1), sampled, counts, config.seed,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
     )  # fmt: skip
-    return [[*kept, longer[i]] for i in tokens[:, 0].tolist()], len(last)
+    return [[*kept, longer[i]] for i in sampled[:, 0].tolist()], len(last)
 
 
 def printable(text: str) -> str:

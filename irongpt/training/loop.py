@@ -138,7 +138,8 @@ class TrainingLoop:
             ) from e
         finally:
             progress.close()
-        return None if self.finished() else interrupt.signal
+        incomplete = self.best_val is not None and self.result is None
+        return interrupt.signal if incomplete or not self.finished() else None
 
     def _step(self, progress: Progress) -> None:
         """Takes a step, and adds a record every `log_every` steps unless an evaluation will."""

@@ -67,8 +67,7 @@ class OpSpec:
 
     def over(self, sweep: str) -> "OpSpec | None":
         """The row that a sweep varies: this one, `full_rows`, or neither."""
-        found = (spec for spec in (self, self.full_rows) if spec and sweep in spec.sweeps)
-        return next(found, None)
+        return next((s for s in (self, self.full_rows) if s and sweep in s.sweeps), None)
 
     def float32_only(self) -> bool:
         """Whether none of its tensors has the compute dtype: it is the same in every training."""
@@ -91,11 +90,8 @@ def _attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
     """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
     T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
     and dK."""
-    rows = s.B * s.H * s.T
-    return Cost(
-        rows * ((8 if backward else 4) * s.D * item + 8),
-        (5 if backward else 2) * rows * (s.T + 1) * s.D,
-    )
+    rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
+    return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
 
 
 def _norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
@@ -114,12 +110,8 @@ def _softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
 
 
 def _norm_inputs(s: Shape) -> dict[str, Input]:
-    weight = Input((s.width,), "weight", scale=0.1, mean=1.0)
-    return dict(weight=weight, bias=Input((s.width,), "weight", optional=True))
-
-
-def _attention_size(s: Shape) -> str:
-    return f"B={s.B} H={s.H} T={s.T} D={s.D}"
+    C = (s.width,)
+    return dict(weight=Input(C, "weight", 0.1, 1.0), bias=Input(C, "weight", optional=True))
 
 
 LAYERS = (
@@ -127,7 +119,7 @@ LAYERS = (
         "causal_attention",
         lambda s: dict.fromkeys("qkv", Input((s.B, s.H, s.T, s.D))),
         _attention_cost,
-        _attention_size,
+        lambda s: f"B={s.B} H={s.H} T={s.T} D={s.D}",
         options=_dropout,
         dropout=True,
         scores=True,
@@ -137,7 +129,7 @@ LAYERS = (
         "causal_attention_packed",
         lambda s: dict(qkv=Input((s.B, s.T, 3, s.H, s.D))),
         _attention_cost,
-        _attention_size,
+        lambda s: f"B={s.B} H={s.H} T={s.T} D={s.D}",
         options=_dropout,
         dropout=True,
         scores=True,

@@ -23,7 +23,7 @@ V = 4096
 
 @cache
 def war_and_peace() -> str:
-    return corpus.load(None, say=print).text
+    return corpus.load("war-and-peace", say=print).text
 
 
 def counts(text: str) -> dict[bytes, int]:
@@ -115,7 +115,7 @@ def test_encode_word_applies_the_merges_in_order(word: bytes, words: list[bytes]
 
 
 def test_a_long_pre_token_is_encoded_in_time() -> None:
-    """A megabyte without a border; an algorithm that takes the square of it would take hours."""
+    """It has no border; an algorithm that takes the square of its size would take hours."""
     own = tokenizer("code")
     text = "".join(random.Random(0).choices("abcdefghijkst", k=300_000))
     ids = own.encode(text)
