@@ -50,8 +50,8 @@ TRAIN_SHARE = 0.9  # of the characters of one text; a text of several files is s
 class Corpus:
     """The documents for training and for validation. Their line breaks are \\n.
 
-    A corpus of one text is one document on each side, the first 90 % of its characters and the
-    rest. The name is valid as the name of a folder.
+    Of one text these are the first 90 % of its characters and the rest, in parts if it is large.
+    The name is valid as the name of a folder.
     """
 
     name: str
@@ -190,8 +190,23 @@ def _one_text(name: str, utf8: Utf8, reader: Reader) -> Corpus:
     if reader.kept.add(utf8) is None:
         return Corpus(name, (), ())
     cut = _offset(utf8, int(TRAIN_SHARE * _length(utf8)))
-    view = memoryview(utf8)
-    return Corpus(name, (str(view[:cut], "utf-8"),), (str(view[cut:], "utf-8"),))
+    return Corpus(name, _parts(utf8, 0, cut), _parts(utf8, cut, len(utf8)))
+
+
+_PART = 1 << 24  # bytes
+_LINE = re.compile(rb"\n(?=[!-~])")  # no pre-token of BPE reaches across the end of the match
+
+
+def _parts(utf8: Utf8, first: int, end: int) -> tuple[str, ...]:
+    """A text in parts: Python keeps up to 4 bytes for every character of a string that has one rare
+    character, and here only for those of its part."""
+    parts, view = [], memoryview(utf8)
+    while first < end or not parts:
+        line = _LINE.search(utf8, min(first + _PART, end), end)
+        cut = line.end() if line else end
+        parts.append(str(view[first:cut], "utf-8"))
+        first = cut
+    return tuple(parts)
 
 
 def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from book_server import Lines, refused
 
-from irongpt.data import corpus
+from irongpt.data import bpe, corpus
 from irongpt.data.corpus import BUILT_IN, Corpus, load
 from irongpt.data.tokenizer import CharTokenizer
 
@@ -247,3 +247,15 @@ def test_python_code_is_the_standard_library_alone(
     assert lines == ["files     python-code: 4 files, 0.0 MB; left out: 1 not UTF-8"]
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
     refused("python-code", "has no source of the standard library", "--data FILE")
+
+
+def test_a_large_text_is_kept_in_parts_that_no_pre_token_crosses(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(corpus, "_PART", 50)
+    text = "def f(x):\n    return 'é😀'\n\n\n" * 40
+    (tmp_path / "a.py").write_text(text, encoding="utf-8")
+    found = corpus.load(str(tmp_path / "a.py"), say=print)
+    assert len(found.train) > 5
+    assert "".join(found.train) == text[: int(0.9 * len(text))]
+    assert found.text == text
+    pre_tokens = [word for part in found.train for word in bpe.pre_tokens(part)]
+    assert pre_tokens == bpe.pre_tokens("".join(found.train))
