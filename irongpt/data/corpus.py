@@ -193,7 +193,7 @@ def _one_text(name: str, utf8: Utf8, reader: Reader) -> Corpus:
     return Corpus(name, _parts(utf8, 0, cut), _parts(utf8, cut, len(utf8)))
 
 
-_PART = 1 << 20  # bytes
+_PART = 1 << 16  # bytes
 _LINE = re.compile(rb"\n(?=[!-~])")  # no pre-token of BPE reaches across the end of the match
 
 
