@@ -65,7 +65,7 @@ def python(cell: dict) -> str:
 def test_the_notebook_runs(tmp_path: Path) -> None:
     parameters, *cells = code_cells()
     assert parameters["metadata"]["tags"] == ["parameters"]
-    smaller = f"SOURCE, MINUTES, ITERS = {str(ROOT)!r}, 8, 2"
+    smaller = f"SOURCE, MINUTES, ITERS = {str(ROOT)!r}, 14, 2"
     script = "\n".join([JUPYTER, python(parameters), smaller, *map(python, cells)])
     (tmp_path / "cells.py").write_text(script)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
