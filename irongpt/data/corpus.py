@@ -200,7 +200,8 @@ _LINE = re.compile(rb"\n(?=[!-~])")  # no pre-token of BPE reaches across the en
 def _parts(utf8: Utf8, first: int, end: int) -> tuple[str, ...]:
     """A text in parts: Python keeps up to 4 bytes for every character of a string that has one rare
     character, and here only for those of its part."""
-    parts, view = [], memoryview(utf8)
+    parts: list[str] = []
+    view = memoryview(utf8)
     while first < end or not parts:
         line = _LINE.search(utf8, min(first + _PART, end), end)
         cut = line.end() if line else end
