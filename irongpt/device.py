@@ -13,29 +13,34 @@ from irongpt.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets, by GPU. The
-# first entry whose words are in the name that the GPU reports is used.
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. A key is a
+# regular expression for the complete name that the GPU reports, without its maker and its brand:
+# other variants of a card (Ti, D, laptop, NVL, a MIG slice, a virtual GPU) have other peaks.
 PEAK_16_BIT = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "RTX A6000": 155e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "RTX 2080 Ti": 54e12,
+    r"B200": 2250e12,
+    r"H200": 989e12,
+    r"H200 NVL": 835e12,
+    r"H100 80GB HBM3": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": 312e12,
+    r"A10G": 70e12,
+    r"A10": 125e12,
+    r"A30": 165e12,
+    r"A40": 150e12,
+    r"RTX A6000": 155e12,
+    r"L40S": 362e12,
+    r"L40": 181e12,
+    r"L4": 121e12,
+    r"V100-SXM2-(16|32)GB": 125e12,
+    r"V100-PCIE-(16|32)GB": 112e12,
+    r"T4": 65e12,
+    r"RTX 5090": 209e12,
+    r"RTX 4090": 165e12,
+    r"RTX 3090": 71e12,
+    r"RTX 2080 Ti": 54e12,
 }
+MAKER = re.compile(r"NVIDIA |Tesla |GeForce ")
 
 
 class Precision(NamedTuple):
@@ -133,9 +138,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     For 16-bit dtypes on a known GPU they come from its data sheet, else from a timed matmul.
     """
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
+        name = MAKER.sub("", torch.cuda.get_device_name(device))
         for known, flops in PEAK_16_BIT.items():
-            if re.search(rf"\b{known}\b", name):
+            if re.fullmatch(known, name):
                 return flops, "data sheet"
     return _gemm_flops(device, dtype), "measured with a large matmul"
 
