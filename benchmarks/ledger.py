@@ -35,6 +35,7 @@ from irongpt.training.trainer import Trainer
 LAUNCHES = {
     "irongpt::causal_attention_backward": 2,  # queries; keys and values
     "irongpt::grad_norm": 2,  # squares; their sum, the norm and the scale
+    "irongpt::sum_shards": 2,  # the sum and its squares; the norm and the scale
     "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
     "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
     "irongpt::cross_entropy": 2,  # rows; their mean
@@ -49,7 +50,7 @@ READ_TWICE = {"irongpt::muon_momentum": ("grads", "momentum")}  # by both of its
 GROUPS = {  # parts of an operation's name; the first group that matches counts
     "attention": ("attention",),
     "norms": ("layer_norm",),
-    "optimizer": ("adamw", "grad_norm", "muon"),
+    "optimizer": ("adamw", "grad_norm", "sum_shards", "muon"),
     "gelu": ("gelu", "tanh", "pow"),
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
     "batch, embedding": ("embedding", "index"),

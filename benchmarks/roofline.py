@@ -10,7 +10,7 @@ reaches on a large copy and a large matmul. All results here are computed, not m
 from typing import Any, NamedTuple
 
 import torch
-from irongpt_kernels import op_specs
+from irongpt_kernels import op_costs, op_specs
 from irongpt_kernels.op_inputs import Shape
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,7 +96,7 @@ def muon_flops(config: GPTConfig) -> int:
 def optimizer_bytes(config: GPTConfig, optimizer: str, itemsize: int) -> int:
     """Least bytes of an optimizer's step, without the matmuls of Muon's iteration."""
     n = config.n_layer * sum(rows * columns for rows, columns in config.matrices())
-    return op_specs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
+    return op_costs.optimizer_bytes(optimizer, n, config.n_params() - n, itemsize)
 
 
 def op_bytes(op: str, config: GPTConfig, batch_size: int, itemsize: int) -> int:

@@ -15,6 +15,7 @@ NOTES = {
     "dropout_add_layer_norm": "The residual stream is float32; the branch has the dtype above.",
     "adamw": "It updates all weights of the model and includes the gradient norm.",
     "muon": "It updates the blocks' matrices; it includes the gradient norm, not the iteration.",
+    "sum_shards": "In place of the gradient norm where a step is cut into two shards.",
     "embed_tokens": "The embeddings are float32, whatever the dtype of a training.",
     "sample_tokens": "naive and compile use PyTorch's generator; checked near temperature 0.",
 }

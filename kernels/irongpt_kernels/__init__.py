@@ -48,6 +48,10 @@ class Ops(Protocol):
         self, grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
         max_norm: float, growth_interval: int = 0,
     ) -> Tensor: ...  # fmt: skip
+    def sum_shards(
+        self, shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+        max_norm: float, growth_interval: int = 0,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def adamw(
         self, params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
         exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,

@@ -85,6 +85,18 @@ def grad_norm(
     return grad_stats(norm, scale, growth_tracker, state_steps, max_norm, growth_interval)
 
 
+def sum_shards(
+    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `eager.sum_shards`."""
+    total = shards[0].to(torch.promote_types(shards.dtype, torch.float32), copy=True)
+    for shard in shards[1:]:
+        total += shard
+    norm = torch.linalg.vector_norm(total)
+    return total, grad_stats(norm, scale, growth_tracker, state_steps, max_norm, growth_interval)
+
+
 def adamw(
     params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,

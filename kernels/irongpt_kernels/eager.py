@@ -150,6 +150,23 @@ def grad_norm(
     return grad_stats(total.sqrt(), scale, growth_tracker, state_steps, max_norm, growth_interval)
 
 
+def sum_shards(
+    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum of the gradients of a step's shards, and `grad_norm` of it.
+
+    shards: (S, n), the gradients of all weights as one row per shard, of any dtype. The rows are
+    added in their order, in float32, so that every process that has all rows gets the same bits.
+    Returns the sum, (n,) float32, and `GradStats`; the other arguments are those of `grad_norm`.
+    """
+    total = _wide(shards[0]).clone()
+    for shard in shards[1:]:
+        total = total + shard
+    norm = total.square().sum().sqrt()
+    return total, grad_stats(norm, scale, growth_tracker, state_steps, max_norm, growth_interval)
+
+
 def grad_stats(
     scaled_norm: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
     max_norm: float, growth_interval: int,

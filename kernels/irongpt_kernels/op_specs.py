@@ -6,6 +6,7 @@ Triton.
 
 The optimizer is described as a step over all weights: the row `adamw` is grad_norm and adamw, the
 row `muon` is grad_norm, muon_momentum and muon_update, without the iteration between the last two.
+The row `sum_shards` takes the place of grad_norm where a step is cut into shards.
 The one-token ops work on one token for each of B sequences that fill the context.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from irongpt_kernels.op_costs import numel, optimizer_bytes
 from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Tensors, Weights
 
 
@@ -196,31 +198,7 @@ LAYERS = (
 
 
 WEIGHT_DECAY = 0.1
-
-
-def numel(sizes: Weights) -> int:
-    """The number of elements of tensors with these sizes."""
-    return sum(math.prod(size) for size in sizes)
-
-
-def adamw_bytes(n: int, grad_itemsize: int, copy_itemsize: int) -> int:
-    """Bytes of grad_norm and adamw for n weights, whose gradients are read twice."""
-    return n * (24 + 2 * grad_itemsize + copy_itemsize)
-
-
-def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: int) -> int:
-    """Bytes of muon_momentum and muon_update; gradients and momentum are read twice."""
-    return n * (2 * grad_itemsize + 12 + 2 * update_itemsize + 8 + copy_itemsize)
-
-
-def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
-    """Bytes of a step over `matrices` weights in the blocks' matrices, whose gradients and copies
-    have `itemsize` bytes (without copies in float32), and `others` weights, which are float32."""
-    copy = itemsize if itemsize < 4 else 0
-    rest = adamw_bytes(others, 4, 0)
-    if optimizer == "muon":  # grad_norm has read the gradients before
-        return rest + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
-    return rest + adamw_bytes(matrices, itemsize, copy)
+SHARDS = 2  # of two GPUs
 
 
 def _state(name: str, n: int, moments: int, role: str) -> dict[str, Input]:
@@ -334,6 +312,24 @@ OPTIMIZERS = (
         kind="optimizer",
         functions=("muon_momentum", "muon_update"),
         call=_muon,
+        sweeps=(),
+    ),
+    OpSpec(
+        "sum_shards",
+        lambda s: dict(
+            shards=Input((SHARDS, numel(s.matrices() + s.other_weights())), scale=1e-4),
+            scale=Input((), "weight", fill=1),
+            growth_tracker=Input((), "integer", fill=0),
+            state_steps=Input((1,), "weight", fill=1),
+        ),
+        lambda s, item, stream, backward: Cost(
+            numel(s.matrices() + s.other_weights()) * (SHARDS * item + 4)
+        ),
+        lambda s: f"{SHARDS} x {numel(s.matrices() + s.other_weights()) / 1e6:.1f} M weights",
+        kind="optimizer",
+        outputs=("total", "stats"),
+        options=lambda s, p, seed: dict(max_norm=1.0),
+        changes=("scale", "growth_tracker", "state_steps"),
         sweeps=(),
     ),
 )

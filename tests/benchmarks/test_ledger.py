@@ -110,6 +110,7 @@ def test_the_optimizer_launches_as_many_kernels_as_the_ledger_counts(
     steps = torch.zeros(3, device=DEVICE)
     with launches(monkeypatch) as count:
         stats = fused.grad_norm(lists[0], *scalars, steps, max_norm=1.0, growth_interval=5)
+        fused.sum_shards(torch.ones(2, 5, device=DEVICE), *scalars, steps, max_norm=1.0)
         options = dict(beta1=0.9, beta2=0.99, weight_decays=[0.0] * 3)
         params, grads, m, v = lists
         fused.adamw(params, [], grads, m, v, steps, scalars[0], stats, **options)

@@ -56,7 +56,7 @@ def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: to
         wanted = PYTORCH if attention else ("eager", "builtin")
     else:
         wanted = tuple(name for name in PYTORCH if computes(name, op))
-        alone = ("adamw", "muon", "norm_linear", *cases.AS_EAGER)
+        alone = (*OPTIMIZERS, "norm_linear", *cases.AS_EAGER)
         assert len(wanted) == (2 if op in alone else 3)
     modes = MODES if op in LAYERS else ("call",)
     assert {r.key[-2:] for r in rows} == {(mode, name) for name in wanted for mode in modes}
@@ -273,7 +273,7 @@ def test_an_output_that_is_not_written_exceeds_the_tolerance(
     tokens, counts) is left as it was, and each output that is no input is wrong."""
     one, right = case(op, torch.float16), OpSpec.run
     names = changed_by_eager(one)
-    counts = {"adamw": 8, "muon": 4, "decode_attention": 2, "sample_tokens": 2}
+    counts = {"adamw": 8, "muon": 4, "sum_shards": 1, "decode_attention": 2, "sample_tokens": 2}
     assert len(names) == counts.get(op, 0)
     x = one.inputs(CPU)
     given = {t.data_ptr() for t in x.values()}
@@ -297,7 +297,7 @@ def test_an_output_that_is_not_written_exceeds_the_tolerance(
         assert not row.accuracy.ok, (op, undone)
 
 
-@pytest.mark.parametrize("op", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("op", ["adamw", "muon"])
 def test_an_optimizer_updates_the_copies_and_clips_no_gradient(op: str) -> None:
     one = case(op, torch.float16)
     x, before = one.inputs(CPU), one.inputs(CPU)

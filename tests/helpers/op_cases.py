@@ -106,7 +106,7 @@ def spec_run(
 ) -> tuple[Tensor, ...]:
     """The outputs of an op without a gradient, and what it changes of copies of its inputs, which
     `place` makes of those with more than one dimension."""
-    if spec.kind == "token":
+    if spec.call is None:
         options = spec.options(shape, 0.8, op_inputs.SEED) | options
     wide = {n: t.dim() > 1 and t.is_floating_point() for n, t in x.items()}
     x = {n: place(t) if wide[n] else t.clone() for n, t in x.items()}

@@ -1,4 +1,4 @@
-"""The optimizer's ops, grad_norm and adamw: each implementation against eager in float64."""
+"""The optimizer's ops, grad_norm, sum_shards and adamw, against eager in float64."""
 
 import importlib
 from types import ModuleType
@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from numerics import DEVICE, HALVES, OUTPUTS, assert_rule, values
+from numerics import DEVICE, HALVES, OUTPUTS, assert_rule, each_dtype, values
 from torch import Tensor
 
 norm_kernel = importlib.import_module("irongpt_kernels.fused.grad_norm")
@@ -171,3 +171,38 @@ def test_gradients_of_two_16_bit_dtypes_are_refused() -> None:
     grads = [torch.ones(3, device=DEVICE, dtype=d) for d in (torch.float16, torch.bfloat16)]
     with pytest.raises(TypeError, match="one 16-bit dtype"):
         fused.grad_norm(grads, one, one.long(), torch.zeros(2, device=DEVICE), max_norm=1.0)
+
+
+@each_ops
+@each_dtype
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (3, 1024), (4, 5000)])
+def test_shards_are_added_in_their_order(ops: ModuleType, dtype, count: int, size: int) -> None:
+    """To the bit, by every implementation; the norm is that of the sum. Rows may lie apart."""
+    wide = 30 * values(count, size + 8, dtype=dtype)
+    shards = wide[:, :size]
+    total = torch.zeros(size, device=DEVICE)
+    for shard in shards:
+        total = total + shard.float()
+    rows = []
+    for module, given in ((ops, shards), (eager, shards), (eager, shards.double())):
+        state = State(torch.float32, False)
+        found, stats = module.sum_shards(given, state.scale, state.good, state.steps, max_norm=1.0)
+        rows.append(stats[:2])
+        assert torch.equal(found.float(), total) or given.dtype == torch.float64
+        assert torch.equal(state.steps, State(torch.float32, False).steps + 1)
+    assert_rule(OUTPUTS, *(r.to(torch.float32) for r in rows[:2]), rows[2].double())
+    state = State(torch.float16, False)
+    wide[-1, size - 1] = float("inf")
+    stats = ops.sum_shards(
+        shards, state.scale, state.good, state.steps, max_norm=1.0, growth_interval=3
+    )[1]
+    assert (stats[2], state.scale) == (1, 32)
+    assert torch.equal(state.steps, State(torch.float32, False).steps)
+    if count == 3:
+        turned = shards.t().contiguous().t()
+        fresh = (State(torch.float16, False) for _ in range(2))
+        a, b = (
+            ops.sum_shards(x, s.scale, s.good, s.steps, max_norm=1.0)[0]
+            for x, s in zip((shards, turned), fresh, strict=True)
+        )
+        assert torch.equal(a, b)

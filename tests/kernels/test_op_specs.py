@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from irongpt_kernels import Ops, eager, op_inputs
+from irongpt_kernels.op_costs import adamw_bytes, muon_bytes, optimizer_bytes
 from irongpt_kernels.op_inputs import SEED, RowShape, Shape
-from irongpt_kernels.op_specs import SPECS, OpSpec, adamw_bytes, muon_bytes, optimizer_bytes
+from irongpt_kernels.op_specs import SPECS, OpSpec
 
 ROWS = RowShape(V=20, M=10, N=384)
 
@@ -55,6 +56,7 @@ def test_a_row_describes_its_op(spec: OpSpec, dtype: torch.dtype) -> None:
         ("linear_add", Shape(3, 1, 1, 5), 2, False, (4 * 25 * 2, 2 * 3 * 4 * 25)),
         ("embed_tokens", Shape(3, 1, 1, 5), 2, False, 3 * 3 * 5 * 4),
         ("sample_tokens", Shape(3, V=7), 2, False, 3 * 7 * 2),
+        ("sum_shards", Shape(1, 1, 3, 2, V=5, L=1), 2, False, (12 * 4 + (5 + 3 + 3) * 2) * 8),
     ],
 )
 def test_least_bytes_and_flops(

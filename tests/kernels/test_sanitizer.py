@@ -198,9 +198,10 @@ WITHOUT_GRADIENT: dict[str, tuple[str, Shape, dict[str, Any], int]] = {  # and t
     "sample_tokens of a few": ("sample_tokens", TOKEN_SHAPE, dict(top_k=5, top_p=0.7), 1),
     "adamw": ("adamw", replace(ROWS, N=19, V=56, L=1), {}, 3),  # matrices of one block and of more
     "muon": ("muon", replace(ROWS, N=19, L=2), {}, 14),  # in groups of two matrices
+    "sum_shards": ("sum_shards", replace(ROWS, N=19, L=1), {}, 2),
 }
 each_other = pytest.mark.parametrize("name", WITHOUT_GRADIENT)
-each_token = pytest.mark.parametrize(
+each_of_rows = pytest.mark.parametrize(
     "name", [n for n in WITHOUT_GRADIENT if n not in ("adamw", "muon")]
 )
 
@@ -283,13 +284,13 @@ def test_an_op_addresses_strides_beyond_2_to_the_31(case: Case, last: int) -> No
 
 
 @of_no_values
-@each_token
+@each_of_rows
 @pytest.mark.parametrize("least", [2**31, 2**30], ids=["strides", "multiples of strides"])
-def test_an_op_of_one_token_addresses_rows_that_an_int32_cannot_count(
+def test_an_op_without_a_gradient_addresses_rows_that_an_int32_cannot_count(
     name: str, least: int
 ) -> None:
     """Strides of 2^30 fit into 32 bits, and their multiples do not."""
-    op, shape, options, _ = WITHOUT_GRADIENT[name]
+    op, shape, options, kernels = WITHOUT_GRADIENT[name]
     inputs = {n: x.to("meta") for n, x in spec_inputs(op, shape, F16).items()}
 
     def spread(name: str, x: Tensor) -> Tensor:
@@ -306,4 +307,4 @@ def test_an_op_of_one_token_addresses_rows_that_an_int32_cannot_count(
         options["seed"] = torch.empty((), dtype=torch.int64, device="meta")
     with addresses_only() as report:
         getattr(fused, op)(**{n: spread(n, x) for n, x in inputs.items()}, **options)
-    assert len(report.kernels) == 1
+    assert len(report.kernels) == kernels

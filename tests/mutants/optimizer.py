@@ -8,6 +8,8 @@ GRAD_NORM: list[Bug] = [
     ("offsets from the launch's start", "tl.cast(program - first,", "tl.cast(program,"),
     ("narrow and wide confused", "mask & is_16bit, dtype", "mask & (not is_16bit), dtype"),
     ("partial sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
+    ("the first shard alone", "for shard in range(1, shards):", "for shard in range(1, 1):"),
+    ("shards beyond the sum", "mask = offsets < size\n    g = ", "mask = offsets <= size\n    g = "),
     ("the scale stays in the norm",
      "tl.sqrt_rn(tl.sum(total, 0)) / scale", "tl.sqrt_rn(tl.sum(total, 0))"),
     ("small gradients are scaled up", "tl.where(larger > 1.0, larger, 1.0)", "larger"),

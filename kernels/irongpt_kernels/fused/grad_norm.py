@@ -3,9 +3,12 @@
     norm = sqrt(sum(g^2)) / scale      grad_scale = scale max(1, (norm + 1e-6) / max_norm)
     found_inf = 1 if norm is not finite, else 0
 
+    sum_shards: g = shard 0 + shard 1 + ..., in that order; then the same
+
 scale (the loss scale), growth_tracker and state_steps are updated in place.
 
-Traffic     reads every gradient: 2 or 4 bytes per weight.
+Traffic     reads every gradient: 2 or 4 bytes per weight. sum_shards reads those of all shards, and
+            writes their sum: 4 bytes per weight.
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
@@ -13,8 +16,9 @@ Parallelism A program handles BLOCK elements of one tensor. The addresses of all
             tensors. There are no atomics, so every run gives the same bits.
 Precision   float32. The square of a gradient beyond 1.8e19 is infinite there, and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
-            and their address is a multiple of 16, which PyTorch's allocator ensures.
-Spec        irongpt_kernels/eager.py::grad_norm
+            and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are
+            copied unless their rows are contiguous.
+Spec        irongpt_kernels/eager.py::grad_norm, sum_shards
 """
 
 import torch
@@ -81,6 +85,19 @@ def _sum_squares_kernel(
     dtype: tl.constexpr = grads[0].dtype.element_ty
     g = load_gradient(address, offsets, offsets < size, is_16bit, N_16BIT > 0, N_16BIT < N, dtype)
     tl.store(sums_ptr + program, tl.sum(g * g, 0))
+
+
+@triton.jit
+def _sum_shards_kernel(shards_ptr, total_ptr, sums_ptr, shards, stride, size, BLOCK: tl.constexpr):
+    """Stores the sum of the shards, and each program's sum of squares. stride: between shards."""
+    offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    g = tl.load(shards_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    for shard in range(1, shards):
+        row = tl.cast(shard, tl.int64) * stride
+        g += tl.load(shards_ptr + row + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(total_ptr + offsets, g, mask=mask)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(g * g, 0))
 
 
 @triton.jit
@@ -160,7 +177,6 @@ def grad_norm_launch(
     launches = chunks(grads)
     programs = sum(count for *_, count in launches)
     sums = torch.empty(programs, dtype=torch.float32, device=scale.device)
-    stats = torch.empty(3, dtype=torch.float32, device=scale.device)
     done = 0
     with launch.on(scale.device):
         for a, b, count in launches:
@@ -168,17 +184,54 @@ def grad_norm_launch(
             options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
             _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
             done += count
+    return _stats(sums, scale, growth_tracker, state_steps, max_norm, growth_interval)
+
+
+def sum_shards_launch(
+    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
+    max_norm: float, growth_interval: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `eager.sum_shards`. scale, growth_tracker and state_steps are updated in place."""
+    shards = shards if shards.stride(1) == 1 else shards.contiguous()
+    count, size = shards.shape
+    programs = triton.cdiv(size, BLOCK)
+    total, sums = (
+        torch.empty(n, dtype=torch.float32, device=scale.device) for n in (size, programs)
+    )
+    with launch.on(scale.device):
+        _sum_shards_kernel[(programs,)](
+            shards, total, sums, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
+        )
+    return total, _stats(sums, scale, growth_tracker, state_steps, max_norm, growth_interval)
+
+
+def _stats(
+    sums: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
+    max_norm: float, growth_interval: int,
+) -> Tensor:  # fmt: skip
+    """The result of `grad_norm` from the programs' sums of squares."""
+    stats = torch.empty(3, dtype=torch.float32, device=scale.device)
+    with launch.on(scale.device):
         _stats_kernel[(1,)](
-            sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
+            sums, scale, growth_tracker, state_steps, stats, len(sums), len(state_steps), max_norm,
             GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
             STEPS=launch.block(len(state_steps)), num_warps=4,
         )  # fmt: skip
     return stats
 
 
+MUTATES = ("scale", "growth_tracker", "state_steps")
 _op = custom_op(
     "grad_norm", grad_norm_launch, lambda grads, scale, *_: scale.new_empty(3, dtype=torch.float32),
-    mutates=("scale", "growth_tracker", "state_steps"),
+    mutates=MUTATES,
+)  # fmt: skip
+_sum_op = custom_op(
+    "sum_shards", sum_shards_launch,
+    lambda shards, scale, *_: (
+        shards.new_empty(shards.shape[1], dtype=torch.float32),
+        scale.new_empty(3, dtype=torch.float32),
+    ),
+    mutates=MUTATES,
 )  # fmt: skip
 
 
@@ -188,3 +241,14 @@ def grad_norm(
 ) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit dtype."""
     return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)
+
+
+def sum_shards(
+    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `eager.sum_shards`."""
+    found: tuple[Tensor, Tensor] = _sum_op(
+        shards, scale, growth_tracker, state_steps, float(max_norm), growth_interval
+    )
+    return found
