@@ -1,7 +1,6 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from irongpt.config import (
     check,
     flag,
 )  # fmt: skip
+from irongpt.console import output, output_is_optional
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, brief
 
@@ -50,26 +50,27 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
-    if sys.stdout is None:  # closed by the parent process
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        flags = vars(build_parser().parse_args(argv))
-        return int(flags.pop("run_command")(flags))
-    except (UserError, DivergenceError) as e:
-        print("irongpt: error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
-    except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
-            raise
-        hint = "use a smaller --batch-size with a larger --grad-accum"
-        print(f"irongpt: error: out of memory: {hint}", file=sys.stderr)
-        return 2
+    with output():
+        try:
+            flags = vars(build_parser().parse_args(argv))
+            code = int(flags.pop("run_command")(flags))
+            sys.stdout.flush()
+            return code
+        except (UserError, DivergenceError) as e:
+            print("irongpt: error:", " ".join(str(e).split()), file=sys.stderr)
+            return 2 if isinstance(e, UserError) else 1
+        except BrokenPipeError:  # the reader of our output has closed it
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not re.search(
+                "out of memory|allocate memory", str(e)
+            ):
+                raise
+            hint = "use a smaller --batch-size with a larger --grad-accum"
+            print(f"irongpt: error: out of memory: {hint}", file=sys.stderr)
+            return 2
 
 
 def build_parser() -> Parser:
@@ -192,6 +193,11 @@ def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list
 
 def train_command(flags: Flags) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which count as set-up
+    with output_is_optional():
+        return _train(flags, start)
+
+
+def _train(flags: Flags, start: float) -> int:
     from irongpt.console import Clock, say
     from irongpt.training.start import new_run, resumed_run
 

@@ -1,26 +1,148 @@
-"""A run's output (a progress bar on a terminal, plain lines elsewhere), signals and timing."""
+"""The output of commands (progress is a bar on a terminal, lines elsewhere), signals and timing."""
 
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO, cast
+
+from irongpt.errors import UserError, brief, one_line
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
+class Output:
+    """Standard output or standard error of a command, whatever its other end is.
+
+    An error of `write` or `flush` is given to `failed`. A closed stream, Jupyter's and other
+    objects without all methods of a file are accepted.
+    """
+
+    def __init__(self, stream: TextIO | None, failed: Callable[[Exception], None]) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.failed = failed
+        self.reconfigure(errors="backslashreplace")
+
+    def reconfigure(self, **settings: str) -> None:
+        with contextlib.suppress(AttributeError, ValueError):
+            self.stream.reconfigure(**settings)  # type: ignore[attr-defined]
+
+    def write(self, text: str) -> int:
+        if not hasattr(self.stream, "reconfigure"):  # it may not be able to write surrogates
+            text = text.encode(errors="replace").decode()
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError) as e:
+            self.failed(e)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as e:
+            self.failed(e)
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream.isatty()
+        except (AttributeError, ValueError):
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class OutputError(UserError):
+    """Standard output cannot be written."""
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Replaces the standard streams by `Output`: errors of standard error are ignored, and those of
+    standard output raise OutputError, or BrokenPipeError if its reader has closed it."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        _open_closed_streams()
+
+    def failed(error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise OutputError(f"cannot write to standard output: {brief(error)}")
+
+    out, err = Output(sys.stdout, failed), Output(sys.stderr, lambda error: None)
+    with (
+        contextlib.redirect_stdout(cast(TextIO, out)),
+        contextlib.redirect_stderr(cast(TextIO, err)),
+    ):
+        try:
+            yield
+        finally:
+            for stream in (out.stream, err.stream):
+                _finish(stream)
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device under the numbers of standard streams that the parent has closed: the
+    next file would get such a number, and a library's message to standard error be written to it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
+def _finish(stream: TextIO) -> None:
+    """Flushes a stream. If that fails, Python must not try again when it exits, with a message."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        if stream in (sys.__stdout__, sys.__stderr__):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def output_is_optional() -> Iterator[None]:
+    """Goes on where standard output cannot be written; a line on standard error says so once."""
+    reported: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        if not reported:
+            reported.append(error)
+            reason = f"cannot write to standard output: {brief(error)}; training continues"
+            print(f"irongpt: {reason}", file=sys.stderr)
+
+    out = Output(sys.stdout, failed)
+    if isinstance(sys.stdout, Output):
+        out.stream = sys.stdout.stream
+    with contextlib.redirect_stdout(cast(TextIO, out)):
+        yield
+
+
 def say(text: str) -> None:
     """Prints a line, above the progress bar if there is one."""
-    try:
-        bars = sys.modules.get("tqdm")  # imported with the first bar
-        above = bars.tqdm.external_write_mode(file=sys.stdout) if bars else contextlib.nullcontext()
-        with above:
-            print(text, flush=True)
-    except BrokenPipeError:  # the reader of our output has closed it; the run continues
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    bars = sys.modules.get("tqdm")  # imported with the first bar
+    above = bars.tqdm.external_write_mode(file=sys.stdout) if bars else contextlib.nullcontext()
+    with above:
+        print(text, flush=True)
+
+
+class Attempt:
+    """Runs what is only shown, such as a plot: its errors are reported once, and end nothing."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            if what not in self.failed:
+                self.failed.add(what)
+                say(f"warning   {what} failed, training continues: {one_line(e)}")
 
 
 def duration(seconds: float) -> str:
@@ -62,21 +184,35 @@ class Progress:
     """Progress of a run: tqdm's bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, steps: int, start: int) -> None:
-        from tqdm import tqdm
+        self.bar: Any = None
+        self.attempt = Attempt()
+        if sys.stderr.isatty():
+            with self._bar_is_optional():
+                from tqdm import tqdm
 
-        self.terminal = sys.stderr.isatty()
-        self.bar: tqdm[Any] = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            disable=not self.terminal,
-            dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
-        )
+                self.bar = tqdm(
+                    total=steps,
+                    initial=start,
+                    unit="step",
+                    dynamic_ncols=True,
+                    bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
+                )
         self.steps, self.printed_at = steps, time.monotonic()
 
+    @contextlib.contextmanager
+    def _bar_is_optional(self) -> Iterator[None]:
+        """Lines take the place of a bar that cannot be drawn."""
+        with self.attempt("the progress bar"):
+            try:
+                yield
+            except Exception:
+                self.bar = None
+                raise
+
     def advance(self, step: int) -> None:
-        self.bar.update()
+        if self.bar is not None:
+            with self._bar_is_optional():
+                self.bar.update()
         self._plain(f"step {step:,} of {self.steps:,}", 3 * PLAIN_EVERY)  # steps are slow
 
     def show(self, record: dict[str, Any]) -> None:
@@ -84,32 +220,41 @@ class Progress:
             f"loss {record['train_loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s, "
             f"MFU {record['mfu']:.1%}"
         )
-        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
         self._plain(f"step {record['step']:,} of {self.steps:,}: {text}", PLAIN_EVERY)
 
     def _plain(self, text: str, after: float) -> None:
-        """Prints a line if there is no terminal and the last one is `after` seconds old."""
-        if not self.terminal and time.monotonic() - self.printed_at >= after:
+        """Prints a line if there is no bar and the last one is `after` seconds old."""
+        if self.bar is None and time.monotonic() - self.printed_at >= after:
             say(text)
             self.printed_at = time.monotonic()
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            with self._bar_is_optional():
+                self.bar.close()
 
 
 class Interrupt:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the training loop checks.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, or has its former effect in Jupyter and the like. A
+    signal that was ignored at the start, as by nohup, stays ignored. In a thread there are none.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        self.before = {s: signal.signal(s, self._note) for s in self.signals}
+        if threading.current_thread() is threading.main_thread():
+            before = {s: signal.getsignal(s) for s in self.signals}
+            self.before = {s: h for s, h in before.items() if h not in (signal.SIG_IGN, None)}
+        for s in self.before:
+            signal.signal(s, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -118,5 +263,6 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for s in self.signals:
-            signal.signal(s, signal.SIG_DFL)
+        interactive = hasattr(sys, "ps1")
+        for s, handler in self.before.items():
+            signal.signal(s, handler if interactive else signal.SIG_DFL)

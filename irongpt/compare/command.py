@@ -28,6 +28,7 @@ from irongpt.compare.ops import (
 )
 from irongpt.config import check
 from irongpt.console import duration, say
+from irongpt.figures import default_style
 from irongpt.files import check_result, finite, write_result
 
 
@@ -63,7 +64,8 @@ def _compare(
     start = time.perf_counter()
     check_result(json_file, plot)
     if plot is not None:  # matplotlib is needed for the plot only
-        from irongpt.compare import plot as compare_plot
+        with default_style():
+            from irongpt.compare import plot as compare_plot
     module = ops.load(candidate, target)
     devices.make_deterministic()
     full, with_dropout = target.type == "cuda", candidate != "builtin"
@@ -119,7 +121,9 @@ def _compare(
         write_result(json_file, to_json(environment, rows, checks, curves))
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
-        write_result(plot, compare_plot.png(rows, curves, candidate, title))
+        with default_style():
+            png = compare_plot.png(rows, curves, candidate, title)
+        write_result(plot, png)
     say("\n".join(["", *failures, f"{report.summary(rows, checks)}; {duration(seconds)}"]))
     return 1 if failures else 0
 

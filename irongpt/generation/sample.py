@@ -23,6 +23,10 @@ from irongpt.model import GPT
 
 HEALED = 2**31 - 1  # the number of a healed token: its random number is that of no other
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Formats that are shown: joiners and direction marks, which Persian, Indic scripts and emoji need,
+# and signs of Arabic and Syriac that are visible.
+_SHOWN = {*"\n\t\u200c\u200d\u200e\u200f\u061c\u06dd\u070f\u0890\u0891\u08e2"}
+_SHOWN |= {*map(chr, range(0x600, 0x606))}
 
 
 def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, Tokenizer]:
@@ -148,9 +152,10 @@ def heal(
 def printable(text: str) -> str:
     """The text with its control characters escaped, so that it cannot steer a terminal.
 
-    These are Unicode's controls, formats, surrogates and line separators, except newline and tab.
+    These are Unicode's controls, formats, surrogates and line separators, except for newline, tab
+    and formats without such an effect. Those that reverse the rest of a line are escaped.
     """
     return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS and c not in "\n\t" else c
+        repr(c)[1:-1] if unicodedata.category(c) in _CONTROLS and c not in _SHOWN else c
         for c in text
     )

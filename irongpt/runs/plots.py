@@ -3,10 +3,7 @@
 import io
 import math
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
-
+from irongpt.figures import default_style
 from irongpt.files import replace_file
 from irongpt.runs.run_folder import Record, RunFolder
 
@@ -16,14 +13,18 @@ def draw(run: RunFolder) -> None:
     records = run.records()
     if not records:
         return
-    replace_file(
-        run.path / "loss.png", loss_png(records, run.path.name.encode(errors="replace").decode())
-    )
     replace_file(run.path / "sample.txt", samples(records).encode())
+    with default_style():
+        png = loss_png(records, run.path.name.encode(errors="replace").decode())
+    replace_file(run.path / "loss.png", png)
 
 
 def loss_png(records: list[Record], title: str) -> bytes:
     """Training and validation loss over the steps, as the bytes of a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
     train = [(r["step"], r["train_loss"]) for r in records if r["train_loss"] is not None]
     val = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

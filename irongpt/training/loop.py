@@ -12,7 +12,7 @@ from irongpt_kernels.runtime import launch_table
 from torch import Tensor
 
 from irongpt.config import SampleConfig
-from irongpt.console import Clock, Interrupt, Progress, duration, say
+from irongpt.console import Attempt, Clock, Interrupt, Progress, duration, say
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import DivergenceError, UserError
 from irongpt.generation.sample import generate, printable, start_ids
@@ -53,6 +53,7 @@ class TrainingLoop:
         self.last_record = (trainer.step, 0.0)  # its step and training seconds
         self.result: dict[str, Any] | None = None  # of `best` over the entire validation text
         self.plotted = time.monotonic()
+        self.attempt = Attempt()
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
@@ -208,8 +209,7 @@ class TrainingLoop:
         if val_loss is None:
             return
         finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
-        with self.clock("samples"):
-            sample = self._sample() if finite else ""
+        sample = self._sample() if finite else ""
         bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
         record = self._record(
             progress, val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample
@@ -255,16 +255,19 @@ class TrainingLoop:
         run.write_result(self.result)
 
     def _sample(self) -> str:
-        """Text that the model generates now, from a line break on."""
+        """Text that the model generates now, from a line break on; empty if that fails."""
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
-        start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
-        ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
-        return self.tokenizer.decode(list(ids))
+        text = ""
+        with self.clock("samples"), self.attempt("the sample"):
+            start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
+            ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
+            text = self.tokenizer.decode(list(ids))
+        return text  # noqa: RET504
 
     def _plot(self) -> None:
         """Updates loss.png and sample.txt."""
-        with self.clock("plots"):
+        with self.clock("plots"), self.attempt("the plot"):
             plots.draw(self.run)
         self.plotted = time.monotonic()
 

@@ -145,10 +145,11 @@ def test_logits_that_are_not_finite_are_an_error():
 def test_control_characters_are_escaped():
     text = "".join(map(chr, [*range(0x110), 0x200E, 0x202E, 0x2028, 0xFEFF, 0xD800, 0x1F600]))
     shown = printable(text)
-    assert shown.count("\\") == 1 + 30 + 1 + 32 + 1 + 5  # itself, C0, DEL, C1, soft hyphen, others
+    assert shown.count("\\") == 1 + 30 + 1 + 32 + 1 + 4  # itself, C0, DEL, C1, soft hyphen, others
     assert "\x1b" not in shown
     assert "\\x1b" in shown
     assert "\\u202e" in shown
+    assert "\u200e" in shown  # a direction mark
     assert printable("tab\t, line\n, é “Пьер” 😀") == "tab\t, line\n, é “Пьер” 😀"
 
 

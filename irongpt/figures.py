@@ -1,0 +1,22 @@
+"""matplotlib as it is by itself, whatever the user's settings are."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Imports matplotlib, and draws in its default style.
+
+    Programs that Jupyter starts get its backend in MPLBACKEND, and matplotlib cannot be imported
+    where they do not have that backend. Settings of the user may need programs such as LaTeX.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib import style
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with style.context("default"):
+        yield
