@@ -105,6 +105,12 @@ class TrainConfig:
         "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
     )
     grad_accum: int = option("recipe", "forward passes per step, whose gradients are added", 1)
+    shards: int = option(
+        "recipe",
+        "parts of a step, of which several GPUs compute one or more each: the same bits on any "
+        "number of GPUs that divides it; under torchrun the number of processes",
+        1,
+    )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
     patience: int | None = option(
         "run", "stop after this many evaluations without a lower validation loss", None
@@ -133,8 +139,13 @@ class TrainConfig:
     sample_tokens: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows"):
+        for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows", "shards"):
             check(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
+        check(
+            self.batch_size % self.shards == 0,
+            f"--batch-size ({self.batch_size}) must be divisible by --shards ({self.shards}), "
+            "which is the number of processes unless it is given",
+        )
         check(self.patience is None or self.patience >= 1, "--patience must be at least 1")
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "warmup"):
             check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
@@ -261,7 +272,7 @@ def check_choices(config: Any) -> None:
         )
 
 
-ADDED_LATER = {"patience", "tokenizer"}
+ADDED_LATER = {"patience", "tokenizer", "shards"}
 
 
 def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:

@@ -11,6 +11,9 @@ import torch
 from irongpt_kernels import Ops, builtin
 from torch import Tensor
 
+from irongpt.training.distributed import World
+
+SHARED_FROM = 512  # rows and columns from which on GPUs share the iteration, computed for a T4
 STEPS = (3, 2)  # of the iteration; each group starts from a new Gram matrix
 RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
 
@@ -25,8 +28,11 @@ class Muon:
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
         ops: Ops = builtin,
+        shards: int = 1,
+        world: World | None = None,
     ) -> None:
-        """dtype: of the iteration's matmuls; see `matmul_dtype`."""
+        """dtype: of the iteration's matmuls; see `matmul_dtype`. shards: of a step."""
+        self.shards, self.world = shards, world or World()
         self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
@@ -53,7 +59,7 @@ class Muon:
             )
             for params, momentum in self.groups
         ]
-        for (params, momentum), update in zip(self.groups, orthogonal(directions), strict=True):
+        for (params, momentum), update in zip(self.groups, self._updates(directions), strict=True):
             self.ops.muon_update(
                 params,
                 [low_precision_params[p] for p in params if p in low_precision_params],
@@ -64,6 +70,49 @@ class Muon:
                 scale=RMS * max(momentum.shape[1:]) ** 0.5,
                 weight_decay=self.weight_decay,
             )
+
+    def _updates(self, directions: list[Tensor]) -> list[Tensor]:
+        """`orthogonal`, by shard: part s of every group is a batch of its own.
+
+        The processes share the parts where that pays, else each computes all: the same bits.
+        """
+        S = self.shards
+        if S == 1 or not directions:
+            return orthogonal(directions)
+        cuts = [[len(d) * s // S for s in range(S + 1)] for d in directions]
+        parts = [
+            [d[c[s] : c[s + 1]] for d, c in zip(directions, cuts, strict=True)] for s in range(S)
+        ]
+        if not self._share(directions):
+            found = [orthogonal(part) for part in parts]
+        else:
+            width = max(sum(x.numel() for x in part) for part in parts)
+            rows = directions[0].new_zeros(S, width)
+            for s in self.world.mine(S):
+                flat = torch.cat([x.flatten() for x in orthogonal(parts[s])])
+                rows[s, : len(flat)] = flat
+            self.world.gather(rows)
+            found = [
+                [
+                    x.view_as(y)
+                    for x, y in zip(
+                        row.split([*map(Tensor.numel, part), width - sum(map(Tensor.numel, part))])[
+                            :-1
+                        ],
+                        part,
+                        strict=True,
+                    )
+                ]
+                for row, part in zip(rows, parts, strict=True)
+            ]
+        return [torch.cat(group) for group in zip(*found, strict=True)]
+
+    def _share(self, directions: list[Tensor]) -> bool:
+        """Whether the processes share the iteration: its work per byte to exchange grows with the
+        matrices' smaller side."""
+        side = min(min(d.shape[1:]) for d in directions)
+        on_gpu = directions[0].device.type == "cuda"
+        return self.world.size > 1 and (not on_gpu or side >= SHARED_FROM)
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -88,7 +137,8 @@ def orthogonal(groups: list[Tensor]) -> list[Tensor]:
     """
     sides: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(groups):
-        sides[min(x.shape[1:])].append(i)
+        if len(x):
+            sides[min(x.shape[1:])].append(i)
     results = list(groups)
     for members in sides.values():
         for steps in STEPS:

@@ -6,6 +6,7 @@ host never waits for the device, and all dtypes take the same path.
 """
 
 import math
+from typing import Any
 
 import torch
 from irongpt_kernels import Ops, builtin
@@ -13,7 +14,9 @@ from irongpt_kernels.eager import GradStats
 from torch import Tensor, nn
 
 from irongpt.config import TrainConfig
+from irongpt.training.distributed import World
 from irongpt.training.muon import Muon, matmul_dtype
+from irongpt.training.shards import Shards
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -64,6 +67,7 @@ class Optimizer:
         ops: Ops = builtin,
         low_precision_params: dict[Tensor, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        world: World | None = None,
     ) -> None:
         """lr: the learning rate, 0-d float32 on the parameters' device, read by every step.
 
@@ -81,6 +85,8 @@ class Optimizer:
             config.weight_decay,
             matmul_dtype(dtype, lr.device),
             ops,
+            config.shards,
+            world,
         )
         low = self.low_precision_params
         rest = [p for p in self.names if p not in self.muon.momentum]
@@ -118,23 +124,31 @@ class Optimizer:
         if first:
             torch._foreach_copy_(first, narrow)
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all parameters, in the order of `names`."""
+        return [self.gradient(p) for p in self.names]
+
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, shards: Shards | None = None, summands: Tensor | None = None) -> Tensor:
         """Updates the weights from the gradients of scale * loss, clipped to a global norm.
 
+        shards, summands: where a step has shards, its gradients are the sum of `summands`.
         A step whose gradients are not finite changes neither parameters nor moments. Returns the
         norm of the unscaled gradients before clipping, 0-d.
         """
         config, scaler, low = self.config, self.scaler, self.low_precision_params
-        grads = {p: self.gradient(p) for p in self.names}
-        stats = self.ops.grad_norm(
-            list(grads.values()),
-            scaler.scale,
-            scaler.growth_tracker,
-            self.steps,
+        state = scaler.scale, scaler.growth_tracker, self.steps
+        options: dict[str, Any] = dict(
             max_norm=config.grad_clip,
             growth_interval=scaler.growth_interval if scaler.enabled else 0,
         )
+        if shards is None or summands is None:
+            found = self.gradients()
+            stats = self.ops.grad_norm(found, *state, **options)
+        else:
+            total, stats = self.ops.sum_shards(summands, *state, **options)
+            found = shards.views(total)
+        grads = dict(zip(self.names, found, strict=True))
         self.ops.adamw(
             self.adamw,
             [low[p] for p in self.adamw if p in low],

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from irongpt_kernels import builtin, eager
 from torch import Tensor
@@ -13,6 +14,8 @@ from irongpt.cuda_graph import Graph
 from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 from irongpt.training import optimizer
+from irongpt.training.distributed import World
+from irongpt.training.shards import Shards
 
 MANY_IDS = 1 << 27  # a GB as int64
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
@@ -28,8 +31,13 @@ class Trainer:
         config: TrainConfig,
         device: torch.device,
         dtype: torch.dtype,
+        world: World | None = None,
     ) -> None:
-        """model: on `device`. ids: a corpus, or (N,) ids of one text. They go to the device."""
+        """model: on `device`. ids: a corpus, or (N,) ids of one text. They go to the device.
+
+        world: the processes that train it together; its size divides config.shards.
+        """
+        self.world = world = world or World()
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         context = model.config.context
         self.tokens = ids if isinstance(ids, Tokens) else Tokens.of(ids)
@@ -49,12 +57,15 @@ class Trainer:
             builtin if model.ops is eager else model.ops,
             model.make_low_precision_params(dtype) if dtype.itemsize == 2 else None,
             dtype,
+            world,
         )
+        params, count = list(self.optimizer.names), config.shards
+        self.shards = Shards(params, count, dtype, world) if count > 1 else None
         # Inputs of a step, one row per forward pass, which the host fills in place.
-        self.firsts = torch.zeros(
-            config.grad_accum, config.batch_size, dtype=torch.int64, device=device
-        )
-        self.seeds = torch.zeros(config.grad_accum, dtype=torch.int64, device=device)
+        passes, windows = len(world.mine(count)) * config.grad_accum, config.batch_size // count
+        self.firsts = torch.zeros(passes, windows, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(passes, dtype=torch.int64, device=device)
+        self.signal = torch.zeros((), device=device)  # a signal that this process has received
         self.step = 0
         captured = device.type == "cuda" and config.graph
         self.run_step = Graph(self._run_step, device) if captured else self._run_step
@@ -67,7 +78,10 @@ class Trainer:
         return config.batch_size * config.grad_accum * self.model.config.context
 
     def train_step(self) -> Tensor:
-        """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device."""
+        """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device.
+
+        With shards a fourth number follows: of a signal that a process has received, or 0.
+        """
         self._fill_inputs()
         row = self.run_step()
         self.step += 1
@@ -75,16 +89,22 @@ class Trainer:
 
     def _fill_inputs(self) -> None:
         """Writes the inputs of the step, which are pure functions of its number."""
-        config = self.config
-        for i in range(config.grad_accum):
-            batch = self.step * config.grad_accum + i
-            self.firsts[i].copy_(self.train_batches.firsts(batch))
-            dropouts = batch * DROPOUTS_PER_BLOCK * self.model.config.n_layer
-            self.seeds[i].fill_((config.seed << 32) + dropouts)
+        config, n, row = self.config, self.config.grad_accum, 0
+        windows = self.firsts.shape[1]
+        for shard in self.world.mine(config.shards):
+            for batch in range(self.step * n, (self.step + 1) * n):
+                firsts = self.train_batches.firsts(batch)
+                self.firsts[row].copy_(firsts[shard * windows : (shard + 1) * windows])
+                number = batch * config.shards + shard
+                dropouts = number * DROPOUTS_PER_BLOCK * self.model.config.n_layer
+                self.seeds[row].fill_((config.seed << 32) + dropouts)
+                row += 1
         self.lr.fill_(optimizer.lr_at(self.step, config))
 
     def _run_step(self) -> Tensor:
         """The step on the inputs that are filled in, entirely on the device (see `cuda_graph`)."""
+        if self.shards is not None:
+            return self._run_shards(self.shards)
         n = self.config.grad_accum
         self.optimizer.zero_grad()
         scale = self.scaler.scale.clone()
@@ -93,12 +113,26 @@ class Trainer:
         norm = self.optimizer.step()
         return torch.stack((loss, norm, scale))
 
+    def _run_shards(self, shards: Shards) -> Tensor:
+        """A step whose gradients are the sum of those of all processes' shards."""
+        n = self.config.grad_accum
+        scale = self.scaler.scale.clone()
+        for k in range(len(shards.mine)):
+            self.optimizer.zero_grad()
+            losses = [self._backward(k * n + i) for i in range(n)]
+            loss = torch.stack(losses).sum() / (n * self.config.shards)
+            shards.put(k, self.optimizer.gradients(), loss)
+        shards.numbers[shards.mine.start, 1].copy_(self.signal)
+        norm = self.optimizer.step(shards, shards.exchange())
+        loss, signal = shards.numbers[:, 0].sum(), shards.numbers[:, 1].max()
+        return torch.stack((loss, norm, scale, signal))
+
     def _backward(self, i: int) -> Tensor:
         """Adds the scaled gradients of forward pass i to those before. Returns its loss."""
-        n = self.config.grad_accum
+        n = self.config.grad_accum * self.config.shards
         loss = self._loss(i)
         loss.backward(self.scaler.scale / n if n > 1 else self.scaler.scale)
-        if n > 1:
+        if self.config.grad_accum > 1:
             self.optimizer.accumulate()
         return loss.detach()
 
@@ -127,19 +161,29 @@ class Trainer:
     ) -> float | None:
         """Mean loss of the tokens of all batches, without dropout."""
         self.model.eval()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
-        context = self.model.config.context
+        context, world = self.model.config.context, self.world
+        losses, counts, stopped = [], [], False
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
         try:
             with torch.inference_mode(), self.autocast():
-                for x, y in batches:
-                    if not should_continue():
+                for i, (x, y) in enumerate(batches):
+                    stopped = stopped or not should_continue()
+                    if stopped and world.size == 1:
                         return None
-                    weight = x.shape[0] * (x.shape[1] / context)
-                    total += self.model.loss(x, y) * weight
-                    count += weight
+                    counts.append(x.shape[0] * (x.shape[1] / context))
+                    mine = i % world.size == world.rank and not stopped
+                    losses.append(zero + self.model.loss(x, y) * counts[-1] if mine else zero)
         finally:
             self.model.train()
-        return float(total) / count
+        found = torch.stack([*losses, zero + stopped])
+        world.add(found)  # each is 0 in all processes but one
+        *values, stops = found.tolist()
+        if stops:
+            return None
+        total = 0.0
+        for value in values:  # in order, whoever has computed it
+            total += value
+        return total / sum(counts)
 
     def _on_device(self, ids: Tensor) -> Tensor:
         """16-bit ids stay so on a CPU. A GPU gets int64, or int32 if there are many."""
@@ -172,6 +216,13 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.separate_generators()
+
+    def separate_generators(self) -> None:
+        """Gives each process but the first random numbers of its own, for builtin's dropout."""
+        if self.world.rank:
+            numbers = [self.config.seed, self.step, self.world.rank]
+            torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
     def first_nonfinite(self) -> str:
         """Names the next step's first tensor that is not finite: a weight, output or gradient."""

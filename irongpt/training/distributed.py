@@ -1,0 +1,223 @@
+"""The processes of one training, which torchrun starts: the only file with torch.distributed.
+
+    torchrun --nproc-per-node 2 -m irongpt train --fused
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of its store. Without WORLD_SIZE the
+world is one process, and nothing of torch.distributed runs.
+
+Every process has a thread that counts up its number in the store every BEAT seconds and reads those
+of the others. A process whose number stands still for SILENT seconds is dead, also where the others
+wait for it inside of a CUDA graph: the first of them prints its rank, and all of them end. So the
+exchange itself needs no time limit, and rank 0 may save or sample for as long as it takes.
+"""
+
+import contextlib
+import datetime
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irongpt.errors import UserError
+
+BEAT = 1.0  # seconds between two signs of life
+SILENT = 20.0  # seconds without one, after which a process is dead
+START = 600.0  # seconds in which all processes must have started
+PARTS_FROM = 5  # processes from which on each adds a part of the gradients
+ENDED = "ended"  # in place of the number, by a process that has left
+
+
+class World:
+    """One process, and what a training asks of several."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+
+    def mine(self, count: int) -> range:
+        """The indices of `count` things that are this process's: adjacent ones."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def adds_parts(self) -> bool:
+        return self.size >= PARTS_FROM
+
+    def gather(self, rows: Tensor) -> None:
+        """Fills in the other processes' rows; this one has written its own, see `mine`."""
+
+    def add_rows(self, rows: Tensor) -> Tensor:
+        """rows: (S, n), of which this process has its own -> their sum in float32, in order."""
+        raise NotImplementedError
+
+    def add(self, values: Tensor) -> None:
+        """Adds the float64 values of all processes in place. All but one of each must be 0."""
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises UserError on every process unless all have the same facts."""
+
+    def first(self) -> contextlib.AbstractContextManager[None]:
+        """A context that the first process of a machine leaves before the others enter it."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Ends the work of the processes with each other."""
+
+
+class Torchrun(World):
+    """The processes that torchrun has started, one per GPU, or several on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        self.dist, self.device = dist, device
+        self.rank, self.size, self.local_rank = map(_variable, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        wait = datetime.timedelta(seconds=START)
+        # Two connections: a wait of the main thread does not hold up the signs of life.
+        store, watch = (next(rendezvous("env://", timeout=wait))[0] for _ in range(2))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
+        self.ended, self.dead = threading.Event(), threading.Event()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=datetime.timedelta(days=7),
+            device_id=device if device.type == "cuda" else None,
+        )
+        self.watch = dist.PrefixStore(f"irongpt-alive-{attempt}", watch)
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+
+    def gather(self, rows: Tensor) -> None:
+        flat = rows.view(torch.uint8).view(-1)  # copied, not computed: gloo has no bfloat16
+        own = flat.chunk(self.size)[self.rank]
+        self.dist.all_gather_into_tensor(flat, own)
+
+    def add_rows(self, rows: Tensor) -> Tensor:
+        n, mine = rows.shape[1], self.mine(len(rows))
+        part = -(-n // self.size)
+        own = rows.new_zeros(len(mine), part * self.size)
+        own[:, :n] = rows[mine.start : mine.stop]
+        sent = own.view(len(mine), self.size, part).transpose(0, 1).contiguous()
+        got = torch.empty_like(sent)
+        self.dist.all_to_all_single(got.view(torch.uint8).view(-1), sent.view(torch.uint8).view(-1))
+        shards = got.view(len(rows), part)
+        total = torch.zeros(self.size, part, device=rows.device)
+        total[self.rank].copy_(shards[0])
+        for shard in shards[1:]:
+            total[self.rank] += shard
+        self.gather(total)
+        return total.view(-1)[:n]
+
+    def add(self, values: Tensor) -> None:
+        self.dist.all_reduce(values)
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """By JSON in the store: a process may still lack what the others have."""
+        self.store.set(f"facts-{self.rank}", json.dumps(facts))
+        for rank in range(1, self.size):
+            theirs = [json.loads(self.store.get(f"facts-{r}")) for r in (0, rank)]
+            for name in theirs[0]:
+                if theirs[0][name] != theirs[1].get(name):
+                    values = " and ".join(str(t.get(name))[:60] for t in theirs)
+                    raise UserError(f"the processes 0 and {rank} have another {name}: {values}")
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        key = f"first-{os.environ.get('GROUP_RANK', '0')}"
+        if self.local_rank:
+            self.store.wait([key], datetime.timedelta(days=7))
+        try:
+            yield
+        finally:
+            if not self.local_rank:
+                self.store.set(key, "done")
+
+    def close(self) -> None:
+        """Call it after the CUDA graphs are gone: NCCL waits for them."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.dist.barrier()
+        self.leave()
+        self.dist.destroy_process_group()
+
+    def leave(self) -> None:
+        """Tells the others that this process ends on purpose."""
+        self.ended.set()
+        self.watcher.join()
+
+    def _watch(self) -> None:
+        counts = dict.fromkeys(range(self.size), "")
+        seen = dict.fromkeys(range(self.size), time.monotonic())
+        beat = 0
+        with contextlib.suppress(RuntimeError):  # torchrun's store is gone, and torchrun with it
+            while not self.ended.wait(BEAT):
+                beat += 1
+                self.watch.set(str(self.rank), str(beat))
+                now = time.monotonic()
+                for rank in range(self.size):
+                    known = self.watch.check([str(rank)])
+                    count = self.watch.get(str(rank)).decode() if known else ""
+                    if count != counts[rank]:
+                        counts[rank], seen[rank] = count, now
+                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > SILENT]
+                if late:
+                    self._end(late, min(set(counts) - set(late)))
+            self.watch.set(str(self.rank), ENDED)
+
+    def _end(self, late: list[int], speaker: int) -> None:
+        if self.rank == speaker:
+            print(
+                f"irongpt: error: process {late[0]} of {self.size} has died: the others end; "
+                "continue with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
+
+    def explain(self) -> None:
+        """After an exchange has failed: waits until `_watch` has found who is dead, and has ended
+        this process, or returns, because all are alive."""
+        time.sleep(SILENT + 5 * BEAT)
+
+
+def started() -> bool:
+    """Whether torchrun has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def silent() -> bool:
+    """Whether another process of this machine prints for this one."""
+    return started() and _variable("LOCAL_RANK") > 0
+
+
+def _variable(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        raise UserError(f"WORLD_SIZE is set, but {name} is not a number: use torchrun") from None
+
+
+def check_world(device: str) -> None:
+    """Raises UserError unless every process of this machine has a device of its own.
+
+    device: the value of --device.
+    """
+    local = _variable("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: torchrun gives each process a GPU; leave it out")
+    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if count and local > count:
+        raise UserError(
+            f"{local} processes, but {count} GPUs: two cannot share one; "
+            f"use --nproc-per-node {count}"
+        )
