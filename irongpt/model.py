@@ -3,9 +3,11 @@
 B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vocabulary.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
-from typing import cast
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,21 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
 
+class OpsModule(nn.Module):
+    """A module that computes with `ops`. Its copies and pickles hold the name of that module."""
+
+    ops: Ops
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = self.ops.__name__ if isinstance(self.ops, ModuleType) else self.ops
+        return {**self.__dict__, "ops": name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.ops, str):
+            self.ops = cast(Ops, importlib.import_module(self.ops))
+
+
 class Linear(nn.Linear):
     """A linear layer whose weight may have a 16-bit copy: see `GPT.make_low_precision_params`.
 
@@ -39,11 +56,17 @@ class Linear(nn.Linear):
         """The weight to multiply by. Without a copy autocast casts it at every use."""
         return self.weight if self.low_precision_weight is None else self.low_precision_weight
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.low_precision_weight is not None:
+            with torch.no_grad():
+                self.low_precision_weight.copy_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix, self.bias)
 
 
-class Attention(nn.Module):
+class Attention(OpsModule):
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
@@ -62,7 +85,7 @@ class Attention(nn.Module):
         return self.proj(y.reshape(B, T, C))
 
 
-class MLP(nn.Module):
+class MLP(OpsModule):
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
@@ -73,7 +96,7 @@ class MLP(nn.Module):
         return self.proj(self.ops.gelu(F.linear(x, self.fc.matrix), self.fc.bias))
 
 
-class Block(nn.Module):
+class Block(OpsModule):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     An add and the norm after it are one op. So a block takes the residual stream and its norm, and
@@ -106,7 +129,7 @@ class Block(nn.Module):
         )
 
 
-class GPT(nn.Module):
+class GPT(OpsModule):
     """Token ids in, logits out. The output head is the token embedding's matrix.
 
     `ops` is eager, builtin or fused of irongpt_kernels. It holds no parameters, so a state_dict
@@ -144,12 +167,6 @@ class GPT(nn.Module):
             if isinstance(m, Linear):
                 copy = m.weight.detach().to(dtype, copy=True).requires_grad_()
                 copies[m.weight] = m.low_precision_weight = copy
-
-        @torch.no_grad()
-        def update_copies(*_: object) -> None:
-            torch._foreach_copy_(list(copies.values()), list(copies))
-
-        self.register_load_state_dict_post_hook(update_copies)
         return copies
 
     def forward(

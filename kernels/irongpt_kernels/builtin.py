@@ -19,8 +19,16 @@ def causal_attention(
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`."""
+    q, scale = _positive_scale(q, scale)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # most backends need no copy
+
+
+def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
+    """Queries and a scale with the same scores: PyTorch's attention is for scales above 0."""
+    if scale is None or scale > 0:
+        return q, scale
+    return (-q, -scale) if scale else (q * 0, 1.0)
 
 
 def causal_attention_packed(
@@ -160,6 +168,7 @@ def decode_attention(
     negative one counts from the end.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
+    q, scale = _positive_scale(q, scale)
     write = write_row if qkv.device.type == "cpu" else append
     mask = write(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask, scale=scale)

@@ -90,7 +90,7 @@ def row_keep(
     group = torch.arange(-(-N // 16), device=device)
     row = torch.arange(M, device=device)[:, None]
     words = philox(seed, group, row & _M32, row >> 32, row.new_ones(()))
-    return _bytes(words).view(M, -1)[:, :N] >= threshold(p)
+    return _bytes(words).flatten(1)[:, :N] >= threshold(p)
 
 
 def _bytes(words: tuple[Tensor, ...]) -> Tensor:

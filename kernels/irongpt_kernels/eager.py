@@ -91,6 +91,8 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
         T = x.shape[-1]
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
+    if x.numel() == 0:  # there is no largest score
+        return scores.to(x.dtype)
     e = torch.exp(scores - scores.amax(-1, keepdim=True))
     return (e / e.sum(-1, keepdim=True)).to(x.dtype)
 
@@ -126,7 +128,7 @@ def dropout_add_layer_norm(
     if dropout_p > 0:
         N = branch.shape[-1]
         M = branch.numel() // N
-        keep = dropout.row_keep(_need(seed), M, N, dropout_p, branch.device).view(branch.shape)
+        keep = dropout.row_keep(_need(seed), M, N, dropout_p, branch.device).reshape(branch.shape)
         branch = branch * keep * dropout.keep_scale(dropout_p)
     total = (residual + branch).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)

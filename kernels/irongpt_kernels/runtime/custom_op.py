@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
 
@@ -12,7 +13,10 @@ def custom_op(
     name: str, function: Function, fake: Function = lambda *_: None, mutates: Sequence[str] = (),
     setup_context: Function | None = None, backward: Function | None = None,
 ) -> Function:  # fmt: skip
-    """Registers the function as the op `irongpt::name` and returns that op.
+    """Registers the function as the op `irongpt::name` and returns a function that calls it.
+
+    That function raises NotImplementedError where a forward-mode derivative is asked for: PyTorch
+    would take it to be 0.
 
     fake: returns uninitialized results for the same arguments, which shows torch.compile their
     shapes and dtypes; for an op without a result it can be omitted. mutates: the names of arguments
@@ -23,4 +27,16 @@ def custom_op(
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
-    return op
+
+    def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise NotImplementedError(f"irongpt::{name} has no forward-mode derivative")
+        return op(*args)
+
+    return call
+
+
+def _has_tangent(arg: Any) -> bool:
+    if isinstance(arg, list | tuple):
+        return any(map(_has_tangent, arg))
+    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None

@@ -1,0 +1,83 @@
+"""A model as a Python object, derivatives that are refused, and edges of eager and builtin ops."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from irongpt_kernels import builtin, eager, fused
+from torch.optim.swa_utils import AveragedModel
+
+from irongpt.config import GPTConfig
+from irongpt.model import GPT
+
+IDS = torch.arange(8)[None]
+
+
+@pytest.fixture(params=[builtin, eager, fused], ids=lambda ops: ops.__name__.rpartition(".")[2])
+def model(request) -> GPT:
+    config = GPTConfig(11, n_layer=1, n_head=2, n_embd=32, context=8, dropout=0.0)
+    return GPT(config, request.param)
+
+
+def saved(model: GPT) -> GPT:
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=str
+)
+def test_copies_are_equal_and_apart(model, copied):
+    model.make_low_precision_params(torch.bfloat16)
+    other = copied(model)
+    assert other.ops is other.blocks[0].attn.ops is model.ops
+    other.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    ours, theirs = (m.blocks[0].mlp.fc for m in (model, other))
+    assert theirs.low_precision_weight.equal(theirs.weight.bfloat16())
+    assert ours.low_precision_weight.equal(ours.weight.bfloat16())
+    assert theirs.low_precision_weight.is_leaf
+    assert not ours.weight.equal(theirs.weight)
+
+
+def test_an_average_of_models(model):
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert average(IDS).equal(model(IDS))
+
+
+def test_a_forward_mode_derivative_is_refused():
+    x = torch.randn(2, 16)
+    with pytest.raises(NotImplementedError, match="gelu has no forward-mode"):
+        torch.func.jvp(fused.gelu, (x,), (x,))
+    weight = torch.ones(16)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda w: fused.layer_norm(x, w), (weight,), (weight,))
+    torch.func.jvp(lambda y: fused.gelu(x) + y, (x,), (x,))  # not of the op
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_builtin_attention_takes_any_scale(scale):
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    results = [ops.causal_attention(q, k, v, scale=scale) for ops in (builtin, eager)]
+    torch.testing.assert_close(*results)
+    row, position = torch.randn(1, 1, 3, 2, 16), torch.tensor([0])
+    results = [
+        ops.decode_attention(row, *torch.zeros(2, 1, 2, 8, 16), position, scale=scale)
+        for ops in (builtin, eager)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0), (0, 0)])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_eager_without_sequences_or_positions(B, T, p):
+    q = torch.randn(B, 2, T, 16, requires_grad=True)
+    x, weight = torch.randn(B, T, 16, requires_grad=True), torch.ones(16)
+    out = eager.causal_attention(q, q, q, dropout_p=p, seed=1)
+    total, normed = eager.dropout_add_layer_norm(x, x, weight, dropout_p=p, seed=1)
+    softmax = eager.softmax(x @ x.transpose(1, 2), causal=True)
+    (out.sum() + total.sum() + normed.sum() + softmax.sum()).backward()
+    assert (out.shape, normed.shape, x.grad.shape) == (q.shape, x.shape, x.shape)
