@@ -41,22 +41,20 @@ test-triton-%: .venv-triton-%/ready
 	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \
 		tests/aot/test_compile.py $(ARGS)
 
-# If one step fails, the others still run. The last one takes the table under all Tritons.
+# If one step fails, the others still run. ARGS="--rows FILE" continues a run that was stopped.
 test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels (hours)
 	@failed=0; \
 	run() { (set -x; "$$@") || failed=1; }; \
-	run $(BIN)/python -m tests.ptx --arch $(ARCHS) $(ARGS); \
-	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --order ascending $(ARGS); \
-	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --order descending $(ARGS); \
-	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --mma hardware --noise 2 $(ARGS); \
-	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set strides tuned $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set table edges strides tuned $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set sample --order ascending descending $(ARGS); \
+	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set sample --mma hardware --noise 2 $(ARGS); \
 	run $(BIN)/python -m tests.ptx.planted --arch $(ARCHS); \
 	for arch in $(ARCHS); do \
 		run $(BIN)/irongpt compare --arch $$arch; \
 		run $(BIN)/python -m pytest -p tests.ptx.plugin --ptx $$arch tests/kernels; \
 	done; \
 	for triton in $(TRITONS); do \
-		run .venv-triton-$$triton/bin/python -m tests.ptx --arch $(ARCHS) $(ARGS); \
+		run .venv-triton-$$triton/bin/python -m tests.ptx --arch $(ARCHS) --set sample $(ARGS); \
 	done; \
 	exit $$failed
 

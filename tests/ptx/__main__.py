@@ -1,41 +1,39 @@
 """Executes the kernels' PTX on the CPU and compares them with eager: a row for each case.
 
-    python -m tests.ptx --arch sm_75 sm_80 sm_90            the op table at all its shapes
+    python -m tests.ptx --arch sm_75 sm_80 sm_90            shapes that exercise all code
     python -m tests.ptx --set sample --arch sm_75           every op once
     python -m tests.ptx --set strides tuned --only gelu
-    python -m tests.ptx --order descending --mma hardware --noise 2
+    python -m tests.ptx --set sample --order ascending descending --mma hardware --noise 2
 
-The exit code is 1 if an error exceeds the tolerance or an access was wrong.
+With --rows a run that was stopped goes on where it was. The exit code is 1 if an error exceeds the
+tolerance or an access was wrong.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before anything imports Triton
 
 import torch
+import triton
 
 from tests.ptx import cases
-from tests.ptx.cases import Case, Result
 
-SETS = ("sample", "table", "edges", "strides", "tuned")
+HEADING = f"{'case':66} arch  dtype    order      error / tolerance, instructions, seconds"
 
 
-def chosen(which: str, arch: int, dtypes: list[str], every: int) -> Iterator[Case]:
-    if which == "tuned":
-        yield from cases.tuned(arch, every)
-        return
-    for dtype in dtypes or cases.dtypes(arch):
-        if which == "table":
-            yield from cases.shape_table(dtype, arch)
-        else:
-            yield from getattr(cases, which)(dtype)
+def line(row: dict[str, Any]) -> str:
+    facts = f"{row['arch']} {row['dtype']:9}{row['order']:10}{row['share']:5.2f}"
+    facts += f"{row['instructions']:12,}{row['seconds']:7.1f}"
+    problems = "".join(f"\n    {problem}" for problem in row["problems"][:6])
+    return f"{row['case']:66} {facts}  {'FAULT' if row['problems'] else 'ok'}{problems}"
 
 
 def main() -> int:
@@ -45,46 +43,46 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", nargs="+", default=["sm_75"], help="sm_75, sm_80, sm_90")
-    parser.add_argument("--set", nargs="+", default=["table", "edges"], choices=SETS)
+    parser.add_argument("--set", nargs="+", default=["table", "edges"], choices=[*cases.SETS])
     parser.add_argument("--dtype", nargs="+", default=[], help="default: all of the architecture")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--every", type=int, default=1, help="of so many tuned tiles run one")
     parser.add_argument(
-        "--order", default="lockstep", help="of warps: lockstep, ascending, descending"
+        "--order", nargs="+", default=["lockstep"], help="of warps: lockstep, ascending, descending"
     )
     parser.add_argument("--mma", default="exact", help="sums of tensor cores: exact, hardware")
     parser.add_argument(
         "--noise", type=int, default=0, help="error of approximate instructions, in last places"
     )
-    parser.add_argument("--json", type=Path, help="writes the rows to this file")
+    parser.add_argument("--rows", type=Path, help="adds the rows to this file (JSON lines), and "
+                        "runs no case again that it has")  # fmt: skip
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    start, results = time.perf_counter(), list[Result]()
-    print(cases.HEADING)
-    for arch in (int(name.removeprefix("sm_")) for name in args.arch):
-        for which in args.set:
-            for case in chosen(which, arch, args.dtype, args.every):
-                if args.only not in case.name:
-                    continue
-                options = dict(order=args.order, mma=args.mma, noise=args.noise)
-                results.append(cases.execute(case, arch, **options))
-                print(results[-1].line(), flush=True)
-                for problem in results[-1].problems[:6]:
-                    print(f"    {problem}", flush=True)
-    faults = sum(not r.ok for r in results)
+    known = [json.loads(x) for x in args.rows.read_text().splitlines()] if (
+        args.rows and args.rows.exists()) else []  # fmt: skip
+    start, rows = time.perf_counter(), list[dict[str, Any]]()
+    print(HEADING)
+    for name, which in itertools.product(args.arch, args.set):
+        arch = int(name.removeprefix("sm_"))
+        for dtype in args.dtype or cases.dtypes(arch):
+            for case in cases.SETS[which](dtype, arch):
+                for order in args.order if args.only in case.name else ():
+                    options = dict(order=order, mma=args.mma, noise=args.noise)
+                    key = dict(case=case.name, set=which, arch=name, dtype=dtype, **options)
+                    key |= dict(triton=triton.__version__)
+                    row = next((r for r in known if r.items() >= key.items()), None)
+                    if row is None:
+                        row = key | cases.execute(case, arch, **options).facts()
+                        if args.rows:
+                            with args.rows.open("a") as file:
+                                file.write(json.dumps(row) + "\n")
+                    rows.append(row)
+                    print(line(row), flush=True)
+    faults = sum(len(row["problems"]) > 0 for row in rows)
+    instructions = sum(row["instructions"] for row in rows)
     seconds = time.perf_counter() - start
-    instructions = sum(r.instructions for r in results)
-    print(f"{len(results)} cases, {faults} faults, {instructions:,} instructions, {seconds:.0f} s")
-    if args.json:
-        rows = [
-            dict(case=r.case.name, arch=f"sm_{r.arch}", dtype=r.case.dtype, ok=r.ok)
-            | dict(share=r.share, problems=r.problems, launches=r.launches)
-            | dict(instructions=r.instructions, seconds=round(r.seconds, 2))
-            for r in results
-        ]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if faults or not results else 0
+    print(f"{len(rows)} cases, {faults} faults, {instructions:,} instructions, {seconds:.0f} s")
+    return 1 if faults or not rows else 0
 
 
 if __name__ == "__main__":

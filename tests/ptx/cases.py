@@ -5,6 +5,7 @@ The ops, their inputs and their calls come from `irongpt_kernels.op_specs`, most
 """
 
 import mmap
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -105,23 +106,17 @@ class Result:
     instructions: int = 0  # of warps
     seconds: float = 0.0
 
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def line(self) -> str:
-        facts = f"sm_{self.arch} {self.case.dtype:9}{self.share:5.2f}{self.instructions:12,}"
-        return f"{self.case.name:66} {facts}{self.seconds:7.1f}  {'ok' if self.ok else 'FAULT'}"
-
-
-HEADING = f"{'case':67}arch  dtype    error / tolerance, instructions, seconds"
+    def facts(self) -> dict[str, Any]:
+        """What a row says, for a file. seconds: of the CPU, compilers included."""
+        names = ("share", "problems", "launches", "instructions", "seconds")
+        return {name: getattr(self, name) for name in names}
 
 
 def execute(case: Case, arch: int, **options: Any) -> Result:
     """Runs a case's kernels from their PTX for sm_{arch}; options: see `ptx.execute.Options`."""
     from irongpt_kernels import fused
 
-    start, result, inputs = time.perf_counter(), Result(case, arch), case.inputs()
+    start, result, inputs = time.process_time(), Result(case, arch), case.inputs()
     launch_table.use(CPU, case.table)
     try:
         with emulating(arch, **options) as report, poison():
@@ -139,7 +134,7 @@ def execute(case: Case, arch: int, **options: Any) -> Result:
         result.launches, result.instructions = report.launches, report.instructions
     finally:
         launch_table.use(CPU, {})
-    result.seconds = time.perf_counter() - start
+    result.seconds = round(time.process_time() - start, 2)
     return result
 
 
@@ -170,9 +165,10 @@ def dtypes(arch: int) -> list[str]:
     return ["float16", "float32", *(["bfloat16"] if arch >= 80 else [])]
 
 
-def sample(dtype: str) -> Iterator[Case]:
-    """Every op once. float32 attention takes the compiler long for larger heads."""
-    at = RowShape(1, 2, 45, 16 if dtype == "float32" else 64, V=109, L=1, M=7, N=200)
+def sample(dtype: str, arch: int) -> Iterator[Case]:
+    """Every op once, attention at several tiles. float32 attention takes the compiler long for
+    larger heads."""
+    at = RowShape(1, 1, 90, 16 if dtype == "float32" else 64, V=109, L=1, M=7, N=200)
     for spec in SPECS.values():
         p = 1.0 if spec.name == "sample_tokens" else DROPOUT_P
         if spec.kind == "optimizer":
@@ -182,7 +178,42 @@ def sample(dtype: str) -> Iterator[Case]:
             yield Case(spec, spec.size(at), dtype, at, p)
 
 
-def shape_table(dtype: str, arch: int) -> Iterator[Case]:
+# Of the shapes of `aot`, those at which a kernel executes other code; ops that are not named have
+# all of theirs. Head dimensions share tiles of 16, 32, 64 and 128, the last two with padding or
+# without; the context of 250 masks every tile. Widths of norms: many rows to a program, columns
+# that are masked, one warp more, and the widest. Vocabularies: one tile, several, and not a
+# multiple of 16, which decides alignment.
+TABLE = {
+    "causal_attention": "D=16 p=0.2 T=256|D=32 p=0.0 T=256|D=48 p=0.2 T=256|D=64 p=0.2 T=250|"
+    "D=64 p=0.2 T=256|D=96 p=0.2 T=256|D=128 p=0.0 T=256",
+    "layer_norm": "N=16|N=384|N=384 no bias|N=1024|N=8192",
+    "dropout_add_layer_norm": "N=16 p=0.2|N=384 p=0.0|N=384 p=0.2|N=1024 p=0.2|N=8192 p=0.2",
+    "cross_entropy": "V=104|V=4096|V=50257",
+    "decode_attention": "D=16 N=256|D=48 N=256|D=64 N=256|D=128 N=256",
+    "norm_linear": "K=384 N=50257|K=16 N=16|K=16 N=16 gelu|K=384 N=1152|K=384 N=1152 gelu|"
+    "K=4096 N=1024|K=4096 N=1024 gelu",
+    "sample_tokens": "V=104 .*|V=50257 top-k, top-p",
+    "embed_tokens": "C=384",
+}
+# bfloat16 has the tiles and the alignment of float16. float32 has one tile of scalar arithmetic for
+# a head dimension, which is the same code on every architecture and takes LLVM longest.
+ATTENTION = {
+    "bfloat16": "D=48 p=0.2 T=256|D=64 p=0.2 T=250|D=128 p=0.0 T=256",
+    "float32": "D=16 p=0.0 T=256|D=32 p=0.2 T=256",
+}
+
+
+def table(dtype: str, arch: int) -> Iterator[Case]:
+    """Shapes of `aot` that exercise all code of the kernels."""
+    for case in every(dtype, arch):
+        labels = TABLE.get(case.spec.name, ".*")
+        if case.spec.name == "causal_attention":
+            labels = ATTENTION.get(dtype, labels)
+        if re.fullmatch(labels, case.label):
+            yield case
+
+
+def every(dtype: str, arch: int) -> Iterator[Case]:
     """Every shape at which `aot` compiles, with fewer rows where the kernels stay the same."""
     for c in shapes.every(arch):
         at = c.at
@@ -204,11 +235,14 @@ EDGES = {  # sizes that no tile divides, and the smallest ones
 }
 
 
-def edges(dtype: str) -> Iterator[Case]:
+def edges(dtype: str, arch: int) -> Iterator[Case]:
+    """Odd sizes, large scores, and layouts of the inputs. Layouts decide strides and alignment,
+    which no other architecture reads in another way: sm_75 has all, the others two in float16."""
     for label, at in EDGES.items():
         for spec in LAYERS:
             yield Case(spec.full_rows or spec, label, dtype, at, DROPOUT_P)
-    for layout in LAYOUTS:
+    few = ["transposed", "slice of a wider tensor"] if dtype == "float16" else []
+    for layout in LAYOUTS if arch == 75 else few:
         at = RowShape(2, 2, 40, 16 if dtype == "float32" else 32, V=70, M=12, N=48)
         for spec in LAYERS:
             yield Case(spec, spec.size(at), dtype, at, DROPOUT_P, layout=layout)
@@ -216,7 +250,7 @@ def edges(dtype: str) -> Iterator[Case]:
     yield Case(SPECS["causal_attention"], "scores of hundreds", dtype, at, scale=6.0)
 
 
-def strides(dtype: str) -> Iterator[Case]:
+def strides(dtype: str, arch: int) -> Iterator[Case]:
     """Inputs whose elements are further apart than 2^31, in memory of which few pages exist."""
     at = RowShape(2, 2, 24, 32 if dtype != "float32" else 16, V=100, M=4, N=100)
     for layout in FAR:
@@ -255,18 +289,22 @@ KEYS += [("norm forward", 384, 2), ("norm backward", 384, 2)]
 KEYS += [("gelu forward", 512, 2), ("gelu backward", 512, 2)]
 
 
-def tuned(arch: int, every: int = 1) -> Iterator[Case]:
-    """The launch options that `irongpt tune` may choose, or of so many one."""
-    for key in KEYS:
+def tuned(dtype: str, arch: int) -> Iterator[Case]:
+    """Launch options that `irongpt tune` may choose: of each number of warps and stages the first
+    and the last tile. The number of programs changes no code."""
+    for key in KEYS if dtype == "float16" else []:
         kernel, size, _ = key
         name = {"attention": "causal_attention", "norm": "dropout_add_layer_norm"}
         spec = SPECS[name.get(kernel.split()[0], "gelu")]
         at = RowShape(1, 1, 150, 64, M=30, N=size // 4 if spec.name == "gelu" else size)
-        seen: list[launch_table.Options] = []
+        groups: dict[Any, list[launch_table.Options]] = {}
         for options in tiles.launches(key, arch):
+            kind = options.get("num_warps", options.get("warps_per_sm")), options.get("num_stages")
             options = {k: v for k, v in options.items() if k != "maxnreg"}  # it changes no PTX
-            if options not in seen:
-                seen.append(options)
-        for options in seen[::every]:
+            groups.setdefault(kind, []).append(options)
+        for options in [x for some in groups.values() for x in (some[0], some[-1])]:
             label = f"{kernel} {' '.join(map(str, options.values()))}"
-            yield Case(spec, label, "float16", at, DROPOUT_P, table={key: options})
+            yield Case(spec, label, dtype, at, DROPOUT_P, table={key: options})
+
+
+SETS = dict(sample=sample, table=table, every=every, edges=edges, strides=strides, tuned=tuned)

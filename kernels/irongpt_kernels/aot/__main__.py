@@ -31,12 +31,10 @@ from typing import Any
 from unittest.mock import patch
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from irongpt_kernels.aot import sass, shapes
-from irongpt_kernels.runtime import launch, turing
+from irongpt_kernels.runtime import launch, stand_in
 
 COLUMNS = {  # heading: key, width
     "kernel": ("kernel", 36), "shape": ("shape", 30), "warps": ("warps", 5),
@@ -45,23 +43,6 @@ COLUMNS = {  # heading: key, width
     "local": ("LOCAL", 6), "MB": ("megabytes", 7), "GFLOP": ("gigaflops", 6),
     "clk": ("clocks", 6), "by": ("bound", 8),
 }  # fmt: skip
-
-
-class _Driver:
-    """Stands in for Triton's driver of a GPU. The device has the number of its architecture, so
-    that kernels for two of them are not taken for one."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 @contextlib.contextmanager
@@ -81,20 +62,12 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
         else:
             done(self, kernel)
 
-    active = driver._active
-    hook = triton.knobs.runtime.add_stages_inspection_hook
-    if arch == turing.ARCH:
-        (turing.uninstall if stock else turing.install)()
-    driver.set_active(_Driver(arch))
-    try:
-        with (
-            patch.object(JITFunction, "run", compile_only),
-            patch.object(launch, "architecture", lambda device: arch),
-        ):
-            yield
-    finally:
-        driver._active = active
-        triton.knobs.runtime.add_stages_inspection_hook = hook
+    with (
+        stand_in.gpu(arch, device=arch, stock=stock),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(launch, "architecture", lambda device: arch),
+    ):
+        yield
 
 
 def report(

@@ -22,39 +22,21 @@ Arithmetic  IEEE, as PTX specifies; an fma is rounded twice about once in 2^29. 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import triton
-from triton.backends.compiler import GPUTarget
+from triton import knobs
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from irongpt_kernels.ptx.execute import SHARED_LIMIT, Argument, Options, execute
 from irongpt_kernels.ptx.threads import Report
-from irongpt_kernels.runtime import launch, turing
+from irongpt_kernels.runtime import launch, stand_in
 
-
-class _Driver:
-    """Stands in for Triton's driver. The device has the number of its architecture, so that
-    Triton keeps the kernels of two architectures apart."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-        properties = dict(max_shared_mem=SHARED_LIMIT[arch])
-        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+_DEVICES = 1000  # numbers of devices for which kernels are compiled to PTX only
 
 
 def _flatten(kind: Any, x: Any) -> list[Argument]:
@@ -98,13 +80,13 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
         if kernel._run is None:
             kernel._run, kernel.module, kernel.function = run, object(), object()
 
-    hook, active = triton.knobs.runtime.add_stages_inspection_hook, driver._active
-    if arch == turing.ARCH:
-        turing.install()
-    driver.set_active(_Driver(arch))
+    folder = os.path.join(knobs.cache.dir, "ptx")
     _now.append((Options(arch, **options), report))
     try:
         with (
+            stand_in.gpu(arch, _DEVICES + arch, SHARED_LIMIT[arch]),
+            patch.object(knobs.cache, "dir", folder),
+            patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),
             patch.object(launch, "EXECUTED_PTX", arch),
             patch.object(launch, "num_sms", lambda device: sms),
@@ -112,5 +94,3 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
             yield report
     finally:
         _now.pop()
-        driver._active = active
-        triton.knobs.runtime.add_stages_inspection_hook = hook

@@ -1,6 +1,7 @@
 """Executes a kernel's PTX: all CTAs of a grid, on the memory of CPU tensors."""
 
 import functools
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SIDE_BY_SIDE = 2048  # threads
 SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes of a CTA
 PARAMETER_LIMIT = 4096  # bytes
 TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}  # products added at a time, extra bits
+_BARRIER = re.compile(r"\bbar(rier)?\.sync\b")
 _PACK = {"f32": "<f", "f64": "<d"} | {
     f"{kind}{8 * size}": f"<{letter.upper() if kind != 's' else letter}"
     for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
@@ -35,9 +37,10 @@ class Options:
     """How to execute.
 
     order: of the warps of a CTA between two barriers: "lockstep" (all at once), or one after the
-    other, "ascending" or "descending". mma: sums of tensor cores are "exact" (rounded once) or as
-    "hardware" truncates them. noise: approximate instructions are wrong by up to so many units in
-    the last place. change: makes another PTX of (kernel, PTX), to plant a bug.
+    other, "ascending" or "descending"; lockstep in a kernel without barriers, whose warps share
+    nothing (two on one address are a race). mma: sums of tensor cores are "exact" (rounded once)
+    or as "hardware" truncates them. noise: approximate instructions are wrong by up to so many
+    units in the last place. change: makes another PTX of (kernel, PTX), to plant a bug.
     """
 
     arch: int = 75
@@ -70,7 +73,8 @@ def execute(
     report: Report,
 ) -> None:
     """shared_bytes: of dynamic shared memory. Raises `Unsupported` for an unknown instruction."""
-    code = _code(ptx, options.order != "lockstep")
+    ordered = options.order != "lockstep" and _BARRIER.search(ptx) is not None
+    code = _code(ptx, ordered)
     program = code.program
     tensors = [x for _, x in arguments if isinstance(x, torch.Tensor)]
     widths = _access_widths(program)
@@ -98,10 +102,10 @@ def execute(
             registers: list[Any] = [None] * len(program.regs)
             for r, dtype in code.dtypes.items():
                 registers[r] = np.zeros(batch.n, dtype=dtype)
-            if options.order == "lockstep":
-                _run_together(code, batch, registers)
-            else:
+            if ordered:
                 _run_warps(code, batch, registers, options.order == "descending")
+            else:
+                _run_together(code, batch, registers)
             batch.finish()
 
 

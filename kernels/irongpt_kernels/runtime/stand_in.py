@@ -1,0 +1,47 @@
+"""A stand-in for Triton's driver, with which launches on CPU tensors compile as for a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from irongpt_kernels.runtime import turing
+
+
+class _Driver:
+    """device: a number by which Triton keeps compiled kernels apart in memory."""
+
+    def __init__(self, arch: int, device: int, max_shared: int) -> None:
+        self.arch, self.device = arch, device
+        properties = dict(max_shared_mem=max_shared)
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def gpu(arch: int, device: int, max_shared: int = 0, stock: bool = False) -> Iterator[None]:
+    """Inside, Triton sees a GPU of this architecture, for sm_75 with the hook of `turing`.
+
+    device: a number for what is compiled here. max_shared: bytes of shared memory of a program.
+    stock: without `turing`.
+    """
+    hook, active = knobs.runtime.add_stages_inspection_hook, driver._active
+    if arch == turing.ARCH:
+        (turing.uninstall if stock else turing.install)()
+    driver.set_active(_Driver(arch, device, max_shared))
+    try:
+        yield
+    finally:
+        driver._active = active
+        knobs.runtime.add_stages_inspection_hook = hook
