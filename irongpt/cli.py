@@ -93,6 +93,15 @@ def build_parser() -> Parser:
     _train_flags(command(train_command, "train a model, or resume a run", more))
     _generate_flags(command(generate_command, "generate text with a trained model"))
 
+    more = "transformers loads the folder with AutoModelForCausalLM and AutoTokenizer."
+    _export_flags(command(export_command, "write a model in Hugging Face's GPT-2 layout", more))
+
+    more = "`irongpt train --resume RUN --data TEXT` then trains it on a text."
+    add = command(import_command, "make a run of a GPT-2 in Hugging Face's layout", more)
+    help = "folder with config.json, model.safetensors and tokenizer.json"
+    add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
+    add.add_argument("run", metavar="RUN", type=Path, help="folder of the new run")
+
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
     dtypes = "dtype to check; repeat the flag for several [all of the device]"
@@ -168,12 +177,24 @@ def _generate_flags(generate: Parser) -> None:
         _config_flag(generate, f, [f.default])
     help = "stop at the end of a document, <|endoftext|>"
     generate.add_argument("--stop-at-end", action="store_true", help=help)
-    help = "best: the lowest validation loss; last: the newest [best]"
-    generate.add_argument("--checkpoint", choices=("best", "last"), help=help)
+    _checkpoint_flag(generate)
     for f in fields(TrainConfig):
         if f.name in ("ops", "device"):
             _config_flag(generate, f, [f.default])
     generate.add_argument("--fused", **FUSED)
+
+
+def _checkpoint_flag(parser: Parser) -> None:
+    help = "best: the lowest validation loss; last: the newest [best]"
+    parser.add_argument("--checkpoint", choices=("best", "last"), help=help)
+
+
+def _export_flags(export: Parser) -> None:
+    export.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="new folder for the model")
+    help = "dtype of the weights [float32]"
+    export.add_argument("--dtype", choices=("float32", "float16"), help=help)
+    _checkpoint_flag(export)
 
 
 def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list[Any]) -> None:
@@ -242,7 +263,7 @@ def generate_command(flags: Flags) -> int:
         trained_model,
     )
 
-    run, checkpoint = flags.pop("run"), flags.pop("checkpoint", "best")
+    checkpoint, run = _checkpoint(flags), flags.pop("run")
     prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
     reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
     check(file is not None or not reading, "--encoding and --errors are for --prompt-file FILE")
@@ -251,9 +272,6 @@ def generate_command(flags: Flags) -> int:
     config = SampleConfig(**flags)
     if file is not None:
         prompt = read_prompt(file, **reading)
-    if checkpoint == "best" and (run / "last").is_dir() and not (run / "best").exists():
-        say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
-        checkpoint = "last"
     model, tokenizer = trained_model(run, checkpoint, op_set, device)
     documents = (run / "files.json").exists()
     target, context = model.wte.weight.device, model.config.context
@@ -302,6 +320,25 @@ def generate_command(flags: Flags) -> int:
     return 0
 
 
+def export_command(flags: Flags) -> int:
+    from irongpt.interchange.export import export
+
+    export(flags["run"], flags["folder"], _checkpoint(flags), flags.get("dtype", "float32"))
+    print(f"{flags['folder']} is written; its README.md shows how transformers loads it")
+    return 0
+
+
+def import_command(flags: Flags) -> int:
+    from irongpt.interchange.importer import import_model
+
+    model, run = import_model(flags["folder"], flags["run"]), flags["run"]
+    print(
+        f"{model.n_params():,} parameters, {model.vocab_size:,} tokens, context {model.context:,}"
+    )
+    print(f"generate text: irongpt generate {run}; train: irongpt train --resume {run} --data TEXT")
+    return 0
+
+
 def compare_command(flags: Flags) -> int:
     from irongpt.compare.command import compare
 
@@ -330,6 +367,15 @@ def tune_command(flags: Flags) -> int:
         flags.get("dtype", "auto"),
         flags.get("quick", False),
     )
+
+
+def _checkpoint(flags: Flags) -> str:
+    """The checkpoint that the flags name, else `best`, or `last` where there is no `best` yet."""
+    run, name = flags["run"], flags.pop("checkpoint", None)
+    if name is None and (run / "last").is_dir() and not (run / "best").exists():
+        say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
+        return "last"
+    return name or "best"
 
 
 def read_prompt(file: str, encoding: str | None = None, errors: str = "strict") -> str:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,40 @@ def write_result(path: Path, data: bytes) -> None:
         replace_file(path.absolute(), data)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
+def check_free(path: Path, kind: str, message: str) -> None:
+    """Raises UserError with the message unless `path` does not exist or is an empty folder."""
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as e:
+        raise UserError(f"cannot write a {kind} at {path}: {e.strerror}") from e
+    if taken:
+        raise UserError(message)
+
+
+def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
+    """Makes the folder `path`, which may exist if it is empty, with what `fill` writes into it.
+
+    At every instant the folder is complete or not there. Raises UserError if it cannot be written.
+    kind: what the message calls it.
+    """
+    missing = [p for p in path.parents if not p.exists()]
+    temporary = temporary_path(path.absolute())  # "." has no name
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        sync_folder(temporary)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write a {kind} at {path}: {e.strerror}") from e
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,14 +45,19 @@ ASCII_PATTERN = (
     r"| ?[^ \t\n\v\f\rA-Za-z0-9]+[\r\n]*|[ \t\n\v\f\r]*[\r\n]+"
     r"|[ \t\n\v\f\r]+(?![^ \t\n\v\f\r])|[ \t\n\v\f\r]+"
 )
+# Those of GPT-2: numbers are not cut into digits, and line breaks are white space like any other.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_find_gpt2 = regex.compile(GPT2_PATTERN).findall
 _find, _find_ascii = regex.compile(PATTERN).findall, re.compile(ASCII_PATTERN).findall
 LONGEST = 4096  # bytes of a pre-token that training looks at together; longer ones are cut for it
 
 Pair = tuple[int, int]
 
 
-def pre_tokens(text: str) -> list[str]:
-    """The pre-tokens of a text, in order. Joined they are the text again."""
+def pre_tokens(text: str, gpt2: bool = False) -> list[str]:
+    """The pre-tokens of a text, in order, or those of GPT-2. Joined they are the text again."""
+    if gpt2:
+        return _find_gpt2(text)
     return _find_ascii(text) if text.isascii() else _find(text)
 
 

@@ -32,6 +32,7 @@ class Group(NamedTuple):
     """Adjacent pieces of the training or of the validation text."""
 
     val: bool
+    gpt2: bool  # whether the pre-tokens are those of GPT-2
     pieces: list[Piece]
 
 
@@ -44,7 +45,8 @@ class Indexed(NamedTuple):
     indices: np.ndarray
 
 
-_SAFE_CUT = regex.compile(r"\n(?=\S)")  # in any text a pre-token ends after this line break
+# In any text a pre-token ends after this line break.
+_SAFE_CUT = regex.compile(r"(?<=\S)\n(?=\S)")
 
 
 def pieces(documents: Sequence[str], marked: bool) -> Iterator[Piece]:
@@ -66,15 +68,19 @@ class PreTokens:
     train, val: arrays of uint32 indices into `words`, one for about a megabyte of text.
     """
 
-    def __init__(self, train: Sequence[str], val: Sequence[str], marked: bool) -> None:
-        """train, val: documents. marked: whether END precedes each one."""
+    def __init__(
+        self, train: Sequence[str], val: Sequence[str], marked: bool, gpt2: bool = False
+    ) -> None:
+        """train, val: documents. marked: whether END precedes each one. gpt2: see `bpe`."""
         from tqdm import tqdm
 
         self.words = _Numbers({"": END})
         self.train: list[np.ndarray] = []
         self.val: list[np.ndarray] = []
         n_chars = sum(map(len, (*train, *val)))
-        groups = chain(_groups(False, pieces(train, marked)), _groups(True, pieces(val, marked)))
+        groups = chain(
+            _groups(False, gpt2, pieces(train, marked)), _groups(True, gpt2, pieces(val, marked))
+        )
         bar = tqdm(total=n_chars, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar:
             for found in _index_all(groups, _cores(n_chars)):
@@ -125,16 +131,16 @@ class _Numbers(dict[str, int]):
         return number
 
 
-def _groups(val: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
+def _groups(val: bool, gpt2: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
     """Pieces in groups of at least CHUNK characters, except the last."""
-    group = Group(val, [])
+    group = Group(val, gpt2, [])
     size = 0
     for piece in pieces:
         group.pieces.append(piece)
         size += len(piece or "")
         if size >= CHUNK:
             yield group
-            group, size = Group(val, []), 0
+            group, size = Group(val, gpt2, []), 0
     if group.pieces:
         yield group
 
@@ -142,7 +148,7 @@ def _groups(val: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
 def _index(group: Group) -> Indexed:
     numbers = _Numbers({"": END})
     parts = [
-        np.fromiter(map(numbers.__getitem__, bpe.pre_tokens(piece)), dtype=np.uint32)
+        np.fromiter(map(numbers.__getitem__, bpe.pre_tokens(piece, group.gpt2)), dtype=np.uint32)
         if piece is not None
         else np.array([END], dtype=np.uint32)
         for piece in group.pieces

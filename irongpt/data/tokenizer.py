@@ -117,9 +117,11 @@ class BPETokenizer:
     """Byte pair encoding: 256 bytes, then a token for each merge, then `END`.
 
     Every text has an encoding, and decoding inverts it.
+    gpt2: whether the pre-tokens and the order of the 256 bytes are those of GPT-2.
     """
 
     merges: tuple[bpe.Pair, ...]
+    gpt2: bool = False
 
     def __post_init__(self) -> None:
         if any(not 0 <= i < 256 + n for n, pair in enumerate(self.merges) for i in pair):
@@ -137,7 +139,8 @@ class BPETokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        return [*bpe.token_bytes(self.merges), END.encode()]
+        tokens = bpe.token_bytes(self.merges)
+        return [*(b.translate(_GPT2_BYTES if self.gpt2 else None) for b in tokens), END.encode()]
 
     @cached_property
     def ranks(self) -> dict[bpe.Pair, int]:
@@ -146,7 +149,7 @@ class BPETokenizer:
     def encode(self, text: str) -> torch.Tensor:
         known: dict[str, list[int]] = {}
         ids: list[int] = []
-        for word in bpe.pre_tokens(text):
+        for word in bpe.pre_tokens(text, self.gpt2):
             if word not in known:
                 known[word] = self.encode_word(word)
             ids += known[word]
@@ -155,9 +158,10 @@ class BPETokenizer:
     def encode_word(self, word: str) -> list[int]:
         """The ids of a pre-token."""
         try:  # a byte of a shell's argument that is not UTF-8 is a lone surrogate in Python
-            return bpe.encode_word(word.encode(errors="surrogateescape"), self.ranks)
+            data = word.encode(errors="surrogateescape")
         except UnicodeEncodeError:
             raise UserError(f"{word!r} contains half of a surrogate pair") from None
+        return bpe.encode_word(data.translate(_GPT2_IDS if self.gpt2 else None), self.ranks)
 
     def decode(self, ids: Ids) -> str:
         """Bytes that are not UTF-8 become U+FFFD."""
@@ -177,10 +181,11 @@ class BPETokenizer:
             "trim_offsets": True,
             "use_regex": False,
         }
+        ours = {"type": "Sequence", "pretokenizers": [split, byte_level]}
         return _hugging_face(
             {name: i for i, name in enumerate(names)},
             [[names[left], names[right]] for left, right in self.merges],
-            {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            {**byte_level, "use_regex": True} if self.gpt2 else ours,
             {**byte_level, "add_prefix_space": True, "use_regex": True},
             self.end,
         )
@@ -201,8 +206,8 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
         if value["pre_tokenizer"] is None:
             tokenizer = CharTokenizer("".join(names), documents)
         else:
-            ids = model["vocab"]
-            tokenizer = BPETokenizer(tuple((ids[a], ids[b]) for a, b in model["merges"]))
+            ids, gpt2 = model["vocab"], value["pre_tokenizer"]["type"] == "ByteLevel"
+            tokenizer = BPETokenizer(tuple((ids[a], ids[b]) for a, b in model["merges"]), gpt2)
         if tokenizer.to_json() == value:
             return tokenizer
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -236,14 +241,12 @@ def _code_points(text: str) -> np.ndarray:  # (len(text),)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _byte_chars() -> list[str]:
-    """The character by which GPT-2's byte-level vocabularies write each byte."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [i for i in range(256) if i not in shown]
-    return [chr(i) if i in shown else chr(256 + hidden.index(i)) for i in range(256)]
-
-
-_BYTE_CHARS = _byte_chars()
+# GPT-2's byte-level vocabularies write each byte as a character that can be shown, and have the
+# bytes in the order of these characters.
+_SHOWN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_GPT2_BYTES = bytes((*_SHOWN, *sorted({*range(256)} - {*_SHOWN})))  # the byte of each id
+_GPT2_IDS = bytes(map(_GPT2_BYTES.index, range(256)))  # the id of each byte
+_BYTE_CHARS = [chr(b if b in _SHOWN else 256 + _GPT2_IDS[b] - len(_SHOWN)) for b in range(256)]
 
 
 def _hugging_face(

@@ -72,20 +72,23 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)
     assert isinstance(tokenizer, BPETokenizer)
-    found = _Cache(corpus, tokenizer.vocab_size).read()
+    found = _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).read()
     if found and found[0] == tokenizer:
         return found[1]
-    return _encode_bpe(corpus, tokenizer, _pre_tokens(corpus))
+    return _encode_bpe(corpus, tokenizer, _pre_tokens(corpus, tokenizer.gpt2))
 
 
-def _pre_tokens(corpus: Corpus) -> PreTokens:
-    return PreTokens(corpus.train, corpus.val, marked=bool(corpus.files))
+def _pre_tokens(corpus: Corpus, gpt2: bool = False) -> PreTokens:
+    train, val = corpus.train, corpus.val
+    if gpt2 and not corpus.files:  # a pre-token of GPT-2 may reach from a part into the next one
+        train, val = ("".join(train),), ("".join(val),)
+    return PreTokens(train, val, bool(corpus.files), gpt2)
 
 
 def _encode_bpe(corpus: Corpus, tokenizer: BPETokenizer, pre_tokens: PreTokens) -> Tokens:
     ids = chain([[tokenizer.end]], map(tokenizer.encode_word, list(pre_tokens.words)[1:]))
     tokens = _tokens(corpus, tokenizer, *pre_tokens.replace(ids))
-    _Cache(corpus, tokenizer.vocab_size).write(tokenizer, tokens)
+    _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).write(tokenizer, tokens)
     return tokens
 
 
@@ -130,9 +133,10 @@ def _chars(documents: Sequence[str], tokenizer: CharTokenizer) -> np.ndarray:
 class _Cache:
     """A file in the cache folder: the tokenizer and the ids of a corpus at a vocabulary size."""
 
-    def __init__(self, corpus: Corpus, vocab_size: int) -> None:
-        self.worthwhile = corpus.n_bytes >= CACHED_FROM
-        key = hashlib.sha256(f"2 {corpus.sha256} {vocab_size}".encode()).hexdigest()
+    def __init__(self, corpus: Corpus, vocab_size: int, gpt2: bool = False) -> None:
+        self.worthwhile, self.gpt2 = corpus.n_bytes >= CACHED_FROM, gpt2
+        kind = " gpt2" * gpt2
+        key = hashlib.sha256(f"2 {corpus.sha256} {vocab_size}{kind}".encode()).hexdigest()
         try:
             self.path = cache_folder() / "tokens" / f"{key[:32]}.safetensors"
         except UserError:  # no home folder
@@ -147,7 +151,8 @@ class _Cache:
             if metadata.pop("sha256") != _digest(metadata, tensors):
                 return None
             merges = tuple((a, b) for a, b in json.loads(metadata["merges"]))
-            return BPETokenizer(merges), Tokens(**tensors, val_bytes=int(metadata["val_bytes"]))
+            tokenizer = BPETokenizer(merges, self.gpt2)
+            return tokenizer, Tokens(**tensors, val_bytes=int(metadata["val_bytes"]))
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, UserError):
             return None
 

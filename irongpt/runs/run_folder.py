@@ -4,9 +4,7 @@ The checkpoints are the folders last and best; loss.png and sample.txt are made 
 result.json has the loss of best over the entire validation text, once the training has ended.
 """
 
-import contextlib
 import json
-import os
 import reprlib
 import shutil
 from collections.abc import Callable
@@ -19,10 +17,19 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import finite, read, replace_file, sealed, temporary_path, unsealed
+from irongpt.files import (
+    check_free,
+    finite,
+    new_folder,
+    read,
+    replace_file,
+    sealed,
+    unsealed,
+)
 from irongpt.runs import checkpoint
 
 FORMAT = 1
+IMPORTED = "imported"  # the preset of a run that `irongpt import` has made
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
 
 Record = dict[str, Any]
@@ -30,7 +37,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Determines a run, together with the text."""
+    """Determines a run, together with the text.
+
+    data_sha256: empty for an imported run until it is trained on a text.
+    """
 
     preset: str
     data: DataConfig
@@ -56,27 +66,23 @@ class RunFolder:
         files: the digests of the text's files, which files.json keeps if there are any.
         Raises UserError if the folder exists already or cannot be written.
         """
-        check_free(self.path)
-        missing = [p for p in self.path.parents if not p.exists()]
-        temporary = temporary_path(self.path)
-        try:
-            temporary.mkdir(parents=True)
+        check_run_is_new(self.path)
+
+        def fill(temporary: Path) -> None:
             replace_file(temporary / "config.json", _encode(self.config))
             if files:
                 replace_file(temporary / "files.json", sealed({"files": files}))
             save_first(temporary / "last")
-            os.rename(temporary, self.path)
-        except BaseException as e:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for folder in missing:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            if isinstance(e, OSError):
-                raise UserError(f"cannot write a run at {self.path}: {e.strerror}") from e
-            raise
 
-    def resume(self, config: RunConfig, step: int) -> None:
-        """Writes config.json, and deletes records after `step` and remains of a killed save."""
+        new_folder(self.path, "run", fill)
+
+    def resume(self, config: RunConfig, step: int, files: dict[str, str]) -> None:
+        """Writes config.json, and deletes records after `step` and remains of a killed save.
+
+        files: as for `create`, if the run is trained on a text for the first time.
+        """
+        if files and config.data_sha256 != self.config.data_sha256:
+            replace_file(self.path / "files.json", sealed({"files": files}))
         self.config = config
         records = [r for r in self.records() if r["step"] <= step]
         replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
@@ -205,14 +211,9 @@ def load_checkpoint(
     return weights, optimizer, tokenizer, state
 
 
-def check_free(path: Path) -> None:
+def check_run_is_new(path: Path) -> None:
     """Raises UserError unless `path` does not exist or is an empty folder."""
-    try:
-        exists = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    except OSError as e:
-        raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
-    if exists:
-        raise UserError(f"--out {path} exists: choose another folder, or --resume {path}")
+    check_free(path, "run", f"--out {path} exists: choose another folder, or --resume {path}")
 
 
 def _data_config(value: Any) -> DataConfig:

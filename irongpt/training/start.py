@@ -31,9 +31,10 @@ from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
 from irongpt.runs.run_folder import (
+    IMPORTED,
     RunConfig,
     RunFolder,
-    check_free,
+    check_run_is_new,
     default_path,
     load_checkpoint,
     open_run,
@@ -76,22 +77,32 @@ def new_setup(flags: Flags) -> Setup:
     return Setup(preset, data, model, train, device, precision, module, vocab_size)
 
 
-def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
-    """The run's own values, with the changes that a resumed run may make. Raises UserError."""
+def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
+    """The run's own values, with the changes that a resumed run may make. Raises UserError.
+
+    first: whether it is imported and has taken no step, so that none depends on the recipe.
+    """
     config = run.config
     stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
+    recipe = {f.name for f in dataclasses.fields(TrainConfig)} - {"tokenizer"}
+    changeable = recipe | {"dropout"} if first else {*CHANGEABLE}
     for name, value in flags.items():
         check(
-            name in (*CHANGEABLE, *DATA_FLAGS) or value == stored.get(name),
+            name in changeable | {*DATA_FLAGS} or value == stored.get(name),
             f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new run",
         )
     data = _data_config(flags, config.data)
     check(
+        "data" in flags or bool(config.data_sha256),
+        f"{run.path} is imported and has no text yet: give it one with --data",
+    )
+    check(
         "data" in flags or corpus.STDIN not in config.data.sources,
         f"{run.path} is trained on text from the standard input: give that text with --data",
     )
-    train = replace(config.train, **{k: v for k, v in flags.items() if k in CHANGEABLE})
-    model, device = config.model, devices.pick(train.device)
+    train = replace(config.train, **{k: v for k, v in flags.items() if k in changeable & recipe})
+    model = replace(config.model, dropout=flags.get("dropout", config.model.dropout))
+    device = devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)
@@ -100,7 +111,7 @@ def resumed_setup(run: RunFolder, flags: Flags) -> Setup:
 def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
     """Creates the run's folder, with a first checkpoint."""
     if "out" in flags:
-        check_free(flags["out"])
+        check_run_is_new(flags["out"])
     setup = new_setup(flags)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
@@ -120,19 +131,26 @@ def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
 def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
     """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE."""
     run = open_run(path)
-    setup = resumed_setup(run, flags)
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
+    first = run.config.preset == IMPORTED and state.get("step") == 0
+    setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
     text = _load(data, path, run.config.data_sha256)
-    run.check_text(text.sha256, text.files, ", ".join(data.sources))
+    if not first:
+        run.check_text(text.sha256, text.files, ", ".join(data.sources))
     tokens = tokenized.encode(text, tokenizer)
     training = _training(run, setup, text, tokenizer, tokens, clock)
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
-        config = replace(run.config, train=setup.train, data=_stored(data))
-        run.resume(config, training.trainer.step)
+        changes: dict[str, Any] = {
+            "model": setup.model,
+            "train": setup.train,
+            "data": _stored(data),
+        }
+        config = replace(run.config, data_sha256=text.sha256, **changes)
+        run.resume(config, training.trainer.step, text.files)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
     except OSError as e:

@@ -1,0 +1,234 @@
+"""`irongpt export`: transformers loads the folder, and computes what our model computes."""
+
+import argparse
+import json
+import logging
+import socket
+import string
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import TINY, assert_mistake, make_quick
+from irongpt_kernels import eager
+from safetensors import safe_open
+
+from irongpt.cli import main
+from irongpt.data import corpus
+from irongpt.generation.sample import trained_model
+from irongpt.runs import checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+CODE = Path(argparse.__file__).read_text()
+ADVERSARIAL = [
+    "",
+    " ",
+    "  a   b\t\tc\n\n\n d \n  \n",
+    "\r\n\t \n",
+    "0123456789 3.14 12,345 2026-11-26",
+    string.punctuation,
+    "(self.name) = {x: [1, 2]}  # isn't it?",
+    "if x:\n    return 'y'\n\n\ndef f(_a, __b):\n\tpass\n",
+    string.printable,
+]
+
+
+class Exported(NamedTuple):
+    run: Path
+    folder: Path
+    text: str  # part of War and Peace
+
+    @property
+    def ours(self):
+        return trained_model(self.run, "best", "eager", "cpu")
+
+
+@pytest.fixture(scope="module", params=["char", "bpe"])
+def exported(request, tmp_path_factory) -> Exported:
+    """A run whose text has all printable ASCII characters, code and prose, and its export."""
+    folder = tmp_path_factory.mktemp(request.param)
+    book = corpus.load("war-and-peace", say=print).text[100_000:400_000]
+    (folder / "text.txt").write_text(string.printable + CODE + book)
+    size = ["--vocab-size", "1024"] if request.param == "bpe" else []
+    flags = ["--iters", "20", "--tokenizer", request.param, *size, "--out", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_quick(patch)
+        assert main(["train", *TINY, *flags]) == 0
+        assert main(["export", "run", "exported"]) == 0
+    return Exported(folder / "run", folder / "exported", book)
+
+
+@pytest.fixture
+def complaints(monkeypatch) -> list[str]:
+    """The warnings that transformers logs, and its attempts to reach a network."""
+    found: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "handlers", [Handler(logging.WARNING)])
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: found.append(f"connect {args}"))
+    return found
+
+
+def theirs(folder: Path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@pytest.mark.filterwarnings("error")
+def test_transformers_loads_the_folder_and_has_the_same_logits(exported, complaints) -> None:
+    model, tokenizer = exported.ours
+    reference = theirs(exported.folder)
+    ids = tokenizer.encode(exported.text[:200])[None, : model.config.context]
+    with torch.no_grad():
+        logits, expected = model(ids), reference(ids).logits
+    assert complaints == []
+    assert type(reference).__name__ == "GPT2LMHeadModel"
+    assert logits.std() > 0.1  # so 1e-4 is small
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_tokenizer_of_transformers_has_the_same_ids(exported, complaints) -> None:
+    _, tokenizer = exported.ours
+    reference = transformers.AutoTokenizer.from_pretrained(exported.folder)
+    for text in [*ADVERSARIAL, CODE, exported.text]:
+        if tokenizer.end is None:
+            text = text.replace("\r", "")  # a text is read without it, so it is no token
+        ids = tokenizer.encode(text).tolist()
+        found = reference.backend_tokenizer.encode(text).ids  # no warning about the length
+        assert found == ids, text[:100]
+        assert reference.decode(ids) == text
+    assert complaints == []
+    assert reference.eos_token_id == tokenizer.end
+
+
+def test_the_named_class_keeps_transformers_from_taking_the_pre_tokens_of_gpt_2(
+    exported, tmp_path
+) -> None:
+    """Without the name it takes GPT2Tokenizer, silently. This test shows that the names matter."""
+    _, tokenizer = exported.ours
+    if tokenizer.end is None:
+        pytest.skip("characters have no pre-tokens")
+    for file in exported.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    named = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config.pop("tokenizer_class") == "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    unnamed = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(unnamed).__name__ == "GPT2Tokenizer"
+    ours = tokenizer.encode(CODE).tolist()
+    assert named.backend_tokenizer.encode(CODE).ids == ours
+    assert unnamed.backend_tokenizer.encode(CODE).ids != ours
+
+
+@pytest.mark.filterwarnings("error")
+def test_transformers_generates_as_the_model_card_shows(exported, complaints, capsys) -> None:
+    card = (exported.folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    path = repr(str(exported.folder))
+    namespace: dict = {}
+    torch.manual_seed(0)
+    exec(code.replace('"exported"', path).replace('"run"', path), namespace)
+    assert complaints == []
+    assert len(capsys.readouterr().out) >= 10
+    model, _ = exported.ours
+    assert namespace["model"].config.n_positions == model.config.context
+    assert f"{model.config.vocab_size:,} " in card
+    assert "step 20 of 20" in card
+    record = json.loads((exported.run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{record['val_loss']:.4f} on validation text" in card
+    assert "bits per byte" in card
+    assert str(exported.run.parent) not in card  # a path of the user's machine
+
+
+def test_float16(exported, tmp_path) -> None:
+    assert main(["export", str(exported.run), str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    with safe_open(tmp_path / "half/model.safetensors", "pt") as file:
+        assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.float16}  # noqa: SIM118
+    reference = theirs(tmp_path / "half")
+    assert reference.dtype == torch.float16
+    model, _ = exported.ours
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        logits, expected = model(ids), reference.float()(ids).logits
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=0)
+
+
+def test_every_parameter_reaches_its_place(tmp_path) -> None:
+    """In a trained run of a few steps norms and biases are near 1 and 0: here they are not."""
+    from model_helpers import CONFIG, build, tokens
+
+    from irongpt.interchange.gpt2_layout import from_gpt2, to_config_json, to_gpt2
+
+    model = build()
+    tensors = to_gpt2(model.state_dict(), CONFIG, torch.float32)
+    config = transformers.GPT2Config(**to_config_json(CONFIG, None, "float32"))
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    missing, unexpected = reference.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    with torch.no_grad():
+        logits, expected = model.eval()(tokens()), reference(tokens()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+    back = from_gpt2(tensors, CONFIG)
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], w) for name, w in model.state_dict().items())
+    assert model.ops is eager
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("run full", "full exists and is not empty"),
+        ("run text.txt", "text.txt exists and is not empty"),
+        ("run text.txt/folder", "cannot write a model at text.txt/folder"),
+        ("nowhere new", "it has no config.json"),
+        ("empty new", "empty has no checkpoint best: train it first"),
+        ("empty new --checkpoint last", "empty has no checkpoint last: train it first"),
+        ("damaged new", "model.safetensors is damaged"),
+        ("run new --dtype int8", "--dtype"),
+    ],
+    ids=lambda v: v[:30],
+)
+def test_a_mistake_writes_nothing(cli, tmp_path, run, args, message) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("kept")
+    for name in ("empty", "damaged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((tmp_path / "run/config.json").read_bytes())
+    for file in (tmp_path / "run/best").iterdir():
+        (tmp_path / "damaged/best").mkdir(exist_ok=True)
+        (tmp_path / "damaged/best" / file.name).write_bytes(file.read_bytes())
+    with open(tmp_path / "damaged/best/model.safetensors", "ab") as file:
+        file.write(b"x")
+    before = sorted(tmp_path.rglob("*"))
+    assert_mistake(cli("export", *args.split()), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(cli, tmp_path, run, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("irongpt.interchange.export.write", full)
+    before = sorted(tmp_path.rglob("*"))
+    assert_mistake(cli("export", run, "deep/new"), "No space left on device")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_an_evaluation_and_an_empty_folder(cli, tmp_path, run) -> None:
+    (tmp_path / "new").mkdir()
+    for file in (tmp_path / "run/best").iterdir():
+        file.unlink()
+    (tmp_path / "run/best").rmdir()
+    result = cli("export", run, "new")
+    assert result.code == 0, result.err
+    assert "using its last checkpoint" in result.err
+    step = checkpoint.load(tmp_path / "run/last")[3]["step"]
+    assert f"step {step} of" in (tmp_path / "new/README.md").read_text()

@@ -1,0 +1,322 @@
+"""`irongpt import`: a GPT-2 of transformers computes, and trains, the same in our model."""
+
+import argparse
+import json
+import shutil
+import string
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_mistake
+from irongpt_kernels import builtin, eager
+from safetensors.torch import load_file, save_file
+
+from irongpt.cli import main
+from irongpt.config import GPTConfig, TrainConfig
+from irongpt.data.corpus import Corpus
+from irongpt.data.tokenizer import BPETokenizer
+from irongpt.data.tokens import encode
+from irongpt.generation.sample import trained_model
+from irongpt.interchange.gpt2_layout import to_gpt2
+from irongpt.interchange.importer import read_tokenizer
+from irongpt.model import GPT
+from irongpt.runs import checkpoint
+from irongpt.training.optimizer import lr_at
+from irongpt.training.trainer import Trainer
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+CODE = Path(argparse.__file__).read_text()
+V = 321  # no multiple of 8, as GPT-2's 50,257
+OPS = ["eager", "builtin", "fused"]
+
+
+def gpt2_tokenizer():
+    """A vocabulary of GPT-2's kind, trained by the library."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=V - 1,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([CODE], trainer)
+    made.add_special_tokens(["<|endoftext|>"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A folder that transformers has written: a small GPT-2 with random weights and biases."""
+    folder = tmp_path_factory.mktemp("gpt2") / "gpt2"
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=V - 1,
+        eos_token_id=V - 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    made = gpt2_tokenizer()
+    transformers.GPT2Tokenizer(tokenizer_object=made).save_pretrained(folder)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(gpt2, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("imported") / "run"
+    assert main(["import", str(gpt2), str(run)]) == 0
+    return run
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_logits_and_gradients_equal_those_of_transformers(gpt2, imported, ops) -> None:
+    theirs, (model, tokenizer) = reference(gpt2), trained_model(imported, "last", ops, "cpu")
+    assert model.config == GPTConfig(V, 2, 2, 32, 32, dropout=0.0, bias=True)
+    ids = tokenizer.encode(CODE[5000:6000])[: 2 * 33].view(2, 33)
+    idx, targets = ids[:, :-1], ids[:, 1:]
+    logits = theirs(idx).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), logits, atol=1e-4, rtol=1e-5)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    model.loss(idx, targets).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    ours = to_gpt2(gradients, model.config, torch.float32)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert expected.keys() == ours.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-3, name  # so the tolerance is small
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_ten_training_steps_equal_those_of_transformers(gpt2, imported, ops) -> None:
+    model, tokenizer = trained_model(imported, "last", ops, "cpu")
+    config = TrainConfig(
+        iters=10, batch_size=4, lr=1e-3, warmup=2, decay="linear", weight_decay=0.1, eval_every=10,
+        ops=ops,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    trainer = Trainer(model, tokenizer.encode(CODE[:4000]), config, device, torch.float32)
+    theirs = reference(gpt2)
+    before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    matrices, vectors = (
+        [p for p in theirs.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)
+    )
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(config.beta1, config.beta2),
+    )
+    losses, expected = [], []
+    for step in range(10):
+        x, y = trainer.train_batches(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, config)
+        loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.grad_clip)
+        optimizer.step()
+        expected.append(loss.item())
+        losses.append(trainer.train_step()[0].item())
+    assert expected[-1] < expected[0] - 0.2
+    assert losses == pytest.approx(expected, abs=1e-4)
+    ours = to_gpt2(model.state_dict(), model.config, torch.float32)
+    for name, p in theirs.named_parameters():
+        change, difference = p.detach() - before[name], p.detach() - ours[name]
+        if name.endswith("c_attn.bias"):  # softmax does not depend on the bias of the keys
+            change[32:64] = difference[32:64] = 0
+        assert difference.norm() <= 0.01 * change.norm(), name
+
+
+def test_the_tokenizer_of_gpt_2_has_the_same_ids(gpt2, imported) -> None:
+    theirs = tokenizers.Tokenizer.from_file(str(gpt2 / "tokenizer.json"))
+    tokenizer = trained_model(imported, "last", "eager", "cpu")[1]
+    assert isinstance(tokenizer, BPETokenizer)
+    texts = [CODE, string.printable, "a\n\nb \n c\r\n\n\n", "12345 ½ ʼ naïve Ѐ 中文 🙂", ""]
+    for text in texts:
+        assert tokenizer.encode(text).tolist() == theirs.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    text = "x\n\ny" * 50_000  # a text is read in parts, and cut up for several processes
+    parts = Corpus("text", tuple(text[i : i + 999] for i in range(0, len(text), 999)), ("x\n\n",))
+    assert encode(parts, tokenizer).train.tolist() == theirs.encode(text).ids
+
+
+def test_the_names_of_openai_and_merges_as_strings(gpt2, cli, tmp_path) -> None:
+    """The hub's openai-community/gpt2 has no prefix, mask buffers, and fewer settings."""
+    shutil.copytree(gpt2, tmp_path / "hub")
+    tensors = load_file(tmp_path / "hub/model.safetensors")
+    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    save_file(tensors, tmp_path / "hub/model.safetensors")
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    keep = {"model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
+    config = {k: v for k, v in config.items() if k in keep}
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    vocabulary = json.loads((tmp_path / "hub/tokenizer.json").read_text())
+    del vocabulary["pre_tokenizer"]["use_regex"]
+    vocabulary["model"]["merges"] = [" ".join(m) for m in vocabulary["model"]["merges"]]
+    (tmp_path / "hub/tokenizer.json").write_text(json.dumps(vocabulary))
+    for folder, run in ((gpt2, "a"), ("hub", "b")):
+        assert cli("import", folder, run).code == 0
+    a, b = (checkpoint.load(tmp_path / run / "last") for run in "ab")
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    assert a[2] == b[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_our_own_export_comes_back(cli, tmp_path, run, dtype) -> None:
+    assert cli("export", run, "exported", "--dtype", dtype).code == 0
+    result = cli("import", "exported", "back")
+    assert result.code == 0, result.err
+    weights, _, tokenizer, _ = checkpoint.load(tmp_path / run / "best")
+    back = checkpoint.load(tmp_path / "back/last")
+    assert back[0].keys() == weights.keys()  # no biases
+    assert back[2] == tokenizer
+    for name, w in weights.items():
+        assert torch.equal(back[0][name], w.to(getattr(torch, dtype)).float())
+    generated = [cli("generate", r, "--tokens", 20, "--temperature", 0).out for r in (run, "back")]
+    assert generated[0] == generated[1]
+
+
+def test_an_imported_run_is_trained_and_resumed_with_fused_ops(cli, tmp_path, gpt2) -> None:
+    """The first start may change the recipe, as long as no step is taken; later ones may not."""
+    assert cli("import", gpt2, "run").code == 0
+    assert_mistake(cli("train", "--resume", "run"), "has no text yet: give it one with --data")
+    assert_mistake(
+        cli("train", "--resume", "run", "--data", "text.txt", "--n-layer", 3), "--n-layer"
+    )
+    first = "--data text.txt --iters 2 --eval-every 2 --batch-size 2 --grad-accum 1 --fused"
+    result = cli("train", "--resume", "run", *first.split(), "--lr", 1e-3, "--dropout", 0.1)
+    assert result.code == 0, result.err
+    assert "finished at step 2" in result.out
+    assert_mistake(cli("train", "--resume", "run", "--lr", 1), "--lr cannot change")
+    other = tmp_path / "other.txt"
+    other.write_text(CODE)
+    assert_mistake(cli("train", "--resume", "run", "--data", other), "is not the text")
+    assert "finished at step 3" in cli("train", "--resume", "run", "--iters", 3).out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["train"]["lr"], config["model"]["dropout"]) == (1e-3, 0.1)
+    assert cli("generate", "run", "--prompt", "all ", "--tokens", 5, "--fused").code == 0
+
+
+def test_the_ops_of_an_imported_model_agree() -> None:
+    """Two implementations, so that a bias that one of them forgets is found without a library."""
+    config = GPTConfig(V, 2, 2, 32, 32, dropout=0.0, bias=True)
+    torch.manual_seed(0)
+    a = GPT(config, eager)
+    with torch.no_grad():
+        for p in a.parameters():
+            p += 0.1 * torch.randn_like(p)
+    b = GPT(config, builtin)
+    b.load_state_dict(a.state_dict())
+    idx = torch.arange(64).view(2, 32)
+    torch.testing.assert_close(a(idx), b(idx), atol=1e-4, rtol=1e-5)
+
+
+def without(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink()
+
+
+def edit(folder: Path, name: str, **changes: object) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**values, **changes}))
+
+
+def change_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(name, None)
+    save_file(tensors if tensor is None else tensors | {name: tensor}, path)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+MISTAKES = {
+    "no such folder": (shutil.rmtree, "has no config.json"),
+    "no config": (lambda f: without(f, "config.json"), "has no config.json"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "is not a JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
+    "pickled": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "has no model.safetensors",
+    ),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"),
+        "is damaged",
+    ),
+    "another architecture": (
+        lambda f: edit(f, "config.json", model_type="llama"),
+        "its model_type is 'llama', and our model needs 'gpt2'",
+    ),
+    "ReLU": (lambda f: edit(f, "config.json", activation_function="relu"), "activation_function"),
+    "epsilon": (lambda f: edit(f, "config.json", layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
+    "untied": (lambda f: edit(f, "config.json", tie_word_embeddings=False), "tie_word_embeddings"),
+    "a narrow MLP": (lambda f: edit(f, "config.json", n_inner=64), "n_inner is 64"),
+    "no size": (lambda f: edit(f, "config.json", n_layer="2"), "n_layer is '2'"),
+    "a large vocabulary": (lambda f: edit(f, "config.json", vocab_size=384), "does not fit"),
+    "more layers": (lambda f: edit(f, "config.json", n_layer=3), "no tensor h.2.ln_1.weight"),
+    "fewer layers": (lambda f: edit(f, "config.json", n_layer=1), "tensors that our model has not"),
+    "another width": (lambda f: edit(f, "config.json", n_embd=64), "does not fit its config.json"),
+    "another head": (
+        lambda f: change_tensor(f, "lm_head.weight", torch.zeros(V, 32)),
+        "its head is not the token embedding",
+    ),
+    "a missing bias": (
+        lambda f: change_tensor(f, "transformer.h.0.mlp.c_fc.bias", None),
+        "it has no tensor h.0.mlp.c_fc.bias",
+    ),
+    "no tokenizer": (lambda f: without(f, "tokenizer.json"), "has no tokenizer.json"),
+    "another tokenizer": (
+        lambda f: edit(f, "tokenizer.json", pre_tokenizer={"type": "Whitespace"}),
+        "its tokenizer.json is neither",
+    ),
+    "a prefix space": (
+        lambda f: edit(f, "tokenizer.json", pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}),
+        "its tokenizer.json is neither",
+    ),
+    "a normalizer": (
+        lambda f: edit(f, "tokenizer.json", normalizer={"type": "NFC"}),
+        "its tokenizer.json is neither",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_writes_nothing(cli, tmp_path, gpt2, mistake) -> None:
+    damage, message = MISTAKES[mistake]
+    shutil.copytree(gpt2, tmp_path / "model")
+    damage(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    assert_mistake(cli("import", "model", "run"), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_exists_is_kept(cli, tmp_path, gpt2, run) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert_mistake(cli("import", gpt2, run), "run exists and is not empty")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_of_gpt_2_survives_its_file() -> None:
+    tokenizer = BPETokenizer(((40, 41), (256, 42)), gpt2=True)
+    assert read_tokenizer(json.loads(json.dumps(tokenizer.to_json()))) == tokenizer
+    assert tokenizer.token_bytes[:2] == [b"!", b'"']
+    assert read_tokenizer(BPETokenizer(((40, 41),)).to_json()) == BPETokenizer(((40, 41),))
