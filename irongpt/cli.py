@@ -102,6 +102,9 @@ def build_parser() -> Parser:
     add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     add.add_argument("run", metavar="RUN", type=Path, help="folder of the new run")
 
+    more = "A text that is longer than the context is shown in overlapping windows."
+    _show_flags(command(show_command, "make a page of a text as the model sees it", more))
+
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
     dtypes = "dtype to check; repeat the flag for several [all of the device]"
@@ -154,6 +157,8 @@ def _train_flags(train: Parser) -> None:
             if "help" in f.metadata:
                 values = [(p.model | p.train).get(f.name, f.default) for p in PRESETS.values()]
                 _config_flag(groups[f.metadata["group"]], f, values)
+    help = "also write the metrics and samples as TensorBoard's event files, into the run's folder"
+    run.add_argument("--tensorboard", action="store_true", help=help)
     machine.add_argument("--fused", **FUSED)
     help = "launch the kernels one by one, not as a CUDA graph: the same results, slower"
     machine.add_argument("--no-graph", action="store_false", dest="graph", help=help)
@@ -191,10 +196,23 @@ def _checkpoint_flag(parser: Parser) -> None:
 
 def _export_flags(export: Parser) -> None:
     export.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="new folder for the model")
+    help = "new folder for the model; or FILE.gguf, for llama.cpp (needs the extra irongpt[gguf])"
+    export.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     help = "dtype of the weights [float32]"
     export.add_argument("--dtype", choices=("float32", "float16"), help=help)
     _checkpoint_flag(export)
+
+
+def _show_flags(show: Parser) -> None:
+    show.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    text = show.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="T", help="text to show [the newest sample of the run]")
+    help = "file with the text, or - for standard input"
+    text.add_argument("--file", metavar="F", help=help)
+    _text_flags(show, "--file")
+    show.add_argument("--out", metavar="PAGE", type=Path, help="file to write [RUN/show.html]")
+    _checkpoint_flag(show)
+    show.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N [auto]")
 
 
 def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list[Any]) -> None:
@@ -322,9 +340,13 @@ def generate_command(flags: Flags) -> int:
 
 def export_command(flags: Flags) -> int:
     from irongpt.interchange.export import export
+    from irongpt.interchange.gguf_file import export_gguf
 
-    export(flags["run"], flags["folder"], _checkpoint(flags), flags.get("dtype", "float32"))
-    print(f"{flags['folder']} is written; its README.md shows how transformers loads it")
+    is_file = flags["folder"].suffix == ".gguf"
+    write = export_gguf if is_file else export
+    write(flags["run"], flags["folder"], _checkpoint(flags), flags.get("dtype", "float32"))
+    hint = "" if is_file else "; its README.md shows how transformers loads it"
+    print(f"{flags['folder']} is written{hint}")
     return 0
 
 
@@ -336,6 +358,22 @@ def import_command(flags: Flags) -> int:
         f"{model.n_params():,} parameters, {model.vocab_size:,} tokens, context {model.context:,}"
     )
     print(f"generate text: irongpt generate {run}; train: irongpt train --resume {run} --data TEXT")
+    return 0
+
+
+def show_command(flags: Flags) -> int:
+    from irongpt.interchange.show import newest_sample, show
+
+    checkpoint, run = _checkpoint(flags), flags["run"]
+    reading = {name: flags[name] for name in ("encoding", "errors") if name in flags}
+    check("file" in flags or not reading, "--encoding and --errors are for --file F")
+    if "file" in flags:
+        text = read_prompt(flags["file"], **reading, flag="--file", name="file")
+    else:
+        text = flags["text"] if "text" in flags else newest_sample(run)
+    out = flags.get("out", run / "show.html")
+    print(show(run, text, out, checkpoint, flags.get("device", "auto")))
+    print(f"open {out} in a browser")
     return 0
 
 
@@ -378,18 +416,27 @@ def _checkpoint(flags: Flags) -> str:
     return name or "best"
 
 
-def read_prompt(file: str, encoding: str | None = None, errors: str = "strict") -> str:
-    """The text of a file, or of standard input for -, without a line break at its end."""
+def read_prompt(
+    file: str,
+    encoding: str | None = None,
+    errors: str = "strict",
+    flag: str = "--prompt-file",
+    name: str = "prompt file",
+) -> str:
+    """The text of a file, or of standard input for -, without a line break at its end.
+
+    flag, name: what messages call it.
+    """
     if encoding is not None:
         check_encoding(encoding)
     if file == "-" and sys.stdin is None:
-        raise UserError("--prompt-file -: standard input is closed")
+        raise UserError(f"{flag} -: standard input is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"cannot read the prompt file {file}: {brief(e)}") from e
-    name = "the standard input" if file == "-" else f"the prompt file {file}"
-    text = decoded(data, name, encoding, errors)
+        raise UserError(f"cannot read the {name} {file}: {brief(e)}") from e
+    shown = "the standard input" if file == "-" else f"the {name} {file}"
+    text = decoded(data, shown, encoding, errors)
     for note in text.notes:
         say_on_stderr(note)
     return text.utf8.decode().removesuffix("\n")

@@ -129,6 +129,7 @@ class TrainConfig:
         ("auto", *DTYPES),
     )
     graph: bool = True  # on a GPU a step is one CUDA graph; --no-graph
+    tensorboard: bool = False  # --tensorboard
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -272,7 +273,7 @@ def check_choices(config: Any) -> None:
         )
 
 
-ADDED_LATER = {"patience", "tokenizer", "shards"}
+ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard"}
 
 
 def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:

@@ -45,18 +45,20 @@ class Indexed(NamedTuple):
     indices: np.ndarray
 
 
-# In any text a pre-token ends after this line break.
-_SAFE_CUT = regex.compile(r"(?<=\S)\n(?=\S)")
+# In any text a pre-token ends after this line break. GPT-2's need a character before it too.
+_SAFE_CUT = regex.compile(r"\n(?=\S)")
+_SAFE_CUT_GPT2 = regex.compile(r"(?<=\S)\n(?=\S)")
 
 
-def pieces(documents: Sequence[str], marked: bool) -> Iterator[Piece]:
+def pieces(documents: Sequence[str], marked: bool, gpt2: bool = False) -> Iterator[Piece]:
     """The documents in pieces of about CHUNK characters. None comes before each one if `marked`."""
+    safe_cut = _SAFE_CUT_GPT2 if gpt2 else _SAFE_CUT
     for text in documents:
         if marked:
             yield None
         at = 0
         while at < len(text):
-            cut = _SAFE_CUT.search(text, min(at + CHUNK, len(text)))
+            cut = safe_cut.search(text, min(at + CHUNK, len(text)))
             end = cut.end() if cut else len(text)
             yield text[at:end]
             at = end
@@ -78,8 +80,9 @@ class PreTokens:
         self.train: list[np.ndarray] = []
         self.val: list[np.ndarray] = []
         n_chars = sum(map(len, (*train, *val)))
-        groups = chain(
-            _groups(False, gpt2, pieces(train, marked)), _groups(True, gpt2, pieces(val, marked))
+        groups = chain.from_iterable(
+            _groups(is_val, gpt2, pieces(documents, marked, gpt2))
+            for is_val, documents in ((False, train), (True, val))
         )
         bar = tqdm(total=n_chars, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar:

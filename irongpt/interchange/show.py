@@ -22,6 +22,7 @@ from irongpt.data.tokenizer import Tokenizer
 from irongpt.files import check_result, write_result
 from irongpt.generation.sample import start_ids, trained_model
 from irongpt.model import GPT, Block
+from irongpt.runs.run_folder import open_run
 
 MOST = 20_000  # tokens of a page
 ATTENTION = 64  # tokens whose attention is shown
@@ -31,8 +32,9 @@ _CHUNK = 256  # rows of logits that are sorted at a time
 
 def show(run: Path, text: str, out: Path, which: str = "best", device: str = "auto") -> str:
     """Writes the page about a text to the file `out`. Returns a line about it. Raises UserError."""
-    check_result(out)
     check(bool(text), "the text is empty: give another one with --text or --file")
+    open_run(run)  # a mistake in the run's name is reported as such
+    check_result(out)
     model, tokenizer = trained_model(run, which, "builtin", device)
     data = analysis(model.eval(), tokenizer, text, documents=(run / "files.json").exists())
     page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
@@ -41,6 +43,12 @@ def show(run: Path, text: str, out: Path, which: str = "best", device: str = "au
     page = page.replace("__TITLE__", title).replace("__DATA__", values)
     write_result(out, page.encode(errors="replace"))
     return f"{data['bits_per_byte']:.4f} bits per byte, {data['summary']}"
+
+
+def newest_sample(run: Path) -> str:
+    """The text that the run generated at its last evaluation, or an empty one."""
+    samples = [r["sample"] for r in open_run(run).records() if r.get("sample")]
+    return samples[-1] if samples else ""
 
 
 def analysis(model: GPT, tokenizer: Tokenizer, text: str, documents: bool) -> dict[str, Any]:

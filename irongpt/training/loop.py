@@ -18,6 +18,7 @@ from irongpt.errors import DivergenceError, UserError
 from irongpt.generation.sample import generate, printable, start_ids
 from irongpt.runs import checkpoint, plots
 from irongpt.runs.run_folder import Record, RunFolder
+from irongpt.runs.tensorboard import Events
 from irongpt.training import optimizer
 from irongpt.training.trainer import Trainer
 
@@ -54,6 +55,7 @@ class TrainingLoop:
         self.result: dict[str, Any] | None = None  # of `best` over the entire validation text
         self.plotted = time.monotonic()
         self.attempt = Attempt()
+        self.events: Events | None = None  # for TensorBoard
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
@@ -119,6 +121,8 @@ class TrainingLoop:
         written; the last good checkpoint stays.
         """
         progress = Progress(self.trainer.config.iters, self.trainer.step)
+        if self.trainer.config.tensorboard:
+            self.events = Events(self.run)
         try:
             with Interrupt() as interrupt:
                 while not self.finished() and interrupt.signal is None:
@@ -139,6 +143,8 @@ class TrainingLoop:
             ) from e
         finally:
             progress.close()
+            if self.events:
+                self.events.close()
         incomplete = self.best_val is not None and self.result is None
         return interrupt.signal if incomplete or not self.finished() else None
 
@@ -197,6 +203,8 @@ class TrainingLoop:
             **evaluation,
         }
         self.run.append(record)
+        if self.events:
+            self.events.add([record])
         self.rows, self.last_record = [], (trainer.step, seconds)
         progress.show(record)
         return record

@@ -30,6 +30,7 @@ from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
 from irongpt.model import GPT
+from irongpt.runs import tensorboard
 from irongpt.runs.run_folder import (
     IMPORTED,
     RunConfig,
@@ -44,7 +45,17 @@ from irongpt.training.trainer import Trainer
 
 # A resumed run may change these: the steps done so far do not depend on them.
 DATA_FLAGS = ("data", "include", "encoding", "errors")
-CHANGEABLE = ("iters", "eval_every", "target_loss", "patience", "ops", "device", "dtype", "graph")
+CHANGEABLE = (
+    "iters",
+    "eval_every",
+    "target_loss",
+    "patience",
+    "ops",
+    "device",
+    "dtype",
+    "graph",
+    "tensorboard",
+)
 
 MANY_EPOCHS = 20  # from here on a warning is printed
 
@@ -72,6 +83,8 @@ def new_setup(flags: Flags) -> Setup:
     model = GPTConfig(**_fields(GPTConfig, PRESETS[preset].model | flags | {"vocab_size": 1}))
     vocab_size = tokenized.check_vocab_size(train.tokenizer, flags.get("vocab_size"))
     precision = devices.precision(train.dtype, device)
+    if train.tensorboard:
+        tensorboard.check_installed()
     module = ops.load(train.ops, device, model)
     data = _data_config(flags, DataConfig(PRESETS[preset].data) if PRESETS[preset].data else None)
     return Setup(preset, data, model, train, device, precision, module, vocab_size)
@@ -104,6 +117,8 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
     model = replace(config.model, dropout=flags.get("dropout", config.model.dropout))
     device = devices.pick(train.device)
     precision = devices.precision(train.dtype, device)
+    if train.tensorboard:
+        tensorboard.check_installed()
     module = ops.load(train.ops, device, model)
     return Setup(config.preset, data, model, train, device, precision, module)
 

@@ -259,7 +259,10 @@ def test_a_wheel_has_every_folder_with_sources() -> None:
         for package in setuptools.find_packages(ROOT / folder, include=find["include"])
     }
     assert packages == {module(path.parent / "__init__.py") for path in PACKAGED}
-    assert settings["package-data"] == {p: ["py.typed"] for p in ("irongpt", "irongpt_kernels")}
+    assert settings["package-data"] == {
+        "irongpt": ["py.typed", "interchange/*.html"],
+        "irongpt_kernels": ["py.typed"],
+    }
     assert all((ROOT / p / "py.typed").exists() for p in ("irongpt", "kernels/irongpt_kernels"))
 
 

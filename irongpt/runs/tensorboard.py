@@ -1,0 +1,76 @@
+"""The records of a run as TensorBoard's event files, beside metrics.jsonl.
+
+A process that trains writes the records so far again, into a file of its own, in the place of
+earlier ones: a resumed run continues its curves, even one that had no event files before.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+from irongpt.config import check
+from irongpt.console import say
+from irongpt.runs.run_folder import Record, RunFolder
+
+SCALARS = {
+    "loss/training": "train_loss",
+    "loss/validation": "val_loss",
+    "loss/bits per byte": "bits_per_byte",
+    "optimizer/learning rate": "lr",
+    "optimizer/gradient norm": "grad_norm",
+    "optimizer/loss scale": "loss_scale",
+    "speed/tokens per second": "tokens_per_s",
+    "speed/MFU": "mfu",
+}
+
+
+def check_installed() -> None:
+    """Raises UserError if the package is not there."""
+    message = "--tensorboard needs the package tensorboard: pip install 'irongpt[tensorboard]'"
+    check(find_spec("tensorboard") is not None, message)
+
+
+class Events:
+    """Writes records as events. A file that cannot be written ends the events, not the training."""
+
+    def __init__(self, run: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        records = run.records()
+        # The wall time of an event is the time that the training has taken, from a fixed start.
+        self.start = time.time() - (records[-1].get("seconds") or 0.0 if records else 0.0)
+        self.writer: SummaryWriter | None = None
+        try:
+            for old in run.path.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.writer = SummaryWriter(str(run.path))
+        except OSError as e:
+            self._failed(e)
+        self.add(records)
+
+    def add(self, records: Iterable[Record]) -> None:
+        if self.writer is None:
+            return
+        try:
+            for record in records:
+                step, at = record["step"], self.start + (record.get("seconds") or 0.0)
+                for tag, key in SCALARS.items():
+                    value = record.get(key)
+                    if value is not None and value == value:  # no NaN
+                        self.writer.add_scalar(tag, value, step, at)
+                if record.get("sample"):
+                    text = "    " + record["sample"].replace("\n", "\n    ")  # Markdown's code
+                    self.writer.add_text("sample", text, step, at)
+            self.writer.flush()
+        except OSError as e:
+            self._failed(e)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            with contextlib.suppress(OSError):
+                self.writer.close()
+
+    def _failed(self, e: OSError) -> None:
+        say(f"warning   TensorBoard's events cannot be written: {e.strerror}")
+        self.writer = None
