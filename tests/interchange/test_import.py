@@ -110,7 +110,8 @@ def test_training_steps_equal_those_of_transformers(gpt2, imported, ops) -> None
     steps = 3 if ops == "fused" else 10
     model, tokenizer = trained_model(imported, "last", ops, "cpu")
     config = TrainConfig(
-        iters=10, batch_size=1 if ops == "fused" else 4, lr=1e-3, warmup=2, decay="linear", weight_decay=0.1, eval_every=10,
+        iters=10, batch_size=1 if ops == "fused" else 4,
+        lr=1e-3, warmup=2, decay="linear", weight_decay=0.1, eval_every=10,
         ops=ops,
     )  # fmt: skip
     device = torch.device("cpu")
