@@ -4,13 +4,12 @@ A process that trains writes the records so far again, into a file of its own, i
 earlier ones: a resumed run continues its curves, even one that had no event files before.
 """
 
-import contextlib
+import math
 import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 
 from irongpt.config import check
-from irongpt.console import say
 from irongpt.runs.run_folder import Record, RunFolder
 
 SCALARS = {
@@ -32,45 +31,27 @@ def check_installed() -> None:
 
 
 class Events:
-    """Writes records as events. A file that cannot be written ends the events, not the training."""
+    """Writes records as events. Raises OSError if a file cannot be written."""
 
     def __init__(self, run: RunFolder) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        for old in run.path.glob("events.out.tfevents.*"):
+            old.unlink()
         records = run.records()
         # The wall time of an event is the time that the training has taken, from a fixed start.
         self.start = time.time() - (records[-1].get("seconds") or 0.0 if records else 0.0)
-        self.writer: SummaryWriter | None = None
-        try:
-            for old in run.path.glob("events.out.tfevents.*"):
-                old.unlink()
-            self.writer = SummaryWriter(str(run.path))
-        except OSError as e:
-            self._failed(e)
+        self.writer = SummaryWriter(str(run.path))
         self.add(records)
 
     def add(self, records: Iterable[Record]) -> None:
-        if self.writer is None:
-            return
-        try:
-            for record in records:
-                step, at = record["step"], self.start + (record.get("seconds") or 0.0)
-                for tag, key in SCALARS.items():
-                    value = record.get(key)
-                    if value is not None and value == value:  # no NaN
-                        self.writer.add_scalar(tag, value, step, at)
-                if record.get("sample"):
-                    text = "    " + record["sample"].replace("\n", "\n    ")  # Markdown's code
-                    self.writer.add_text("sample", text, step, at)
-            self.writer.flush()
-        except OSError as e:
-            self._failed(e)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            with contextlib.suppress(OSError):
-                self.writer.close()
-
-    def _failed(self, e: OSError) -> None:
-        say(f"warning   TensorBoard's events cannot be written: {e.strerror}")
-        self.writer = None
+        for record in records:
+            step, at = record["step"], self.start + (record.get("seconds") or 0.0)
+            for tag, key in SCALARS.items():
+                value = record.get(key)
+                if value is not None and math.isfinite(value):
+                    self.writer.add_scalar(tag, value, step, at)
+            if record.get("sample"):
+                text = "    " + record["sample"].replace("\n", "\n    ")  # Markdown's code
+                self.writer.add_text("sample", text, step, at)
+        self.writer.flush()

@@ -122,7 +122,8 @@ class TrainingLoop:
         """
         progress = Progress(self.trainer.config.iters, self.trainer.step)
         if self.trainer.config.tensorboard:
-            self.events = Events(self.run)
+            with self.attempt("TensorBoard's event file"):
+                self.events = Events(self.run)
         try:
             with Interrupt() as interrupt:
                 while not self.finished() and interrupt.signal is None:
@@ -144,7 +145,8 @@ class TrainingLoop:
         finally:
             progress.close()
             if self.events:
-                self.events.close()
+                with self.attempt("TensorBoard's event file"):
+                    self.events.writer.close()
         incomplete = self.best_val is not None and self.result is None
         return interrupt.signal if incomplete or not self.finished() else None
 
@@ -204,7 +206,8 @@ class TrainingLoop:
         }
         self.run.append(record)
         if self.events:
-            self.events.add([record])
+            with self.attempt("TensorBoard's event file"):
+                self.events.add([record])
         self.rows, self.last_record = [], (trainer.step, seconds)
         progress.show(record)
         return record

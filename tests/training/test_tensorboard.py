@@ -73,4 +73,4 @@ def test_events_that_cannot_be_written_do_not_end_the_training(cli, tmp_path, mo
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     result = cli("train", *TINY, "--out", "run", "--tensorboard")
     assert result.code == 0
-    assert result.out.count("events cannot be written: No space left on device") == 1
+    assert result.out.count("warning   TensorBoard's event file failed, training continues") == 1
