@@ -9,11 +9,18 @@ copied before the next replay overwrites it.
 Source      PyTorch, "CUDA Graphs", whole-network capture
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from irongpt.errors import one_line
 
 Result = TypeVar("Result", Tensor, None)
 WARMUP = 3  # real steps in which kernels are compiled and libraries allocate workspaces
@@ -23,43 +30,116 @@ class Graph(Generic[Result]):
     """Calls `step`, which takes no arguments, and replays a graph of it after `warmup` calls.
 
     Captured or not, the results are the same, to the bit: the same kernels run on the same values.
+    If the capture fails, a line on standard error says so and the step is launched every time.
     """
 
     def __init__(
         self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
     ) -> None:
-        """device: a GPU. No part of the step may synchronize with the host."""
-        self.step: Callable[[], Result] = step
+        """step: a bound method. It is not kept alive: its object may own this graph, and a cycle
+        would be freed by the garbage collector, at a time when that breaks another capture.
+        device: a GPU. No part of the step may synchronize with the host.
+        """
+        self._step: Any = weakref.WeakMethod(step)
         self.device, self.warmup = device, warmup
         self.calls = 0
-        self.stream: torch.cuda.Stream | None = None
+        self.failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
+
+    def step(self) -> Result:
+        result: Any = self._step()()
+        return result
 
     def __call__(self) -> Result:
         self.calls += 1
         if self.calls <= self.warmup:
             return self._run_on_side_stream()
+        if self.graph is None and not self.failed:
+            try:
+                self._capture()
+            except Exception as e:  # not KeyboardInterrupt
+                self.failed, self.result = True, None
+                full = "out of memory: " if out_of_memory(e) else ""
+                print(
+                    "irongpt: the step cannot be captured in a CUDA graph and is launched kernel "
+                    f"by kernel, as with --no-graph: {full}{one_line(e)}",
+                    file=sys.stderr,
+                )
         if self.graph is None:
-            self._capture()
-        assert self.graph is not None
+            return self.step()
         self.graph.replay()
         result: Any = None if self.result is None else self.result.clone()
         return result
 
     def _run_on_side_stream(self) -> Result:
         """PyTorch requires another stream than the caller's for warmup before a capture."""
-        self.stream = self.stream or torch.cuda.Stream(self.device)
+        stream = side_stream(self.device)
         current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             result = self.step()
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         return result
 
     def _capture(self) -> None:
-        """Records the step without running it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
-            self.result = self.step()
+        """Records the step without running it. Raises what the step or the capture raises."""
+        stream = side_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            with capture(graph):
+                self.result = self.step()
         self.graph = graph
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for warmups and captures: one per device, as cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def capture(graph: Any) -> Iterator[None]:
+    """Captures on the current stream, because a backward runs on the stream of its forward.
+
+    Raises what the captured code raises, and the process can go on. The garbage collector does not
+    run within, since a graph that it destroys would invalidate the capture.
+    """
+    pool, broken = torch.cuda.graph_pool_handle(), None
+    generator = torch.cuda.get_rng_state()
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            try:
+                yield
+            except Exception as e:
+                broken = e
+                raise
+    except Exception as e:
+        recover(pool, generator)
+        if broken is None or e is broken:
+            raise
+        raise broken from None  # the end of a broken capture raises a less clear error
+    finally:
+        if collects:
+            gc.enable()
+
+
+def recover(pool: Any, generator: Tensor) -> None:
+    """Repairs the state after a failed capture. PyTorch then goes on allocating from the graph's
+    pool, and its default generator, whose state was `generator`, still refuses to generate."""
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # if PyTorch has ended that itself
+        torch._C._cuda_endAllocateToPool(device, pool)
+    fresh = torch.Generator(torch.device("cuda", device))
+    fresh.set_state(generator)
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh)
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether a GPU had too little memory: cuBLAS and a capture say so in errors of their own."""
+    text = str(e).lower()
+    full = isinstance(e, torch.cuda.OutOfMemoryError) or "out of memory" in text
+    return full or "alloc_failed" in text

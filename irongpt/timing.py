@@ -18,12 +18,12 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
+from irongpt.cuda_graph import capture
 from irongpt.errors import one_line
 
 CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
@@ -304,38 +304,6 @@ def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
     except torch.cuda.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated(device) - before
-
-
-@contextlib.contextmanager
-def capture(graph: Any) -> Iterator[None]:
-    """Captures on the current stream, because a backward runs on the stream of its forward.
-
-    Raises what the captured code raises, and the process can go on.
-    """
-    pool, broken = torch.cuda.graph_pool_handle(), None
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-            try:
-                yield
-            except Exception as e:
-                broken = e
-                raise
-    except Exception as e:
-        recover(pool)
-        if broken is None or e is broken:
-            raise
-        raise broken from None  # the end of a broken capture raises a less clear error
-
-
-def recover(pool: Any = None) -> None:
-    """Repairs the state after a failed capture. PyTorch then goes on allocating from the graph's
-    pool, if it is known, and its default generator still refuses to generate."""
-    device = torch.cuda.current_device()
-    if pool is not None:
-        with contextlib.suppress(RuntimeError):  # if PyTorch has ended that itself
-            torch._C._cuda_endAllocateToPool(device, pool)
-    fresh = torch.Generator(torch.device("cuda", device)).manual_seed(0)
-    torch.cuda.default_generators[device].graphsafe_set_state(fresh)
 
 
 def between(work: Callable[[], object]) -> float:

@@ -88,7 +88,7 @@ class Steps:
                 full = isinstance(e, torch.cuda.OutOfMemoryError)
                 row.skipped_reason = str(e) if isinstance(e, UserError) else reason(e)
                 ready.pop(name, None)
-                self._recover()
+                free(self.device)
             if full and ready:
                 return ready, waiting[i:]
             print(line(row), flush=True)
@@ -103,15 +103,9 @@ class Steps:
         except Exception as e:
             self.rows[name].stop_reason = reason(e)
             del ready[name]
-            self._recover()
+            free(self.device)
             print(f"{name}: {reason(e)}", flush=True)
             self._put()
-
-    def _recover(self) -> None:
-        """Frees memory after a failure, and ends a CUDA graph capture that may have failed."""
-        if self.device.type == "cuda":
-            timing.recover()
-        free(self.device)
 
     def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))

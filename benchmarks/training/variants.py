@@ -17,6 +17,7 @@ from benchmarks.measure import profiler
 from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from irongpt import device as devices
+from irongpt.cuda_graph import Graph
 from irongpt.data.batches import TrainBatches
 from irongpt.errors import UserError
 from irongpt.model import GPT
@@ -109,7 +110,14 @@ def trained(
             return made
 
         setattr(model, "loss", loss)  # noqa: B010 (a method, for mypy)
-    return Variant(trainer.train_step, device, deterministic)
+
+    def step() -> object:
+        row = trainer.train_step()
+        if isinstance(trainer.run_step, Graph) and trainer.run_step.failed:
+            raise RuntimeError("the CUDA graph could not be captured")
+        return row
+
+    return Variant(step, device, deterministic)
 
 
 def nanogpt(

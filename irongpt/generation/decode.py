@@ -6,7 +6,7 @@ every token; the results are the same. On a GPU the step is one CUDA graph. With
 and up to 4 sequences it has 33 kernels: 5 per layer, an embedding, the head and the sampling.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -57,7 +57,12 @@ class Decoder:
         self.last_norm = Matrix(model.ln_f.weight, model.ln_f.bias)
         self.head = model.wte.weight.to(self.dtype)
         captured = graph and device.type == "cuda"
-        self.run: Callable[[], None] = Graph(self.step, device, WARMUP) if captured else self.step
+        self.graph = Graph(self.step, device, WARMUP) if captured else None
+
+    def run(self) -> None:
+        """A step, or the replay of one."""
+        step = self.graph or self.step
+        step()
 
     def _matrices(self, block: Block) -> tuple[Matrix, ...]:
         """The parameters of a block in the order of their use."""

@@ -213,13 +213,18 @@ class TrainingLoop:
         return record
 
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates, samples, records and saves; does nothing if a signal stops the evaluation."""
+        """Evaluates, saves, samples, records and saves again what the record changes; does nothing
+        if a signal stops the evaluation. The sample uses the GPU in other ways than the training:
+        whatever it breaks, the first checkpoint is there, and a resumed run evaluates again."""
         trainer, run = self.trainer, self.run
         with self.clock("evaluation"):
             val_loss = trainer.evaluate(lambda: interrupt.signal is None)
         if val_loss is None:
             return
         finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
+        if finite:
+            with self.clock("saving"):
+                self.save(run.last)
         sample = self._sample() if finite else ""
         bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
         record = self._record(

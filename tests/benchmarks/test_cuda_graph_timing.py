@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from irongpt import timing
+from irongpt import cuda_graph, timing
 
 
 class Clock:
@@ -73,7 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fakes = dict(Event=Event, CUDAGraph=Graph, graph=graph, current_stream=lambda: None)
     fakes |= dict(synchronize=synchronize, _sleep=sleep, graph_pool_handle=lambda: (0, 1))
     fakes |= dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None)
-    fakes |= dict(empty_cache=lambda: None)
+    fakes |= dict(empty_cache=lambda: None, get_rng_state=lambda: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return clock
@@ -163,7 +163,7 @@ def test_a_failed_capture_is_recovered_from_and_has_a_reason(
     gpu: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[object] = []
-    monkeypatch.setattr(timing, "recover", recovered.append)
+    monkeypatch.setattr(cuda_graph, "recover", lambda pool, state: recovered.append(pool))
 
     def call(i: int) -> None:
         if gpu.capturing is not None:
@@ -184,7 +184,7 @@ def test_a_broken_capture_leaves_the_process_usable() -> None:
     """The host looks at a value within a capture; then a graph with dropout is captured."""
     x = torch.ones(1000, device="cuda")
     with timing.stream(CUDA):
-        with pytest.raises(RuntimeError), timing.capture(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError), cuda_graph.capture(torch.cuda.CUDAGraph()):
             F.dropout(x, 0.5).sum().item()
         torch.rand(3, device="cuda")
         torch.cuda.empty_cache()

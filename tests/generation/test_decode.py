@@ -102,7 +102,7 @@ def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypat
             class Graphed(Decoder):
                 def __init__(self, *args: Any) -> None:
                     super().__init__(*args)
-                    self.run = Double(self.step, self.tokens.device, decode.WARMUP)
+                    self.graph = Double(self.step, self.tokens.device, decode.WARMUP)
 
             patch.setattr(sample, "Decoder", Graphed)
             Double.replays = 0

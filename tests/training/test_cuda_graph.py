@@ -1,6 +1,10 @@
 """The training step as a CUDA graph would replay it, by a stand-in that runs on a CPU."""
 
+import contextlib
+import functools
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +14,7 @@ from conftest import TINY, Cli
 from irongpt_kernels import eager
 from test_trainer import CPU, assert_same_params, train, trainer
 
+from irongpt import cuda_graph
 from irongpt.cuda_graph import WARMUP, Graph
 from irongpt.training.trainer import Trainer
 
@@ -17,15 +22,17 @@ from irongpt.training.trainer import Trainer
 class Double(Graph):
     """A graph without a GPU: the result stays at one address, and replays do not see t.step."""
 
-    def __init__(self, t: Trainer) -> None:
+    def __init__(self, t: Trainer, error: Exception | None = None) -> None:
         super().__init__(t._run_step, CPU)
-        self.trainer = t
+        self.trainer, self.error = t, error
         self.replays = 0
 
     def _run_on_side_stream(self) -> torch.Tensor:
         return self.step()
 
     def _capture(self) -> None:
+        if self.error:
+            raise self.error
         self.result = torch.full((3,), float("nan"))
         self.graph = SimpleNamespace(replay=self._replay)
 
@@ -93,3 +100,122 @@ def test_the_flag_is_in_the_runs_config_and_may_change(cli: Cli, tmp_path: Path)
 
 def test_a_cpu_has_no_graph() -> None:
     assert not isinstance(trainer().run_step, Graph)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("operation not permitted\nwhen stream is capturing"), "not permitted when"),
+        (torch.cuda.OutOfMemoryError("tried to allocate"), "out of memory: OutOfMemoryError"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory: RuntimeError"),
+    ],
+)
+def test_a_run_whose_capture_fails_goes_on_launching(error, said, capsys) -> None:
+    options = dict(ops=eager, dropout=0.2)
+    plain, graphed = trainer(**options), trainer(**options)
+    graphed.run_step = Double(graphed, error)
+    assert torch.equal(train(plain, WARMUP + 4), train(graphed, WARMUP + 4))
+    assert_same_params(plain, graphed)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "--no-graph" in line
+    assert said in line
+
+
+class _Cuda:
+    """Stands in for torch.cuda: notes what is called, and on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, end: Exception | None = None) -> None:
+        self.current, self.end, self.made, self.used = "default", end, [], []
+        names = "Stream stream graph device current_stream graph_pool_handle get_rng_state"
+        for name in (*names.split(), "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(cuda_graph, "recover", lambda *given: self.used.append(given))
+        monkeypatch.setattr(
+            cuda_graph, "side_stream", functools.cache(cuda_graph.side_stream.__wrapped__)
+        )
+
+    def Stream(self, device: torch.device) -> SimpleNamespace:  # noqa: N802
+        self.made.append(device)
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def stream(self, stream: object):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, pool: object, stream: object):
+        self.used.append(stream)
+        assert not gc.isenabled()
+        yield
+        if self.end:
+            raise self.end
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def current_stream(self, device: object = None) -> object:
+        return SimpleNamespace(wait_stream=lambda s: None) if device else self.current
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def get_rng_state(self) -> str:
+        return "state"
+
+    def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(replay=lambda: None)
+
+
+class _Owner:
+    def __init__(self, index: int = 0, error: Exception | None = None) -> None:
+        self.calls, self.error = 0, error
+        self.graph = Graph(self.step, torch.device("cuda", index), 1)
+
+    def step(self) -> None:
+        self.calls += 1
+        if self.error and not gc.isenabled():
+            raise self.error
+
+
+def test_a_capture_is_on_the_one_side_stream_of_its_device(monkeypatch) -> None:
+    cuda = _Cuda(monkeypatch)
+    owners = [_Owner(0), _Owner(0), _Owner(1)]
+    for owner in owners:
+        for _ in range(3):
+            owner.graph()
+    assert cuda.made == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert [stream.device.index for stream in cuda.used] == [0, 0, 1]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("where", ["within", "at the end"])
+def test_a_broken_capture_is_recovered_from_and_its_first_error_shown(
+    where, monkeypatch, capsys
+) -> None:
+    cuda = _Cuda(monkeypatch, None if where == "within" else ValueError("invalidated"))
+    owner = _Owner(0, ValueError("a sync") if where == "within" else None)
+    for _ in range(3):
+        owner.graph()
+    assert cuda.used[1:] == [("pool", "state")]
+    assert gc.isenabled()
+    assert cuda.current == "default"
+    assert ("a sync" if where == "within" else "invalidated") in capsys.readouterr().err
+
+
+def test_the_graph_of_an_object_dies_with_it(monkeypatch) -> None:
+    _Cuda(monkeypatch)
+    owner = _Owner()
+    for _ in range(3):
+        owner.graph()
+    gone = weakref.ref(owner.graph)
+    gc.disable()
+    try:
+        del owner
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -170,3 +171,12 @@ def test_config_json_is_the_presets_recipe_with_the_given_options(training):
     recipe = {**PRESETS["nano"].train, **given, "device": "cpu"}
     assert stored == replace(Recipe(**recipe))
     assert from_json(Recipe, json.loads(json.dumps(recipe | vars(stored)))) == stored
+
+
+def test_an_evaluation_saves_before_it_samples(training, monkeypatch):
+    """A sample can break the GPU or end the process; the steps before it are not lost."""
+
+    monkeypatch.setattr(loop.TrainingLoop, "_sample", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        training.fit()
+    assert step_of(training.run.last) == 10
