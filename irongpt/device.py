@@ -4,12 +4,14 @@ import contextlib
 import os
 import re
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
 from irongpt_kernels.runtime import emulate
 
-from irongpt.errors import UserError
+from irongpt import driver
+from irongpt.errors import UserError, brief
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,17 +57,35 @@ def pick(name: str) -> torch.device:
     except ValueError as e:
         raise UserError(str(e)) from e
     if name == "auto":
+        if why := unseen_gpu():
+            raise UserError(why)
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no NVIDIA GPU; use --device cpu")
+        why = unseen_gpu()
+        raise UserError(why or "--device cuda: torch finds no NVIDIA GPU; use --device cpu")
     count, index = torch.cuda.device_count(), name.partition(":")[2]
     if int(index or 0) >= count:
         raise UserError(f"--device {name}: there are {count} GPUs, and the first is cuda:0")
     return torch.device("cuda", int(index or torch.cuda.current_device()))
+
+
+def unseen_gpu() -> str | None:
+    """Why torch finds no GPU on a machine that has one, and what to do; None where it finds one or
+    there is none. A GPU that CUDA_VISIBLE_DEVICES hides counts as none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its reason is in the line that is returned
+        if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return None
+        try:
+            torch.cuda.init()
+            reason = "no reason is given"
+        except (RuntimeError, AssertionError) as e:
+            reason = brief(e)
+    return driver.unseen(torch.__version__, torch.version.cuda, reason)
 
 
 def precision(name: str, device: torch.device) -> Precision:

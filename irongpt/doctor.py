@@ -52,7 +52,8 @@ class Report:
 def doctor(device: str, json_file: Path | None) -> int:
     """Prints the report, and writes it to `json_file`. Returns 1 if there is a problem."""
     check_result(json_file)
-    report = examine(devices.pick(device))
+    unseen = device == "auto" and devices.unseen_gpu()
+    report = examine(devices.pick("cpu" if unseen else device))
     print(report)
     if json_file is not None:
         write_result(json_file, (json.dumps(asdict(report), indent=1) + "\n").encode())
@@ -71,12 +72,9 @@ def _machine(report: Report, device: torch.device) -> None:
     report.facts["machine"] = f"{devices.describe(device)}; {system}"
     if device.type == "cuda":
         _card(report, device)
-    elif driver := gpu_state.driver_version():
-        report.problems.append(
-            f"NVIDIA driver {driver} is installed, but torch {torch.__version__} finds no GPU: "
-            "install a torch with CUDA for this driver, or check CUDA_VISIBLE_DEVICES"
-        )
-    else:
+    elif why := devices.unseen_gpu():
+        report.problems.append(why)
+    elif not torch.cuda.is_available():
         report.advice.append(
             "no NVIDIA GPU: irongpt train runs the nano preset on the CPU in minutes; the iron "
             "preset needs a GPU, such as the free T4 of a Colab notebook"

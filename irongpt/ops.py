@@ -6,7 +6,7 @@ from irongpt_kernels.runtime import emulate
 
 from irongpt import launch_cache
 from irongpt.config import GPTConfig, check
-from irongpt.errors import UserError
+from irongpt.errors import UserError, brief
 
 
 def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Ops:
@@ -43,6 +43,7 @@ def _load_fused(device: torch.device) -> Ops:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
+        _build_launcher(hint)
         launch_cache.load(device)
     elif not (launch.INTERPRETED or launch.EXECUTED_PTX):
         raise UserError(
@@ -50,6 +51,19 @@ def _load_fused(device: torch.device) -> Ops:
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
         )
     return fused
+
+
+def _build_launcher(hint: str) -> None:
+    """Lets Triton build the C module that launches kernels, which it keeps in its cache."""
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except Exception as e:  # no compiler, no Python.h, no libcuda: each has its own type
+        raise UserError(
+            f"--fused: Triton cannot build its launcher ({brief(e)}): install a C compiler and "
+            f"Python's headers (on Debian: apt install gcc python3-dev), or {hint}"
+        ) from e
 
 
 def notes(name: str, device: torch.device) -> list[str]:

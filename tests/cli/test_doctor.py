@@ -13,9 +13,11 @@ from conftest import assert_mistake
 from fake_gpu import fake_gpu
 from irongpt_kernels import eager, fused
 
-from irongpt import doctor, gpu_state
+from irongpt import device as devices
+from irongpt import doctor, gpu_state, ops
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
 from irongpt.doctor import training_bytes
+from irongpt.errors import UserError
 
 NVML = {  # the answers of NVML for a T4, by the end of the function's name
     "Init": None,
@@ -155,14 +157,61 @@ def test_on_a_cpu_without_nvidia_ml_py(cli, monkeypatch, tmp_path) -> None:
     assert report["problems"] == []
 
 
-def test_a_driver_without_a_torch_for_it(cli, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = cli("doctor")
-    assert result.code == 1
-    text = " ".join(result.out.split())
-    assert "NVIDIA driver 550.54 is installed, but torch" in text
-    assert "finds no GPU: install a torch with CUDA" in text
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts an nvidia-smi on the PATH that reports a driver; torch finds no GPU."""
+
+    def install(driver: str, cuda: str | None) -> None:
+        stub = tmp_path / "bin" / "nvidia-smi"
+        stub.parent.mkdir()
+        stub.write_text(f"#!/bin/sh\necho {driver}\n")
+        stub.chmod(0o755)
+        monkeypatch.setenv("PATH", str(stub.parent), prepend=os.pathsep)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+
+    return install
+
+
+UNSEEN = [
+    ("550.54.15", "13.0", "needs NVIDIA driver 580 or newer, and this is 550.54.15: update the"),
+    ("550.54.15", "13.0", "pip install --force-reinstall torch==2.10.0 triton==3.6.0"),
+    ("550.54.15", None, "is built without CUDA"),
+    ("590.44", "13.0", "finds no GPU, though NVIDIA driver 590.44 is here"),
+]
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "doctor", "tune"])
+@pytest.mark.parametrize(("driver", "cuda", "text"), UNSEEN)
+def test_a_gpu_that_torch_does_not_see(cli, nvidia_smi, driver, cuda, text, command) -> None:
+    nvidia_smi(driver, cuda)
+    result = cli(command)
+    if command == "doctor":
+        assert result.code == 1
+        assert text in " ".join(result.out.split())
+        return
+    assert_mistake(result, text)
+    assert "use the CPU: --device cpu" in result.err
+
+
+def test_a_gpu_that_the_user_hides_counts_as_none(nvidia_smi, monkeypatch) -> None:
+    nvidia_smi("550.54.15", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.pick("auto") == torch.device("cpu")
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
+    from triton.runtime import driver
+
+    class Broken:
+        @property
+        def utils(self) -> None:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(type(driver), "active", Broken())
+    with pytest.raises(UserError, match=r"Failed to find C compiler.*apt install gcc python3-dev"):
+        ops._build_launcher("use --ops builtin")
 
 
 def test_mistakes(cli, monkeypatch) -> None:

@@ -30,6 +30,7 @@ def fake_gpu(
     }
     for function, fake in fakes.items():
         patch.setattr(torch.cuda, function, fake)
+    patch.setattr("irongpt.ops._build_launcher", lambda hint: None)
     patch.delenv(emulate.VARIABLE, raising=False)
     return card
 
