@@ -235,6 +235,15 @@ def test_special_registers_and_several_ctas() -> None:
     assert out.tolist() == [i % 32 for i in range(len(out))]
 
 
+@pytest.mark.parametrize(("bits", "register"), [(32, "%r20"), (64, "%rd22")])
+def test_a_parameter_at_an_address_in_a_register(bits: int, register: str) -> None:
+    unused, out = torch.zeros(1, dtype=I32), torch.zeros(32, dtype=I32)
+    body = f"""mov.b{bits} {register}, k_param_0; ld.param.b64 %rd20, [{register}+8];
+    mul.wide.u32 %rd21, %r0, 4; add.s64 %rd20, %rd20, %rd21; st.global.b32 [%rd20], %r0;"""
+    assert run(body, unused, out).counts == {}
+    assert out.tolist() == list(range(32))
+
+
 @pytest.mark.parametrize(
     "op",
     ["brev.b32 %r20, %r0;", "add.sat.s32 %r20, %r0, 1;", "atom.global.add.u32 %r1, [%rd0], 1;"],

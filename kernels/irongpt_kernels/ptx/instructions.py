@@ -59,7 +59,7 @@ class Instructions(Arithmetic):
         form = "s" if form == "s" else "u"
         if mods[0] == "param":
             base, offset = self.address(a[1])
-            array = f"{base}.view(i8) + " if base else ""
+            array = f"{base}.astype(i8) + " if base else ""  # 32 or 64 bits
             for i, part in enumerate(parts):
                 x = self.temporary(f"S.ldp({array}{offset + i * size}, {size})")
                 self.widen(part, self._as(x, form, bits), form, bits, ins)
