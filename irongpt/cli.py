@@ -1,6 +1,8 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 import time
@@ -9,7 +11,7 @@ from dataclasses import Field, fields
 from itertools import chain, takewhile
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from irongpt import __version__
 from irongpt.config import (
@@ -26,6 +28,9 @@ from irongpt.config import (
 from irongpt.console import output, output_is_optional
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, brief
+
+if TYPE_CHECKING:
+    from irongpt.training.distributed import World
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -232,19 +237,37 @@ def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list
 
 def train_command(flags: Flags) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which count as set-up
-    with output_is_optional():
-        return _train(flags, start)
+    from irongpt.training import distributed
+
+    world = distributed.join()
+    with contextlib.ExitStack() as stack:
+        if world.rank:  # the process 0 prints
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        else:
+            stack.enter_context(output_is_optional())
+        try:
+            code = _train(flags, start, world)
+        except (UserError, DivergenceError) as e:
+            if world.fail():
+                raise
+            return 2 if isinstance(e, UserError) else 1
+        except RuntimeError:
+            world.explain()
+            raise
+        world.close()
+        return code
 
 
-def _train(flags: Flags, start: float) -> int:
+def _train(flags: Flags, start: float, world: "World") -> int:
     from irongpt.console import Clock, say
     from irongpt.training.start import new_run, resumed_run
 
     clock = Clock(start)
     if "resume" in flags:
-        training = resumed_run(flags.pop("resume"), flags, clock)
+        training = resumed_run(flags.pop("resume"), flags, clock, world)
     else:
-        training = new_run(flags, clock)
+        training = new_run(flags, clock, world)
     clock.parts["set-up"] = clock.total()
     path, trainer = training.run.path, training.trainer
     say(f"run       {path}, from step {trainer.step:,}")

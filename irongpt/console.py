@@ -183,10 +183,10 @@ class Clock:
 class Progress:
     """Progress of a run: tqdm's bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, steps: int, start: int) -> None:
+    def __init__(self, steps: int, start: int, bar: bool = True) -> None:
         self.bar: Any = None
         self.attempt = Attempt()
-        if sys.stderr.isatty():
+        if bar and sys.stderr.isatty():
             with self._bar_is_optional():
                 from tqdm import tqdm
 
@@ -241,12 +241,14 @@ class Interrupt:
 
     A second signal ends the process at once, or has its former effect in Jupyter and the like. A
     signal that was ignored at the start, as by nohup, stays ignored. In a thread there are none.
+    twice: False where torchrun passes on the signal that a terminal has sent already.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))
 
-    def __init__(self) -> None:
+    def __init__(self, twice: bool = True) -> None:
         self.signal: int | None = None
+        self.twice = twice
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -264,5 +266,5 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         interactive = hasattr(sys, "ps1")
-        for s, handler in self.before.items():
+        for s, handler in self.before.items() if self.twice else ():
             signal.signal(s, handler if interactive else signal.SIG_DFL)

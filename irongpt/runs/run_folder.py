@@ -153,6 +153,24 @@ class RunFolder:
         return records
 
 
+class Onlooker(RunFolder):
+    """The folder as a process sees it that writes nothing: another one does."""
+
+    def create(
+        self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
+    ) -> None:
+        """Nothing."""
+
+    def resume(self, config: RunConfig, step: int) -> None:
+        self.config = config
+
+    def append(self, record: Record) -> None:
+        """Nothing."""
+
+    def write_result(self, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def default_path(name: str) -> Path:
     """runs/<name>, with the suffix -2, -3, ... if that exists."""
     path, n = Path("runs") / name, 1

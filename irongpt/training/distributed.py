@@ -31,7 +31,7 @@ BEAT = 1.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one, after which a process is dead
 START = 600.0  # seconds in which all processes must have started
 PARTS_FROM = 5  # processes from which on each adds a part of the gradients
-ENDED = "ended"  # in place of the number, by a process that has left
+ENDED, FAILED = "ended", "failed"  # in place of the number, by a process that has left
 
 
 class World:
@@ -65,32 +65,51 @@ class World:
         """A context that the first process of a machine leaves before the others enter it."""
         return contextlib.nullcontext()
 
+    def share(self, value: str) -> str:
+        """The value that the process 0 has given."""
+        return value
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises UserError unless every process of this machine has a GPU of its own."""
+
     def close(self) -> None:
         """Ends the work of the processes with each other."""
+
+    def fail(self) -> bool:
+        """Ends the other processes after an error. Returns whether this process reports it."""
+        return True
+
+    def explain(self) -> None:
+        """Called when an exchange may have failed because another process is dead."""
 
 
 class Torchrun(World):
     """The processes that torchrun has started, one per GPU, or several on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        self.dist, self.device = dist, device
+        self.dist = dist
         self.rank, self.size, self.local_rank = map(_variable, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         wait = datetime.timedelta(seconds=START)
         # Two connections: a wait of the main thread does not hold up the signs of life.
         store, watch = (next(rendezvous("env://", timeout=wait))[0] for _ in range(2))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
-        self.ended, self.dead = threading.Event(), threading.Event()
+        self.last, self.ended = ENDED, threading.Event()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus:
+            torch.cuda.set_device(self.local_rank % gpus)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.size,
             timeout=datetime.timedelta(days=7),
-            device_id=device if device.type == "cuda" else None,
         )
         self.watch = dist.PrefixStore(f"irongpt-alive-{attempt}", watch)
         self.watcher = threading.Thread(target=self._watch, daemon=True)
@@ -99,7 +118,9 @@ class Torchrun(World):
     def gather(self, rows: Tensor) -> None:
         flat = rows.view(torch.uint8).view(-1)  # copied, not computed: gloo has no bfloat16
         own = flat.chunk(self.size)[self.rank]
-        self.dist.all_gather_into_tensor(flat, own)
+        # The first is the name in newer versions of PyTorch, where the second prints a warning.
+        gather = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor
+        gather(flat, own)
 
     def add_rows(self, rows: Tensor) -> Tensor:
         n, mine = rows.shape[1], self.mine(len(rows))
@@ -141,17 +162,44 @@ class Torchrun(World):
             if not self.local_rank:
                 self.store.set(key, "done")
 
+    def share(self, value: str) -> str:
+        if not self.rank:
+            self.store.set("shared", value)
+        return str(self.store.get("shared").decode())
+
+    def wait(self) -> None:
+        self.dist.all_reduce(torch.zeros(1))
+
+    def check_device(self, device: torch.device) -> None:
+        count = _variable("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
+        if device.type != "cuda":
+            return
+        if count > (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"{count} processes, but {gpus} GPUs: two processes cannot share one; "
+                f"use --nproc-per-node {gpus}"
+            )
+        if device.index != torch.cuda.current_device():
+            raise UserError(
+                f"--device {device}: torchrun gives each process a GPU of its own; leave it out"
+            )
+
     def close(self) -> None:
         """Call it after the CUDA graphs are gone: NCCL waits for them."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.dist.barrier()
-        self.leave()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.wait()
+        self._leave(ENDED)
         self.dist.destroy_process_group()
 
-    def leave(self) -> None:
-        """Tells the others that this process ends on purpose."""
+    def fail(self) -> bool:
+        first = bool(self.store.add("failures", 1) == 1)
+        self._leave(FAILED)
+        return first
+
+    def _leave(self, last: str) -> None:
+        self.last = last
         self.ended.set()
         self.watcher.join()
 
@@ -169,10 +217,12 @@ class Torchrun(World):
                     count = self.watch.get(str(rank)).decode() if known else ""
                     if count != counts[rank]:
                         counts[rank], seen[rank] = count, now
+                if FAILED in counts.values():  # it has reported why
+                    os._exit(1)
                 late = [r for r in counts if counts[r] != ENDED and now - seen[r] > SILENT]
                 if late:
                     self._end(late, min(set(counts) - set(late)))
-            self.watch.set(str(self.rank), ENDED)
+            self.watch.set(str(self.rank), self.last)
 
     def _end(self, late: list[int], speaker: int) -> None:
         if self.rank == speaker:
@@ -185,19 +235,13 @@ class Torchrun(World):
         os._exit(1)
 
     def explain(self) -> None:
-        """After an exchange has failed: waits until `_watch` has found who is dead, and has ended
-        this process, or returns, because all are alive."""
+        """Waits until `_watch` has named the dead process and ended this one, else returns."""
         time.sleep(SILENT + 5 * BEAT)
 
 
-def started() -> bool:
-    """Whether torchrun has started this process."""
-    return "WORLD_SIZE" in os.environ
-
-
-def silent() -> bool:
-    """Whether another process of this machine prints for this one."""
-    return started() and _variable("LOCAL_RANK") > 0
+def join() -> World:
+    """The world of this process. Waits until all of its processes have started."""
+    return Torchrun() if "WORLD_SIZE" in os.environ else World()
 
 
 def _variable(name: str) -> int:
@@ -205,19 +249,3 @@ def _variable(name: str) -> int:
         return int(os.environ[name])
     except (KeyError, ValueError):
         raise UserError(f"WORLD_SIZE is set, but {name} is not a number: use torchrun") from None
-
-
-def check_world(device: str) -> None:
-    """Raises UserError unless every process of this machine has a device of its own.
-
-    device: the value of --device.
-    """
-    local = _variable("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
-    if device.startswith("cuda:"):
-        raise UserError(f"--device {device}: torchrun gives each process a GPU; leave it out")
-    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-    if count and local > count:
-        raise UserError(
-            f"{local} processes, but {count} GPUs: two cannot share one; "
-            f"use --nproc-per-node {count}"
-        )

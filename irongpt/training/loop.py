@@ -1,6 +1,7 @@
 """The training loop: steps, logging, evaluation, samples, checkpoints, stopping."""
 
 import math
+import signal
 import statistics
 import textwrap
 import time
@@ -56,10 +57,14 @@ class TrainingLoop:
         self.plotted = time.monotonic()
         self.attempt = Attempt()
         self.events: Events | None = None  # for TensorBoard
+        self.primary = trainer.world.rank == 0  # the process that writes, samples and prints
+        self.signal: int | None = None  # that some process has received, of a step all know of
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
         self._collect()
+        if not self.primary:
+            return
         trainer = self.trainer
         state = {
             **{name: getattr(self, name) for name in STATE},
@@ -120,17 +125,22 @@ class TrainingLoop:
         Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
         written; the last good checkpoint stays.
         """
-        progress = Progress(self.trainer.config.iters, self.trainer.step)
-        if self.trainer.config.tensorboard:
+        trainer = self.trainer
+        progress = Progress(trainer.config.iters, trainer.step, bar=self.primary)
+        alone = trainer.world.size == 1
+        if trainer.config.tensorboard and self.primary:
             with self.attempt("TensorBoard's event file"):
                 self.events = Events(self.run)
         try:
-            with Interrupt() as interrupt:
-                while not self.finished() and interrupt.signal is None:
+            with Interrupt(twice=alone) as interrupt:
+                while not self.finished() and self.signal is None:
                     if self._evaluation_is_due():
                         self._evaluate(interrupt, progress)
                     else:
+                        trainer.signal.fill_(0 if alone else interrupt.signal or 0)
                         self._step(progress)
+                    if alone:
+                        self.signal = interrupt.signal
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
@@ -148,7 +158,7 @@ class TrainingLoop:
                 with self.attempt("TensorBoard's event file"):
                     self.events.writer.close()
         incomplete = self.best_val is not None and self.result is None
-        return interrupt.signal if incomplete or not self.finished() else None
+        return self.signal if incomplete or not self.finished() else None
 
     def _step(self, progress: Progress) -> None:
         """Takes a step, and adds a record every `log_every` steps unless an evaluation will."""
@@ -170,9 +180,10 @@ class TrainingLoop:
     def _collect(self) -> None:
         """Copies the results of the last steps to the host, which waits for the device here."""
         rows = torch.stack(self.recent).tolist() if self.recent else []
-        for _, norm, _ in rows:
+        for _, norm, _, *signals in rows:
             self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-        self.rows += rows
+            self.signal = int(max(signals, default=0)) or self.signal
+        self.rows += [row[:3] for row in rows]
         self.recent = []
 
     def _record(self, progress: Progress, **evaluation: Any) -> Record:
@@ -220,6 +231,7 @@ class TrainingLoop:
         with self.clock("evaluation"):
             val_loss = trainer.evaluate(lambda: interrupt.signal is None)
         if val_loss is None:
+            self.signal = interrupt.signal or signal.SIGTERM
             return
         finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
         if finite:
@@ -251,6 +263,7 @@ class TrainingLoop:
     def _evaluate_best(self, interrupt: Interrupt) -> None:
         """Evaluates `best` over the entire validation text and writes result.json."""
         trainer, run = self.trainer, self.run
+        trainer.world.wait()  # until `best` is written
         self.result = run.result(self.best_step)
         if self.result is not None:  # of a process before
             return
@@ -260,6 +273,7 @@ class TrainingLoop:
             loss = trainer.evaluate_all(lambda: interrupt.signal is None)
             trainer.model.load_state_dict(weights)
         if loss is None:
+            self.signal = interrupt.signal or signal.SIGTERM
             return
         self.result = {
             "step": self.best_step,
@@ -275,6 +289,8 @@ class TrainingLoop:
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
         text = ""
+        if not self.primary:
+            return text
         with self.clock("samples"), self.attempt("the sample"):
             start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
             ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
@@ -283,8 +299,9 @@ class TrainingLoop:
 
     def _plot(self) -> None:
         """Updates loss.png and sample.txt."""
-        with self.clock("plots"), self.attempt("the plot"):
-            plots.draw(self.run)
+        if self.primary:
+            with self.clock("plots"), self.attempt("the plot"):
+                plots.draw(self.run)
         self.plotted = time.monotonic()
 
 

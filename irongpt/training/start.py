@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from irongpt_kernels import Ops
 
+from irongpt import __version__, ops
 from irongpt import device as devices
-from irongpt import ops
 from irongpt.config import (
     PRESETS,
     DataConfig,
@@ -33,6 +33,7 @@ from irongpt.model import GPT
 from irongpt.runs import tensorboard
 from irongpt.runs.run_folder import (
     IMPORTED,
+    Onlooker,
     RunConfig,
     RunFolder,
     check_run_is_new,
@@ -40,6 +41,7 @@ from irongpt.runs.run_folder import (
     load_checkpoint,
     open_run,
 )
+from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
@@ -123,38 +125,45 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
     return Setup(config.preset, data, model, train, device, precision, module)
 
 
-def new_run(flags: Flags, clock: Clock) -> TrainingLoop:
+def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
     """Creates the run's folder, with a first checkpoint."""
-    if "out" in flags:
+    world = world or World()
+    if "out" in flags and not world.rank:
         check_run_is_new(flags["out"])
-    setup = new_setup(flags)
+    setup = new_setup({"shards": world.size} | flags if world.size > 1 else flags)
+    _check_world(world, setup)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
-    text = _load(setup.data, flags.get("out") or Path("runs"))
-    tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
+    with world.first():
+        text = _load(setup.data, flags.get("out") or Path("runs"))
+        tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
     model = replace(setup.model, vocab_size=tokenizer.vocab_size)
     setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
     data = _stored(setup.data) if setup.data else DataConfig((text.name,))
     config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-    run = RunFolder(flags.get("out") or default_path(f"{text.name}-{setup.preset}"), config)
-    training = _training(run, setup, text, tokenizer, tokens, clock)
+    path = world.share(str(flags.get("out") or default_path(f"{text.name}-{setup.preset}")))
+    run = (Onlooker if world.rank else RunFolder)(Path(path), config)
+    training = _training(run, setup, text, tokenizer, tokens, clock, world)
     run.create(training.save, text.files)
     return training
 
 
-def resumed_run(path: Path, flags: Flags, clock: Clock) -> TrainingLoop:
+def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
     """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE."""
-    run = open_run(path)
+    world, run = world or World(), open_run(path)
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
     first = run.config.preset == IMPORTED and state.get("step") == 0
     setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
-    text = _load(data, path, run.config.data_sha256)
-    if not first:
-        run.check_text(text.sha256, text.files, ", ".join(data.sources))
-    tokens = tokenized.encode(text, tokenizer)
-    training = _training(run, setup, text, tokenizer, tokens, clock)
+    _check_world(world, setup)
+    with world.first():
+        text = _load(data, path, run.config.data_sha256)
+        if not first:
+            run.check_text(text.sha256, text.files, ", ".join(data.sources))
+        tokens = tokenized.encode(text, tokenizer)
+    run = Onlooker(path, run.config) if world.rank else run
+    training = _training(run, setup, text, tokenizer, tokens, clock, world, state["step"])
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
@@ -180,14 +189,29 @@ def _training(
     tokenizer: Tokenizer,
     tokens: Tokens,
     clock: Clock,
+    world: World,
+    step: int = 0,
 ) -> TrainingLoop:
     """A model with new weights and its trainer, on the device. Prints what they are."""
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)
     model = GPT(m, setup.ops).to(device)
-    trainer = Trainer(model, tokens, train, device, precision.dtype)
+    trainer = Trainer(model, tokens, train, device, precision.dtype, world)
+    trainer.separate_generators()
+    world.agree(
+        {
+            "version of irongpt": __version__,
+            "version of torch": torch.__version__,
+            "text": text.sha256,
+            "step": step,
+            "dtype": devices.dtype_name(precision.dtype),
+            "model": to_json(m),
+            "training": to_json(train),
+        }
+    )
     peak, source = devices.peak_flops(device, precision.dtype)
+    peak *= world.size
     per_step = trainer.tokens_per_step()
     epochs = train.iters * per_step / len(tokens.train)
 
@@ -204,6 +228,8 @@ def _training(
         f"device    {devices.describe(device)}; {devices.dtype_name(precision.dtype)} "
         f"({precision.reason}); {train.ops} ops; 100% MFU is {peak / 1e12:,.3g} TFLOP/s ({source})"
     )
+    if train.shards > 1:
+        say(f"shards    {train.shards} in every step; processes: {world.size}")
     for note in ops.notes(train.ops, device):
         say(f"kernels   {note}")
     say(
@@ -216,6 +242,21 @@ def _training(
             "best/ keeps the lowest validation loss"
         )
     return TrainingLoop(run, trainer, tokenizer, peak, clock)
+
+
+def _check_world(world: World, setup: Setup) -> None:
+    """Raises UserError unless these processes can train it together."""
+    world.check_device(setup.device)
+    shards = setup.train.shards
+    check(
+        shards % world.size == 0,
+        f"{world.size} processes cannot share {shards} shards evenly: "
+        "use a number of processes that divides --shards",
+    )
+    check(
+        world.size == 1 or not setup.data or corpus.STDIN not in setup.data.sources,
+        "several processes cannot read standard input: give --data a file",
+    )
 
 
 def _recipe(setup: Setup, train_tokens: int, flags: Flags) -> TrainConfig:
