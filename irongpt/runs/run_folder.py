@@ -161,7 +161,7 @@ class Onlooker(RunFolder):
     ) -> None:
         """Nothing."""
 
-    def resume(self, config: RunConfig, step: int) -> None:
+    def resume(self, config: RunConfig, step: int, files: dict[str, str]) -> None:
         self.config = config
 
     def append(self, record: Record) -> None:

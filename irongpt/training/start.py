@@ -163,7 +163,7 @@ def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = No
             run.check_text(text.sha256, text.files, ", ".join(data.sources))
         tokens = tokenized.encode(text, tokenizer)
     run = Onlooker(path, run.config) if world.rank else run
-    training = _training(run, setup, text, tokenizer, tokens, clock, world, state["step"])
+    training = _training(run, setup, text, tokenizer, tokens, clock, world, state.get("step", 0))
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)

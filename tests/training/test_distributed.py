@@ -171,7 +171,7 @@ def shown(folder: Path, rank: int) -> str:
 
 def wait_for(folder: Path, records: int) -> None:
     """Until the run has so many lines of metrics."""
-    metrics, end = folder / "run/metrics.jsonl", time.monotonic() + 20
+    metrics, end = folder / "run/metrics.jsonl", time.monotonic() + 60
     while time.monotonic() < end:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= records:
             return
