@@ -1,8 +1,6 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
-import contextlib
-import os
 import re
 import sys
 import time
@@ -11,7 +9,7 @@ from dataclasses import Field, fields
 from itertools import chain, takewhile
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from irongpt import __version__
 from irongpt.config import (
@@ -25,12 +23,9 @@ from irongpt.config import (
     check,
     flag,
 )  # fmt: skip
-from irongpt.console import output, output_is_optional
+from irongpt.console import output
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, brief
-
-if TYPE_CHECKING:
-    from irongpt.training.distributed import World
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -237,59 +232,9 @@ def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list
 
 def train_command(flags: Flags) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which count as set-up
-    from irongpt.training import distributed
+    from irongpt.training.command import train
 
-    world = distributed.join()
-    with contextlib.ExitStack() as stack:
-        if world.rank:  # the process 0 prints
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        else:
-            stack.enter_context(output_is_optional())
-        try:
-            code = _train(flags, start, world)
-        except (UserError, DivergenceError) as e:
-            if world.fail():
-                raise
-            return 2 if isinstance(e, UserError) else 1
-        except RuntimeError:
-            world.explain()
-            raise
-        world.close()
-        return code
-
-
-def _train(flags: Flags, start: float, world: "World") -> int:
-    from irongpt.console import Clock, say
-    from irongpt.training.start import new_run, resumed_run
-
-    clock = Clock(start)
-    if "resume" in flags:
-        training = resumed_run(flags.pop("resume"), flags, clock, world)
-    else:
-        training = new_run(flags, clock, world)
-    clock.parts["set-up"] = clock.total()
-    path, trainer = training.run.path, training.trainer
-    say(f"run       {path}, from step {trainer.step:,}")
-    idle = training.finished()
-    stopped_by = training.fit()
-    if stopped_by is not None:
-        say(f"stopped at step {trainer.step:,}, saved; continue: irongpt train --resume {path}")
-    elif idle:
-        longer = "a larger --iters"
-        if training.reached_target():
-            longer = "a lower --target-loss"
-        elif training.out_of_patience():
-            longer = "a larger --patience"
-        say(f"nothing to do: the run is finished; {longer} continues it")
-    else:
-        say(f"{training.outcome()}; generate text: irongpt generate {path}")
-    if training.result and training.result["val_loss"] is not None:
-        loss, bits = training.result["val_loss"], training.result["bits_per_byte"]
-        text = f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
-        say(f"result    best/ has {text} over the entire validation text")
-    say(f"time      {clock.summary()}")
-    return 0 if stopped_by is None else 128 + stopped_by
+    return train(flags, start)
 
 
 def generate_command(flags: Flags) -> int:
