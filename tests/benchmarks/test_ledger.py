@@ -163,8 +163,9 @@ def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledge
 
 
 def test_the_command_prints_that_its_figures_are_computed(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(PRESETS["nano"].model, "n_layer", 1)
     options = "--preset nano --dtype float32 --optimizer adamw"
     assert ledger.main(options.split()) == 0
     out = capsys.readouterr().out

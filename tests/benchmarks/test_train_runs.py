@@ -14,7 +14,7 @@ import torch
 from irongpt_kernels import builtin
 
 from benchmarks import decode, roofline, train_runs, vs_nanogpt
-from benchmarks.measure import result_file
+from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import KernelRow, NanoRow, RunRow, StepRow
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
@@ -39,6 +39,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "nano", PRESETS["nano"].__class__("", small, recipe))
         patch.setattr(cases, "NANO", cases.Shape(B=2, H=2, T=16, D=16, V=13, L=1))
+        patch.setitem(environment.COPIED, "cpu", 1 << 20)  # else copies take most of the time
         kernels.main([*options, "--providers", "eager", "builtin", "liger", "--rounds", "2"])
         train.main([*options, "--variants", "builtin", "naive", "eager", "--turns", "2"])
         decode.main([*options, "--ops", "builtin"])

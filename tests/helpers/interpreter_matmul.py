@@ -1,14 +1,18 @@
-"""Two changes to Triton's interpreter under test: matmuls like a GPU's, and fast device functions.
+"""Triton's interpreter under test: matmuls like a GPU's, and half of its time saved.
 
-The matmuls are those of `irongpt_kernels.runtime.interpreter`.
+The matmuls are those of `irongpt_kernels.runtime.interpreter`. The rest changes no result:
 
-The interpreter patches all of triton.language again at every call of a device function (a jitted
-function that a kernel calls), which took most of the tests' time. The launch has patched it
-already, except `triton.language.core`, whose patches stay until the process ends.
+- The interpreter patches all of triton.language again at every call of a device function (a jitted
+  function that a kernel calls). The launch has patched it already, except `triton.language.core`,
+  whose patches stay until the process ends.
+- It computes every sum and product of integers once more in 64 bits, for a check that it makes only
+  in debug mode, which `sanitizer` turns on.
+- The attributes of a type, and of a tensor those that follow from its type, are computed once.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,20 +23,59 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
 _patched: set[int] = set()  # modules of device functions whose language has been patched
+_block_init, _tensor_init = tl.block_type.__init__, tl.tensor.__init__
+_blocks: dict[Any, dict[str, Any]] = {}
+_tensors: dict[str, dict[str, Any]] = {}
+_numpy: dict[str, Any] = {}
+_np_dtype: Callable[[Any], Any] = interpreter._get_np_dtype
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    variables = self.fn.__globals__
+    if id(variables) not in _patched:
+        if not any(x is tl for x in variables.values()):
+            interpreter._patch_lang(self.fn)
+        _patched.add(id(variables))
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as e:
+        raise InterpreterError(repr(e)) from e
+
+
+def _make_block(self: Any, element_ty: Any, shape: Any) -> None:
+    key = element_ty.name, tuple([getattr(n, "value", n) for n in shape])
+    if key not in _blocks:
+        _block_init(self, element_ty, shape)
+        _blocks[key] = dict(vars(self))
+    self.__dict__.update(_blocks[key])
+
+
+def _make_tensor(self: Any, handle: Any, type: Any) -> None:
+    name = type.name
+    if name not in _tensors:
+        _tensor_init(self, handle, type)
+        _tensors[name] = {key: x for key, x in vars(self).items() if key != "handle"}
+    self.handle = handle
+    self.__dict__.update(_tensors[name])
+
+
+def _dtype_of(tt_dtype: Any) -> Any:
+    name = tt_dtype.name
+    if name not in _numpy:
+        _numpy[name] = _np_dtype(tt_dtype)
+    return _numpy[name]
 
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        variables = self.fn.__globals__
-        if id(variables) not in _patched:
-            if not any(x is tl for x in variables.values()):
-                interpreter._patch_lang(self.fn)
-            _patched.add(id(variables))
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as e:
-            raise InterpreterError(repr(e)) from e
-
-    with repeatable_matmuls(), patch.object(InterpretedFunction, "__call__", call):
+    builder = interpreter.interpreter_builder
+    with repeatable_matmuls(), ExitStack() as stack:
+        for owner, name, new in (
+            (InterpretedFunction, "__call__", _call),
+            (builder, "options", replace(builder.options, sanitize_overflow=False)),
+            (tl.block_type, "__init__", _make_block),
+            (tl.tensor, "__init__", _make_tensor),
+            (interpreter, "_get_np_dtype", _dtype_of),
+        ):
+            stack.enter_context(patch.object(owner, name, new))
         yield

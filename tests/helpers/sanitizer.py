@@ -216,7 +216,8 @@ def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any]
         hook(builder, "create_atomic_rmw", no_atomics)
         hook(builder, "create_atomic_cas", no_atomics)
         hook(builder, "create_assert", checked_assert)
-        hook(shared, "options", dataclasses.replace(shared.options, debug=True))
+        checked = dict(debug=True, sanitize_overflow=True)
+        hook(shared, "options", dataclasses.replace(shared.options, **checked))
         yield hook
 
 
