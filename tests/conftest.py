@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import tempfile
@@ -41,6 +42,12 @@ class Result(NamedTuple):
 
 
 Cli = Callable[..., Result]
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage no longer look at the imported modules, which takes 0.3 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
