@@ -82,7 +82,7 @@ class Double(Graph):
 
     def _replay(self) -> None:
         Double.replays += 1
-        decoder: Any = self.step.__self__
+        decoder: Any = self._step().__self__
         counts = decoder.sampled, decoder.positions
         decoder.sampled = decoder.positions = None
         with nothing_waits():
