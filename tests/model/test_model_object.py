@@ -28,7 +28,9 @@ def saved(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=str
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
+    ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies_are_equal_and_apart(model, copied):
     model.make_low_precision_params(torch.bfloat16)
