@@ -8,9 +8,7 @@ and of each launch the first and the last program run.
 """
 
 import contextlib
-import importlib
 import math
-import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import triton.runtime.interpreter as interpreter
 from sanitizer import Report, _hooks, _Launch, _replaced
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import MockTensor
 
@@ -95,14 +93,6 @@ class _Address(MockTensor):
 class _OpsThemselves(TorchDispatchMode):
     """A custom op on meta tensors runs, where PyTorch would call its fake."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        package = importlib.import_module("irongpt_kernels.fused")
-        names = [m.name for m in pkgutil.iter_modules(package.__path__)]
-        modules = [importlib.import_module(f"irongpt_kernels.fused.{name}") for name in names]
-        ops = [x for m in modules for x in vars(m).values() if isinstance(x, CustomOpDef)]
-        self.bodies = {op._qualname: op._init_fn for op in ops}
-
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        body = self.bodies.get(op.name().split(".")[0], op)
-        return body(*args, **(kwargs or {}))
+        ours = OPDEFS.get(op.name().split(".")[0])
+        return (ours._init_fn if ours else op)(*args, **(kwargs or {}))
