@@ -1,7 +1,6 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from irongpt.config import (
 )  # fmt: skip
 from irongpt.console import output
 from irongpt.data.text import ERRORS, check_encoding, decoded
-from irongpt.errors import DivergenceError, UserError, brief
+from irongpt.errors import DivergenceError, UserError, brief, out_of_memory
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -51,9 +50,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
     with output():
+        command = None
         try:
             flags = vars(build_parser().parse_args(argv))
-            code = int(flags.pop("run_command")(flags))
+            command = flags.pop("run_command")
+            code = int(command(flags))
             sys.stdout.flush()
             return code
         except (UserError, DivergenceError) as e:
@@ -63,14 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt:
             return 130
-        except (MemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and not re.search(
-                "out of memory|allocate memory", str(e)
-            ):
+        except (MemoryError, RuntimeError, OSError) as e:
+            if not out_of_memory(e):
                 raise
             hint = "use a smaller --batch-size with a larger --grad-accum"
+            if command is generate_command:
+                hint = "use fewer --samples"
             print(f"irongpt: error: out of memory: {hint}", file=sys.stderr)
             return 2
+
+
+def user_path(text: str) -> Path:
+    """The path that the user gives, with a ~ that the shell has left."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise argparse.ArgumentTypeError(f"{text}: {brief(e)}") from e
 
 
 def build_parser() -> Parser:
@@ -100,7 +111,7 @@ def build_parser() -> Parser:
     add = command(import_command, "make a run of a GPT-2 in Hugging Face's layout", more)
     help = "folder with config.json, model.safetensors and tokenizer.json"
     add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
-    add.add_argument("run", metavar="RUN", type=Path, help="folder of the new run")
+    add.add_argument("run", metavar="RUN", type=user_path, help="folder of the new run")
 
     more = "A text that is longer than the context is shown in overlapping windows."
     _show_flags(command(show_command, "make a page of a text as the model sees it", more))
@@ -112,13 +123,17 @@ def build_parser() -> Parser:
     compare.add_argument("--ops", choices=OPS[1:], help="ops to check [fused]")
     compiled = "without a GPU: execute the kernels as compiled for sm_75 (T4), sm_80 or sm_90"
     compare.add_argument("--arch", metavar="SM", help=compiled)
-    compare.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    compare.add_argument("--plot", type=Path, metavar="FILE", help="plot errors and losses to FILE")
+    compare.add_argument("--json", type=user_path, metavar="FILE", help="write all numbers to FILE")
+    compare.add_argument(
+        "--plot", type=user_path, metavar="FILE", help="plot errors and losses to FILE"
+    )
 
     doctor = command(
         doctor_command, "show which device, dtype and kernels will be used here, and why"
     )
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    doctor.add_argument(
+        "--json", type=user_path, metavar="FILE", help="also write the report to FILE"
+    )
 
     tune = command(tune_command, "measure the kernels' launch options on this GPU (optional)")
     tune.add_argument("--preset", choices=list(PRESETS), help="model and batch size [iron]")
@@ -149,9 +164,9 @@ def _train_flags(train: Parser) -> None:
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET]"
-    folder.add_argument("--out", metavar="RUN", type=Path, help=help)
+    folder.add_argument("--out", metavar="RUN", type=user_path, help=help)
     help = "folder of a run to continue, bit for bit, from its last checkpoint"
-    folder.add_argument("--resume", metavar="RUN", type=Path, help=help)
+    folder.add_argument("--resume", metavar="RUN", type=user_path, help=help)
     for config in (GPTConfig, TrainConfig):
         for f in fields(config):
             if "help" in f.metadata:
@@ -172,7 +187,7 @@ def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
 
 
 def _generate_flags(generate: Parser) -> None:
-    generate.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
     help = "file with the text to continue, or - for standard input; a last line break is removed"
@@ -195,7 +210,7 @@ def _checkpoint_flag(parser: Parser) -> None:
 
 
 def _export_flags(export: Parser) -> None:
-    export.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    export.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     help = "new folder for the model; or FILE.gguf, for llama.cpp (needs the extra irongpt[gguf])"
     export.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     help = "dtype of the weights [float32]"
@@ -204,7 +219,7 @@ def _export_flags(export: Parser) -> None:
 
 
 def _show_flags(show: Parser) -> None:
-    show.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    show.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     text = show.add_mutually_exclusive_group()
     text.add_argument("--text", metavar="T", help="text to show [the newest sample of the run]")
     help = "file with the text, or - for standard input"
@@ -256,6 +271,8 @@ def generate_command(flags: Flags) -> int:
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
     stop = flags.pop("stop_at_end", False)
     config = SampleConfig(**flags)
+    if run.name in ("best", "last") and not (run / "config.json").exists():
+        run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
     if file is not None:
         prompt = read_prompt(file, **reading)
     model, tokenizer = trained_model(run, checkpoint, op_set, device)

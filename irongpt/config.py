@@ -137,7 +137,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     eval_windows: int = 1 << 30  # all of them
     log_every: int = 10
-    sample_tokens: int = 200
+    sample_tokens: int = option("run", "length of the sample at each evaluation; 0: none", 200)
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows", "shards"):
@@ -286,8 +286,16 @@ def from_json(cls: type[Config], values: Any) -> Config:
     A field that is younger than the first runs may be missing: it then has its default.
     """
     known = {f.name: f for f in fields(cls)}
-    if not isinstance(values, dict) or not set(known) - ADDED_LATER <= set(values) <= set(known):
-        raise UserError(f"the fields of a {cls.__name__} must be {', '.join(known)}")
+    if not isinstance(values, dict):
+        raise UserError(f"a {cls.__name__} cannot be {reprlib.repr(values)}")
+    for what, names in (
+        ("unknown", values.keys() - known.keys()),
+        ("missing", known.keys() - ADDED_LATER - values.keys()),
+    ):
+        if names:
+            raise UserError(
+                f"fields of its {cls.__name__} are {what}: {reprlib.repr(sorted(names))}"
+            )
     for name, value in values.items():
         if not _has_type(value, known[name].type):
             raise UserError(f"{name} of a {cls.__name__} cannot be {reprlib.repr(value)}")

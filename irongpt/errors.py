@@ -1,5 +1,7 @@
 """The exceptions that the command line prints as one line on stderr, with an exit code."""
 
+import errno
+import re
 import urllib.error
 
 
@@ -28,3 +30,11 @@ def brief(error: Exception) -> str:
 def one_line(e: BaseException) -> str:
     """An exception in one line of at most 300 characters."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory, of the host or of a GPU, was too short."""
+    if isinstance(e, OSError):
+        return e.errno == errno.ENOMEM
+    known = re.search("out of memory|allocate memory|bad_alloc", str(e))
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and known is not None)

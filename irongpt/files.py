@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -61,6 +62,20 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
+
+
+def why(error: OSError, path: Path) -> str:
+    """The reason why a write to `path` failed; of a full disk, which one it is."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError, AttributeError):
+            mount = path.resolve()
+            while not mount.is_mount():
+                mount = mount.parent
+            disk = os.statvfs(mount)
+            free = f"{disk.f_bavail * disk.f_frsize / 1e6:,.0f} MB"
+            reason += f" ({mount} has {free} and {disk.f_favail:,} files free)"
+    return reason
 
 
 def write(path: Path, data: bytes) -> None:

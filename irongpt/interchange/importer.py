@@ -62,7 +62,9 @@ def import_model(folder: Path, path: Path) -> GPTConfig:
     def save_first(last: Path) -> None:
         checkpoint.save(last, weights, {"rng.cpu": random}, tokenizer.to_json(), state)
 
-    RunFolder(path, RunConfig(IMPORTED, source, "", model, train)).create(save_first)
+    run = RunFolder(path, RunConfig(IMPORTED, source, "", model, train))
+    run.create(save_first)
+    run.release()
     return model
 
 

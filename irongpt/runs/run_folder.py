@@ -4,9 +4,12 @@ The checkpoints are the folders last and best; loss.png and sample.txt are made 
 result.json has the loss of best over the entire validation text, once the training has ended.
 """
 
+import contextlib
 import json
+import os
 import reprlib
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,19 +20,13 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import (
-    check_free,
-    finite,
-    new_folder,
-    read,
-    replace_file,
-    sealed,
-    unsealed,
-)
+from irongpt.files import finite, read, replace_file, sealed, unsealed, why
 from irongpt.runs import checkpoint
+from irongpt.runs.lock import NAME, Lock
 
 FORMAT = 1
 IMPORTED = "imported"  # the preset of a run that `irongpt import` has made
+UNFINISHED = ".new-*"  # of a run that is being created
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
 
 Record = dict[str, Any]
@@ -56,35 +53,91 @@ class RunFolder:
         self.path, self.config = path, config
         self.last, self.best = path / "last", path / "best"  # checkpoints
         self.metrics = path / "metrics.jsonl"
+        self.lock: Lock | None = None
+        self.made: list[Path] = []  # folders that did not exist, the deepest first
+
+    def claim(self) -> None:
+        """Makes the folder if it does not exist, and takes its lock. `release` gives it back.
+
+        Raises UserError if it is not empty, cannot be written, or another process has it.
+        """
+        check_run_is_new(self.path)
+        self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.path)
+            check_run_is_new(self.path)  # again: another process may have been faster
+        except (OSError, UserError) as e:
+            self.release()
+            if isinstance(e, OSError):
+                raise UserError(f"cannot write a run at {self.path}: {why(e, self.path)}") from e
+            raise
+
+    def release(self) -> None:
+        """Ends what `claim` began. Without a run in it, the folder is removed if it was made."""
+        if self.lock is not None:
+            self.lock.release()
+        for folder in self.made:  # a run is not empty, and stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def create(
         self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
     ) -> None:
-        """Makes the folder with config.json and a first checkpoint, atomically.
+        """Fills the folder with a first checkpoint and config.json, which makes it a run.
 
         save_first: writes the checkpoint of step 0 into the folder it is given.
         files: the digests of the text's files, which files.json keeps if there are any.
-        Raises UserError if the folder exists already or cannot be written.
+        Raises UserError, and leaves nothing, if the folder cannot be written.
         """
-        check_run_is_new(self.path)
+        if self.lock is None:
+            self.claim()
+        try:
+            for unfinished in [*self.path.glob(UNFINISHED)]:
+                shutil.rmtree(self.last, ignore_errors=True)
+                (self.path / "files.json").unlink(missing_ok=True)
+                shutil.rmtree(unfinished)
+            temporary = self.path / UNFINISHED.replace("*", uuid.uuid4().hex[:8])
+            temporary.mkdir()
+            try:
+                if files:
+                    replace_file(temporary / "files.json", sealed({"files": files}))
+                replace_file(temporary / "config.json", _encode(self.config))
+                save_first(temporary / "last")
+                for name in ("last", "files.json", "config.json"):
+                    if (temporary / name).exists():
+                        os.rename(temporary / name, self.path / name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as e:
+            shutil.rmtree(self.last, ignore_errors=True)
+            (self.path / "files.json").unlink(missing_ok=True)
+            self.release()
+            if isinstance(e, OSError):
+                raise UserError(f"cannot write a run at {self.path}: {why(e, self.path)}") from e
+            raise
 
-        def fill(temporary: Path) -> None:
-            replace_file(temporary / "config.json", _encode(self.config))
-            if files:
-                replace_file(temporary / "files.json", sealed({"files": files}))
-            save_first(temporary / "last")
-
-        new_folder(self.path, "run", fill)
-
-    def resume(self, config: RunConfig, step: int, files: dict[str, str]) -> None:
+    def resume(
+        self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
+    ) -> None:
         """Writes config.json, and deletes records after `step` and remains of a killed save.
 
-        files: as for `create`, if the run is trained on a text for the first time.
+        files: as for `create`, if the run is trained on another text from now on.
+        evaluated_at: the last evaluation that is complete; the record of a later one is deleted,
+        because that evaluation is repeated.
         """
-        if files and config.data_sha256 != self.config.data_sha256:
-            replace_file(self.path / "files.json", sealed({"files": files}))
+        if config.data_sha256 != self.config.data_sha256:
+            path = self.path / "files.json"
+            if files:
+                replace_file(path, sealed({"files": files}))
+            else:
+                path.unlink(missing_ok=True)
         self.config = config
-        records = [r for r in self.records() if r["step"] <= step]
+        records = [
+            r
+            for r in self.records()
+            if r["step"] <= step and (r["val_loss"] is None or r["step"] <= evaluated_at)
+        ]
         replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
         replace_file(self.path / "config.json", _encode(config))
         for name in (
@@ -124,6 +177,8 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Adds a line to metrics.jsonl. Non-finite numbers become null."""
+        if self.lock is not None:
+            self.lock.check()
         with open(self.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(finite(record)) + "\n")
 
@@ -156,12 +211,17 @@ class RunFolder:
 class Onlooker(RunFolder):
     """The folder as a process sees it that writes nothing: another one does."""
 
+    def claim(self) -> None:
+        """Nothing."""
+
     def create(
         self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
     ) -> None:
         """Nothing."""
 
-    def resume(self, config: RunConfig, step: int, files: dict[str, str]) -> None:
+    def resume(
+        self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
+    ) -> None:
         self.config = config
 
     def append(self, record: Record) -> None:
@@ -190,7 +250,7 @@ def open_run(path: Path) -> RunFolder:
     values = unsealed(read(path / "config.json"), path / "config.json")
     try:
         if values["format"] != FORMAT:
-            raise UserError(f"IronGPT {__version__} cannot read format {values['format']!r}")
+            raise UserError(f"its format is {values['format']!r}")
         texts = {name: values[name] for name in ("preset", "data_sha256")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f"{', '.join(texts)} must be strings")
@@ -198,7 +258,11 @@ def open_run(path: Path) -> RunFolder:
         model = from_json(GPTConfig, values["model"])
         train = from_json(TrainConfig, values["train"])
     except (UserError, KeyError) as e:
-        raise UserError(f"{path / 'config.json'} does not describe a run: {e}") from e
+        other = str(values.get("irongpt"))[:20]
+        versions = (
+            f" (it is of IronGPT {other}, this is {__version__})" if other != __version__ else ""
+        )
+        raise UserError(f"{path / 'config.json'} does not describe a run: {e}{versions}") from e
     return RunFolder(path, RunConfig(data=data, model=model, train=train, **texts))
 
 
@@ -230,8 +294,24 @@ def load_checkpoint(
 
 
 def check_run_is_new(path: Path) -> None:
-    """Raises UserError unless `path` does not exist or is an empty folder."""
-    check_free(path, "run", f"--out {path} exists: choose another folder, or --resume {path}")
+    """Raises UserError unless `path` does not exist or is an empty folder, or a link to one."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"--out {path} is a link to a folder that does not exist")
+        exists = path.exists() and not (path.is_dir() and all(map(_is_nothing, path.iterdir())))
+    except OSError as e:
+        raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
+    if exists:
+        resume = f", or --resume {path}" if (path / "config.json").is_file() else ""
+        raise UserError(f"--out {path} exists: choose another folder{resume}")
+
+
+def _is_nothing(path: Path) -> bool:
+    """Whether an empty folder may hold this: what systems put there, remains of a killed start."""
+    systems = ("lost+found", ".DS_Store", "desktop.ini", "Thumbs.db")
+    if path.name in ("last", "files.json"):  # moved up, and config.json was not
+        return any(path.parent.glob(UNFINISHED)) and not (path.parent / "config.json").exists()
+    return path.name in (NAME, *systems) or path.match(UNFINISHED)
 
 
 def _data_config(value: Any) -> DataConfig:

@@ -8,6 +8,7 @@ from irongpt.console import Clock, output_is_optional, say
 from irongpt.errors import DivergenceError, UserError
 from irongpt.training import distributed
 from irongpt.training.distributed import World
+from irongpt.training.loop import TrainingLoop
 from irongpt.training.start import new_run, resumed_run
 
 
@@ -39,6 +40,14 @@ def _train(flags: Flags, start: float, world: World) -> int:
         training = resumed_run(flags.pop("resume"), flags, clock, world)
     else:
         training = new_run(flags, clock, world)
+    try:
+        return _report(training, clock)
+    finally:
+        training.run.release()
+
+
+def _report(training: TrainingLoop, clock: Clock) -> int:
+    """Trains, and prints the outcome."""
     clock.parts["set-up"] = clock.total()
     path, trainer = training.run.path, training.trainer
     say(f"run       {path}, from step {trainer.step:,}")

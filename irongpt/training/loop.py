@@ -16,6 +16,7 @@ from irongpt.config import SampleConfig
 from irongpt.console import Attempt, Clock, Interrupt, Progress, duration, say
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import DivergenceError, UserError
+from irongpt.files import why
 from irongpt.generation.sample import generate, printable, start_ids
 from irongpt.runs import checkpoint, plots
 from irongpt.runs.run_folder import Record, RunFolder
@@ -65,6 +66,8 @@ class TrainingLoop:
         self._collect()
         if not self.primary:
             return
+        if self.run.lock is not None:
+            self.run.lock.check()
         trainer = self.trainer
         state = {
             **{name: getattr(self, name) for name in STATE},
@@ -148,10 +151,7 @@ class TrainingLoop:
                     self._evaluate_best(interrupt)
             self._plot()
         except OSError as e:
-            raise UserError(
-                f"cannot write to {self.run.path}: {e.strerror}; the previous checkpoint is "
-                f"intact, continue with --resume {self.run.path}"
-            ) from e
+            raise UserError(self._failed_write(e)) from e
         finally:
             progress.close()
             if self.events:
@@ -159,6 +159,15 @@ class TrainingLoop:
                     self.events.writer.close()
         incomplete = self.best_val is not None and self.result is None
         return self.signal if incomplete or not self.finished() else None
+
+    def _failed_write(self, error: OSError) -> str:
+        path = self.run.path
+        if not path.exists():
+            return f"the folder {path} is gone: it was deleted or moved while the run was trained"
+        return (
+            f"cannot write to {path}: {why(error, path)}; the previous checkpoint is "
+            f"intact, continue with --resume {path}"
+        )
 
     def _step(self, progress: Progress) -> None:
         """Takes a step, and adds a record every `log_every` steps unless an evaluation will."""
@@ -237,7 +246,7 @@ class TrainingLoop:
         if finite:
             with self.clock("saving"):
                 self.save(run.last)
-        sample = self._sample() if finite else ""
+        sample = self._sample() if finite and trainer.config.sample_tokens else ""
         bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
         record = self._record(
             progress, val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample
@@ -256,7 +265,8 @@ class TrainingLoop:
             f"({bits_per_byte:.3f} bits per byte{', best' if improved else ''}), "
             f"{duration(record['seconds'])}"
         )
-        say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
+        if sample:
+            say(textwrap.indent(printable(sample).strip("\n"), "    | ", lambda line: True))
         if time.monotonic() - self.plotted > PLOT_EVERY:
             self._plot()
 

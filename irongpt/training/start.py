@@ -1,7 +1,9 @@
 """Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from irongpt.data import tokens as tokenized
 from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import Tokenizer
-from irongpt.errors import UserError
-from irongpt.files import damaged
+from irongpt.errors import UserError, out_of_memory
+from irongpt.files import damaged, why
 from irongpt.model import GPT
 from irongpt.runs import tensorboard
+from irongpt.runs.lock import Lock
 from irongpt.runs.run_folder import (
     IMPORTED,
     Onlooker,
@@ -57,6 +60,7 @@ CHANGEABLE = (
     "dtype",
     "graph",
     "tensorboard",
+    "sample_tokens",
 )
 
 MANY_EPOCHS = 20  # from here on a warning is printed
@@ -126,7 +130,7 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
 
 
 def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
-    """Creates the run's folder, with a first checkpoint."""
+    """Creates the run's folder, with a first checkpoint. The caller releases the run at the end."""
     world = world or World()
     if "out" in flags and not world.rank:
         check_run_is_new(flags["out"])
@@ -135,35 +139,68 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
-    with world.first():
-        text = _load(setup.data, flags.get("out") or Path("runs"))
-        tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
-    model = replace(setup.model, vocab_size=tokenizer.vocab_size)
-    setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
-    data = _stored(setup.data) if setup.data else DataConfig((text.name,))
-    config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-    path = world.share(str(flags.get("out") or default_path(f"{text.name}-{setup.preset}")))
-    run = (Onlooker if world.rank else RunFolder)(Path(path), config)
-    training = _training(run, setup, text, tokenizer, tokens, clock, world)
-    run.create(training.save, text.files)
+    config = RunConfig(setup.preset, DataConfig(()), "", setup.model, setup.train)
+    run = (Onlooker if world.rank else RunFolder)(flags.get("out") or Path("runs"), config)
+    try:
+        if "out" in flags:
+            run.claim()
+        with world.first(), _memory_for_the_text():
+            text = _load(setup.data, run.path)
+            tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
+        model = replace(setup.model, vocab_size=tokenizer.vocab_size)
+        setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
+        data = _stored(setup.data) if setup.data else DataConfig((text.name,))
+        config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
+        default = default_path(f"{text.name}-{setup.preset}")
+        path = Path(world.share(str(flags.get("out") or default)))
+        if "out" in flags:
+            run.config = config
+        else:
+            run = (Onlooker if world.rank else RunFolder)(path, config)
+        training = _training(run, setup, text, tokenizer, tokens, clock, world)
+        run.create(training.save, text.files)
+    except BaseException:
+        run.release()
+        raise
     return training
 
 
 def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
-    """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE."""
+    """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE.
+
+    The caller releases the run at the end.
+    """
     world, run = world or World(), open_run(path)
+    if world.rank:
+        run = Onlooker(path, run.config)
+    else:
+        run.lock = Lock(path)
+    try:
+        return _resumed(run, flags, clock, world)
+    except BaseException:
+        run.release()
+        raise
+
+
+def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> TrainingLoop:
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
     first = run.config.preset == IMPORTED and state.get("step") == 0
     setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
     _check_world(world, setup)
-    with world.first():
-        text = _load(data, path, run.config.data_sha256)
-        if not first:
+    with world.first(), _memory_for_the_text():
+        text = _load(data, run.path, run.config.data_sha256)
+        other_text = not first and "data" in flags and text.sha256 != run.config.data_sha256
+        if not (first or other_text):
             run.check_text(text.sha256, text.files, ", ".join(data.sources))
         tokens = tokenized.encode(text, tokenizer)
-    run = Onlooker(path, run.config) if world.rank else run
     training = _training(run, setup, text, tokenizer, tokens, clock, world, state.get("step", 0))
+    if other_text:
+        say(
+            f"warning   {', '.join(data.sources)} is not the text that {run.path} was trained on: "
+            "the run continues with it and keeps its vocabulary; best/ is compared on it anew"
+        )
+        state = state | {"best_val": None, "best_step": 0}
     try:
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
@@ -174,12 +211,22 @@ def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = No
             "data": _stored(data),
         }
         config = replace(run.config, data_sha256=text.sha256, **changes)
-        run.resume(config, training.trainer.step, text.files)
+        run.resume(config, training.trainer.step, text.files, training.evaluated_at)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
     except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}") from e
+        raise UserError(f"cannot write to {run.path}: {why(e, run.path)}") from e
     return training
+
+
+@contextlib.contextmanager
+def _memory_for_the_text() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError("out of memory while the text was read: use a smaller text") from e
 
 
 def _training(

@@ -100,7 +100,7 @@ def test_help_shows_defaults_and_groups(capsys, args):
     if args[0] == "train":
         iters = [f"{name} {preset.train['iters']}" for name, preset in PRESETS.items()]
         assert f"[{', '.join(iters)}]" in out
-        assert len(set(re.findall(r"--[a-z-]+", out))) <= 35
+        assert len(set(re.findall(r"--[a-z-]+", out))) <= 36
         assert all(f" {group}: " in out for group in ("run", "model", "recipe", "machine"))
     assert "None" not in out
 

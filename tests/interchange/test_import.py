@@ -217,7 +217,7 @@ def test_an_imported_run_is_trained_and_resumed_with_fused_ops(
     assert "finished at step 1" in result.out
     assert_mistake(cli("train", "--resume", "run", "--lr", 1), "--lr cannot change")
     (tmp_path / "other.txt").write_text(CODE)
-    assert_mistake(cli("train", "--resume", "run", "--data", "other.txt"), "is not the text")
+    assert "is not the text" in cli("train", "--resume", "run", "--data", "other.txt").out
     more = cli("train", "--resume", "run", "--iters", 3, "--ops", "builtin")
     assert "finished at step 3" in more.out
     config = json.loads((tmp_path / "run/config.json").read_text())

@@ -95,7 +95,11 @@ def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def new_or_resumed(run: Path, ops: str) -> list[str]:
-    return ["--resume", "run"] if run.exists() else [*FLAGS, "--ops", ops, "--out", "run"]
+    return (
+        ["--resume", "run"]
+        if (run / "config.json").exists()
+        else [*FLAGS, "--ops", ops, "--out", "run"]
+    )
 
 
 def has_begun(run: Path) -> Callable[[], bool]:
@@ -121,7 +125,7 @@ def test_ten_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterr
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        steps.append(state(run)["step"] if run.exists() else None)
+        steps.append(state(run)["step"] if (run / "config.json").exists() else None)
     assert len(set(steps)) > 3, "most kills fell before the first checkpoint"
     assert cli("train", "--resume", "run").code == 0
     assert_same(run, uninterrupted(ops))

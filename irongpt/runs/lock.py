@@ -1,0 +1,136 @@
+"""One process at a time trains a run: the file .lock in its folder says which, and since when.
+
+A process of this machine is looked up. A process of another machine, or of a container, shows that
+it lives by rewriting the file every BEAT seconds, for network folders have no locks to rely on: if
+the file stays as it is for DEAD seconds, that process has ended.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from irongpt.console import say
+from irongpt.errors import UserError, brief
+
+NAME = ".lock"
+BEAT, DEAD = 20.0, 90.0  # seconds
+
+
+class Lock:
+    """The right to train in `folder`. Raises UserError if another process has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.owner = {
+            "process": os.getpid(),
+            "machine": platform.node(),
+            "since": since,
+            "id": uuid.uuid4().hex,
+            **_identity(os.getpid()),
+        }
+        try:
+            self._acquire()
+        except OSError as e:
+            raise UserError(f"cannot write to {folder}: {brief(e)}") from e
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+
+    def _acquire(self) -> None:
+        try:
+            self._write("x")
+        except FileExistsError:
+            pass
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        else:
+            return
+        if _lives(self.path):
+            raise UserError(_refusal(self.path))
+        self._write("w")
+        time.sleep(0.1)  # of two processes that take over the lock, the later one has it
+        self.check()
+
+    def _write(self, mode: str) -> None:
+        with open(self.path, mode, encoding="utf-8") as f:
+            f.write(json.dumps({**self.owner, "beat": time.time()}))
+
+    def _beat(self) -> None:
+        while not self.ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                if _read(self.path).get("id") == self.owner["id"]:
+                    self._write("w")
+
+    def check(self) -> None:
+        """Raises UserError if another process has taken over, as after a long sleep of this one."""
+        other = _read(self.path)
+        if other and other["id"] != self.owner["id"]:
+            raise UserError(_refusal(self.path))
+
+    def release(self) -> None:
+        self.ended.set()
+        self.thread.join(DEAD)
+        with contextlib.suppress(OSError):
+            if _read(self.path).get("id") == self.owner["id"]:
+                self.path.unlink()
+
+
+def _refusal(path: Path) -> str:
+    other = _read(path)
+    return (
+        f"{path.parent} is trained by process {other.get('process')} on {other.get('machine')} "
+        f"since {other.get('since')}: wait for it or stop it"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file says; {} if it is missing or incomplete."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) and "id" in values else {}
+
+
+def _identity(process: int) -> dict[str, Any]:
+    """Identifies a process for good where /proc exists: numbers are used again."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except (OSError, ValueError):
+        return {}
+    return {"boot": f"{boot} {namespace}", "started": fields[18] if state not in "ZX" else None}
+
+
+def _lives(path: Path) -> bool:
+    """Whether the process that wrote the file lives, which may have to be waited for."""
+    other, own = _read(path), _identity(os.getpid())
+    if own and other.get("boot") == own["boot"]:
+        if other.get("process") == os.getpid():
+            return False  # of this process: an earlier training, as in a notebook
+        return other.get("started") == _identity(int(other["process"])).get("started", "")
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    rest = DEAD - min(max(age, 0.0), DEAD)
+    if rest and other:
+        say(f"waiting   up to {rest:.0f} s to see whether this process lives: {_refusal(path)}")
+    end = time.monotonic() + rest
+    while time.monotonic() < end:
+        time.sleep(min(1.0, BEAT))
+        if not path.exists():
+            return False
+        now = _read(path)
+        if now and now != other:  # {} is read while the process rewrites the file
+            return True
+    return False

@@ -1,0 +1,146 @@
+"""The folder of a run: which ones are accepted, its lock, and what is said when it fails."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, assert_mistake
+from run_helpers import history
+
+from irongpt import files
+from irongpt.errors import UserError
+from irongpt.runs import lock
+from irongpt.training.trainer import Trainer
+
+QUICK = [*TINY, "--iters", "10", "--sample-tokens", "0"]
+
+
+@pytest.mark.parametrize("out", ["empty", "link", "~/run", "deep/er", "killed", "."])
+def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
+    (tmp_path / "empty/lost+found").mkdir(parents=True)
+    (tmp_path / "killed/.new-1234").mkdir(parents=True)
+    (tmp_path / "killed/last").mkdir()
+    os.symlink("empty", tmp_path / "link")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = str(tmp_path / "text.txt")
+    if out == ".":
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+    flags = [text if flag == "text.txt" else flag for flag in QUICK]
+    assert cli("train", *flags, "--out", out).code == 0
+    folder = Path(out).expanduser()
+    assert {p.name for p in folder.iterdir()} - {"lost+found"} == {
+        "config.json", "metrics.jsonl", "last", "best", "loss.png", "sample.txt", "result.json",
+    }  # fmt: skip
+    assert "--resume" in cli("train", *QUICK, "--out", out).err
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("", "the name is empty"), ("dangling", "does not exist")]
+)
+def test_folders_that_a_run_may_not_have(cli, tmp_path, out, message):
+    os.symlink("nowhere", tmp_path / "dangling")
+    assert_mistake(cli("train", *QUICK, "--out", out), message)
+
+
+def test_a_second_process_is_told_which_one_trains_the_run(cli, tmp_path, run):
+    code = "import sys; from irongpt.runs.lock import *; Lock(Path(sys.argv[1])); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / run)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    while not (tmp_path / run / ".lock").exists() and process.poll() is None:
+        time.sleep(0.01)
+    before = history(tmp_path / run)
+    result = cli("train", "--resume", run, "--iters", 40)
+    assert_mistake(result, f"run is trained by process {process.pid} on ")
+    assert " since 20" in result.err
+    assert history(tmp_path / run) == before
+    process.kill()
+    process.wait()
+    assert (tmp_path / run / ".lock").exists()
+    assert cli("train", "--resume", run, "--iters", 40).code == 0  # the lock of a dead process
+    assert not (tmp_path / run / ".lock").exists()
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_process_of_another_machine_lives_while_it_writes(tmp_path, monkeypatch, beats):
+    monkeypatch.setattr(lock, "DEAD", 0.5)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    other = lock.Lock(tmp_path)
+    other.owner["boot"] = other.owner["machine"] = "another"
+    other._write("w")
+    if not beats:
+        other.ended.set()
+        time.sleep(0.1)
+        lock.Lock(tmp_path).release()
+    else:
+        with pytest.raises(UserError, match="on another since"):
+            lock.Lock(tmp_path)
+        other.release()
+
+
+def test_a_process_whose_run_was_taken_over_stops(tmp_path):
+    first = lock.Lock(tmp_path)
+    second = lock.Lock(tmp_path)  # the same process may
+    with pytest.raises(UserError, match="is trained by process"):
+        first.check()
+    second.release()
+
+
+def test_a_folder_that_vanished_is_named(cli, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def vanish(self):
+        os.rename(tmp_path / "run", tmp_path / "moved")
+        monkeypatch.setattr(Trainer, "train_step", step)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", vanish)
+    assert_mistake(cli("train", *QUICK, "--out", "run"), "the folder run is gone")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    reason = files.why(OSError(28, "No space left on device"), tmp_path / "file")
+    assert "No space left on device (/" in reason
+    assert "MB and" in reason
+
+
+def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, run):
+    path = tmp_path / run / "config.json"
+    values = json.loads(path.read_bytes())
+    del values["sha256"]
+    values["train"]["label_smoothing"], values["irongpt"] = 0.1, "9.0.0"
+    path.write_bytes(files.sealed(values))
+    result = cli("generate", run)
+    assert_mistake(result, "fields of its TrainConfig are unknown: ['label_smoothing']")
+    assert "IronGPT 9.0.0" in result.err
+
+
+def test_memory_that_is_short_because_of_the_text(cli, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("irongpt.training.start.tokenized.tokenize", fail)
+    assert_mistake(cli("train", *QUICK, "--out", "run"), "use a smaller text")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_continues_with_another_text(cli, tmp_path, run):
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "grown.txt").write_text(text + text[:3000])
+    before = (tmp_path / run / "last/tokenizer.json").read_bytes()
+    result = cli("train", "--resume", run, "--data", "grown.txt", "--iters", 40)
+    assert result.code == 0
+    assert "is not the text that run was trained on: the run continues with it" in result.out
+    assert (tmp_path / run / "last/tokenizer.json").read_bytes() == before
+    assert [record["step"] for record in history(tmp_path / run)][-1] == 40
+    assert "nothing to do" in cli("train", "--resume", run).out
+
+
+def test_generate_takes_a_checkpoint_of_a_run(cli, run):
+    a, b = (cli("generate", run, "--checkpoint", "last", "--tokens", 9).out for _ in range(2))
+    assert a == b == cli("generate", f"{run}/last", "--tokens", 9).out
