@@ -111,25 +111,34 @@ def cli(tmp_path, monkeypatch, capsys, request) -> Cli:
     return run
 
 
+def train_in(folder: Path, *args: str) -> None:
+    """A run in `folder` / run, before any test's own fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_quick(patch)
+        assert main(["train", *args, "--out", "run"]) == 0
+
+
+def copy_run(run: Path, to: Path, data: object) -> None:
+    """Copies a run folder, and makes its configuration name the data's copy."""
+    shutil.copytree(run, to)
+    values = files.unsealed((to / "config.json").read_bytes(), to / "config.json")
+    (to / "config.json").write_bytes(files.sealed({**values, "data": data}))
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
     """A finished run of TINY, which is trained once and copied by `run`."""
     folder = tmp_path_factory.mktemp("trained")
     write_text(folder / "text.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        make_quick(patch)
-        assert main(["train", *TINY, "--out", "run"]) == 0
+    train_in(folder, *TINY)
     return folder / "run"
 
 
 @pytest.fixture
 def run(cli: Cli, trained_run: Path, tmp_path: Path) -> str:
     """A copy of the trained run, in the folder of `cli`."""
-    shutil.copytree(trained_run, tmp_path / "run")
-    config = tmp_path / "run/config.json"
-    values = files.unsealed(config.read_bytes(), config)
-    config.write_bytes(files.sealed({**values, "data": str(tmp_path / "text.txt")}))
+    copy_run(trained_run, tmp_path / "run", str(tmp_path / "text.txt"))
     return "run"
 
 

@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Cli, assert_mistake, make_quick
+from conftest import TINY, Cli, assert_mistake, copy_run, train_in
 from run_helpers import assert_same
 
-from irongpt import files
-from irongpt.cli import main
 from irongpt.config import PRESETS, SampleConfig
 from irongpt.data.batches import every_target
 from irongpt.data.tokenizer import END
@@ -41,22 +39,17 @@ def trained(tmp_path_factory) -> Path:
     """A folder with the code and a finished run, at 30 steps."""
     folder = tmp_path_factory.mktemp("bpe")
     write_code(folder / "code")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        make_quick(patch)
-        assert main(["train", *BPE, "--data", "code", "--out", "run"]) == 0
+    train_in(folder, *BPE, "--data", "code")
     return folder
 
 
 @pytest.fixture
 def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
     """A copy of the run and its code in the folder of `cli`."""
-    shutil.copytree(trained / "run", tmp_path / "run")
     shutil.copytree(trained / "code", tmp_path / "code")
-    config = tmp_path / "run/config.json"
-    values = files.unsealed(config.read_bytes(), config)
-    values["data"]["sources"] = [str(tmp_path / "code")]
-    config.write_bytes(files.sealed(values))
+    data = json.loads((trained / "run/config.json").read_text())["data"]
+    data["sources"] = [str(tmp_path / "code")]
+    copy_run(trained / "run", tmp_path / "run", data)
     return tmp_path
 
 
