@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
-PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
+PIP_FLAGS := --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install $(PIP_FLAGS) --constraint .venv/constraints.txt
 
 ARCHS := sm_75 sm_80 sm_90
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
@@ -95,9 +95,9 @@ gpu: ## run the full GPU suite (at most 10 minutes) in the current Python enviro
 report: .venv/run ## draw the page of the newest benchmark result; ARGS=file for another
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-.venv/run: pyproject.toml constraints.txt
+.venv/run: pyproject.toml constraints.txt make_venv.py
 	@echo "setting up .venv with torch and the other dependencies: takes minutes the first time"
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(PYTHON) make_venv.py
 	@$(PIP) --editable .
 	@touch $@
 
@@ -111,8 +111,8 @@ report: .venv/run ## draw the page of the newest benchmark result; ARGS=file for
 .venv-triton-%/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv-triton-$*"
 	@$(PYTHON) -m venv --clear .venv-triton-$*
-	@.venv-triton-$*/bin/python -m pip install $(PIP_FLAGS) --editable . pytest
-	@.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
+	@.venv-triton-$*/bin/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable . pytest
+	@.venv-triton-$*/bin/python -m pip install $(PIP_FLAGS) --no-deps triton==$*
 	@touch $@
 
 clean: ## delete .venv, .venv-triton-* and build output (never runs or results)

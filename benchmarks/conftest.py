@@ -1,5 +1,7 @@
 """Options of `pytest benchmarks`, and the result file that its measurements go to."""
 
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from benchmarks.ops import cases as workloads
 from benchmarks.ops.cases import Case
 from benchmarks.ops.providers import NAMES, computes, missing
 from irongpt import device as devices
+from irongpt.errors import UserError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("irongpt")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption("--no-sweeps", action="store_true", help="only the model's shape")
+    group.addoption("--minutes", type=float, help="skip what has not begun by then [no limit]")
     group.addoption("--providers", default=",".join(NAMES), help="only these")
     group.addoption("--out", type=Path, default=result_file.FOLDER, help="folder of the results")
     group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
@@ -29,14 +33,18 @@ class Session:
     """Measures a case when the first of its rows is asked for, all providers interleaved."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.device = devices.pick(config.getoption("device"))
+        self.device = result_file.pick(config.getoption("device"))
         self.names = tuple(config.getoption("providers").split(","))
         self.section = result_file.Section("kernels", self.device, config.option)
+        minutes = config.getoption("minutes")
+        self.end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
         self.case: Case | None = None
         self.rows: list[KernelRow] = []
 
     def row(self, case: Case, mode: str, provider: str) -> KernelRow:
         """The row, which may have the reason why it has no time."""
+        if case != self.case and time.perf_counter() > self.end:
+            pytest.skip("the --minutes are over: the rows so far are saved")
         if case != self.case:
             self.case, self.rows = case, kernels.measure_case(case, self.device, self.names)
             self.section.put(rows=self.section.values["rows"] + self.rows)
@@ -60,7 +68,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     config = metafunc.config
-    device = devices.pick(config.getoption("device"))
+    try:
+        device = devices.pick(config.getoption("device"))
+    except UserError as e:
+        pytest.exit(str(e), returncode=2)
     swept = () if config.getoption("no_sweeps") else workloads.SWEEPS
     cases = kernels.cases_of(device, swept=swept)
     names = config.getoption("providers").split(",")

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, help="tokens per sequence [the context]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    device = devices.pick(args.device)
+    device = result_file.pick(args.device)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
     config = model_of(preset)

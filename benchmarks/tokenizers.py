@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=120, help="of each run [120]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    device = devices.pick(args.device)
+    device = result_file.pick(args.device)
     devices.make_deterministic()
     with result_file.Section("tokenizers", device, args) as section:
         section.put(preset=args.preset, **{part: [] for part in PARTS})

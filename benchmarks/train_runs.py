@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, help="seconds for each training [600, CPU 100]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    device = devices.pick(args.device)
+    device = result_file.pick(args.device)
     dtype = devices.precision(args.dtype, device).dtype
     gpu, to_target = device.type == "cuda", args.section == "target"
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])

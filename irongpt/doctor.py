@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from irongpt import __version__, gpu_state, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
+from irongpt.driver import OLDEST_PACKAGES
 from irongpt.errors import UserError
 from irongpt.files import check_result, write_result
 from irongpt.model import GPT
@@ -24,7 +25,6 @@ from irongpt.model import GPT
 FLOAT32 = 4  # bytes
 STATE = 3  # float32 numbers per weight: the weight and AdamW's two moments
 
-OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 WIDTH = 96  # columns of the report
 HOT = 85  # degrees Celsius at which a T4 slows down
 
@@ -110,7 +110,7 @@ def _card(report: Report, device: torch.device) -> None:
 
 def _software(report: Report, device: torch.device) -> None:
     found = []
-    for name, oldest in OLDEST.items():
+    for name, oldest in OLDEST_PACKAGES.items():
         try:
             have = version(name)
         except PackageNotFoundError:

@@ -11,6 +11,8 @@ CARD = Path("/dev/nvidia0")
 OLDEST = {13: 580, 12: 525}
 PACKAGES = {13: "torch==2.13.0 triton==3.7.1", 12: "torch==2.10.0 triton==3.6.0"}
 
+OLDEST_PACKAGES = {"torch": (2, 10), "triton": (3, 6)}  # that IronGPT runs with
+
 
 def version() -> str | None:
     """The version, such as 550.54.15, by nvidia-smi; None where that is missing or fails."""

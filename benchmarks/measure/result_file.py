@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from irongpt_kernels.runtime import emulate
 
 from benchmarks.measure import environment
 from benchmarks.measure.rows import KINDS, Row
+from irongpt import device as devices
+from irongpt.errors import UserError
 from irongpt.files import finite, replace_file
 
 FORMAT = 2
@@ -33,6 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
     parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
     parser.add_argument("--commit", help="of this source, if git is not installed")
+
+
+def pick(name: str) -> torch.device:
+    """The device of --device. A mistake, or a GPU that torch does not see, ends the benchmark with
+    one line and exit code 2."""
+    try:
+        return devices.pick(name)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
 
 
 def slug(text: str) -> str:

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     result_file.add_options(parser)
     args = parser.parse_args(argv)
-    device = devices.pick(args.device)
+    device = result_file.pick(args.device)
     swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
     cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
     dtypes = list(dict.fromkeys(case.dtype for case in cases))

@@ -139,7 +139,7 @@ class Suite:
     """The stages on one device, with one result file and one log."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = devices.pick(args.device)
+        self.device = result_file.pick(args.device)
         self.gpu = self.device.type == "cuda"
         file = args.result or result_file.fresh(
             result_file.path(args.out, self.device, args.commit, "gpu"), *(args.only or SHARES)

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
-    device = devices.pick(args.device)
+    device = result_file.pick(args.device)
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
     setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))

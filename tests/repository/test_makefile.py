@@ -1,12 +1,17 @@
 """The commands that make runs, recorded by a stand-in for python and irongpt."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import make_venv
+from irongpt import driver
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/bin/sh
@@ -19,7 +24,7 @@ for word in "$@"; do echo "  $word" >> calls; done
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkout with a .venv."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "make_venv.py"):
         shutil.copy(ROOT / name, tmp_path)
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
@@ -86,3 +91,93 @@ def test_the_pages_name_no_other_target(folder: Path) -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")]:
         named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), flags=re.MULTILINE))
         assert {target for target in named if f"  {target} " not in help_text} == set(), page
+
+
+def venv_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, own: bool = False, hidden: str = ""
+) -> tuple[object, list[str]]:
+    """What make_venv returns, and the words that it runs."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(make_venv, "own_torch", lambda: own)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == hidden else find(n))
+    words: list[str] = []
+
+    def run(command: list[str], check: bool) -> None:
+        words.extend(command[1:])
+        (folder / ".venv").mkdir()
+
+    monkeypatch.setattr(make_venv.subprocess, "run", run)
+    return make_venv.main(), words
+
+
+@pytest.mark.parametrize(
+    ("driver", "own", "torch"),
+    [
+        (None, False, ["torch==2.13.0", "triton==3.7.1"]),
+        ("580.65.06", False, ["torch==2.13.0", "triton==3.7.1"]),
+        ("570.86.15", False, ["torch==2.10.0", "triton==3.6.0"]),
+        ("535.104.05", False, ["torch==2.10.0", "triton==3.6.0"]),
+        ("535.104.05", True, []),
+    ],
+)
+def test_the_driver_decides_which_torch_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None, own: bool, torch: list[str]
+) -> None:
+    monkeypatch.setattr("irongpt.driver.version", lambda: driver)
+    code, words = venv_made(tmp_path, monkeypatch, own)
+    assert code == 0
+    assert words == ["-m", "venv", "--clear", *["--system-site-packages"] * own, ".venv"]
+    lines = (tmp_path / ".venv" / "constraints.txt").read_text().split("\n")
+    assert [line for line in lines if line.startswith(("torch==", "triton=="))] == torch
+    assert "regex==2026.11.15" in lines
+
+
+def test_a_python_without_ensurepip_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, words = venv_made(tmp_path, monkeypatch, hidden="ensurepip")
+    assert re.fullmatch(r"error: this Python has no ensurepip: apt install python3.*-venv.*", code)
+    assert words == []
+
+
+def test_a_python_without_ensurepip_uses_its_own_pip_with_its_own_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, words = venv_made(tmp_path, monkeypatch, own=True, hidden="ensurepip")
+    assert code == 0
+    assert words[3:5] == ["--system-site-packages", "--without-pip"]
+
+
+def test_an_environment_that_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / ".venv" / "bin" / "pip"
+    pip.parent.mkdir(parents=True)
+    pip.touch()
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
+    assert venv_made(tmp_path, monkeypatch) == (0, [])
+    assert pip.exists()
+
+
+def test_make_sets_up_the_environment_that_the_driver_needs(folder: Path) -> None:
+    """With a stand-in for nvidia-smi, and for the python that would install."""
+    (folder / ".venv" / "run").unlink()
+    (folder / ".venv" / "constraints.txt").touch()
+    (folder / ".venv" / "pyvenv.cfg").touch()
+    (folder / "irongpt").mkdir()
+    for name in ("__init__.py", "driver.py"):
+        shutil.copy(ROOT / "irongpt" / name, folder / "irongpt")
+    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 535.104.05\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    path = f"PATH={folder}{os.pathsep}{os.environ['PATH']}"
+    done = make(folder, "report", f"PYTHON=env {path} {sys.executable}")
+    assert done.returncode == 0, done.stderr
+    assert "NVIDIA driver 535.104.05 is older than 580" in done.stdout
+    assert "torch==2.10.0\n" in (folder / ".venv" / "constraints.txt").read_text()
+    assert "  --constraint\n  .venv/constraints.txt\n" in (folder / "calls").read_text()
+
+
+def test_the_torch_for_new_drivers_is_that_of_the_constraints() -> None:
+    lines = (ROOT / "constraints.txt").read_text().split()
+    assert set(driver.PACKAGES[13].split()) <= set(lines)
