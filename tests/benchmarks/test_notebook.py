@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "benchmarks" / "t4.ipynb"
@@ -83,7 +86,41 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert done.stdout.count("shown:") > 4  # the page, its pictures, the loss
     for stage in ("doctor", "tests", "compare", "kernels", "train", "decode", "runs"):
         assert re.search(rf"^{stage} +ok ", done.stdout, re.MULTILINE), done.stdout[-2000:]
-    assert "finished at step 2" in done.stdout
+    assert done.stdout.count("finished at step 2") == 2
+    packed = zipfile.ZipFile(tmp_path / "irongpt-results.zip").namelist()
+    assert {"fast/loss.png", "iron/sample.txt"} <= set(packed)
+    assert any(name.startswith("results/") and name.endswith(".json") for name in packed)
+
+
+def cell_with(text: str) -> str:
+    return next(source for source in map(python, code_cells()) if text in source)
+
+
+def test_an_uploaded_zip_is_unpacked_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "up.zip", "w") as file:
+        file.writestr("irongpt-main/benchmarks/suite/__init__.py", "")
+    monkeypatch.chdir(tmp_path)
+    for name in ("PYTHONPATH", "MPLBACKEND"):
+        monkeypatch.setenv(name, "jupyter's")
+    exec(cell_with("zipfile"), {"SOURCE": "up.zip"})
+    assert Path.cwd() == tmp_path / "IronGPT" / "irongpt-main"
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_pip_keeps_the_torch_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"Path": Path}
+    exec(cell_with("tempfile"), values)
+    assert f"torch=={version('torch')}\n" in values["KEEP"].read_text()
+    (line,) = (x for c in code_cells() for x in c["source"] if x.startswith("%pip"))
+    assert "--constraint {KEEP}" in line
+
+
+def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="does not find the GPU of this machine"):
+        exec(cell_with("HAD_GPU and"), {"HAD_GPU": True, "os": os})
 
 
 def test_the_notebook_is_stored_without_output() -> None:

@@ -220,3 +220,36 @@ def test_pytest_benchmark_reports_the_samples(
         row = rows[b["extra_info"]["provider"], b["extra_info"]["mode"]]
         assert b["stats"]["median"] == pytest.approx(row.seconds, rel=1e-4)
         assert b["stats"]["rounds"] == len(row.sample_seconds)
+
+
+def test_bench_measures_nothing_more_after_its_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case that has begun keeps its rows; the next one is skipped."""
+    from benchmarks import conftest as bench
+
+    options = dict(device="cpu", providers="builtin", minutes=1.0)
+    config = SimpleNamespace(
+        getoption=options.get, option=SimpleNamespace(out=tmp_path, result=None, commit="abc")
+    )
+    session = bench.Session(config)  # type: ignore[arg-type]
+    session.section.values["rows"] = []
+    row = SimpleNamespace(provider="builtin", mode="call", skipped_reason=None, to_json=dict)
+    monkeypatch.setattr(bench.kernels, "measure_case", lambda *_: [row])
+    monkeypatch.setattr(session.section, "put", session.section.values.update)
+    assert session.row("first", "call", "builtin") is row  # type: ignore[arg-type]
+    session.end = 0.0
+    assert session.row("first", "call", "builtin") is row  # type: ignore[arg-type]
+    with pytest.raises(pytest.skip.Exception, match="--minutes are over"):
+        session.row("second", "call", "builtin")  # type: ignore[arg-type]
+    assert session.section.values["rows"] == [row]
+
+
+def test_a_benchmark_says_in_one_line_that_torch_finds_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("irongpt.device.unseen_gpu", lambda: "update the driver")
+    with pytest.raises(SystemExit) as ended:
+        result_file.pick("auto")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: update the driver\n"
