@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ for _file in cache_folder().glob("*.txt"):
 os.environ["IRONGPT_DATA"] = _cache.name
 os.environ["IRONGPT_TUNED"] = "off"  # tests do not use a launch table measured on this GPU
 reserve_workspace()  # runs turn on determinism
+# A shell starts a job in the background with Ctrl-C ignored, and a run keeps a signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of half a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = (
