@@ -73,7 +73,7 @@ def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: s
     assert json.loads(config.read_text())["data"]["sources"] == [str(tmp_path / "text.txt")]
     (tmp_path / "other.txt").write_text("another text " * 50)
     result = cli("train", "--resume", run, "--data", "other.txt")
-    assert_mistake(result, f"other.txt is not the text that {run} is trained on: give that text")
+    assert_mistake(result, "not among the 16 of the vocabulary")
     good = dataclasses.asdict(DataConfig(("text.txt",)))
     changes = ({"x": 1}, {"sources": []}, {"sources": "ab"}, {"sources": [1]}, {"include": 3})
     for data in (1, [], {}, *(good | change for change in changes), good | {"encoding": 1}):
