@@ -194,7 +194,8 @@ def _one_text(name: str, utf8: Utf8, reader: Reader) -> Corpus:
 
 
 _PART = 1 << 16  # bytes
-_LINE = re.compile(rb"\n(?=[!-~])")  # no pre-token of BPE reaches across the end of the match
+# No pre-token of BPE reaches across the end of the match: a line break, or a letter or digit.
+_CUT = re.compile(rb"\n(?=[!-~])|[A-Za-z0-9](?=[ -/:-@[-`{-~])")
 
 
 def _parts(utf8: Utf8, first: int, end: int) -> tuple[str, ...]:
@@ -203,8 +204,8 @@ def _parts(utf8: Utf8, first: int, end: int) -> tuple[str, ...]:
     parts: list[str] = []
     view = memoryview(utf8)
     while first < end or not parts:
-        line = _LINE.search(utf8, min(first + _PART, end), end)
-        cut = line.end() if line else end
+        found = _CUT.search(utf8, min(first + _PART, end), end)
+        cut = found.end() if found else end
         parts.append(str(view[first:cut], "utf-8"))
         first = cut
     return tuple(parts)

@@ -7,12 +7,14 @@ The processes import this file, which therefore does without torch.
 
 import os
 import signal
+import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +47,10 @@ class Indexed(NamedTuple):
     indices: np.ndarray
 
 
-# In any text a pre-token ends after this line break. GPT-2's need a character before it too.
-_SAFE_CUT = regex.compile(r"\n(?=\S)")
+# In any text a pre-token ends here: no alternative of its pattern goes on after a digit, or from a
+# letter to anything else, or after a line break to anything but white space.
+_SAFE_CUT = regex.compile(r"\n(?=\S)|\p{N}|\p{L}(?=\P{L})")
+# GPT-2's pattern needs a character before the line break too.
 _SAFE_CUT_GPT2 = regex.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -84,7 +88,7 @@ class PreTokens:
             _groups(is_val, gpt2, pieces(documents, marked, gpt2))
             for is_val, documents in ((False, train), (True, val))
         )
-        bar = tqdm(total=n_chars, desc="tokenizing", unit="B", unit_scale=True, disable=None)
+        bar = tqdm(total=n_chars, desc="tokenizing", unit="char", unit_scale=True, disable=None)
         with bar:
             for found in _index_all(groups, _cores(n_chars)):
                 numbers = np.fromiter(map(self.words.__getitem__, found.words), dtype=np.uint32)
@@ -106,12 +110,11 @@ class PreTokens:
 
         ids: of the words, in order. The arrays of indices are released on the way.
         """
-        flat: list[int] = []
-        lengths = []
+        flat, lengths = array("H"), array("I")
         for one in ids:
-            flat += one
+            flat.extend(one)
             lengths.append(len(one))
-        sizes = np.array(lengths)
+        sizes = np.array(lengths, dtype=np.int64)
         starts, table = np.cumsum(sizes) - sizes, np.array(flat, dtype=np.uint16)
         found = []
         for chunks in (self.train, self.val):
@@ -169,13 +172,30 @@ def _cores(n_chars: int) -> int:
     return os.cpu_count() or 1
 
 
+def _begin() -> None:
+    """In a process of the pool: ignores Ctrl-C, which is for its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def _index_all(groups: Iterable[Group], cores: int) -> Iterator[Indexed]:
     """`_index` of all groups, in order. They are sent to the processes a few at a time."""
     if cores == 1:
         yield from map(_index, groups)
         return
-    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
-    with ProcessPoolExecutor(cores, get_context("spawn"), *ignore) as pool:
+    try:
+        pool = ProcessPoolExecutor(cores, get_context("spawn"), _begin)
+    except (OSError, ImportError, NotImplementedError):  # no semaphores, for one without /dev/shm
+        yield from map(_index, groups)
+        return
+    with pool:
         sent: deque[Group] = deque()
         futures: deque[Future[Indexed]] = deque()
         groups = iter(groups)

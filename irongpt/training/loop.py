@@ -26,7 +26,9 @@ from irongpt.training.trainer import Trainer
 
 PATIENCE = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
-STATE = ("evaluated_at", "best_val", "best_step", "bad_steps", "rows")  # saved attributes
+STATE = (  # saved attributes
+    "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
+)  # fmt: skip
 
 
 class TrainingLoop:
@@ -52,6 +54,7 @@ class TrainingLoop:
         self.evaluated_at = 0
         self.best_val: float | None = None
         self.best_step = 0
+        self.not_better = 0  # evaluations since the best one
         self.seconds_before = 0.0  # spent by earlier processes of this run
         self.last_record = (trainer.step, 0.0)  # its step and training seconds
         self.result: dict[str, Any] | None = None  # of `best` over the entire validation text
@@ -79,6 +82,7 @@ class TrainingLoop:
         checkpoint.save(folder, *tensors, self.tokenizer.to_json(), state)
 
     def restore(self, state: dict[str, Any]) -> None:
+        state = {"not_better": 0, **state}  # runs from before it was counted
         for name in STATE:
             setattr(self, name, state[name])
         self.seconds_before = state["seconds"]
@@ -101,9 +105,8 @@ class TrainingLoop:
 
     def out_of_patience(self) -> bool:
         """Whether `patience` evaluations in a row were not better than the best one."""
-        config = self.trainer.config
-        wait = math.inf if config.patience is None else config.patience * config.eval_every
-        return self.evaluated_at - self.best_step >= wait
+        patience = self.trainer.config.patience
+        return patience is not None and self.not_better >= patience
 
     def finished(self) -> bool:
         """Whether the last step is evaluated, the target loss reached, or the patience over."""
@@ -253,6 +256,7 @@ class TrainingLoop:
         )
         self.evaluated_at = trainer.step
         improved = finite and (self.best_val is None or val_loss < self.best_val)
+        self.not_better = 0 if improved else self.not_better + 1
         if improved:
             self.best_val, self.best_step = val_loss, trainer.step
         with self.clock("saving"):

@@ -2,7 +2,12 @@
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +88,63 @@ def test_a_killed_process_is_replaced_by_this_one(monkeypatch):
     found = PreTokens(ONE.train, ONE.val, marked=False)
     assert list(found.words) == list(expected.words)
     assert np.array_equal(np.concatenate(found.train), np.concatenate(expected.train))
+
+
+@pytest.mark.parametrize("error", [PermissionError, ImportError])
+def test_one_process_cuts_up_the_text_where_no_pool_can_start(monkeypatch, error):
+    expected = PreTokens(ONE.train, ONE.val, marked=False)
+
+    def fail(*args):
+        raise error("no semaphores")
+
+    monkeypatch.setattr(pre_tokens, "_cores", lambda n_chars: 2)
+    monkeypatch.setattr(pre_tokens, "ProcessPoolExecutor", fail)
+    found = PreTokens(ONE.train, ONE.val, marked=False)
+    assert np.array_equal(np.concatenate(found.train), np.concatenate(expected.train))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs kill")
+def test_the_processes_end_with_their_parent(tmp_path):
+    """Also if it is killed, when it cannot end them itself."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from irongpt.data.pre_tokens import _begin\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _begin)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, program], stdout=subprocess.PIPE, timeout=60)
+    pid = int(result.stdout)
+    for _ in range(500):
+        if not alive(pid):
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the process is alive")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] != "Z"
+
+
+@pytest.mark.parametrize(
+    "text", ["one two, three(4) five's " * 9, "Война и мир 😀, и снова. " * 9, "漢字、かな7。" * 9]
+)
+def test_a_text_without_a_line_break_is_cut_too(monkeypatch, text):
+    monkeypatch.setattr(pre_tokens, "CHUNK", 8)
+    parts = list(pieces((text,), marked=False))
+    assert len(parts) > 5
+    assert "".join(parts) == text
+    assert list(chain(*map(bpe.pre_tokens, parts))) == bpe.pre_tokens(text)
 
 
 class _Killing:

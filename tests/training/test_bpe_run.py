@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Cli, assert_mistake, copy_run, train_in
 from run_helpers import assert_same
+from safetensors.torch import load_file
 
 from irongpt.config import PRESETS, SampleConfig
 from irongpt.data.batches import every_target
@@ -103,6 +104,12 @@ def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
     assert cli("train", "--resume", "cut", "--iters", 30).code == 0
     whole, cut = records(code / "whole"), records(code / "cut")
     assert [r["train_loss"] for r in whole][-1] == [r["train_loss"] for r in cut][-1]
+    for name in ("whole/last", "whole/best"):
+        x, y = (
+            load_file(code / n / "model.safetensors") for n in (name, name.replace("whole", "cut"))
+        )
+        assert x.keys() == y.keys()
+        assert all(x[k].equal(y[k]) for k in x)
     result = [json.loads((code / n / "result.json").read_text()) for n in ("whole", "cut")]
     assert result[0] == result[1]
 
@@ -170,7 +177,25 @@ def test_patience_ends_a_run_that_does_not_get_better(cli: Cli, code: Path):
     assert run[-1]["step"] < 500
 
 
-@pytest.mark.parametrize("prompt", ["def ", "é", "漢字 😀\x00", "    return"])
+def test_patience_counts_evaluations_also_after_a_resume_between_two(cli: Cli, code: Path):
+    flags = ["--lr", 0.3, "--patience", 3, "--iters", 500, "--out", "new"]
+    assert cli("train", *BPE, "--data", "code", *flags, "--iters", 15).code == 0
+    assert cli("train", "--resume", "new", "--iters", 500).code == 0
+    losses = [r["val_loss"] for r in records(code / "new") if r["val_loss"]]
+    assert losses.index(min(losses)) == len(losses) - 4
+
+
+def test_a_run_that_patience_has_ended_stays_ended(cli: Cli, code: Path):
+    flags = ["--iters", 500, "--lr", 0.3, "--patience", 2, "--out", "new"]
+    assert cli("train", *BPE, "--data", "code", *flags).code == 0
+    before = records(code / "new")
+    result = cli("train", "--resume", "new")
+    assert result.code == 0
+    assert "a larger --patience continues it" in result.out
+    assert records(code / "new") == before
+
+
+@pytest.mark.parametrize("prompt", ["def <", "def ", "é", "漢字 😀\x00", "    return"])
 def test_a_prompt_may_be_any_text(cli: Cli, code: Path, prompt: str):
     result = cli("generate", "run", "--prompt", prompt, "--tokens", 40)
     assert result.code == 0
