@@ -7,7 +7,6 @@ import torch
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
 from irongpt.data.batches import Tokens
 
-BPE_VOCAB = {"code": 8192, "nano-code": 4096}  # of python-packages and of python-code
 N_IDS = 400_000
 
 
@@ -21,7 +20,7 @@ class Setting(NamedTuple):
 
 def model_of(preset: str) -> GPTConfig:
     """The model with the vocabulary of the preset's default corpus."""
-    vocab_size = BPE_VOCAB.get(preset, WAR_AND_PEACE_VOCAB)
+    vocab_size = PRESETS[preset].vocab_size or WAR_AND_PEACE_VOCAB
     return GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
 
 

@@ -280,7 +280,8 @@ def generate_command(flags: Flags) -> int:
     target, context = model.wte.weight.device, model.config.context
     for note in ops.notes(op_set, target):
         say_on_stderr(note)
-    ids = tokenizer.encode(prompt).tolist() if prompt else start_ids(tokenizer, documents)
+    first = start_ids(tokenizer, documents)
+    ids = tokenizer.encode(prompt).tolist() if prompt else first
     if len(ids) > context:
         say_on_stderr(f"the prompt has {len(ids):,} tokens: only the last {context:,} are used")
 
@@ -290,7 +291,7 @@ def generate_command(flags: Flags) -> int:
     show = printable if terminal else str
     dtype = devices.precision("auto", target).dtype
     start = time.perf_counter()
-    prompts, skip = heal(model, tokenizer, ids, config, dtype)
+    prompts, skip = heal(model, tokenizer, ids, config, dtype, first if prompt else ())
     steps = generate_batch(model, prompts, config, dtype)
 
     def pieces(first: int, rest: Iterable[int]) -> Iterator[str]:

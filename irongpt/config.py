@@ -211,6 +211,7 @@ class Preset:
     train: dict[str, Any]
     data: tuple[str, ...] = ()
     epochs: float = 20.0
+    vocab_size: int | None = None  # of BPE; None: it depends on the size of the text
 
 
 IRON = dict(n_layer=6, n_head=6, n_embd=384, context=256, dropout=0.2)
@@ -245,6 +246,7 @@ PRESETS = {
         train=FEW_STEPS | dict(iters=5000, eval_every=250, tokenizer="bpe", patience=6),
         data=("python-packages",),
         epochs=3.0,
+        vocab_size=4096,
     ),
     "nano-code": Preset(
         "1.3 M parameters, for Python code by BPE, minutes on a CPU",
@@ -255,6 +257,7 @@ PRESETS = {
         ),
         data=("python-code",),
         epochs=3.0,
+        vocab_size=4096,
     ),
 }
 

@@ -119,6 +119,7 @@ def heal(
     prompt: Sequence[int],
     config: SampleConfig,
     dtype: torch.dtype | None = None,
+    before: Sequence[int] = (),
 ) -> tuple[list[list[int]], int]:
     """Prompts, one per sample, that end in a token which may be longer than that of `prompt`.
 
@@ -127,18 +128,21 @@ def heal(
     last token is sampled again, from the tokens whose bytes begin with those of the old one (token
     healing). Returns the prompts and the number of bytes that the old token had, which are in the
     prompt already. With characters, no token begins with another one: nothing changes.
+
+    before: ids that the model sees before a prompt of one token; without them that one stays.
     """
     kept, last = list(prompt[:-1]), tokenizer.token_bytes[prompt[-1]]
     tokens = enumerate(tokenizer.token_bytes)
     longer = [i for i, b in tokens if b.startswith(last) and i != tokenizer.end]
-    if not kept or not config.tokens or len(longer) == 1 or prompt[-1] == tokenizer.end:
+    if not (kept or before) or not config.tokens or len(longer) == 1 or prompt[-1] == tokenizer.end:
         return [list(prompt)] * config.samples, len(last)
     was_training = model.training
     model.eval()
     device = model.wte.weight.device
     lower = dtype is not None and dtype != model.wte.weight.dtype
     with torch.autocast(device.type, dtype if lower else None, enabled=lower):
-        logits = model(torch.tensor([kept[-model.config.context :]], device=device))[:, -1, longer]
+        seen = torch.tensor([(kept or [*before])[-model.config.context :]], device=device)
+        logits = model(seen)[:, -1, longer]
     model.train(was_training)
     sampled = torch.zeros(config.samples, 1, dtype=torch.int64, device=device)
     counts = torch.full_like(sampled, HEALED)

@@ -87,7 +87,8 @@ def new_setup(flags: Flags) -> Setup:
     preset = flags.get("preset") or ("iron" if device.type == "cuda" else "nano")
     train = TrainConfig(**_fields(TrainConfig, PRESETS[preset].train | flags))
     model = GPTConfig(**_fields(GPTConfig, PRESETS[preset].model | flags | {"vocab_size": 1}))
-    vocab_size = tokenized.check_vocab_size(train.tokenizer, flags.get("vocab_size"))
+    size = flags.get("vocab_size", PRESETS[preset].vocab_size if train.tokenizer == "bpe" else None)
+    vocab_size = tokenized.check_vocab_size(train.tokenizer, size)
     precision = devices.precision(train.dtype, device)
     if train.tensorboard:
         tensorboard.check_installed()

@@ -134,6 +134,13 @@ def test_the_digest_depends_on_every_file_and_on_nothing_else(folder: Path) -> N
     assert load("b/a", say=Lines()).sha256 != digest
 
 
+def test_the_digest_depends_on_the_split() -> None:
+    files = {"a": "1", "b": "2"}
+    one = Corpus("x", ("aa",), ("b",), files)
+    assert Corpus("x", ("aa",), ("b",), files).sha256 == one.sha256
+    assert Corpus("x", ("b",), ("aa",), files).sha256 != one.sha256
+
+
 def test_a_single_file_is_like_one_text() -> None:
     write("code", {"only.py": "é" * 10, "copy.py": "é" * 10})
     assert load("code", say=Lines()) == Corpus("code", ("é" * 9,), ("é",))

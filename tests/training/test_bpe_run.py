@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from irongpt.config import PRESETS, SampleConfig
 from irongpt.data.batches import every_target
 from irongpt.data.tokenizer import END
 from irongpt.generation.sample import heal, start_ids, trained_model
+from irongpt.training.start import new_setup
+from irongpt.training.trainer import Trainer
 
 BPE = [*TINY[: TINY.index("--data")], "--tokenizer", "bpe", "--vocab-size", "320"]
 
@@ -260,3 +264,41 @@ def test_code_presets_train_on_code_by_bpe():
         preset = PRESETS[name]
         assert preset.train["tokenizer"] == "bpe"
         assert preset.data == (data,)
+        assert new_setup({"preset": name, "device": "cpu"}).vocab_size == 4096
+        flags = {"preset": name, "device": "cpu", "vocab_size": 8192}
+        assert new_setup(flags).vocab_size == 8192
+        assert new_setup({"preset": name, "device": "cpu", "tokenizer": "char"}).vocab_size is None
+
+
+def test_a_prompt_of_one_token_may_become_longer_too(code: Path):
+    model, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
+    config = SampleConfig(samples=64, seed=3)
+    ids = tokenizer.encode("d").tolist()
+    assert heal(model, tokenizer, ids, config) == ([ids] * 64, 1)
+    prompts, skip = heal(model, tokenizer, ids, config, before=[tokenizer.end])
+    assert (skip, {len(prompt) for prompt in prompts}) == (1, {1})
+    tokens = {tokenizer.token_bytes[first] for (first,) in prompts}
+    assert len(tokens) > 1
+    assert all(token.startswith(b"d") for token in tokens)
+
+
+def test_a_signal_in_the_evaluation_of_best_leaves_it_to_the_next_process(
+    cli: Cli, code: Path, monkeypatch
+):
+    """The run is saved; a resumed one evaluates, and gives the result of an uninterrupted one."""
+    expected = json.loads((code / "run/result.json").read_text())
+    (code / "run/result.json").unlink()
+    evaluate = Trainer.evaluate_all
+
+    def interrupted(self, should_continue):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, should_continue)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate_all", interrupted)
+        result = cli("train", "--resume", "run")
+    assert result.code == 128 + signal.SIGTERM
+    assert "continue: irongpt train --resume" in result.out
+    assert not (code / "run/result.json").exists()
+    assert cli("train", "--resume", "run").code == 0
+    assert json.loads((code / "run/result.json").read_text()) == expected
