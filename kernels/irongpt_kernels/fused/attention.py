@@ -22,7 +22,7 @@ Precision   Scores, softmax and accumulators are in float32; P is rounded to the
             matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
             score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
             separately: where m is large, their rounded sum would lose digits of log2(l), and all P
-            of the row would be wrong by one factor.
+            of the row would be wrong by the same factor.
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
             its backward writes the three gradients into one tensor. With separate q, k and v,
             autograd stacks the gradients, which moves 6 B H T D elements more.

@@ -21,7 +21,7 @@ Precision   float32 between load and store. m and rest are stored separately, be
             -rest / (rest + exp(x_t - m)), both without cancellation.
 Limits      On the CPU a target outside [0, V) that is not ignore_index raises ValueError. On a GPU
             that check would make the host wait; the loss and the gradient of that row become NaN
-            instead. For the same reason the kernels read dloss and n through pointers.
+            instead. To avoid waiting, the kernels also read dloss and n through pointers.
 Spec        irongpt_kernels/eager.py::cross_entropy
 """
 

@@ -2,8 +2,8 @@
 
     sum = residual + keep branch      xhat = (sum - mean) rstd      norm = xhat weight + bias
 
-Backward, per row:  g = dnorm weight is the gradient with respect to xhat. mean and rstd depend on
-                    the whole row, which subtracts two projections:
+Backward, per row:  g = dnorm weight is the gradient with respect to xhat. Because mean and rstd
+                    depend on the whole row, two projections are subtracted:
                     dresidual = dsum + rstd (g - sum(g) / N - xhat sum(g xhat) / N)
                     dbranch = keep dresidual
           columns:  dweight = sum(dnorm xhat)      dbias = sum(dnorm), both over the rows

@@ -9,7 +9,7 @@
 
 Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
             writes m, then reads both again for y, which needs the norm, and writes y: 18.
-            muon_update reads u and p and writes p and the copy: 12. The same by PyTorch's ops: 92.
+            muon_update reads u and p and writes p and the copy: 12. PyTorch's ops would move 92.
 Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. A program selects
             its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
             the first kernel loop over several blocks, so that each matrix has at most PARTS partial
