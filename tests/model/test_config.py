@@ -128,7 +128,7 @@ def test_json_without_a_field_or_of_another_type_is_rejected(config) -> None:
     needed = values.keys() - ADDED_LATER
     lacking = [{k: v for k, v in values.items() if k != name} for name in needed]
     for bad in lacking:
-        with pytest.raises(UserError, match="fields of its .* are missing"):
+        with pytest.raises(UserError, match=r"fields of its .* are missing"):
             from_json(type(config), bad)
     for bad in (None, [], "config", 3):
         with pytest.raises(UserError, match=f"a {type(config).__name__} cannot be"):
