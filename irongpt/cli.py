@@ -3,9 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
-from itertools import chain, takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from irongpt.config import (
     check,
     flag,
 )  # fmt: skip
-from irongpt.console import output
+from irongpt.console import output, say_on_stderr
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, brief, out_of_memory
 
@@ -108,13 +107,14 @@ def build_parser() -> Parser:
     _export_flags(command(export_command, "write a model in Hugging Face's GPT-2 layout", more))
 
     more = "`irongpt train --resume RUN --data TEXT` then trains it on a text."
-    add = command(import_command, "make a run of a GPT-2 in Hugging Face's layout", more)
+    add = command(import_command, "import a GPT-2 in Hugging Face's layout as a run", more)
     help = "folder with config.json, model.safetensors and tokenizer.json"
     add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     add.add_argument("run", metavar="RUN", type=user_path, help="folder of the new run")
 
-    more = "A text that is longer than the context is shown in overlapping windows."
-    _show_flags(command(show_command, "make a page of a text as the model sees it", more))
+    more = "A text that is longer than the context is read in overlapping windows."
+    help = "write an HTML page that shows how likely the model finds each token of a text"
+    _show_flags(command(show_command, help, more))
 
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
@@ -153,11 +153,11 @@ def _train_flags(train: Parser) -> None:
     help = f"model and recipe. {presets} [iron on a GPU, nano on a CPU]"
     run.add_argument("--preset", choices=list(PRESETS), help=help)
     help = (
-        "war-and-peace, python-docs, python-code, python-packages, a text file, a folder of code, "
-        "or - for standard input; repeatable, for a text of several parts [war-and-peace]"
+        "text to train on: war-and-peace, python-docs, python-code, python-packages, a text file, "
+        "a folder of code, or - for standard input; repeat the flag to join several [war-and-peace]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
-    help = "files to read from a folder of --data, such as '*.js', repeatable ['*.py']"
+    help = "files to read from a folder of --data, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")
     help = "tokens of a BPE vocabulary, a multiple of 64 [4096; 8192 for 30 MB of text or more]"
@@ -180,9 +180,9 @@ def _train_flags(train: Parser) -> None:
 
 
 def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
-    help = f"encoding of {what}, such as cp1252 [UTF-8, or UTF-16 with a byte order mark]"
+    help = f"text encoding of {what}, such as cp1252 [UTF-8, or UTF-16 with a byte order mark]"
     parser.add_argument("--encoding", metavar="NAME", help=help)
-    help = f"replace: put U+FFFD in the place of bytes of {what} that cannot be decoded [strict]"
+    help = f"bytes of {what} that cannot be decoded end with an error, or become U+FFFD [strict]"
     parser.add_argument("--errors", choices=ERRORS, help=help)
 
 
@@ -253,74 +253,20 @@ def train_command(flags: Flags) -> int:
 
 
 def generate_command(flags: Flags) -> int:
-    from irongpt import device as devices
-    from irongpt import ops
-    from irongpt.data.tokenizer import stream
-    from irongpt.generation.sample import (
-        generate_batch,
-        heal,
-        printable,
-        start_ids,
-        trained_model,
-    )
+    from irongpt.generation.command import generate
 
     checkpoint, run = _checkpoint(flags), flags.pop("run")
     prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
     reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
     check(file is not None or not reading, "--encoding and --errors are for --prompt-file FILE")
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
-    stop = flags.pop("stop_at_end", False)
+    stop_at_end = flags.pop("stop_at_end", False)
     config = SampleConfig(**flags)
     if run.name in ("best", "last") and not (run / "config.json").exists():
         run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
     if file is not None:
         prompt = read_prompt(file, **reading)
-    model, tokenizer = trained_model(run, checkpoint, op_set, device)
-    documents = (run / "files.json").exists()
-    target, context = model.wte.weight.device, model.config.context
-    for note in ops.notes(op_set, target):
-        say_on_stderr(note)
-    first = start_ids(tokenizer, documents)
-    ids = tokenizer.encode(prompt).tolist() if prompt else first
-    if len(ids) > context:
-        say_on_stderr(f"the prompt has {len(ids):,} tokens: only the last {context:,} are used")
-
-    # A byte of the prompt that is not UTF-8 is written as it came.
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    terminal = sys.stdout.isatty()
-    show = printable if terminal else str
-    dtype = devices.precision("auto", target).dtype
-    start = time.perf_counter()
-    prompts, skip = heal(model, tokenizer, ids, config, dtype, first if prompt else ())
-    steps = generate_batch(model, prompts, config, dtype)
-
-    def pieces(first: int, rest: Iterable[int]) -> Iterator[str]:
-        """The text after the prompt, whose last token is `first`."""
-        tokens = chain([first], rest)
-        if stop:
-            tokens = chain([first], takewhile(lambda token: token != tokenizer.end, rest))
-        return stream(tokenizer, tokens, skip)
-
-    count, piece = 0, prompt
-    if config.samples == 1:
-        sys.stdout.write(show(prompt))
-        for count, text in enumerate(  # noqa: B007
-            pieces(prompts[0][-1], (step[0] for step in steps))
-        ):
-            piece = text or piece
-            sys.stdout.write(show(text))
-            sys.stdout.flush()
-    else:
-        rows = zip(*steps, strict=True) if config.tokens else [()] * config.samples
-        texts = ["".join(pieces(p[-1], row)) for p, row in zip(prompts, rows, strict=True)]
-        count = config.tokens * config.samples
-        piece = "\n---\n".join(show(prompt + text) for text in texts)
-        sys.stdout.write(piece)
-    if terminal and not piece.endswith("\n"):
-        sys.stdout.write("\n")
-    sys.stdout.flush()
-    count = min(count, config.tokens * config.samples)  # one more piece may end a character
-    say_on_stderr(f"{count:,} tokens, {count / (time.perf_counter() - start):,.0f} tokens/s")
+    generate(run, checkpoint, prompt, config, stop_at_end, op_set, device)
     return 0
 
 
@@ -426,8 +372,3 @@ def read_prompt(
     for note in text.notes:
         say_on_stderr(note)
     return text.utf8.decode().removesuffix("\n")
-
-
-def say_on_stderr(text: str) -> None:
-    """Prints a line apart from the generated text, which goes to standard output."""
-    print(f"irongpt: {text}", file=sys.stderr)

@@ -92,7 +92,7 @@ class TrainConfig:
 
     iters: int = option("recipe", "training steps")
     batch_size: int = option("recipe", "sequences per forward pass")
-    lr: float = option("recipe", "peak learning rate, of AdamW and of Muon")
+    lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
     decay: str = option(
         "recipe",
@@ -104,11 +104,13 @@ class TrainConfig:
     optimizer: str = option(
         "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
     )
-    grad_accum: int = option("recipe", "forward passes per step, whose gradients are added", 1)
+    grad_accum: int = option(
+        "recipe", "forward and backward passes per step, whose gradients are added", 1
+    )
     shards: int = option(
         "recipe",
-        "parts of a step, of which several GPUs compute one or more each: the same bits on any "
-        "number of GPUs that divides it; under torchrun the number of processes",
+        "parts that the batch of a step is split into, one or more for each GPU; any number of "
+        "GPUs that divides it computes the same bits; torchrun's default: one part per process",
         1,
     )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
@@ -119,7 +121,12 @@ class TrainConfig:
         "run", "char: one token per character; bpe: byte pair encoding", "char", TOKENIZERS
     )
     seed: int = option("run", "seed of the weights, batches, dropout and samples", 1337)
-    ops: str = option("machine", "plain PyTorch, its fused functions, our kernels", "builtin", OPS)
+    ops: str = option(
+        "machine",
+        "eager: plain PyTorch; builtin: PyTorch's fused functions; fused: our Triton kernels",
+        "builtin",
+        OPS,
+    )
     device: str = option("machine", "cpu, cuda or cuda:N; auto is a GPU if there is one", "auto")
     dtype: str = option(
         "machine",
@@ -137,7 +144,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     eval_windows: int = 1 << 30  # all of them
     log_every: int = 10
-    sample_tokens: int = option("run", "length of the sample at each evaluation; 0: none", 200)
+    sample_tokens: int = option("run", "tokens of the sample at each evaluation; 0: no sample", 200)
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows", "shards"):

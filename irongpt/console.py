@@ -129,6 +129,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_on_stderr(text: str) -> None:
+    """Prints a line apart from generated text, which goes to standard output."""
+    print(f"irongpt: {text}", file=sys.stderr)
+
+
 class Attempt:
     """Runs what is only shown, such as a plot: its errors are reported once, and end nothing."""
 
