@@ -7,13 +7,14 @@ With P, keep, m and l as in `attention`, the backward computes for each row
     dS = P * (dZ * keep / (1 - p) - delta)
     dQ = scale dS K                    dK = scale dS^T Q
 
-where delta = sum_j Z_j dZ_j is also dot(dO, O), one number per row, which needs no extra pass.
+where delta, one number per row, is sum_j Z_j dZ_j. That sum equals dot(dO, O), so the kernel takes
+it from the outputs, without a pass over the keys.
 
 Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a program for each query
             tile and computes delta and dQ; the second has one for each key tile and computes dK and
             dV. No two programs add to the same gradient, so every run gives the same bits. Both
-            kernels recompute P = 2^(S - m) / l and the dropout mask, which takes two matmuls more
-            than one kernel with atomics needs.
+            kernels recompute P = 2^(S - m) / l and the dropout mask. The two kernels therefore
+            compute seven matmuls, where one kernel that adds dQ by atomics computes five.
 Diagonal    As in the forward, tiles that the diagonal crosses have a masked loop of their own.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
             The second kernel reads q, k, v and dout again. Each tile of queries reads k and v, and

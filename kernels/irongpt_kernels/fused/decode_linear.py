@@ -5,10 +5,11 @@
 
     x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Forward, per row:   The layer norm is rounded to the dtype of the weight. The matmul is summed in
-                    float32 and rounded to that dtype, after the bias is added unless GELU follows.
-                    The rest is in float32: bias and GELU, or the residual. A model under autocast
-                    rounds at the same places, but also stores these intermediate results.
+Forward, per row:   Two intermediate results are rounded to the dtype of the weight: the layer norm,
+                    and the matmul, which is summed in float32 (its bias is added before the
+                    rounding, or after it where GELU follows). GELU and the residual sum are
+                    computed in float32. A model under autocast rounds at the same places, but it
+                    also writes the intermediate results to memory.
 
 Traffic     reads the weight once, N K elements, which takes nearly all of the time. Every program
             computes the layer norm of all rows again, while its part of the weight is being loaded.

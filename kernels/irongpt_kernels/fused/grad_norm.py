@@ -14,7 +14,7 @@ Parallelism A program handles BLOCK elements of one tensor. The addresses of all
             program selects its tensor by its program id. Every program stores a partial sum, and
             one program of a second kernel adds those in order. This takes two launches for up to 48
             tensors. There are no atomics, so every run gives the same bits.
-Precision   float32. The square of a gradient beyond 1.8e19 is infinite there, and sets found_inf.
+Precision   float32. The square of a gradient above 1.8e19 overflows to infinity and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are
             copied unless their rows are contiguous.

@@ -11,10 +11,11 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
             visible one, so that a thread can still issue vector loads. Rows longer than MAX_BLOCK
             are read more than once: 3MN and 7MN.
 Parallelism Rows of at most MAX_BLOCK columns fit in registers: a program handles BLOCK_M rows.
-            For longer rows a program loops over one row (online softmax; Milakov and Gimelshein
-            2018). The first loop computes m, the sum and delta, and rescales what has been summed
-            whenever m grows; the last loop computes y or dx; the backward has one loop in between.
-            Each lane keeps its own maximum and sums, which are combined after the loop.
+            For longer rows a program loops over one row, ONLINE_BLOCK columns at a time (online
+            softmax; Milakov and Gimelshein 2018). The first loop computes m and the sums, and
+            rescales the sums whenever m grows; each lane keeps its own maximum and sums, which are
+            combined after the loop. The last loop computes y or dx. The backward has one loop more
+            in between, for the rounding error of delta.
 Precision   float32 between load and store. The backward saves x and not y: a y rounded to float16
             does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
             it had up to 46 times the error of eager. Where one column has nearly all the weight,
