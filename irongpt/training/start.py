@@ -199,7 +199,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     if other_text:
         say(
             f"warning   {', '.join(data.sources)} is not the text that {run.path} was trained on: "
-            "the run continues with it and keeps its vocabulary; best/ is compared on it anew"
+            "the run continues with it and keeps its vocabulary; best/ is evaluated on it again"
         )
         state = state | {"best_val": None, "best_step": 0}
     try:

@@ -181,7 +181,7 @@ class Trainer:
         if stops:
             return None
         total = 0.0
-        for value in values:  # in order, whoever has computed it
+        for value in values:  # in window order, whichever process computed them
             total += value
         return total / sum(counts)
 
