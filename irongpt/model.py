@@ -25,7 +25,7 @@ def padded_vocab(V: int) -> int:
 
     They need rows of 16-bit logits that begin at multiples of 16 bytes, which are 8 logits. Other
     vocabularies are padded to the next multiple of 8. From 1,024 on it is the next multiple of 64,
-    at a cost of 6 % at most, so that every row is a whole number of cache lines of 128 bytes: GPT-2's
+    at a cost of 6 % at most, so that a row is a whole number of cache lines (128 bytes): GPT-2's
     50,257 become 50,304.
     """
     multiple = 8 if V < 1024 else 64
