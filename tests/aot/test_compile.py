@@ -1,10 +1,13 @@
-"""Every kernel compiles for the GPUs that we name, at the parameters that its launcher chooses."""
+"""Every kernel compiles for the GPUs that we name, at the parameters that its launcher chooses, and
+Triton's launcher passes each of its arguments to the place where the PTX reads it."""
 
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,24 @@ import irongpt_kernels
 import pytest
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+LAUNCHED = Path(__file__).parents[1] / "helpers" / "launched.py"
 SHARED_MEMORY = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes a program may have
 
 
-def compiled(arch: int, *flags: str) -> dict[str, Any]:
+def missing() -> str:
+    """What Triton's launcher, a C module, cannot be built without; empty if it can be built."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        return "a C compiler"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.exists() else "Python.h"
+
+
+def compiled(arch: int, *flags: str, launched: bool = False) -> dict[str, Any]:
     """The report of `irongpt_kernels.aot`, run in a process where Triton does not interpret."""
+    program = [LAUNCHED] if launched else ["-m", "irongpt_kernels.aot"]
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "irongpt_kernels.aot", "--arch", f"sm_{arch}", "--json", *flags],
+        [sys.executable, *program, "--arch", f"sm_{arch}", "--json", *flags],
         env=env | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -43,8 +56,9 @@ def names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
-def test_every_kernel_compiles_and_fits(arch: int) -> None:
-    report = compiled(arch, "--quick")
+def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
+    """In one test, so that the kernels are compiled once."""
+    report = compiled(arch, "--quick", launched=not missing())
     rows = report["kernels"]
     assert report["failed"] == []
     assert report["warnings"] == []
@@ -75,6 +89,14 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
         assert names([r for r in rows if r["bf16"]]) == []
         assert names([r for r in matmuls if r["FFMA"] > r["HMMA"]]) == []
         assert names([r for r in matmuls if r["warps_per_sm"] < 4]) == []
+
+    if missing():
+        pytest.skip(f"compiled, but not launched: that needs {missing()}")
+    assert report["mismatches"] == []
+    assert report["launches"] >= len(rows)
+    assert report["parameters"] > 10 * len(rows)
+    # The check sees two arguments that are exchanged, forward and backward.
+    assert len(report["planted"]) == 4
 
 
 def test_compiled_kernels_are_written(tmp_path: Path) -> None:
