@@ -194,7 +194,7 @@ def test_the_column_of_a_t4_is_empty_on_other_gpus() -> None:
 
 def test_the_docs_have_the_computed_lower_bound() -> None:
     iron, fast = (f"{roofline.t4_step(preset) * 1e3:.1f}" for preset in ("iron", "fast"))
-    assert f"{iron} / {fast} ms" in (ROOT / "README.md").read_text()
+    assert f"{iron} and {fast} ms" in (ROOT / "README.md").read_text()
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"| iron | | {iron} ms |\n| fast | | {fast} ms |" in text
 
