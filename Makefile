@@ -89,7 +89,7 @@ bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
 # With the packages of .venv if it exists, else with those of PYTHON.
-gpu: ## run the full GPU suite (at most 10 minutes) in the current Python environment
+gpu: ## run the full GPU suite (about 40 minutes on a T4 the first time, estimated)
 	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.suite $(ARGS)
 
 report: .venv/run ## draw the page of the newest benchmark result; ARGS=file for another

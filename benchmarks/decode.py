@@ -26,6 +26,7 @@ from benchmarks.presets import model_of
 from irongpt import device as devices
 from irongpt import ops, timing
 from irongpt.config import PRESETS, SampleConfig
+from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.generation import sample
 from irongpt.generation.decode import ROOM, Decoder
@@ -51,11 +52,12 @@ def naive(model: GPT, dtype: torch.dtype, tokens: int) -> Stamps:
 
 
 def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool) -> Stamps:
-    config = SampleConfig(tokens=tokens, temperature=TEMPERATURE)
-    return [
-        time.perf_counter()
-        for _ in sample.generate_batch(model, [[0]] * batch, config, dtype, graph)
-    ]
+    config, failures = SampleConfig(tokens=tokens, temperature=TEMPERATURE), Graph.failures
+    generated = sample.generate_batch(model, [[0]] * batch, config, dtype, graph)
+    stamps = [time.perf_counter() for _ in generated]
+    if Graph.failures > failures:
+        raise RuntimeError("the CUDA graph could not be captured")
+    return stamps
 
 
 def measure(

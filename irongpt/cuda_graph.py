@@ -33,6 +33,8 @@ class Graph(Generic[Result]):
     If the capture fails, a line on standard error says so and the step is launched every time.
     """
 
+    failures = 0  # captures of this process that failed
+
     def __init__(
         self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
     ) -> None:
@@ -60,6 +62,7 @@ class Graph(Generic[Result]):
                 self._capture()
             except Exception as e:  # not KeyboardInterrupt
                 self.failed, self.result = True, None
+                Graph.failures += 1
                 full = "out of memory: " if out_of_memory(e) else ""
                 print(
                     "irongpt: the step cannot be captured in a CUDA graph and is launched kernel "

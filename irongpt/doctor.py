@@ -14,10 +14,9 @@ from irongpt_kernels.runtime import emulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from irongpt import __version__, gpu_state, ops
+from irongpt import __version__, driver, gpu_state, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
-from irongpt.driver import OLDEST_PACKAGES
 from irongpt.errors import UserError
 from irongpt.files import check_result, write_result
 from irongpt.model import GPT
@@ -84,17 +83,13 @@ def _machine(report: Report, device: torch.device) -> None:
 def _card(report: Report, device: torch.device) -> None:
     p, cuda = torch.cuda.get_device_properties(device), torch.version.cuda
     report.facts["machine"] += f"\n{p.multi_processor_count} multiprocessors, CUDA {cuda}"
-    if (p.major, p.minor) < (7, 5):
-        report.problems.append(
-            "the kernels need compute capability 7.5 or newer: use --ops builtin"
-        )
     now = gpu_state.query(device)
     if now is None:
         report.advice.append(
             "clocks, power and temperature are unknown: nvidia-ml-py is missing or fails"
         )
         return
-    report.facts["machine"] += f", driver {gpu_state.driver_version()}"
+    report.facts["machine"] += f", driver {driver.version()}"
     shown = (now.sm_mhz, now.max_sm_mhz, now.memory_mhz, now.watt, now.limit_watt, now.celsius)
     report.facts["clocks"] = "{} of {} MHz, memory {} MHz, {} of {} W, {} degrees C".format(
         *("unknown" if value is None else f"{value:g}" for value in shown)
@@ -110,7 +105,7 @@ def _card(report: Report, device: torch.device) -> None:
 
 def _software(report: Report, device: torch.device) -> None:
     found = []
-    for name, oldest in OLDEST_PACKAGES.items():
+    for name, oldest in driver.OLDEST_PACKAGES.items():
         try:
             have = version(name)
         except PackageNotFoundError:
@@ -164,6 +159,8 @@ def _kernels(report: Report, device: torch.device) -> None:
         ops.load("fused", device, config)
     except UserError as e:
         report.facts["kernels"] = str(e)
+        if device.type == "cuda":
+            report.problems.append(str(e))
         return
     from irongpt_kernels.fused import attention_tiles
 

@@ -11,6 +11,9 @@ CARD = Path("/dev/nvidia0")
 OLDEST = {13: 580, 12: 525}
 PACKAGES = {13: "torch==2.13.0 triton==3.7.1", 12: "torch==2.10.0 triton==3.6.0"}
 
+# The oldest driver that compiles a version of PTX. Source: NVIDIA, PTX ISA, "Release History".
+OLDEST_FOR_PTX = {(8, 4): 550, (8, 5): 555, (8, 6): 565, (8, 7): 570, (8, 8): 575, (9, 0): 580}
+
 OLDEST_PACKAGES = {"torch": (2, 10), "triton": (3, 6)}  # that IronGPT runs with
 
 
@@ -57,4 +60,19 @@ def unseen(torch: str, cuda: str | None, reason: str) -> str | None:
     return (
         f"torch {torch} finds no GPU, though NVIDIA driver {driver} is here ({reason}): check "
         f"nvidia-smi and CUDA_VISIBLE_DEVICES, {on_cpu}"
+    )
+
+
+def too_old_for(ptx: str) -> str | None:
+    """Why the driver of this machine cannot compile such PTX; None if it can, or is unknown."""
+    installed, found = version(), re.search(r"\.version (\d+)\.(\d+)", ptx)
+    if installed is None or found is None:
+        return None
+    isa = int(found[1]), int(found[2])
+    oldest = max((d for known, d in OLDEST_FOR_PTX.items() if known <= isa), default=0)
+    if int(installed.split(".")[0]) >= oldest:
+        return None
+    return (
+        f"the PTX {isa[0]}.{isa[1]} of this Triton needs NVIDIA driver {oldest} or newer to be "
+        f"compiled for this GPU, and this is {installed}"
     )

@@ -1,4 +1,4 @@
-"""The state of a GPU that PyTorch does not report: driver, clocks, power, temperature, by NVML."""
+"""The state of a GPU that PyTorch does not report: clocks, power, temperature, by NVML."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +57,6 @@ def query(device: torch.device) -> GpuState | None:
         celsius=get("Temperature", gpu, 0),
         throttled_by=throttled,
     )
-
-
-def driver_version() -> str | None:
-    """The version of the NVIDIA driver; None without nvidia-ml-py or a driver."""
-    nvml = _nvml()
-    return None if nvml is None else str(nvml.nvmlSystemGetDriverVersion())
 
 
 def _nvml() -> Any:

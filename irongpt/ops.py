@@ -4,7 +4,7 @@ import torch
 from irongpt_kernels import Ops
 from irongpt_kernels.runtime import emulate
 
-from irongpt import launch_cache
+from irongpt import driver, launch_cache
 from irongpt.config import GPTConfig, check
 from irongpt.errors import UserError, brief
 
@@ -33,7 +33,7 @@ def _load_fused(device: torch.device) -> Ops:
     hint = "use --ops builtin, PyTorch's own fused ops"
     try:
         from irongpt_kernels import fused
-        from irongpt_kernels.runtime import launch
+        from irongpt_kernels.runtime import launch, turing
     except ImportError as e:
         raise UserError(f"--fused needs Triton, which cannot be imported ({e}): {hint}") from e
     if device.type == "cuda":
@@ -43,6 +43,8 @@ def _load_fused(device: torch.device) -> Ops:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
+        if emulate.on() and (old := driver.too_old_for(turing.probe())):
+            raise UserError(f"{emulate.VARIABLE}: {old}: update the driver, or unset the variable")
         _build_launcher(hint)
         launch_cache.load(device)
     elif not (launch.INTERPRETED or launch.EXECUTED_PTX):

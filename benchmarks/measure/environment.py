@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from irongpt_kernels.runtime import emulate, launch_table
 
-from irongpt import __version__, gpu_state, timing
+from irongpt import __version__, driver, gpu_state, timing
 from irongpt.device import dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
             "memory_bytes": p.total_memory,
             "l2_bytes": p.L2_cache_size,
             "cuda": torch.version.cuda,
-            "driver": gpu_state.driver_version(),
+            "driver": driver.version(),
         }
     return facts
 

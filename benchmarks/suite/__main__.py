@@ -1,25 +1,27 @@
 """The full GPU suite: every test, comparison and benchmark of a GPU in one command.
 
-    PYTHONPATH=.:kernels python -m benchmarks.suite              run all stages, in ten minutes
+    PYTHONPATH=.:kernels python -m benchmarks.suite              run all stages, in 40 minutes
     PYTHONPATH=.:kernels python -m benchmarks.suite --only compare kernels
 
 It needs torch, triton, pytest and numpy, and no installation (`make gpu` runs it too); with
 nvidia-ml-py the results also have the GPU's clocks, power and temperature. Without a network, the
 runs train on Python's manual, or on the text that --data names. Each stage is a subprocess with a
 share of the remaining time, and saves its results as it goes; the next stage starts even if it
-fails. Without a GPU, the stages run in small sizes.
+fails. Without a GPU, the stages run in small sizes. What only a GPU can show comes first:
 
     doctor      reports what this machine will run
-    tests       runs the kernel tests on this GPU, several files at a time
-    emulated    runs the same tests with the code for a T4: IRONGPT_EMULATE=sm_75
+    gpu         runs the tests that need a GPU, with training steps of each of the ops
     compare     compares the kernels with eager PyTorch and float64
+    tests       runs the other kernel tests on this GPU, several files at a time
+    emulated    runs all these tests with the code for a T4: IRONGPT_EMULATE=sm_75
     kernels     times every op by every provider at the iron model's shape
     train       times training steps
     decode      times generation in tokens/s
     runs        trains for 300 steps with each of the ops
     report      draws the page of all results, if matplotlib is installed
 
-The exit code is 1 if a stage failed or exceeded its time limit.
+The exit code is 1 if a stage failed or exceeded its time limit. A T4 that has not compiled the
+kernels yet needs about 40 minutes, which is an estimate; other GPUs and later runs need less.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from irongpt_kernels.runtime import emulate
 
 from benchmarks.measure import result_file
@@ -47,11 +50,21 @@ from irongpt import device as devices
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 8  # the most test files that run at a time
+PROCESS_BYTES = 8 << 30  # of a GPU that a test file may need, most of them for eager in float64
 LEAST = 30.0  # seconds, the shortest limit of a stage
 GRACE = 8.0  # seconds from the interrupt of a late stage to its kill
 COUNTS = ("passed", "failed", "error", "skipped")  # in pytest's last line
-SHARES = dict(  # of the time
-    doctor=4, tests=20, emulated=20, compare=14, kernels=17, train=18, decode=4, runs=7, report=4
+SHARES = dict(  # of the time; the stages in their order
+    doctor=3,
+    gpu=10,
+    compare=16,
+    tests=20,
+    emulated=14,
+    kernels=14,
+    train=12,
+    decode=4,
+    runs=5,
+    report=2,
 )
 COMMANDS = {  # of a stage, and its additional options without a GPU
     "doctor": ("irongpt doctor", ""),
@@ -74,15 +87,21 @@ class Done:
     lines: list[str] = field(default_factory=list)
 
 
-def test_files(gpu: bool) -> list[Path]:
-    """All kernel tests and every other file with a test marked `gpu`; without a GPU, one file."""
-    if not gpu:
-        return [ROOT / "tests" / "kernels" / "test_op_specs.py"]  # make test runs all of them
-    return [
-        file
-        for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if file.parent.name in ("kernels", "aot") or "pytest.mark.gpu" in file.read_text("utf-8")
-    ]
+def test_files(stage: str, gpu: bool) -> tuple[list[Path], list[str]]:
+    """The files of a stage that runs tests, and the option of pytest that selects tests in them.
+
+    Files in tests/aot are not among them: they compile only, which needs no GPU.
+    """
+    tests = ROOT / "tests"
+    if not gpu:  # a step of each of the ops, and one file: make test runs all of them
+        select = ["-k", "waits_in_a_step and adamw and float32"] if stage == "gpu" else []
+        return [tests / ("test_gpu.py" if stage == "gpu" else "kernels/test_op_specs.py")], select
+    files = sorted(tests.rglob("test_*.py"))
+    marked = [file for file in files if "pytest.mark.gpu" in file.read_text("utf-8")]
+    if stage == "gpu":  # training steps first
+        return sorted(marked, key=lambda file: file.name != "test_gpu.py"), ["-m", "gpu"]
+    kernels = [file for file in files if file.parent.name == "kernels" or file in marked]
+    return kernels, ["-m", "not gpu"] if stage == "tests" else []
 
 
 def run(
@@ -159,8 +178,19 @@ class Suite:
         self.env.pop("TRITON_INTERPRET", None)  # times of the interpreter mean nothing
 
     def stage(self, name: str, limit: float) -> Done:
-        if name in ("tests", "emulated"):
+        """Runs a stage. The summary of one that is cut says what it has saved."""
+        if name in ("gpu", "tests", "emulated"):
             return self.tests(name, limit)
+        done = self.command(name, limit)
+        if done.status == "timed out" and self.file.exists():
+            section = result_file.load(self.file).get(name, {})
+            saved = f"{len(section.get('rows', []))} rows"
+            if "groups" in section:
+                saved = f"{section['groups']} of {section['of_groups']} groups"
+            done.summary = f"saved {saved}; {done.summary}"
+        return done
+
+    def command(self, name: str, limit: float) -> Done:
         plots = importlib.util.find_spec("matplotlib") is not None
         if name == "report" and not plots:
             return Done("skipped", summary="matplotlib is not installed: draw it from the file")
@@ -190,13 +220,21 @@ class Suite:
                 done.summary = "; ".join(values["problems"])[:150] or "no problems"
         return done
 
+    def at_once(self) -> int:
+        """How many test files run at a time: as many as the CPU and the GPU's memory allow."""
+        if not self.gpu:
+            return 1
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return max(1, min(PROCESSES, (os.cpu_count() or 2) // 2, memory // PROCESS_BYTES))
+
     def tests(self, name: str, limit: float) -> Done:
-        """Runs the test files, each in a pytest of its own, in as many processes as fit."""
+        """Runs test files, each in a pytest of its own, in as many processes as fit."""
         env = {emulate.VARIABLE: f"sm_{emulate.ARCH}"} if name == "emulated" else {}
         if env and not self.gpu:
             return Done("skipped", summary="emulation of a T4 needs a GPU")
         if env and emulate.capability(self.device) == (7, 5):
             return Done("skipped", summary="this GPU has compute capability 7.5 itself")
+        files, select = test_files(name, self.gpu)
         start, lock = time.perf_counter(), threading.Lock()
         found: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
         total: Counter[str] = Counter()
@@ -205,7 +243,8 @@ class Suite:
             left = limit - GRACE - (time.perf_counter() - start)
             done = Done("timed out", summary="no time was left")
             if left > 1:
-                words = ["pytest", "-rfE", "--tb=short", "-p", "no:cacheprovider", file]
+                options = ["-rfE", "--tb=short", "-p", "no:cacheprovider", *select]
+                words = ["pytest", *options, file]
                 done = run(words, self.env | env, left, self.log, show=False)
             counts = {
                 w: int(n) for n, w in re.findall(rf"(\d+) ({'|'.join(COUNTS)})", done.summary)
@@ -220,12 +259,13 @@ class Suite:
                 print(f"{file.name:36} {done.status:9} {done.summary}", flush=True)
             return done.status
 
-        at_once = min(PROCESSES, max(1, (os.cpu_count() or 2) // 2)) if self.gpu else 1
-        with ThreadPoolExecutor(at_once) as pool:
-            statuses = list(pool.map(one, test_files(self.gpu)))
+        with ThreadPoolExecutor(self.at_once()) as pool:
+            statuses = list(pool.map(one, files))
         summary = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
         late = [f for f, row in found["files"].items() if row["status"] == "timed out"]
-        summary += f"; timed out: {', '.join(late)}" if late else ""
+        if late:
+            ended = len(files) - len(late)
+            summary += f"; {ended} of {len(files)} files ended, not {', '.join(sorted(late))}"
         worst = next((s for s in ("failed", "timed out") if s in statuses), "ok")
         return Done(worst, time.perf_counter() - start, summary)
 
@@ -233,7 +273,7 @@ class Suite:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="run every test and benchmark of a GPU")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all stages [9.5]")
+    parser.add_argument("--minutes", type=float, default=40, help="for all stages [40]")
     parser.add_argument("--data", help="text of the runs [War and Peace, if it can be downloaded]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)

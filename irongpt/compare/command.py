@@ -44,8 +44,9 @@ def compare(
     exceeds tolerance, else 0.
 
     device: auto, cpu, cuda or cuda:N. dtypes: names, or empty for all that the device computes.
-    Every number goes to `json_file`, a plot to `plot`. arch: sm_75, sm_80 or sm_90 to execute the
-    kernels that are compiled for it on the CPU. Raises UserError for flags that do not fit.
+    Every number goes to `json_file`, which is written after each group of rows, and a plot to
+    `plot`. arch: sm_75, sm_80 or sm_90 to execute the kernels that are compiled for it on the CPU.
+    Raises UserError for flags that do not fit.
     """
     with execution(arch, device, candidate) as faults:
         target = torch.device("cpu") if arch else devices.pick(device)
@@ -84,8 +85,26 @@ def _compare(
     rows: list[Row] = []
     checks: list[Check] = []
     by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
-    same_ops = [*zip(*by_class, strict=True), vocabulary_cases(FULL_ROWS if full else SMALL_ROWS)]
-    for case in chain.from_iterable(same_ops):
+    by_class.append(vocabulary_cases(FULL_ROWS if full else SMALL_ROWS))
+    all_cases = [*chain.from_iterable(by_class)]  # the model's shape first
+    environment = {
+        "irongpt": __version__,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "device": devices.describe(target),
+        "candidate": candidate,
+        "tiles": tiles.digest(target),
+        "dtypes": names,
+    }
+
+    def save(groups: int, curves: list[Curve]) -> None:
+        """groups: those that are done. One that ends early leaves its numbers."""
+        if json_file is not None:
+            seconds = round(time.perf_counter() - start, 1)
+            progress = dict(groups=groups, of_groups=len(all_cases) + 1, seconds=seconds)
+            write_result(json_file, to_json(environment | progress, rows, checks, curves))
+
+    for number, case in enumerate(all_cases, 1):
         new_rows: list[Row] = []
         new_checks: list[Check] = []
         for dtype in chosen:
@@ -95,6 +114,7 @@ def _compare(
         say(report.group(f"{case.op}, {case.shape}: {case.sizes}", new_rows, new_checks))
         rows += new_rows
         checks += new_checks
+        save(number, [])
     new_rows, curves, new_checks = compare_model(training, module, chosen, target)
     rows += new_rows
     checks += new_checks
@@ -107,18 +127,7 @@ def _compare(
 
     seconds = time.perf_counter() - start
     failures = report.failures(rows, checks, candidate)
-    if json_file is not None:
-        environment = {
-            "irongpt": __version__,
-            "torch": torch.__version__,
-            "triton": _triton_version(),
-            "device": devices.describe(target),
-            "candidate": candidate,
-            "tiles": tiles.digest(target),
-            "dtypes": names,
-            "seconds": round(seconds, 1),
-        }
-        write_result(json_file, to_json(environment, rows, checks, curves))
+    save(len(all_cases) + 1, curves)
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
         with default_style():

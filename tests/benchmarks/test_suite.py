@@ -1,11 +1,15 @@
 """`make gpu` runs each stage as a subprocess with a time limit, and summarizes all of them."""
 
+import argparse
+import json
 import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.measure import result_file
 from benchmarks.suite import __main__ as suite
@@ -106,11 +110,11 @@ def test_the_counts_of_test_files_are_added(
         return suite.Done(status, 1.0, out[-1], out)
 
     monkeypatch.setattr(suite, "run", run)
-    monkeypatch.setattr(suite, "test_files", lambda gpu: [Path(name) for name in lines])
+    monkeypatch.setattr(suite, "test_files", lambda *_: ([Path(name) for name in lines], []))
     suite.main(arguments(tmp_path, "tests", "emulated"))
     (file,) = tmp_path.glob("*/*.json")
     found = result_file.load(file)
-    says = "41 passed, 3 failed, 2 error, 1 skipped; timed out: test_d.py"
+    says = "41 passed, 3 failed, 2 error, 1 skipped; 3 of 4 files ended, not test_d.py"
     stage = found["stages"]["tests"]
     assert (stage["status"], stage["says"]) == ("failed", says)
     assert found["stages"]["emulated"]["status"] == "skipped"
@@ -118,10 +122,64 @@ def test_the_counts_of_test_files_are_added(
     assert found["tests"]["files"]["test_b.py"] == dict(passed=28, status="ok", seconds=1.0)
 
 
-def test_a_gpu_runs_every_test_of_the_kernels() -> None:
-    names = {str(file.relative_to(ROOT / "tests")) for file in suite.test_files(gpu=True)}
-    folders = [ROOT / "tests" / "kernels", ROOT / "tests" / "aot"]
-    wanted = {str(f.relative_to(ROOT / "tests")) for d in folders for f in d.glob("test_*.py")}
-    assert wanted | {"test_gpu.py", "generation/test_decode.py", "cli/test_tune.py"} <= names
+def test_a_gpu_runs_what_only_it_can_show_first() -> None:
+    assert list(suite.SHARES)[:5] == ["doctor", "gpu", "compare", "tests", "emulated"]
+    only_gpu, select = suite.test_files("gpu", gpu=True)
+    assert only_gpu[0].name == "test_gpu.py"
+    assert select == ["-m", "gpu"]
+    all_files, none = suite.test_files("emulated", gpu=True)
+    assert suite.test_files("tests", gpu=True) == (all_files, ["-m", "not gpu"])
+    assert none == []
+    names = {str(file.relative_to(ROOT / "tests")) for file in all_files}
+    kernels = {f"kernels/{file.name}" for file in (ROOT / "tests/kernels").glob("test_*.py")}
+    assert kernels | {"test_gpu.py", "generation/test_decode.py", "cli/test_tune.py"} <= names
+    assert set(only_gpu) < set(all_files)
+    assert not any(name.startswith("aot/") for name in names)
     assert "training/test_loop.py" not in names
-    assert len(suite.test_files(gpu=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("gib", "cpus", "processes"), [(15, 2, 1), (15, 16, 1), (24, 16, 3), (80, 6, 3), (140, 64, 8)]
+)
+def test_test_files_share_the_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int, cpus: int, processes: int
+) -> None:
+    args = dict(device="cpu", result=tmp_path / "r.json", data=None, commit=None)
+    one = suite.Suite(argparse.Namespace(**args))
+    assert one.at_once() == 1
+    one.gpu = True
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    assert one.at_once() == processes
+
+
+@pytest.mark.parametrize(
+    ("name", "saves", "says"),
+    [
+        ("train", dict(rows=[1, 2]), "saved 2 rows; KeyboardInterrupt"),
+        (
+            "compare",
+            dict(rows=[1], groups=7, of_groups=31),
+            "saved 7 of 31 groups; KeyboardInterrupt",
+        ),
+        ("decode", None, "saved 0 rows; KeyboardInterrupt"),
+    ],
+)
+def test_a_stage_that_is_cut_says_what_it_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saves: dict | None, says: str
+) -> None:
+    def run(words: list[object], *_: object) -> suite.Done:
+        at = words[words.index("--json") + 1] if "--json" in words else None
+        if at:
+            Path(str(at)).write_text(json.dumps(saves))
+        elif saves:
+            result_file.save(tmp_path / "r.json", name, saves)
+        return suite.Done("timed out", 1.0, "KeyboardInterrupt")
+
+    result_file.save(tmp_path / "r.json", "doctor", {})
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setitem(result_file.KINDS, "train", SimpleNamespace(from_json=lambda row: row))
+    arguments = ["--device", "cpu", "--result", str(tmp_path / "r.json"), "--only", name]
+    assert suite.main(arguments) == 1
+    assert result_file.load(tmp_path / "r.json")["stages"][name]["says"] == says

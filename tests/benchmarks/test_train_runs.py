@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from benchmarks.report import __main__ as report
 from benchmarks.report import tables
 from benchmarks.training import __main__ as train
 from irongpt.config import PRESETS, GPTConfig
+from irongpt.cuda_graph import Graph
 from irongpt.data import tokens
 from irongpt.data.corpus import Corpus
 from irongpt.model import GPT
@@ -78,6 +80,18 @@ def test_generation_is_measured(result: Path) -> None:
     rows = result_file.load(result)["decode"]["rows"]
     assert [(r.way, r.batch) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
     assert all(r.tokens == 16 for r in rows)
+
+
+def test_generation_whose_graph_failed_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched_one_by_one(*args: object) -> Iterator[list[int]]:
+        monkeypatch.setattr(Graph, "failures", Graph.failures + 1)
+        yield [0]
+
+    monkeypatch.setattr(decode.sample, "generate_batch", launched_one_by_one)
+    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=4, dropout=0.0)
+    _, cached, batched = decode.measure("builtin", GPT(shape, builtin), torch.float32, 1, [3], 1)
+    why = "RuntimeError: the CUDA graph could not be captured"
+    assert cached.skipped_reason == batched.skipped_reason == why
 
 
 def test_the_other_ways_to_generate_are_measured_when_one_fails(

@@ -193,6 +193,25 @@ def test_a_failure_is_in_the_files_too(monkeypatch, capsys, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_comparison_that_is_stopped_keeps_the_groups_before(monkeypatch, capsys, tmp_path):
+    json_file, seen = tmp_path / "c.json", []
+
+    def compare_until_stopped(case, *rest):
+        seen.append((case.op, case.shape))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return compare_case(case, *rest)
+
+    monkeypatch.setattr("irongpt.compare.command.compare_case", compare_until_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare_planted(monkeypatch, capsys, candidate(), json_file=json_file)
+    values = json.loads(json_file.read_text())
+    assert {(r["op"], r["shape"]) for r in values["rows"]} == set(seen[:3])
+    assert {shape for _, shape in seen} == {"model"}  # which comes first
+    every = 3 * len([*cases("model", TINY, True)]) + len([*vocabulary_cases(SMALL_ROWS)]) + 1
+    assert (values["groups"], values["of_groups"]) == (3, every)
+
+
 def test_builtin_passes_and_its_files_are_complete(cli):
     flags = "--device cpu --dtype float32 --ops builtin --json c.json --plot c.png"
     result = cli("compare", *flags.split())
@@ -203,6 +222,7 @@ def test_builtin_passes_and_its_files_are_complete(cli):
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
     values = json.loads(Path("c.json").read_text())
     assert values["ok"] is True
+    assert values["groups"] == values["of_groups"]
     assert {(r["op"], r["shape"]) for r in values["rows"]} == {
         *((op, shape) for op in OPS for shape in SMALL),
         *((op, f"V={V:,}") for op in AT_LARGE_VOCABULARIES for V in VOCABULARIES),

@@ -12,6 +12,7 @@ import torch
 from conftest import assert_mistake
 from fake_gpu import fake_gpu
 from irongpt_kernels import eager, fused
+from irongpt_kernels.runtime import launch, turing
 
 from irongpt import device as devices
 from irongpt import doctor, gpu_state, ops
@@ -21,7 +22,6 @@ from irongpt.errors import UserError
 
 NVML = {  # the answers of NVML for a T4, by the end of the function's name
     "Init": None,
-    "SystemGetDriverVersion": "550.54",
     "DeviceGetHandleByUUID": "a handle",
     "DeviceGetClockInfo": {1: 585, 2: 5001},
     "DeviceGetMaxClockInfo": {1: 1590},
@@ -59,6 +59,7 @@ def card(monkeypatch):
         memory = (int(free * 2**30), total)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: memory)
         monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**changed))
+        monkeypatch.setattr("irongpt.driver.version", lambda: "550.54.15")
 
     change()
     return change
@@ -75,7 +76,7 @@ def test_a_t4_without_problems(card) -> None:
     for part in (
         "Tesla T4 (cuda:0, 15 GiB, capability 7.5)",
         "40 multiprocessors",
-        "driver 550.54",
+        "driver 550.54.15",
         "585 of 1590 MHz, memory 5001 MHz, 28.1 of 70 W, 45 degrees C",
         "float16 (compute capability 7.5 has no bfloat16; with loss scaling)",
         "bfloat16 is emulated and slow: not used",
@@ -107,7 +108,7 @@ NO_NVML = "nvidia-ml-py is missing or fails"
         (dict(Init=NVMLError), "advice", NO_NVML),
         (dict(DeviceGetHandleByUUID=NVMLError), "advice", NO_NVML),
         (dict(free=1.0), "problems", "1.0 GiB are free: end other processes on the GPU"),
-        (dict(capability=(7, 0)), "problems", "capability 7.5 or newer: use --ops builtin"),
+        (dict(capability=(7, 0)), "problems", "compute capability 7.5 or newer: use --ops builtin"),
     ],
 )
 def test_a_report_has_facts_advice_and_problems(card, cli, changed, topic: str, text: str) -> None:
@@ -117,6 +118,25 @@ def test_a_report_has_facts_advice_and_problems(card, cli, changed, topic: str, 
     assert text in " ".join(result.out.split())
     assert result.code == (topic == "problems") == bool(report["problems"])
     assert bool(report["advice"]) == (topic == "advice")
+
+
+@pytest.mark.parametrize("triton", ["8.7", "9.1"])
+def test_emulation_needs_a_driver_that_compiles_the_ptx(card, cli, monkeypatch, triton) -> None:
+    card(**NEWER)
+    monkeypatch.setenv("IRONGPT_EMULATE", "sm_75")
+    monkeypatch.setattr(launch, "prepare", lambda device: None)
+    monkeypatch.setattr(turing, "probe", lambda: f"//\n.version {triton}\n.target sm_75\n")
+    monkeypatch.setattr("irongpt.driver.version", lambda: "565.57.01")
+    oldest = {"8.7": 570, "9.1": 580}[triton]
+    line = f"IRONGPT_EMULATE: the PTX {triton} of this Triton needs NVIDIA driver {oldest} or newer"
+    assert_mistake(cli("compare"), line)
+    result = cli("doctor")
+    assert result.code == 1
+    assert line in " ".join(result.out.split())
+    monkeypatch.setattr("irongpt.driver.version", lambda: f"{oldest}.86.10")
+    assert line not in " ".join(cli("doctor").out.split())
+    monkeypatch.setattr("irongpt.driver.version", lambda: None)
+    assert line not in " ".join(cli("doctor").out.split())
 
 
 def test_a_state_that_the_card_does_not_report_is_none(card) -> None:

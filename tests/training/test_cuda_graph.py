@@ -113,8 +113,9 @@ def test_a_cpu_has_no_graph() -> None:
 def test_a_run_whose_capture_fails_goes_on_launching(error, said, capsys) -> None:
     options = dict(ops=eager, dropout=0.2)
     plain, graphed = trainer(**options), trainer(**options)
-    graphed.run_step = Double(graphed, error)
+    graphed.run_step, failures = Double(graphed, error), Graph.failures
     assert torch.equal(train(plain, WARMUP + 4), train(graphed, WARMUP + 4))
+    assert Graph.failures == failures + 1
     assert_same_params(plain, graphed)
     line = capsys.readouterr().err
     assert line.count("\n") == 1
