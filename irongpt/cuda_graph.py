@@ -36,14 +36,20 @@ class Graph(Generic[Result]):
     failures = 0  # captures of this process that failed
 
     def __init__(
-        self, step: Callable[[], Result], device: torch.device, warmup: int = WARMUP
+        self,
+        step: Callable[[], Result],
+        device: torch.device,
+        warmup: int = WARMUP,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         """step: a bound method. It is not kept alive: its object may own this graph, and a cycle
         would be freed by the garbage collector, at a time when that breaks another capture.
         device: a GPU. No part of the step may synchronize with the host.
+        agree: gets whether the capture has succeeded, and returns whether it has in all processes:
+        NCCL needs all of them to replay an exchange, or none.
         """
         self._step: Any = weakref.WeakMethod(step)
-        self.device, self.warmup = device, warmup
+        self.device, self.warmup, self.agree = device, warmup, agree
         self.calls = 0
         self.failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -61,7 +67,6 @@ class Graph(Generic[Result]):
             try:
                 self._capture()
             except Exception as e:  # not KeyboardInterrupt
-                self.failed, self.result = True, None
                 Graph.failures += 1
                 full = "out of memory: " if out_of_memory(e) else ""
                 print(
@@ -69,11 +74,19 @@ class Graph(Generic[Result]):
                     f"by kernel, as with --no-graph: {full}{one_line(e)}",
                     file=sys.stderr,
                 )
+            if not self.agree(self.graph is not None):
+                self.close()
         if self.graph is None:
             return self.step()
         self.graph.replay()
         result: Any = None if self.result is None else self.result.clone()
         return result
+
+    def close(self) -> None:
+        """Destroys the graph. Later calls launch the step."""
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph, self.result, self.failed = None, None, True
 
     def _run_on_side_stream(self) -> Result:
         """PyTorch requires another stream than the caller's for warmup before a capture."""

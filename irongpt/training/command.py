@@ -3,13 +3,18 @@
 import contextlib
 import os
 
-from irongpt.config import Flags
+import torch
+
+from irongpt import __version__
+from irongpt.config import Flags, flag
 from irongpt.console import Clock, output_is_optional, say
-from irongpt.errors import DivergenceError, UserError
+from irongpt.errors import DivergenceError, UserError, out_of_memory
 from irongpt.training import distributed
 from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.start import new_run, resumed_run
+
+PLACES = ("data", "out", "resume", "device")  # flags that may differ between machines
 
 
 def train(flags: Flags, start: float) -> int:
@@ -23,19 +28,29 @@ def train(flags: Flags, start: float) -> int:
             stack.enter_context(output_is_optional())
         try:
             code = _train(flags, start, world)
-        except (UserError, DivergenceError) as e:
-            if world.fail():
+            world.close()
+            return code
+        except BaseException as e:
+            full = out_of_memory(e)
+            if isinstance(e, RuntimeError) and not full:
+                world.explain()
+            known = full or isinstance(e, UserError | DivergenceError)
+            code = 2 if full or isinstance(e, UserError) else 1
+            if world.fail(code) or not known:
                 raise
-            return 2 if isinstance(e, UserError) else 1
-        except RuntimeError:
-            world.explain()
-            raise
-        world.close()
-        return code
+            return code
 
 
 def _train(flags: Flags, start: float, world: World) -> int:
     clock = Clock(start)
+    world.agree(
+        {
+            "version of irongpt": __version__,
+            "version of torch": torch.__version__,
+            "command": "--resume" if "resume" in flags else "a new run",
+            **{flag(name): value for name, value in flags.items() if name not in PLACES},
+        }
+    )
     if "resume" in flags:
         training = resumed_run(flags.pop("resume"), flags, clock, world)
     else:
@@ -43,6 +58,7 @@ def _train(flags: Flags, start: float, world: World) -> int:
     try:
         return _report(training, clock)
     finally:
+        training.trainer.close()
         training.run.release()
 
 

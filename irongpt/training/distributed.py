@@ -16,6 +16,7 @@ import datetime
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ BEAT = 1.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one, after which a process is dead
 START = 600.0  # seconds in which all processes must have started
 PARTS_FROM = 5  # processes from which on each adds a part of the gradients
-ENDED, FAILED = "ended", "failed"  # in place of the number, by a process that has left
+ENDED, FAILED = "ended", "failed "  # in place of the number, by a process that has left
 
 
 class World:
@@ -58,6 +59,10 @@ class World:
     def add(self, values: Tensor) -> None:
         """Adds the float64 values of all processes in place. All but one of each must be 0."""
 
+    def all(self, value: bool) -> bool:
+        """Whether it is true in all processes."""
+        return value
+
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises UserError on every process unless all have the same facts."""
 
@@ -78,8 +83,11 @@ class World:
     def close(self) -> None:
         """Ends the work of the processes with each other."""
 
-    def fail(self) -> bool:
-        """Ends the other processes after an error. Returns whether this process reports it."""
+    def fail(self, code: int) -> bool:
+        """Ends the other processes after an error, with this exit code.
+
+        Returns whether this process is the first, which reports it.
+        """
         return True
 
     def explain(self) -> None:
@@ -100,7 +108,7 @@ class Torchrun(World):
         store, watch = (next(rendezvous("env://", timeout=wait))[0] for _ in range(2))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
-        self.last, self.ended = ENDED, threading.Event()
+        self.last, self.ended, self.agreed, self.silent = ENDED, threading.Event(), 0, SILENT
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             torch.cuda.set_device(self.local_rank % gpus)
@@ -141,15 +149,25 @@ class Torchrun(World):
     def add(self, values: Tensor) -> None:
         self.dist.all_reduce(values)
 
+    def all(self, value: bool) -> bool:
+        found = torch.tensor(float(value))
+        self.dist.all_reduce(found, self.dist.ReduceOp.MIN)
+        return bool(found)
+
     def agree(self, facts: dict[str, Any]) -> None:
         """By JSON in the store: a process may still lack what the others have."""
-        self.store.set(f"facts-{self.rank}", json.dumps(facts))
-        for rank in range(1, self.size):
-            theirs = [json.loads(self.store.get(f"facts-{r}")) for r in (0, rank)]
-            for name in theirs[0]:
-                if theirs[0][name] != theirs[1].get(name):
-                    values = " and ".join(str(t.get(name))[:60] for t in theirs)
-                    raise UserError(f"the processes 0 and {rank} have another {name}: {values}")
+        self.agreed += 1
+        keys = [f"facts-{self.agreed}-{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], json.dumps(facts, default=str))
+        first, *others = (json.loads(self.store.get(key)) for key in keys)
+        for rank, other in enumerate(others, start=1):
+            for name in {**first, **other}:
+                values = [known.get(name, "not given") for known in (first, other)]
+                if values[0] != values[1]:
+                    shown = " and ".join(str(value)[:40] for value in values)
+                    raise UserError(
+                        f"the processes 0 and {rank} differ in {name}: {shown}; all need the same"
+                    )
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -193,9 +211,11 @@ class Torchrun(World):
         self._leave(ENDED)
         self.dist.destroy_process_group()
 
-    def fail(self) -> bool:
-        first = bool(self.store.add("failures", 1) == 1)
-        self._leave(FAILED)
+    def fail(self, code: int) -> bool:
+        first = True
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            first = bool(self.store.add("failures", 1) == 1)
+        self._leave(f"{FAILED}{code}")
         return first
 
     def _leave(self, last: str) -> None:
@@ -217,9 +237,9 @@ class Torchrun(World):
                     count = self.watch.get(str(rank)).decode() if known else ""
                     if count != counts[rank]:
                         counts[rank], seen[rank] = count, now
-                if FAILED in counts.values():  # it has reported why
-                    os._exit(1)
-                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > SILENT]
+                for failed in (c for c in counts.values() if c.startswith(FAILED)):
+                    os._exit(int(failed.removeprefix(FAILED)))  # the first has reported why
+                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > self.silent]
                 if late:
                     self._end(late, min(set(counts) - set(late)))
             self.watch.set(str(self.rank), self.last)
@@ -235,8 +255,15 @@ class Torchrun(World):
         os._exit(1)
 
     def explain(self) -> None:
-        """Waits until `_watch` has named the dead process and ended this one, else returns."""
-        time.sleep(SILENT + 5 * BEAT)
+        """Waits until `_watch` has named the dead process and ended this one, else returns.
+
+        A process that has died made the exchange fail, so fewer signs need to be missing. torchrun
+        ends this process by SIGTERM: that can wait.
+        """
+        self.silent = 5 * BEAT
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(8 * BEAT)
 
 
 def join() -> World:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from irongpt_kernels import Ops
 
-from irongpt import __version__, ops
 from irongpt import device as devices
+from irongpt import ops
 from irongpt.config import (
     PRESETS,
     DataConfig,
@@ -249,13 +249,10 @@ def _training(
     trainer.separate_generators()
     world.agree(
         {
-            "version of irongpt": __version__,
-            "version of torch": torch.__version__,
             "text": text.sha256,
             "step": step,
             "dtype": devices.dtype_name(precision.dtype),
-            "model": to_json(m),
-            "training": to_json(train),
+            **{flag(name): x for name, x in {**to_json(m), **to_json(train)}.items()},
         }
     )
     peak, source = devices.peak_flops(device, precision.dtype)

@@ -68,7 +68,14 @@ class Trainer:
         self.signal = torch.zeros((), device=device)  # a signal that this process has received
         self.step = 0
         captured = device.type == "cuda" and config.graph
-        self.run_step = Graph(self._run_step, device) if captured else self._run_step
+        self.run_step = (
+            Graph(self._run_step, device, agree=world.all) if captured else self._run_step
+        )
+
+    def close(self) -> None:
+        """Destroys the CUDA graph of the step: NCCL waits for it at the end of the processes."""
+        if isinstance(self.run_step, Graph):
+            self.run_step.close()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return devices.autocast(self.device, self.dtype)

@@ -128,6 +128,7 @@ class _Cuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, end: Exception | None = None) -> None:
         self.current, self.end, self.made, self.used = "default", end, [], []
+        self.graphs: list[weakref.ref] = []  # that were made
         names = "Stream stream graph device current_stream graph_pool_handle get_rng_state"
         for name in (*names.split(), "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -168,8 +169,17 @@ class _Cuda:
     def get_rng_state(self) -> str:
         return "state"
 
-    def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(replay=lambda: None)
+    def CUDAGraph(self) -> "_Recorded":  # noqa: N802
+        graph = _Recorded()
+        self.graphs.append(weakref.ref(graph))
+        return graph
+
+
+class _Recorded:
+    def replay(self) -> None:
+        pass
+
+    reset = replay
 
 
 class _Owner:
@@ -200,12 +210,30 @@ def test_a_broken_capture_is_recovered_from_and_its_first_error_shown(
 ) -> None:
     cuda = _Cuda(monkeypatch, None if where == "within" else ValueError("invalidated"))
     owner = _Owner(0, ValueError("a sync") if where == "within" else None)
-    for _ in range(3):
+    owner.graph()
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "collect", lambda: None)
         owner.graph()
+        owner.graph()
+        owner.error = cuda.end = None
     assert cuda.used[1:] == [("pool", "state")]
+    assert [graph() for graph in cuda.graphs] == [None]  # no cycle keeps it
     assert gc.isenabled()
     assert cuda.current == "default"
     assert ("a sync" if where == "within" else "invalidated") in capsys.readouterr().err
+
+
+def test_a_closed_graph_is_launched(monkeypatch) -> None:
+    cuda = _Cuda(monkeypatch)
+    owner = _Owner()
+    for _ in range(3):
+        owner.graph()
+    owner.graph.close()
+    assert [graph() for graph in cuda.graphs] == [None]
+    before = owner.calls
+    owner.graph()
+    assert owner.calls == before + 1
+    assert len(cuda.graphs) == 1
 
 
 def test_the_graph_of_an_object_dies_with_it(monkeypatch) -> None:

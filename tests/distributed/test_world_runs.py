@@ -1,0 +1,212 @@
+"""`irongpt train` in several processes: signals, deaths, restarts, and mistakes of one line."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Cli, assert_mistake, write_text
+from fake_gpu import fake_gpu
+from processes import FLAGS, KILL, TERM, command, launch, send, shown
+from run_helpers import assert_same, state
+
+from irongpt.config import PRESETS
+from irongpt.training import distributed
+from irongpt.training.distributed import BEAT, ENDED, FAILED, SILENT, Torchrun, World
+from irongpt.training.trainer import Trainer
+
+SHARDED = ["train", *FLAGS, "--optimizer", "muon", "--dropout", "0.1", "--ops", "eager"]
+RESUME = ["train", "--resume", "run"]
+DIED = "irongpt: error: process 1 of 2 has died: the others end; continue with --resume"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that computes both shards."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_text(folder / "text.txt")
+    assert launch(1, command, folder, [*SHARDED, "--shards", "2"]) == [0]
+    return folder / "run"
+
+
+def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
+    cli: Cli, folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal to one process, the death of one, and a signal to the only one end the first three
+    parts."""
+    codes = launch(2, command, folder, SHARDED, {1: (9, TERM)})
+    assert codes == [128 + TERM] * 2
+    assert "saved; continue" in shown(folder, 0)
+    assert shown(folder, 1) == ""
+    assert state(folder / "run")["step"] == 12  # the next step whose results are read
+
+    assert launch(2, command, folder, RESUME, {1: (20, KILL)}) == [1, -KILL]
+    assert shown(folder, 0).splitlines()[-1] == DIED
+    assert state(folder / "run")["step"] == 18
+
+    monkeypatch.setitem(PRESETS["nano"].train, "sample_tokens", 4)
+    monkeypatch.setattr(Trainer, "_fill_inputs", Trainer._fill_inputs)  # restored at the end
+    send(27, TERM)
+    assert cli(*RESUME).code == 128 + TERM
+    assert state(folder / "run")["step"] == 28
+
+    assert launch(2, command, folder, RESUME) == [0, 0]
+    assert_same(folder / "run", uninterrupted)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
+    """The first of two processes, which hangs in an exchange. The second writes to its store."""
+    monkeypatch.setattr(distributed, "BEAT", 0.01)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    world = Torchrun.__new__(Torchrun)
+    world.rank, world.size, world.silent, world.last = 0, 2, 0.1, ENDED
+    world.watch, world.ended = dist.HashStore(), threading.Event()
+    return world
+
+
+def test_a_process_that_hangs_is_named_within_a_minute(watch: Torchrun, capsys) -> None:
+    watch.watch.set("1", "7")
+    with pytest.raises(SystemExit) as ended:
+        watch._watch()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"{DIED}\n"
+    assert SILENT + 10 * BEAT < 60
+
+
+def test_a_process_that_has_ended_well_is_not_dead(watch: Torchrun) -> None:
+    watch.watch.set("1", ENDED)
+    threading.Timer(0.3, watch.ended.set).start()
+    watch._watch()
+    assert watch.watch.get("0") == ENDED.encode()
+
+
+def test_the_others_have_the_exit_code_of_the_one_that_failed(watch: Torchrun, capsys) -> None:
+    watch.watch.set("1", f"{FAILED}2")
+    with pytest.raises(SystemExit) as ended:
+        watch._watch()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def restarted(folder: Path) -> None:
+    """A process of torchrun, the second of which kills itself in the first attempt."""
+    distributed.BEAT = 0.1
+    torch.set_num_threads(1)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    signals = {1: (20, KILL)} if first else None
+    assert command(int(os.environ["RANK"]), folder, RESUME, signals) == 0
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """The signal handlers that torchrun replaces."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_torchrun_restarts_a_run_that_has_died(folder: Path, uninterrupted: Path) -> None:
+    """As `torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m irongpt train --resume`."""
+    from processes import server
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    server()
+    assert launch(2, command, folder, SHARDED, {0: (9, TERM)}) == [128 + TERM] * 2
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=1, start_method="forkserver",
+    )  # fmt: skip
+    elastic_launch(config, restarted)(folder)
+    lines = shown(folder, 0).splitlines()
+    assert lines.count(DIED) == 1
+    assert [line for line in lines if line.startswith("run ")][1:] == [
+        "run       run, from step 12",
+        "run       run, from step 18",
+    ]
+    assert_same(folder / "run", uninterrupted)
+
+
+def one_line(folder: Path, size: int, *given: Any, **options: Any) -> str:
+    """What is printed in all processes; all have the exit code of a mistake."""
+    assert launch(size, command, folder, *given, **options) == [2] * size
+    (line,) = "".join(shown(folder, rank) for rank in range(size)).splitlines()
+    assert not (folder / "run").exists()
+    return line
+
+
+def test_other_flags_in_one_process_are_one_line(folder: Path) -> None:
+    own = {1: ["--iters", "7"]}
+    line = one_line(folder, 2, ["train", *FLAGS], None, own)
+    assert line == (
+        "irongpt: error: the processes 0 and 1 differ in --iters: 36 and 7; all need the same"
+    )
+
+
+def test_another_text_on_one_machine_is_one_line(folder: Path) -> None:
+    (folder / "other.txt").write_text((folder / "text.txt").read_text()[::-1])
+    own = {1: ["--data", "other.txt"]}
+    line = one_line(folder, 2, ["train", *FLAGS], None, own)
+    assert line.startswith("irongpt: error: the processes 0 and 1 differ in text: ")
+
+
+class Two(World):
+    """The first of two processes, without the other."""
+
+    size = 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shards", "1"], "2 processes cannot share 1 shards evenly"),
+        (["--batch-size", "5"], "--batch-size (5) must be divisible by --shards (2)"),
+        (["--data", "-"], "several processes cannot read standard input"),
+    ],
+)
+def test_a_wrong_world_is_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.setattr(distributed, "join", Two)
+    assert_mistake(cli("train", *FLAGS, *flags), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "2 processes, but 1 GPUs: two processes cannot share one; use --nproc-per-node 1"),
+        ("cuda:1", "--device cuda:1: torchrun gives each process a GPU of its own; leave it out"),
+    ],
+)
+def test_two_processes_on_one_gpu_are_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
+) -> None:
+    fake_gpu(monkeypatch, count=1 if device == "cuda" else 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(Two, "check_device", Torchrun.check_device, raising=False)
+    monkeypatch.setattr(distributed, "join", Two)
+    flags = ["train", *FLAGS, "--device", device]
+    assert_mistake(cli(*flags), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_environment_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert_mistake(cli("train", *FLAGS), "WORLD_SIZE is set, but RANK is not a number")
