@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = Path(".venv")
-NEEDED = "torch|triton"
+NEEDED = "torch|triton|numpy"
 
 
 def own_torch():

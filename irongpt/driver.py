@@ -9,7 +9,11 @@ CARD = Path("/dev/nvidia0")
 # The oldest driver for each major version of CUDA, and packages of PyPI that are built for it.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility".
 OLDEST = {13: 580, 12: 525}
-PACKAGES = {13: "torch==2.13.0 triton==3.7.1", 12: "torch==2.10.0 triton==3.6.0"}
+# The interpreter of Triton 3.6 fails with NumPy 2.4, that of 3.7 does not.
+PACKAGES = {
+    13: "torch==2.13.0 triton==3.7.1",
+    12: "torch==2.10.0 triton==3.6.0 numpy==2.3.5",
+}
 
 # The oldest driver that compiles a version of PTX. Source: NVIDIA, PTX ISA, "Release History".
 OLDEST_FOR_PTX = {(8, 4): 550, (8, 5): 555, (8, 6): 565, (8, 7): 570, (8, 8): 575, (9, 0): 580}

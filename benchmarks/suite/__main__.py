@@ -68,9 +68,9 @@ SHARES = dict(  # of the time; the stages in their order
 )
 COMMANDS = {  # of a stage, and its additional options without a GPU
     "doctor": ("irongpt doctor", ""),
-    "compare": ("irongpt compare", "--ops builtin"),
-    "kernels": ("benchmarks.ops --quick", "--rounds 2 --providers eager builtin"),
-    "train": ("benchmarks.training", "--steps 1 --turns 2 --variants builtin eager"),
+    "compare": ("irongpt compare", "--ops builtin --dtype float32"),
+    "kernels": ("benchmarks.ops --quick", "--rounds 2 --providers eager builtin --ops gelu adamw"),
+    "train": ("benchmarks.training", "--steps 1 --turns 2 --variants builtin"),
     "decode": ("benchmarks.decode", "--ops builtin --tokens 24"),
     "runs": ("benchmarks.train_runs", "--iters 5 --ops builtin"),
     "report": ("benchmarks.report", ""),
@@ -95,7 +95,7 @@ def test_files(stage: str, gpu: bool) -> tuple[list[Path], list[str]]:
     tests = ROOT / "tests"
     if not gpu:  # a step of each of the ops, and one file: make test runs all of them
         select = ["-k", "waits_in_a_step and adamw and float32"] if stage == "gpu" else []
-        return [tests / ("test_gpu.py" if stage == "gpu" else "kernels/test_op_specs.py")], select
+        return [tests / ("test_gpu.py" if stage == "gpu" else "kernels/test_philox.py")], select
     files = sorted(tests.rglob("test_*.py"))
     marked = [file for file in files if "pytest.mark.gpu" in file.read_text("utf-8")]
     if stage == "gpu":  # training steps first

@@ -138,6 +138,14 @@ def test_a_gpu_runs_what_only_it_can_show_first() -> None:
     assert "training/test_loop.py" not in names
 
 
+def test_a_cpu_takes_a_step_of_each_of_the_ops() -> None:
+    (file,), (_, words) = suite.test_files("gpu", gpu=False)
+    (step,) = re.findall(r"@each_ops\n(?:@.*\n)*def test_\w*waits_in_a_step\b.*", file.read_text())
+    assert "waits_in_a_step" in words
+    assert "optimizer" in step
+    assert suite.test_files("tests", gpu=False)[0][0].exists()
+
+
 @pytest.mark.parametrize(
     ("gib", "cpus", "processes"), [(15, 2, 1), (15, 16, 1), (24, 16, 3), (80, 6, 3), (140, 64, 8)]
 )
