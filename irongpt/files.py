@@ -58,7 +58,10 @@ def damaged(path: Path) -> UserError:
 
 
 def read(path: Path) -> bytes:
+    """The bytes of a file. Raises UserError, also for a pipe or a device, which may have no end."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"cannot read {path}: it is not a file")
         return path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e

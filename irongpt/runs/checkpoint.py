@@ -65,13 +65,14 @@ def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]
         folder = old  # killed between the two renames of `_replace`
     state = files.unsealed(files.read(folder / "state.json"), folder / "state.json")
     contents = {name: files.read(folder / name) for name in FILES}
+    digests = state.get("files")
     for name, data in contents.items():
-        if state.get("files", {}).get(name) != files.digest(data):
+        if not isinstance(digests, dict) or digests.get(name) != files.digest(data):
             raise files.damaged(folder / name)
     try:
         model, optimizer = (from_bytes(contents[name]) for name in FILES[:2])
         tokenizer = json.loads(contents["tokenizer.json"])
-    except (SafetensorError, ValueError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise files.damaged(folder) from e
     return model, optimizer, tokenizer, state
 

@@ -189,7 +189,9 @@ class RunFolder:
             values = unsealed(read(path), path) if path.exists() else {}
         except UserError:  # it is computed again
             return None
-        return values if values.get("step") == step else None
+        complete = values.get("step") == step and values.keys() >= {"val_loss", "bits_per_byte"}
+        losses = [values[name] for name in ("val_loss", "bits_per_byte")] if complete else []
+        return values if losses and all(map(_is_number, losses)) else None
 
     def write_result(self, values: dict[str, Any]) -> None:
         replace_file(self.path / "result.json", sealed(finite(values)))
@@ -200,9 +202,9 @@ class RunFolder:
         for line in read(self.metrics).splitlines() if self.metrics.exists() else []:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
-            if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS:
+            if not _is_record(record):
                 raise UserError(f"{self.metrics} has a line that is not a record: {line[:60]!r}")
             records.append(record)
         return records
@@ -250,7 +252,7 @@ def open_run(path: Path) -> RunFolder:
     values = unsealed(read(path / "config.json"), path / "config.json")
     try:
         if values["format"] != FORMAT:
-            raise UserError(f"its format is {values['format']!r}")
+            raise UserError(f"its format is {reprlib.repr(values['format'])}")
         texts = {name: values[name] for name in ("preset", "data_sha256")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f"{', '.join(texts)} must be strings")
@@ -304,6 +306,19 @@ def check_run_is_new(path: Path) -> None:
     if exists:
         resume = f", or --resume {path}" if (path / "config.json").is_file() else ""
         raise UserError(f"--out {path} exists: choose another folder{resume}")
+
+
+def _is_record(values: Any) -> bool:
+    """Whether it is a line of metrics.jsonl."""
+    if not isinstance(values, dict) or not values.keys() >= RECORD_KEYS:
+        return False
+    losses = values["train_loss"], values["val_loss"]
+    return type(values["step"]) is int and all(map(_is_number, losses))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is what a finite or non-finite number becomes in a file."""
+    return value is None or type(value) in (int, float)
 
 
 def _is_nothing(path: Path) -> bool:

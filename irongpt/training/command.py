@@ -80,8 +80,8 @@ def _report(training: TrainingLoop, clock: Clock) -> int:
         say(f"nothing to do: the run is finished; {longer} continues it")
     else:
         say(f"{training.outcome()}; generate text: irongpt generate {path}")
-    if training.result and training.result["val_loss"] is not None:
-        loss, bits = training.result["val_loss"], training.result["bits_per_byte"]
+    loss, bits = ((training.result or {}).get(name) for name in ("val_loss", "bits_per_byte"))
+    if loss is not None and bits is not None:
         text = f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
         say(f"result    best/ has {text} over the entire validation text")
     say(f"time      {clock.summary()}")

@@ -1,5 +1,6 @@
 """The training loop: steps, logging, evaluation, samples, checkpoints, stopping."""
 
+import itertools
 import math
 import signal
 import statistics
@@ -29,6 +30,7 @@ PLOT_EVERY = 30.0  # seconds
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
+COUNTS = ("step", "evaluated_at", "best_step", "bad_steps")  # steps, in every checkpoint
 
 
 class TrainingLoop:
@@ -82,6 +84,7 @@ class TrainingLoop:
         checkpoint.save(folder, *tensors, self.tokenizer.to_json(), state)
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continues from a checkpoint's state, which `check_state` has accepted."""
         state = {"not_better": 0, **state}  # runs from before it was counted
         for name in STATE:
             setattr(self, name, state[name])
@@ -317,6 +320,20 @@ class TrainingLoop:
             with self.clock("plots"), self.attempt("the plot"):
                 plots.draw(self.run)
         self.plotted = time.monotonic()
+
+
+def check_state(state: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError unless `TrainingLoop.save` can have written it."""
+    counts = [state.get("not_better", 0), *(state[name] for name in COUNTS)]
+    best = [] if state["best_val"] is None else [state["best_val"]]
+    numbers = [state["seconds"], *best, *itertools.chain(*state["rows"])]
+    if not (
+        all(type(n) is int and 0 <= n <= 10**9 for n in counts)
+        and all(type(x) in (int, float) for x in numbers)
+        and all(len(row) == 3 for row in state["rows"])
+        and state["evaluated_at"] <= state["step"]
+    ):
+        raise ValueError("not the state of a training")
 
 
 def _table_name(digest: str) -> str:

@@ -45,7 +45,7 @@ from irongpt.runs.run_folder import (
     open_run,
 )
 from irongpt.training.distributed import World
-from irongpt.training.loop import TrainingLoop
+from irongpt.training.loop import TrainingLoop, check_state
 from irongpt.training.trainer import Trainer
 
 # A resumed run may change these: the steps done so far do not depend on them.
@@ -203,6 +203,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
         )
         state = state | {"best_val": None, "best_step": 0}
     try:
+        check_state(state)
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)

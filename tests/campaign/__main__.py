@@ -1,0 +1,115 @@
+"""Runs a campaign: random cases, each made from the seed and its number alone.
+
+    python -m tests.campaign ops            every op against float64, in Triton's interpreter
+    python -m tests.campaign ptx            the same in the code that is compiled for sm_75
+    python -m tests.campaign checkpoints    run folders with one mutation are resumed and generate
+    python -m tests.campaign inputs         malformed command lines and files
+    python -m tests.campaign kill           SIGKILL at a random instant of a run, then a resume
+    python -m tests.campaign disk           a full, read-only, broken or slow disk at every write
+
+A line every thousand cases, or every minute, says how many are done. The exit code is 1 at the
+first fault, whose number is printed: --only runs that case again. With --resume a campaign that was
+stopped goes on where it was, also at a fault. Linux only.
+"""
+
+import argparse
+import collections
+import contextlib
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+COUNTS = dict(ops=10_000, ptx=1_000, checkpoints=10_000, inputs=150, kill=200, disk=0)
+EVERY_CASES, EVERY_SECONDS = 1000, 60.0  # between two lines
+
+
+def cases(name: str, seed: int, numbers: Any, folder: Path) -> Iterator[tuple[int, str]]:
+    """Runs the cases with these numbers, and yields the number and the kind of each that passed.
+
+    numbers: None for all cases of a campaign that has an end. A case that fails raises.
+    """
+    module = importlib.import_module(f"tests.campaign.{name}")
+    with module.campaign(folder) as case:
+        for number in range(case.count) if numbers is None else numbers:
+            yield number, case(random.Random(f"{seed} {number}"), number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaign",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=COUNTS)
+    parser.add_argument("--n", type=int, help="cases; 0 of disk: every one")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, metavar="K", help="runs case K")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keeps what is done in FILE")
+    args = parser.parse_args(argv)
+    state: dict[str, Any] = dict(name=args.name, seed=args.seed, done=0, seconds=0.0, kinds={})
+    if args.resume and args.resume.exists():
+        state |= json.loads(args.resume.read_text())
+        if (state["name"], state["seed"]) != (args.name, args.seed):
+            parser.error(f"{args.resume} is of campaign {state['name']}, seed {state['seed']}")
+    n = COUNTS[args.name] if args.n is None else args.n
+    numbers = None if n == 0 else range(state["done"], n)
+    if args.only is not None:
+        numbers = [args.only]
+    return run(args, state, numbers)
+
+
+def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
+    """Runs the cases, tells the progress and keeps it in args.resume."""
+    kinds = collections.Counter(state["kinds"])
+    start, told, before = time.perf_counter(), time.monotonic(), state["seconds"]
+    code, at = 0, state["done"]
+
+    def tell(what: str) -> None:
+        state.update(done=at, seconds=before + time.perf_counter() - start, kinds=kinds)
+        print(f"{args.name}, seed {args.seed}: {at:,} cases {what}, {state['seconds']:,.0f} s")
+        sys.stdout.flush()
+        if args.resume:
+            args.resume.write_text(json.dumps(state))
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="irongpt-campaign-")))
+        try:
+            for number, kind in cases(args.name, args.seed, numbers, folder):
+                if args.only is None and number < at:
+                    continue
+                kinds[kind] += 1
+                at = number + 1
+                late = time.monotonic() - told > EVERY_SECONDS
+                if late or at % EVERY_CASES == 0:
+                    tell("passed")
+                    told = time.monotonic()
+        except KeyboardInterrupt:
+            code = 130
+        except Exception:
+            traceback.print_exc()
+            at = args.only if args.only is not None else at
+            print(f"FAULT in case {at}; again: python -m tests.campaign {args.name} "
+                  f"--seed {args.seed} --only {at}")  # fmt: skip
+            code = 1
+    tell("passed")
+    for kind, count in sorted(kinds.items()):
+        print(f"    {count:6,}  {kind}")
+    return code
+
+
+if __name__ == "__main__":
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    os.environ["TRITON_INTERPRET"] = "0" if name == "ptx" else "1"  # before anything imports Triton
+    sys.path[:0] = [str(TESTS), str(TESTS / "helpers")]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

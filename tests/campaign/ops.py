@@ -1,0 +1,202 @@
+"""Random calls of every op against eager in float64, by the one tolerance, in Triton's interpreter.
+
+A case draws the op, its sizes, dtypes and options, which inputs are given and which are frozen, the
+scale and the memory layout of each input and of each upstream gradient.
+
+The errors of a few values are a matter of luck, where eager may be exact by chance. So a call that
+exceeds the tolerance is repeated with other values, and the case fails if most of DRAWS calls do.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from irongpt_kernels import eager, fused, op_inputs, tolerance
+from irongpt_kernels.op_inputs import IGNORED, RowShape, Tensors
+from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, TOKEN, OpSpec
+from numerics import LAYOUTS
+from poison import poison
+from torch import Tensor
+
+ROWS = [*LAYERS, *LAYERS, *OPTIMIZERS, *TOKEN]
+ROWS += [spec.full_rows for spec in ROWS if spec.full_rows]
+CPU = torch.device("cpu")
+HALF = torch.float16
+DRAWS = 9
+# Inputs whose rows are equal have outputs or gradients that vanish, which nothing is exact for.
+INPUT_LAYOUTS = [name for name in LAYOUTS if "expanded" not in name]
+
+
+def size(rng: random.Random, most: int) -> int:
+    """From 1 to `most`: often small, often next to a power of two."""
+    power = 2 ** rng.randrange(most.bit_length())
+    return min(most, max(1, rng.choice((power + rng.choice((-1, 0, 1)), rng.randint(1, most)))))
+
+
+def scale(rng: random.Random, low: float, high: float) -> float:
+    return 10 ** rng.uniform(low, high) if rng.random() < 0.7 else 1.0
+
+
+class Call:
+    """A random call of an op. `text` describes it. draw: selects other values of the tensors."""
+
+    def __init__(self, rng: random.Random, draw: int = 0) -> None:
+        self.draw = draw << 31
+        self.spec: OpSpec = rng.choice(ROWS)
+        wide = self.spec.kind == "layer"
+        self.at = RowShape(
+            B=size(rng, 3), H=size(rng, 3), T=size(rng, 40),
+            D=16 * (rng.randint(1, 8) if rng.random() < 0.3 else 1), V=size(rng, 300), L=1,
+            M=size(rng, 24), N=size(rng, 300 if wide else 24),
+        )  # fmt: skip
+        if self.at.N == 2:  # the norm of two values is 1 and -1: its gradient vanishes
+            self.at = replace(self.at, N=3)
+        if self.spec.kind == "optimizer":
+            self.at = replace(self.at, V=rng.randint(8, 40), N=rng.randint(8, 24))
+        compute = rng.choice((torch.float32, HALF))
+        other = (compute, torch.float32) if not wide else (compute, compute, torch.float32, HALF)
+        roles = {name: rng.choice(other) for name in ("stream", "weight")} if wide else {}
+        self.kinds = op_inputs.dtypes(compute, **roles)
+        self.seed = rng.getrandbits(63)
+        p = rng.choice((0.0, 0.0, 0.1, 0.3, 0.5, 0.9)) if wide else rng.choice((0.0, 0.7, 1.0, 2.0))
+        self.options = self.spec.options(self.at, p, self.seed) | self.more_options(rng)
+        self.inputs = self.made(rng)
+        floats = [n for n, x in self.inputs.items() if x.is_floating_point()]
+        self.learned = rng.sample(floats, rng.randint(1, len(floats)))
+        if rng.random() < 0.5:
+            self.learned = floats
+        self.upstream = [(scale(rng, -3, 2), self.layout(rng), self.value_seed(rng)) for _ in "12"]
+        self.text = f"{self.spec.name} {self.at} {self.options} {self.laid_out} " + ", ".join(
+            f"{n} {tuple(x.shape)} {x.dtype} {x.stride()}" for n, x in self.inputs.items()
+        )
+
+    def more_options(self, rng: random.Random) -> dict[str, Any]:
+        name, more = self.spec.name, dict[str, Any]()
+        if name in ("softmax", "causal_attention", "causal_attention_packed"):
+            more = dict(scale=self.at.D**-0.5 * scale(rng, -2, 0.3))
+        elif name in ("layer_norm", "dropout_add_layer_norm") and rng.random() < 0.5:
+            more = dict(eps=rng.choice((1e-8, 1e-5, 1e-3, 0.1)))
+        elif name == "sample_tokens":
+            more = dict(top_k=rng.choice((None, 1, size(rng, self.at.V))))
+            more |= dict(top_p=rng.choice((None, 0.5, 0.95)))
+        return more
+
+    def value_seed(self, rng: random.Random) -> int:
+        return rng.getrandbits(31) + self.draw
+
+    @staticmethod
+    def layout(rng: random.Random, layouts: Iterable[str] = LAYOUTS) -> str:
+        return rng.choice(list(layouts)) if rng.random() < 0.5 else "contiguous"
+
+    def made(self, rng: random.Random) -> Tensors:
+        """The inputs. Those that an op changes, and vectors, are contiguous."""
+        wanted = self.spec.inputs(self.at)
+        given = {n for n, x in wanted.items() if not x.optional or rng.random() < 0.5}
+        wanted = {n: replace(wanted[n], optional=False) for n in wanted if n in given}
+        made = op_inputs.random_inputs(wanted, self.kinds, CPU, self.value_seed(rng))
+        self.laid_out: dict[str, str] = {}
+        for name, x in made.items():
+            plain = wanted[name].values is None and wanted[name].fill is None
+            if x.is_floating_point() and plain and self.spec.kind != "optimizer":
+                x *= scale(rng, -2.5, 0.5 if self.spec.scores or "attention" in self.spec.name else 1.3)
+            if x.dim() > 1 and x.is_floating_point() and name not in self.spec.changes:
+                self.laid_out[name] = self.layout(rng, INPUT_LAYOUTS)
+                made[name] = LAYOUTS.get(self.laid_out[name], lambda x: x)(x)
+            elif wanted[name].below and rng.random() < 0.5:
+                x[torch.rand(x.shape) < rng.choice((0.1, 0.9))] = IGNORED
+        return made
+
+    def results(self, ops: Any, dtype: torch.dtype | None = None) -> Tensors:
+        """Outputs and what was changed in place, by name or number; gradients as `d x`."""
+        x = {n: t.to(dtype) if dtype and t.is_floating_point() else t
+             for n, t in self.inputs.items()}  # fmt: skip
+        if self.spec.kind != "layer":
+            x = {n: t.clone() if n in self.spec.changes or t.dim() < 2 else t for n, t in x.items()}
+            outputs = self.spec.run(ops, self.at, x, **self.options)
+            return {str(i): y for i, y in enumerate(outputs)}
+        leaves = {n: t.detach().requires_grad_(n in self.learned) for n, t in x.items()}
+        outputs = self.spec.run(ops, self.at, leaves, **self.options)
+        wanted = [leaves[n] for n in self.learned]
+        pairs = [(y, g) for y, g in zip(outputs, self.gradients(outputs), strict=True)
+                 if y.requires_grad]  # fmt: skip
+        found = torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs],
+                                    allow_unused=True)  # fmt: skip
+        named = {n: y.detach() for n, y in zip(self.spec.outputs, outputs, strict=True)}
+        return named | {f"d {n}": g for n, g in zip(self.learned, found, strict=True)
+                        if g is not None}  # fmt: skip
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        made = []
+        for y, (factor, layout, seed) in zip(outputs, self.upstream, strict=False):
+            kind = self.kinds["compute"] if y.dtype == torch.float64 else y.dtype
+            g = (op_inputs.normal(tuple(y.shape), seed) * factor).to(kind).to(y.dtype)
+            made.append(LAYOUTS[layout](g) if layout in LAYOUTS and g.dim() > 1 else g)
+        return made
+
+
+class Exceeded(AssertionError):
+    """An error is larger than the tolerance."""
+
+
+def compare(found: Tensors, base: Tensors, oracle: Tensors) -> None:
+    """By the tolerance, where eager is finite if the oracle is; integers have to be equal."""
+    assert found.keys() == base.keys() == oracle.keys(), (list(found), list(base))
+    for name, x in found.items():
+        y, z = base[name], oracle[name]
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{name} is {x.dtype} {tuple(x.shape)}"
+        if not x.is_floating_point():
+            assert torch.equal(x, y), f"{name} differs in {int((x != y).sum())} elements"
+            continue
+        overflow = z.isfinite() & ~y.isfinite()
+        x, y, z = (t.where(~overflow, 0.0) for t in (x, y, z))
+        assert torch.equal(x.isfinite(), z.isfinite()), f"{name} is not finite where eager is"
+        if x.numel():
+            factor = tolerance.GRADIENTS if name.startswith("d ") else tolerance.OUTPUTS
+            for norm, e in tolerance.errors(factor, x, y, z).items():
+                told = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
+                if not e.ok:
+                    raise Exceeded(f"{told}, eager's {e.eager:.3g}")
+
+
+class Case:
+    """Runs a call by eager, by eager in float64, and by the fused ops, in `place`."""
+
+    def __init__(self, place: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.place = place
+
+    def __call__(self, rng: random.Random, number: int) -> str:
+        state, exceeded = rng.getstate(), 0
+        for draw in range(DRAWS):
+            rng.setstate(state)
+            torch.manual_seed(number)
+            call = Call(rng, draw)
+            try:
+                self.run(call)
+            except Exception as e:
+                exceeded += 1
+                if exceeded > DRAWS // 2 or not isinstance(e, Exceeded):
+                    text = f"{type(e).__name__}: {str(e)[:2000]}\nof {call.text}"
+                    raise AssertionError(text) from e
+            if exceeded == 0 or draw - exceeded >= DRAWS // 2:
+                break
+        again = " on most of several draws" if exceeded else ""
+        return f"{call.spec.name} {call.kinds['compute']}{again}".replace("torch.", "")
+
+    def run(self, call: Call) -> None:
+        with poison(), self.place() as report:
+            found = call.results(fused)
+        compare(found, call.results(eager), call.results(eager, torch.float64))
+        assert report is None or not report.lines(), report.lines()
+
+
+@contextmanager
+def campaign(folder: Path) -> Iterator[Case]:
+    from interpreter_matmul import repeatable
+
+    torch.set_num_threads(1)
+    with repeatable():
+        yield Case()
