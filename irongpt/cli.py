@@ -23,7 +23,7 @@ from irongpt.config import (
 )  # fmt: skip
 from irongpt.console import output, say_on_stderr
 from irongpt.data.text import ERRORS, check_encoding, decoded
-from irongpt.errors import DivergenceError, UserError, brief, out_of_memory
+from irongpt.errors import DivergenceError, UserError, brief, out_of_memory, shortened
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except (UserError, DivergenceError) as e:
-            print("irongpt: error:", " ".join(str(e).split()), file=sys.stderr)
+            print("irongpt: error:", shortened(" ".join(str(e).split())), file=sys.stderr)
             return 2 if isinstance(e, UserError) else 1
         except BrokenPipeError:  # the reader of our output has closed it
             return 0
@@ -77,6 +77,8 @@ def user_path(text: str) -> Path:
     """The path that the user gives, with a ~ that the shell has left."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a name cannot have the character U+0000")
     try:
         return Path(text).expanduser()
     except RuntimeError as e:

@@ -27,6 +27,11 @@ def brief(error: Exception) -> str:
     return " ".join(str(reason).split())[:80]
 
 
+def shortened(text: str, most: int = 380) -> str:
+    """The text without its middle, if it is longer: a name in it may have any length."""
+    return text if len(text) <= most else f"{text[: most - 140]} ... {text[-135:]}"
+
+
 def one_line(e: BaseException) -> str:
     """An exception in one line of at most 300 characters."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:300]

@@ -107,7 +107,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except OSError as e:
         raise UserError(f"cannot read {path}: {brief(e)}") from e
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")

@@ -20,7 +20,7 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import finite, read, replace_file, sealed, unsealed, why
+from irongpt.files import damaged, finite, read, replace_file, sealed, unsealed, why
 from irongpt.runs import checkpoint
 from irongpt.runs.lock import NAME, Lock
 
@@ -160,7 +160,9 @@ class RunFolder:
         if sha256 == self.config.data_sha256:
             return
         changes, path = [], self.path / "files.json"
-        before = unsealed(read(path), path).get("files", {}) if path.is_file() else {}
+        before = unsealed(read(path), path).get("files") if path.is_file() else {}
+        if not isinstance(before, dict):
+            raise damaged(path)
         for what, names in (
             ("new", files.keys() - before.keys()),
             ("removed", before.keys() - files.keys()),

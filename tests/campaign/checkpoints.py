@@ -20,7 +20,7 @@ import torch
 from conftest import write_text
 
 from irongpt import files
-from tests.campaign.process import TINY, Ended, assert_mistake, command, contents, fill
+from tests.campaign.process import TINY, Ended, Worker, assert_mistake, contents, fill
 
 GENERATE = ("generate", "run", "--tokens", "8", "--device", "cpu")
 PLAIN, LONGER = ("train", "--resume", "run"), ("train", "--resume", "run", "--iters", "10")
@@ -234,13 +234,14 @@ EDITS += (metrics,)
 
 
 class Case:
-    """Mutates a run, generates from it and resumes it, in processes of their own."""
+    """Mutates a run, generates from it and resumes it, in a process that a crash would end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "work"
         self.folder.mkdir()
         write_text(self.folder / "text.txt")
-        done = command(self.folder, "train", *TINY, "--out", "run")
+        self.worker = Worker(self.folder, before=no_code)
+        done = self.worker("train", *TINY, "--out", "run")
         assert done.code == 0, done.err
         self.run = contents(self.folder / "run")
         self.expected = {args: self.results(args, self.run) for args in (GENERATE, PLAIN, LONGER)}
@@ -249,13 +250,16 @@ class Case:
     def results(self, args: tuple[str, ...], run: Files) -> tuple[Ended, Any]:
         """The end of a command with this run, and what must not depend on how it was read."""
         fill(self.folder / "run", run)
-        ended = command(self.folder, *args, before=no_code)
+        ended = self.worker(*args)
         if args == GENERATE:
             return ended, ended.out
         last = self.folder / "run/last"
         return ended, [(last / n).read_bytes() for n in TENSORS if (last / n).is_file()]
 
     def __call__(self, rng: random.Random, number: int) -> str:
+        if number % 200 == 199 or not self.worker.process.is_alive():
+            self.worker.__exit__()
+            self.worker = Worker(self.folder, before=no_code)
         run = dict(self.run)
         accident = rng.random() < 0.5
         if accident:
@@ -282,4 +286,8 @@ class Case:
 
 @contextmanager
 def campaign(folder: Path) -> Iterator[Case]:
-    yield Case(folder)
+    case = Case(folder)
+    try:
+        yield case
+    finally:
+        case.worker.__exit__()

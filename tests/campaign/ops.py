@@ -102,7 +102,9 @@ class Call:
         for name, x in made.items():
             plain = wanted[name].values is None and wanted[name].fill is None
             if x.is_floating_point() and plain and self.spec.kind != "optimizer":
-                x *= scale(rng, -2.5, 0.5 if self.spec.scores or "attention" in self.spec.name else 1.3)
+                x *= scale(
+                    rng, -2.5, 0.5 if self.spec.scores or "attention" in self.spec.name else 1.3
+                )
             if x.dim() > 1 and x.is_floating_point() and name not in self.spec.changes:
                 self.laid_out[name] = self.layout(rng, INPUT_LAYOUTS)
                 made[name] = LAYOUTS.get(self.laid_out[name], lambda x: x)(x)
@@ -138,7 +140,7 @@ class Call:
         return made
 
 
-class Exceeded(AssertionError):
+class ExceededError(AssertionError):
     """An error is larger than the tolerance."""
 
 
@@ -159,7 +161,7 @@ def compare(found: Tensors, base: Tensors, oracle: Tensors) -> None:
             for norm, e in tolerance.errors(factor, x, y, z).items():
                 told = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
                 if not e.ok:
-                    raise Exceeded(f"{told}, eager's {e.eager:.3g}")
+                    raise ExceededError(f"{told}, eager's {e.eager:.3g}")
 
 
 class Case:
@@ -178,7 +180,7 @@ class Case:
                 self.run(call)
             except Exception as e:
                 exceeded += 1
-                if exceeded > DRAWS // 2 or not isinstance(e, Exceeded):
+                if exceeded > DRAWS // 2 or not isinstance(e, ExceededError):
                     text = f"{type(e).__name__}: {str(e)[:2000]}\nof {call.text}"
                     raise AssertionError(text) from e
             if exceeded == 0 or draw - exceeded >= DRAWS // 2:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +17,11 @@ import torch
 from conftest import make_quick
 
 from irongpt.cli import main
-from irongpt.generation import sample
-from irongpt.training import command as train_command
 from irongpt.config import PRESETS
 
 FORK = multiprocessing.get_context("fork")
 SECONDS = 300.0  # of a command: a hang, also on a machine that is busy with other work
-MEMORY = 1 << 30  # bytes of address space beyond those of this process
+MEMORY = 1 << 30  # bytes of address space beyond those of a new process
 BROKEN = 70  # exit code of a command that raised
 # A model of 3,500 parameters, 8 steps and two evaluations: a tenth of a second.
 TINY = (
@@ -32,86 +29,111 @@ TINY = (
     "--eval-every 4 --warmup 2 --lr 0.01 --dropout 0.1 --device cpu --data text.txt "
     "--sample-tokens 4"
 ).split()
-for name in ("torch._inductor", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "tqdm"):
-    importlib.import_module(name)  # once, and not in every process
-torch.set_num_threads(1)
+PRELOADED = "irongpt.training.command irongpt.generation.command torch._inductor tqdm"
+for _name in [*PRELOADED.split(), "matplotlib.backends.backend_agg", "PIL.PngImagePlugin"]:
+    importlib.import_module(_name)  # once, and not in every process
 
 
 class Ended(NamedTuple):
-    """A command that has ended. code: minus the signal, if one has ended it."""
+    """A command that has ended. code: minus the signal, if one has ended its process."""
 
     code: int
     out: str
     err: str
 
 
-def start(folder: Path, *args: object, before: Callable[[], Any] | None = None,
-          memory: int = MEMORY, name: str = "output", **variables: str) -> ForkProcess:  # fmt: skip
-    """Starts the command in `folder`; its output goes to the files NAME.out and NAME.err above.
+class Worker:
+    """A process that runs commands in `folder`, one after the other.
 
-    before: called in the new process. variables: of its environment.
+    Its output goes to NAME.out and NAME.err above the folder. before: called in it at first.
+    memory: bytes that it may take. variables: of its environment.
     """
-    streams = [folder.parent / f"{name}.{end}" for end in ("out", "err")]
-    args = (folder, [str(arg) for arg in args], before, memory, streams, variables)
-    process = FORK.Process(target=_run, args=args)
-    process.start()
-    return process
 
+    def __init__(self, folder: Path, before: Callable[[], Any] | None = None,
+                 memory: int = MEMORY, name: str = "output", **variables: str) -> None:  # fmt: skip
+        self.streams = [folder.parent / f"{name}.{end}" for end in ("out", "err")]
+        self.pipe, theirs = FORK.Pipe()
+        args = (theirs, folder, before, memory, self.streams, variables)
+        self.process = FORK.Process(target=_serve, args=args)
+        self.process.start()
+        theirs.close()
 
-def _run(folder: Path, args: list[str], before: Any, memory: int, streams: Any, more: Any) -> None:
-    code = BROKEN
-    try:
-        os.environ.update(more)
-        os.chdir(folder)
-        for fd, stream in enumerate(streams, 1):
-            os.dup2(os.open(stream, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), fd)
-        sys.stdin = None  # type: ignore[assignment]
-        sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
-        faulthandler.enable()
-        make_quick(pytest.MonkeyPatch())
-        PRESETS["nano"].train["eval_windows"] = 8
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        if before is not None:
-            before()
-        code = main(args)
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    def __enter__(self) -> "Worker":
+        return self
 
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
-def end(folder: Path, process: ForkProcess, name: str = "output") -> Ended:
-    """Waits for the command. A crash, a traceback, or a hang is a fault."""
-    process.join(SECONDS)
-    hangs = process.exitcode is None
-    process.kill()
-    process.join()
-    out, err = ((folder.parent / f"{name}.{e}").read_bytes().decode("utf-8", "surrogateescape")
-                for e in ("out", "err"))  # fmt: skip
-    assert not hangs, f"it does not end:\n{err[-2000:]}"
-    assert process.exitcode != BROKEN, f"it raised\n{err[-3000:]}"
-    return Ended(int(process.exitcode or 0), out, err)
+    def start(self, *args: object) -> None:
+        self.pipe.send([str(arg) for arg in args])
+
+    def end(self) -> Ended:
+        """Waits for the command. A traceback and a hang are faults."""
+        code, ended = 0, self.pipe.poll(SECONDS)
+        try:
+            code = self.pipe.recv() if ended else 0
+        except EOFError:
+            self.process.join()
+            code = int(self.process.exitcode or 0)
+        out, err = (p.read_bytes().decode("utf-8", "surrogateescape") for p in self.streams)
+        assert ended, f"it does not end:\n{err[-2000:]}"
+        assert code != BROKEN, f"it raised\n{err[-3000:]}"
+        return Ended(code, out, err)
+
+    def __call__(self, *args: object) -> Ended:
+        """Runs the command, whose process has to survive it."""
+        self.start(*args)
+        ended = self.end()
+        assert ended.code >= 0, f"a crash, signal {-ended.code}\n{ended.err[-3000:]}"
+        return ended
 
 
 def command(folder: Path, *args: object, **options: Any) -> Ended:
-    """The command, which has to end by itself."""
-    ended = end(folder, start(folder, *args, **options))
-    assert ended.code >= 0, f"a crash, signal {-ended.code}\n{ended.err[-3000:]}"
-    return ended
+    """The command in a process of its own."""
+    with Worker(folder, **options) as worker:
+        return worker(*args)
 
 
-def assert_mistake(ended: Ended) -> str:
-    """A mistake of the user: the exit code is 2, and one line says why. Returns the reason."""
-    lines = [x for x in ended.err.splitlines() if not x.startswith("irongpt: ") or "error" in x[:16]]
+def _serve(pipe: Any, folder: Path, before: Any, memory: int, streams: Any, more: Any) -> None:
+    os.environ.update(more)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    for fd, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND), fd)
+    sys.stdin = None  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
+    faulthandler.enable()
+    make_quick(pytest.MonkeyPatch())
+    PRESETS["nano"].train["eval_windows"] = 8
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if before is not None:
+        before()
+    while True:
+        args, code = pipe.recv(), BROKEN
+        for fd in (1, 2):
+            os.ftruncate(fd, 0)
+        try:
+            code = main(args)
+        except BaseException:
+            traceback.print_exc(file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        pipe.send(code)
+
+
+def assert_mistake(ended: Ended) -> None:
+    """A mistake of the user: the exit code is 2, and one line says what is wrong."""
+    lines = [
+        x for x in ended.err.splitlines() if not x.startswith("irongpt: ") or "error" in x[:16]
+    ]
     assert ended.code == 2, f"exit code {ended.code}: {ended.err[-2000:]}"
     assert len(lines) == 1, ended.err[-2000:]
     assert lines[0].startswith("irongpt: error: "), lines
     assert len(lines[0]) <= 400, lines
-    return lines[0].removeprefix("irongpt: error: ")
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 from unittest.mock import Mock
 
@@ -56,6 +57,8 @@ BAD_FLAGS = [
     ("--out full", "--out full exists"),
     ("--out text.txt/run", "cannot write a run at text.txt/run"),
     (f"--out new/{'x' * 300}", "cannot write a run at"),
+    ("--out a\0b", "a name cannot have the character U+0000"),
+    (f"--shards {10**400}", " ... 0"),  # of a long message, the middle is left out
     ("--resume nowhere", "it has no config.json"),
 ]
 
@@ -112,6 +115,12 @@ def unlink(path) -> None:
     path.unlink()
 
 
+def pipe(path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+RECORD = '{"step": "1", "train_loss": 1.0, "val_loss": null}\n'
 REMOVED = object()
 DAMAGES = [
     ("config.json", unlink, "it has no config.json"),
@@ -127,6 +136,13 @@ DAMAGES = [
     ("last/state.json", write("{"), "state.json is damaged"),
     ("last/state.json", change(best_val=REMOVED), "last is damaged"),
     ("last/state.json", change(step="9"), "last is damaged"),
+    ("last/state.json", change(step=-1, evaluated_at=-1), "last is damaged"),
+    ("last/state.json", change(seconds=None), "last is damaged"),
+    ("last/state.json", change(rows=["x"]), "last is damaged"),
+    ("last/state.json", change(files=[1]), "model.safetensors is damaged"),
+    ("last/state.json", pipe, "state.json: it is not a file"),
+    ("metrics.jsonl", write(RECORD), "metrics.jsonl has a line that is not a record"),
+    ("config.json", change(format="x" * 1000), "config.json does not describe a run"),
     ("../text.txt", write("another text\n" * 500), "is not the text"),
     ("../text.txt", unlink, "text.txt"),
 ]
@@ -138,6 +154,22 @@ def test_a_damaged_run_is_not_resumed(cli, tmp_path, run, file, damage, message)
     before = tree(tmp_path)
     assert_mistake(cli("train", "--resume", run, "--iters", 60), message)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["val_loss", "bits_per_byte"])
+def test_an_incomplete_result_is_computed_again(cli, tmp_path, run, missing):
+    path = tmp_path / run / "result.json"
+    before = path.read_bytes()
+    change(**{missing: REMOVED})(path)
+    assert cli("train", "--resume", run).code == 0
+    assert path.read_bytes() == before
+
+
+def test_records_without_numbers_do_not_end_a_run(cli, tmp_path, run):
+    change(bits_per_byte=None)(tmp_path / run / "result.json")
+    assert cli("train", "--resume", run).code == 0
+    (tmp_path / run / "metrics.jsonl").write_text("[" * 100_000)
+    assert cli("train", "--resume", run).code == 0
 
 
 @pytest.mark.parametrize("flags", ["--lr 0.5", "--n-layer 3", "--preset iron", "--out other"])

@@ -261,6 +261,7 @@ MISTAKES = {
     "no config": (lambda f: without(f, "config.json"), "has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "is not a JSON object"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 10**5), "is not a JSON object"),
     "pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "has no model.safetensors",
