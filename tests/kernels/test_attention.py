@@ -96,7 +96,8 @@ def test_scores_of_hundreds_and_their_transpose_have_the_same_bits() -> None:
 @each_dtype
 @pytest.mark.parametrize("T", [256, 1000, 4096])
 def test_the_heads_of_the_presets_at_every_length(T: int, dtype) -> None:
-    check(inputs(2, 3, T, 64, dtype), dropout_p=0.2, seed=1)
+    B, H = (1, 2) if T == 4096 else (2, 3)  # else eager's float64 takes 7 GB, half of a T4
+    check(inputs(B, H, T, 64, dtype), dropout_p=0.2, seed=1)
 
 
 @each_dtype
