@@ -3,9 +3,9 @@ Runs `irongpt_kernels.aot`, and passes every kernel that it compiles to Triton's
 
     python tests/helpers/launched.py --arch sm_75 --quick --json     as aot, and the report gains
 
-    launches      how many kernels and parameters of them were compared
-    mismatches    parameters that are not what the PTX and the Python arguments ask for
-    planted       the mismatches of one more case, with two arguments exchanged
+    launches, parameters      how many were compared
+    mismatches                parameters that are not what the PTX and the Python arguments ask for
+    planted                   the mismatches of one more case, with two arguments exchanged
 
 The launcher is linked to a stub of libcuda (stub_cuda.c), which runs nothing. Before a launch
 reaches a GPU, its arguments go through Python, Triton's flattening of tuples and constants, and C.
@@ -27,8 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 NVIDIA = Path(next(iter(find_spec("triton").submodule_search_locations))) / "backends/nvidia"
-SIZES = dict(u64=8, s64=8, b64=8, f64=8, u32=4, s32=4, b32=4, f32=4, u16=2, s16=2, b16=2, u8=1)
-SIZES |= dict(s8=1, b8=1)
+SIZES = {f"{kind}{bits}": bits // 8 for kind in "usbf" for bits in (8, 16, 32, 64)}  # in bytes
 SCRATCH = 2  # pointers that Triton adds at the end: global and profile scratch memory, null here
 Argument = tuple[Any, str]  # a value, and its type in Triton's signature
 
@@ -68,7 +67,9 @@ class Check:
     exchange: whether the first two pointers of a launch are exchanged on their way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiling: Any) -> None:
+        """compiling: `aot.compiling`."""
+        self.compiling = compiling
         self.kernel: Any = None  # the kernel that is launched, and its arguments
         self.args: tuple[Any, ...] = ()
         self.launches = self.parameters = 0
@@ -117,7 +118,7 @@ class Check:
             self.kernel = kernel
             done(function, kernel)
 
-        with compiling(arch, compiled, failed, stock):
+        with self.compiling(arch, compiled, failed, stock):
             compile_only = JITFunction.run
 
             def run(function: Any, *args: Any, **kwargs: Any) -> None:
@@ -141,17 +142,15 @@ def exchanged(args: tuple[Any, ...]) -> list[Any]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = build_stub(Path(folder))
-        check = Check()
+        from irongpt_kernels.aot import __main__ as aot
+        from irongpt_kernels.aot import shapes
+
+        check, make_report = Check(aot.compiling), aot.report
         kind = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint] * 2, ctypes.POINTER(ctypes.c_void_p)
         )
         callback = kind(check.launched)
         library.stub_on_launch(callback)
-        global compiling
-        from irongpt_kernels.aot import __main__ as aot
-        from irongpt_kernels.aot import shapes
-
-        compiling, make_report = aot.compiling, aot.report
 
         def report(arch: int, *args: Any) -> dict[str, Any]:
             found = make_report(arch, *args)
