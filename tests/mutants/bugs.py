@@ -30,7 +30,7 @@ ATTENTION: list[Bug] = [
     ("every head drops alike", "attention_keep(seed, head, rows,", "attention_keep(seed, 0, rows,"),
     ("a row drops as its column",
      "seed, head, rows, cols, THRESHOLD), p,", "seed, head, cols, rows, THRESHOLD), p,"),
-    ("no keep scale", "acc * (keep_scale / l)[:, None]", "acc * (1.0 / l)[:, None]"),
+    ("no keep scale", "tl.div_rn(keep_scale, l)", "tl.div_rn(1.0, l)"),
     ("a natural logarithm is kept", "tl.log2(l)", "tl.log(l)"),
     ("exponents to base 2 of scores to base e", "scale * math.log2(math.e)", "scale"),
     ("statistics' offset in int32",

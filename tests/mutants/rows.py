@@ -101,7 +101,7 @@ CROSS_ENTROPY: list[Bug] = [
     ("sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
     ("counts beyond the first block lost", "n += tl.load(", "n = tl.load("),
     ("sums past the end", "sums_ptr + part, mask=part < parts", "sums_ptr + part, mask=part >= 0"),
-    ("upstream gradient ignored", "tl.load(dloss_ptr) / tl.load", "1.0 / tl.load"),
+    ("upstream gradient ignored", "tl.div_rn(tl.load(dloss_ptr), tl", "tl.div_rn(1.0, tl"),
     ("the sum is not rescaled", "rest = rest * tl.exp(m - shift) +", "rest = rest +"),
     ("no 1 taken from the true class", "tl.where(cols == t[:, None], -rest[:, None], e)", "e"),
     ("ignored rows learn", "mask = counted[:, None] & (cols < V)\n    x = tl.load(x_rows",
@@ -118,7 +118,8 @@ CROSS_ENTROPY: list[Bug] = [
      "row_tile, col_tile = tl.program_id(0),"),
     ("columns past the end are written",
      "dx, mask=(rows < M)[:, None] & (cols < V))", "dx, mask=(rows < M)[:, None] & (cols > -1))"),
-    ("gradient not divided by the count", "tl.load(n_ptr).to(tl.float32) / total", "1.0 / total"),
+    ("gradient not divided by the count",
+     "tl.div_rn(dloss, total)", "tl.div_rn(tl.load(dloss_ptr), total)"),
 ]  # fmt: skip
 
 GELU: list[Bug] = [

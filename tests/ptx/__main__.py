@@ -3,7 +3,7 @@
     python -m tests.ptx --arch sm_75 sm_80 sm_90            shapes that exercise all code
     python -m tests.ptx --set sample --arch sm_75           every op once
     python -m tests.ptx --set strides tuned --only gelu
-    python -m tests.ptx --set sample --order ascending descending --mma hardware --noise 2
+    python -m tests.ptx --set sample --order ascending descending --mma hardware --noise 1
 
 With --rows a run that was stopped goes on where it was. The exit code is 1 if an error exceeds the
 tolerance or an access was wrong.
@@ -51,7 +51,10 @@ def main() -> int:
     )
     parser.add_argument("--mma", default="exact", help="sums of tensor cores: exact, hardware")
     parser.add_argument(
-        "--noise", type=int, default=0, help="error of approximate instructions, in last places"
+        "--noise",
+        type=float,
+        default=0.0,
+        help="error of approximate instructions, as a share of what the PTX ISA allows: 0 to 1",
     )
     parser.add_argument("--rows", type=Path, help="adds the rows to this file (JSON lines), and "
                         "runs no case again that it has")  # fmt: skip

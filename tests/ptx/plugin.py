@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ptx", default="sm_75", help="the architecture: sm_75, sm_80, sm_90")
     group.addoption("--ptx-order", default="lockstep")
     group.addoption("--ptx-mma", default="exact")
-    group.addoption("--ptx-noise", type=int, default=0)
+    group.addoption("--ptx-noise", type=float, default=0.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -167,14 +167,44 @@ def test_packed_halves() -> None:
     assert torch.equal(compute("cvt.rn.bf16x2.f32 $d, $a, $b;", I32, x, y), want)
 
 
-def test_noise_is_as_large_as_it_is_asked_to_be() -> None:
-    x, out = torch.linspace(0.1, 0.9, 32), torch.zeros(32)
-    body = """mul.wide.u32 %rd20, %r0, 4; add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r20, [%rd21];
-    ex2.approx.f32 %r21, %r20; add.s64 %rd21, %rd1, %rd20; st.global.b32 [%rd21], %r21;"""
-    run(body, x, out, noise=2)
-    apart = bits(out) - bits(torch.exp2(x.double()).float())
-    assert apart.abs().max() == 2
-    assert apart.min() < 0
+def ulp(y: Tensor) -> Tensor:
+    return 2.0 ** (y.abs().log2().floor() - 23)
+
+
+@pytest.mark.parametrize(
+    ("op", "true", "bound"),  # as the PTX ISA states it: in units in the last place, or relative
+    [
+        ("ex2.approx.f32 $d, $a;", torch.exp2, lambda x, y: 2 * ulp(y)),
+        ("ex2.approx.ftz.f32 $d, $a;", torch.exp2, lambda x, y: 2 * ulp(y)),
+        ("div.full.f32 $d, 0f40400000, $a;", lambda x: 3 / x, lambda x, y: 2 * ulp(y)),
+        ("rcp.approx.f32 $d, $a;", torch.reciprocal, lambda x, y: ulp(y)),
+        ("sqrt.approx.f32 $d, $a;", torch.sqrt, lambda x, y: 2.0**-23 * y),
+        ("rsqrt.approx.ftz.f32 $d, $a;", torch.rsqrt, lambda x, y: 2.0**-22.9 * y),
+        ("tanh.approx.f32 $d, $a;", torch.tanh, lambda x, y: 2.0**-11 * y),
+        (  # absolute near 1, where the logarithm is small
+            "lg2.approx.f32 $d, $a;",
+            torch.log2,
+            lambda x, y: 2.0**-22 * y.abs().where((x <= 0.5) | (x >= 2), 1.0),
+        ),
+    ],
+)
+def test_noise_is_what_the_isa_allows(op: str, true: Any, bound: Any) -> None:
+    x = torch.linspace(0.3, 3.1, 32)
+    exact = true(x.double())
+    assert ((compute(op, F32, x) - exact).abs() <= ulp(exact) / 2).all()
+    share = (compute(op, F32, x, noise=1.0) - exact) / bound(x, exact)
+    assert share.abs().max() <= 1
+    assert share.max() > 0.5
+    assert share.min() < -0.5
+
+
+def test_what_is_rounded_correctly_has_no_noise() -> None:
+    x = torch.linspace(0.3, 3.1, 32)
+    quotient, root = (3 / x.double()).float(), x.double().sqrt().float()  # torch's have errors
+    assert torch.equal(compute("div.rn.f32 $d, 0f40400000, $a;", F32, x, noise=1.0), quotient)
+    assert torch.equal(compute("sqrt.rn.f32 $d, $a;", F32, x, noise=1.0), root)
+    whole = torch.arange(-16.0, 16.0)
+    assert torch.equal(compute("ex2.approx.f32 $d, $a;", F32, whole, noise=1.0), whole.exp2())
 
 
 @pytest.mark.parametrize(

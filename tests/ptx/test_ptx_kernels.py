@@ -30,10 +30,12 @@ def output(*command: str) -> str:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_op_executed_as_compiled_for_a_t4(dtype: str) -> None:
-    found = output("tests.ptx", "--set", "sample", "--arch", "sm_75", "--dtype", dtype)
+    """With the errors that tensor cores and approximate instructions may have."""
+    how = ("--dtype", dtype, "--mma", "hardware", "--noise", "1")
+    found = output("tests.ptx", "--set", "sample", "--arch", "sm_75", *how)
     rows = [line for line in found.splitlines() if "sm_75" in line]
     assert {row.split()[0] for row in rows} == set(SPECS)
-    good = re.compile(rf"sm_75 {dtype} +lockstep +\d\.\d\d +[\d,]+ +[\d.]+  ok$")
+    good = re.compile(rf"sm_75 {dtype} +lockstep +0\.([0-7]\d|80) +[\d,]+ +[\d.]+  ok$")
     assert all(good.search(row) for row in rows)
 
 

@@ -43,7 +43,9 @@ def run(
     return report
 
 
-def compute(op: str, result: torch.dtype, *operands: Tensor, setup: str = "") -> Tensor:
+def compute(
+    op: str, result: torch.dtype, *operands: Tensor, setup: str = "", noise: float = 0.0
+) -> Tensor:
     """What an instruction computes, a value for each of 32 lanes.
 
     op: with $d for the result's register and $a, $b, $c for those of the operands.
@@ -63,7 +65,7 @@ def compute(op: str, result: torch.dtype, *operands: Tensor, setup: str = "") ->
     lines += [op, f"mul.lo.s64 %rd11, %rd10, {out.itemsize};"]
     lines += [f"add.s64 %rd11, %rd{len(operands)}, %rd11;"]
     lines += [f"st.global.b{8 * out.itemsize} [%rd11], {registers['d']};"]
-    report = run("\n".join(lines), *operands, out)
+    report = run("\n".join(lines), *operands, out, noise=noise)
     assert report.counts == {}
     return out
 

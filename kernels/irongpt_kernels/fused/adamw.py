@@ -49,9 +49,9 @@ def _store(address, offsets, x, mask, dtype: tl.constexpr):
 def _correction(t, log_beta):
     """1 - beta^t for t > 0, near 0 by the series of expm1, since a subtraction loses digits."""
     x = t * log_beta  # never positive
-    series = 1.0 + x / 10.0
+    series = 1.0 + x * (1.0 / 10)
     for i in tl.static_range(9, 1, -1):
-        series = 1.0 + x / i * series
+        series = 1.0 + x * (1.0 / i) * series
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
@@ -94,13 +94,13 @@ def _adamw_kernel(
         mask = offsets < size
         dtype: tl.constexpr = grads[0].dtype.element_ty
         g = load_gradient(g_at, offsets, mask, is_16bit, N_16BIT > 0, N_16BIT < N, dtype)
-        g = g / grad_scale
+        g = tl.div_rn(g, grad_scale)
         m = beta1 * load(m_at, offsets, mask, tl.float32) + rest1 * g
         v = beta2 * load(v_at, offsets, mask, tl.float32) + rest2 * (g * g)
         p = load(p_at, offsets, mask, tl.float32)
         p -= lr * decay * p
-        denominator = tl.sqrt_rn(v) / tl.sqrt_rn(_correction(t, log2)) + eps
-        p -= lr / _correction(t, log1) * m / denominator
+        denominator = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(_correction(t, log2))) + eps
+        p -= tl.div_rn(tl.div_rn(lr, _correction(t, log1)) * m, denominator)
         _store(m_at, offsets, m, mask, tl.float32)
         _store(v_at, offsets, v, mask, tl.float32)
         _store(p_at, offsets, p, mask, tl.float32)

@@ -44,7 +44,7 @@ PARTS = 1024  # partial sums that the second kernel reads at a time
 def _log1p(x):
     """log(1 + x) for x >= 0, precise where 1 + x rounds x away (Kahan; Goldberg 1991, thm. 4)."""
     w = 1.0 + x
-    return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.where(w == 1.0, x, tl.log(w) * tl.div_rn(x, tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _fwd_mean_kernel(sums_ptr, counts_ptr, loss_ptr, n_ptr, parts, PARTS: tl.con
         total += tl.load(sums_ptr + part, mask=part < parts, other=0.0)
         n += tl.load(counts_ptr + part, mask=part < parts, other=0)
     count = tl.sum(n, 0)
-    tl.store(loss_ptr, tl.sum(total, 0) / count.to(tl.float32))
+    tl.store(loss_ptr, tl.div_rn(tl.sum(total, 0), count.to(tl.float32)))
     tl.store(n_ptr, count)
 
 
@@ -112,7 +112,8 @@ def _bwd_kernel(
     m = tl.load(m_ptr + rows, mask=counted, other=0.0)
     rest = tl.load(rest_ptr + rows, mask=counted, other=0.0)
     total = rest + tl.exp(x_t.to(tl.float32) - m)
-    scale = tl.load(dloss_ptr) / tl.load(n_ptr).to(tl.float32) / total  # (BLOCK_M,)
+    dloss = tl.div_rn(tl.load(dloss_ptr), tl.load(n_ptr).to(tl.float32))
+    scale = tl.div_rn(dloss, total)  # (BLOCK_M,)
 
     mask = counted[:, None] & (cols < V)
     x = tl.load(x_rows[:, None] + cols * x_strides[1], mask=mask, other=float("-inf"))

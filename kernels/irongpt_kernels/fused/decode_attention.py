@@ -68,7 +68,7 @@ def _fwd_kernel(
         l = l * rescale + tl.sum(p, 0)  # noqa: E741
         acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
         m = m_new
-    out = (acc / l).to(out_ptr.dtype.element_ty)
+    out = tl.div_rn(acc, l).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + head * D + d, out, mask=inside)
 
 

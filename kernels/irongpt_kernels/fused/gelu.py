@@ -43,7 +43,9 @@ def logistic(z):
     z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))
     u2 = 1.5957691216057308 * z * (1.0 + 0.044715 * z * z)  # 2 sqrt(2/pi)
     e = tl.exp(-tl.abs(u2))
-    r = 1.0 / (1.0 + e)
+    w = 1.0 + e
+    r = 1.0 / w
+    r = tl.fma(r, tl.fma(-w, r, 1.0), r)  # Newton's step; tl.div_rn takes twice the registers
     return tl.where(u2 >= 0.0, 1.0, e) * r, e * r * r, 1.5957691216057308 * (1.0 + 0.134145 * z * z)
 
 

@@ -112,9 +112,9 @@ def _stats_kernel(
     for start in range(0, programs, SUMS):
         total += tl.load(sums_ptr + start + cols, mask=start + cols < programs, other=0.0)
     scale = tl.load(scale_ptr)
-    norm = tl.sqrt_rn(tl.sum(total, 0)) / scale
+    norm = tl.div_rn(tl.sqrt_rn(tl.sum(total, 0)), scale)
     finite = norm < float("inf")  # False for NaN
-    larger = (norm + 1e-6) / max_norm
+    larger = tl.div_rn(norm + 1e-6, max_norm)
     state_steps = tl.arange(0, STEPS)
     before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
     if GROWTH_INTERVAL > 0:

@@ -66,7 +66,7 @@ def _momentum_kernel(
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), programs):
             offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < size
-            g = load(address, offsets, mask, dtype) / grad_scale
+            g = tl.div_rn(load(address, offsets, mask, dtype), grad_scale)
             m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
             tl.store(momentum_ptr + offsets, m, mask=mask)
             a = beta * m + rest * g
@@ -87,9 +87,10 @@ def _nesterov_kernel(
     if tl.load(stats_ptr + 2) == 0.0:
         sums = tl.load(sums_ptr + matrix * parts + part, mask=part < parts, other=0.0)
         dtype: tl.constexpr = grads[0].dtype.element_ty
-        g = load(_address(grads, matrix, N), offsets, mask, dtype) / tl.load(stats_ptr + 1)
+        g = load(_address(grads, matrix, N), offsets, mask, dtype)
+        g = tl.div_rn(g, tl.load(stats_ptr + 1))
         a = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
-        y = a / (tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
+        y = tl.div_rn(a, tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

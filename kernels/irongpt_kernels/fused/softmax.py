@@ -54,7 +54,7 @@ def _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL: tl.const
     x = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=load, other=0.0)
     a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))
     e = exp(a - tl.max(a, axis=1)[:, None])
-    return e / tl.sum(e, axis=1)[:, None], seen, load
+    return e * tl.div_rn(1.0, tl.sum(e, axis=1))[:, None], seen, load
 
 
 @triton.jit
@@ -128,10 +128,11 @@ def _fwd_online_kernel(
     end = _end(row, N, CAUSAL)
     x_row = x_ptr + row * x_strides[0]
     m, total, _ = _row_statistics(x_row, None, x_strides[1], 0, end, scale, BLOCK_N)
+    inverse = tl.div_rn(1.0, total)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
-        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) / total, 0.0)
+        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) * inverse, 0.0)
         tl.store(y_ptr + row * N + cols, y, mask=cols < N)
 
 
@@ -147,20 +148,21 @@ def _bwd_online_kernel(
     m, total, weighted = _row_statistics(
         x_row, dy_row, x_strides[1], dy_strides[1], end, scale, BLOCK_N
     )
-    delta = weighted / total
+    inverse = tl.div_rn(1.0, total)
+    delta = weighted * inverse
     left = tl.zeros((BLOCK_N,), dtype=tl.float32)  # the rounding error of delta
     for start in range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
-        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) / total, 0.0)
+        y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) * inverse, 0.0)
         left += y * (dy - delta)
     left_row = tl.sum(left, axis=0)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
-        y = exp(x.to(tl.float32) * scale - m) / total
+        y = exp(x.to(tl.float32) * scale - m) * inverse
         dx = tl.where(cols < end, scale * y * (dy - delta - left_row), 0.0)
         tl.store(dx_ptr + row * N + cols, dx, mask=cols < N)
 

@@ -58,12 +58,32 @@ def ftz(x: Array) -> Array:
     return np.where(np.abs(x) < f4(2.0**-126), np.copysign(f4(0), x), x)
 
 
-def wobble(y: Array, bits: Array, ulps: int) -> Array:
-    """y with an error of up to `ulps` units in the last place, which is a hash of the argument."""
-    h = (bits.astype(u8) * u8(0x9E3779B97F4A7C15)) >> u8(40)
-    step = (h % u8(2 * ulps + 1)).astype(i8) - ulps
-    ordinary = np.isfinite(y) & (np.abs(y) > 2.0**-100)
-    return (y.view(i4) + np.where(ordinary, step, 0)).astype(i4).view(f4)
+_RELATIVE = {"sqrt": 2.0**-23, "rsqrt": 2.0**-22.9, "tanh": 2.0**-11}
+_ULPS = {"ex2": 2, "div": 2, "rcp": 1}
+
+
+def largest_error(name: str, x: Array, y: Array) -> Array:
+    """Of an approximate instruction whose true result for x is y (PTX ISA, floating-point
+    instructions); x and y in float64, div.full by its quotient alone."""
+    if name in _ULPS:
+        return _ULPS[name] * np.spacing(np.abs(y).astype(f4)).astype(f8)
+    if name == "lg2":
+        return 2.0**-22 * np.where((x > 0.5) & (x < 2.0), 1.0, np.abs(y))
+    return _RELATIVE[name] * np.abs(y)
+
+
+def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
+    """y, in float64, as float32. Its error is a hash of the seed, up to `noise` times what the PTX
+    ISA allows. ex2 of a whole number is exact, as it is on GPUs."""
+    if not noise:
+        return y.astype(f4)
+    h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> u8(29))) * u8(0xBF58476D1CE4E5B9)
+    direction = (h >> u8(40)).astype(f8) / 2**23 - 1  # -1 to 1
+    rounding = np.spacing(np.abs(y).astype(f4)).astype(f8) / 2
+    error = noise * direction * np.maximum(largest_error(name, x, y) - rounding, 0)
+    exact = ~np.isfinite(error) | ((name == "ex2") & (x == np.rint(x)))
+    return np.where(exact, y, y + error).astype(f4)
 
 
 def maxf(a: Array, b: Array) -> Array:

@@ -113,25 +113,27 @@ class Arithmetic(Operands):
             x, y = self.array(a[1], form, bits), self.array(a[2], form, bits)
             return self.set(a[0], f"{form}{ins.name}({x}, {y})", form, ins)
         x, y = self.floats(mods, a[1:3], bits)
-        result = self.temporary(f"{x} / {y}")
-        if "full" in mods or "approx" in mods:
-            seed = f"{x}.view(u4) ^ {y}.view(u4)"
-            self.put(f"if S.noise: {result} = wobble({result}, {seed}, S.noise)")
-        return self.set_float(ins, mods, a[0], result)
+        if "full" not in mods and "approx" not in mods:
+            return self.set_float(ins, mods, a[0], f"{x} / {y}")
+        x, y = self.temporary(x), self.temporary(y)
+        seed = f"{x}.view(u4) ^ ({y}.view(u4) << u4(1))"
+        true = f"{x}.astype(f8) / {y}"
+        return self.set_float(ins, mods, a[0], f"approximate('div', {x}, {true}, {seed}, S.noise)")
 
     op_rem = op_div
 
     def op_ex2(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """sqrt and rcp can be exact (rn). An approximation is the true value, rounded; with noise
-        it is wrong, except where the argument is a whole number (ex2 of those is exact on GPUs)."""
+        """sqrt and rcp can be exact (rn). An approximation is the true value, rounded, unless there
+        is noise."""
         (x,) = self.floats(mods, a[1:2], self.typed(mods[-1])[1])
         if "rn" in mods:
             return self.set_float(ins, mods, a[0], _FUNCTIONS[ins.name].format(x))
         x = self.temporary(x)
-        y = self.temporary(f"({_FUNCTIONS[ins.name].format(f'{x}.astype(f8)')}).astype(f4)")
-        wrong = f"wobble({y}, {x}.view(u4), S.noise)"
-        self.put(f"if S.noise: {y} = np.where({x} == np.rint({x}), {y}, {wrong})")
-        return self.set_float(ins, mods, a[0], y)
+        wide = self.temporary(f"{x}.astype(f8)")
+        true, seed = _FUNCTIONS[ins.name].format(wide), f"{x}.view(u4)"
+        return self.set_float(
+            ins, mods, a[0], f"approximate('{ins.name}', {wide}, {true}, {seed}, S.noise)"
+        )
 
     op_lg2 = op_tanh = op_rsqrt = op_sqrt = op_rcp = op_ex2
 

@@ -17,8 +17,8 @@ Not         ptxas and SASS (registers, spills, scheduling, and the contraction o
             that PTX permits), the memory model beyond barriers (fences do nothing), time. Between
             barriers warps run in lockstep, or in one of two orders.
 Arithmetic  IEEE, as PTX specifies; an fma is rounded twice about once in 2^29. The approximate
-            instructions (ex2, lg2, rsqrt, div.full) are the true value rounded, or with noise=n
-            wrong by up to n units in the last place. Sums of tensor cores: see `Options`.
+            instructions (ex2, lg2, rsqrt, div.full) are the true value rounded, or with noise=1
+            as wrong as the PTX ISA allows. Sums of tensor cores: see `Options`.
 """
 
 import contextlib

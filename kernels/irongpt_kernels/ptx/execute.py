@@ -39,14 +39,15 @@ class Options:
     order: of the warps of a CTA between two barriers: "lockstep" (all at once), or one after the
     other, "ascending" or "descending"; lockstep in a kernel without barriers, whose warps share
     nothing (two on one address are a race). mma: sums of tensor cores are "exact" (rounded once)
-    or as "hardware" truncates them. noise: approximate instructions are wrong by up to so many
-    units in the last place. change: makes another PTX of (kernel, PTX), to plant a bug.
+    or as "hardware" truncates them. noise: how much of the errors that the PTX ISA allows
+    approximate instructions they have, 0 to 1. change: makes another PTX of (kernel, PTX), to plant
+    a bug.
     """
 
     arch: int = 75
     order: str = "lockstep"
     mma: str = "exact"
-    noise: int = 0
+    noise: float = 0.0
     change: Callable[[str, str], str] | None = None
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class Launch:
     regions: Regions
     params: bytes
     accumulate: Callable[[Array, Array, Array], Array]  # C, A, B: C + A B^T
-    noise: int  # units in the last place, of approximate instructions
+    noise: float  # see `execute.Options`
     report: Report
 
 

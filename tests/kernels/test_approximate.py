@@ -1,0 +1,65 @@
+"""Every op with the errors that a GPU's approximate instructions may have: a margin is left."""
+
+import pytest
+import torch
+from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_specs import SPECS
+from irongpt_kernels.runtime import launch
+
+if not launch.INTERPRETED:
+    pytest.skip("puts the errors into Triton's interpreter", allow_module_level=True)
+
+from approximate import gpu_errors
+from irongpt_kernels import eager, fused
+
+from tests.ptx import cases
+
+MARGIN = 0.8  # of the tolerance
+FEW = "19 columns"
+SHAPES = {  # a row of few elements, a partial tile, and a long row
+    "3 columns": RowShape(1, 2, 3, 16, V=3, M=1, N=3),
+    "19 columns": RowShape(1, 2, 19, 16, V=19, L=1, M=20, N=19),
+    "1000 columns": RowShape(1, 2, 90, 16, V=1000, M=4, N=1000),
+}
+
+
+def share(name: str, at: RowShape) -> float:
+    """The largest error over the tolerance."""
+    spec = SPECS[name]
+    options = dict(growth_interval=4) if spec.kind == "optimizer" else {}
+    case = cases.Case(spec, "", "float32", at, 1.0 if name == "sample_tokens" else 0.2, options)
+    inputs = case.inputs()
+    with gpu_errors():
+        found = case.results(fused, inputs)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    result = cases.Result(case, 75)
+    cases.compare(result, found, case.results(eager, inputs), case.results(eager, wide))
+    assert not result.problems
+    return result.share
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(n, s) for n, spec in SPECS.items() for s in SHAPES if spec.kind != "optimizer" or s == FEW],
+)
+def test_a_fifth_of_the_tolerance_is_left(name: str, shape: str) -> None:
+    assert share(name, SHAPES[shape]) <= MARGIN
+
+
+def test_division_is_inexact_and_div_rn_exact() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x_ptr, quotient_ptr, exact_ptr):
+        at = tl.arange(0, 64)
+        x = tl.load(x_ptr + at)
+        tl.store(quotient_ptr + at, 1.0 / x)
+        tl.store(exact_ptr + at, tl.div_rn(1.0, x))
+
+    x, quotient, exact = torch.arange(3.0, 67.0), torch.zeros(64), torch.zeros(64)
+    with gpu_errors():
+        kernel[(1,)](x, quotient, exact)
+    assert torch.equal(exact, 1 / x)
+    off = (quotient.double() * x.double() - 1).abs()
+    assert 2.0**-23.5 < off.max() <= 2.0**-22
