@@ -191,12 +191,12 @@ class GPT(OpsModule):
         and values of idx are written to the cache, at positions 0 to T - 1. Raises ValueError if T
         exceeds the context.
         """
-        return F.linear(self._hidden(idx, seed, cache), self.wte.weight)
+        return F.linear(self.hidden(idx, seed, cache), self.wte.weight)
 
-    def _hidden(
-        self, idx: Tensor, seed: int | Tensor | None, cache: "KVCache | None" = None
+    def hidden(
+        self, idx: Tensor, seed: int | Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
-        """The last norm, (B, T, C), by which the head is multiplied."""
+        """As `forward` without the head: the last norm, (B, T, C)."""
         T, context = idx.shape[1], self.config.context
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
@@ -231,7 +231,7 @@ class GPT(OpsModule):
         V = self.config.vocab_size
         padding = padded_vocab(V) - V if idx.device.type in PADDED_ON else 0
         if padding:
-            logits = self._padded_logits(self._hidden(idx, seed), padding)
+            logits = self._padded_logits(self.hidden(idx, seed), padding)
         else:
             logits = self(idx, seed=seed)
         return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -103,7 +103,7 @@ class Decoder:
         self.cache.rows = rows if isinstance(rows, slice) else rows.to(device)
         lower = self.dtype != self.model.wte.weight.dtype
         with torch.autocast(device.type, self.dtype if lower else None, enabled=lower):
-            self.model(idx.to(device), cache=self.cache)
+            self.model.hidden(idx.to(device), cache=self.cache)  # no logits are needed
 
     def step(self) -> None:
         """Samples the next token of each sequence into `tokens`, without the host waiting."""
