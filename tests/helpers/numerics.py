@@ -62,11 +62,12 @@ def assert_exact(x: Any, y: Any) -> None:
 
 
 Inputs = dict[str, Tensor | None]
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def run(
     op: Callable[..., Any], inputs: Inputs, upstream: tuple[Tensor, ...] = (), **options: Any
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> Results:
     """The op's outputs, and the gradients of its floating inputs where `upstream` is given."""
     leaves = {
         name: x.detach().requires_grad_(bool(upstream) and x.is_floating_point())
@@ -83,6 +84,16 @@ def run(
     return tuple(x.detach() for x in outputs), gradients
 
 
+def references(
+    name: str, inputs: Inputs, upstream: tuple[Tensor, ...], **options: Any
+) -> tuple[Results, Results]:
+    """Outputs and gradients of eager in the inputs' dtype and in float64."""
+    op = getattr(eager, name)
+    wide = {n: x.double() if _is_float(x) else x for n, x in inputs.items()}
+    oracle = run(op, wide, tuple(g.double() for g in upstream), **options)
+    return run(op, inputs, upstream, **options), oracle
+
+
 def assert_op(
     module: ModuleType,
     name: str,
@@ -94,14 +105,11 @@ def assert_op(
 
     upstream: random unless given.
     """
-    op, reference = getattr(module, name), getattr(eager, name)
     if upstream is None:
-        outputs, _ = run(reference, inputs, **options)
+        outputs, _ = run(getattr(eager, name), inputs, **options)
         upstream = tuple(randn(*x.shape, dtype=x.dtype, seed=i) for i, x in enumerate(outputs, 90))
-    results = run(op, inputs, upstream, **options)
-    baseline = run(reference, inputs, upstream, **options)
-    wide = {n: x.double() if _is_float(x) else x for n, x in inputs.items()}
-    oracle = run(reference, wide, tuple(g.double() for g in upstream), **options)
+    results = run(getattr(module, name), inputs, upstream, **options)
+    baseline, oracle = references(name, inputs, upstream, **options)
     for tensors in zip(results[0], baseline[0], oracle[0], strict=True):
         assert_rule(OUTPUTS, *tensors)
     for tensors in zip(results[1], baseline[1], oracle[1], strict=True):
