@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_mistake
 from irongpt_kernels import builtin, eager
+from numerics import DEVICE
 from safetensors.torch import load_file, save_file
 
 from irongpt.cli import main
@@ -91,10 +92,11 @@ def imported_from(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=OPS)
-def case(request) -> tuple[str, Path]:
-    """Ops, and the folder of a model for them."""
-    name = "small_gpt2" if request.param == "fused" else "gpt2"
-    return request.param, request.getfixturevalue(name)
+def case(request) -> tuple[str, Path, str]:
+    """Ops, the folder of a model for them, and their device."""
+    if request.param == "fused":
+        return request.param, request.getfixturevalue("small_gpt2"), DEVICE
+    return request.param, request.getfixturevalue("gpt2"), "cpu"
 
 
 @pytest.fixture
@@ -112,13 +114,13 @@ def reference(folder: Path) -> torch.nn.Module:
 
 
 def test_logits_and_gradients_equal_those_of_transformers(case) -> None:
-    ops, folder = case
-    theirs = reference(folder)
-    model, tokenizer = trained_model(imported_from(folder), "last", ops, "cpu")
+    ops, folder, device = case
+    theirs = reference(folder).to(device)
+    model, tokenizer = trained_model(imported_from(folder), "last", ops, device)
     size = (1, 1, 16, 16) if ops == "fused" else (2, 2, 32, 32)
     assert model.config == GPTConfig(V, *size, dropout=0.0, bias=True)
     T = model.config.context
-    ids = tokenizer.encode(CODE[5000:6000])[: 2 * (T + 1)].view(2, T + 1)
+    ids = tokenizer.encode(CODE[5000:6000])[: 2 * (T + 1)].view(2, T + 1).to(device)
     idx, targets = ids[:, :-1], ids[:, 1:]
     logits = theirs(idx).logits
     with torch.no_grad():
@@ -136,15 +138,15 @@ def test_logits_and_gradients_equal_those_of_transformers(case) -> None:
 
 @pytest.mark.usefixtures("few_tensors")
 def test_ten_training_steps_equal_those_of_transformers(case) -> None:
-    ops, folder = case
-    model, tokenizer = trained_model(imported_from(folder), "last", ops, "cpu")
+    ops, folder, where = case
+    model, tokenizer = trained_model(imported_from(folder), "last", ops, where)
     config = TrainConfig(
         iters=10, batch_size=1 if ops == "fused" else 4, lr=1e-3, warmup=2, decay="linear",
         weight_decay=0.1, eval_every=10, ops=ops,
     )  # fmt: skip
-    device = torch.device("cpu")
+    device = torch.device(where)
     trainer = Trainer(model, tokenizer.encode(CODE[:4000]), config, device, torch.float32)
-    theirs = reference(folder)
+    theirs = reference(folder).to(device)
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     matrices, vectors = (
         [p for p in theirs.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)

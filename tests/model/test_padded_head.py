@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, Cli
 from irongpt_kernels import eager
 from model_helpers import CONFIG, build, tokens
-from numerics import GRADIENTS, OUTPUTS, assert_exact, assert_rule
+from numerics import DEVICE, GRADIENTS, OUTPUTS, assert_exact, assert_rule
 from run_helpers import assert_same, history
 from torch import Tensor
 
@@ -39,7 +39,8 @@ def test_the_head_is_padded_to_whole_rows(size: int, rows: int) -> None:
 
 
 def loss_and_gradients(model: GPT) -> tuple[Tensor, list[Tensor]]:
-    loss = model.loss(tokens(), tokens(seed=2))
+    model.to(DEVICE)
+    loss = model.loss(tokens().to(DEVICE), tokens(seed=2).to(DEVICE))
     return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -50,10 +51,11 @@ def test_loss_and_gradients_are_those_without_padding(
     if name == "fused":
         pytest.importorskip("triton")
     ops, config = importlib.import_module(f"irongpt_kernels.{name}"), replace(CONFIG, n_layer=1)
+    monkeypatch.setattr(models, "PADDED_ON", ())
     baseline, oracle = (loss_and_gradients(m) for m in (build(config), build(config).double()))
     seen = Mock(side_effect=ops.cross_entropy)
     monkeypatch.setattr(ops, "cross_entropy", seen)
-    monkeypatch.setattr(models, "PADDED_ON", ("cpu",))
+    monkeypatch.setattr(models, "PADDED_ON", ("cpu", "cuda"))
     loss, gradients = loss_and_gradients(build(config, ops))
     (logits, _), _ = seen.call_args
     assert logits.shape[1] == 72
