@@ -57,7 +57,7 @@ class Drawing:
 
 def excerpt(text: Corpus, start: str, n_lines: int) -> str:
     """Lines of the validation text from one that begins with `start` on."""
-    lines = "\n".join(text.val).split("\n")
+    lines = b"\n".join(text.val).decode().split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith(start))
     return "\n".join(lines[first : first + n_lines])
 

@@ -111,7 +111,7 @@ def tokenize(text: Corpus, kind: str) -> tuple[int, Tokens]:
     if kind == "char" and not text.files:  # needs no safetensors, which a GPU machine may not have
         chars = CharTokenizer.from_text(text.text)
         tokens = Tokens.of(chars.encode(text.text))
-        return chars.vocab_size, replace(tokens, val_bytes=corpus.utf8_size(text.val))
+        return chars.vocab_size, replace(tokens, val_bytes=sum(map(len, text.val)))
     from irongpt.data import tokens as tokenized
 
     tokenizer, tokens = tokenized.tokenize(text, kind)

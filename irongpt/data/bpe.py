@@ -75,11 +75,12 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
     words = [list(piece) for piece in pieces]
     frequencies = list(pieces.values())
     pairs: Counter[Pair] = Counter()
-    found_in: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of words, some out of date
+    found_in: defaultdict[Pair, list[int]] = defaultdict(list)  # indices of words, some out of date
     for i, ids in enumerate(words):
         for pair in pairwise(ids):
             pairs[pair] += frequencies[i]
-            found_in[pair].add(i)
+        for pair in set(pairwise(ids)):
+            found_in[pair].append(i)
     # The count of a pair only falls after it was put on the heap; it is brought up to date when it
     # comes to the top.
     heap = [(-n, pair) for pair, n in pairs.items()]
@@ -102,11 +103,13 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
         merges.append(pair)
         created: set[Pair] = set()
         for i in found_in.pop(pair):
-            for neighbour, change in _merge(words[i], pair, token):
+            changes = _merge(words[i], pair, token)
+            for neighbour, change in changes:
                 pairs[neighbour] += change * frequencies[i]
-                if change > 0:
-                    found_in[neighbour].add(i)
-                    created.add(neighbour)
+            new = {neighbour for neighbour, change in changes if change > 0}
+            for neighbour in new:
+                found_in[neighbour].append(i)
+            created |= new
         del pairs[pair]
         for neighbour in created:
             if pairs[neighbour] > 0:

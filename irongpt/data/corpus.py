@@ -37,6 +37,7 @@ from irongpt.data.text import (
     Utf8,
     check_encoding,
     has_text,
+    length,
     without_license,
 )
 from irongpt.errors import UserError, brief
@@ -48,49 +49,39 @@ TRAIN_SHARE = 0.9  # of the characters of one text; a text of several files is s
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents for training and for validation. Their line breaks are \\n.
+    """The documents for training and for validation, in UTF-8. Their line breaks are \\n.
 
-    Of one text these are the first 90 % of its characters and the rest, in parts if it is large.
+    Of one text these are the first 90 % of its characters and the rest. They are bytes, because
+    Python keeps up to 4 bytes for every character of a string that has one rare character.
     The name is valid as the name of a folder.
     """
 
     name: str
-    train: tuple[str, ...]
-    val: tuple[str, ...]
+    train: tuple[bytes, ...]
+    val: tuple[bytes, ...]
     files: dict[str, str] = field(default_factory=dict)  # path -> SHA-256; {} for one text
 
     @property
     def text(self) -> str:
         """All documents in one piece: for one text, that text."""
-        return "".join(self.train + self.val)
+        return b"".join(self.train + self.val).decode()
 
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal digest of the text in UTF-8, or of its files and their split."""
         if self.files:
-            split = [len(text) for text in self.train], [len(text) for text in self.val]
+            split = [length(utf8) for utf8 in self.train], [length(utf8) for utf8 in self.val]
             described = json.dumps([*self.files.items(), split])
             return hashlib.sha256(described.encode()).hexdigest()
         digest = hashlib.sha256()
         for document in self.train + self.val:
-            for first in range(0, len(document), CHUNK):
-                digest.update(document[first : first + CHUNK].encode())
+            digest.update(document)
         return digest.hexdigest()
 
     @property
     def n_bytes(self) -> int:
         """Size of all documents in UTF-8."""
-        return utf8_size(self.train) + utf8_size(self.val)
-
-
-def utf8_size(documents: Sequence[str]) -> int:
-    """Number of bytes of the documents in UTF-8."""
-    return sum(
-        len(text)
-        if text.isascii()
-        else sum(len(text[i : i + CHUNK].encode()) for i in range(0, len(text), CHUNK))
-        for text in documents
-    )
+        return sum(map(len, self.train + self.val))
 
 
 def load(
@@ -178,7 +169,7 @@ def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:
         reader.say(f"warning: {note}")
     if utf8 is not text.utf8:
         reader.say(
-            f"removed Project Gutenberg's licence from {shown}: {_length(utf8):,} characters remain"
+            f"removed Project Gutenberg's licence from {shown}: {length(utf8):,} characters remain"
         )
     if not has_text(utf8):
         what = "is empty except for white space" if utf8 else "is empty"
@@ -189,26 +180,12 @@ def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:
 def _one_text(name: str, utf8: Utf8, reader: Reader) -> Corpus:
     if reader.kept.add(utf8) is None:
         return Corpus(name, (), ())
-    cut = _offset(utf8, int(TRAIN_SHARE * _length(utf8)))
-    return Corpus(name, _parts(utf8, 0, cut), _parts(utf8, cut, len(utf8)))
+    return _split(name, utf8)
 
 
-_PART = 1 << 16  # bytes
-# No pre-token of BPE reaches across the end of the match: a line break, or a letter or digit.
-_CUT = re.compile(rb"\n(?=[!-~])|[A-Za-z0-9](?=[ -/:-@[-`{-~])")
-
-
-def _parts(utf8: Utf8, first: int, end: int) -> tuple[str, ...]:
-    """A text in parts: Python keeps up to 4 bytes for every character of a string that has one rare
-    character, and here only for those of its part."""
-    parts: list[str] = []
-    view = memoryview(utf8)
-    while first < end or not parts:
-        found = _CUT.search(utf8, min(first + _PART, end), end)
-        cut = found.end() if found else end
-        parts.append(str(view[first:cut], "utf-8"))
-        first = cut
-    return tuple(parts)
+def _split(name: str, utf8: Utf8) -> Corpus:
+    cut, view = _offset(utf8, int(TRAIN_SHARE * length(utf8))), memoryview(utf8)
+    return Corpus(name, (bytes(view[:cut]),), (bytes(view[cut:]),))
 
 
 def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
@@ -217,9 +194,7 @@ def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
         raise UserError(f"{shown} has no text in the files that match: {files}")
     reader.say(f"files     {name}: {files}")
     if len(files.digests) == 1:
-        [text] = files.train
-        cut = int(TRAIN_SHARE * len(text))
-        return Corpus(name, (text[:cut],), (text[cut:],))
+        return _split(name, *files.train)
     return Corpus(name, files.train, files.val, files.digests)
 
 
@@ -243,8 +218,8 @@ def _joined(parts: Sequence[Corpus], say: Say) -> Corpus:
     name = "+".join(names)
     return Corpus(
         name if len(name) <= 64 else f"{names[0][:48]}+{len(parts) - 1}-more",
-        tuple(text for part in parts for text in part.train),
-        tuple(text for part in parts for text in part.val),
+        tuple(utf8 for part in parts for utf8 in part.train),
+        tuple(utf8 for part in parts for utf8 in part.val),
         files,
     )
 
@@ -254,20 +229,11 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].strip("-.") or "text"
 
 
-_CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character after its first
-
-
-def _length(utf8: Utf8) -> int:
-    """Number of characters."""
-    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
-    return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in chunks)
-
-
 def _offset(utf8: Utf8, index: int) -> int:
     """Position of the first byte of a character, or the length for an index at the end."""
     for first in range(0, len(utf8), CHUNK):
         chunk = utf8[first : first + CHUNK]
-        if index < (count := len(chunk.translate(None, _CONTINUATION))):
+        if index < (count := length(chunk)):
             starts = (i for i, byte in enumerate(chunk) if byte & 0xC0 != 0x80)
             return first + next(itertools.islice(starts, index, None))
         index -= count

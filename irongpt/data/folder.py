@@ -86,10 +86,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Files:
-    """Documents by file. `digests`: SHA-256 of each text by its relative path, in order."""
+    """Documents by file, UTF-8. `digests`: SHA-256 of each text by its relative path, in order."""
 
-    train: tuple[str, ...]
-    val: tuple[str, ...]
+    train: tuple[bytes, ...]
+    val: tuple[bytes, ...]
     digests: dict[str, str]
     left_out: Counter[str]  # number of files by reason
     n_bytes: int
@@ -106,7 +106,7 @@ def read_files(paths: Iterable[tuple[str, Path]], reader: Reader) -> Files:
 
     The relative path decides the split, and is the name of the file in `Files.digests`.
     """
-    texts: dict[str, str] = {}
+    texts: dict[str, bytes] = {}
     digests: dict[str, str] = {}
     left_out: Counter[str] = Counter()
     before = reader.kept.n_bytes
@@ -123,7 +123,7 @@ def read_files(paths: Iterable[tuple[str, Path]], reader: Reader) -> Files:
         if not has_text(utf8):
             left_out["empty"] += 1
         elif digest := reader.kept.add(utf8):
-            texts[relative], digests[relative] = utf8.decode(), digest
+            texts[relative], digests[relative] = bytes(utf8), digest
             for note in notes:
                 reader.say(note)
         else:

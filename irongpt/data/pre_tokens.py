@@ -3,8 +3,12 @@
 The counts of the pre-tokens are what merges are trained on, and afterwards each index is replaced
 by the ids of its pre-token. Cutting up a text takes most of the time, so that all cores do it.
 The processes import this file, which therefore does without torch.
+
+A text of code has a pre-token for every three or four bytes. An index has 16 bits, because it is
+one into the distinct pre-tokens of a part of the text, and the ids replace the indices in place.
 """
 
+import codecs
 import os
 import signal
 import threading
@@ -22,9 +26,11 @@ import regex
 
 from irongpt.data import bpe
 
-CHUNK = 1 << 20  # characters that a process cuts up at a time
+CHUNK = 1 << 20  # bytes that a process cuts up at a time
 PARALLEL_FROM = 8 * CHUNK  # for less text it takes longer to start the processes
+TAIL = 1 << 12  # characters at the end of a chunk among which a place to cut is looked for first
 MOST_WORDS = 1 << 18  # distinct pre-tokens, the most frequent ones, that merges are trained on
+MOST_INDICES = 1 << 16  # distinct pre-tokens of a part
 END = 0  # the index that precedes each document
 
 Piece = str | None  # None: a document begins
@@ -39,12 +45,19 @@ class Group(NamedTuple):
 
 
 class Indexed(NamedTuple):
-    """A group as (N,) uint32 indices into its own distinct pre-tokens."""
+    """A group in parts: (N,) uint16 indices into the part's own distinct pre-tokens."""
 
     val: bool
-    n_chars: int
-    words: list[str]
-    indices: np.ndarray
+    n_bytes: int
+    parts: list[tuple[list[str], np.ndarray]]
+
+
+class Part(NamedTuple):
+    """Pre-tokens `first` to `end` of a corpus: indices into (M,) uint32 numbers of its words."""
+
+    numbers: np.ndarray
+    first: int
+    end: int
 
 
 # In any text a pre-token ends here: no alternative of its pattern goes on after a digit, or from a
@@ -54,52 +67,66 @@ _SAFE_CUT = regex.compile(r"\n(?=\S)|\p{N}|\p{L}(?=\P{L})")
 _SAFE_CUT_GPT2 = regex.compile(r"(?<=\S)\n(?=\S)")
 
 
-def pieces(documents: Sequence[str], marked: bool, gpt2: bool = False) -> Iterator[Piece]:
-    """The documents in pieces of about CHUNK characters. None comes before each one if `marked`."""
+def pieces(documents: Sequence[bytes], marked: bool, gpt2: bool = False) -> Iterator[Piece]:
+    """The documents in pieces of about CHUNK bytes. None comes before each one if `marked`."""
     safe_cut = _SAFE_CUT_GPT2 if gpt2 else _SAFE_CUT
-    for text in documents:
+    for utf8 in documents:
         if marked:
             yield None
-        at = 0
-        while at < len(text):
-            cut = safe_cut.search(text, min(at + CHUNK, len(text)))
-            end = cut.end() if cut else len(text)
-            yield text[at:end]
-            at = end
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        held: list[str] = []  # the text since the last cut
+        for first in range(0, len(utf8), CHUNK):
+            text = decoder.decode(utf8[first : first + CHUNK])
+            near_end = max(0, len(text) - TAIL)
+            if cut := safe_cut.search(text, near_end) or safe_cut.search(text):
+                yield "".join([*held, text[: cut.end()]])
+                held, text = [], text[cut.end() :]
+            held.append(text)
+        if rest := "".join(held):
+            yield rest
 
 
 class PreTokens:
     """The training and the validation text of a corpus. words: the distinct pre-tokens.
 
-    train, val: arrays of uint32 indices into `words`, one for about a megabyte of text.
+    train, val: parts of about a megabyte of text, whose indices are in `buffer`.
     """
 
     def __init__(
-        self, train: Sequence[str], val: Sequence[str], marked: bool, gpt2: bool = False
+        self, train: Sequence[bytes], val: Sequence[bytes], marked: bool, gpt2: bool = False
     ) -> None:
         """train, val: documents. marked: whether END precedes each one. gpt2: see `bpe`."""
         from tqdm import tqdm
 
         self.words = _Numbers({"": END})
-        self.train: list[np.ndarray] = []
-        self.val: list[np.ndarray] = []
-        n_chars = sum(map(len, (*train, *val)))
+        self.train: list[Part] = []
+        self.val: list[Part] = []
+        n_bytes, end = sum(map(len, (*train, *val))), 0
+        # Room for an id for every byte; the system gives memory only to what is written.
+        self.buffer = np.empty(n_bytes + (len(train) + len(val)) * marked, dtype=np.uint16)
         groups = chain.from_iterable(
             _groups(is_val, gpt2, pieces(documents, marked, gpt2))
             for is_val, documents in ((False, train), (True, val))
         )
-        bar = tqdm(total=n_chars, desc="tokenizing", unit="char", unit_scale=True, disable=None)
+        bar = tqdm(total=n_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar:
-            for found in _index_all(groups, _cores(n_chars)):
-                numbers = np.fromiter(map(self.words.__getitem__, found.words), dtype=np.uint32)
-                (self.val if found.val else self.train).append(numbers[found.indices])
-                bar.update(found.n_chars)
+            for found in _index_all(groups, _cores(n_bytes)):
+                for words, indices in found.parts:
+                    numbers = np.fromiter(map(self.words.__getitem__, words), dtype=np.uint32)
+                    first, end = end, end + len(indices)
+                    self.buffer[first:end] = indices
+                    (self.val if found.val else self.train).append(Part(numbers, first, end))
+                bar.update(found.n_bytes)
+
+    def indices(self, part: Part) -> np.ndarray:
+        """(N,) uint32 indices of a part into `words`."""
+        return part.numbers[self.buffer[part.first : part.end]]
 
     def counts(self) -> dict[bytes, int]:
         """How often the most frequent pre-tokens occur in the training text."""
         counts = np.zeros(len(self.words), dtype=np.int64)
-        for indices in self.train:
-            counts += np.bincount(indices, minlength=len(counts))
+        for numbers, first, end in self.train:
+            counts[numbers] += np.bincount(self.buffer[first:end], minlength=len(numbers))
         counts[END] = 0
         words = list(self.words)
         frequent = np.argsort(-counts, kind="stable")[:MOST_WORDS]
@@ -108,7 +135,8 @@ class PreTokens:
     def replace(self, ids: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Training and validation text with each index replaced by the ids of its word: uint16.
 
-        ids: of the words, in order. The arrays of indices are released on the way.
+        ids: of the words, in order. They are written over the indices, the last ones first: no
+        word has fewer ids than its one index, so that the earlier indices are still there.
         """
         flat, lengths = array("H"), array("I")
         for one in ids:
@@ -116,17 +144,18 @@ class PreTokens:
             lengths.append(len(one))
         sizes = np.array(lengths, dtype=np.int64)
         starts, table = np.cumsum(sizes) - sizes, np.array(flat, dtype=np.uint16)
-        found = []
-        for chunks in (self.train, self.val):
-            chunks.reverse()
-            parts = [np.zeros(0, dtype=np.uint16)]
-            while chunks:
-                indices = chunks.pop()
-                n = sizes[indices]
-                first = np.cumsum(n) - n  # positions of the first id of each pre-token
-                parts.append(table[np.arange(n.sum()) + np.repeat(starts[indices] - first, n)])
-            found.append(np.concatenate(parts))
-        return found[0], found[1]
+
+        parts, n_train = self.train + self.val, len(self.train)
+        ends = np.cumsum([int(sizes[self.indices(part)].sum()) for part in parts], dtype=np.int64)
+        self.train, self.val = [], []
+        for i in reversed(range(len(parts))):
+            indices = self.indices(parts.pop())
+            n = sizes[indices]
+            first = np.cumsum(n) - n  # positions of the first id of each pre-token
+            found = table[np.arange(n.sum()) + np.repeat(starts[indices] - first, n)]
+            self.buffer[ends[i] - len(found) : ends[i]] = found
+        cut, end = (int(ends[n - 1]) if n else 0 for n in (n_train, len(ends)))
+        return self.buffer[:cut], self.buffer[cut:end]
 
 
 class _Numbers(dict[str, int]):
@@ -143,7 +172,7 @@ def _groups(val: bool, gpt2: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
     size = 0
     for piece in pieces:
         group.pieces.append(piece)
-        size += len(piece or "")
+        size += _n_bytes(piece)
         if size >= CHUNK:
             yield group
             group, size = Group(val, gpt2, []), 0
@@ -153,19 +182,29 @@ def _groups(val: bool, gpt2: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
 
 def _index(group: Group) -> Indexed:
     numbers = _Numbers({"": END})
-    parts = [
+    found = [
         np.fromiter(map(numbers.__getitem__, bpe.pre_tokens(piece, group.gpt2)), dtype=np.uint32)
         if piece is not None
         else np.array([END], dtype=np.uint32)
         for piece in group.pieces
     ]
-    n_chars = sum(len(piece or "") for piece in group.pieces)
-    return Indexed(group.val, n_chars, list(numbers), np.concatenate(parts))
+    words, indices, n_bytes = list(numbers), np.concatenate(found), sum(map(_n_bytes, group.pieces))
+    if len(words) <= MOST_INDICES:
+        return Indexed(group.val, n_bytes, [(words, indices.astype(np.uint16))])
+    parts = []
+    for first in range(0, len(indices), MOST_INDICES):
+        own, part = np.unique(indices[first : first + MOST_INDICES], return_inverse=True)
+        parts.append(([words[i] for i in own], part.astype(np.uint16)))
+    return Indexed(group.val, n_bytes, parts)
 
 
-def _cores(n_chars: int) -> int:
+def _n_bytes(piece: Piece) -> int:
+    return 0 if piece is None else len(piece.encode())
+
+
+def _cores(n_bytes: int) -> int:
     """The number of processes for a text."""
-    if n_chars < PARALLEL_FROM:
+    if n_bytes < PARALLEL_FROM:
         return 1
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

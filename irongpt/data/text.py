@@ -175,6 +175,15 @@ def without_license(utf8: Utf8) -> Utf8:
     return b"\n\n".join(books) or utf8
 
 
+_CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character after its first
+
+
+def length(utf8: Utf8) -> int:
+    """Number of characters."""
+    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
+    return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in chunks)
+
+
 def has_text(utf8: Utf8) -> bool:
     """Whether there is a character that is not white space."""
     chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))

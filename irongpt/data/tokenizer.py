@@ -65,9 +65,12 @@ class CharTokenizer:
             )
 
     @classmethod
-    def from_text(cls, *texts: str, documents: bool = False) -> "CharTokenizer":
-        """A vocabulary of all characters in the texts, which must not all be empty."""
-        return cls("".join(sorted(set().union(*texts))), documents)
+    def from_text(cls, text: str | Iterable[str], documents: bool = False) -> "CharTokenizer":
+        """A vocabulary of all characters of a text, or of its parts. It must not be empty."""
+        chars: set[str] = set()
+        for part in [text] if isinstance(text, str) else text:
+            chars.update(part)
+        return cls("".join(sorted(chars)), documents)
 
     @property
     def vocab_size(self) -> int:

@@ -7,12 +7,10 @@ import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from irongpt.config import check
 from irongpt.data import bpe
@@ -20,6 +18,7 @@ from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.download import cache_folder
 from irongpt.data.pre_tokens import CHUNK, PreTokens, pieces
+from irongpt.data.text import length
 from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import temporary_path
@@ -28,7 +27,7 @@ MULTIPLE = 64  # of a BPE vocabulary: matmuls with the head are fastest then
 SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
 LARGE_FROM = 30 * 10**6  # bytes of text
 CACHED, CACHED_FROM = 8, 10**6  # the number of corpora in the cache; bytes of their text
-TENSORS = ("train", "val", "before_val")
+ARRAYS = ("train", "val", "before_val")
 
 
 def check_vocab_size(kind: str, vocab_size: int | None) -> int | None:
@@ -52,7 +51,8 @@ def tokenize(
     text. vocab_size: of BPE, by default 4,096, or 8,192 for 30 MB of text or more.
     """
     if kind == "char":
-        chars = CharTokenizer.from_text(*corpus.train, *corpus.val, documents=bool(corpus.files))
+        parts = pieces(corpus.train + corpus.val, marked=False)
+        chars = CharTokenizer.from_text(filter(None, parts), documents=bool(corpus.files))
         return chars, encode(corpus, chars)
     size = vocab_size or (SMALL if corpus.n_bytes < LARGE_FROM else LARGE)
     if found := _Cache(corpus, size).read():
@@ -79,10 +79,7 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
 
 
 def _pre_tokens(corpus: Corpus, gpt2: bool = False) -> PreTokens:
-    train, val = corpus.train, corpus.val
-    if gpt2 and not corpus.files:  # a pre-token of GPT-2 may reach from a part into the next one
-        train, val = ("".join(train),), ("".join(val),)
-    return PreTokens(train, val, bool(corpus.files), gpt2)
+    return PreTokens(corpus.train, corpus.val, bool(corpus.files), gpt2)
 
 
 def _encode_bpe(corpus: Corpus, tokenizer: BPETokenizer, pre_tokens: PreTokens) -> Tokens:
@@ -105,7 +102,7 @@ def _train_bpe(corpus: Corpus, size: int, pre_tokens: PreTokens) -> BPETokenizer
 
 
 def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray) -> Tokens:
-    n_bytes = sum(len(text.encode()) for text in corpus.val)
+    n_bytes = sum(map(len, corpus.val))
     lengths = np.array([len(b) for b in tokenizer.token_bytes])
     if tokenizer.end is not None:
         lengths[tokenizer.end] = 0
@@ -117,9 +114,9 @@ def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.nda
     return Tokens(ids, val_ids, before, n_bytes)
 
 
-def _chars(documents: Sequence[str], tokenizer: CharTokenizer) -> np.ndarray:
+def _chars(documents: Sequence[bytes], tokenizer: CharTokenizer) -> np.ndarray:
     """The ids of the documents, uint16, each after `tokenizer.end` if there are several."""
-    size = sum(len(text) + tokenizer.documents for text in documents)
+    size = sum(length(utf8) + tokenizer.documents for utf8 in documents)
     ids, at = np.empty(size, dtype=np.uint16), 0
     for piece in pieces(documents, tokenizer.documents):
         found = np.array([tokenizer.end]) if piece is None else tokenizer.ids(piece)
@@ -136,50 +133,51 @@ class _Cache:
     def __init__(self, corpus: Corpus, vocab_size: int, gpt2: bool = False) -> None:
         self.worthwhile, self.gpt2 = corpus.n_bytes >= CACHED_FROM, gpt2
         kind = " gpt2" * gpt2
-        key = hashlib.sha256(f"2 {corpus.sha256} {vocab_size}{kind}".encode()).hexdigest()
+        key = hashlib.sha256(f"3 {corpus.sha256} {vocab_size}{kind}".encode()).hexdigest()
         try:
-            self.path = cache_folder() / "tokens" / f"{key[:32]}.safetensors"
+            self.path = cache_folder() / "tokens" / f"{key[:32]}.npz"
         except UserError:  # no home folder
             self.path, self.worthwhile = Path(os.devnull) / key, False
 
     def read(self) -> tuple[BPETokenizer, Tokens] | None:
         """None if there is no such file, or if it is damaged."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.pop("sha256") != _digest(metadata, tensors):
+            with np.load(self.path) as file:
+                metadata = json.loads(str(file["metadata"]))
+                arrays = {name: file[name] for name in ARRAYS}
+            if metadata.pop("sha256") != _digest(metadata, arrays):
                 return None
-            merges = tuple((a, b) for a, b in json.loads(metadata["merges"]))
-            tokenizer = BPETokenizer(merges, self.gpt2)
-            return tokenizer, Tokens(**tensors, val_bytes=int(metadata["val_bytes"]))
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, UserError):
+            tokenizer = BPETokenizer(tuple((a, b) for a, b in metadata["merges"]), self.gpt2)
+            ids = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            return tokenizer, Tokens(**ids, val_bytes=metadata["val_bytes"])
+        except Exception:  # a damaged file can be an error of the zip format, of numpy or of JSON
             return None
 
     def write(self, tokenizer: BPETokenizer, tokens: Tokens) -> None:
         """A folder that cannot be written to is no error. Only the newest files are kept."""
         if not self.worthwhile:
             return
-        tensors = {name: getattr(tokens, name).contiguous() for name in TENSORS}
-        metadata = {"merges": json.dumps(tokenizer.merges), "val_bytes": str(tokens.val_bytes)}
-        metadata["sha256"] = _digest(metadata, tensors)
+        arrays = {name: getattr(tokens, name).numpy() for name in ARRAYS}
+        metadata = {"merges": tokenizer.merges, "val_bytes": tokens.val_bytes}
+        metadata["sha256"] = _digest(metadata, arrays)
         temporary = temporary_path(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata)
+            with open(temporary, "wb") as file:
+                np.savez(file, metadata=json.dumps(metadata), **arrays)
             os.replace(temporary, self.path)
-            files = self.path.parent.glob("*.safetensors")
+            files = self.path.parent.glob("*.npz")
             for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
                 old.unlink()
-        except (OSError, SafetensorError):
+        except OSError:
             pass
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
 
-def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for name in TENSORS:
-        digest.update(tensors[name].numpy())  # type: ignore[arg-type]
+def _digest(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in ARRAYS:
+        digest.update(arrays[name].data)
     return digest.hexdigest()

@@ -134,7 +134,7 @@ def test_complete_trainings(result: Path) -> None:
 
 
 def test_the_tokens_of_a_text_are_those_of_irongpt_train() -> None:
-    text = Corpus("a text", ("abcé" * 45,), ("caab" * 5,))
+    text = Corpus("a text", ("abcé".encode() * 45,), (b"caab" * 5,))
     size, found = train_runs.tokenize(text, "char")
     tokenizer, wanted = tokens.tokenize(text, "char")
     assert size == tokenizer.vocab_size

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from book_server import Lines, refused
 
-from irongpt.data import bpe, corpus
+from irongpt.data import corpus
 from irongpt.data.corpus import BUILT_IN, Corpus, load
 from irongpt.data.tokenizer import CharTokenizer
 
@@ -173,7 +173,7 @@ def test_a_single_marker_cuts_nothing(text: str) -> None:
 def test_the_name_of_a_corpus_is_valid_as_a_folder(folder: Path, path: str, name: str) -> None:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(b"text")
-    assert load(path, say=Lines()) == Corpus(name, ("tex",), ("t",))
+    assert load(path, say=Lines()) == Corpus(name, (b"tex",), (b"t",))
 
 
 def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_run_on_python_code_of_an_earlier_version_gets_its_text() -> None:
     assert 5e6 < len(old.text) < 12e6
     lines = Lines()
     assert load(["python-code"], say=lines, sha256=old.sha256) == old
-    assert len("".join(old.train)) == int(0.9 * len(old.text))
+    assert len(b"".join(old.train)) == int(0.9 * len(old.text))
     new = load("python-code", say=Lines())
     assert load("python-code", say=Lines(), sha256=new.sha256) == new != old
 
@@ -242,20 +242,18 @@ def test_python_code_is_the_standard_library_alone(
     assert load("python-code", say=Lines(), sha256=old.sha256) == old
     lines = Lines()
     code = load("python-code", say=lines)
-    assert sorted(code.train + code.val) == ["ast\n", "json\n", "tool\n", "é\n"]
+    assert sorted(code.train + code.val) == [b"ast\n", b"json\n", b"tool\n", "é\n".encode()]
     assert [*code.files] == ["abc.py", "ast.py", "json/__init__.py", "json/tool.py"]
     assert lines == ["files     python-code: 4 files, 0.0 MB; left out: 1 not UTF-8"]
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
     refused("python-code", "has no source of the standard library", "--data FILE")
 
 
-def test_a_large_text_is_kept_in_parts_that_no_pre_token_crosses(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(corpus, "_PART", 50)
+def test_the_parts_of_a_text_are_cut_between_characters(tmp_path: Path) -> None:
     text = "def f(x):\n    return 'é😀'\n\n\n" * 40
     (tmp_path / "a.py").write_text(text, encoding="utf-8")
-    found = corpus.load(str(tmp_path / "a.py"), say=print)
-    assert len(found.train) > 5
-    assert "".join(found.train) == text[: int(0.9 * len(text))]
+    found = load(str(tmp_path / "a.py"), say=Lines())
+    cut = int(0.9 * len(text))
+    assert [part.decode() for part in found.train + found.val] == [text[:cut], text[cut:]]
     assert found.text == text
-    pre_tokens = [word for part in found.train for word in bpe.pre_tokens(part)]
-    assert pre_tokens == bpe.pre_tokens("".join(found.train))
+    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()

@@ -25,8 +25,9 @@ WORDS = ["".join(RNG.choices("abcdeé漢", k=RNG.randrange(1, 9))) for _ in rang
 TEXT = "".join(
     RNG.choice(WORDS) + RNG.choice([" ", " ", "\n", "(", ":\n    "]) for _ in range(2500)
 )
-ONE = Corpus("one", (TEXT[:9000],), (TEXT[9000:],))
-MANY = Corpus("many", (TEXT[:4000], "", TEXT[4000:9000]), (TEXT[9000:], "x"), {"a": "1", "b": "2"})
+A, B, C = (part.encode() for part in (TEXT[:4000], TEXT[4000:9000], TEXT[9000:]))
+ONE = Corpus("one", (A + B,), (C,))
+MANY = Corpus("many", (A, b"", B), (C, b"x"), {"a": "1", "b": "2"})
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,10 @@ def _cache(tmp_path, monkeypatch):
 def test_ids_of_one_text_decode_to_its_two_parts(kind):
     tokenizer, ids = tokenize(ONE, kind, 320 if kind == "bpe" else None)
     assert ids.train.dtype == ids.val.dtype == torch.uint16
-    assert tokenizer.decode(ids.train) == ONE.train[0]
-    assert tokenizer.decode(ids.val) == ONE.val[0]
+    assert tokenizer.decode(ids.train).encode() == ONE.train[0]
+    assert tokenizer.decode(ids.val).encode() == ONE.val[0]
     assert torch.equal(ids.before_val, ids.train[-1:])
-    assert ids.val_bytes == len(ONE.val[0].encode())
+    assert ids.val_bytes == len(ONE.val[0])
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -54,13 +55,13 @@ def test_end_precedes_each_document(kind):
         starts = [i for i, value in enumerate(values) if value == end]
         assert starts[0] == 0
         bounds = zip(starts, [*starts[1:], len(values)], strict=True)
-        assert [tokenizer.decode(values[a + 1 : b]) for a, b in bounds] == list(documents)
+        assert [tokenizer.decode(values[a + 1 : b]).encode() for a, b in bounds] == [*documents]
     assert len(ids.before_val) == 0
-    assert ids.val_bytes == sum(len(text.encode()) for text in MANY.val)
+    assert ids.val_bytes == sum(map(len, MANY.val))
 
 
 def test_merges_are_learned_from_the_training_text_alone():
-    tokenizer, ids = tokenize(Corpus("x", (TEXT,), ("zqzq" * 50,)), "bpe", 320)
+    tokenizer, ids = tokenize(Corpus("x", (TEXT.encode(),), (b"zqzq" * 50,)), "bpe", 320)
     assert b"zq" not in tokenizer.token_bytes
     assert len(ids.val) == 200
 
@@ -70,24 +71,40 @@ def test_pieces_in_processes_and_in_one_give_the_ids_of_the_entire_text(monkeypa
     monkeypatch.setattr(pre_tokens, "CHUNK", 500)
     whole = tokenize(ONE, "bpe", 384)
     assert len(list(pieces(ONE.train, marked=False))) > 10
-    monkeypatch.setattr(pre_tokens, "_cores", lambda n_chars: 2)
+    monkeypatch.setattr(pre_tokens, "_cores", lambda n_bytes: 2)
     assert same(encode(ONE, whole[0]), whole[1])
-    own = whole[0].encode(ONE.train[0])
+    own = whole[0].encode(ONE.train[0].decode())
     assert torch.equal(own, whole[1].train.long())
 
 
+def test_a_part_of_a_text_with_many_pre_tokens_is_divided(monkeypatch):
+    expected = tokenize(MANY, "bpe", 384)
+    whole = PreTokens(MANY.train, MANY.val, marked=True)
+    monkeypatch.setattr(pre_tokens, "MOST_INDICES", 64)
+    found = PreTokens(MANY.train, MANY.val, marked=True)
+    assert len(found.train) > 5
+    assert max(len(part.numbers) for part in found.train) <= 64
+    assert list(found.words) == list(whole.words)
+    assert indices(found) == indices(whole)
+    assert same(encode(MANY, expected[0]), expected[1])
+
+
+def indices(found: PreTokens) -> list[int]:
+    return np.concatenate([found.indices(part) for part in found.train]).tolist()
+
+
 def same(a, b) -> bool:
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in tokens.TENSORS)
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in tokens.ARRAYS)
 
 
 def test_a_killed_process_is_replaced_by_this_one(monkeypatch):
     expected = PreTokens(ONE.train, ONE.val, marked=False)
     monkeypatch.setattr(pre_tokens, "CHUNK", 500)
-    monkeypatch.setattr(pre_tokens, "_cores", lambda n_chars: 2)
+    monkeypatch.setattr(pre_tokens, "_cores", lambda n_bytes: 2)
     monkeypatch.setattr(pre_tokens, "_index", _Killing(pre_tokens._index))
     found = PreTokens(ONE.train, ONE.val, marked=False)
     assert list(found.words) == list(expected.words)
-    assert np.array_equal(np.concatenate(found.train), np.concatenate(expected.train))
+    assert indices(found) == indices(expected)
 
 
 @pytest.mark.parametrize("error", [PermissionError, ImportError])
@@ -97,10 +114,10 @@ def test_one_process_cuts_up_the_text_where_no_pool_can_start(monkeypatch, error
     def fail(*args):
         raise error("no semaphores")
 
-    monkeypatch.setattr(pre_tokens, "_cores", lambda n_chars: 2)
+    monkeypatch.setattr(pre_tokens, "_cores", lambda n_bytes: 2)
     monkeypatch.setattr(pre_tokens, "ProcessPoolExecutor", fail)
     found = PreTokens(ONE.train, ONE.val, marked=False)
-    assert np.array_equal(np.concatenate(found.train), np.concatenate(expected.train))
+    assert indices(found) == indices(expected)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill")
@@ -141,7 +158,7 @@ def alive(pid: int) -> bool:
 )
 def test_a_text_without_a_line_break_is_cut_too(monkeypatch, text):
     monkeypatch.setattr(pre_tokens, "CHUNK", 8)
-    parts = list(pieces((text,), marked=False))
+    parts = list(pieces((text.encode(),), marked=False))
     assert len(parts) > 5
     assert "".join(parts) == text
     assert list(chain(*map(bpe.pre_tokens, parts))) == bpe.pre_tokens(text)
@@ -194,7 +211,7 @@ def test_only_the_newest_corpora_stay_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "CACHED_FROM", 1)
     monkeypatch.setattr(tokens, "CACHED", 2)
     for i in range(4):
-        tokenize(Corpus("x", (TEXT[i:],), ("ab",)), "bpe", 320)
+        tokenize(Corpus("x", (TEXT[i:].encode(),), (b"ab",)), "bpe", 320)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
@@ -232,28 +249,28 @@ def test_other_vocabularies_are_refused(kind, size):
 
 def test_a_text_with_too_few_pairs_is_refused_with_their_number():
     with pytest.raises(UserError, match=r"has 2 pairs to merge, and .* 320 .* 63"):
-        tokenize(Corpus("x", ("ab ab",), ("ab",)), "bpe", 320)
+        tokenize(Corpus("x", (b"ab ab",), (b"ab",)), "bpe", 320)
     text = " ".join(chr(97 + i % 26) * (2 + i // 26) for i in range(120))
     with pytest.raises(UserError, match=r"has 146 pairs .*--vocab-size 384"):
-        tokenize(Corpus("x", (text,), ("ab",)), "bpe", 4096)
+        tokenize(Corpus("x", (text.encode(),), (b"ab",)), "bpe", 4096)
 
 
 def test_an_unknown_character_is_named():
     with pytest.raises(UserError, match="'é'"):
-        encode(Corpus("x", ("abc",), ("é",)), CharTokenizer("abc"))
+        encode(Corpus("x", (b"abc",), ("é".encode(),)), CharTokenizer("abc"))
 
 
 def test_counts_are_those_of_the_most_frequent_pre_tokens(monkeypatch):
-    found = PreTokens(("a b b c c c",), ("z",), marked=False)
+    found = PreTokens((b"a b b c c c",), (b"z",), marked=False)
     assert found.counts() == {b"a": 1, b" b": 2, b" c": 3}
     monkeypatch.setattr(pre_tokens, "MOST_WORDS", 2)
     assert found.counts() == {b" b": 2, b" c": 3}
 
 
 def test_a_cut_is_at_the_border_of_a_pre_token(monkeypatch):
-    monkeypatch.setattr(pre_tokens, "CHUNK", 1)
+    monkeypatch.setattr(pre_tokens, "CHUNK", 2)
     text = "a\n\n\nb\r\n c\n'll\n\n  \nd\n)\n.x\n\n"
-    parts = list(pieces((text,), marked=False))
+    parts = list(pieces((text.encode(),), marked=False))
     assert "".join(parts) == text
     assert list(chain(*map(bpe.pre_tokens, parts))) == bpe.pre_tokens(text)
     assert len(parts) > 4
