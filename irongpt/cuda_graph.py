@@ -144,8 +144,8 @@ def capture(graph: Any) -> Iterator[None]:
 
 
 def recover(pool: Any, generator: Tensor) -> None:
-    """Repairs the state after a failed capture. PyTorch then goes on allocating from the graph's
-    pool, and its default generator, whose state was `generator`, still refuses to generate."""
+    """Repairs what a failed capture leaves behind: PyTorch still allocates from the graph's pool,
+    and its default generator, whose state was `generator`, refuses to generate."""
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # if PyTorch has ended that itself
         torch._C._cuda_endAllocateToPool(device, pool)

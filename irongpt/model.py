@@ -42,7 +42,7 @@ class LayerNorm(nn.Module):
 
 
 class OpsModule(nn.Module):
-    """A module that computes with `ops`. Its copies and pickles hold the name of that module."""
+    """An nn.Module that computes with `ops`. Copies and pickles store the name of `ops`."""
 
     ops: Ops
 
@@ -196,7 +196,7 @@ class GPT(OpsModule):
     def hidden(
         self, idx: Tensor, seed: int | Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
-        """As `forward` without the head: the last norm, (B, T, C)."""
+        """As `forward` without the head: the output of the last norm, (B, T, C)."""
         T, context = idx.shape[1], self.config.context
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
@@ -216,7 +216,8 @@ class GPT(OpsModule):
     def _seeds(self, seed: int | Tensor | None) -> list[list[int | Tensor | None]]:
         """The seeds of every block's dropouts, consecutive numbers from `seed` on.
 
-        From a tensor, one kernel makes all of them, each aligned to 16 bytes like a new tensor.
+        From a tensor, one addition makes all of them, each aligned to 16 bytes like a new tensor
+        (Triton compiles another kernel for an address that is not).
         """
         n = DROPOUTS_PER_BLOCK * self.config.n_layer
         flat: list[int | Tensor | None]

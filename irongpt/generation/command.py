@@ -23,7 +23,7 @@ def generate(
     op_set: str,
     device: str,
 ) -> None:
-    """Prints `config.samples` texts, one sample token by token, and their speed on stderr.
+    """Prints `config.samples` texts (a single one token by token), and the speed on stderr.
 
     checkpoint: `best` or `last`. prompt: an empty one is the start of a document, or a line break.
     stop_at_end: a text ends before its first <|endoftext|>.

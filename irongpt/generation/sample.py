@@ -2,7 +2,7 @@
 
 The model sees at most `context` tokens. When its context is full, the last half is encoded again
 from position 0 and generation continues: learned positions are part of the cached keys and values,
-so a window cannot slide by one. Every token is thus conditioned on at least half a context.
+so a window cannot slide by one. Once the context was full, every token sees half of it or more.
 """
 
 import unicodedata
@@ -21,7 +21,7 @@ from irongpt.files import damaged
 from irongpt.generation.decode import ROOM, Decoder
 from irongpt.model import GPT
 
-HEALED = 2**31 - 1  # the number of a healed token: its random number is that of no other
+HEALED = 2**31 - 1  # as a healed token's number: no other token has its random number
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Formats that are shown: joiners and direction marks, which Persian, Indic scripts and emoji need,
 # and signs of Arabic and Syriac that are visible.

@@ -5,8 +5,9 @@
     tokenizer.json          the vocabulary
     state.json              the state of the loop, the SHA-256 of the other files and of itself
 
-A save writes a temporary folder next to the old one, flushes it to the disk, and swaps the two with
-one rename. Nothing is ever unpickled, and no file is parsed before its digest is verified.
+A save writes a temporary folder next to the old one, flushes it to the disk, and swaps the two (see
+`_replace`). Nothing is ever unpickled. state.json is read first and verified; no other file is
+parsed before its digest is verified.
 """
 
 import json

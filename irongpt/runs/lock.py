@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _identity(process: int) -> dict[str, Any]:
-    """Identifies a process for good where /proc exists: numbers are used again."""
+    """Tells a process from a later one with the same number, where /proc exists; else {}."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

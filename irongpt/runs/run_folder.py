@@ -47,7 +47,7 @@ class RunConfig:
 
 
 class RunFolder:
-    """A run's folder, which `create` makes."""
+    """A run's folder. `claim` makes and locks it, `create` fills it, `open_run` opens one."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -185,7 +185,7 @@ class RunFolder:
             f.write(json.dumps(finite(record)) + "\n")
 
     def result(self, step: int) -> dict[str, Any] | None:
-        """The evaluation of `best`, if it is that of `step`, over the entire validation text."""
+        """The evaluation of `best` on all validation text, or None if `best` is not of `step`."""
         path = self.path / "result.json"
         try:
             values = unsealed(read(path), path) if path.exists() else {}
@@ -213,7 +213,7 @@ class RunFolder:
 
 
 class Onlooker(RunFolder):
-    """The folder as a process sees it that writes nothing: another one does."""
+    """The run's folder in a process that must not write to it, because process 0 does."""
 
     def claim(self) -> None:
         """Nothing."""
@@ -324,7 +324,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_nothing(path: Path) -> bool:
-    """Whether an empty folder may hold this: what systems put there, remains of a killed start."""
+    """Whether a folder counts as empty with this in it: system files, remains of a killed start."""
     systems = ("lost+found", ".DS_Store", "desktop.ini", "Thumbs.db")
     if path.name in ("last", "files.json"):  # moved up, and config.json was not
         return any(path.parent.glob(UNFINISHED)) and not (path.parent / "config.json").exists()

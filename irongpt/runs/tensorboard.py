@@ -1,7 +1,7 @@
 """The records of a run as TensorBoard's event files, beside metrics.jsonl.
 
-A process that trains writes the records so far again, into a file of its own, in the place of
-earlier ones: a resumed run continues its curves, even one that had no event files before.
+A training process deletes earlier event files and writes all records so far into a new one. So a
+resumed run continues its curves, even one that had no event files before.
 """
 
 import math

@@ -7,8 +7,8 @@ world is one process, and nothing of torch.distributed runs.
 
 Every process has a thread that counts up its number in the store every BEAT seconds and reads those
 of the others. A process whose number stands still for SILENT seconds is dead, also where the others
-wait for it inside of a CUDA graph: the first of them prints its rank, and all of them end. So the
-exchange itself needs no time limit, and rank 0 may save or sample for as long as it takes.
+wait for it inside a CUDA graph: the living process of lowest rank reports it, and all of them end.
+So the exchange itself needs no time limit, and rank 0 may save or sample for as long as it takes.
 """
 
 import contextlib
@@ -257,8 +257,8 @@ class Torchrun(World):
     def explain(self) -> None:
         """Waits until `_watch` has named the dead process and ended this one, else returns.
 
-        A process that has died made the exchange fail, so fewer signs need to be missing. torchrun
-        ends this process by SIGTERM: that can wait.
+        Because the exchange failed, a shorter silence than SILENT counts as death. SIGTERM, by
+        which torchrun ends this process, is ignored, so that the message can appear first.
         """
         self.silent = 5 * BEAT
         if threading.current_thread() is threading.main_thread():

@@ -25,7 +25,7 @@ from irongpt.runs.tensorboard import Events
 from irongpt.training import optimizer
 from irongpt.training.trainer import Trainer
 
-PATIENCE = 30  # consecutive steps with non-finite gradients before a run gives up
+MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
@@ -64,7 +64,7 @@ class TrainingLoop:
         self.attempt = Attempt()
         self.events: Events | None = None  # for TensorBoard
         self.primary = trainer.world.rank == 0  # the process that writes, samples and prints
-        self.signal: int | None = None  # that some process has received, of a step all know of
+        self.signal: int | None = None  # received by some process, and known to all of them
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
@@ -129,7 +129,8 @@ class TrainingLoop:
         return f"{ended} at step {self.trainer.step:,}: {best}"
 
     def fit(self) -> int | None:
-        """Trains until the last step, the target loss, or a signal, whose number it returns.
+        """Trains until the last step, the target loss, the end of the patience, or a signal, whose
+        number it returns.
 
         Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
         written; the last good checkpoint stays.
@@ -207,7 +208,7 @@ class TrainingLoop:
         A resumed run that evaluates a step which already has a line covers no step.
         """
         trainer, config = self.trainer, self.trainer.config
-        if self.bad_steps >= PATIENCE:
+        if self.bad_steps >= MAX_BAD_STEPS:
             raise DivergenceError(
                 f"the gradients of {self.bad_steps} steps up to step {trainer.step:,} were not "
                 f"finite; the first non-finite tensor: {trainer.first_nonfinite()}; "
@@ -302,7 +303,8 @@ class TrainingLoop:
         run.write_result(self.result)
 
     def _sample(self) -> str:
-        """Text that the model generates now, from a line break on; empty if that fails."""
+        """Text that the model generates now, after the default prompt (`start_ids`); empty if that
+        fails, and on every process but the first."""
         trainer, config = self.trainer, self.trainer.config
         sampling = SampleConfig(tokens=config.sample_tokens, seed=config.seed)
         text = ""

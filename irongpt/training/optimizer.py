@@ -71,7 +71,7 @@ class Optimizer:
     ) -> None:
         """lr: the learning rate, 0-d float32 on the parameters' device, read by every step.
 
-        low_precision_params: copies of parameters, by these. dtype: of the step's matmuls.
+        low_precision_params: parameter -> its 16-bit copy. dtype: of the step's matmuls.
         """
         self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
         self.low_precision_params = low_precision_params or {}
@@ -90,7 +90,7 @@ class Optimizer:
         )
         low = self.low_precision_params
         rest = [p for p in self.names if p not in self.muon.momentum]
-        self.adamw = sorted(rest, key=lambda p: p not in low)  # the op's order
+        self.adamw = sorted(rest, key=lambda p: p not in low)  # those with a copy first
         self.exp_avg, self.exp_avg_sq = (
             {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw} for _ in range(2)
         )

@@ -2,7 +2,7 @@
 
 A shard has batch_size / shards windows of every forward pass. Its windows and its dropout seed
 depend on (seed, step, shard) alone, and the sum adds the shards in their order, so a world of any
-size that divides the number of shards computes the same bits. Fewer processes loop.
+size that divides the number of shards computes the same bits: each process does its shards in turn.
 """
 
 from collections.abc import Sequence

@@ -48,8 +48,8 @@ from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop, check_state
 from irongpt.training.trainer import Trainer
 
-# A resumed run may change these: the steps done so far do not depend on them.
-DATA_FLAGS = ("data", "include", "encoding", "errors")
+DATA_FLAGS = ("data", "include", "encoding", "errors")  # a resumed run may name another text
+# A resumed run may change these too: its checkpoint fits any value of them.
 CHANGEABLE = (
     "iters",
     "eval_every",
@@ -167,7 +167,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
 
 
 def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
-    """Continues a run from its last checkpoint. `flags` may hold `data` and those in CHANGEABLE.
+    """Continues a run from its last checkpoint. For the flags allowed see `resumed_setup`.
 
     The caller releases the run at the end.
     """

@@ -152,7 +152,7 @@ class Trainer:
     def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
         """Mean loss of some validation sequences, without an effect on the training.
 
-        Returns None as soon as `should_continue`, called before each batch, returns False.
+        Returns None if `should_continue`, called before each batch, returns False in any process.
         """
         batches = (self.val_batches[i] for i in range(len(self.val_batches)))
         return self._mean_loss(batches, should_continue)

@@ -2,14 +2,14 @@
 
     irongpt_kernels.eager      plain PyTorch: the specification, and the reference of every test
     irongpt_kernels.builtin    PyTorch's fused functions, such as scaled_dot_product_attention
-    irongpt_kernels.fused      our Triton kernels, one file per op
+    irongpt_kernels.fused      our Triton kernels, one file per op or family of ops
 
 Each module satisfies the Protocol `Ops`, and the caller imports the one it wants. Only `fused`
 imports Triton. `eager` documents shapes, dtypes and results.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. Which elements dropout
 zeroes depends only on the seed and their position (see `dropout`), so `eager` and `fused` drop the
-same ones. `builtin` uses PyTorch's global generator and ignores the seed.
+same ones. Dropout in `builtin` uses PyTorch's global generator and ignores the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
 """

@@ -1,7 +1,7 @@
-"""Every op by PyTorch's own fused functions: the model's default, and the baseline of our kernels.
+"""Every op by PyTorch's fused functions where it has one: the model's default, and our baseline.
 
-The contract is that of `eager` except for dropout: PyTorch's global generator decides which
-elements are dropped, and the seed is ignored.
+The contract is that of `eager`, except where a docstring says otherwise, and for dropout: PyTorch's
+global generator decides which elements are dropped, and the seed is ignored.
 """
 
 import torch

@@ -5,10 +5,10 @@ Run in float64, it is the oracle that the other implementations are compared wit
 Statistics and sums are computed in float32 (float64 for float64 inputs). Results have the dtype of
 the first argument unless documented otherwise.
 
-The ops of one decoding step (`decode_attention` and those after it) have no gradient. They write
-into preallocated tensors (caches, counters, tokens) and read no value on the host, so that a CUDA
-graph can hold a whole step. Their matmuls are in the weights' dtype: the normalized input is
-rounded to it before, and the result after, as under autocast.
+The ops of one decoding step (`decode_attention` and those after it) need no gradient. None reads a
+value on the host, and caches, tokens and counts are updated in place, so that a CUDA graph can hold
+a whole step. Their matmuls have the weight's dtype: the normalized input is rounded to it before
+the matmul, and the product after it, as under autocast.
 """
 
 import math
@@ -138,9 +138,10 @@ def grad_norm(
     grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The norm of all gradients of scale * loss, the clipping factor, and dynamic loss scaling.
+    """The norm of the gradients, by what to divide them to unscale and clip, and the next scale.
 
-    scale: 0-d float32, the loss scale. growth_tracker: 0-d int64, the number of finite steps since
+    grads: the gradients of scale * loss. scale: 0-d float32, the loss scale. growth_tracker: 0-d
+    int64, the number of finite steps since
     the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
     increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
     many finite steps in a row and halves after a step that is not finite, between 1 and 2^24

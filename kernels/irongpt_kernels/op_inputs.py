@@ -1,4 +1,4 @@
-"""Inputs of an op: the sizes of a model, what a tensor of an op is, and values for it."""
+"""The inputs of an op: the sizes of a model, a description of each tensor, and random values."""
 
 import math
 from collections.abc import Callable
@@ -72,10 +72,10 @@ def block_matrices(C: int) -> list[tuple[int, int]]:
 class Input:
     """A tensor that an op takes.
 
-    role: what decides its dtype, see `dtypes`. Values are scale times standard normal plus mean, or
-    `fill` throughout, or what `values` makes of the normal ones (of an empty tensor for integers),
-    or integers below `below`. optional: a model of the presets has no such input (a bias).
-    copy_of: a 16-bit copy of that input, which does not exist in float32.
+    role: decides the dtype, see `dtypes`. Values are normal(mean, scale); or all `fill`; or
+    values(x), where x is standard normal (for integers uninitialized); or integers in [0, below).
+    optional: absent in a model of the presets, such as a bias. copy_of: the name of the input that
+    this one copies in 16 bits; in float32 there is no copy.
     """
 
     size: tuple[int, ...]
@@ -134,8 +134,8 @@ def results(
     call: Callable[[Tensors], Any], inputs: Tensors, outputs: tuple[str, ...],
     upstream: Callable[[int, Tensor], Tensor],
 ) -> Tensors:  # fmt: skip
-    """Outputs by name, and the gradient of each floating input as `d name`. upstream(i, x): the
-    gradient of output i, which is x."""
+    """Outputs by name, and the gradient of each floating input as `d name`. upstream(i, x) returns
+    the gradient with respect to x, output i."""
     leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
     out = call(leaves)
     found = out if isinstance(out, tuple) else (out,)

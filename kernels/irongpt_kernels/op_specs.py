@@ -1,12 +1,12 @@
-"""One row per op: its inputs at a shape, its call, its outputs, its least bytes and FLOPs.
+"""One entry (`OpSpec`) per op: its inputs at a shape, its call, outputs, least bytes and FLOPs.
 
 `irongpt compare`, `irongpt tune`, the benchmarks, `aot` and the tests iterate over `SPECS` and have
-no list of ops of their own, so a new op needs a row here and nothing there. The file imports no
+no list of ops of their own, so a new op needs an entry here and nothing there. The file imports no
 Triton.
 
-The optimizer is described as a step over all weights: the row `adamw` is grad_norm and adamw, the
-row `muon` is grad_norm, muon_momentum and muon_update, without the iteration between the last two.
-The row `sum_shards` takes the place of grad_norm where a step is cut into shards.
+The optimizer is described as a step over all weights: the entry `adamw` is grad_norm and adamw, and
+`muon` is grad_norm, muon_momentum and muon_update, without the iteration between the last two. The
+entry `sum_shards` takes the place of grad_norm where a step is cut into shards.
 The one-token ops work on one token for each of B sequences that fill the context.
 """
 
@@ -37,7 +37,7 @@ class OpSpec:
     options(shape, p, seed): arguments other than tensors; p is dropout, or the temperature of
     sample_tokens. cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype,
     stream that of the residual stream. changes: inputs that are written in place, which are results
-    too. call: for a row that is more than one op of `Ops`, whose names are in `functions`.
+    too. call: for an entry of more than one op of `Ops`, whose names are in `functions`.
     scores: the op has a T x T matrix per head. sweeps: what the benchmarks vary.
     full_rows: the same op on rows of V columns: softmax without a causal mask, norm_linear as the
     model's head.
@@ -60,7 +60,7 @@ class OpSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The functions of `Ops` that it calls."""
+        """The functions of `Ops` that this entry covers; each is covered by one entry only."""
         return self.functions or (self.name,)
 
     @property
@@ -68,11 +68,11 @@ class OpSpec:
         return self.kind == "layer"
 
     def over(self, sweep: str) -> "OpSpec | None":
-        """The row that a sweep varies: this one, `full_rows`, or neither."""
+        """The entry whose size a sweep varies: this one, `full_rows`, or none."""
         return next((s for s in (self, self.full_rows) if s and sweep in s.sweeps), None)
 
     def float32_only(self) -> bool:
-        """Whether none of its tensors has the compute dtype: it is the same in every training."""
+        """Whether no tensor has the compute dtype, so that the op is the same in any precision."""
         return all(x.role != "compute" for x in self.inputs(Shape()).values())
 
     def run(self, ops: Any, shape: Shape, x: Tensors, **options: Any) -> tuple[Tensor, ...]:
@@ -336,8 +336,8 @@ OPTIMIZERS = (
 
 
 def _ring(s: Shape) -> dict[str, Input]:
-    """Sequences near the end of their context, as far as there is one, each at another position and
-    with another token."""
+    """Sequences near the end of the context. Their positions and tokens differ, and repeat only
+    if there are more sequences than positions or tokens."""
 
     def tokens(x: Tensor) -> Tensor:
         return (torch.arange(len(x), device=x.device)[:, None] % s.V).repeat(1, RING)
@@ -353,7 +353,7 @@ def _ring(s: Shape) -> dict[str, Input]:
 
 
 def _logits(x: Tensor) -> Tensor:
-    """No two are equal, not even in bfloat16, so there is one most likely token."""
+    """A permutation of evenly spaced values. In bfloat16 some are equal if V is large (512)."""
     return torch.linspace(-3, 3, x.shape[1], device=x.device)[x.argsort(-1)]
 
 

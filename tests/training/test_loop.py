@@ -117,9 +117,9 @@ def test_only_consecutive_steps_without_finite_gradients_end_a_run(training):
         training._record(loop.Progress(30, 0))
 
     for _ in range(5):
-        record([bad] * (loop.PATIENCE - 1) + [good])
-    record([bad] * (loop.PATIENCE - 1))
-    with pytest.raises(DivergenceError, match=f"of {loop.PATIENCE} steps"):
+        record([bad] * (loop.MAX_BAD_STEPS - 1) + [good])
+    record([bad] * (loop.MAX_BAD_STEPS - 1))
+    with pytest.raises(DivergenceError, match=f"of {loop.MAX_BAD_STEPS} steps"):
         record([bad])
 
 

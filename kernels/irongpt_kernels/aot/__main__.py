@@ -77,8 +77,8 @@ def report(
     """Every kernel that the cases launch: "kernels" has a dict of facts for each, "failed" a line
     for each that does not compile, "warnings" the warnings about tensor cores.
 
-    quick: kernels without a matmul that keep nothing in local memory are not disassembled, which
-    takes most of the time of a kernel that is in Triton's cache.
+    quick: do not disassemble kernels that have no matmul and no local memory. Disassembling takes
+    most of the time if the kernel is in Triton's cache.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     failed: dict[str, None] = {}

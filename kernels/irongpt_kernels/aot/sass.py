@@ -117,7 +117,7 @@ def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
     """The innermost loop with the most HMMA, or without HMMA the most FFMA; among equals the
-    shortest, which of a masked and an unmasked loop is the unmasked one. A kernel without a loop
+    shortest: of a masked and an unmasked loop, that is the unmasked one. A kernel without a loop
     gives all of its instructions.
     """
 

@@ -9,9 +9,10 @@ stage or two, where the second is copied while the first is computed on. Each ca
 and `sass.clocks` estimates the clocks of its inner loop on the units of an SM. Those that spill or
 do not fit come last; before them come those that leave an SM fewer than 8 warps, too few to keep it
 busy. The rest is sorted by clocks: on sm_75 per query-key pair, from sm_80 on for a head of 256
-positions. The latter counts every visited tile, those on the diagonal completely (large tiles have
-more of these), and compares the units of the SM with its share of L2, from which keys and values
-are read once per query tile, and of DRAM, which is the same for all tiles.
+positions. The latter counts every visited tile, and those on the diagonal completely, though a part
+of them is masked (the larger the tile, the larger that part). It compares the units of the SM with
+its share of L2, from which keys and values are read once per query tile, and with its share of
+DRAM traffic, which is the same for all tiles.
 
 `attention_tiles.table` holds a tile from the top of these lists that does not spill at any head
 dimension, with dropout or without.

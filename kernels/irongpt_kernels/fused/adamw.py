@@ -11,7 +11,7 @@ Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradie
             casts would move 20 bytes more. If found_inf is set, a program reads only that flag.
 Parallelism as in `grad_norm`: one launch for up to 48 weight tensors. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
-            beta2 = 0.999 the subtraction would lose four digits at t = 1.
+            beta2 = 0.999 the subtraction would lose two to three digits at t = 1.
 Limits      Weights and moments are contiguous float32, copies are contiguous, and all addresses are
             multiples of 16. If there are fewer copies than weights, they belong to the first
             weights. The gradients of the first weights may have one 16-bit dtype; the others are

@@ -5,7 +5,7 @@
 Forward, per row, over the columns up to the diagonal:
 
     S = scale q k^T     m = max S     l = sum exp(S - m)     P = exp(S - m) / l
-    out = (P * keep / (1 - p)) v
+    out = (P * keep / (1 - p)) v        keep: the dropout mask, 0 or 1; p: rounded, see `dropout`
 
 Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2", 2023): a program
             loops over tiles of keys and carries, for each row, the maximum m, the sum l and the
@@ -21,8 +21,9 @@ Parallelism one program per head and query tile; the longest rows of a head come
 Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
             matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
             score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
-            separately: where m is large, their rounded sum would lose digits of log2(l), and all P
-            of the row would be wrong by the same factor.
+            separately: where m is large, their rounded sum loses digits of log2(l), and all P of
+            the row are wrong by the same factor. In float32 the backward subtracts one after the
+            other; for 16-bit inputs it subtracts the rounded sum (`attention_tiles.load_stats`).
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
             its backward writes the three gradients into one tensor. With separate q, k and v,
             autograd stacks the gradients, which moves 6 B H T D elements more.
@@ -98,7 +99,7 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
     if DIAGONAL:
         s = tl.where(cols <= rows, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees a column of a loop's first tile
+    m_new = tl.maximum(m, tl.max(s, 1))  # finite: the first tile has column 0, which all rows see
     p = tl.exp2(s - m_new[:, None])
     rescale = tl.exp2(m - m_new)
     l = l * rescale + tl.sum(p, 1)  # noqa: E741

@@ -78,7 +78,7 @@ def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str,
 
 @functools.cache  # called at every launch; no caller changes the result
 def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
-    """Default launch options per GPU, chosen by compiling: `python -m irongpt_kernels.aot.tiles`.
+    """Default launch options per architecture, chosen with `python -m irongpt_kernels.aot.tiles`.
 
     The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
     bottleneck is shared memory, and a warp of 32 rows reads each key half as often as two warps of
@@ -103,8 +103,9 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
         tile = (32, 64, 4)
     else:
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
-    # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. With
-    # two accumulators of wide heads, or float32 ones, no registers are left for its addresses.
+    # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. Where
+    # wide heads need two accumulators (dK, dV), or have float32 operands, no registers are left for
+    # the addresses of a second stage.
     wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
     crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
     num_stages = 1 if arch < 80 or crowded else 2

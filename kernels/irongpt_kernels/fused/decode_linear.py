@@ -144,7 +144,8 @@ def norm_linear(
     bias: Tensor | None = None, *,
     gelu: bool = False, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    """See `eager.norm_linear`. Raises TypeError for dtypes, ValueError for shapes and devices."""
+    """See `eager.norm_linear`. Raises TypeError for an unsupported dtype, ValueError for shapes and
+    devices that do not match."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
     M, K, _ = _sizes(x, weight, bias)
@@ -159,7 +160,8 @@ def norm_linear(
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `eager.linear_add`. Raises TypeError for dtypes, ValueError for shapes and devices."""
+    """See `eager.linear_add`. Raises TypeError for an unsupported dtype, ValueError for shapes,
+    devices and dtypes that do not match."""
     checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
     checks.shape("residual", residual, (M, N))

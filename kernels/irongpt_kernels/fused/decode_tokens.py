@@ -207,7 +207,8 @@ def _sample(
             _sample_kernel[(B,)](
                 logits, tokens, counts, seed, V, tokens.shape[1],
                 logits.stride(), tokens.stride(0), counts.stride(0),
-                inverse, keep, max(2, int((share or 0) * 2**53)),  # a 1 would be a constant
+                # Not 1: Triton would make it a constexpr, which has no .to().
+                inverse, keep, max(2, int((share or 0) * 2**53)),
                 K=counts.shape[1], GREEDY=temperature == 0, TOP_K=keep < V,
                 TOP_P=share is not None, BLOCK=BLOCK,
                 BLOCK_K=triton.next_power_of_2(counts.shape[1]), num_warps=launch.warps(BLOCK),
@@ -222,7 +223,8 @@ _sample_op = custom_op("sample_tokens", _sample, mutates=("tokens", "counts"))
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    """See `eager.embed_tokens`. Raises TypeError for dtypes, ValueError for shapes and devices."""
+    """See `eager.embed_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
+    without contiguous rows, ValueError for shapes, devices and dtypes that do not match."""
     checks.floating(wte=wte, wpe=wpe)
     _check(tokens, counts, wte=wte)
     checks.rank("wte", wte, 2)
@@ -235,7 +237,8 @@ def sample_tokens(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
 ) -> None:  # fmt: skip
-    """See `eager.sample_tokens`. Raises TypeError for dtypes, ValueError for shapes and devices."""
+    """See `eager.sample_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
+    without contiguous rows, ValueError for shapes and devices that do not match."""
     checks.floating(logits=logits)
     checks.rank("logits", logits, 2)
     _check(tokens, counts, logits=logits)

@@ -8,9 +8,10 @@ Forward, per row:   keep = 0 for a dropped element and 1 / (1 - p) for the other
 Backward            see `layer_norm_backward`
 
 Traffic     The forward reads branch and residual and writes sum and norm: 4MN elements. The
-            backward reads dsum, dnorm and sum and writes dresidual and dbranch: 5MN, and 1MN less
-            if only one output was used. The mask is not stored but recomputed: it is a function of
-            the seed, the column and the row, where rows are counted over all leading dimensions.
+            backward reads dsum, dnorm and sum and writes dresidual and dbranch: 5MN. If only norm
+            was used, it does not read dsum: 4MN. If only sum was, it reads dsum alone: 3MN.
+            The mask is not stored but recomputed: it is a function of the seed, the column and the
+            row, where rows are counted over all leading dimensions.
 Parallelism as in `layer_norm`: complete rows in registers, and no atomics.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and norm in a
             16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is

@@ -171,8 +171,8 @@ _backward_op = custom_op("gelu_backward", _gradients, _fake_gradients)
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `eager.gelu`.
 
-    Raises TypeError unless x and bias are floating-point tensors; ValueError for a 0-d x, and for a
-    bias whose shape or device does not match.
+    Raises TypeError unless x and bias are float32, float16 or bfloat16; ValueError for a 0-d x, and
+    for a bias whose shape or device does not match.
     """
     checks.floating(x=x, optional=dict(bias=bias))
     checks.rank("x", x, 1, 64)

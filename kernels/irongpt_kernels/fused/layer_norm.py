@@ -11,9 +11,9 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
 Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
             512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
-            variance is computed from centred values. Forward and backward compute the mean twice,
-            the second time from x - mean, so that rows whose mean is large compared with their
-            spread lose no digits.
+            variance is computed from centred values. Forward and backward subtract the mean and
+            then the mean of the result, its rounding error, so that rows whose mean is large
+            compared with their spread lose no digits.
 Limits      N <= 8192, because a row is one block. x and dy may have any strides, but are copied
             unless the last dimension is contiguous and the others collapse to one row stride.
 Spec        irongpt_kernels/eager.py::layer_norm
@@ -31,7 +31,7 @@ from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
-MAX_N = 8192  # five longer float32 rows do not fit the registers of an SM
+MAX_N = 8192  # the backward holds about five float32 rows; longer ones exceed an SM's registers
 
 
 @triton.jit
@@ -139,7 +139,8 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.layer_norm`. Raises TypeError for other dtypes, ValueError for N above 8192."""
+    """See `eager.layer_norm`. Raises TypeError unless all are float32, float16 or bfloat16,
+    ValueError for shapes and devices that do not match, and for N above 8192."""
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(x, weight, bias, "x")
     return _op(x, weight, bias, eps, dtype or x.dtype)[0]

@@ -1,6 +1,7 @@
 """Backward of `layer_norm` and of `dropout_add_layer_norm`, by one kernel.
 
-    sum = residual + keep branch      xhat = (sum - mean) rstd      norm = xhat weight + bias
+    sum = residual + keep branch      keep: 0, or 1 / (1 - p) (see `dropout_add_layer_norm`)
+    xhat = (sum - mean) rstd          norm = xhat weight + bias
 
 Backward, per row:  g = dnorm weight is the gradient with respect to xhat. Because mean and rstd
                     depend on the whole row, two projections are subtracted:
@@ -12,7 +13,7 @@ For `layer_norm`, x takes the place of the sum, dsum is absent, and dresidual is
 
 Traffic     reads dsum, dnorm and the sum, writes dresidual and dbranch: 5MN elements, and 3MN for
             `layer_norm`. xhat is recomputed from mean and rstd, the mask from the seed.
-Parallelism As many programs as the GPU holds at once loop over the blocks of rows. Each keeps its
+Parallelism P programs, WARPS_PER_SM warps on each SM, loop over the blocks of rows. Each keeps its
             own dweight and dbias, and the (P, N) partial sums are added afterwards. There are no
             atomics, so every run gives the same bits.
 Precision   float32 between load and store; xhat is centred as in the forward.
@@ -34,7 +35,7 @@ from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 WARPS_PER_SM = 8  # of all programs together
-WIDE = tl.constexpr(4096)  # above so many columns the weight is reloaded per block of rows
+WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of rows
 
 
 @triton.jit
@@ -154,8 +155,8 @@ def layer_norm_bwd(
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.on(total.device):
-            # All registers that so many warps leave a thread: left alone, ptxas would spill some
-            # to make room for more warps.
+            # Lets each thread use all registers that `warps` warps per SM leave it. Without a
+            # limit, ptxas would spill some so that more warps fit.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))
             _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
     dbranch, dresidual, *partial = outputs

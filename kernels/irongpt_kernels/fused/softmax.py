@@ -13,9 +13,9 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
 Parallelism Rows of at most MAX_BLOCK columns fit in registers: a program handles BLOCK_M rows.
             For longer rows a program loops over one row, ONLINE_BLOCK columns at a time (online
             softmax; Milakov and Gimelshein 2018). The first loop computes m and the sums, and
-            rescales the sums whenever m grows; each lane keeps its own maximum and sums, which are
-            combined after the loop. The last loop computes y or dx. The backward has one loop more
-            in between, for the rounding error of delta.
+            rescales the sums when m grows. Each of the ONLINE_BLOCK positions keeps a maximum and
+            sums of its own, which are combined after the loop. The last loop computes y or dx. The
+            backward has one more loop in between, for the rounding error of delta.
 Precision   float32 between load and store. The backward saves x and not y: a y rounded to float16
             does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
             it had up to 46 times the error of eager. Where one column has nearly all the weight,
@@ -233,8 +233,8 @@ _backward_op = custom_op("softmax_backward", _gradient, lambda dy, x, *_: x.new_
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     """See `eager.softmax`.
 
-    Raises TypeError unless x is a floating-point tensor and scale a number; ValueError for a 0-d x,
-    and for a causal x whose last two dimensions differ.
+    Raises TypeError unless x is float32, float16 or bfloat16 and scale a number; ValueError for a
+    0-d x, and for a causal x whose last two dimensions differ.
     """
     checks.floating(x=x)
     if not isinstance(scale, int | float):

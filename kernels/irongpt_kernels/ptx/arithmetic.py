@@ -1,6 +1,7 @@
-"""Arithmetic that NumPy does not have in the way of PTX, on arrays with a value for each thread.
+"""Arithmetic as PTX defines it where NumPy's differs, on arrays with one value per thread.
 
-u1 to u8, i2 to i8 and f2 to f8 are NumPy's types by their bytes. bfloat16 values are u2 arrays.
+u1 to u8, i1 to i8 and f2 to f8 are NumPy dtypes named by bytes, not bits as in PTX: u8 is uint64.
+bfloat16 values are u2 arrays.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def bf16_of_f8(x: Array) -> Array:
 
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
-    """a b + c in float64, rounded to float32: about once in 2^29 it is rounded twice."""
+    """a b + c in float64, then rounded to float32: about one result in 2^29 is off by an ulp."""
     return (np.multiply(a, b, dtype=f8) + c).astype(f4)
 
 
@@ -106,7 +107,7 @@ def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -
 
 
 def to_int(x: Array, dtype: Any, rounding: str) -> Array:
-    """Float to integer, clamped. NaN becomes 0, or 2^63 where either side has 64 bits."""
+    """Float to integer, clamped. NaN becomes 0, or if either side has 64 bits the top bit alone."""
     info = np.iinfo(dtype)
     whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
     y = whole(x.astype(f8))

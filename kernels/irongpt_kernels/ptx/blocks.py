@@ -1,7 +1,7 @@
 """A `Program`'s basic blocks as Python functions over NumPy arrays.
 
-Between blocks a register is an array in the list R. Within a block it is a local variable, in up to
-three forms that are views of one another: u unsigned, s signed, f floating (b for a predicate).
+Between blocks a register is an array in the list R. Within a block it is local variables, up to
+three views of one array: u unsigned, s signed, f floating. A predicate has the one form b.
 Only registers that another block reads are written back, under the mask of the block's threads.
 
 The function of a block takes (S, R, m): the batch of CTAs, the registers, and the mask of threads

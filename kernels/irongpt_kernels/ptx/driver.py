@@ -3,7 +3,7 @@
     with emulating(75) as report:
         fused.layer_norm(x, weight)  # CPU tensors; what runs is the kernel compiled for sm_75
 
-A launch takes the path of every launch. Triton specializes the arguments and compiles for the
+A launch goes through Triton as on a GPU. Triton specializes the arguments and compiles for the
 architecture (for sm_75 with the hook in `runtime.turing`), then hands the compiled kernel, the
 grid and the arguments to a driver. The driver here parses the PTX (`parse`), makes Python functions
 of it (`blocks`, `instructions`, `compute`), and runs the CTAs of the grid, some side by side
@@ -13,10 +13,10 @@ Modelled    Every instruction in our kernels, on registers of the right width; a
             with masks where they part; parameters at their offsets; shared memory of as many bytes
             as the kernel asks for; cp.async and wgmma with their groups. `memory` lists what is
             checked at every access.
-Not         ptxas and SASS (registers, spills, scheduling, and the contraction of a mul and an add
+Not done    ptxas and SASS (registers, spills, scheduling, and the contraction of a mul and an add
             that PTX permits), the memory model beyond barriers (fences do nothing), time. Between
             barriers warps run in lockstep, or in one of two orders.
-Arithmetic  IEEE, as PTX specifies; an fma is rounded twice about once in 2^29. The approximate
+Arithmetic  IEEE, as PTX specifies, but about one fma in 2^29 is off by an ulp. The approximate
             instructions (ex2, lg2, rsqrt, div.full) are the true value rounded, or with noise=1
             as wrong as the PTX ISA allows. Sums of tensor cores: see `Options`.
 """

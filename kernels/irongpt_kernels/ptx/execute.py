@@ -37,11 +37,11 @@ class Options:
     """How to execute.
 
     order: of the warps of a CTA between two barriers: "lockstep" (all at once), or one after the
-    other, "ascending" or "descending"; lockstep in a kernel without barriers, whose warps share
-    nothing (two on one address are a race). mma: sums of tensor cores are "exact" (rounded once)
-    or as "hardware" truncates them. noise: how much of the errors that the PTX ISA allows
-    approximate instructions they have, 0 to 1. change: makes another PTX of (kernel, PTX), to plant
-    a bug.
+    other, "ascending" or "descending". A kernel without barriers always runs in lockstep: its warps
+    may not communicate (two on one address are reported as a race). mma: sums of tensor cores are
+    "exact" (rounded once) or as "hardware" truncates them. noise: the errors of approximate
+    instructions, from 0 (none) to 1 (as large as the PTX ISA allows). change: makes another PTX of
+    (kernel, PTX), to plant a bug.
     """
 
     arch: int = 75

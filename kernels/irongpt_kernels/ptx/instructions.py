@@ -1,7 +1,7 @@
 """PTX instructions that move data, use memory, or need a whole warp. See `compute` for the others.
 
-Nothing is skipped except cache hints and memory fences, which have no effect here: threads see what
-others stored at once.
+Nothing is skipped except cache hints and memory fences, which have no effect here: a store is
+visible to all threads immediately.
 """
 
 import re

@@ -13,7 +13,7 @@ Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, which of the byte
 
 
 class Regions:
-    """Legal memory in granules of `granule` bytes, of which each access covers whole ones.
+    """Legal memory, divided into cells of `granule` bytes; every access covers whole cells.
 
     What lies between the elements of a view is not legal, unless another view has it.
     """
@@ -33,12 +33,13 @@ class Regions:
             self.legal[at : at + len(padded)] = padded.any(1)
         self.writer = np.full(end, NO_ONE, dtype=i4)  # a CTA
         self.reader = np.full(end, NO_ONE, dtype=i4)  # a CTA, or SEVERAL
-        self.interval = np.full(end, -1, dtype=i8)  # between barriers, for which the next two hold
+        # The interval between barriers to which writing_warps and reading_warps belong.
+        self.interval = np.full(end, -1, dtype=i8)
         self.writing_warps = np.zeros(end, dtype=u4)
         self.reading_warps = np.zeros(end, dtype=u4)
 
     def locate(self, address: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each access lies within one span, and its cells (n, cells of an access)."""
+        """Whether each access lies in one span, and the indices (n, k) of the k cells it covers."""
         k = np.searchsorted(self.starts, address, side="right") - 1
         offset = address - self.starts[k]
         inside = (k >= 0) & (offset >= 0) & (offset + width <= self.sizes[k])

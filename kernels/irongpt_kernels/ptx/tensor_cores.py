@@ -2,7 +2,7 @@
 
 The fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k8" and
 "Register Fragments and Shared Memory Matrix Layouts" of wgmma. Results of a wgmma are visible at
-once: a kernel that reads them before it waits is not caught, one that stores over its operands is.
+once. So a read before the wait is not caught; a store over its operands is.
 """
 
 from typing import Any

@@ -3,7 +3,8 @@
 A GPU adds up a float32 dot product along its inner dimension in one fixed order. The interpreter
 leaves the order to NumPy's BLAS, and some BLAS add up a transposed product in another order. The
 attention kernels compute scores twice, the second time transposed, and rely on equal bits where
-scores are large. Here matmuls are summed in float64 and rounded once, so the order has no effect.
+scores are large. Here a product is summed in float64 and then rounded to float32, which hides the
+order in all but very rare cases. Matmuls of bfloat16 are left to Triton.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,6 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
 
 @contextmanager
 def repeatable_matmuls() -> Iterator[None]:
-    """Inside, `tl.dot` of the interpreter has one result, whatever BLAS NumPy uses."""
+    """Inside, `tl.dot` of float32 or float16 in the interpreter does not depend on NumPy's BLAS."""
     with patch.object(InterpreterBuilder, "create_dot", _create_dot):
         yield

@@ -1,4 +1,4 @@
-"""Everything about a launch that depends on the GPU: its architecture, its SMs, block sizes, warps.
+"""What launchers share: facts of the GPU, block sizes and warps, and views of their arguments.
 
 In Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) kernels run on CPU
 tensors, one program after another, and these functions describe a small GPU.
@@ -72,16 +72,17 @@ def block(n: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """Warps for a program with `elements` values in registers: 8 to 16 values per thread."""
+    """Warps for a program with `elements` values in registers, a power of two: 16 values per
+    thread, and more above 8,192 values, as 16 warps are the most."""
     return min(16, max(1, elements // 512))
 
 
 def equal_sums(row: int, num_warps: int) -> dict[str, int]:
-    """Launch options that make every thread get the same sum of a row of `row` products.
+    """Launch options with which all threads get the same sum of a row of `row` products.
 
-    If a thread has one product of a row, the compiler fuses it with the first addition:
-    fma(a, b, product of another lane). Two lanes then round different products, and a sum over one
-    element is not that element.
+    Where a thread holds one product, the compiler fuses it with the first addition of the
+    reduction: fma(a, b, product of another lane). Each lane then leaves another product unrounded,
+    so lanes get different sums, and even the sum of one product and zeros can differ from it.
     """
     return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
 

@@ -19,8 +19,8 @@ Key = tuple[str, int, int]  # kernel; head dimension, else columns; bytes of an 
 Table = dict[Key, Options]
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
-# The options of each kernel. The norms are those of dropout_add_layer_norm. maxnreg, the limit of
-# registers per thread, may be missing; ptxas then decides.
+# The options of each kernel. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
+# that of layer_norm. maxnreg, the limit of registers per thread, may be missing: ptxas decides.
 KNOBS = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),

@@ -2,7 +2,7 @@
 
 Since Triton 3.3, `tl.dot` below compute capability 8.0 is compiled to scalar FMAs
 (triton-lang/triton#5066, #10918): an eighth of a T4's speed at best, and tiles made for tensor
-cores spill. The hardware still has its instruction. A hook of Triton's compiler can restore it:
+cores spill. Turing's tensor cores still have mma.m16n8k8. A hook of Triton's compiler reaches it:
 
     1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, with one pipeline
        stage (more would use cp.async, which sm_75 lacks);
@@ -282,7 +282,7 @@ def probe() -> str:
 def prove() -> None:
     """Raises RuntimeError unless `probe` compiles as the module's docstring describes."""
     global _proved
-    with warnings.catch_warnings():  # the error reports what a fallback would
+    with warnings.catch_warnings():  # a fallback would warn, but here it raises the error below
         warnings.simplefilter("ignore")
         try:
             good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in probe()
