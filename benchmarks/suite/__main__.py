@@ -182,12 +182,13 @@ class Suite:
         if name in ("gpu", "tests", "emulated"):
             return self.tests(name, limit)
         done = self.command(name, limit)
-        if done.status == "timed out" and self.file.exists():
-            section = result_file.load(self.file).get(name, {})
+        if done.status == "timed out":
+            known = result_file.load(self.file) if self.file.exists() else {}
+            section = known.get(name, {})
             saved = f"{len(section.get('rows', []))} rows"
             if "groups" in section:
                 saved = f"{section['groups']} of {section['of_groups']} groups"
-            done.summary = f"saved {saved}; {done.summary}"
+            done.summary = "; ".join(filter(None, (f"saved {saved}", done.summary)))
         return done
 
     def command(self, name: str, limit: float) -> Done:

@@ -185,7 +185,6 @@ def test_a_stage_that_is_cut_says_what_it_saved(
             result_file.save(tmp_path / "r.json", name, saves)
         return suite.Done("timed out", 1.0, "KeyboardInterrupt")
 
-    result_file.save(tmp_path / "r.json", "doctor", {})
     monkeypatch.setattr(suite, "run", run)
     monkeypatch.setitem(result_file.KINDS, "train", SimpleNamespace(from_json=lambda row: row))
     arguments = ["--device", "cpu", "--result", str(tmp_path / "r.json"), "--only", name]
