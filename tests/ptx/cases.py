@@ -55,11 +55,7 @@ class Case:
         return f"{self.spec.name} {self.label}{layout}"
 
     def inputs(self) -> Tensors:
-        kinds = op_inputs.dtypes(shapes.DTYPES[self.dtype])
-        if self.spec.differentiable:
-            kinds["weight"] = kinds["compute"]
-        if self.spec.name == "layer_norm":
-            kinds["stream"] = kinds["compute"]
+        kinds = shapes.dtypes(self.spec, self.dtype)
         wanted = {
             n: replace(x, size=self.sizes.get(n, x.size), optional=False)
             for n, x in self.spec.inputs(self.at).items()

@@ -28,18 +28,22 @@ def output(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_op_executed_as_compiled_for_a_t4(dtype: str) -> None:
+def test_every_op_executed_as_compiled_for_a_t4() -> None:
     """With the errors that tensor cores and approximate instructions may have."""
-    how = ("--dtype", dtype, "--mma", "hardware", "--noise", "1")
+    dtypes = ("float16", "float32")
+    how = ("--dtype", *dtypes, "--mma", "hardware", "--noise", "1")
     found = output("tests.ptx", "--set", "sample", "--arch", "sm_75", *how)
-    rows = [line for line in found.splitlines() if "sm_75" in line]
-    assert {row.split()[0] for row in rows} == set(SPECS)
-    good = re.compile(rf"sm_75 {dtype} +lockstep +0\.([0-7]\d|80) +[\d,]+ +[\d.]+  ok$")
-    assert all(good.search(row) for row in rows)
+    good = re.compile(
+        r"^(\w+) .* sm_75 (\w+) +lockstep +0\.([0-7]\d|80) +[\d,]+ +[\d.]+  ok$", re.MULTILINE
+    )
+    assert {m.group(1, 2) for m in good.finditer(found)} == {
+        (op, d) for op in SPECS for d in dtypes
+    }
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
-def test_planted_bugs_are_found(arch: str) -> None:
-    found = output("tests.ptx.planted", "--quick", "--arch", arch)
-    assert re.search(r"^[45] named bugs, 0 not found$", found, re.MULTILINE), found
+def test_planted_bugs_are_found() -> None:
+    archs = ("sm_75", "sm_80", "sm_90")
+    found = output("tests.ptx.planted", "--quick", "--arch", *archs)
+    for arch in archs:
+        assert len(re.findall(rf"^{arch} ", found, re.MULTILINE)) >= 4
+    assert re.search(r"^13 named bugs, 0 not found$", found, re.MULTILINE), found

@@ -27,6 +27,15 @@ VOCABULARIES = (IRON.V, 4096, 8192, 50257, 50304)  # 50,257 is GPT-2's, which no
 WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in registers
 
 
+def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
+    """By role. Layers are compiled for weights of the compute dtype, and layer_norm for rows of
+    it."""
+    compute = DTYPES[dtype]
+    roles = dict(weight=compute) if spec.differentiable else {}
+    roles |= dict(stream=compute) if spec.name == "layer_norm" else {}
+    return op_inputs.dtypes(compute, **roles)
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of an op, forward and backward.
@@ -56,14 +65,8 @@ class Case:
         return f"{self.label} {self.dtype}"
 
     def inputs(self) -> Tensors:
-        """Tensors of zeros. Layers are compiled for weights of the compute dtype, and layer_norm
-        for rows of it."""
-        kinds = op_inputs.dtypes(DTYPES[self.dtype])
-        if self.spec.differentiable:
-            kinds["weight"] = DTYPES[self.dtype]
-        if self.op == "layer_norm":
-            kinds["stream"] = DTYPES[self.dtype]
-        made = {}
+        """Tensors of zeros."""
+        kinds, made = dtypes(self.spec, self.dtype), dict[str, Tensor]()
         for name, one in self.spec.inputs(self.at).items():
             if name in self.omitted or (one.copy_of and self.dtype == "float32"):
                 continue
