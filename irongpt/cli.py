@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2 if isinstance(e, UserError) else 1
         except BrokenPipeError:  # the reader of our output has closed it
             return 0
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as e:
+            return 128 + getattr(e, "signal", 2)
         except (MemoryError, RuntimeError, OSError) as e:
             if not out_of_memory(e):
                 raise
@@ -159,6 +159,8 @@ def _train_flags(train: Parser) -> None:
         "a folder of code, or - for standard input; repeat the flag to join several [war-and-peace]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
+    help = "a text to validate on, one as for --data [the last tenth of the text or of the files]"
+    run.add_argument("--val", metavar="TEXT", help=help)
     help = "files to read from a folder of --data, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")

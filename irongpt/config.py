@@ -178,6 +178,7 @@ class DataConfig:
     include: tuple[str, ...] = ()
     encoding: str | None = None
     errors: str = "strict"
+    val: str | None = None  # the validation text, as one of sources; None: a tenth of them
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,14 @@ class Progress:
                 self.bar.close()
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal, whose number is `signal`, before the training began."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
 class Interrupt:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the training loop checks.
 
@@ -273,3 +281,17 @@ class Interrupt:
         interactive = hasattr(sys, "ps1")
         for s, handler in self.before.items() if self.twice else ():
             signal.signal(s, handler if interactive else signal.SIG_DFL)
+
+
+class EarlyStop(Interrupt):
+    """Turns them into the exception Stopped, which undoes what was begun, and a line says so."""
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        if isinstance(exc[1], Stopped):
+            name = signal.Signals(exc[1].signal).name
+            print(f"irongpt: stopped by {name} before the training began", file=sys.stderr)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        super()._note(number, frame)
+        raise Stopped(number)

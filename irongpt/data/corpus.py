@@ -93,6 +93,7 @@ def load(
     errors: str = "strict",
     exclude: Path | None = None,
     sha256: str | None = None,
+    val: str | None = None,
 ) -> Corpus:
     """The text called `data`: names of BUILT_IN, paths of files and folders. Raises UserError.
 
@@ -102,6 +103,7 @@ def load(
     exclude: the run's folder, which no folder of `data` may contain.
     sha256: the digest of a run's text; python-code is then read as earlier versions read it, as
     one text, if that has this digest.
+    val: the validation text, as one of `data`, all of which is then for training.
     """
     if errors not in ERRORS:
         raise UserError(f"--errors must be one of {', '.join(ERRORS)}, got {errors!r}")
@@ -115,13 +117,18 @@ def load(
             say(f"warning: using python-docs, the text of Python's manual, instead: {error}")
             data = "python-docs"
     sources = [data] if isinstance(data, str) else list(data)
-    if sources == ["python-code"] and sha256:
+    if sources == ["python-code"] and sha256 and val is None:
         text = _python_code_as_one_text()
         if text.sha256 == sha256:
             return text
-    if include and not any(os.path.isdir(os.path.expanduser(source)) for source in sources):
+    given = sources if val is None else [*sources, val]
+    if include and not any(os.path.isdir(os.path.expanduser(source)) for source in given):
         raise UserError("--include is for folders: give one with --data FOLDER")
-    return _joined([_source(s, reader, include, exclude) for s in sources], say)
+    if val == STDIN:
+        raise UserError("--val cannot be read from the standard input: give a file")
+    # It is read first, so that a file of `data` with the same text is left out as a duplicate.
+    own = None if val is None else _source(val, reader, include, exclude)
+    return _joined([_source(s, reader, include, exclude) for s in sources], say, own)
 
 
 def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | None) -> Corpus:
@@ -198,13 +205,19 @@ def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
     return Corpus(name, files.train, files.val, files.digests)
 
 
-def _joined(parts: Sequence[Corpus], say: Say) -> Corpus:
-    """All documents of several corpora. Those that repeat others are empty, and left out."""
+def _joined(parts: Sequence[Corpus], say: Say, val: Corpus | None = None) -> Corpus:
+    """All documents of several corpora. Those that repeat others are empty, and left out.
+
+    val: the corpus to validate on; the others are then for training only.
+    """
+    before = "the data before it" if val is None else "--val or in the data before it"
     for part in parts:
         if not part.train:
-            say(f"warning: all text of {part.name} is in the data before it: it is left out")
+            say(f"warning: all text of {part.name} is in {before}: it is left out")
     parts = [part for part in parts if part.train]
-    if len(parts) == 1:
+    if not parts:
+        raise UserError("all text of --data is in --val too: give another text to validate on")
+    if len(parts) == 1 and val is None:
         return parts[0]
     files: dict[str, str] = {}
     names = [part.name for part in parts]
@@ -215,13 +228,22 @@ def _joined(parts: Sequence[Corpus], say: Say) -> Corpus:
             files |= {f"{label}/{path}": digest for path, digest in part.files.items()}
         else:
             files[label] = part.sha256
+    train = tuple(utf8 for part in parts for utf8 in (part.train if val is None else _all(part)))
+    if val is not None:
+        digests = val.files or {val.name: val.sha256}
+        files |= {f"val/{path}": digest for path, digest in digests.items()}
     name = "+".join(names)
     return Corpus(
         name if len(name) <= 64 else f"{names[0][:48]}+{len(parts) - 1}-more",
-        tuple(utf8 for part in parts for utf8 in part.train),
-        tuple(utf8 for part in parts for utf8 in part.val),
+        train,
+        tuple(utf8 for part in parts for utf8 in part.val) if val is None else _all(val),
         files,
     )
+
+
+def _all(part: Corpus) -> tuple[bytes, ...]:
+    """The documents of a corpus that is not split."""
+    return part.train + part.val if part.files else (b"".join(part.train + part.val),)
 
 
 def _folder_name(name: str) -> str:

@@ -14,9 +14,10 @@ import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
@@ -109,8 +110,8 @@ class PreTokens:
             for is_val, documents in ((False, train), (True, val))
         )
         bar = tqdm(total=n_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
-        with bar:
-            for found in _index_all(groups, _cores(n_bytes)):
+        with bar, closing(_index_all(groups, _cores(n_bytes))) as indexed:
+            for found in indexed:
                 for words, indices in found.parts:
                     numbers = np.fromiter(map(self.words.__getitem__, words), dtype=np.uint32)
                     first, end = end, end + len(indices)
@@ -224,7 +225,7 @@ def _begin() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _index_all(groups: Iterable[Group], cores: int) -> Iterator[Indexed]:
+def _index_all(groups: Iterable[Group], cores: int) -> Generator[Indexed]:
     """`_index` of all groups, in order. They are sent to the processes a few at a time."""
     if cores == 1:
         yield from map(_index, groups)
@@ -234,21 +235,22 @@ def _index_all(groups: Iterable[Group], cores: int) -> Iterator[Indexed]:
     except (OSError, ImportError, NotImplementedError):  # no semaphores, for one without /dev/shm
         yield from map(_index, groups)
         return
-    with pool:
-        sent: deque[Group] = deque()
-        futures: deque[Future[Indexed]] = deque()
-        groups = iter(groups)
-        try:
-            for group in groups:
-                sent.append(group)
-                futures.append(pool.submit(_index, group))
-                if len(sent) > 2 * cores:
-                    found = futures.popleft().result()
-                    sent.popleft()
-                    yield found
-            while futures:
+    sent: deque[Group] = deque()
+    futures: deque[Future[Indexed]] = deque()
+    groups = iter(groups)
+    try:
+        for group in groups:
+            sent.append(group)
+            futures.append(pool.submit(_index, group))
+            if len(sent) > 2 * cores:
                 found = futures.popleft().result()
                 sent.popleft()
                 yield found
-        except BrokenProcessPool:  # a process was killed; this one can do without
-            yield from map(_index, (*sent, *groups))
+        while futures:
+            found = futures.popleft().result()
+            sent.popleft()
+            yield found
+    except BrokenProcessPool:  # a process was killed; this one can do without
+        yield from map(_index, (*sent, *groups))
+    finally:
+        pool.shutdown(cancel_futures=True)

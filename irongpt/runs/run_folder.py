@@ -337,7 +337,7 @@ def _data_config(value: Any) -> DataConfig:
         return DataConfig((value,))
     try:
         data = DataConfig(**value)
-        texts = [*data.sources, *data.include, data.encoding or "", data.errors]
+        texts = [*data.sources, *data.include, data.encoding or "", data.errors, data.val or ""]
         lists = all(isinstance(value.get(name, []), list) for name in ("sources", "include"))
         check(lists and bool(data.sources) and all(isinstance(t, str) for t in texts), "")
     except (TypeError, UserError):

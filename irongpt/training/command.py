@@ -7,7 +7,7 @@ import torch
 
 from irongpt import __version__
 from irongpt.config import Flags, flag
-from irongpt.console import Clock, output_is_optional, say
+from irongpt.console import Clock, EarlyStop, output_is_optional, say
 from irongpt.errors import DivergenceError, UserError, out_of_memory
 from irongpt.training import distributed
 from irongpt.training.distributed import World
@@ -51,10 +51,12 @@ def _train(flags: Flags, start: float, world: World) -> int:
             **{flag(name): value for name, value in flags.items() if name not in PLACES},
         }
     )
-    if "resume" in flags:
-        training = resumed_run(flags.pop("resume"), flags, clock, world)
-    else:
-        training = new_run(flags, clock, world)
+    # torchrun's processes may be waiting for each other, where no exception reaches them.
+    with EarlyStop() if world.size == 1 else contextlib.nullcontext():
+        if "resume" in flags:
+            training = resumed_run(flags.pop("resume"), flags, clock, world)
+        else:
+            training = new_run(flags, clock, world)
     try:
         return _report(training, clock)
     finally:

@@ -48,7 +48,7 @@ from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop, check_state
 from irongpt.training.trainer import Trainer
 
-DATA_FLAGS = ("data", "include", "encoding", "errors")  # a resumed run may name another text
+DATA_FLAGS = ("data", "val", "include", "encoding", "errors")  # another text for a resumed run
 # A resumed run may change these too: its checkpoint fits any value of them.
 CHANGEABLE = (
     "iters",
@@ -191,14 +191,16 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     _check_world(world, setup)
     with world.first(), _memory_for_the_text():
         text = _load(data, run.path, run.config.data_sha256)
-        other_text = not first and "data" in flags and text.sha256 != run.config.data_sha256
+        given = "data" in flags or "val" in flags
+        other_text = not first and given and text.sha256 != run.config.data_sha256
         if not (first or other_text):
             run.check_text(text.sha256, text.files, ", ".join(data.sources))
         tokens = tokenized.encode(text, tokenizer)
     training = _training(run, setup, text, tokenizer, tokens, clock, world, state.get("step", 0))
     if other_text:
         say(
-            f"warning   {', '.join(data.sources)} is not the text that {run.path} was trained on: "
+            f"warning   {', '.join(filter(None, (*data.sources, data.val)))} is not the text that "
+            f"{run.path} was trained on: "
             "the run continues with it and keeps its vocabulary; best/ is evaluated on it again"
         )
         state = state | {"best_val": None, "best_step": 0}
@@ -265,6 +267,9 @@ def _training(
     per_byte = f", {text.n_bytes / count:.2f} bytes per token" if train.tokenizer == "bpe" else ""
     kind = {"char": "distinct characters", "bpe": "BPE tokens"}[train.tokenizer]
     say(f"corpus    {text.name}: {text.n_bytes:,} bytes; {count:,} tokens{per_byte}")
+    if setup.data and setup.data.val:
+        size = f"{tokens.val_bytes:,} bytes; {len(tokens.val):,} tokens"
+        say(f"val text  {setup.data.val}: {size}")
     say(f"tokenizer {m.vocab_size:,} {kind}")
     say(
         f"model     {m.n_params():,} parameters: {m.n_layer} layers, {m.n_head} heads, "
@@ -335,14 +340,19 @@ def _data_config(flags: Flags, stored: DataConfig | None = None) -> DataConfig |
         tuple(flags.get("include", old.include)),
         flags.get("encoding", old.encoding),
         flags.get("errors", old.errors),
+        flags.get("val", old.val),
     )
 
 
 def _stored(data: DataConfig) -> DataConfig:
     """As config.json stores it: a path stays valid in another working folder."""
-    names = (*corpus.BUILT_IN, corpus.STDIN)
-    paths = (s if s in names else os.path.realpath(os.path.expanduser(s)) for s in data.sources)
-    return replace(data, sources=tuple(paths))
+
+    def stored(source: str) -> str:
+        names = (*corpus.BUILT_IN, corpus.STDIN)
+        return source if source in names else os.path.realpath(os.path.expanduser(source))
+
+    val = None if data.val is None else stored(data.val)
+    return replace(data, sources=tuple(map(stored, data.sources)), val=val)
 
 
 def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corpus:
@@ -357,4 +367,5 @@ def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corp
         errors=data.errors,
         exclude=run,
         sha256=sha256,
+        val=data.val,
     )

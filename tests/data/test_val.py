@@ -1,0 +1,100 @@
+"""--val: a validation text of its own."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from book_server import Lines, refused
+from conftest import TINY, Cli, assert_mistake
+
+from irongpt.data.corpus import load
+from irongpt.runs.run_folder import open_run
+
+FLAGS = [x for x in TINY if x not in ("--data", "text.txt")] + ["--iters", "2"]
+VAL = "alike families, happy: naïve\r\n" * 20
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with code/ and val.txt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    for i in range(30):
+        (tmp_path / f"code/{i}.py").write_text(f"print({i})\n" * 20)
+    (tmp_path / "val.txt").write_bytes(VAL.encode("utf-16"))
+    return tmp_path
+
+
+def test_all_of_the_data_is_for_training() -> None:
+    Path("a.txt").write_text("0123456789")
+    val = VAL.replace("\r", "").encode()
+    corpus = load("a.txt", say=Lines(), val="val.txt")
+    assert (corpus.name, corpus.train, corpus.val) == ("a", (b"0123456789",), (val,))
+    assert [*corpus.files] == ["a", "val/val"]
+    corpus = load(["code", "a.txt"], say=Lines(), val="val.txt")
+    assert (len(corpus.train), corpus.val) == (31, (val,))
+    digests = {load("a.txt", say=Lines(), val=v).sha256 for v in (None, "val.txt", "code")}
+    assert len(digests) == 3
+    assert len(load("a.txt", say=Lines(), val="code").val) == 30
+
+
+def test_files_of_the_data_with_the_same_text_are_left_out() -> None:
+    lines = Lines()
+    corpus = load("code", say=lines, val="code/3.py")
+    assert (len(corpus.train), len(corpus.val)) == (29, 1)
+    assert "left out: 1 duplicates" in lines[-1]
+    refused("val.txt", "all text of --data is in --val too", val="val.txt")
+
+
+def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None:
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (folder / "short.txt").write_text("abc")
+    (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    before = sorted(folder.rglob("*"))
+    for val, message in (
+        ("none.txt", "no file 'none.txt'"),
+        ("", "no file ''"),
+        ("blank.txt", "'blank.txt' is empty except for white space"),
+        ("latin.txt", "'latin.txt' is not UTF-8 text: byte 3 (line 1) is 0xE9"),
+        ("x.png", "'x.png' is a picture (PNG)"),
+        ("-", "--val cannot be read from the standard input"),
+        ("short.txt", "4 of them for validation"),
+        (".", "contains the run's own folder"),
+    ):
+        result = cli("train", *FLAGS, "--data", "code", "--val", val, "--out", "run")
+        assert_mistake(result, message)
+    assert_mistake(cli("train", *FLAGS, "--val", "val.txt"), "--val must come with --data")
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_run_is_validated_on_it_and_resumed(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    size = ["--vocab-size", 320] if kind == "bpe" else []
+    words = ("".join(chr(97 + i * k % 26) for k in range(2, 9)) for i in range(300))
+    (folder / "text.txt").write_text(" ".join(words))
+    text = ["--data", "text.txt", "--val", "val.txt"]
+    result = cli("train", *FLAGS, *text, "--tokenizer", kind, *size, "--out", "run")
+    assert result.code == 0, result.err
+    n_bytes = len(VAL.replace("\r", "").encode())
+    [line] = [line for line in result.out.splitlines() if line.startswith("val text")]
+    assert line.startswith(f"val text  val.txt: {n_bytes:,} bytes; ")
+    tokens = int(line.split()[-2].replace(",", ""))
+    values = json.loads((folder / "run/result.json").read_text())
+    bits = values["val_loss"] * (tokens - 1) / math.log(2) / n_bytes  # but <|endoftext|>
+    assert values["bits_per_byte"] == pytest.approx(bits)
+    assert open_run(folder / "run").config.data.val == str(folder / "val.txt")
+    monkeypatch.chdir(folder / "code")
+    again = cli("train", "--resume", "../run", "--iters", 3)
+    assert again.code == 0, again.err
+    assert f"val text  {folder / 'val.txt'}: {n_bytes:,} bytes" in again.out
+    monkeypatch.chdir(folder)
+    (folder / "val.txt").write_text("happy families are alike: naïve\n" * 30)
+    message = "is not the text that run is trained on: 1 changed (val/val)"
+    assert_mistake(cli("train", "--resume", "run", "--iters", 4), message)
+    other = cli("train", "--resume", "run", "--iters", 4, "--val", "val.txt")
+    assert other.code == 0, other.err
+    assert "val.txt is not the text that run was trained on: the run continues" in other.out
