@@ -24,6 +24,7 @@ from irongpt.config import (
 from irongpt.console import output, say_on_stderr
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, brief, out_of_memory, shortened
+from irongpt.files import FULL, why
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -49,10 +50,10 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
     with output():
-        command = None
+        command, resumed = None, False
         try:
             flags = vars(build_parser().parse_args(argv))
-            command = flags.pop("run_command")
+            command, resumed = flags.pop("run_command"), "resume" in flags
             code = int(command(flags))
             sys.stdout.flush()
             return code
@@ -64,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as e:
             return 128 + getattr(e, "signal", 2)
         except (MemoryError, RuntimeError, OSError) as e:
+            if isinstance(e, OSError) and e.errno in FULL:
+                reason = why(e, Path(e.filename or "."))
+                print(f"irongpt: error: cannot write: {shortened(reason)}", file=sys.stderr)
+                return 2
             if not out_of_memory(e):
                 raise
             hint = "use a smaller --batch-size with a larger --grad-accum"
             if command is generate_command:
                 hint = "use fewer --samples"
+            elif resumed:
+                hint = f"start a new run: {hint}; a resumed run keeps both"
             print(f"irongpt: error: out of memory: {hint}", file=sys.stderr)
             return 2
 

@@ -9,12 +9,15 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from irongpt.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sealed(values: dict[str, Any]) -> bytes:
@@ -68,17 +71,32 @@ def read(path: Path) -> bytes:
 
 
 def why(error: OSError, path: Path) -> str:
-    """The reason why a write to `path` failed; of a full disk, which one it is."""
+    """The reason why a write failed; of a full disk, which one it is.
+
+    path: what was written to, as far as is known. The error of a write has no name, and what is
+    full may be the disk of Triton's cache or of temporary files.
+    """
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError, AttributeError):
-            mount = path.resolve()
-            while not mount.is_mount():
-                mount = mount.parent
-            disk = os.statvfs(mount)
+    if error.errno in FULL:
+        cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton"
+        named = Path(os.fsdecode(error.filename)) if error.filename else path
+        places = [named, Path(cache).expanduser(), Path(tempfile.gettempdir())]
+        with contextlib.suppress(OSError, AttributeError, RuntimeError):
+            disks = {mount: os.statvfs(mount) for mount in map(_mount, places)}
+            full = [m for m, d in disks.items() if d.f_bavail * d.f_frsize < 1e6 or not d.f_favail]
+            mount = next(iter(full or disks))
+            disk = disks[mount]
             free = f"{disk.f_bavail * disk.f_frsize / 1e6:,.0f} MB"
             reason += f" ({mount} has {free} and {disk.f_favail:,} files free)"
     return reason
+
+
+def _mount(path: Path) -> Path:
+    """The root of the file system that has the path."""
+    path = path.resolve()
+    while not path.is_mount():
+        path = path.parent
+    return path
 
 
 def write(path: Path, data: bytes) -> None:

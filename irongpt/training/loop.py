@@ -327,12 +327,13 @@ class TrainingLoop:
 def check_state(state: dict[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError unless `TrainingLoop.save` can have written it."""
     counts = [state.get("not_better", 0), *(state[name] for name in COUNTS)]
-    best = [] if state["best_val"] is None else [state["best_val"]]
-    numbers = [state["seconds"], *best, *itertools.chain(*state["rows"])]
+    finite = [state["seconds"], 0 if state["best_val"] is None else state["best_val"]]
+    numbers = [*finite, *itertools.chain(*state["rows"])]
     if not (
         all(type(n) is int and 0 <= n <= 10**9 for n in counts)
         and all(type(x) in (int, float) for x in numbers)
         and all(len(row) == 3 for row in state["rows"])
+        and all(map(math.isfinite, finite))
         and state["evaluated_at"] <= state["step"]
     ):
         raise ValueError("not the state of a training")

@@ -20,7 +20,7 @@ from irongpt.cli import main
 from irongpt.config import PRESETS
 
 FORK = multiprocessing.get_context("fork")
-SECONDS = 300.0  # of a command: a hang, also on a machine that is busy with other work
+SECONDS = 1200.0  # of a command: a hang, also on a machine that is busy with other work
 MEMORY = 1 << 30  # bytes of address space beyond those of a new process
 BROKEN = 70  # exit code of a command that raised
 # A model of 3,500 parameters, 8 steps and two evaluations: a tenth of a second.

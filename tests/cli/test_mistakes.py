@@ -94,6 +94,20 @@ def test_out_of_memory_names_the_flags_that_save_memory(cli, monkeypatch):
     assert_mistake(cli("train", *TINY), "out of memory: use a smaller --batch-size")
 
 
+def test_out_of_memory_on_a_resumed_run_asks_for_no_flag_that_it_refuses(cli, monkeypatch, run):
+    fail = Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"))
+    monkeypatch.setattr("irongpt.training.start.GPT", fail)
+    result = cli("train", "--resume", run, "--iters", 60)
+    assert_mistake(result, "start a new run: use a smaller --batch-size with a larger --grad-accum")
+
+
+def test_a_full_disk_of_another_folder_is_one_line(cli, monkeypatch, run):
+    """As when Triton writes to its cache."""
+    full = OSError(28, "No space left on device", "/dev/shm/kernel.json")
+    monkeypatch.setattr("irongpt.generation.command.generate", Mock(side_effect=full))
+    assert_mistake(cli("generate", run), "cannot write: No space left on device (/dev/shm has ")
+
+
 def change(**values):
     """Changes fields of a sealed JSON file, or of an object in it."""
 
@@ -138,6 +152,7 @@ DAMAGES = [
     ("last/state.json", change(step="9"), "last is damaged"),
     ("last/state.json", change(step=-1, evaluated_at=-1), "last is damaged"),
     ("last/state.json", change(seconds=None), "last is damaged"),
+    ("last/state.json", change(seconds=float("nan")), "last is damaged"),
     ("last/state.json", change(rows=["x"]), "last is damaged"),
     ("last/state.json", change(files=[1]), "model.safetensors is damaged"),
     ("last/state.json", pipe, "state.json: it is not a file"),

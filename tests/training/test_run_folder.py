@@ -109,6 +109,21 @@ def test_a_full_disk_is_named(tmp_path):
     assert "MB and" in reason
 
 
+@pytest.mark.parametrize("full", ["run", "cache", "neither"])
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
+    """A write to Triton's cache fails without a name."""
+    for name in ("run", "cache"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_mount", lambda path: path)
+    free = os.statvfs(tmp_path)
+    none = os.statvfs_result([*free[:4], 0, *free[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: none if path.name == full else free)
+    named = tmp_path / ("cache" if full == "cache" else "run")
+    reason = files.why(OSError(28, "No space left on device"), tmp_path / "run")
+    assert f"({named} has " in reason
+
+
 def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, run):
     path = tmp_path / run / "config.json"
     values = json.loads(path.read_bytes())
