@@ -12,8 +12,6 @@ SAMPLES = dict(
     ops=range(30),
     checkpoints=range(6),
     inputs=range(3, 400, 45),
-    kill=range(3),
-    disk=range(5, 500, 60),
 )
 
 
