@@ -26,7 +26,7 @@ generate: .venv/run ## generate text with the newest run, or RUN=folder; ARGS="-
 	$(if $(RUN),,$(error there is no run in runs/ yet: `make train` makes one))
 	$(BIN)/irongpt generate $(RUN) $(ARGS)
 
-compare: .venv/run ## check the kernels against eager PyTorch (needs a GPU or TRITON_INTERPRET=1)
+compare: .venv/run ## check the kernels against eager PyTorch (without a GPU: ARGS="--arch sm_75")
 	$(BIN)/irongpt compare $(ARGS)
 
 doctor: .venv/run ## print what will run on this machine, and why
@@ -72,7 +72,7 @@ format: .venv/dev ## format the code and fix what ruff can fix
 
 check: lint test ## everything that CI runs: lint and test
 
-bench: .venv/dev ## time every op with every provider; ARGS="--no-sweeps" for one shape each
+bench: .venv/dev ## time every op in every implementation; ARGS="--no-sweeps" for one shape each
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # ARGS go to all three commands (--preset, --device, --out, --result, --commit). If one fails, the

@@ -127,9 +127,9 @@ def build_parser() -> Parser:
 
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
     compare = command(compare_command, "check the kernels against eager PyTorch", more)
-    dtypes = "dtype to check; repeat the flag for several [all of the device]"
+    dtypes = "dtype to check; repeat the flag for several [all that the device supports]"
     compare.add_argument("--dtype", action="append", choices=DTYPES, help=dtypes)
-    compare.add_argument("--ops", choices=OPS[1:], help="ops to check [fused]")
+    compare.add_argument("--ops", choices=OPS[1:], help="implementation to check [fused]")
     compiled = "without a GPU: execute the kernels as compiled for sm_75 (T4), sm_80 or sm_90"
     compare.add_argument("--arch", metavar="SM", help=compiled)
     compare.add_argument("--json", type=user_path, metavar="FILE", help="write all numbers to FILE")
@@ -163,7 +163,8 @@ def _train_flags(train: Parser) -> None:
     run.add_argument("--preset", choices=list(PRESETS), help=help)
     help = (
         "text to train on: war-and-peace, python-docs, python-code, python-packages, a text file, "
-        "a folder of code, or - for standard input; repeat the flag to join several [war-and-peace]"
+        "a folder of code, or - for standard input; repeat the flag to join several "
+        "[war-and-peace; code python-packages; nano-code python-code]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
     help = "a text to validate on, one as for --data [the last tenth of the text or of the files]"
@@ -171,7 +172,7 @@ def _train_flags(train: Parser) -> None:
     help = "files to read from a folder of --data, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")
-    help = "tokens of a BPE vocabulary, a multiple of 64 [4096; 8192 for 30 MB of text or more]"
+    help = "tokens of a BPE vocabulary, rounded up to a multiple of 64 [4096; 8192 above 30 MB]"
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET]"
@@ -191,7 +192,7 @@ def _train_flags(train: Parser) -> None:
 
 
 def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
-    help = f"text encoding of {what}, such as cp1252 [UTF-8, or UTF-16 with a byte order mark]"
+    help = f"text encoding of {what}, such as cp1252 [UTF-8, or UTF-16/32 with a byte order mark]"
     parser.add_argument("--encoding", metavar="NAME", help=help)
     help = f"bytes of {what} that cannot be decoded end with an error, or become U+FFFD [strict]"
     parser.add_argument("--errors", choices=ERRORS, help=help)
@@ -200,7 +201,7 @@ def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
 def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a line break]")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a new line]")
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)
     _text_flags(generate, "--prompt-file")

@@ -91,7 +91,7 @@ class TrainConfig:
     """The training recipe, and the machine settings of a run."""
 
     iters: int = option("recipe", "training steps")
-    batch_size: int = option("recipe", "sequences per forward pass")
+    batch_size: int = option("recipe", "sequences per forward pass, in all shards together")
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
     decay: str = option(
@@ -105,7 +105,7 @@ class TrainConfig:
         "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
     )
     grad_accum: int = option(
-        "recipe", "forward and backward passes per step, whose gradients are added", 1
+        "recipe", "forward and backward passes per step, whose gradients are averaged", 1
     )
     shards: int = option(
         "recipe",
