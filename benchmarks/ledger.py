@@ -1,6 +1,6 @@
 """Kernel launches and bytes of one training step, computed on tensors without memory.
 
-    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon]
+    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon] [--gpus 2]
 
 The step of a Trainer runs on fake tensors. For every operation for which a GPU would launch
 kernels, the ledger counts the launches and the bytes of its operands, each read once and written
@@ -28,6 +28,7 @@ from benchmarks.roofline import group_bytes
 from irongpt.config import PRESETS, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
+from irongpt.training.distributed import World
 from irongpt.training.trainer import Trainer
 
 # Operations that launch several kernels; all others launch one. A test counts the launches of our
@@ -58,6 +59,23 @@ GROUPS = {  # parts of an operation's name; the first group that matches counts
     "matmuls": ("mm",),
     "copies, adds": ("copy_", "clone", "add", "stack", "cat"),
 }
+
+
+class Exchanges(World):
+    """One of several GPUs. bytes: that it gets from the others, and sends to them, in a step."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.bytes = size, 0
+
+    def gather(self, rows: Tensor) -> None:
+        self.bytes += rows.nbytes // self.size * (self.size - 1)
+
+    def add_rows(self, rows: Tensor) -> Tensor:
+        """Gets its part of the other rows, then the other parts of the sum."""
+        part = -(-rows.shape[1] // self.size)
+        others = rows.shape[0] - len(self.mine(len(rows)))
+        self.bytes += part * (others * rows.itemsize + (self.size - 1) * 4)
+        return rows.new_zeros(rows.shape[1], dtype=torch.float32)
 
 
 class Ledger(TorchDispatchMode):
@@ -139,13 +157,22 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 
 
 def step(
-    ops: Ops, dtype: torch.dtype, preset: str = "iron", vocab_size: int | None = None, **recipe: Any
+    ops: Ops,
+    dtype: torch.dtype,
+    preset: str = "iron",
+    vocab_size: int | None = None,
+    world: World | None = None,
+    **recipe: Any,
 ) -> tuple[Ledger, Trainer]:
-    """The ledger of one training step, and its trainer, whose tensors have no memory."""
+    """The ledger of one training step, and its trainer, whose tensors have no memory.
+
+    world: an `Exchanges`, for the step of one of several GPUs.
+    """
     model = model_of(preset)
     if vocab_size is not None:
         model = replace(model, vocab_size=vocab_size)
-    train = TrainConfig(**PRESETS[preset].train | recipe)
+    shards = {"shards": world.size} if world else {}
+    train = TrainConfig(**PRESETS[preset].train | recipe | shards)
     ledger = Ledger()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as in `irongpt train`
@@ -156,16 +183,18 @@ def step(
             patch.object(builtin.F, "dropout", _dropout),
         ):
             ids = torch.zeros(20 * train.batch_size * model.context, dtype=torch.int64)
-            trainer = Trainer(GPT(model, ops), ids, train, torch.device("cpu"), dtype)
+            trainer = Trainer(GPT(model, ops), ids, train, torch.device("cpu"), dtype, world)
             optimizer_step = trainer.optimizer.step
 
-            def optimizer_step_in_phase() -> Tensor:
+            def optimizer_step_in_phase(*args: Any) -> Tensor:
                 ledger.phase = "optimizer"
-                norm = optimizer_step()
+                norm = optimizer_step(*args)
                 ledger.phase = ""
                 return norm
 
             trainer._run_step()  # allocates the moments
+            if isinstance(world, Exchanges):
+                world.bytes = 0
             with patch.object(trainer.optimizer, "step", optimizer_step_in_phase), ledger:
                 trainer._run_step()
     finally:
@@ -190,15 +219,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
     parser.add_argument("--vocab-size", type=int, help="tokens [the preset's]")
+    parser.add_argument("--gpus", type=int, default=1, help="the step of one of so many [1]")
     args = parser.parse_args(argv)
     from irongpt_kernels import fused
 
     dtype = DTYPES[args.dtype]
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in {"eager": eager, "builtin": builtin, "fused": fused}.items():
-        ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, **recipe)
-        least = group_bytes(trainer.model.config, trainer.config, dtype.itemsize)
-        show(f"{name}, {args.dtype}", ledger, least)
+        world = Exchanges(args.gpus) if args.gpus > 1 else None
+        ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, **recipe)
+        own = replace(trainer.config, batch_size=trainer.config.batch_size // args.gpus, shards=1)
+        show(
+            f"{name}, {args.dtype}", ledger, group_bytes(trainer.model.config, own, dtype.itemsize)
+        )
+        if world:
+            print(f"exchange: {world.bytes / 1e6:.1f} MB from the other GPUs, and as much to them")
     return 0
 
 

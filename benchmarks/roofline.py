@@ -7,6 +7,7 @@ Bytes and FLOPs are the least that an op needs (`irongpt_kernels.op_specs`); rat
 reaches on a large copy and a large matmul. All results here are computed, not measured.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ PeakRates = dict[str, Any]  # copy_bytes_per_s, and gemm_flops_per_s by the name
 # What others have measured on a T4: copies reach 72 to 82 % of 320 GB/s, and cuBLAS reaches 18 to
 # 24 TFLOP/s in float16 under the card's limit of 70 W.
 T4: PeakRates = dict(copy_bytes_per_s=250e9, gemm_flops_per_s=dict(float16=24e12, float32=7e12))
+
+# What a T4 is thought to get from another one over PCIe 3, by way of the host's memory: nobody has
+# published it, so the slowest and the fastest guess.
+T4_EXCHANGE = (3e9, 6e9)  # bytes per second
 
 
 class Rates(NamedTuple):
@@ -140,6 +145,21 @@ def t4_step(preset: str = "iron") -> float:
     """Lower bound of a preset's step in float16 on a T4, in seconds."""
     recipe = TrainConfig(**PRESETS[preset].train)
     return step_lower_bound(model_of(preset), recipe, torch.float16, T4)
+
+
+def two_t4_step(preset: str = "iron") -> tuple[float, float]:
+    """The same on two T4, each with half of the sequences: the least and the most seconds.
+
+    The exchange comes after the backward pass and overlaps with nothing. Besides, each T4 copies
+    its gradients to a buffer, and writes and reads their sum, which is float32.
+    """
+    model, recipe = model_of(preset), TrainConfig(**PRESETS[preset].train)
+    half = replace(recipe, batch_size=recipe.batch_size // 2)
+    gradients = 2 * model.n_params()  # bytes, in float16
+    least = step_lower_bound(model, half, torch.float16, T4)
+    least += (2 + 4) * gradients / T4["copy_bytes_per_s"]
+    slow, fast = (gradients / rate for rate in T4_EXCHANGE)
+    return least + fast, least + slow
 
 
 def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:

@@ -17,9 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from irongpt import __version__, driver, gpu_state, ops
 from irongpt import device as devices
 from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig
+from irongpt.console import say_on_stderr
 from irongpt.errors import UserError
 from irongpt.files import check_result, write_result
 from irongpt.model import GPT
+from irongpt.training import scaling
+from irongpt.training.command import together
+from irongpt.training.distributed import World
 
 FLOAT32 = 4  # bytes
 STATE = 3  # float32 numbers per weight: the weight and AdamW's two moments
@@ -51,8 +55,26 @@ class Report:
 def doctor(device: str, json_file: Path | None) -> int:
     """Prints the report, and writes it to `json_file`. Returns 1 if there is a problem."""
     check_result(json_file)
-    unseen = device == "auto" and devices.unseen_gpu()
-    report = examine(devices.pick("cpu" if unseen else device))
+    return together(lambda world: _doctor(world, device, json_file))
+
+
+def _doctor(world: World, name: str, json_file: Path | None) -> int:
+    """Several processes measure whether they pay; where there are several GPUs, torchrun does."""
+    unseen = name == "auto" and devices.unseen_gpu()
+    device = devices.pick("cpu" if unseen else name)
+    world.check_device(device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    found: object = None
+    if world.size > 1:
+        found = scaling.measure(world, device, "iron" if gpus else "nano")
+    elif gpus > 1:
+        say_on_stderr(f"measuring {gpus} GPUs, {scaling.LIMIT:.0f} s at most")
+        found = scaling.by_torchrun(gpus)
+    if world.rank:
+        return 0
+    report = examine(device)
+    if found:
+        report.facts["scaling"] = str(found)
     print(report)
     if json_file is not None:
         write_result(json_file, (json.dumps(asdict(report), indent=1) + "\n").encode())

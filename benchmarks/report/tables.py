@@ -22,6 +22,7 @@ SECTIONS = (
     "target",
     "nano",
     "tokenizers",
+    "scaling",
 )  # with an environment each
 
 
@@ -97,7 +98,7 @@ def _state(state: Values) -> str:
 def measured(values: Values) -> Values:
     """Without the sections that broke off before their first result."""
     needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
-    needed["tokenizers"] = ()
+    needed |= {"tokenizers": (), "scaling": ("sentence",)}
     return {
         name: section
         for name, section in values.items()
@@ -123,6 +124,8 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield "On a CPU, against nanoGPT's own recipe", nano(values["nano"]), ()
     if "tokenizers" in values:
         yield "Tokenizers", tokenizers(values["tokenizers"]), ()
+    if "scaling" in values:
+        yield "Several GPUs", f"{values['scaling']['sentence']}.", ()
     if "stages" in values:
         yield "Stages", stages(values), ()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -19,6 +20,14 @@ PLACES = ("data", "out", "resume", "device")  # flags that may differ between ma
 
 def train(flags: Flags, start: float) -> int:
     """Returns the exit code. start: time.perf_counter() when the process began."""
+    return together(lambda world: _train(flags, start, world))
+
+
+def together(command: Callable[[World], int]) -> int:
+    """Runs a command in all processes, of which the first prints. Returns its exit code.
+
+    An error in one of them ends all, and one line says why.
+    """
     world = distributed.join()
     with contextlib.ExitStack() as stack:
         if world.rank:  # the process 0 prints
@@ -27,7 +36,7 @@ def train(flags: Flags, start: float) -> int:
         else:
             stack.enter_context(output_is_optional())
         try:
-            code = _train(flags, start, world)
+            code = command(world)
             world.close()
             return code
         except BaseException as e:

@@ -74,16 +74,17 @@ class Muon:
     def _updates(self, directions: list[Tensor]) -> list[Tensor]:
         """`orthogonal`, by shard: part s of every group is a batch of its own.
 
-        The processes share the parts where that pays, else each computes all: the same bits.
+        The processes share the parts where that pays, else each computes all. Whether it pays does
+        not depend on the world, so its size changes no bit.
         """
         S = self.shards
-        if S == 1 or not directions:
+        if S == 1 or not directions or not self._pays(directions):
             return orthogonal(directions)
         cuts = [[len(d) * s // S for s in range(S + 1)] for d in directions]
         parts = [
             [d[c[s] : c[s + 1]] for d, c in zip(directions, cuts, strict=True)] for s in range(S)
         ]
-        if not self._share(directions):
+        if self.world.size == 1:
             found = [orthogonal(part) for part in parts]
         else:
             width = max(sum(x.numel() for x in part) for part in parts)
@@ -107,12 +108,11 @@ class Muon:
             ]
         return [torch.cat(group) for group in zip(*found, strict=True)]
 
-    def _share(self, directions: list[Tensor]) -> bool:
-        """Whether the processes share the iteration: its work per byte to exchange grows with the
-        matrices' smaller side."""
+    def _pays(self, directions: list[Tensor]) -> bool:
+        """Whether sharing the iteration pays: its work per byte to exchange grows with the smaller
+        side of the matrices (docs/LOG.md)."""
         side = min(min(d.shape[1:]) for d in directions)
-        on_gpu = directions[0].device.type == "cuda"
-        return self.world.size > 1 and (not on_gpu or side >= SHARED_FROM)
+        return directions[0].device.type != "cuda" or side >= SHARED_FROM
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
