@@ -24,9 +24,7 @@ from irongpt.training.distributed import World
 def run(world: World, args: argparse.Namespace) -> int:
     """Measures, and writes the section `scaling` of a result file."""
     if world.size == 1:
-        raise UserError(
-            "one process: start it by torchrun --nproc-per-node 2 -m benchmarks.scaling"
-        )
+        raise UserError("one process: use torchrun --nproc-per-node 2 -m benchmarks.scaling")
     device = result_file.pick(args.device)
     world.check_device(device)
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")

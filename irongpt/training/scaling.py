@@ -144,7 +144,7 @@ def by_torchrun(count: int, limit: float = LIMIT) -> str:
         try:
             child.wait(limit)
             return str(json.loads(file.read_bytes())["facts"]["scaling"])
-        except (subprocess.TimeoutExpired, OSError, ValueError, KeyError):
+        except (subprocess.TimeoutExpired, OSError, ValueError, KeyError, TypeError):
             return (
                 f"{count} GPUs, not measured in {limit:.0f} s: "
                 f"torchrun --nproc-per-node {count} -m irongpt doctor does, or says why not"
