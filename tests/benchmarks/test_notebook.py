@@ -164,6 +164,23 @@ def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch: pytest.Mon
         exec(cell_with("HAD_GPU and"), {"HAD_GPU": True, "os": os})
 
 
+@pytest.mark.parametrize(
+    ("said", "trained"),
+    [("2 GPUs pay here: x", "several"), ("2 GPUs do not pay here: x", "one"), ("2 GPUs", "one")],
+)
+def test_iron_uses_two_gpus_only_if_they_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, trained: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (tmp_path / "gpus.json").write_text(json.dumps({"facts": {"scaling": said}}))
+    lines: list[str] = []
+    given = dict(train=str, torch=torch, Path=Path, OUT=tmp_path, command=lines.append)
+    exec(cell_with("gpus.json"), given)
+    torchrun = "python -m torch.distributed.run --standalone --nproc-per-node 2 -m irongpt"
+    start = {"several": torchrun, "one": "python -m irongpt"}[trained]
+    assert lines == [f"{torchrun} doctor --json {tmp_path}/gpus.json", f"{start} train iron"]
+
+
 def test_the_notebook_is_stored_without_output() -> None:
     for cell in code_cells():
         assert cell["outputs"] == []
