@@ -157,7 +157,10 @@ def test_the_ledger_counts_the_bytes_of_the_exchange(
         assert world.bytes == 7 * (2 * part + 4 * part + 16)
 
 
-def test_two_t4_are_between_one_and_half_of_its_time() -> None:
-    one = roofline.t4_step("iron")
-    least, most = roofline.two_t4_step("iron")
-    assert one / 2 < least < most < one
+def test_the_documented_steps_of_two_t4_are_the_computed_ones() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    for preset in ("iron", "fast"):
+        one = roofline.t4_step(preset)
+        least, most = roofline.two_t4_step(preset)
+        assert one / 2 < least < most < one
+        assert f"| {preset} on two T4 | | {least * 1e3:.1f} to {most * 1e3:.1f} ms |" in page
