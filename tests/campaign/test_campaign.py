@@ -12,6 +12,8 @@ SAMPLES = dict(
     ops=range(30),
     checkpoints=range(6),
     inputs=range(3, 400, 45),
+    kill=range(2),
+    disk=range(5, 500, 120),
 )
 
 
