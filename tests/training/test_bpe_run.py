@@ -256,7 +256,7 @@ def test_generation_starts_with_a_document_and_stops_at_its_end_if_asked(
     def fake(model, prompts, config, dtype=None):
         return iter([step * len(prompts) for step in steps[: config.tokens]])
 
-    monkeypatch.setattr("irongpt.generation.sample.generate_batch", fake)
+    monkeypatch.setattr("irongpt.generation.command.generate_batch", fake)
     assert cli("generate", "run", "--tokens", 7).out == f"abc{END}aaa"
     result = cli("generate", "run", "--tokens", 7, "--stop-at-end")
     assert (result.out, result.err[:18]) == ("abc", "irongpt: 3 tokens,")
