@@ -17,8 +17,7 @@ from benchmarks.measure import result_file
 from irongpt.config import PRESETS
 from irongpt.errors import UserError
 from irongpt.training import scaling
-from irongpt.training.command import together
-from irongpt.training.distributed import World
+from irongpt.training.distributed import World, together
 
 
 def run(world: World, args: argparse.Namespace) -> int:

@@ -22,8 +22,7 @@ from irongpt.errors import UserError
 from irongpt.files import check_result, write_result
 from irongpt.model import GPT
 from irongpt.training import scaling
-from irongpt.training.command import together
-from irongpt.training.distributed import World
+from irongpt.training.distributed import World, together
 
 FLOAT32 = 4  # bytes
 STATE = 3  # float32 numbers per weight: the weight and AdamW's two moments

@@ -1,17 +1,13 @@
 """`irongpt train`: a training from its flags to its last line, in one process or in several."""
 
 import contextlib
-import os
-from collections.abc import Callable
 
 import torch
 
 from irongpt import __version__
 from irongpt.config import Flags, flag
-from irongpt.console import Clock, EarlyStop, output_is_optional, say
-from irongpt.errors import DivergenceError, UserError, out_of_memory
-from irongpt.training import distributed
-from irongpt.training.distributed import World
+from irongpt.console import Clock, EarlyStop, say
+from irongpt.training.distributed import World, together
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.start import new_run, resumed_run
 
@@ -21,33 +17,6 @@ PLACES = ("data", "out", "resume", "device")  # flags that may differ between ma
 def train(flags: Flags, start: float) -> int:
     """Returns the exit code. start: time.perf_counter() when the process began."""
     return together(lambda world: _train(flags, start, world))
-
-
-def together(command: Callable[[World], int]) -> int:
-    """Runs a command in all processes, of which the first prints. Returns its exit code.
-
-    An error in one of them ends all, and one line says why.
-    """
-    world = distributed.join()
-    with contextlib.ExitStack() as stack:
-        if world.rank:  # the process 0 prints
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        else:
-            stack.enter_context(output_is_optional())
-        try:
-            code = command(world)
-            world.close()
-            return code
-        except BaseException as e:
-            full = out_of_memory(e)
-            if isinstance(e, RuntimeError) and not full:
-                world.explain()
-            known = full or isinstance(e, UserError | DivergenceError)
-            code = 2 if full or isinstance(e, UserError) else 1
-            if world.fail(code) or not known:
-                raise
-            return code
 
 
 def _train(flags: Flags, start: float, world: World) -> int:

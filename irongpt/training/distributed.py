@@ -20,13 +20,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irongpt.errors import UserError
+from irongpt.console import output_is_optional
+from irongpt.errors import DivergenceError, UserError, out_of_memory
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one, after which a process is dead
@@ -269,6 +270,33 @@ class Torchrun(World):
 def join() -> World:
     """The world of this process. Waits until all of its processes have started."""
     return Torchrun() if "WORLD_SIZE" in os.environ else World()
+
+
+def together(command: Callable[[World], int]) -> int:
+    """Runs a command in all processes, of which the first prints. Returns its exit code.
+
+    An error in one of them ends all, and one line says why.
+    """
+    world = join()
+    with contextlib.ExitStack() as stack:
+        if world.rank:  # the process 0 prints
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        else:
+            stack.enter_context(output_is_optional())
+        try:
+            code = command(world)
+            world.close()
+            return code
+        except BaseException as e:
+            full = out_of_memory(e)
+            if isinstance(e, RuntimeError) and not full:
+                world.explain()
+            known = full or isinstance(e, UserError | DivergenceError)
+            code = 2 if full or isinstance(e, UserError) else 1
+            if world.fail(code) or not known:
+                raise
+            return code
 
 
 def _variable(name: str) -> int:

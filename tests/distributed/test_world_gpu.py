@@ -10,7 +10,6 @@ from conftest import write_text
 from irongpt_kernels import fused
 from model_helpers import CONFIG
 from processes import FLAGS, TERM, command, launch, shown
-from run_helpers import assert_same
 
 from irongpt import device as devices
 from irongpt.config import TrainConfig
@@ -79,6 +78,8 @@ def test_a_world_with_nccl_trains_in_a_graph_to_the_bits_of_one(size: int, tmp_p
 def test_a_run_with_nccl_stops_at_a_signal_and_resumes_to_the_same_bits(
     size: int, tmp_path: Path
 ) -> None:
+    from run_helpers import assert_same  # needs safetensors
+
     flags = ["train", *FLAGS, "--ops", "fused", "--device", "cuda", "--shards", "2"]
     for name, signals in (("a", None), ("b", {size - 1: (9, TERM)})):
         folder = tmp_path / name
