@@ -39,6 +39,14 @@ def test_the_hot_loop_is_that_of_the_tensor_cores() -> None:
     assert sass.hot_loop(listing("FFMA", "EXIT")) == listing("FFMA", "EXIT")
 
 
+def test_loops_of_equal_work_are_both_hot() -> None:
+    masked = ["HMMA", "IMAD.WIDE.U32", "IMAD.HI.U32", "ISETP", "BRA 0"]
+    both = listing(*masked, "HMMA", "IMAD.WIDE.U32", "BRA 5", "EXIT")
+    assert sass.hot_loops(both) == [both[:5], both[5:8]]
+    assert sass.hot_loop(both) == both[5:8]
+    assert [sass.elements_per_call(x, 16) for x in sass.hot_loops(both)] == [112, 224]
+
+
 def test_counts_without_modifiers() -> None:
     n = sass.count(KERNEL)
     assert (n["HMMA"], n["FFMA"], n["LOCAL"]) == (2, 1, 1)

@@ -19,21 +19,24 @@ def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) 
 
 
 @pytest.mark.parametrize(
-    ("kernel", "tile", "wanted"),
+    ("kernel", "tile", "wanted", "masked"),
     [
-        ("forward", (64, 64), 1 + 2 + 3 + 4),
-        ("forward", (128, 64), 2 + 4),
-        ("query", (64, 32), 2 + 4 + 6 + 8),
-        ("key", (32, 64), 8 + 6 + 4 + 2),
-        ("key", (64, 32), 4 + 4 + 3 + 3 + 2 + 2 + 1 + 1),
+        ("forward", (64, 64), 1 + 2 + 3 + 4, 4),
+        ("forward", (128, 64), 2 + 4, 2 + 2),
+        ("query", (64, 32), 2 + 4 + 6 + 8, 2 + 2 + 2 + 2),
+        ("key", (32, 64), 8 + 6 + 4 + 2, 2 + 2 + 2 + 2),
+        ("key", (64, 32), 4 + 4 + 3 + 3 + 2 + 2 + 1 + 1, 8),
     ],
 )
-def test_clocks_of_a_head(kernel: str, tile: tuple[int, int], wanted: int) -> None:
+def test_clocks_of_a_head(kernel: str, tile: tuple[int, int], wanted: int, masked: int) -> None:
     """Tiles of scores on and below the diagonal; bytes through L2 and DRAM by hand."""
     chosen = tiles.Tile(*tile, num_warps=4)
     assert tiles.passes(chosen, 256) == wanted
-    found = tiles.of_a_head(kernel, chosen, dict(alu=10.0), 80, 64, 2)
-    assert found["alu"] == 10 * wanted
+    assert tiles.masked_passes(kernel, chosen, 256) == masked
+    loops = [dict(alu=10.0), dict(alu=13.0)]  # as compiled: the key kernel's masked loop is first
+    found = tiles.of_a_head(kernel, chosen, loops[::-1] if kernel == "key" else loops, 80, 64, 2)
+    assert found["alu"] == 10 * wanted + 3 * masked
+    assert tiles.of_a_head(kernel, chosen, loops[:1], 80, 64, 2)["alu"] == 10 * wanted
     rows = {"forward": 4, "query": 6, "key": 6}[kernel] * 256 * 128  # bytes, each tensor once
     assert found["dram"] == pytest.approx(rows / tiles.DRAM[80])
     once = {"forward": 2, "query": 4, "key": 4}[kernel] * 256 * 128

@@ -28,6 +28,10 @@ def _attention_kernel(
     i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     keep = philox.attention_keep(tl.load(seed_ptr), head, row + i, col + j, threshold)
     tl.store(keep_ptr + i * N + j, keep)
+    for UNSIGNED in tl.static_range(2):
+        again = philox.attention_keep(tl.load(seed_ptr), head, i, col + j, threshold, row, UNSIGNED)
+        keep_ptr += M * N
+        tl.store(keep_ptr + i * N + j, again)
 
 
 @triton.jit
@@ -58,14 +62,16 @@ def test_rows_past_2_to_the_32_go_on_counting(first: int) -> None:
     assert keep.tolist() == wanted
 
 
+@pytest.mark.parametrize("M", [16, 32])
 @pytest.mark.parametrize(("head", "row", "col"), [(0, 0, 0), (5, 32, 1000), (2**31 - 1, 99968, 7)])
-def test_attention_far_from_the_first_head_and_tile(head: int, row: int, col: int) -> None:
-    M, N = 32, 16
-    keep = torch.empty(M, N, dtype=torch.bool, device=DEVICE)
+def test_attention_far_from_the_first_head_and_tile(head: int, row: int, col: int, M: int) -> None:
+    """With the tile's first row in the rows, and apart from them."""
+    N, row = 16, row + M % 32
+    keep = torch.empty(3, M, N, dtype=torch.bool, device=DEVICE)
     seed = torch.tensor(SEED, device=DEVICE)
     _attention_kernel[(1,)](keep, seed, head, row, col, THRESHOLD, M, N)
     wanted = [
         [attention_byte(SEED, head, row + r, col + c) >= THRESHOLD for c in range(N)]
         for r in range(M)
     ]
-    assert keep.tolist() == wanted
+    assert keep.tolist() == [wanted] * 3

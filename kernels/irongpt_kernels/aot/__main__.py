@@ -16,6 +16,8 @@ so the results of the ops are garbage.
 | MB, GFLOP | least traffic and FLOPs of the op's forward or backward by its row in `op_specs`, at |
 | | the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 positions |
 | clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
+| el/call | for attention with dropout: elements that a call of Philox serves, at least, in the |
+| | worse of the masked and the unmasked loop |
 """
 
 import argparse
@@ -41,7 +43,7 @@ COLUMNS = {  # heading: key, width
     "regs": ("registers", 5), "spill": ("stack", 6), "shared": ("shared", 7),
     "w/SM": ("warps_per_sm", 5), "HMMA": ("HMMA", 5), "FFMA": ("FFMA", 5), "MUFU": ("MUFU", 5),
     "local": ("LOCAL", 6), "MB": ("megabytes", 7), "GFLOP": ("gigaflops", 6),
-    "clk": ("clocks", 6), "by": ("bound", 8),
+    "clk": ("clocks", 6), "by": ("bound", 8), "el/call": ("per_call", 7),
 }  # fmt: skip
 
 
@@ -135,15 +137,27 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
     if quick and not dot and not stack:
         return facts
     binary = sass.read(kernel.asm["cubin"])
-    loop, whole = sass.hot_loop(binary.instructions), sass.count(binary.instructions)
-    inner = sass.count(loop)
-    facts |= {x: inner[x] for x in ("HMMA", "FFMA", "MUFU", "LOCAL")}
+    loops, whole = sass.hot_loops(binary.instructions), sass.count(binary.instructions)
+    inner = sass.count(min(loops, key=len))
+    facts |= {x: inner[x] for x in ("HMMA", "FFMA", "MUFU")}
+    facts["LOCAL"] = max(sass.count(loop)["LOCAL"] for loop in loops)
     facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
-        units = sass.clocks(loop, warps, arch)
+        every = [sass.clocks(loop, warps, arch) for loop in loops]  # in order of address
+        units = sass.clocks(min(loops, key=len), warps, arch)
         bound = max(units, key=lambda unit: units[unit])
-        facts |= dict(clocks=units[bound], bound=bound, units=units)
+        facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)
+        constants = _constants(kernel)
+        if constants.get("THRESHOLD"):
+            elements = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
+            facts["per_call"] = min(sass.elements_per_call(x, elements) for x in loops)
     return facts
+
+
+def _constants(kernel: Any) -> dict[str, Any]:
+    """The constexpr arguments of a compiled kernel."""
+    names = kernel.src.fn.arg_names
+    return {names[at[0]]: x for at, x in kernel.src.constants.items() if len(at) == 1}
 
 
 def _dump(stem: Path, kernel: Any) -> None:

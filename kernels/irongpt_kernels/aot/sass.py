@@ -115,17 +115,29 @@ def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     return [[x for x in instructions if a <= x.address <= b] for a, b in sorted(inner)]
 
 
-def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most HMMA, or without HMMA the most FFMA; among equals the
-    shortest: of a masked and an unmasked loop, that is the unmasked one. A kernel without a loop
-    gives all of its instructions.
-    """
+def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops with the most HMMA, or without HMMA the most FFMA, in order of address. A
+    kernel without a loop gives all of its instructions."""
 
-    def work(loop: list[Instruction]) -> tuple[int, int, int]:
+    def work(loop: list[Instruction]) -> tuple[int, int]:
         n = count(loop)
-        return n["HMMA"], n["FFMA"] if not n["HMMA"] else 0, -len(loop)
+        return n["HMMA"], n["FFMA"] if not n["HMMA"] else 0
 
-    return max(inner_loops(instructions), key=work, default=instructions)
+    loops = inner_loops(instructions) or [instructions]
+    most = max(map(work, loops))
+    return [loop for loop in loops if work(loop) == most]
+
+
+def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The shortest of `hot_loops`: of a masked and an unmasked loop the unmasked one."""
+    return min(hot_loops(instructions), key=len)
+
+
+def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
+    """How many of a thread's elements a call of Philox4x32-7 serves, at least: a call has 14 wide
+    multiplies, but some of those that are counted compute addresses."""
+    wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
+    return 14 * elements / wide if wide else 0.0
 
 
 def count(instructions: Iterable[Instruction]) -> Counter[str]:

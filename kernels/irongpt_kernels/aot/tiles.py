@@ -116,19 +116,30 @@ def passes(tile: Tile, T: int) -> int:
     return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 
-def of_a_head(
-    kernel: str, tile: Tile, loop: dict[str, float], arch: int, D: int, size: int
-) -> dict[str, float]:
-    """Clocks by unit for a head of CONTEXT positions, from those of one pass of the inner loop.
+def masked_passes(kernel: str, tile: Tile, T: int) -> int:
+    """How many of `passes` are in the masked loop: those whose tile the diagonal crosses."""
+    own, other = tile.BLOCK_M, tile.BLOCK_N
+    if kernel == "key":
+        own, other = other, own
+    return sum(-(-(x + own) // other) - x // other for x in range(0, T, own))
 
-    size: bytes of an element.
+
+def of_a_head(
+    kernel: str, tile: Tile, loops: list[dict[str, float]], arch: int, D: int, size: int
+) -> dict[str, float]:
+    """Clocks by unit for a head of CONTEXT positions, from those of one pass of each inner loop.
+
+    loops: in the order of the kernel's code. A masked loop of one pass is none in the compiled
+    code, and its pass is charged as an unmasked one. size: bytes of an element.
     """
     T = shapes.CONTEXT
     n = passes(tile, T)
     one = T * D * size  # bytes of a tensor of the head
     swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
     least = one * (4 if kernel == "forward" else 6)
-    return {unit: n * clocks for unit, clocks in loop.items()} | dict(
+    masked, plain = (loops[0], loops[-1]) if kernel == "key" else (loops[-1], loops[0])
+    crossed = masked_passes(kernel, tile, T)
+    return {unit: crossed * masked[unit] + (n - crossed) * plain[unit] for unit in plain} | dict(
         l2=(TILES_PER_PROGRAM[kernel] * one + 2 * n * swept * D * size) / L2[arch],
         dram=least / DRAM[arch],
     )
@@ -152,11 +163,11 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
         for kernel, name in KERNELS.items():
             for row in made["kernels"]:
                 if row["kernel"] == name and i < len(lists[kernel]):
-                    tile, units = tried[kernel], row.get("units", {})
+                    tile, loops = tried[kernel], row["loops"]
                     row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
                     row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
                     if arch >= 80:
-                        row["head"] = of_a_head(kernel, tile, units, arch, D, size)
+                        row["head"] = of_a_head(kernel, tile, loops, arch, D, size)
                         row["bound"] = max(row["head"], key=row["head"].__getitem__)
                     rows.append(row)
     return sorted(rows, key=_order)

@@ -183,7 +183,11 @@ def _dkv_of_queries(
     z = p
     dz = tl.dot(v, tl.trans(dout), input_precision="ieee") * (256 / (256 - THRESHOLD))
     if THRESHOLD > 0:
-        keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD)
+        if BLOCK_D > 64 and D < BLOCK_D:  # unsigned, it would spill on sm_80
+            keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=False)
+        else:  # pipelining computes `rows` a pass ahead, which hides equal counters
+            i = tl.arange(0, BLOCK_M)[None, :]
+            keep = philox.attention_keep(seed, head, i, cols, THRESHOLD, start_m)
         z = tl.where(keep, p, 0.0)
         dz = tl.where(keep, dz, 0.0)
     dv = tl.dot(z.to(dout.dtype), dout, dv, input_precision="ieee")
