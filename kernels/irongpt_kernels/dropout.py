@@ -6,10 +6,10 @@ SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the count
 Nothing is stored between forward and backward: both compute the bits they need.
 
 Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70 integer
-            instructions and give 128 bits. One byte decides one element, so a call serves 16
-            elements at 4 to 5 instructions each. On a T4 a call for each element
-            would take longer than the memory traffic of the attention.
-Layout      Whatever the tile, one GPU thread holds all 16 elements of a call. A kernel can
+            instructions and give 128 bits. One byte decides one element, so a call can
+            serve 16; of these, the attention of a warp of 16 rows has 8. On a T4 a call for each
+            element would take longer than the memory traffic of the attention.
+Layout      One GPU thread holds all elements of a call that its warp has. A kernel can
             therefore apply the formula to each element, and the compiler merges equal calls.
             Attention: a tensor-core accumulator gives a thread rows r + 8i and columns c + 8j, both
             in a tile of scores and in its transpose, which the backward uses. So a call serves the

@@ -17,9 +17,9 @@ DRAM traffic, which is the same for all tiles.
 `attention_tiles.table` holds a tile from the top of these lists that does not spill at any head
 dimension, with dropout or without.
 
-The model is a lower bound for units that work in parallel. It ignores latency, bank conflicts,
-dependences and the mask on the diagonal. The rates of L2, and of HMMA on sm_90, are guesses. Tiles
-within a fifth of each other may be in another order on a GPU, which `irongpt tune` measures.
+The model is a lower bound for units that work in parallel. It ignores latency, bank conflicts
+and dependences. The rates of L2, and of HMMA on sm_90, are guesses. Tiles within a
+fifth of each other may be in another order on a GPU, which `irongpt tune` measures.
 """
 
 import argparse
