@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attention_keep(seed, head, rows, cols, threshold, row0=0, UNSIGNED: tl.constexpr = True):
+def attention_keep(seed, head, rows, cols, threshold, row0=None, UNSIGNED: tl.constexpr = True):
     """The keep mask of attention weights, int1, in the shape that rows and cols broadcast to.
 
     seed: int64 scalar. head: b H + h. rows, cols: int32 indices that broadcast, such as (M, 1) and
@@ -20,13 +20,15 @@ def attention_keep(seed, head, rows, cols, threshold, row0=0, UNSIGNED: tl.const
     """
     if UNSIGNED:
         rows, cols = rows.to(tl.uint32), cols.to(tl.uint32)
-    c0 = row0 // 32 * 8 + (rows // 32 * 8 + rows % 8)
+    c0 = rows // 32 * 8 + rows % 8
+    if row0 is not None:
+        c0 += row0 // 32 * 8
     c1 = cols // 32 * 8 + cols % 8
     c0, c1 = tl.broadcast(c0, c1)
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero, 7)
     word = rows // 8 % 4 + zero
-    if rows.numel < 32:  # else row0 is a multiple of 32
+    if row0 is not None and rows.numel < 32:  # else row0 is a multiple of 32
         word += row0 // 8 % 4
     bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     shift = (cols // 8 % 4 * 8 + zero).to(tl.uint32)
