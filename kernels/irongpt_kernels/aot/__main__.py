@@ -138,13 +138,14 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
         return facts
     binary = sass.read(kernel.asm["cubin"])
     loops, whole = sass.hot_loops(binary.instructions), sass.count(binary.instructions)
-    inner = sass.count(min(loops, key=len))
+    shortest = min(loops, key=len)
+    inner = sass.count(shortest)
     facts |= {x: inner[x] for x in ("HMMA", "FFMA", "MUFU")}
     facts["LOCAL"] = max(sass.count(loop)["LOCAL"] for loop in loops)
     facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
         every = [sass.clocks(loop, warps, arch) for loop in loops]  # in order of address
-        units = sass.clocks(min(loops, key=len), warps, arch)
+        units = sass.clocks(shortest, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)
         constants = _constants(kernel)
