@@ -337,7 +337,8 @@ def _data_config(value: Any) -> DataConfig:
         return DataConfig((value,))
     try:
         data = DataConfig(**value)
-        texts = [*data.sources, *data.include, data.encoding or "", data.errors, data.val or ""]
+        optional = [x for x in (data.encoding, data.val) if x is not None]
+        texts = [*data.sources, *data.include, data.errors, *optional]
         lists = all(isinstance(value.get(name, []), list) for name in ("sources", "include"))
         check(lists and bool(data.sources) and all(isinstance(t, str) for t in texts), "")
     except (TypeError, UserError):

@@ -76,7 +76,8 @@ def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: s
     assert_mistake(result, "not among the 16 of the vocabulary")
     good = dataclasses.asdict(DataConfig(("text.txt",)))
     changes = ({"x": 1}, {"sources": []}, {"sources": "ab"}, {"sources": [1]}, {"include": 3})
-    for data in (1, [], {}, *(good | change for change in changes), good | {"encoding": 1}):
+    changes += ({"encoding": 1}, {"encoding": 0}, {"val": False})
+    for data in (1, [], {}, *(good | change for change in changes)):
         config.write_bytes(sealed({**values, "data": data}))
         assert_mistake(cli("train", "--resume", run), "does not describe a run")
 
