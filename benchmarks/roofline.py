@@ -28,8 +28,8 @@ PeakRates = dict[str, Any]  # copy_bytes_per_s, and gemm_flops_per_s by the name
 # 24 TFLOP/s in float16 under the card's limit of 70 W.
 T4: PeakRates = dict(copy_bytes_per_s=250e9, gemm_flops_per_s=dict(float16=24e12, float32=7e12))
 
-# What a T4 is thought to get from another one over PCIe 3, by way of the host's memory: nobody has
-# published it, so the slowest and the fastest guess.
+# The bandwidth between two T4 over PCIe 3, through the host's memory. No measurement is published,
+# so these are the slowest and the fastest guess.
 T4_EXCHANGE = (3e9, 6e9)  # bytes per second
 
 

@@ -284,7 +284,7 @@ class Interrupt:
 
 
 class EarlyStop(Interrupt):
-    """Turns them into the exception Stopped, which undoes what was begun, and a line says so."""
+    """Turns them into the exception Stopped, which undoes what was begun and prints a line."""
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)

@@ -78,7 +78,7 @@ def flags() -> Iterator[list[str]]:
 
 
 def commands() -> Iterator[list[str]]:
-    """The other commands, with folders that are no run and with wrong options."""
+    """The other commands, with folders without a run and with wrong options."""
     for verb in (["generate"], ["train", "--resume"], ["show"]):
         for folder in ("nowhere", "text.txt", "empty", "garbage", "nowhere-link", "", "run/best/x"):
             yield [*verb, folder]

@@ -143,7 +143,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def fill(folder: Path, files: dict[str, Any]) -> None:
-    """Makes the folder anew with these files. A value may be a function that makes one."""
+    """Makes the folder again, with these files. A value may be a function that makes one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
