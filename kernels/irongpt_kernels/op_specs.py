@@ -263,7 +263,8 @@ def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Te
     stats = _grad_norm(ops, x, grads, growth_interval)
     state = every("params"), copies, grads, every("moment0"), every("moment1")
     decays = [WEIGHT_DECAY if len(size) == 2 else 0.0 for size in matrices + others]
-    ops.adamw(*state, x["steps"], x["lr"], stats, beta1=0.9, beta2=0.99, weight_decays=decays)
+    betas = dict(beta1=0.875, beta2=0.9921875)  # exact in float32, in which CUDA's builtin has them
+    ops.adamw(*state, x["steps"], x["lr"], stats, **betas, weight_decays=decays)
     return (stats, *_changed(x, "params", "moment0", "moment1"))
 
 

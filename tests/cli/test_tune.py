@@ -17,6 +17,7 @@ from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import eager, fused
 from irongpt_kernels.aot import tiles
 from irongpt_kernels.runtime import emulate, launch_table
+from numerics import DEVICE
 
 from irongpt import launch_cache as cache
 from irongpt import timing, tuning
@@ -158,7 +159,7 @@ def test_entries_of_other_kernels_stay(measured: Measured) -> None:
 @pytest.mark.parametrize("kernel", list(FUNCTIONS))
 def test_each_op_launches_the_kernel_that_is_timed(kernel: str) -> None:
     """And the accuracy check passes."""
-    assert work(kernel).wrong(fused) == []
+    assert work(kernel, torch.device(DEVICE)).wrong(fused) == []
     module, name = FUNCTIONS[kernel][1].split(".")
     assert hasattr(sys.modules[f"irongpt_kernels.fused.{module}"], name)
 

@@ -1,4 +1,4 @@
-"""Starts the processes of one training as torchrun does, forked from one that has imported all."""
+"""Starts the processes of one training as torchrun does, without a GPU as forks of one process."""
 
 import multiprocessing
 import os
@@ -29,7 +29,12 @@ PRELOADED = "processes irongpt.training.start torch._dynamo matplotlib.figure tq
 
 @cache
 def server() -> Any:
-    """The context of the fork server, which starts in a folder that stays, with this path."""
+    """The context of the fork server, which starts in a folder that stays, with this path.
+
+    A process that was forked cannot use CUDA, so with a GPU every process is a new interpreter.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
     context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -14,6 +14,9 @@ each_ops = pytest.mark.parametrize("ops", [builtin, fused], ids=["builtin", "fus
 SHAPES = [(33, 40), (1025,), (1024,), (1,), (3, 5), (2100,), (16,)]
 COPIES = 2  # of the first weights
 BETAS = dict(beta1=0.9, beta2=0.999)
+# PyTorch's CUDA kernel rounds the betas to float32 and computes 1 - beta^step in float32, so of
+# betas near 1 few digits remain. These are exact, and their differences from 1 are large.
+BETAS_OF_CUDA = dict(beta1=0.5, beta2=0.75)
 
 
 class State:
@@ -44,7 +47,13 @@ class State:
         made = [size * values(*p.shape, seed=99 * step + i) for i, p in enumerate(self.params)]
         return [g.to(self.narrow) if i < COPIES else g for i, g in enumerate(made)]
 
-    def step(self, ops: ModuleType, grads: list[Tensor], max_norm: float = 1.0) -> Tensor:
+    def step(
+        self,
+        ops: ModuleType,
+        grads: list[Tensor],
+        max_norm: float = 1.0,
+        betas: dict[str, float] = BETAS,
+    ) -> Tensor:
         wide = self.params[0].dtype == torch.float64
         grads = [g.double() if wide else g.clone() for g in grads]
         stats = ops.grad_norm(
@@ -52,12 +61,16 @@ class State:
         )
         ops.adamw(
             self.params, self.copies, grads, self.m, self.v, self.steps, self.lr, stats,
-            **BETAS, weight_decays=self.decays,
+            **betas, weight_decays=self.decays,
         )  # fmt: skip
         return stats
 
     def tensors(self) -> list[Tensor]:
         return [*self.params, *self.m, *self.v, *self.copies, self.steps, self.scale, self.good]
+
+
+def betas_for(ops: ModuleType) -> dict[str, float]:
+    return BETAS_OF_CUDA if ops is builtin and DEVICE == "cuda" else BETAS
 
 
 @each_ops
@@ -72,7 +85,8 @@ def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: flo
     oracle = State(dtype, narrow).double()
     for step in range(5):
         grads = ours.grads(step, size)
-        rows = [s.step(o, grads) for s, o in ((ours, ops), (theirs, eager), (oracle, eager))]
+        states = (ours, ops), (theirs, eager), (oracle, eager)
+        rows = [s.step(o, grads, betas=betas_for(ops)) for s, o in states]
         assert_rule(OUTPUTS, rows[0][:2], rows[1][:2], rows[2][:2])
         assert rows[0][2] == 0
         for name in ("params", "m", "v"):
@@ -94,7 +108,7 @@ def test_any_step_has_its_bias_corrected(ops: ModuleType, step: int) -> None:
         s.m = [torch.zeros_like(m) for m in s.m]
         s.v = [torch.zeros_like(v) for v in s.v]
         s.params = [torch.zeros_like(p) for p in s.params]  # what is left is the update
-        s.step(o, states[0].grads(1))
+        s.step(o, states[0].grads(1), betas=betas_for(ops))
     for tensors in zip(*(s.params for s in states), strict=True):
         assert_rule(OUTPUTS, *tensors)
 

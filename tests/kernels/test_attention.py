@@ -142,7 +142,7 @@ def test_extreme_values(kind: str, dtype) -> None:
     if kind == "large logits":
         x = dict(q=x["q"] * 15, k=x["k"] * 15, v=x["v"])
     elif kind == "equal":
-        x = {n: torch.full_like(t, 1.5) for n, t in x.items()}
+        x |= {n: torch.full_like(x[n], 1.5) for n in "qk"}  # of equal values dq would be exactly 0
     elif kind == "one winner":  # scores to the edge of float16, one column far above the others
         factor = 40
         x["k"][:, :, 20] = x["q"][:, :, 30] * factor
@@ -232,7 +232,8 @@ def test_packed(T: int, D: int, dtype) -> None:
     qkv, dout = projection(2, T, 3, D, dtype), randn(2, T, 3, D, seed=5).to(DEVICE, dtype)
     options = dict(dropout_p=0.3, seed=2) if T == 17 else dict(scale=0.2)
     assert_op(attention, "causal_attention_packed", dict(qkv=qkv), (dout,), **options)
-    assert_op(builtin, "causal_attention_packed", dict(qkv=qkv), (dout,))
+    if T > 1:  # one position has no gradient of q and k, and CUDA's kernels leave a rounding error
+        assert_op(builtin, "causal_attention_packed", dict(qkv=qkv), (dout,))
 
 
 def test_packed_copies_nothing_between_the_projections() -> None:

@@ -42,7 +42,9 @@ WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of ro
 def centre(x, valid, mean, N):
     """x minus its mean, 0 outside `valid`. mean: the rounded mean of each row, (BLOCK_M,)."""
     centred = tl.where(valid, x - mean[:, None], 0.0)
-    rest = tl.sum(centred, axis=1) / N  # the rounding error of the mean, large for large values
+    # The rounding error of the mean, which is large for large values. The exact division makes a
+    # row of equal values exactly 0.
+    rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
     return tl.where(valid, centred - rest[:, None], 0.0)
 
 
