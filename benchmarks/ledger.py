@@ -36,7 +36,7 @@ from irongpt.training.trainer import Trainer
 LAUNCHES = {
     "irongpt::causal_attention_backward": 2,  # queries; keys and values
     "irongpt::grad_norm": 2,  # squares; their sum, the norm and the scale
-    "irongpt::sum_shards": 2,  # the sum and its squares; the norm and the scale
+    "irongpt::sum_shards": 3,  # the sum; its squares; the norm and the scale
     "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
     "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
     "irongpt::cross_entropy": 2,  # rows; their mean

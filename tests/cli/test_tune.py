@@ -217,6 +217,7 @@ print([row["warps"] for row in aot.report(90, cases)["kernels"]])
 
 def test_a_launch_compiles_with_measured_options(tmp_path: Path) -> None:
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")  # a kernel found there is not compiled
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, cwd=tmp_path
     )

@@ -80,7 +80,7 @@ def test_a_run_with_nccl_stops_at_a_signal_and_resumes_to_the_same_bits(
 ) -> None:
     from run_helpers import assert_same  # needs safetensors
 
-    flags = ["train", *FLAGS, "--ops", "fused", "--device", "cuda", "--shards", "2"]
+    flags = ["train", *FLAGS, *"--n-embd 32 --ops fused --device cuda --shards 2".split()]
     for name, signals in (("a", None), ("b", {size - 1: (9, TERM)})):
         folder = tmp_path / name
         folder.mkdir()

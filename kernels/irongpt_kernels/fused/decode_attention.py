@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.exponential import exp
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
@@ -64,8 +63,8 @@ def _fwd_kernel(
         s = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
         s = tl.where(seen, s, float("-inf"))  # (BLOCK_N,)
         m_new = tl.maximum(m, tl.max(s, 0))
-        p = exp(s - m_new)
-        rescale = exp(m - m_new)
+        p = tl.exp(s - m_new)
+        rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 0)  # noqa: E741
         acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
         m = m_new

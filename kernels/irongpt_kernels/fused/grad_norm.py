@@ -8,12 +8,13 @@
 scale (the loss scale), growth_tracker and state_steps are updated in place.
 
 Traffic     reads every gradient: 2 or 4 bytes per weight. sum_shards reads those of all shards, and
-            writes their sum: 4 bytes per weight.
+            writes their sum and reads it again: 4 bytes per weight each. So the norm of the same
+            sum has the same bits, whatever the number and the dtype of the shards.
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
             one program of a second kernel adds those in order. This takes two launches for up to 48
-            tensors. There are no atomics, so every run gives the same bits.
+            tensors, and one more for shards. Without atomics every run gives the same bits.
 Precision   float32. The square of a gradient above 1.8e19 overflows to infinity and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are
@@ -88,8 +89,8 @@ def _sum_squares_kernel(
 
 
 @triton.jit
-def _sum_shards_kernel(shards_ptr, total_ptr, sums_ptr, shards, stride, size, BLOCK: tl.constexpr):
-    """Stores the sum of the shards, and each program's sum of squares. stride: between shards."""
+def _sum_shards_kernel(shards_ptr, total_ptr, shards, stride, size, BLOCK: tl.constexpr):
+    """Stores the sum of the shards. stride: between shards."""
     offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     g = tl.load(shards_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -97,7 +98,6 @@ def _sum_shards_kernel(shards_ptr, total_ptr, sums_ptr, shards, stride, size, BL
         row = tl.cast(shard, tl.int64) * stride
         g += tl.load(shards_ptr + row + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(total_ptr + offsets, g, mask=mask)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(g * g, 0))
 
 
 @triton.jit
@@ -184,7 +184,13 @@ def grad_norm_launch(
             options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
             _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
             done += count
-    return _stats(sums, scale, growth_tracker, state_steps, max_norm, growth_interval)
+        stats = torch.empty(3, dtype=torch.float32, device=scale.device)
+        _stats_kernel[(1,)](
+            sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
+            GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
+            STEPS=launch.block(len(state_steps)), num_warps=4,
+        )  # fmt: skip
+    return stats
 
 
 def sum_shards_launch(
@@ -194,30 +200,13 @@ def sum_shards_launch(
     """See `eager.sum_shards`. scale, growth_tracker and state_steps are updated in place."""
     shards = shards if shards.stride(1) == 1 else shards.contiguous()
     count, size = shards.shape
-    programs = triton.cdiv(size, BLOCK)
-    total, sums = (
-        torch.empty(n, dtype=torch.float32, device=scale.device) for n in (size, programs)
-    )
+    total = torch.empty(size, dtype=torch.float32, device=scale.device)
     with launch.on(scale.device):
-        _sum_shards_kernel[(programs,)](
-            shards, total, sums, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
+        _sum_shards_kernel[(triton.cdiv(size, BLOCK),)](
+            shards, total, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
         )
-    return total, _stats(sums, scale, growth_tracker, state_steps, max_norm, growth_interval)
-
-
-def _stats(
-    sums: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
-    max_norm: float, growth_interval: int,
-) -> Tensor:  # fmt: skip
-    """The result of `grad_norm` from the programs' sums of squares."""
-    stats = torch.empty(3, dtype=torch.float32, device=scale.device)
-    with launch.on(scale.device):
-        _stats_kernel[(1,)](
-            sums, scale, growth_tracker, state_steps, stats, len(sums), len(state_steps), max_norm,
-            GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
-            STEPS=launch.block(len(state_steps)), num_warps=4,
-        )  # fmt: skip
-    return stats
+    stats = grad_norm_launch([total], scale, growth_tracker, state_steps, max_norm, growth_interval)
+    return total, stats
 
 
 MUTATES = ("scale", "growth_tracker", "state_steps")
