@@ -16,7 +16,7 @@ LAYER_NORM_BACKWARD: list[Bug] = [
      "centred = tl.where(valid, x - mean[:, None], 0.0)", "centred = x - mean[:, None]"),
     ("padding counts in the variance",
      "return tl.where(valid, centred - rest[:, None], 0.0)", "return centred - rest[:, None]"),
-    ("mean uncorrected", "rest = tl.sum(centred, axis=1) / N", "rest = 0.0 * mean"),
+    ("mean uncorrected", "tl.div_rn(tl.sum(centred, axis=1), N * 1.0)", "0.0 * mean"),
     ("mean uncorrected in the backward", "xhat = centre(x, valid, mean, N) * rstd[:, None]",
      "xhat = tl.where(valid, (x - mean[:, None]) * rstd[:, None], 0.0)"),
     ("projection on xhat missing", " - xhat * mean_gx[:, None])", ")"),
