@@ -162,6 +162,13 @@ def test_float32_scores_of_any_size() -> None:
 
 
 @each_dtype
+def test_the_only_score_of_the_first_row_has_no_gradient(dtype) -> None:
+    """Its weight is 1, whatever the score, although delta and dP are rounded differently."""
+    _, dq, *_ = run_op(inputs(2, 3, 40, 64, dtype), randn(2, 3, 40, 64, seed=9).to(DEVICE, dtype))
+    assert not dq[:, :, 0].any()
+
+
+@each_dtype
 @pytest.mark.parametrize("factor", [1e3, 1e-3], ids=str)
 def test_large_and_small_upstream_gradients(factor: float, dtype) -> None:
     """A loss scale of 65536 makes them large: neither dP nor dS may leave float16's range."""
