@@ -43,6 +43,7 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
+from irongpt_kernels.fused.attention_head_backward import head_bwd
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
 from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
@@ -214,6 +215,10 @@ def causal_attention_bwd(
     if packed.numel() == 0:
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    head = attention_tiles.head(q.device, T, D, q.element_size())
+    if head is not None and with_kv:
+        head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, head)
+        return packed
     dq, dk, dv = unpack(packed)
     m, log_l = stats
     delta = torch.empty_like(m)

@@ -64,6 +64,27 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
+LONGEST_HEAD = 256  # positions; 0 selects the pair of kernels everywhere
+
+
+def head(device: torch.device, T: int, D: int, itemsize: int) -> launch_table.Options | None:
+    """The launch options of `attention_head_backward`; None selects `attention_backward`'s pair of
+    kernels. BLOCK_N: the keys of a tile. A head has to fit one program."""
+    fits = T <= LONGEST_HEAD and launch.block(T) * launch.block(D) <= 256 * 64
+    if itemsize != 2 or not fits:
+        return None
+    arch = 0 if launch.INTERPRETED else launch.architecture(device)
+    default = head_table(arch, launch.block(T), launch.block(D))
+    return launch_table.options("attention head", D, itemsize, device, default)
+
+
+def head_table(arch: int, BLOCK_T: int, BLOCK_D: int) -> launch_table.Options | None:
+    """Default launch options per architecture; None where the pair of kernels is the default."""
+    if arch != 90:
+        return None
+    return dict(BLOCK_N=32, num_warps=8, num_stages=2)
+
+
 def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
     """The launch options of a kernel: BLOCK_M queries, BLOCK_N keys, its warps and stages.
 

@@ -10,13 +10,14 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Options = dict[str, int]
 Key = tuple[str, int, int]  # kernel; head dimension, else columns; bytes of an element
 Table = dict[Key, Options]
+Default = TypeVar("Default", Options, None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
 # The options of each kernel. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
@@ -25,6 +26,7 @@ KNOBS = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
     "attention key": (*TILE, "num_stages", "maxnreg"),
+    "attention head": ("BLOCK_N", "num_warps", "num_stages", "maxnreg"),
     "norm forward": ("BLOCK_M", "num_warps"),
     "norm backward": ("BLOCK_M", "num_warps", "warps_per_sm"),
     "gelu forward": TILE,
@@ -66,8 +68,8 @@ def _check(key: Key, options: Options) -> None:
 
 
 def options(
-    kernel: str, size: int, itemsize: int, device: torch.device, default: Options
-) -> Options:
+    kernel: str, size: int, itemsize: int, device: torch.device, default: Default
+) -> Options | Default:
     """The table's options for a launch, else the default ones. The caller must not change them."""
     table = _tables.get(device)
     return table.get((kernel, size, itemsize), default) if table else default
