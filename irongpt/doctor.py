@@ -187,9 +187,12 @@ def _kernels(report: Report, device: torch.device) -> None:
 
     dtype, D = devices.precision("auto", device).dtype, config.n_embd // config.n_head
     lines = []
-    for kernel in ("forward", "query", "key"):
+    head = attention_tiles.head(device, config.context, D, dtype.itemsize)
+    for kernel in ("forward", "query", "key") if head is None else ("forward",):
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")
+    if head is not None:
+        lines.append(f"backward of a head x {head['BLOCK_N']} in {head['num_warps']} warps")
     report.facts["kernels"] = f"--fused runs; attention tiles: {', '.join(lines)}"
     for note in ops.notes("fused", device):
         report.facts["kernels"] += f"\n{note}"

@@ -36,6 +36,7 @@ FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
     "attention forward": ("causal_attention_packed", "attention._fwd_kernel"),
     "attention query": ("causal_attention_packed", "attention_backward._bwd_dq_kernel"),
     "attention key": ("causal_attention_packed", "attention_backward._bwd_dkdv_kernel"),
+    "attention head": ("causal_attention_packed", "attention_head_backward._bwd_head_kernel"),
     "norm forward": ("dropout_add_layer_norm", "dropout_add_layer_norm._fwd_kernel"),
     "norm backward": ("dropout_add_layer_norm", "layer_norm_backward._bwd_kernel"),
     "gelu forward": ("gelu", "gelu._fwd_kernel"),
@@ -70,6 +71,16 @@ class Work:
         C = self.model.n_embd
         by_op = {"attention": C // self.model.n_head, "norm": C, "gelu": 4 * C}
         return self.kernel, by_op[self.kernel.split()[0]], self.dtype.itemsize
+
+    @property
+    def launched(self) -> bool:
+        """Whether training launches the kernel: the backward of attention is one kernel or two."""
+        from irongpt_kernels.fused import attention_tiles
+
+        _, size, itemsize = self.key
+        one = attention_tiles.head(self.device, self.model.context, size, itemsize) is not None
+        pair = ("attention query", "attention key")
+        return not (self.kernel in pair if one else self.kernel == "attention head")
 
     def shape(self, batch: int) -> Shape:
         m = self.model
@@ -141,6 +152,8 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     entries = list(cache.load(target).entries)
     for kernel in FUNCTIONS:
         work = Work(kernel, model, batch, chosen, target)
+        if not work.launched:
+            continue
         found = candidates(work, quick)
         rows = measure(work, module, found, QUICK_ROUNDS if quick else ROUNDS)
         say("\n" + table(work, rows))

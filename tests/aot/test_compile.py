@@ -62,7 +62,8 @@ def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
     rows = report["kernels"]
     assert report["failed"] == []
     assert report["warnings"] == []
-    assert launched_kernels() - {r["kernel"] for r in rows} == set()
+    head = {"attention_head_backward._bwd_head_kernel"}  # the default on sm_90 alone
+    assert launched_kernels() - {r["kernel"] for r in rows} == (set() if arch == 90 else head)
     assert names([r for r in rows if r["shared"] > SHARED_MEMORY[arch]]) == []
     assert names([r for r in rows if r["warps_per_sm"] == 0]) == []
 
@@ -73,12 +74,12 @@ def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
         "attention._fwd_kernel",
         "attention_backward._bwd_dq_kernel",
         "attention_backward._bwd_dkdv_kernel",
-    }
+    } | (head if arch == 90 else set())
     assert names([r for r in matmuls if r["HMMA"] == 0]) == []
     assert {r["shape"].split()[0] for r in matmuls} >= {"D=64", "D=128"}
     # Of 16 elements that a call could serve, a warp of 16 rows has 8; addresses count as calls.
-    calls = {r["kernel"]: r["per_call"] for r in matmuls if "D=64 p=0.2 T=256" in r["shape"]}
-    assert len(calls) == 3
+    calls = {r["kernel"]: r["per_call"] for r in matmuls if "D=64 p=0.2" in r["shape"]}
+    assert len(calls) == (4 if arch == 90 else 3)
     assert calls.pop("attention._fwd_kernel") >= 4  # on sm_75 its signed indices hide equal calls
     assert min(calls.values()) >= 7
     if arch >= 80 and f"triton=={report['triton']}" in CONSTRAINTS.read_text().split():

@@ -205,6 +205,7 @@ def table(dtype: str, arch: int) -> Iterator[Case]:
         labels = TABLE.get(case.spec.name, ".*")
         if case.spec.name == "causal_attention":
             labels = ATTENTION.get(dtype, labels)
+            labels += "|D=64 p=0.2 T=512" if arch == 90 else ""
         if re.fullmatch(labels, case.label):
             yield case
 
@@ -216,7 +217,9 @@ def every(dtype: str, arch: int) -> Iterator[Case]:
         if c.dtype != dtype:
             continue
         if c.op == "causal_attention":  # still a multiple of 16, or not
-            at = replace(at, H=1, T=at.T // 16 * 6 + at.T % 16)
+            short = at.T // 16 * 6 + at.T % 16
+            heads = arch == 90 and dtype != "float32"  # which have one kernel or two by their T
+            at = replace(at, H=1, T=min(at.T, 272) if heads else short)
         elif c.spec.kind == "optimizer":
             at = replace(at, H=1, L=1, T=32)
         elif isinstance(at, RowShape):
@@ -292,7 +295,9 @@ def tuned(dtype: str, arch: int) -> Iterator[Case]:
         kernel, size, _ = key
         name = {"attention": "causal_attention", "norm": "dropout_add_layer_norm"}
         spec = SPECS[name.get(kernel.split()[0], "gelu")]
-        at = RowShape(1, 1, 150, 64, M=30, N=size // 4 if spec.name == "gelu" else size)
+        pair = kernel in ("attention query", "attention key")
+        T = 272 if pair and arch == 90 else 150  # up to 256 one kernel replaces the two
+        at = RowShape(1, 1, T, 64, M=30, N=size // 4 if spec.name == "gelu" else size)
         groups: dict[Any, list[launch_table.Options]] = {}
         for options in tiles.launches(key, arch):
             kind = options.get("num_warps", options.get("warps_per_sm")), options.get("num_stages")

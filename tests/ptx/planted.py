@@ -22,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before anything imports Triton
 
 import torch
 from irongpt_kernels import fused
+from irongpt_kernels.fused import attention_tiles
 from irongpt_kernels.op_inputs import RowShape
 from irongpt_kernels.op_specs import SPECS
 from irongpt_kernels.ptx import driver
@@ -40,6 +41,7 @@ def case(op: str, dtype: str = "float16", **sizes: int) -> Case:
 
 
 ATTENTION, NORM = case("causal_attention"), case("layer_norm")
+HEAD = case("causal_attention", T=150)  # its backward has two loops
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,23 @@ BUGS = [
         r"(setp\.gt\.u32\s+%p\d+, %r\d+, )50;", r"\g<1>51;"),
     Bug("16 bytes are stored 2 bytes off", case("layer_norm", N=1024), "_fwd_kernel",
         r"(st\.global\.v4\.b32 \[ %rd\d+) \+ 0 \]", r"\1 + 2 ]", n=0),
+    Bug("head: wgmma is not waited for", HEAD, "_bwd_head_kernel",
+        r"wgmma\.wait_group\.sync\.aligned[^;]*;", "", (90,)),
+    Bug("head: row T is stored", HEAD, "_bwd_head_kernel", r"setp\.lt\.s64", "setp.le.s64", (90,)),
+    Bug("head: dropout's threshold one off", HEAD, "_bwd_head_kernel",
+        r"(setp\.gt\.u32\s+%p\d+, %r\d+, )50;", r"\g<1>51;", (90,)),
+    Bug("head: another constant of Philox", HEAD, "_bwd_head_kernel", "-766435501", "-766435503",
+        (90,)),
     Bug("a barrier left out", NORM, "_fwd_kernel", r"bar\.sync\s+0;", "", n=0),
 ]  # fmt: skip
-QUICK = ("hook: b0", "wgmma is", "cp.async is", "mask: row", "a parameter", "a barrier")
+QUICK = ("hook: b0", "head: wgmma", "wgmma", "cp.async is", "mask: row", "a parameter", "a barrier")
 
 
 def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) -> list[str]:
     """The problems of a case whose kernel is changed. Raises LookupError if it stays the same."""
     changed = False
+    pair = kernel in ("_bwd_dq_kernel", "_bwd_dkdv_kernel")
+    longest = 0 if pair else attention_tiles.LONGEST_HEAD  # whose backward is one kernel
 
     def mutate(name: str, ptx: str) -> str:
         nonlocal changed
@@ -108,7 +119,8 @@ def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) ->
         changed = changed or new != ptx
         return new
 
-    problems = cases.execute(case, arch, change=mutate, **options).problems
+    with patch.object(attention_tiles, "LONGEST_HEAD", longest):
+        problems = cases.execute(case, arch, change=mutate, **options).problems
     if not changed:
         raise LookupError(f"{kernel} of {case.name} has no place for this bug on sm_{arch}")
     return problems
@@ -137,17 +149,23 @@ def too_little_shared_memory(arch: int) -> list[str]:
         return cases.execute(ATTENTION, arch).problems
 
 
-BARRIERS = [  # kernels that share data between warps
-    *((ATTENTION, kernel) for kernel in ("_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")),
-    *((case("layer_norm", N=1500), kernel) for kernel in ("_fwd_kernel", "_bwd_kernel")),
-    (case("gelu", M=40, N=75), "_bwd_kernel"),
-]
+def barriers(arch: int) -> list[tuple[Case, str]]:
+    """Kernels that share data between warps."""
+    head = [(HEAD, "_bwd_head_kernel")] if arch == 90 else []
+    return [
+        *((ATTENTION, kernel) for kernel in ("_fwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel")),
+        *((case("layer_norm", N=1500), kernel) for kernel in ("_fwd_kernel", "_bwd_kernel")),
+        (case("gelu", M=40, N=75), "_bwd_kernel"),
+        *head,
+    ]
+
+
 _BARRIER = re.compile(r"bar\.sync\s+0;")
 
 
 def without_barriers(arch: int) -> Iterator[tuple[str, list[int], int]]:
     """Of each kernel: its name, which barriers can be left out unnoticed, and how many it has."""
-    for case, kernel in BARRIERS:
+    for case, kernel in barriers(arch):
         counts: list[int] = []
 
         def count(ptx: str, counts: list[int] = counts) -> str:
@@ -192,7 +210,7 @@ def random_change(ptx: str, generator: random.Random) -> tuple[str, str]:
 def random_bugs(arch: int, count: int) -> Iterator[tuple[str, str, list[str]]]:
     """Kernel, changed instruction, problems."""
     generator = random.Random(1)
-    places = [*BARRIERS, (case("cross_entropy", M=9, V=5000), "_fwd_kernel")]
+    places = [*barriers(arch), (case("cross_entropy", M=9, V=5000), "_fwd_kernel")]
     for i in range(count):
         where, kernel = places[i % len(places)]
         lines: dict[str, tuple[str, str]] = {}

@@ -144,12 +144,14 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
     facts["LOCAL"] = max(sass.count(loop)["LOCAL"] for loop in loops)
     facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
-        every = [sass.clocks(loop, warps, arch) for loop in loops]  # in order of address
+        inner_loops = sass.inner_loops(binary.instructions)  # in order of address
+        products = [x for x in inner_loops if sass.count(x)["HMMA"]] or loops
+        every = [sass.clocks(loop, warps, arch) for loop in products]
         units = sass.clocks(shortest, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)
         constants = _constants(kernel)
-        if constants.get("THRESHOLD"):
+        if constants.get("THRESHOLD"):  # with SPLIT the loop of all rows is the longest
             elements = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
             facts["per_call"] = min(sass.elements_per_call(x, elements) for x in loops)
     return facts

@@ -112,6 +112,7 @@ def representative(arch: int) -> list[Case]:
     because LLVM takes long to compile scalar dots."""
     T, heads = CONTEXT, (32, 48, 64, 80, 96, 128) if arch == 75 else (64, 128)
     attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
+    attention += [f"D=64 p=0.2 T={2 * T} float16"]
     if arch == 75:
         attention += [f"D={D} p=0.0 T={T} float16" for D in (32, 64)] + ["D=64 p=0.2 T=250 float16"]
         attention += [f"D={D} p=0.2 T={T} float32" for D in (16, 128)]
@@ -149,7 +150,9 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
         case "causal_attention":
             for D in range(16, 129, 16):
                 # A context that no tile divides has masked loops throughout.
-                for T, p in [(CONTEXT, 0.2), (CONTEXT, 0.0)] + ([(250, 0.2)] if D == 64 else []):
+                # On sm_90 the backward of a longer one is the pair of kernels.
+                extra = [(250, 0.2), (2 * CONTEXT, 0.2)] if D == 64 else []
+                for T, p in [(CONTEXT, 0.2), (CONTEXT, 0.0), *extra]:
                     at = Shape(B=1, H=2, T=T, D=D)
                     yield dict(label=f"D={D} p={p} T={T}", at=at, costs=Shape(D=D), p=p)
         case "causal_attention_packed":  # has the kernels of causal_attention

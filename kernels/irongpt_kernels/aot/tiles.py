@@ -4,15 +4,16 @@ Compiles candidate tiles of the attention kernels, without a GPU, and sorts them
     python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
 
 A candidate is a tile of BLOCK_M queries by BLOCK_N keys on a number of warps, with 16 or 32 rows of
-the scores per warp, if what each thread holds can fit its 255 registers. From sm_80 on it has one
-stage or two, where the second is copied while the first is computed on. Each candidate is compiled,
-and `sass.clocks` estimates the clocks of its inner loop on the units of an SM. Those that spill or
-do not fit come last; before them come those that leave an SM fewer than 8 warps, too few to keep it
+the scores per warp, if what each thread holds can fit its 255 registers. In the kernel that has a
+program for a head, it is BLOCK_N keys by all queries. From sm_80 on a candidate has one stage or
+two, where the second is copied while the first is computed on. Each candidate is compiled, and
+`sass.clocks` estimates the clocks of its inner loop on the units of an SM. Those that spill or do
+not fit come last; before them come those that leave an SM fewer than 8 warps, too few to keep it
 busy. The rest is sorted by clocks: on sm_75 per query-key pair, from sm_80 on for a head of 256
 positions. The latter counts every visited tile, and those on the diagonal completely, though a part
 of them is masked (the larger the tile, the larger that part). It compares the units of the SM with
-its share of L2, from which keys and values are read once per query tile, and with its share of
-DRAM traffic, which is the same for all tiles.
+its share of L2, from which keys and values are read once per query tile, and with its share of DRAM
+traffic, which is the same for all tiles.
 
 `attention_tiles.table` holds a tile from the top of these lists that does not spill at any head
 dimension, with dropout or without.
@@ -27,7 +28,7 @@ import itertools
 import json
 import sys
 from typing import Any, NamedTuple
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 from irongpt_kernels.aot import __main__ as aot
 from irongpt_kernels.aot import sass, shapes
@@ -38,9 +39,11 @@ KERNELS = {
     "forward": "attention._fwd_kernel",
     "query": "attention_backward._bwd_dq_kernel",
     "key": "attention_backward._bwd_dkdv_kernel",
+    "head": "attention_head_backward._bwd_head_kernel",
 }
-# The number of tensors of which a program reads or writes one tile.
-TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4}
+# The number of tensors of which a program reads or writes one tile, and of those that move at all.
+TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
+TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
 FEW_WARPS = 8
 REST = 64  # registers per thread, at least, for everything but the tiles
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
@@ -60,13 +63,18 @@ class Tile(NamedTuple):
     def __str__(self) -> str:
         return f"{self.BLOCK_M} x {self.BLOCK_N}"
 
-    def options(self) -> launch_table.Options:
+    def options(self, kernel: str) -> launch_table.Options:
         """The options of a launch."""
-        return {name: value for name, value in self._asdict().items() if value}
+        knobs = launch_table.KNOBS[f"attention {kernel}"]
+        return {name: value for name, value in self._asdict().items() if value and name in knobs}
 
 
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
     """The candidates. A warp owns rows of the scores; in the key kernel the rows are keys."""
+    if kernel == "head":
+        fits = arch >= 80 and itemsize == 2 and BLOCK_D <= 64
+        sizes = itertools.product((16, 32, 64), (4, 8), (1, 2)) if fits else ()
+        return [Tile(shapes.CONTEXT, *size) for size in sizes]
     if itemsize == 4:  # scalar FMAs: larger tiles take minutes to compile, and spill
         return [Tile(*sizes) for sizes in itertools.product((16, 32), (16, 32), (2, 4, 8))]
     # Registers for a row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
@@ -96,7 +104,7 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
     kernel, size, itemsize = key
     name = kernel.removeprefix("attention ")
     if name != kernel:
-        return [tile.options() for tile in tiles(name, launch.block(size), arch, itemsize)]
+        return [tile.options(name) for tile in tiles(name, launch.block(size), arch, itemsize)]
     found = []
     gelu = kernel.startswith("gelu")
     for M, N, num_warps in itertools.product((1, 2, 4, 8), (256, 512), (1, 2, 4, 8)):
@@ -135,13 +143,18 @@ def of_a_head(
     T = shapes.CONTEXT
     n = passes(tile, T)
     one = T * D * size  # bytes of a tensor of the head
+    dram = TENSORS[kernel] * one / DRAM[arch]
+    if kernel == "head":  # half of the keys with all rows, half with half of the rows
+        each = T // 2 // tile.BLOCK_N
+        return {unit: each * (loops[0][unit] + loops[-1][unit]) for unit in loops[0]} | dict(
+            l2=TILES_PER_PROGRAM[kernel] * one / L2[arch], dram=dram
+        )
     swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
-    least = one * (4 if kernel == "forward" else 6)
     masked, plain = (loops[0], loops[-1]) if kernel == "key" else (loops[-1], loops[0])
     crossed = masked_passes(kernel, tile, T)
     return {unit: crossed * masked[unit] + (n - crossed) * plain[unit] for unit in plain} | dict(
         l2=(TILES_PER_PROGRAM[kernel] * one + 2 * n * swept * D * size) / L2[arch],
-        dram=least / DRAM[arch],
+        dram=dram,
     )
 
 
@@ -153,23 +166,28 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
     rows = []
     lists = {kernel: tiles(kernel, launch.block(D), arch) for kernel in KERNELS}
     for i in range(max(map(len, lists.values()))):
-        tried = {kernel: found[min(i, len(found) - 1)] for kernel, found in lists.items()}
+        tried = {kernel: found[min(i, len(found) - 1)] for kernel, found in lists.items() if found}
 
         def table(kernel: str, *_: Any, tried: dict[str, Tile] = tried) -> dict[str, int]:
-            return tried[kernel].options()
+            return tried[kernel].options(kernel)
 
-        with patch.object(attention_tiles, "table", table):
-            made = aot.report(arch, [case])
+        made: dict[str, dict[str, Any]] = {}
+        for head in [None, *(tile.options("head") for tile in lists["head"][i : i + 1])]:
+            chosen = Mock(return_value=head)
+            with (
+                patch.object(attention_tiles, "table", table),
+                patch.object(attention_tiles, "head", chosen),
+            ):
+                made |= {row["kernel"]: row for row in aot.report(arch, [case])["kernels"]}
         for kernel, name in KERNELS.items():
-            for row in made["kernels"]:
-                if row["kernel"] == name and i < len(lists[kernel]):
-                    tile, loops = tried[kernel], row["loops"]
-                    row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
-                    row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
-                    if arch >= 80:
-                        row["head"] = of_a_head(kernel, tile, loops, arch, D, size)
-                        row["bound"] = max(row["head"], key=row["head"].__getitem__)
-                    rows.append(row)
+            if i < len(lists[kernel]):
+                row, tile = made[name], tried[kernel]
+                row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
+                row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
+                if arch >= 80:
+                    row["head"] = of_a_head(kernel, tile, row["loops"], arch, D, size)
+                    row["bound"] = max(row["head"], key=row["head"].__getitem__)
+                rows.append(row)
     return sorted(rows, key=_order)
 
 

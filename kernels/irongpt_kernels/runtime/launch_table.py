@@ -17,7 +17,7 @@ import torch
 Options = dict[str, int]
 Key = tuple[str, int, int]  # kernel; head dimension, else columns; bytes of an element
 Table = dict[Key, Options]
-Default = TypeVar("Default", Options, None)
+Default = TypeVar("Default", bound=Options | None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
 # The options of each kernel. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
