@@ -104,7 +104,15 @@ BUGS = [
         (90,)),
     Bug("a barrier left out", NORM, "_fwd_kernel", r"bar\.sync\s+0;", "", n=0),
 ]  # fmt: skip
-QUICK = ("hook: b0", "head: wgmma", "wgmma", "cp.async is", "mask: row", "a parameter", "a barrier")
+QUICK = (
+    "hook: b0",
+    "head: wgmma",
+    "wgmma is",
+    "cp.async is",
+    "mask: row",
+    "a parameter",
+    "a barrier",
+)
 
 
 def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) -> list[str]:
