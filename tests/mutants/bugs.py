@@ -61,7 +61,8 @@ ATTENTION_BACKWARD: list[Bug] = [
     ("dv of weights that were dropped", "z = tl.where(keep, p, 0.0)", "z = p"),
     ("dk of weights that were dropped",
      "dz = tl.where(keep, dz, 0.0)\n    dv", "dz = 1.0 * dz\n    dv"),
-    ("dq with the mask of another head", "attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=half)",
+    ("dq with the mask of another head",
+     "attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=half)",
      "attention_keep(seed, head + 1, rows, cols, THRESHOLD, UNSIGNED=half)"),
     ("keep scale missing in dq",
      'dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))',
@@ -85,6 +86,46 @@ ATTENTION_BACKWARD: list[Bug] = [
     ("delta left unwritten past the first tile", "delta, mask=rows < T)", "delta, mask=rows < 32)"),
 ]  # fmt: skip
 
+ATTENTION_HEAD_BACKWARD: list[Bug] = [
+    ("delta dropped", "p * delta[:, None])", "0.0 * p)"),
+    ("delta of the scaled weights", "delta * (THRESHOLD / 256 - 1)", "-delta"),
+    ("keep scale missing", "m += log_l - tl.log2(256 / (256 - THRESHOLD))", "m += log_l"),
+    ("dv of weights that were dropped", "z, ds = z.to(q.dtype), ds", "z, ds = p.to(q.dtype), ds"),
+    ("dk of weights that were dropped", "tl.fma(z, tl.dot", "tl.fma(p, tl.dot"),
+    ("every head drops alike", "attention_keep(seed, head, rows", "attention_keep(seed, 0, rows"),
+    ("a row sees the next column", "cols <= rows, tl", "cols <= rows + 1, tl"),
+    ("a row does not see itself", "cols <= rows, tl", "cols < rows, tl"),
+    ("the first row has a gradient", "tl.where(rows > 0, ds, 0.0)", "1.0 * ds"),
+    ("the first row of each half has none",
+     "if start_m == 0:", "if True:\n        rows -= start_m"),
+    ("scale missing in dk", "store_tile(scale * dk,", "store_tile(dk,"),
+    ("scale missing in the upper half's dq", "store_tile(scale * upper,", "store_tile(upper,"),
+    ("scale missing in the lower half's dq",
+     "store_tile(scale * dq, dq_ptr, grad_strides, b, h, HALF", "store_tile(dq, dq_ptr, "
+     "grad_strides, b, h, HALF"),
+    ("scale missing in a whole dq",
+     "store_tile(scale * dq, dq_ptr, grad_strides, b, h, 0", "store_tile(dq, dq_ptr, "
+     "grad_strides, b, h, 0"),
+    ("the halves are exchanged", "upper, dq = _halves(dq)", "dq, upper = _halves(dq)"),
+    ("m of the upper half", "_, m = _halves(m)", "m, _ = _halves(m)"),
+    ("delta of the upper half", "_, delta = _halves(delta)", "delta, _ = _halves(delta)"),
+    ("the lower half's dq starts from 0",
+     "        _, m = _halves(m)", "        dq = 0.0 * dq\n        _, m = _halves(m)"),
+    ("q of the upper half", "q = load_tile(q_ptr, q_strides, b, h, HALF,",
+     "q = load_tile(q_ptr, q_strides, b, h, 0,"),
+    ("the last keys of the upper half are skipped",
+     "BLOCK_M // 2 if SPLIT else T", "BLOCK_M // 2 - BLOCK_N if SPLIT else T"),
+    ("the last key is skipped", "range(HALF, T, BLOCK_N)", "range(HALF, T - 1, BLOCK_N)"),
+    ("m read past the end", "stats, rows < T, True)", "stats, rows < T + 9, True)"),
+    ("a ragged key tile is read whole", "seed, not SPLIT,", "seed, False,"),
+    ("dout read at the strides of out",
+     "dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride()",
+     "out.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride()"),
+    ("statistics' offset in int32", "tl.cast(head, tl.int64) * T + rows", "head * T + rows"),
+    ("dk from the weights",
+     "        dk = tl.dot(tl.trans(ds), q)", "        dk = tl.dot(tl.trans(z), q)"),
+]  # fmt: skip
+
 PHILOX: list[Bug] = [
     ("fewer calls for a row's columns", "cols // 16, rows", "cols // 32, rows"),
     ("rows repeat after 2^32", "(row >> 32).to(tl.uint32)", "(row >> 40).to(tl.uint32)"),
@@ -98,6 +139,11 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "attention": (ATTENTION, "attention", "causal_attention"),
     "attention_tiles": (ATTENTION_TILES, "attention", "causal_attention"),
     "attention_backward": (ATTENTION_BACKWARD, "attention", "causal_attention"),
+    "attention_head_backward": (
+        ATTENTION_HEAD_BACKWARD,
+        "attention_head",
+        "causal_attention",
+    ),
     "layer_norm": (LAYER_NORM, "layer_norm", "layer_norm"),
     "layer_norm_backward": (
         LAYER_NORM_BACKWARD,
