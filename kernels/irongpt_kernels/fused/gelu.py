@@ -9,9 +9,9 @@ Backward    du = sqrt(2/pi) (1 + 3 * 0.044715 z^2)
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN; it recomputes s.
-Parallelism The forward has one program per tile. In the backward P programs share the rows of each
-            block of columns, and each accumulates dbias in registers; the (P, N) partial sums are
-            added afterwards. There are no atomics, so every run gives the same bits.
+Parallelism One program per tile. For dbias, P programs share the rows of each block of columns in
+            the backward, and each accumulates dbias in registers; the (P, N) partial sums are added
+            afterwards. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
             and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
             where 1 + tanh u loses them.
@@ -33,7 +33,7 @@ from irongpt_kernels.runtime.launch import as_matrix
 
 BLOCK_N = 256
 BLOCK_M = 4
-PROGRAMS_PER_SM = 8  # in the backward: enough loads in flight, and few partial sums
+PROGRAMS_PER_SM = 8  # for dbias: few partial sums
 
 
 @triton.jit
@@ -116,7 +116,9 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tup
     tile = dict(launch_table.options("gelu backward", N, x.element_size(), x.device, default))
     col_tiles = triton.cdiv(N, tile["BLOCK_N"])
     programs = tile.pop("programs_per_sm") * launch.num_sms(x.device)
-    P = min(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(programs, max(1, col_tiles)))
+    P = triton.cdiv(M, tile["BLOCK_M"])
+    if bias_grad:
+        P = min(P, triton.cdiv(programs, max(1, col_tiles)))
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     dbias = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)
     if dx.numel():
