@@ -38,7 +38,7 @@ LAUNCHES = {
     "irongpt::grad_norm": 2,  # squares; their sum, the norm and the scale
     "irongpt::sum_shards": 3,  # the sum; its squares; the norm and the scale
     "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
-    "irongpt::layer_norm_backward": 2,  # rows; the sum of the programs' weight gradients
+    "irongpt::embedding_backward": 2,  # rows of each token; their sum, and that of each position
     "irongpt::cross_entropy": 2,  # rows; their mean
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
     "aten::_index_put_impl_": 8,
@@ -46,11 +46,14 @@ LAUNCHES = {
     "aten::_scaled_dot_product_efficient_attention_backward": 3,  # dO O, its sum, the gradients
 }
 
-READ_TWICE = {"irongpt::muon_momentum": ("grads", "momentum")}  # by both of its kernels
+READ_TWICE = {  # by both of its kernels
+    "irongpt::muon_momentum": ("grads", "momentum"),
+    "irongpt::embedding_backward": ("dx",),
+}
 
 GROUPS = {  # parts of an operation's name; the first group that matches counts
     "attention": ("attention",),
-    "norms": ("layer_norm",),
+    "norms": ("layer_norm", "norm_parameters"),
     "optimizer": ("adamw", "grad_norm", "sum_shards", "muon"),
     "gelu": ("gelu", "tanh", "pow"),
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),

@@ -44,6 +44,13 @@ class Ops(Protocol):
         self, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def embed_layer_norm(
+        self, wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
+        eps: float = 1e-5, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def norm_parameters(
+        self, params: list[Tensor], rows: int, dtype: torch.dtype
+    ) -> list[Tensor]: ...
     def grad_norm(
         self, grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
         max_norm: float, growth_interval: int = 0,

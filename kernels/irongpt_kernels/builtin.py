@@ -11,6 +11,7 @@ from torch import Tensor
 from irongpt_kernels.eager import GradStats, append, grad_stats
 from irongpt_kernels.eager import embed_tokens as embed_tokens
 from irongpt_kernels.eager import linear_add as linear_add
+from irongpt_kernels.eager import norm_parameters as norm_parameters
 from irongpt_kernels.eager import sample_tokens as sample_tokens
 
 
@@ -77,6 +78,15 @@ def dropout_add_layer_norm(
     """See `eager.dropout_add_layer_norm`."""
     total = (residual + F.dropout(branch, dropout_p)).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
+
+
+def embed_layer_norm(
+    wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
+    eps: float = 1e-5, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `eager.embed_layer_norm`."""
+    x = F.embedding(idx, wte) + wpe
+    return x, layer_norm(x, weight, bias, eps, dtype)
 
 
 def grad_norm(

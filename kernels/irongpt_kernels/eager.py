@@ -134,6 +134,30 @@ def dropout_add_layer_norm(
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
 
+def embed_layer_norm(
+    wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
+    eps: float = 1e-5, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """wte[idx] + wpe, the embedding of tokens and of their positions, and its layer norm.
+
+    wte: (V, C). wpe: (T, C). idx: (B, T) int64, in [0, V). weight, bias: (C,).
+    Returns both as (B, T, C), the embedding in the dtype of wte, its norm in `dtype`, by default
+    that of wte.
+    """
+    x = F.embedding(idx, wte) + wpe
+    return x, layer_norm(x, weight, bias, eps, dtype)
+
+
+def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """The parameters of layer norms in the form in which the norms of this module take them.
+
+    params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype: of
+    their results. Here the parameters themselves; `fused` returns views with which one kernel
+    computes the gradients of all.
+    """
+    return list(params)
+
+
 def grad_norm(
     grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,

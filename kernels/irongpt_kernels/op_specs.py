@@ -13,21 +13,14 @@ The one-token ops work on one token for each of B sequences that fill the contex
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from irongpt_kernels.op_costs import numel, optimizer_bytes
+from irongpt_kernels import op_costs
+from irongpt_kernels.op_costs import Cost, numel, optimizer_bytes
 from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Tensors, Weights
-
-
-class Cost(NamedTuple):
-    """The least that an op needs: bytes across DRAM, and FLOPs, two for a multiply-add. FLOPs are
-    counted for matmuls only."""
-
-    bytes: int
-    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,39 +81,27 @@ def _dropout(s: Shape, p: float, seed: Any) -> dict[str, Any]:
     return dict(dropout_p=p, seed=seed)
 
 
-def _attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
-    T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
-    and dK."""
-    rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
-    return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
-
-
-def _norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The rows, and the statistics of each. Parameters stay in L2."""
-    return Cost(s.rows * ((3 if backward else 2) * s.width * stream + 8))
-
-
-def _add_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    return Cost(s.rows * (s.width * (2 * item + (3 if backward else 2) * stream) + 8))
-
-
-def _softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """A causal row reads the positions that it sees, and writes all."""
-    rows = s.B * s.H * s.T
-    return Cost(((2 if backward else 1) * (rows * (s.T + 1) // 2) + rows * s.T) * item)
-
-
 def _norm_inputs(s: Shape) -> dict[str, Input]:
     C = (s.width,)
     return dict(weight=Input(C, "weight", 0.1, 1.0), bias=Input(C, "weight", optional=True))
+
+
+def _embed_norm(ops: Any, s: Shape, x: Tensors) -> tuple[Tensor, ...]:
+    """As a model calls it: the norm's parameters in the form that `ops` wants."""
+    names = [name for name in ("weight", "bias") if name in x]
+    dtype = x["wte"].dtype
+    found = ops.norm_parameters([x[name] for name in names], s.B * s.T, dtype)
+    out: tuple[Tensor, ...] = ops.embed_layer_norm(
+        x["wte"], x["wpe"], x["idx"], **dict(zip(names, found, strict=True))
+    )
+    return out
 
 
 LAYERS = (
     OpSpec(
         "causal_attention",
         lambda s: dict.fromkeys("qkv", Input((s.B, s.H, s.T, s.D))),
-        _attention_cost,
+        op_costs.attention_cost,
         lambda s: f"B={s.B} H={s.H} T={s.T} D={s.D}",
         options=_dropout,
         dropout=True,
@@ -130,7 +111,7 @@ LAYERS = (
     OpSpec(
         "causal_attention_packed",
         lambda s: dict(qkv=Input((s.B, s.T, 3, s.H, s.D))),
-        _attention_cost,
+        op_costs.attention_cost,
         lambda s: f"B={s.B} H={s.H} T={s.T} D={s.D}",
         options=_dropout,
         dropout=True,
@@ -140,14 +121,14 @@ LAYERS = (
     OpSpec(
         "layer_norm",
         lambda s: dict(x=Input((s.rows, s.width), "stream")) | _norm_inputs(s),
-        _norm_cost,
+        op_costs.norm_cost,
         lambda s: f"{s.rows}x{s.width}",
         sweeps=("batch", "width"),
     ),
     OpSpec(
         "softmax",
         lambda s: dict(x=Input((s.B, s.H, s.T, s.T))),
-        _softmax_cost,
+        op_costs.softmax_cost,
         lambda s: f"{s.B}x{s.H}x{s.T}x{s.T}",
         options=lambda s, p, seed: dict(scale=s.D**-0.5, causal=True),
         scores=True,
@@ -162,7 +143,10 @@ LAYERS = (
     ),
     OpSpec(
         "cross_entropy",
-        lambda s: dict(logits=Input((s.rows, s.V)), targets=Input((s.rows,), "integer", below=s.V)),
+        lambda s: dict(
+            logits=Input((s.rows, s.V)),
+            targets=Input((s.rows,), "integer", below=s.V, ignorable=True),
+        ),
         lambda s, item, stream, backward: Cost(
             s.rows * ((2 if backward else 1) * s.V * item + 8 + 8)  # a target, two statistics
         ),
@@ -187,12 +171,27 @@ LAYERS = (
             residual=Input((s.rows, s.width), "stream"),
             **_norm_inputs(s),
         ),
-        _add_norm_cost,
+        op_costs.add_norm_cost,
         lambda s: f"{s.rows}x{s.width}",
         outputs=("total", "normed"),
         options=_dropout,
         dropout=True,
         sweeps=("batch", "width"),
+    ),
+    OpSpec(
+        "embed_layer_norm",
+        lambda s: dict(
+            wte=Input((s.V, s.width), "weight"),
+            wpe=Input((s.T, s.width), "weight"),
+            idx=Input((s.B, s.T), "integer", below=s.V),
+            **_norm_inputs(s),
+        ),
+        op_costs.embed_norm_cost,
+        lambda s: f"{s.B}x{s.T}x{s.width} of {s.V}",
+        outputs=("x", "normed"),
+        functions=("norm_parameters", "embed_layer_norm"),
+        call=_embed_norm,
+        sweeps=("batch", "width", "V"),
     ),
 )
 

@@ -109,7 +109,7 @@ class Call:
             if x.dim() > 1 and x.is_floating_point() and name not in self.spec.changes:
                 self.laid_out[name] = self.layout(rng, INPUT_LAYOUTS)
                 made[name] = LAYOUTS.get(self.laid_out[name], lambda x: x)(x)
-            elif wanted[name].below and rng.random() < 0.5:
+            elif wanted[name].ignorable and rng.random() < 0.5:
                 x[torch.rand(x.shape) < rng.choice((0.1, 0.9))] = IGNORED
         return made
 

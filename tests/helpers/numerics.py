@@ -151,6 +151,7 @@ def inputs_of(
             return indices(x, ignored=True)
         value = randn(*x.size, dtype=kinds[x.role], seed=i)
         rows = len(x.size) == 2 and "N" in vars(shape) and x.size[-1] != shape.V
+        rows = rows and x.role != "weight"  # an embedding
         return value.view(*lead, x.size[1]) if rows else value
 
     return {name: made(i, x) for i, (name, x) in enumerate(inputs.items())}
@@ -162,6 +163,7 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 
 
 OPS = [spec.name for spec in LAYERS]
+FUNCTIONS = [name for spec in SPECS.values() for name in spec.names]  # all of `Ops`
 UPDATES = [name for spec in OPTIMIZERS for name in spec.names]  # they have no gradient
 DECODING = [spec.name for spec in TOKEN]  # one token; no gradient, some write into arguments
 
