@@ -90,7 +90,10 @@ def test_no_tokens(sizes: dict[str, int]) -> None:
     assert all(not g.any() for g in gradients)
 
 
-def test_the_first_output_is_the_bits_of_the_embedding() -> None:
-    x = inputs()
-    total, _ = fused.embed_layer_norm(**x)
+@each_dtype
+def test_the_embedding_has_eagers_bits_and_the_norm_those_of_layer_norm(dtype) -> None:
+    """It is the norm of the embedding after it is rounded to its dtype."""
+    x = inputs(dtype)
+    total, norm = fused.embed_layer_norm(**x)
     assert torch.equal(total, F.embedding(x["idx"], x["wte"]) + x["wpe"])
+    assert torch.equal(norm, fused.layer_norm(total, x["weight"], x["bias"]))

@@ -18,7 +18,7 @@ from irongpt_kernels.op_specs import SPECS, OpSpec
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 IRON = Shape()  # costs are given at its batch
 CONTEXT = IRON.T
-SEQUENCES = 2  # of the one-token ops
+SEQUENCES = 2  # of the one-token ops, and of the embedding
 ROWS = 48  # rows of the tensors that are compiled for: a multiple of 16, as in any real model
 SAMPLING: dict[str, dict[str, Any]] = {
     "all tokens": {}, "greedy": dict(temperature=0.0), "top-k, top-p": dict(top_k=20, top_p=0.9)
@@ -164,6 +164,8 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
         case "dropout_add_layer_norm":
             for N, p in itertools.product(WIDTHS, (0.0, 0.2)):
                 yield dict(label=f"N={N} p={p}", p=p, **_rows(N))
+        case "embed_layer_norm":
+            yield dict(label=f"C={IRON.width}", at=Shape(B=SEQUENCES), costs=IRON)
         case "softmax":
             scale = dict(scale=1.0)
             at = Shape(B=1, H=1)
