@@ -106,15 +106,15 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
     return TrainConfig(**recipe)
 
 
-def tokenize(text: Corpus, kind: str) -> tuple[int, Tokens]:
-    """The size of the vocabulary, and the tokens of the text."""
+def tokenize(text: Corpus, kind: str, size: int | None = None) -> tuple[int, Tokens]:
+    """The size of the vocabulary, and the tokens of the text. size: of a BPE vocabulary."""
     if kind == "char" and not text.files:  # needs no safetensors, which a GPU machine may not have
         chars = CharTokenizer.from_text(text.text)
         tokens = Tokens.of(chars.encode(text.text))
         return chars.vocab_size, replace(tokens, val_bytes=sum(map(len, text.val)))
     from irongpt.data import tokens as tokenized
 
-    tokenizer, tokens = tokenized.tokenize(text, kind)
+    tokenizer, tokens = tokenized.tokenize(text, kind, size)
     return tokenizer.vocab_size, tokens
 
 
@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         source = args.data or PRESETS[preset].data or None
         if source not in texts:
             texts[source] = corpus.load(source, say=print)
-        prepared[preset] = tokenize(texts[source], recipe_of(preset, None, args).tokenizer)
+        kind, size = recipe_of(preset, None, args).tokenizer, PRESETS[preset].vocab_size
+        prepared[preset] = tokenize(texts[source], kind, size)
     devices.make_deterministic()
     modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with result_file.Section(args.section, device, args) as section:

@@ -172,7 +172,8 @@ def _train_flags(train: Parser) -> None:
     help = "files to read from a folder of --data, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")
-    help = "tokens of a BPE vocabulary, rounded up to a multiple of 64 [4096; 8192 above 30 MB]"
+    help = "tokens of a BPE vocabulary, rounded up to a multiple of 64 "
+    help += "[4096; 8192 above 30 MB; best 1024]"
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET]"

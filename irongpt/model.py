@@ -41,6 +41,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
 
+NormParameters = tuple[Tensor, Tensor | None]  # weight and bias, as `Ops.norm_parameters` has them
+
+
 class OpsModule(nn.Module):
     """An nn.Module that computes with `ops`. Copies and pickles store the name of `ops`."""
 
@@ -128,18 +131,17 @@ class Block(OpsModule):
         self,
         x: Tensor,
         normed: Tensor,
-        next_norm: LayerNorm,
+        ln_2: NormParameters,
+        next_norm: NormParameters,
         dropout_p: float,
         seeds: Sequence[int | Tensor | None],
         cache: "KVCache | None",
     ) -> tuple[Tensor, Tensor]:
-        add_norm, ln_2 = self.ops.dropout_add_layer_norm, self.ln_2
+        add_norm = self.ops.dropout_add_layer_norm
         branch = self.attn(normed, dropout_p, seeds[0], cache)
-        x, normed = add_norm(branch, x, ln_2.weight, ln_2.bias, dropout_p=dropout_p, seed=seeds[1])
+        x, normed = add_norm(branch, x, *ln_2, dropout_p=dropout_p, seed=seeds[1])
         branch = self.mlp(normed)
-        return add_norm(
-            branch, x, next_norm.weight, next_norm.bias, dropout_p=dropout_p, seed=seeds[2]
-        )
+        return add_norm(branch, x, *next_norm, dropout_p=dropout_p, seed=seeds[2])
 
 
 class GPT(OpsModule):
@@ -203,15 +205,27 @@ class GPT(OpsModule):
         dropout_p = self.config.dropout if self.training else 0.0
         # A slice of all rows would add two passes over the gradient.
         positions = self.wpe.weight if context == T else self.wpe.weight[:T]
-        x = self.wte(idx) + positions  # (B, T, C)
         blocks = cast(Sequence[Block], self.blocks)
-        first, *rest = [*(block.ln_1 for block in blocks), self.ln_f]
         dtype = blocks[0].attn.qkv.matrix.dtype
-        normed = self.ops.layer_norm(x, first.weight, first.bias, dtype=dtype)
+        first, *norms = self._norms(idx.numel(), dtype)
+        x, normed = self.ops.embed_layer_norm(
+            self.wte.weight, positions, idx, *first, dtype=dtype
+        )  # (B, T, C)
         seeds = self._seeds(seed)
-        for i, (block, next_norm) in enumerate(zip(blocks, rest, strict=True)):
-            x, normed = block(x, normed, next_norm, dropout_p, seeds[i], cache)
+        for i, block in enumerate(blocks):
+            ln_2, next_norm = norms[2 * i : 2 * i + 2]
+            x, normed = block(x, normed, ln_2, next_norm, dropout_p, seeds[i], cache)
         return normed
+
+    def _norms(self, rows: int, dtype: torch.dtype) -> list[NormParameters]:
+        """The parameters of all norms in the order of their use. rows: of their inputs. dtype: of
+        their results."""
+        norms = [m for m in self.modules() if isinstance(m, LayerNorm)]
+        params: list[Tensor] = [
+            p for m in norms for p in m.parameters()
+        ]  # weights, and biases if there are any
+        found = iter(self.ops.norm_parameters(params, rows, dtype))
+        return [(next(found), None if m.bias is None else next(found)) for m in norms]
 
     def _seeds(self, seed: int | Tensor | None) -> list[list[int | Tensor | None]]:
         """The seeds of every block's dropouts, consecutive numbers from `seed` on.
@@ -227,27 +241,25 @@ class GPT(OpsModule):
             flat = [None if seed is None else seed + i for i in range(n)]
         return [flat[i : i + DROPOUTS_PER_BLOCK] for i in range(0, n, DROPOUTS_PER_BLOCK)]
 
-    def loss(
-        self,
-        idx: Tensor,
-        targets: Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        loss_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32.
-
-        loss_scale: the gradient that the loss is going to get, by default 1, 0-d. The fused ops
-        compute the head's gradients with it, so that small ones do not underflow in float16.
-        """
+    def loss(self, idx: Tensor, targets: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32."""
         V = self.config.vocab_size
-        x, weight = self.hidden(idx, seed).flatten(0, 1), self.wte.weight
-        if idx.device.type in PADDED_ON and padded_vocab(V) > V:
-            # Only within the step: weight, gradient, moments and a checkpoint have V rows.
-            weight = F.pad(weight.to(x.dtype), (0, 0, 0, padded_vocab(V) - V))
-        return self.ops.linear_cross_entropy(
-            x, weight, targets.flatten(), classes=V, loss_scale=loss_scale
-        )
+        padding = padded_vocab(V) - V if idx.device.type in PADDED_ON else 0
+        if padding:
+            logits = self._padded_logits(self.hidden(idx, seed), padding)
+        else:
+            logits = self(idx, seed=seed)
+        return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _padded_logits(self, x: Tensor, padding: int) -> Tensor:
+        """The logits (B, T, V + padding) of x (B, T, C). Those of the padding are -inf.
+
+        So its probabilities and its gradients are exactly 0. It exists only within the step: the
+        weight, its gradient, its moments and a checkpoint have V rows.
+        """
+        weight = F.pad(self.wte.weight.to(x.dtype), (0, 0, 0, padding))
+        bias = F.pad(weight.new_zeros(self.config.vocab_size), (0, padding), value=-math.inf)
+        return F.linear(x, weight, bias)
 
 
 class KVCache:

@@ -83,7 +83,7 @@ class TrainBatches:
         self.count = max(1, (len(ids) - 1) // context - 1)  # one less, to leave room for the offset
         self.starts = lru_cache(maxsize=2)(self._starts)
         self.seed = seed
-        self.offsets = torch.arange(context + 1, device=ids.device)
+        self.offsets = input_and_target(context, ids.device)
 
     def _starts(self, epoch: int) -> Tensor:  # (count,) int64; copied to the device once per epoch
         rng = np.random.default_rng([self.seed, epoch])
@@ -119,7 +119,7 @@ class ValBatches:
         used = min(count, max_sequences)
         self.ids, self.batch_size = ids, batch_size
         self.starts = torch.arange(used, device=ids.device) * count // used * context
-        self.offsets = torch.arange(context + 1, device=ids.device)
+        self.offsets = input_and_target(context, ids.device)
 
     def __len__(self) -> int:
         return -(-len(self.starts) // self.batch_size)
@@ -138,16 +138,23 @@ def every_target(ids: Tensor, context: int, batch_size: int) -> Iterator[tuple[T
     The sequences do not overlap, so that the first targets of each one have little context. The
     last one is shorter than the others if the ids do not fill it.
     """
-    offsets = torch.arange(context + 1, device=ids.device)
-    whole = (len(ids) - 1) // context
-    for starts in (torch.arange(whole, device=ids.device) * context).split(batch_size):
-        if len(starts):
-            yield sequences(ids, starts, offsets)
-    if rest := (len(ids) - 1) % context:
-        yield sequences(ids, offsets[:1] + whole * context, offsets[: rest + 1])
+    whole, rest = divmod(len(ids) - 1, context)
+    starts = torch.arange(whole + 1, device=ids.device) * context
+    offsets = input_and_target(context, ids.device)
+    for some in starts[:whole].split(batch_size):
+        if len(some):
+            yield sequences(ids, some, offsets)
+    if rest:
+        yield sequences(ids, starts[whole:], offsets[:, :, :rest])
+
+
+def input_and_target(context: int, device: torch.device) -> Tensor:
+    """Positions of the inputs and of the targets in a sequence: 0 to T - 1, 1 to T. (2, 1, T)"""
+    positions = torch.arange(context, device=device)
+    return torch.stack((positions, positions + 1))[:, None]
 
 
 def sequences(ids: Tensor, starts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (N,), starts (B,), offsets 0 to T -> inputs, and targets one later: (B, T) int64."""
-    rows = ids[starts[:, None] + offsets].long()  # (B, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+    """ids (N,), starts (B,), `input_and_target` -> inputs and targets, (B, T) int64, contiguous."""
+    inputs, targets = ids[starts[:, None] + offsets].long()  # (2, B, T)
+    return inputs, targets

@@ -39,15 +39,18 @@ class Ops(Protocol):
     def cross_entropy(
         self, logits: Tensor, targets: Tensor, ignore_index: int = -100
     ) -> Tensor: ...
-    def linear_cross_entropy(
-        self, x: Tensor, weight: Tensor, targets: Tensor, *,
-        classes: int | None = None, loss_scale: Tensor | None = None,
-    ) -> Tensor: ...  # fmt: skip
     def gelu(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
     def dropout_add_layer_norm(
         self, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
         dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def embed_layer_norm(
+        self, wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
+        eps: float = 1e-5, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def norm_parameters(
+        self, params: list[Tensor], rows: int, dtype: torch.dtype
+    ) -> list[Tensor]: ...
     def grad_norm(
         self, grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
         max_norm: float, growth_interval: int = 0,

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irongpt_kernels.eager import GradStats, append, grad_stats, padded_logits
+from irongpt_kernels.eager import GradStats, append, grad_stats
 from irongpt_kernels.eager import embed_tokens as embed_tokens
 from irongpt_kernels.eager import linear_add as linear_add
+from irongpt_kernels.eager import norm_parameters as norm_parameters
 from irongpt_kernels.eager import sample_tokens as sample_tokens
 
 
@@ -65,15 +66,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     return F.cross_entropy(wide, targets, ignore_index=ignore_index)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *,
-    classes: int | None = None, loss_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See `eager.linear_cross_entropy`. It computes what torch.nn.functional.linear_cross_entropy
-    of torch 2.13 computes without options, which would give a 16-bit loss outside autocast."""
-    return cross_entropy(padded_logits(x, weight, classes), targets)
-
-
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `eager.gelu`."""
     return F.gelu(x if bias is None else x + bias, approximate="tanh").to(x.dtype)
@@ -86,6 +78,15 @@ def dropout_add_layer_norm(
     """See `eager.dropout_add_layer_norm`."""
     total = (residual + F.dropout(branch, dropout_p)).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
+
+
+def embed_layer_norm(
+    wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
+    eps: float = 1e-5, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `eager.embed_layer_norm`."""
+    x = F.embedding(idx, wte) + wpe
+    return x, layer_norm(x, weight, bias, eps, dtype)
 
 
 def grad_norm(

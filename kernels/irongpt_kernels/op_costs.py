@@ -1,4 +1,4 @@
-"""The least that an op needs: bytes across DRAM, and FLOPs."""
+"""The least that ops need: bytes across DRAM, and FLOPs. Short formulas are in `op_specs`."""
 
 import math
 from typing import NamedTuple
@@ -12,6 +12,38 @@ class Cost(NamedTuple):
 
     bytes: int
     flops: int = 0
+
+
+def attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
+    T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
+    and dK."""
+    rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
+    return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
+
+
+def norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """The rows, and the statistics of each. Parameters stay in L2."""
+    return Cost(s.rows * ((3 if backward else 2) * s.width * stream + 8))
+
+
+def add_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """The branch and the norm, the residual and the sum; backward the sum and all gradients."""
+    return Cost(s.rows * (s.width * (2 * item + (3 if backward else 2) * stream) + 8))
+
+
+def softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """A causal row reads the positions that it sees, and writes all."""
+    rows = s.B * s.H * s.T
+    return Cost(((2 if backward else 1) * (rows * (s.T + 1) // 2) + rows * s.T) * item)
+
+
+def embed_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """The sum and its norm are written. Backward their gradients and the sum are read, and the
+    gradients of both embeddings are written. Each row has an id and statistics. The embeddings
+    themselves stay in L2."""
+    rows = s.B * s.T * ((3 if backward else 2) * s.width * stream + 8 + 8)
+    return Cost(rows + (s.V + s.T) * s.width * 4 * backward)
 
 
 def numel(sizes: Weights) -> int:
@@ -37,35 +69,3 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
     if optimizer == "muon":  # grad_norm has read the gradients before
         return rest + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
     return rest + adamw_bytes(matrices, itemsize, copy)
-
-
-def attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
-    T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
-    and dK."""
-    rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
-    return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
-
-
-def norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The rows, and the statistics of each. Parameters stay in L2."""
-    return Cost(s.rows * ((3 if backward else 2) * s.width * stream + 8))
-
-
-def add_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """Branch, residual and both outputs or their gradients, and the statistics of each row."""
-    return Cost(s.rows * (s.width * (2 * item + (3 if backward else 2) * stream) + 8))
-
-
-def softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """A causal row reads the positions that it sees, and writes all."""
-    rows = s.B * s.H * s.T
-    return Cost(((2 if backward else 1) * (rows * (s.T + 1) // 2) + rows * s.T) * item)
-
-
-def linear_cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """x, weight and targets; backward x, weight and their gradients. The logits would not have to
-    leave the chip, for which one more matmul would compute them again."""
-    elements = (s.rows + s.V) * s.width
-    bytes_ = elements * item * (2 if backward else 1) + s.rows * 8
-    return Cost(bytes_, (2 if backward else 1) * 2 * s.rows * s.V * s.width)

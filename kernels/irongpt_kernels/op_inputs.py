@@ -73,9 +73,10 @@ class Input:
     """A tensor that an op takes.
 
     role: decides the dtype, see `dtypes`. Values are normal(mean, scale); or all `fill`; or
-    values(x), where x is standard normal (for integers uninitialized); or integers in [0, below).
-    ignorable: some may be IGNORED. optional: absent in a model of the presets, such as a bias.
-    copy_of: the name of the input that this one copies in 16 bits; in float32 there is no copy.
+    values(x), where x is standard normal (for integers uninitialized); or integers in [0, below),
+    which with `ignorable` may also be IGNORED.
+    optional: absent in a model of the presets, such as a bias. copy_of: the name of the input that
+    this one copies in 16 bits; in float32 there is no copy.
     """
 
     size: tuple[int, ...]
@@ -84,8 +85,8 @@ class Input:
     mean: float = 0.0
     fill: float | None = None
     below: int = 0
-    values: Callable[[Tensor], Tensor] | None = None
     ignorable: bool = False
+    values: Callable[[Tensor], Tensor] | None = None
     optional: bool = False
     copy_of: str = ""
 
@@ -124,7 +125,7 @@ def random_inputs(
 
 
 def indices(one: Input, ignored: bool = False) -> Tensor:
-    """Integers below `one.below`, the same on every device; ignored: some are IGNORED, where they
+    """Integers below `one.below`, the same on every device; ignored: some are IGNORED, if they
     may be."""
     found = torch.arange(math.prod(one.size)).view(one.size) * 7 % max(1, one.below)
     if ignored and one.ignorable:

@@ -12,7 +12,7 @@ The one-token ops work on one token for each of B sequences that fill the contex
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,8 +86,15 @@ def _norm_inputs(s: Shape) -> dict[str, Input]:
     return dict(weight=Input(C, "weight", 0.1, 1.0), bias=Input(C, "weight", optional=True))
 
 
-def _targets(s: Shape) -> Input:
-    return Input((s.rows,), "integer", below=s.V)
+def _embed_norm(ops: Any, s: Shape, x: Tensors) -> tuple[Tensor, ...]:
+    """As a model calls it: the norm's parameters in the form that `ops` wants."""
+    names = [name for name in ("weight", "bias") if name in x]
+    dtype = x["wte"].dtype
+    found = ops.norm_parameters([x[name] for name in names], s.B * s.T, dtype)
+    out: tuple[Tensor, ...] = ops.embed_layer_norm(
+        x["wte"], x["wpe"], x["idx"], **dict(zip(names, found, strict=True))
+    )
+    return out
 
 
 LAYERS = (
@@ -136,22 +143,14 @@ LAYERS = (
     ),
     OpSpec(
         "cross_entropy",
-        lambda s: dict(logits=Input((s.rows, s.V)), targets=replace(_targets(s), ignorable=True)),
+        lambda s: dict(
+            logits=Input((s.rows, s.V)),
+            targets=Input((s.rows,), "integer", below=s.V, ignorable=True),
+        ),
         lambda s, item, stream, backward: Cost(
             s.rows * ((2 if backward else 1) * s.V * item + 8 + 8)  # a target, two statistics
         ),
         lambda s: f"{s.rows}x{s.V}",
-        sweeps=("batch", "V"),
-    ),
-    OpSpec(
-        "linear_cross_entropy",
-        lambda s: dict(
-            x=Input((s.rows, s.width)),
-            weight=Input((s.V, s.width), scale=0.05),  # logits of about 1 at iron's width
-            targets=_targets(s),
-        ),
-        op_costs.linear_cross_entropy_cost,
-        lambda s: f"{s.rows}x{s.width} by {s.V}x{s.width}",
         sweeps=("batch", "V"),
     ),
     OpSpec(
@@ -178,6 +177,21 @@ LAYERS = (
         options=_dropout,
         dropout=True,
         sweeps=("batch", "width"),
+    ),
+    OpSpec(
+        "embed_layer_norm",
+        lambda s: dict(
+            wte=Input((s.V, s.width), "weight"),
+            wpe=Input((s.T, s.width), "weight"),
+            idx=Input((s.B, s.T), "integer", below=s.V),
+            **_norm_inputs(s),
+        ),
+        op_costs.embed_norm_cost,
+        lambda s: f"{s.B}x{s.T}x{s.width} of {s.V}",
+        outputs=("x", "normed"),
+        functions=("norm_parameters", "embed_layer_norm"),
+        call=_embed_norm,
+        sweeps=("batch", "width", "V"),
     ),
 )
 

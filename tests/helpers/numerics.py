@@ -141,9 +141,8 @@ def inputs_of(
     causal: bool = False,
     **roles: torch.dtype,
 ) -> Inputs:
-    """Inputs of an op with a gradient. lead: the dimensions that make up M, except of a softmax's
-    rows and where there are targets. roles: dtypes of the residual stream and of weights, if they
-    differ."""
+    """Inputs of an op with a gradient. lead: the dimensions that make up M, except of logits and of
+    a softmax's rows. roles: dtypes of the residual stream and of weights, if they differ."""
     spec, kinds = SPECS[name], dict.fromkeys(("compute", "stream", "weight"), dtype) | roles
     inputs = (spec if causal else spec.full_rows or spec).inputs(shape)
 
@@ -152,7 +151,7 @@ def inputs_of(
             return indices(x, ignored=True)
         value = randn(*x.size, dtype=kinds[x.role], seed=i)
         rows = len(x.size) == 2 and "N" in vars(shape) and x.size[-1] != shape.V
-        rows = rows and "targets" not in inputs
+        rows = rows and x.role != "weight"  # an embedding
         return value.view(*lead, x.size[1]) if rows else value
 
     return {name: made(i, x) for i, (name, x) in enumerate(inputs.items())}
@@ -164,6 +163,7 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 
 
 OPS = [spec.name for spec in LAYERS]
+FUNCTIONS = [name for spec in SPECS.values() for name in spec.names]  # all of `Ops`
 UPDATES = [name for spec in OPTIMIZERS for name in spec.names]  # they have no gradient
 DECODING = [spec.name for spec in TOKEN]  # one token; no gradient, some write into arguments
 

@@ -7,7 +7,7 @@ import numerics
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import DECODING, GRADIENTS, OPS, OUTPUTS, UPDATES, assert_rule
+from numerics import FUNCTIONS, GRADIENTS, OUTPUTS, assert_rule
 
 from irongpt import device as devices
 from irongpt.config import GPTConfig, SampleConfig, TrainConfig
@@ -38,10 +38,10 @@ def loss_and_gradients(gpt: GPT, seed: int) -> tuple[torch.Tensor, list[torch.Te
     return loss.detach(), list(torch.autograd.grad(loss, list(gpt.parameters())))
 
 
-@pytest.mark.parametrize("name", [*OPS, *UPDATES, *DECODING])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_signatures_are_those_of_eager(name: str) -> None:
     assert inspect.signature(getattr(fused, name)) == inspect.signature(getattr(eager, name))
-    assert sorted(fused.__all__) == sorted([*OPS, *UPDATES, *DECODING])
+    assert sorted(fused.__all__) == sorted(FUNCTIONS)
 
 
 @pytest.mark.parametrize(("bias", "dropout"), [(False, 0.2), (True, 0.0)])

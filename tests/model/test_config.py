@@ -100,6 +100,12 @@ def test_the_fast_preset_has_the_iron_model_without_dropout() -> None:
     assert sequences[0] > 30 * sequences[1]
 
 
+def test_the_best_preset_trains_on_at_most_ten_million_tokens() -> None:
+    iron, best = PRESETS["iron"], PRESETS["best"]
+    assert best.model | {"dropout": 0.2} == iron.model
+    assert 9.9e6 < best.train["iters"] * best.train["batch_size"] * best.model["context"] <= 10e6
+
+
 def test_an_int_is_accepted_for_a_float() -> None:
     assert from_json(GPTConfig, to_json(MODEL) | {"dropout": 0}).dropout == 0
     assert from_json(TrainConfig, to_json(TRAIN) | {"target_loss": 2}).target_loss == 2

@@ -7,10 +7,11 @@ from tests.mutants.optimizer import ADAMW, GRAD_NORM, MUON
 from tests.mutants.rows import (
     CROSS_ENTROPY,
     DROPOUT_ADD_LAYER_NORM,
+    EMBED_LAYER_NORM,
     GELU,
     LAYER_NORM,
     LAYER_NORM_BACKWARD,
-    LINEAR_CROSS_ENTROPY,
+    NORM_PARAMETERS,
     SOFTMAX,
     Bug,
 )
@@ -156,13 +157,14 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
         "dropout_add_layer_norm",
         "dropout_add_layer_norm",
     ),
+    "norm_parameters": (
+        NORM_PARAMETERS,
+        "norm_parameters embed_layer_norm",
+        "layer_norm",
+    ),
+    "embed_layer_norm": (EMBED_LAYER_NORM, "embed_layer_norm", "embed_layer_norm"),
     "softmax": (SOFTMAX, "softmax", "softmax"),
     "cross_entropy": (CROSS_ENTROPY, "cross_entropy", "cross_entropy"),
-    "linear_cross_entropy": (
-        LINEAR_CROSS_ENTROPY,
-        "linear_cross_entropy",
-        "linear_cross_entropy",
-    ),
     "decode_attention": (DECODE_ATTENTION, "decode_attention", "decode_attention"),
     "decode_linear": (DECODE_LINEAR, "decode_linear", "linear"),
     "decode_tokens": (DECODE_TOKENS, "decode_tokens", "tokens"),

@@ -185,7 +185,6 @@ TABLE = {
     "layer_norm": "N=16|N=384|N=384 no bias|N=1024|N=8192",
     "dropout_add_layer_norm": "N=16 p=0.2|N=384 p=0.0|N=384 p=0.2|N=1024 p=0.2|N=8192 p=0.2",
     "cross_entropy": "V=104|V=4096|V=50257",
-    "linear_cross_entropy": "V=104|V=4096|V=16384|V=50257",
     "decode_attention": "D=16 N=256|D=48 N=256|D=64 N=256|D=128 N=256",
     "norm_linear": "K=384 N=50257|K=16 N=16|K=16 N=16 gelu|K=384 N=1152|K=384 N=1152 gelu|"
     "K=4096 N=1024|K=4096 N=1024 gelu",
@@ -221,6 +220,8 @@ def every(dtype: str, arch: int) -> Iterator[Case]:
             short = at.T // 16 * 6 + at.T % 16
             heads = arch == 90 and dtype != "float32"  # which have one kernel or two by their T
             at = replace(at, H=1, T=min(at.T, 272) if heads else short)
+        elif c.op == "embed_layer_norm":
+            at = replace(at, T=40)
         elif c.spec.kind == "optimizer":
             at = replace(at, H=1, L=1, T=32)
         elif isinstance(at, RowShape):

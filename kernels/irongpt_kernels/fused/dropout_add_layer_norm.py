@@ -29,7 +29,8 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
-from irongpt_kernels.fused.layer_norm_backward import forward_tile, keep_factor, layer_norm_backward
+from irongpt_kernels.fused.layer_norm_backward import forward_tile, keep_factor, one_row
+from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
@@ -77,8 +78,7 @@ def dropout_add_layer_norm_fwd(
     M, N = rows.shape
     outputs = _empty_outputs(branch, residual)
     if branch.numel():
-        bias = None if bias is None else bias.contiguous()
-        inputs = branch_rows, rows, weight.contiguous(), bias
+        inputs = branch_rows, rows, one_row(weight), one_row(bias)
         strides = branch_rows.stride(0), rows.stride(0)
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         tile = forward_tile(N, branch.element_size(), branch.device)
@@ -108,12 +108,11 @@ def _backward(
     wanted = list(ctx.needs_input_grad[:4])
     if dnorm is None:
         wanted[2:] = [False, False]  # the sum does not depend on the parameters
-    dbranch, dresidual, dweight, dbias = layer_norm_backward(
-        dsum, dnorm, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.branch_dtype, wanted
+    dtypes = ctx.branch_dtype, ctx.bias_dtype
+    gradients = norm_gradients(
+        dsum, dnorm, total, weight, mean, rstd, seed, ctx.dropout_p, dtypes, wanted
     )
-    gradients = dbranch, dresidual, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-    kept = (d if want else None for d, want in zip(gradients, wanted, strict=True))
-    return *kept, None, None, None
+    return *gradients, None, None, None
 
 
 _op = custom_op(

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.layer_norm_backward import centre, layer_norm_backward, tile
+from irongpt_kernels.fused.layer_norm_backward import centre, one_row, tile
+from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
@@ -87,12 +88,11 @@ def layer_norm_fwd(
     M, N = rows.shape
     y, mean, rstd = _empty_outputs(x, dtype)
     if x.numel():
-        weight = weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
+        parameters = one_row(weight), one_row(bias)
         stride = rows.stride(0)
         with launch.on(x.device):
             _fwd_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
-                rows, weight, bias, y, mean, rstd, M, N, stride, eps, **tile(N)
+                rows, *parameters, y, mean, rstd, M, N, stride, eps, **tile(N)
             )
     return y, mean, rstd
 
@@ -111,12 +111,10 @@ def _backward(
     if dy is None:
         return (None,) * 5
     x, weight, mean, rstd = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    _, dx, dweight, dbias = layer_norm_backward(
-        None, dy, x, weight, mean, rstd, None, 0.0, x.dtype, [False, *wanted]
-    )
-    gradients = dx, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-    return *(d if want else None for d, want in zip(gradients, wanted, strict=True)), None, None
+    wanted = [False, *ctx.needs_input_grad[:3]]
+    dtypes = x.dtype, ctx.bias_dtype
+    _, *gradients = norm_gradients(None, dy, x, weight, mean, rstd, None, 0.0, dtypes, wanted)
+    return *gradients, None, None
 
 
 _op = custom_op(
@@ -131,8 +129,12 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> N
     N = x.shape[-1]
     if N > MAX_N:
         raise ValueError(f"{name} must have a last dimension of at most {MAX_N}, got {N}")
-    checks.shape("weight", weight, (N,))
-    checks.shape("bias", bias, (N,))
+    given = [t for t in (weight, bias) if t is not None]
+    # Those of `norm_parameters` are views, as P equal rows.
+    views = all(t.dim() == 2 and (len(t) == 1 or t.stride(0) == 0) for t in given)
+    wanted = (len(weight), N) if views else (N,)
+    checks.shape("weight", weight, wanted)
+    checks.shape("bias", bias, wanted)
 
 
 def layer_norm(

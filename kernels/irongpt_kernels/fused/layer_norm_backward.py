@@ -14,8 +14,8 @@ For `layer_norm`, x takes the place of the sum, dsum is absent, and dresidual is
 Traffic     reads dsum, dnorm and the sum, writes dresidual and dbranch: 5MN elements, and 3MN for
             `layer_norm`. xhat is recomputed from mean and rstd, the mask from the seed.
 Parallelism P programs, WARPS_PER_SM warps on each SM, loop over the blocks of rows. Each keeps its
-            own dweight and dbias, and the (P, N) partial sums are added afterwards. There are no
-            atomics, so every run gives the same bits.
+            own dweight and dbias; `norm_parameters` adds these (P, N) partial sums, of all norms at
+            once. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store; xhat is centred as in the forward.
 Limits      those of `layer_norm`. No second derivative.
 Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_layer_norm
@@ -134,25 +134,32 @@ def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
 
 
+def programs(rows: int, N: int, itemsize: int, device: torch.device) -> int:
+    """How many programs share the rows, each with its own partial sums. itemsize: of the branch."""
+    options, warps = backward_tile(N, itemsize, device)
+    per_sm = warps // options["num_warps"]
+    return min(triton.cdiv(rows, options["BLOCK_M"]), per_sm * launch.num_sms(device))
+
+
 def layer_norm_bwd(
     dsum: Tensor | None, dnorm: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, seed: Tensor | None, dropout_p: float, branch_dtype: torch.dtype,
+    rstd: Tensor, seed: Tensor | None, dropout_p: float, branch_dtype: torch.dtype, P: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dbranch in `branch_dtype`, dresidual like total, contiguous; dweight, dbias, float32.
+    """Returns dbranch in `branch_dtype`, dresidual like total, contiguous; the partial sums of
+    dweight and dbias, (P, N) float32.
 
-    total: the sum, or the x of `layer_norm`. dsum, dnorm: None for a gradient of 0. Gradients that
-    are not wanted are returned empty.
+    total: the sum, or the x of `layer_norm`. weight: (N,), or P equal rows of it. dsum, dnorm: None
+    for a gradient of 0. P: the number of programs. Gradients that are not wanted are returned
+    empty.
     """
     dsum_rows, dnorm_rows = (None if d is None else contiguous_rows(d) for d in (dsum, dnorm))
     rows = contiguous_rows(total)
     M, N = rows.shape
     options, warps = backward_tile(N, branch_dtype.itemsize, total.device)
-    per_sm = warps // options["num_warps"]
-    P = min(triton.cdiv(M, options["BLOCK_M"]), per_sm * launch.num_sms(total.device))
-    outputs = _empty_outputs(total, (P, N), branch_dtype, wanted)
+    outputs = _empty_outputs(total, branch_dtype, P, wanted)
     if total.numel():
-        inputs = dsum_rows, dnorm_rows, rows, weight.contiguous(), mean, rstd, seed
+        inputs = dsum_rows, dnorm_rows, rows, one_row(weight), mean, rstd, seed
         pointers = (d if want else None for d, want in zip(outputs, wanted, strict=True))
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
@@ -161,24 +168,33 @@ def layer_norm_bwd(
             # limit, ptxas would spill some so that more warps fit.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))
             _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
-    dbranch, dresidual, *partial = outputs
-    dweight, dbias = (d.sum(0) if want else d for d, want in zip(partial, wanted[2:], strict=True))
-    return dbranch, dresidual, dweight, dbias
+    else:
+        for d in outputs:
+            d.zero_()
+    return outputs
+
+
+def one_row(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as a norm is given it, (N,) or P equal rows of it, as (N,), contiguous."""
+    if parameter is None:
+        return None
+    return (parameter[0] if parameter.dim() == 2 else parameter).contiguous()
 
 
 def _empty_outputs(
-    total: Tensor, parameter: Sequence[int], branch_dtype: torch.dtype, wanted: Sequence[bool]
-) -> list[Tensor]:
-    """Uninitialized gradients. parameter: the shape of dweight and of dbias."""
-    float32 = (parameter, torch.float32)
-    kinds = [(total.shape, branch_dtype), (total.shape, total.dtype), float32, float32]
-    return [
+    total: Tensor, branch_dtype: torch.dtype, P: int, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialized gradients."""
+    partial = (P, total.shape[-1]), torch.float32
+    kinds = [(total.shape, branch_dtype), (total.shape, total.dtype), partial, partial]
+    dbranch, dresidual, dweight, dbias = (
         total.new_empty(shape if want else 0, dtype=dtype)
         for want, (shape, dtype) in zip(wanted, kinds, strict=True)
-    ]
+    )
+    return dbranch, dresidual, dweight, dbias
 
 
 layer_norm_backward = custom_op(
     "layer_norm_backward", layer_norm_bwd,
-    lambda dsum, dnorm, total, weight, *rest: (*_empty_outputs(total, weight.shape, *rest[-2:]),),
+    lambda dsum, dnorm, total, *rest: _empty_outputs(total, *rest[-3:]),
 )  # fmt: skip

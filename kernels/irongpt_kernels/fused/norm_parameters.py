@@ -1,0 +1,144 @@
+"""Gradients of the parameters of all layer norms, by one kernel at the end of the backward pass.
+
+    norm_parameters([w, ...])   views of the parameters as P equal rows, (P, N)
+    backward                    dw = the sum of the P rows of the view's gradient
+
+Each of the P programs of a norm's backward (see `layer_norm_backward`) sums the gradient of the
+parameters over its own rows of x, which makes a (P, N) matrix of partial sums. It is the gradient
+of the view if program p reads row p. So a norm that is given such views returns its partial sums as
+they are, and those of all norms are added by one kernel, where each norm would launch its own. A
+norm that is given the parameters themselves, (N,), adds its own partial sums.
+
+Traffic     reads the partial sums, 4PN bytes per parameter, and writes 4N.
+Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. The addresses of
+            the matrices are kernel arguments, as in `grad_norm`: one launch for up to 48. There are
+            no atomics, so every run gives the same bits.
+Precision   float32.
+Limits      Matrices that are not float32 or not contiguous are copied. No second derivative.
+Spec        irongpt_kernels/eager.py::norm_parameters
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from irongpt_kernels.fused.grad_norm import MAX_TENSORS, aligned, load, select_address
+from irongpt_kernels.fused.layer_norm_backward import layer_norm_backward, programs
+from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime.custom_op import custom_op
+
+TILE = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4)
+
+
+@triton.jit
+def _column_sums_kernel(
+    matrices, sums, firsts, heights, widths,
+    COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores the sum of the rows of each of COUNT contiguous matrices.
+
+    firsts: the id of the first program of each matrix. heights, widths: its rows and columns.
+    """
+    program = tl.program_id(0)
+    matrix, sum_at = matrices[0].to(tl.int64), sums[0].to(tl.int64)
+    first, M, N = 0, tl.cast(heights[0], tl.int64), tl.cast(widths[0], tl.int64)
+    for i in tl.static_range(1, COUNT):
+        mine = program >= firsts[i]
+        matrix = select_address(matrices, i, mine, matrix)
+        sum_at = select_address(sums, i, mine, sum_at)
+        first = tl.where(mine, firsts[i], first)
+        M, N = tl.where(mine, heights[i], M), tl.where(mine, widths[i], N)
+    cols = tl.cast(program - first, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        total += load(matrix, rows[:, None] * N + cols[None, :], mask, tl.float32)
+    pointer = sum_at.to(tl.pointer_type(tl.float32))
+    tl.store(pointer + cols, tl.sum(total, 0), mask=cols < N)
+
+
+def column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of the rows of each matrix: (M, N) of any sizes -> (N,) float32."""
+    matrices = [aligned(m.float()) for m in matrices]
+    sums = [m.new_empty(m.shape[1]) for m in matrices]
+    for i in range(0, len(matrices), MAX_TENSORS):
+        some, out = matrices[i : i + MAX_TENSORS], sums[i : i + MAX_TENSORS]
+        firsts = [0]
+        for m in some:
+            firsts.append(firsts[-1] + triton.cdiv(m.shape[1], TILE["BLOCK_N"]))
+        if not firsts[-1]:
+            continue
+        heights, widths = zip(*(m.shape for m in some), strict=True)
+        with launch.on(some[0].device):
+            _column_sums_kernel[(firsts[-1],)](
+                tuple(some), tuple(out), tuple(firsts[:-1]), heights, widths,
+                COUNT=len(some), **TILE,
+            )  # fmt: skip
+    return sums
+
+
+def norm_parameters_bwd(partial: list[Tensor]) -> list[Tensor]:
+    """partial: the gradients of the views, (P, N) each -> those of the parameters, float32."""
+    return column_sums(partial)
+
+
+_backward_op = custom_op(
+    "norm_parameters_backward", norm_parameters_bwd,
+    lambda partial: [m.new_empty(m.shape[1], dtype=torch.float32) for m in partial],
+)  # fmt: skip
+
+
+class _Rows(torch.autograd.Function):
+    """Views of the parameters as P equal rows each."""
+
+    @staticmethod
+    def forward(ctx: Any, P: int, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(p.expand(P, -1) for p in params)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *partial: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums = iter(_backward_op([m for m in partial if m is not None]))
+        return None, *(None if m is None else next(sums) for m in partial)
+
+
+def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """See `eager.norm_parameters`. Returns (P, N) views where a gradient is wanted."""
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
+        return list(params)
+    P = max(1, programs(rows, params[0].shape[-1], dtype.itemsize, params[0].device))
+    return list(_Rows.apply(P, *params))
+
+
+def norm_gradients(
+    dsum: Tensor | None, dnorm: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, seed: Tensor | None, dropout_p: float, dtypes: Sequence[torch.dtype],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients with respect to branch, residual, weight and bias; None for those not wanted.
+
+    The arguments are those of `layer_norm_bwd`. weight: (N,), or a view of `norm_parameters`, whose
+    shape the gradients of weight and bias have too. dtypes: of the branch and of the bias.
+    """
+    N = weight.shape[-1]
+    rows = total.numel() // max(1, N)
+    summed = weight.dim() == 1
+    P = programs(rows, N, dtypes[0].itemsize, total.device) if summed else weight.shape[0]
+    found: list[Tensor] = list(
+        layer_norm_backward(
+            dsum, dnorm, total, weight, mean, rstd, seed, dropout_p, dtypes[0], P, wanted
+        )
+    )
+    if summed and any(wanted[2:]):
+        at = [i for i in (2, 3) if wanted[i]]
+        for i, d in zip(at, _backward_op([found[i] for i in at]), strict=True):
+            found[i] = d
+    found[2:] = found[2].to(weight.dtype), found[3].to(dtypes[1])
+    return [d if want else None for d, want in zip(found, wanted, strict=True)]
