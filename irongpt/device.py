@@ -13,6 +13,10 @@ from irongpt_kernels.runtime import emulate
 from irongpt import driver
 from irongpt.errors import UserError, brief
 
+HARMLESS = (  # PyTorch's warnings on a GPU about which a user has to do nothing
+    "Attempting to run cuBLAS, but there was no current CUDA context",
+    "Synchronization debug mode is a prototype feature",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. A key is a
@@ -70,6 +74,8 @@ def pick(name: str) -> torch.device:
     count, index = torch.cuda.device_count(), name.partition(":")[2]
     if int(index or 0) >= count:
         raise UserError(f"--device {name}: there are {count} GPUs, and the first is cuda:0")
+    for note in HARMLESS:
+        warnings.filterwarnings("ignore", note)
     return torch.device("cuda", int(index or torch.cuda.current_device()))
 
 
