@@ -80,7 +80,6 @@ def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
     # Of 16 elements that a call could serve, a warp of 16 rows has 8; addresses count as calls.
     calls = {r["kernel"]: r["per_call"] for r in matmuls if "D=64 p=0.2" in r["shape"]}
     assert len(calls) == (4 if arch == 90 else 3)
-    assert calls.pop("attention._fwd_kernel") >= 4  # on sm_75 its signed indices hide equal calls
     assert min(calls.values()) >= 7
     if arch >= 80 and f"triton=={report['triton']}" in CONSTRAINTS.read_text().split():
         attention = [r for r in rows if r["op"] == "causal_attention"]

@@ -104,8 +104,7 @@ def _attend(
     rescale = tl.exp2(m - m_new)
     l = l * rescale + tl.sum(p, 1)  # noqa: E741
     if THRESHOLD > 0:
-        # Unsigned indices would spill on sm_75.
-        keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=False)
+        keep = philox.attention_keep(seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD)
         p = tl.where(keep, p, 0.0)
     v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")

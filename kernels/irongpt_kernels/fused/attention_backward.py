@@ -116,8 +116,7 @@ def _ds_of_keys(
         p = tl.where((cols <= rows) & (rows > 0), p, 0.0)  # rows > 0: see Precision
     dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))
     if THRESHOLD > 0:
-        half: tl.constexpr = q.dtype != tl.float32
-        keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=half)
+        keep = philox.attention_keep(seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD)
         dz = tl.where(keep, dz, 0.0)
     return p * (dz - delta[:, None]), k
 
@@ -186,12 +185,9 @@ def _dkv_of_queries(
     z = p
     dz = tl.dot(v, tl.trans(dout), input_precision="ieee") * (256 / (256 - THRESHOLD))
     if THRESHOLD > 0:
-        # Unsigned, wide padded heads would spill on sm_80; float32 is compiled as before.
-        if (BLOCK_D > 64 and D < BLOCK_D) or q.dtype == tl.float32:
-            keep = philox.attention_keep(seed, head, rows, cols, THRESHOLD, UNSIGNED=False)
-        else:  # pipelining computes `rows` a pass ahead, which hides equal counters
-            i = tl.arange(0, BLOCK_M)[None, :]
-            keep = philox.attention_keep(seed, head, i, cols, THRESHOLD, start_m)
+        keep = philox.attention_keep(
+            seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD, TRANSPOSED=True
+        )
         z = tl.where(keep, p, 0.0)
         dz = tl.where(keep, dz, 0.0)
     dv = tl.dot(z.to(dout.dtype), dout, dv, input_precision="ieee")

@@ -111,7 +111,8 @@ def _gradients_of_keys(
     p = tl.where(cols <= rows, tl.exp2(s - m[:, None]), 0.0)
     z = p
     if THRESHOLD > 0:
-        z = tl.where(philox.attention_keep(seed, head, rows, cols, THRESHOLD), p, 0.0)
+        keep = philox.attention_keep(seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD)
+        z = tl.where(keep, p, 0.0)
     ds = tl.fma(z, tl.dot(dout, tl.trans(v)), p * delta[:, None])
     if start_m == 0:
         ds = tl.where(rows > 0, ds, 0.0)  # see Precision in `attention_backward`

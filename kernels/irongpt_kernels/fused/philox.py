@@ -2,7 +2,8 @@
 
 The formulas are written for each element. Elements that share a call of the generator are in one
 thread (see the layout in `dropout`), and the compiler merges their calls where it sees that their
-counters are equal. `python -m irongpt_kernels.aot` shows how many elements a call then serves.
+counters are equal: in `attention_keep` they are one value, which is broadcast.
+`python -m irongpt_kernels.aot` shows how many elements a call then serves.
 """
 
 import triton
@@ -10,29 +11,47 @@ import triton.language as tl
 
 
 @triton.jit
-def attention_keep(seed, head, rows, cols, threshold, row0=None, UNSIGNED: tl.constexpr = True):
-    """The keep mask of attention weights, int1, in the shape that rows and cols broadcast to.
+def attention_keep(
+    seed, head, row, col, M: tl.constexpr, N: tl.constexpr, threshold,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """The keep mask of a tile of attention weights, int1, (M, N), or TRANSPOSED (N, M).
 
-    seed: int64 scalar. head: b H + h. rows, cols: int32 indices that broadcast, such as (M, 1) and
-    (1, N). threshold: `dropout.threshold(p)`. row0: is added to the rows, which are then
-    `tl.arange(0, M)`, and is a multiple of M. UNSIGNED: // and % become shifts and masks, in which
-    the compiler finds equal counters; no bit of the mask changes.
+    seed: int64 scalar. head: b H + h. row, col: the first of the tile, multiples of M and of N.
+    M, N: multiples of 8. threshold: `dropout.threshold(p)`.
     """
-    if UNSIGNED:
-        rows, cols = rows.to(tl.uint32), cols.to(tl.uint32)
-    c0 = rows // 32 * 8 + rows % 8
-    if row0 is not None:
-        c0 += row0 // 32 * 8
-    c1 = cols // 32 * 8 + cols % 8
+    c0, word = _counters(row, M)
+    c1, byte = _counters(col, N)
+    if TRANSPOSED:
+        c0, word, c1, byte = c0[None, :], word[None, :], c1[:, None], byte[:, None]
+    else:
+        c0, word, c1, byte = c0[:, None], word[:, None], c1[None, :], byte[None, :]
     c0, c1 = tl.broadcast(c0, c1)
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero, 7)
-    word = rows // 8 % 4 + zero
-    if row0 is not None and rows.numel < 32:  # else row0 is a multiple of 32
-        word += row0 // 8 % 4
-    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    shift = (cols // 8 % 4 * 8 + zero).to(tl.uint32)
-    return ((bits >> shift) & 0xFF).to(tl.int32) >= threshold
+    word += zero
+    # In this order, as a tensor core's rows decide at compile time whether a word is odd.
+    even, odd = tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3)
+    bits = tl.where(word % 2 == 0, even, odd)
+    return ((bits >> (byte * 8 + zero).to(tl.uint32)) & 0xFF).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _counters(start, L: tl.constexpr):
+    """Of L rows or columns from `start`: counter word c0 or c1, and the number of the 8 in 32.
+
+    Numbers that share a counter get it by a broadcast, so that a thread computes it, and all that
+    depends on it, once.
+    """
+    TILES: tl.constexpr = L // 32 if L > 32 else 1
+    EIGHTS: tl.constexpr = 4 if L > 32 else L // 8
+    tile, eight = tl.arange(0, TILES)[:, None, None], tl.arange(0, EIGHTS)[None, :, None]
+    counter = tile * 8 + tl.arange(0, 8)[None, None, :]
+    counter = tl.reshape(tl.broadcast_to(counter, (TILES, EIGHTS, 8)), (L,))
+    eight = tl.reshape(tl.broadcast_to(eight, (TILES, EIGHTS, 8)), (L,))
+    if L < 32:
+        eight += start // 8 % 4
+    return start // 32 * 8 + counter, eight
 
 
 @triton.jit
