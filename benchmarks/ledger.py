@@ -34,7 +34,7 @@ from irongpt.training.trainer import Trainer
 # Operations that launch several kernels; all others launch one. A test counts the launches of our
 # ops. For PyTorch's, the numbers are the fewest that its CUDA source allows.
 LAUNCHES = {
-    "irongpt::causal_attention_backward": 2,  # queries; keys and values
+    "irongpt::causal_attention_backward": 2,  # queries; keys and values. Or one: `launches_of`
     "irongpt::grad_norm": 2,  # squares; their sum, the norm and the scale
     "irongpt::sum_shards": 3,  # the sum; its squares; the norm and the scale
     "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
@@ -82,10 +82,12 @@ class Exchanges(World):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the operations dispatched inside it. phase: the group of all, unless it is empty."""
+    """Counts the operations dispatched inside it. arch: of the GPU. phase: the group of all, unless
+    it is empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, arch: int = 75) -> None:
         super().__init__()
+        self.arch = arch
         self.phase = ""
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -98,9 +100,20 @@ class Ledger(TorchDispatchMode):
         moved = traffic(func, args, kwargs or {}, out)
         if moved:
             group = self.phase or group_of(name)
-            self.launches[group] += LAUNCHES.get(name, 1)
+            self.launches[group] += launches_of(name, args, self.arch)
             self.bytes[group] += moved
         return out
+
+
+def launches_of(name: str, args: Any, arch: int) -> int:
+    """The kernels of an operation with these arguments on an architecture."""
+    if name == "irongpt::causal_attention_backward":
+        from irongpt_kernels.fused import attention_tiles
+
+        (*_, T, D), with_kv = args[1].shape, args[-1]
+        if not with_kv or attention_tiles.head_table(arch, T, D, args[1].element_size()):
+            return 1
+    return LAUNCHES.get(name, 1)
 
 
 def group_of(name: str) -> str:
@@ -165,18 +178,19 @@ def step(
     preset: str = "iron",
     vocab_size: int | None = None,
     world: World | None = None,
+    arch: int = 75,
     **recipe: Any,
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one training step, and its trainer, whose tensors have no memory.
 
-    world: an `Exchanges`, for the step of one of several GPUs.
+    world: an `Exchanges`, for the step of one of several GPUs. arch: of the GPU.
     """
     model = model_of(preset)
     if vocab_size is not None:
         model = replace(model, vocab_size=vocab_size)
     shards = {"shards": world.size} if world else {}
     train = TrainConfig(**PRESETS[preset].train | recipe | shards)
-    ledger = Ledger()
+    ledger = Ledger(arch)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as in `irongpt train`
     try:
@@ -222,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
     parser.add_argument("--vocab-size", type=int, help="tokens [the preset's]")
+    archs = ("sm_75", "sm_80", "sm_90")
+    parser.add_argument("--arch", choices=archs, default="sm_75", help="of the GPU [sm_75]")
     parser.add_argument("--gpus", type=int, default=1, help="the step of one of so many [1]")
     args = parser.parse_args(argv)
     from irongpt_kernels import fused
@@ -230,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = {"optimizer": args.optimizer} if args.optimizer else {}
     for name, ops in {"eager": eager, "builtin": builtin, "fused": fused}.items():
         world = Exchanges(args.gpus) if args.gpus > 1 else None
-        ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, **recipe)
+        arch = int(args.arch.removeprefix("sm_"))
+        ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, arch, **recipe)
         own = replace(trainer.config, batch_size=trainer.config.batch_size // args.gpus, shards=1)
         show(
             f"{name}, {args.dtype}", ledger, group_bytes(trainer.model.config, own, dtype.itemsize)

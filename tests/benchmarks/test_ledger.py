@@ -140,6 +140,15 @@ def test_a_fused_step_of_iron_does_not_grow(iron: ledger.Ledger) -> None:
     assert sum(iron.bytes.values()) <= 8.8e9
 
 
+def test_the_attention_of_sm_90_has_one_backward_kernel_in_16_bits(iron: ledger.Ledger) -> None:
+    hopper, trainer = ledger.step(fused, torch.float16, arch=90)
+    layers = trainer.model.config.n_layer
+    assert iron.launches["attention"] - hopper.launches["attention"] == layers
+    assert hopper.bytes == iron.bytes
+    full, _ = ledger.step(fused, torch.float32, arch=90)
+    assert full.launches["attention"] == iron.launches["attention"]
+
+
 def test_a_fused_step_of_fast_does_not_grow() -> None:
     """Lower these numbers when the step needs less. 37 launches are Muon's iteration."""
     book, _ = ledger.step(fused, torch.float16, "fast")

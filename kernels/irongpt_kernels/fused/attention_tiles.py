@@ -68,17 +68,22 @@ LONGEST_HEAD = 256  # positions; 0 selects the pair of kernels everywhere
 
 
 def head(device: torch.device, T: int, D: int, itemsize: int) -> launch_table.Options | None:
-    """The launch options of `attention_head_backward`; None selects `attention_backward`'s pair of
-    kernels. BLOCK_N: the keys of a tile. A head has to fit one program."""
-    fits = T <= LONGEST_HEAD and launch.block(T) * launch.block(D) <= 256 * 64
-    if itemsize != 2 or not fits:
+    """The launch options of `attention_head_backward`, of which BLOCK_N is the keys of a tile; None
+    selects `attention_backward`'s pair of kernels."""
+    if not _fits(T, D, itemsize):
         return None
     arch = 0 if launch.INTERPRETED else launch.architecture(device)
-    default = head_table(arch, launch.block(T), launch.block(D))
-    return launch_table.options("attention head", D, itemsize, device, default)
+    return launch_table.options(
+        "attention head", D, itemsize, device, head_table(arch, T, D, itemsize)
+    )
 
 
-def head_table(arch: int, BLOCK_T: int, BLOCK_D: int) -> launch_table.Options | None:
+def _fits(T: int, D: int, itemsize: int) -> bool:
+    """Whether the registers of a program can hold dQ of a head."""
+    return itemsize == 2 and T <= LONGEST_HEAD and launch.block(T) * launch.block(D) <= 256 * 64
+
+
+def head_table(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
     """Default launch options per architecture; None where the pair of kernels is the default.
 
     Chosen as in `table`. On sm_80 the model charges a head of 256 rows more clocks of shared memory
@@ -86,9 +91,9 @@ def head_table(arch: int, BLOCK_T: int, BLOCK_D: int) -> launch_table.Options | 
     where the asynchronous matmuls of sm_90 read it once for four warps. On sm_90 the same holds for
     256 rows of fewer than 64 columns, whose dK and dV have no asynchronous matmul.
     """
-    if arch != 90 or BLOCK_D > 64 or (BLOCK_T > 128 and BLOCK_D < 64):
+    if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
-    BLOCK_N, num_warps = (32, 8) if BLOCK_T > 128 else (64, 4)
+    BLOCK_N, num_warps = (32, 8) if T > 128 else (64, 4)
     return dict(BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
 
 
