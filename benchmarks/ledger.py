@@ -40,11 +40,15 @@ LAUNCHES = {
     "irongpt::muon_momentum": 2,  # the momentum and its norm; the normalized update
     "irongpt::embedding_backward": 2,  # rows of each token; their sum, and that of each position
     "irongpt::cross_entropy": 2,  # rows; their mean
+    "irongpt::linear_cross_entropy": 5,  # these, and HEAD_MATMULS
+    "irongpt::linear_cross_entropy_backward": 2,  # in a step it is not called
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
     "aten::_index_put_impl_": 8,
     "aten::native_layer_norm_backward": 2,
     "aten::_scaled_dot_product_efficient_attention_backward": 3,  # dO O, its sum, the gradients
 }
+
+HEAD_MATMULS = 3  # of linear_cross_entropy: logits, dx, dweight
 
 READ_TWICE = {  # by both of its kernels
     "irongpt::muon_momentum": ("grads", "momentum"),
@@ -98,11 +102,22 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         moved = traffic(func, args, kwargs or {}, out)
-        if moved:
+        if name == "irongpt::linear_cross_entropy":
+            self._head(args[0], args[1], gradient=args[-1])
+        elif moved:
             group = self.phase or group_of(name)
             self.launches[group] += launches_of(name, args, self.arch)
             self.bytes[group] += moved
         return out
+
+    def _head(self, x: Tensor, weight: Tensor, gradient: bool) -> None:
+        """linear_cross_entropy: matmuls and kernels count in groups of their own. Its logits are
+        inside; a kernel reads them and writes their gradient over them."""
+        logits, matmuls = len(x) * len(weight) * x.itemsize, HEAD_MATMULS if gradient else 1
+        self.launches["matmuls"] += matmuls
+        self.bytes["matmuls"] += matmuls * (size(x) + size(weight) + logits)
+        self.launches["loss"] += LAUNCHES["irongpt::linear_cross_entropy"] - HEAD_MATMULS
+        self.bytes["loss"] += (1 + gradient) * logits + len(x) * 8
 
 
 def launches_of(name: str, args: Any, arch: int) -> int:

@@ -116,8 +116,10 @@ def step_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str
     """Least bytes of all ops of a step but the matmuls, by op."""
     L, B = config.n_layer, train.batch_size
     counts = dict(causal_attention_packed=L, dropout_add_layer_norm=2 * L, gelu=L)
-    counts |= dict(cross_entropy=1, layer_norm=1)
+    counts |= dict(layer_norm=1)
     found = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
+    # The logits are read, and their gradient is written over them; a target is read.
+    found["cross_entropy"] = B * config.context * (2 * config.vocab_size * itemsize + 8)
     # Output and gradient of the embedding in float32, each read and written.
     found["embedding"] = 2 * 2 * B * config.context * config.n_embd * 4
     found["optimizer"] = optimizer_bytes(config, train.optimizer, itemsize)
@@ -180,7 +182,7 @@ def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[st
         "attention": L * (4 + 8) * elements * itemsize,
         "norms": 2 * L * elements * ((2 + 2) * itemsize + (2 + 3) * 4),
         "gelu": L * op_bytes("gelu", config, B, itemsize),
-        "loss": 3 * rows * V * itemsize,
+        "loss": 2 * rows * V * itemsize,
         "batch, embedding": 2 * elements * 4,
         "optimizer": optimizer_bytes(config, train.optimizer, itemsize),
     }

@@ -241,25 +241,27 @@ class GPT(OpsModule):
             flat = [None if seed is None else seed + i for i in range(n)]
         return [flat[i : i + DROPOUTS_PER_BLOCK] for i in range(0, n, DROPOUTS_PER_BLOCK)]
 
-    def loss(self, idx: Tensor, targets: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32."""
-        V = self.config.vocab_size
-        padding = padded_vocab(V) - V if idx.device.type in PADDED_ON else 0
-        if padding:
-            logits = self._padded_logits(self.hidden(idx, seed), padding)
-        else:
-            logits = self(idx, seed=seed)
-        return self.ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        loss_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32.
 
-    def _padded_logits(self, x: Tensor, padding: int) -> Tensor:
-        """The logits (B, T, V + padding) of x (B, T, C). Those of the padding are -inf.
-
-        So its probabilities and its gradients are exactly 0. It exists only within the step: the
-        weight, its gradient, its moments and a checkpoint have V rows.
+        loss_scale: the gradient that the loss is going to get, by default 1, 0-d. The fused ops
+        compute the head's gradients with it, so that small ones do not underflow in float16.
         """
-        weight = F.pad(self.wte.weight.to(x.dtype), (0, 0, 0, padding))
-        bias = F.pad(weight.new_zeros(self.config.vocab_size), (0, padding), value=-math.inf)
-        return F.linear(x, weight, bias)
+        V = self.config.vocab_size
+        x, weight = self.hidden(idx, seed).flatten(0, 1), self.wte.weight
+        if idx.device.type in PADDED_ON and padded_vocab(V) > V:
+            # Only within the step: weight, gradient, moments and a checkpoint have V rows.
+            weight = F.pad(weight.to(x.dtype), (0, 0, 0, padded_vocab(V) - V))
+        return self.ops.linear_cross_entropy(
+            x, weight, targets.flatten(), classes=V, loss_scale=loss_scale
+        )
 
 
 class KVCache:

@@ -91,7 +91,7 @@ class Case:
             heads = max(1, min(s.B * s.H, CHECKED // s.T**2))
             H = min(s.H, heads)
             return replace(self, shape=replace(s, B=max(1, heads // H), H=H))
-        width = s.V if self.op == "cross_entropy" else 4 * s.width
+        width = s.V if "cross_entropy" in self.op else 4 * s.width
         return replace(self, shape=replace(s, B=max(1, min(s.B, CHECKED // (s.T * width)))))
 
     def cost(self, mode: str) -> tuple[int, int]:

@@ -4,6 +4,8 @@
                      masks by integer arithmetic, too slow to train with: see naive
     naive            attention and the one-token ops as plain PyTorch, without a fused function
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
+    chunked          torch's linear_cross_entropy with options (torch 2.13 or newer), which computes
+                     the gradients along with the loss; without options it is builtin
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
     compile          torch.compile of naive, or of builtin if the op has no naive version; not for
@@ -49,7 +51,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-NAMES = ("eager", "naive", "builtin", *BACKENDS, "compile", "fused", "liger", "flash-attn")
+NAMES = ("eager", "naive", "builtin", "chunked", *BACKENDS)
+NAMES += ("compile", "fused", "liger", "flash-attn")
 COLDEST = 1e-6  # a temperature at which the most likely token is sampled
 
 
@@ -78,6 +81,8 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
             found[name] = f"{package} is not installed"
         elif name in names and device.type != "cuda":
             found[name] = "it needs a GPU"
+    if not hasattr(F, "linear_cross_entropy"):
+        found["chunked"] = "torch is older than 2.13"
     if device.type != "cuda":
         found |= dict.fromkeys(("cudnn", "efficient"), "a CPU has no such backend")
     return {name: why for name, why in found.items() if name in names}
@@ -89,7 +94,9 @@ def computes(name: str, op: str) -> bool:
     if name in ("flash-attn", *BACKENDS):
         return op in ATTENTION
     if name == "liger":
-        return op in ("layer_norm", "cross_entropy")
+        return op in ("layer_norm", "cross_entropy", "linear_cross_entropy")
+    if name == "chunked":
+        return op == "linear_cross_entropy"
     if name == "naive":
         return op in ATTENTION or (kind == "token" and op != "norm_linear")
     if name == "compile":
@@ -129,6 +136,8 @@ def _provider(name: str, case: Case, device: torch.device) -> Provider:
         return Provider(compiled(plain))
     if name == "naive":
         return Provider(_naive(case))
+    if name == "chunked":
+        return Provider(_chunked)
     if name in BACKENDS:
         return Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
     return Provider(PEERS[name][1](case))
@@ -231,6 +240,13 @@ def _sdpa(case: Case) -> Function:
     return function
 
 
+def _chunked(x: Inputs) -> Tensor:
+    # The gradients can be read twice, to be timed.
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    loss: Tensor = F.linear_cross_entropy(x["x"], x["weight"], x["targets"], options=options)
+    return loss.float()
+
+
 @contextlib.contextmanager
 def only(backend: SDPBackend) -> Iterator[None]:
     """Selects one backend of scaled_dot_product_attention. A call that it cannot run raises."""
@@ -260,6 +276,10 @@ def _liger(case: Case) -> Function:
             return out
 
         return norm
+    if case.op == "linear_cross_entropy":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return lambda x: liger_fused_linear_cross_entropy(x["x"], x["weight"], x["targets"])
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     # It writes the gradient over its input: a copy, so that it can be run again.

@@ -109,11 +109,11 @@ def _step(s: Setting, ops: Ops, dtype: torch.dtype, device: torch.device) -> dic
     x, y = t.train_batches(0)
     if dtype == torch.float64:
         t.model.double()
+    scale = torch.tensor(LOSS_SCALE if dtype == torch.float16 else 1.0, device=device)
     with devices.autocast(device, torch.float32 if dtype == torch.float64 else dtype):
         logits = t.model(x, seed=SEED)
-        loss = ops.cross_entropy(logits.flatten(0, 1), y.flatten())
-    scale = LOSS_SCALE if dtype == torch.float16 else 1.0
-    (loss * scale).backward()
+        loss = t.model.loss(x, y, seed=SEED, loss_scale=scale)
+    loss.backward(scale.to(loss.dtype))
     gradients = {
         f"d {n}": t.optimizer.gradient(p).to(p.dtype) / scale for n, p in t.model.named_parameters()
     }

@@ -137,17 +137,18 @@ class Trainer:
     def _backward(self, i: int) -> Tensor:
         """Adds the scaled gradients of forward pass i to those before. Returns its loss."""
         n = self.config.grad_accum * self.config.shards
-        loss = self._loss(i)
-        loss.backward(self.scaler.scale / n if n > 1 else self.scaler.scale)
+        scale = self.scaler.scale / n if n > 1 else self.scaler.scale
+        loss = self._loss(i, scale)
+        loss.backward(scale)
         if self.config.grad_accum > 1:
             self.optimizer.accumulate()
         return loss.detach()
 
-    def _loss(self, i: int) -> Tensor:
-        """Loss of the step's forward pass i, with its dropout seed."""
+    def _loss(self, i: int, scale: Tensor) -> Tensor:
+        """Loss of the step's forward pass i, with its dropout seed, for a backward from `scale`."""
         x, y = self.train_batches.at(self.firsts[i])
         with self.autocast():
-            return self.model.loss(x, y, seed=self.seeds[i])
+            return self.model.loss(x, y, seed=self.seeds[i], loss_scale=scale)
 
     def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
         """Mean loss of some validation sequences, without an effect on the training.
@@ -252,14 +253,14 @@ class Trainer:
         ]
         try:
             self._fill_inputs()
-            loss = self._loss(0)
+            loss = self._loss(0, self.scaler.scale)
         finally:
             for hook in hooks:
                 hook.remove()
         check("the loss", loss)
         if not found:
             self.optimizer.zero_grad()
-            (loss * self.scaler.scale).backward()
+            loss.backward(self.scaler.scale)
             for name, p in reversed(list(self.model.named_parameters())):
                 check(f"the gradient of {name}", self.optimizer.gradient(p))
         return found[0] if found else "none in the next step: only the gradients' norm overflows"

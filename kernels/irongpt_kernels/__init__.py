@@ -39,6 +39,10 @@ class Ops(Protocol):
     def cross_entropy(
         self, logits: Tensor, targets: Tensor, ignore_index: int = -100
     ) -> Tensor: ...
+    def linear_cross_entropy(
+        self, x: Tensor, weight: Tensor, targets: Tensor, *,
+        classes: int | None = None, loss_scale: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def gelu(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
     def dropout_add_layer_norm(
         self, branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,

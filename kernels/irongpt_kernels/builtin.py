@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irongpt_kernels.eager import GradStats, append, grad_stats
+from irongpt_kernels.eager import GradStats, append, grad_stats, padded_logits
 from irongpt_kernels.eager import embed_tokens as embed_tokens
 from irongpt_kernels.eager import linear_add as linear_add
 from irongpt_kernels.eager import norm_parameters as norm_parameters
@@ -64,6 +64,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     """See `eager.cross_entropy`."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=ignore_index)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *,
+    classes: int | None = None, loss_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `eager.linear_cross_entropy`. It computes what torch.nn.functional.linear_cross_entropy
+    of torch 2.13 computes without options, which would give a 16-bit loss outside autocast."""
+    return cross_entropy(padded_logits(x, weight, classes), targets)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

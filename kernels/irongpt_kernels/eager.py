@@ -109,6 +109,29 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     return -picked.masked_fill(~counted, 0.0).sum() / counted.sum()
 
 
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *,
+    classes: int | None = None, loss_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`cross_entropy` of the logits x weight^T: a model's head and its loss.
+
+    x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes), none of which is ignored.
+    classes: the rows of the weight from there on are padding, which has a probability and a
+    gradient of 0; by default there is none. loss_scale: 0-d, the gradient that the loss is going to
+    get, by default 1. It changes no result but for the rounding: an implementation that computes
+    gradients along with the loss needs it to keep small ones in float16's range.
+    """
+    return cross_entropy(padded_logits(x, weight, classes), targets)
+
+
+def padded_logits(x: Tensor, weight: Tensor, classes: int | None) -> Tensor:
+    """x weight^T, and -inf in the columns from `classes` on."""
+    if classes is None or classes == len(weight):
+        return F.linear(x, weight)
+    padding = len(weight) - classes
+    return F.linear(x, weight, F.pad(weight.new_zeros(classes), (0, padding), value=-math.inf))
+
+
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU of x + bias in the tanh approximation (Hendrycks and Gimpel 2016). x: (..., N)."""
     z = _wide(x) if bias is None else _wide(x) + bias

@@ -69,3 +69,21 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
     if optimizer == "muon":  # grad_norm has read the gradients before
         return rest + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
     return rest + adamw_bytes(matrices, itemsize, copy)
+
+
+def gelu_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """x and y, or x, dy and dx."""
+    return Cost((3 if backward else 2) * s.rows * 4 * s.width * item)
+
+
+def cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """The logits, backward their gradient too. Each row has a target and two statistics."""
+    return Cost(s.rows * ((2 if backward else 1) * s.V * item + 8 + 8))
+
+
+def linear_cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
+    """x, weight and targets; backward x, weight and their gradients. The logits would not have to
+    leave the chip, for which one more matmul would compute them again."""
+    elements = (s.rows + s.V) * s.width
+    bytes_ = elements * item * (2 if backward else 1) + s.rows * 8
+    return Cost(bytes_, (2 if backward else 1) * 2 * s.rows * s.V * s.width)

@@ -147,10 +147,19 @@ LAYERS = (
             logits=Input((s.rows, s.V)),
             targets=Input((s.rows,), "integer", below=s.V, ignorable=True),
         ),
-        lambda s, item, stream, backward: Cost(
-            s.rows * ((2 if backward else 1) * s.V * item + 8 + 8)  # a target, two statistics
-        ),
+        op_costs.cross_entropy_cost,
         lambda s: f"{s.rows}x{s.V}",
+        sweeps=("batch", "V"),
+    ),
+    OpSpec(
+        "linear_cross_entropy",
+        lambda s: dict(
+            x=Input((s.rows, s.width)),
+            weight=Input((s.V, s.width), scale=0.05),  # logits of about 1 at iron's width
+            targets=Input((s.rows,), "integer", below=s.V),
+        ),
+        op_costs.linear_cross_entropy_cost,
+        lambda s: f"{s.rows}x{s.width} by {s.V}x{s.width}",
         sweeps=("batch", "V"),
     ),
     OpSpec(
@@ -158,9 +167,7 @@ LAYERS = (
         lambda s: dict(
             x=Input((s.rows, 4 * s.width)), bias=Input((4 * s.width,), "weight", optional=True)
         ),
-        lambda s, item, stream, backward: Cost(
-            (3 if backward else 2) * s.rows * 4 * s.width * item
-        ),
+        op_costs.gelu_cost,
         lambda s: f"{s.rows}x{4 * s.width}",
         sweeps=("batch", "width"),
     ),

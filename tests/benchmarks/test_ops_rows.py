@@ -26,6 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CARD = torch.device("cuda")
 PEAK_RATES = dict(copy_bytes_per_s=1, gemm_flops_per_s={})
 PYTORCH = ("eager", "naive", "builtin", "math")  # what a CPU has without compiling
+EVERY = (*PYTORCH, "chunked")
 OPTIMIZERS = {spec.name for spec in op_specs.OPTIMIZERS}
 TOKEN = {spec.name for spec in op_specs.TOKEN}
 NO_GRADIENT = [op for op in OPS if op in OPTIMIZERS | TOKEN]
@@ -50,10 +51,12 @@ def measured(op: str, names: tuple[str, ...], rounds: int = 1, **options: Any) -
 )
 def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: torch.dtype) -> None:
     p = 0.2 if op in cases.DROPS else None
-    rows = measured(op, PYTORCH, rounds=2, p=p, dtype=dtype)
+    rows = measured(op, EVERY, rounds=2, p=p, dtype=dtype)
     attention = op.startswith("causal_attention")
     if op in LAYERS:
         wanted = PYTORCH if attention else ("eager", "builtin")
+        if op == "linear_cross_entropy" and "chunked" not in missing(CPU):
+            wanted = (*wanted, "chunked")
     else:
         wanted = tuple(name for name in PYTORCH if computes(name, op))
         alone = (*OPTIMIZERS, "norm_linear", *cases.AS_EAGER)
@@ -67,7 +70,7 @@ def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: to
         assert r.provider != "eager" or 0 <= r.accuracy.share <= 1
         if op in LAYERS:  # eager is checked with its dropout; other generators have other masks
             assert r.accuracy.dropout == (p if r.provider == "eager" and p else 0.0)
-            assert (r.least_flops > 0) == attention
+            assert (r.least_flops > 0) == (attention or op == "linear_cross_entropy")
         assert r.least_bytes > 0
 
 

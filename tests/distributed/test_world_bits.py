@@ -46,8 +46,8 @@ OF_FOUR = "accumulated, 4 shards"
 class Bad(Trainer):
     """The loss of the second shard is infinite in the second step."""
 
-    def _loss(self, i: int) -> torch.Tensor:
-        loss = super()._loss(i)
+    def _loss(self, i: int, scale: torch.Tensor) -> torch.Tensor:
+        loss = super()._loss(i, scale)
         hit = self.step == 1 and self.world.mine(2)[i] == 1
         return loss * float("inf") if hit else loss
 

@@ -141,8 +141,9 @@ def inputs_of(
     causal: bool = False,
     **roles: torch.dtype,
 ) -> Inputs:
-    """Inputs of an op with a gradient. lead: the dimensions that make up M, except of logits and of
-    a softmax's rows. roles: dtypes of the residual stream and of weights, if they differ."""
+    """Inputs of an op with a gradient. lead: the dimensions that make up M, except of a softmax's
+    rows and where there are targets. roles: dtypes of the residual stream and of weights, if they
+    differ."""
     spec, kinds = SPECS[name], dict.fromkeys(("compute", "stream", "weight"), dtype) | roles
     inputs = (spec if causal else spec.full_rows or spec).inputs(shape)
 
@@ -151,7 +152,7 @@ def inputs_of(
             return indices(x, ignored=True)
         value = randn(*x.size, dtype=kinds[x.role], seed=i)
         rows = len(x.size) == 2 and "N" in vars(shape) and x.size[-1] != shape.V
-        rows = rows and x.role != "weight"  # an embedding
+        rows = rows and x.role != "weight" and "targets" not in inputs  # an embedding, a head
         return value.view(*lead, x.size[1]) if rows else value
 
     return {name: made(i, x) for i, (name, x) in enumerate(inputs.items())}

@@ -84,6 +84,9 @@ CASES = {
     "online softmax": Case("softmax", dict(scale=0.3), ONLINE, SHORT),
     "online causal softmax": Case("softmax", dict(causal=True, scale=0.3), ONLINE, SHORT),
     "cross_entropy in blocks": Case("cross_entropy", {}, BLOCKS, replace(ROWS, M=11)),
+    "linear_cross_entropy in blocks": Case(
+        "linear_cross_entropy", {}, BLOCKS | dict(LONG_BLOCK=16), replace(ROWS, M=11)
+    ),
 }
 # Each op once, with its options.
 OP_CASES = {case.op: case for case in CASES.values() if not case.constants}

@@ -247,9 +247,8 @@ def test_any_rank_gives_the_bits_of_its_rows(case: Case, lead: tuple[int, ...]) 
         inputs["x"] = inputs["x"].view(*lead, -1)
     upstream = case.upstream(inputs)
     found = case.results(fused, inputs, upstream)
-    rows = {
-        n: x.reshape(shape.M, -1) if n not in ("weight", "bias") else x for n, x in inputs.items()
-    }
+    parameters = ("weight", "bias")
+    rows = {n: x if n in parameters else x.reshape(shape.M, -1) for n, x in inputs.items()}
     wanted = case.results(fused, rows, tuple(y.view(shape.M, -1) for y in upstream))
     assert_same(fused, found, [y.view_as(x) for x, y in zip(found, wanted, strict=True)])
     assert found[0].shape == (*lead, found[0].shape[-1])
@@ -263,7 +262,8 @@ EMPTY = [
     *((name, dict(N=0), (4, 5)) for name in ("layer_norm", "gelu", "dropout_add_layer_norm")),
     *((name, {size: 0}, ()) for name in ("softmax", "online softmax") for size in "MV"),
     ("causal softmax", dict(B=0), ()), ("causal softmax", dict(T=0), ()),
-    ("online causal softmax", dict(B=0), ()), ("cross_entropy", dict(M=0), ()),
+    ("online causal softmax", dict(B=0), ()), ("linear_cross_entropy", dict(N=0), ()),
+    *((name, dict(M=0), ()) for name in ("cross_entropy", "linear_cross_entropy")),
 ]  # fmt: skip
 
 
@@ -439,7 +439,7 @@ def test_a_bad_tensor_is_named(op: str, name: str) -> None:
     if name != first:
         bad.append((x.to("meta"), ValueError, f"{name} is on meta, but {first} is on {x.device}"))
     if not token and name == first:
-        rank = RANKS.get(op, "1 to 64")
+        rank = RANKS.get(op.removeprefix("linear_"), "1 to 64")
         bad.append((x.sum(), ValueError, f"{name} must have {rank} dimensions, got shape ()"))
     elif not token:
         longer = torch.cat([x, x], -1)

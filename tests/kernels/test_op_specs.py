@@ -52,6 +52,8 @@ def test_a_row_describes_its_op(spec: OpSpec, dtype: torch.dtype) -> None:
         ("softmax", Shape(1, 1, 4), 2, False, (10 + 16) * 2),
         ("cross_entropy", ROWS, 2, False, 10 * (20 * 2 + 16)),
         ("cross_entropy", ROWS, 4, True, 10 * (2 * 20 * 4 + 16)),
+        ("linear_cross_entropy", ROWS, 2, False, (30 * 384 * 2 + 80, 2 * 200 * 384)),
+        ("linear_cross_entropy", ROWS, 4, True, (30 * 384 * 8 + 80, 4 * 200 * 384)),
         ("gelu", ROWS, 2, False, 2 * 10 * 4 * 384 * 2),
         ("gelu", ROWS, 4, True, 3 * 10 * 4 * 384 * 4),
         ("decode_attention", Shape(2, 3, 11, 16), 2, False, (192 * 26, 4 * 6 * 11 * 16)),
@@ -83,7 +85,8 @@ def test_the_head_has_a_row_for_each_token_of_the_vocabulary() -> None:
     assert head.cost(shape, 2, 4, False) == (7 * 5 * 2, 2 * 3 * 7 * 5)
     over = {name for name, spec in SPECS.items() if spec.over("V")}
     embeddings = {"embed_layer_norm", "embed_tokens"}
-    assert over == {"cross_entropy", "norm_linear", "sample_tokens", *embeddings}
+    heads = {"cross_entropy", "linear_cross_entropy", "norm_linear", "sample_tokens"}
+    assert over == heads | embeddings
 
 
 def test_bytes_of_the_optimizer() -> None:

@@ -1,7 +1,6 @@
 """The head whose rows are padded for cuBLAS: no loss, gradient, file or text has the padding."""
 
 import importlib
-import math
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY, Cli
-from irongpt_kernels import eager
+from irongpt_kernels import builtin, eager
 from model_helpers import CONFIG, build, tokens
 from numerics import DEVICE, GRADIENTS, OUTPUTS, assert_exact, assert_rule
 from run_helpers import assert_same, history
@@ -53,15 +52,14 @@ def test_loss_and_gradients_are_those_without_padding(
     ops, config = importlib.import_module(f"irongpt_kernels.{name}"), replace(CONFIG, n_layer=1)
     monkeypatch.setattr(models, "PADDED_ON", ())
     baseline, oracle = (loss_and_gradients(m) for m in (build(config), build(config).double()))
-    seen = Mock(side_effect=ops.cross_entropy)
-    monkeypatch.setattr(ops, "cross_entropy", seen)
+    seen = Mock(side_effect=ops.linear_cross_entropy)
+    monkeypatch.setattr(ops, "linear_cross_entropy", seen)
     monkeypatch.setattr(models, "PADDED_ON", ("cpu", "cuda"))
     loss, gradients = loss_and_gradients(build(config, ops))
-    (logits, _), _ = seen.call_args
-    assert logits.shape[1] == 72
-    assert logits.is_contiguous()
-    assert logits[:, :V].isfinite().all()
-    assert (logits[:, V:] == -math.inf).all()
+    (_, weight, _), options = seen.call_args
+    assert weight.shape == (72, CONFIG.n_embd)
+    assert (weight[V:] == 0).all()
+    assert options["classes"] == V
     assert_rule(OUTPUTS, loss, baseline[0], oracle[0])
     for found in zip(gradients, baseline[1], oracle[1], strict=True):
         assert_rule(GRADIENTS, *found)
@@ -104,8 +102,8 @@ def test_a_large_logit_is_not_hidden_by_the_padding() -> None:
 def test_files_and_texts_have_no_padding(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Mock(side_effect=GPT._padded_logits)
-    monkeypatch.setattr(GPT, "_padded_logits", lambda *args: steps(*args))
+    steps = Mock(side_effect=eager.linear_cross_entropy)
+    monkeypatch.setattr(builtin, "linear_cross_entropy", steps)
     text = tmp_path / "text.txt"
     text.write_text(text.read_text() + "#")  # its other characters are a multiple of 8
     arguments = [*TINY, *"--shards 2 --decay constant".split()]
@@ -113,6 +111,9 @@ def test_files_and_texts_have_no_padding(
     assert cli("train", *arguments, "--iters", 10, "--out", "cut").code == 0
     assert cli("train", "--resume", "cut", "--iters", 20).code == 0
     assert steps.call_count > 40
+    (_, weight, _), options = steps.call_args
+    assert len(weight) % 8 == 0
+    assert options["classes"] < len(weight)
     assert_same(tmp_path / "whole", tmp_path / "cut")
     with monkeypatch.context() as patch:
         patch.setattr(models, "PADDED_ON", ())

@@ -185,6 +185,7 @@ TABLE = {
     "layer_norm": "N=16|N=384|N=384 no bias|N=1024|N=8192",
     "dropout_add_layer_norm": "N=16 p=0.2|N=384 p=0.0|N=384 p=0.2|N=1024 p=0.2|N=8192 p=0.2",
     "cross_entropy": "V=104|V=4096|V=50257",
+    "linear_cross_entropy": "V=104|V=4096|V=16384|V=50257",
     "decode_attention": "D=16 N=256|D=48 N=256|D=64 N=256|D=128 N=256",
     "norm_linear": "K=384 N=50257|K=16 N=16|K=16 N=16 gelu|K=384 N=1152|K=384 N=1152 gelu|"
     "K=4096 N=1024|K=4096 N=1024 gelu",

@@ -5,7 +5,7 @@ An op that has no shapes of its own here is compiled at the iron model's.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def representative(arch: int) -> list[Case]:
     norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
     rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
     rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
-    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 4096, 50257)]
+    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 4096, 16384, 50257)]
     chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
     chosen += ["K=1536 N=384 float16", "V=104 all tokens float16"]
     chosen += ["V=104 top-k, top-p float16", "C=384 float32", "iron float16"]
@@ -176,6 +176,10 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
         case "cross_entropy":
             for V in VOCABULARIES:
                 yield dict(label=f"V={V}", **_rows(V))
+        case "linear_cross_entropy":  # a narrow layer: its matmuls are not ours
+            for V in (*VOCABULARIES, 16384):
+                at = RowShape(V=V, M=ROWS, N=16)
+                yield dict(label=f"V={V}", at=at, costs=replace(IRON, V=V))
         case "gelu":
             label = f"N={4 * IRON.width}"
             yield dict(label=label, **_rows(IRON.width))

@@ -16,6 +16,7 @@ from irongpt_kernels.fused.embed_layer_norm import embed_layer_norm
 from irongpt_kernels.fused.gelu import gelu
 from irongpt_kernels.fused.grad_norm import grad_norm, sum_shards
 from irongpt_kernels.fused.layer_norm import layer_norm
+from irongpt_kernels.fused.linear_cross_entropy import linear_cross_entropy
 from irongpt_kernels.fused.muon import muon_momentum, muon_update
 from irongpt_kernels.fused.norm_parameters import norm_parameters
 from irongpt_kernels.fused.softmax import softmax
@@ -23,6 +24,6 @@ from irongpt_kernels.fused.softmax import softmax
 __all__ = [
     "adamw", "causal_attention", "causal_attention_packed", "cross_entropy", "decode_attention",
     "dropout_add_layer_norm", "embed_layer_norm", "embed_tokens", "gelu", "grad_norm", "layer_norm",
-    "linear_add", "muon_momentum", "muon_update", "norm_linear", "norm_parameters", "sample_tokens",
-    "softmax", "sum_shards",
+    "linear_add", "linear_cross_entropy", "muon_momentum", "muon_update", "norm_linear",
+    "norm_parameters", "sample_tokens", "softmax", "sum_shards",
 ]  # fmt: skip

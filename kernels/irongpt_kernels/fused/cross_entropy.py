@@ -41,7 +41,7 @@ PARTS = 1024  # partial sums that the second kernel reads at a time
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for x >= 0, precise where 1 + x rounds x away (Kahan; Goldberg 1991, thm. 4)."""
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * tl.div_rn(x, tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -76,7 +76,7 @@ def _fwd_kernel(
     x_t = tl.load(x_rows + t * x_strides[1], mask=counted & ~bad, other=0.0).to(tl.float32)
     m = tl.where(bad, float("nan"), m)
     below = x_t - m  # 0 where the target has the largest logit
-    loss = tl.where(below == 0.0, _log1p(rest), tl.log(rest + tl.exp(below)) - below)
+    loss = tl.where(below == 0.0, log1p(rest), tl.log(rest + tl.exp(below)) - below)
     tl.store(sums_ptr + row_tile, tl.sum(tl.where(counted, loss, 0.0), 0))
     tl.store(counts_ptr + row_tile, tl.sum(counted.to(tl.int64), 0))
     tl.store(m_ptr + rows, m, mask=rows < M)
@@ -160,14 +160,27 @@ def cross_entropy_bwd(
     return dx
 
 
+def check_targets(targets: Tensor, V: int, ignore_index: int | None = None) -> None:
+    """Raises ValueError for a target outside [0, V) that is not ignore_index."""
+    bad = (targets < 0) | (targets >= V)
+    found = targets[bad if ignore_index is None else bad & (targets != ignore_index)]
+    if found.numel():
+        ignored = "" if ignore_index is None else f" or {ignore_index}"
+        raise ValueError(f"targets must be in [0, {V}){ignored}, got {int(found[0])}")
+
+
+def check_indices(targets: Tensor) -> None:
+    """Raises TypeError unless targets are an int64 tensor."""
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets must be an int64 tensor, got {got}")
+
+
 def _checked_fwd(
     logits: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
-        V = logits.shape[1]
-        bad = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
-        if bad.numel():
-            raise ValueError(f"targets must be in [0, {V}) or {ignore_index}, got {int(bad[0])}")
+        check_targets(targets, logits.shape[1], ignore_index)
     return cross_entropy_fwd(logits, targets, ignore_index)
 
 
@@ -203,9 +216,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     targets outside the vocabulary.
     """
     checks.floating(logits=logits)
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets must be an int64 tensor, got {got}")
+    check_indices(targets)
     checks.rank("logits", logits, 2)
     checks.shape("targets", targets, (logits.shape[0],))
     checks.same_device(logits=logits, targets=targets)

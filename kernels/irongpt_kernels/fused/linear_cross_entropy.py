@@ -1,0 +1,268 @@
+"""Mean cross-entropy of the logits of a linear layer, with the gradients of both its inputs.
+
+    loss = linear_cross_entropy(x, w, t)     x: (M, C)    w: (V, C)    t: (M,) int64    loss: 0-d
+
+Logits:             z = x w^T, by cuBLAS
+Kernel, per row:    m = max(z)      rest = sum over v != t of exp(z_v - m)
+                    total = rest + exp(z_t - m)
+                    loss_row = log(total) - (z_t - m)         loss = sum(loss_row) / M, float32
+                    dz_v = exp(z_v - m) / total s / M         dz_t = -rest / total s / M
+Gradients:          dx = dz w      dw = dz^T x, by cuBLAS
+
+s is `loss_scale`, the gradient that the loss is expected to get. All of this is the forward; the
+backward has only to multiply dx and dw by dloss / s, and launches nothing if dloss is the tensor s.
+
+Traffic     The kernel reads z and writes dz over it: 2MV elements, where a forward and a backward
+            of their own read z twice and write dz. Rows longer than MAX_BLOCK are read twice, the
+            second time from L2. The three matmuls move z or dz once each. Between forward and
+            backward dx and dw are kept, (M + V) C elements; logits take at most LOGITS_BYTES at a
+            time. Where all would take more, chunks of rows follow each other, and their dw are
+            added in float32.
+Parallelism A program handles BLOCK_M rows, which stay in registers between the sums and the
+            gradient. It stores the sum of its rows' losses, and one program of a second kernel adds
+            these partial sums in order. There are no atomics, so every run gives the same bits.
+Precision   float32 between load and store, with the sums of `cross_entropy`: a confident row keeps
+            its loss and its gradient. dz is rounded to the dtype of z after it is multiplied by s,
+            without which a float16 dz below 6e-8 would be 0.
+Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
+            tensors have one dtype; under autocast they are cast to its dtype, as for a linear
+            layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
+            would make the host wait, and the loss and the gradients become NaN instead.
+Spec        irongpt_kernels/eager.py::linear_cross_entropy
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from irongpt_kernels.fused.cross_entropy import check_indices, check_targets, log1p
+from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime.custom_op import custom_op
+
+LOGITS_BYTES = 1 << 30  # of all logits at a time
+MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
+LONG_BLOCK = 4096  # columns at a time of longer rows
+CHUNK = 128  # a chunk has a multiple of so many rows
+TILE = 1024  # elements per program where rows are short: 2 warps
+PARTS = 4096  # partial sums that the second kernel reads at a time
+
+
+@triton.jit
+def _add_block(z, cols, t, m, rest, z_t):
+    """The statistics with a block of columns added, and exp(z - m), 0 in the true class."""
+    m_new = tl.maximum(m, tl.max(z, axis=1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
+    true = cols == t[:, None]
+    e = tl.where(true, 0.0, tl.exp(z - shift[:, None]))
+    rest = rest * tl.exp(m - shift) + tl.sum(e, axis=1)
+    # Not loaded by its address: another thread might have stored its gradient there by then.
+    z_t += tl.sum(tl.where(true, z, 0.0), axis=1)
+    return m_new, rest, z_t, e
+
+
+@triton.jit
+def _row_kernel(
+    z_ptr, t_ptr, scale_ptr, sums_ptr, M, classes, units, n,
+    UNIT: tl.constexpr, GRADIENT: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """z: contiguous rows of V = units * UNIT columns, which shows the compiler their alignment.
+
+    n: float, the number of rows that the loss is the mean of.
+    """
+    row_tile = tl.program_id(0).to(tl.int64)  # int64: M V can exceed 2^31
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    V = units * UNIT
+    t = tl.load(t_ptr + rows, mask=rows < M, other=0)
+    bad = (t < 0) | (t >= classes)
+    t = t.to(tl.int32)
+    z_rows = z_ptr + rows[:, None] * V
+
+    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    rest = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    z_t = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    if LONG:
+        for start in range(0, V, BLOCK_N):
+            at = start + cols
+            z = tl.load(z_rows + at, mask=(rows < M)[:, None] & (at < V), other=0.0)
+            z = tl.where(at < classes, z.to(tl.float32), float("-inf"))
+            m, rest, z_t, _ = _add_block(z, at, t, m, rest, z_t)
+    else:
+        z = tl.load(z_rows + cols, mask=(rows < M)[:, None] & (cols < V), other=0.0)
+        z = tl.where(cols < classes, z.to(tl.float32), float("-inf"))  # (BLOCK_M, BLOCK_N)
+        m, rest, z_t, e = _add_block(z, cols, t, m, rest, z_t)
+
+    m = tl.where(bad, float("nan"), m)
+    below = z_t - m  # 0 where the target has the largest logit
+    total = rest + tl.exp(below)
+    loss = tl.where(below == 0.0, log1p(rest), tl.log(total) - below)
+    tl.store(sums_ptr + row_tile, tl.sum(tl.where(rows < M, loss, 0.0), 0))
+
+    if GRADIENT:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr)
+        scale = tl.div_rn(tl.div_rn(scale, n), total)
+        if LONG:
+            for start in range(0, V, BLOCK_N):
+                at = start + cols
+                mask = (rows < M)[:, None] & (at < V)
+                z = tl.load(z_rows + at, mask=mask, other=0.0)
+                z = tl.where(at < classes, z.to(tl.float32), float("-inf"))
+                _store_gradient(z_rows, at, mask, tl.exp(z - m[:, None]), t, rest, scale, classes)
+        else:
+            mask = (rows < M)[:, None] & (cols < V)
+            _store_gradient(z_rows, cols, mask, e, t, rest, scale, classes)
+
+
+@triton.jit
+def _store_gradient(z_rows, cols, mask, e, t, rest, scale, classes):
+    """dz over z in a block of columns. e: exp(z - m)."""
+    e = tl.where(cols == t[:, None], -rest[:, None], e)
+    tl.store(z_rows + cols, tl.where(cols < classes, e * scale[:, None], 0.0), mask=mask)
+
+
+@triton.jit
+def _mean_kernel(sums_ptr, loss_ptr, parts, n, PARTS: tl.constexpr):
+    """A single program adds the partial sums and stores the loss."""
+    total = tl.zeros((PARTS,), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.load(sums_ptr + part, mask=part < parts, other=0.0)
+    tl.store(loss_ptr, tl.div_rn(tl.sum(total, 0), n))
+
+
+def gradient_in_place(
+    z: Tensor, t: Tensor, sums: Tensor, n: int, loss_scale: Tensor | None, classes: int,
+    gradient: bool = True,
+) -> None:  # fmt: skip
+    """Stores the sums of the losses of each `tile(V)`, and over z, contiguous (M, V), its gradient.
+
+    n: the number of rows that the loss is the mean of. Without `gradient` z stays as it is.
+    """
+    M, V = z.shape
+    if M:
+        unit = 8 if V % 8 == 0 else 1
+        options = tile(V)
+        with launch.on(z.device):
+            _row_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+                z, t, loss_scale, sums, M, classes, V // unit, float(n),
+                UNIT=unit, GRADIENT=gradient, LONG=options["BLOCK_N"] < V, **options,
+            )  # fmt: skip
+
+
+def tile(V: int) -> dict[str, int]:
+    """Launch options of the row kernel for rows of V logits."""
+    return launch.row_tile(V, MAX_BLOCK if V <= MAX_BLOCK else LONG_BLOCK, TILE)
+
+
+def linear_cross_entropy_fwd(
+    x: Tensor, weight: Tensor, t: Tensor, loss_scale: Tensor | None, classes: int, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (M, C). weight: (V, C). Returns the loss, 0-d; and dx and dweight times `loss_scale`, or
+    without `gradient` two empty tensors."""
+    if t.device.type == "cpu":  # not in the public function: a traced tensor has no values
+        check_targets(t, classes)
+    x, weight, t = x.contiguous(), weight.contiguous(), t.contiguous()
+    M, V = len(x), len(weight)
+    fit = LOGITS_BYTES // (V * x.itemsize)
+    rows = max(1, M) if fit >= M else max(CHUNK, fit // CHUNK * CHUNK)
+    BLOCK_M = tile(V)["BLOCK_M"]
+    sums = torch.empty(triton.cdiv(M, BLOCK_M), dtype=torch.float32, device=x.device)
+    loss = sums.new_empty(())
+    dx, terms = x.new_empty(x.shape if gradient else 0), []
+    for first in range(0, max(1, M), rows):
+        part = slice(first, first + rows)
+        z = x[part] @ weight.T
+        gradient_in_place(z, t[part], sums[first // BLOCK_M :], M, loss_scale, classes, gradient)
+        if gradient:
+            torch.mm(z, weight, out=dx[part])
+            terms.append(z.T @ x[part])
+        del z  # before the next chunk allocates its own
+    with launch.on(x.device):
+        _mean_kernel[(1,)](sums, loss, len(sums), float(M), PARTS=PARTS, num_warps=8)
+    if not gradient:
+        return loss, dx, x.new_empty(0)
+    if len(terms) == 1:
+        return loss, dx, terms[0]
+    return loss, dx, torch.stack(terms).sum(0, dtype=torch.float32).to(x.dtype)
+
+
+def linear_cross_entropy_bwd(
+    dloss: Tensor, loss_scale: Tensor | None, dx: Tensor, dweight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The results of the forward for the upstream gradient dloss in place of loss_scale."""
+    factor = dloss if loss_scale is None else dloss / loss_scale
+    # A 0-d factor on the CPU would be rounded to the dtype of 16-bit gradients.
+    return (dx.float() * factor).to(dx.dtype), (dweight.float() * factor).to(dweight.dtype)
+
+
+def _fake_fwd(
+    x: Tensor, weight: Tensor, _t: Tensor, _scale: Tensor | None, _classes: int, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float32)
+    found = [a.new_empty(a.shape if gradient else 0) for a in (x, weight)]
+    return loss, found[0], found[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss_scale, (_, dx, dweight) = inputs[3], output
+    ctx.mark_non_differentiable(dx, dweight)
+    ctx.save_for_backward(loss_scale, dx, dweight)
+    ctx.set_materialize_grads(False)  # else zeros are allocated for dx and dweight
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 6
+    loss_scale, dx, dweight = ctx.saved_tensors
+    if dloss is not loss_scale:  # the same tensor has the same value; the host need not read it
+        dx, dweight = _backward_op(dloss, loss_scale, dx, dweight)
+    return dx, dweight, None, None, None, None
+
+
+_op = custom_op(
+    "linear_cross_entropy", linear_cross_entropy_fwd, _fake_fwd, (), _setup_context, _backward
+)
+_backward_op = custom_op(
+    "linear_cross_entropy_backward",
+    linear_cross_entropy_bwd,
+    lambda dloss, scale, dx, dweight: (torch.empty_like(dx), torch.empty_like(dweight)),
+)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *,
+    classes: int | None = None, loss_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `eager.linear_cross_entropy`. Where `backward` gets the tensor `loss_scale` itself, it
+    launches nothing. Any other gradient of the loss costs a pass over the gradients.
+
+    Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
+    targets that are no class.
+    """
+    checks.floating(x=x, weight=weight)
+    check_indices(targets)
+    checks.rank("x", x, 2)
+    checks.rank("weight", weight, 2)
+    checks.shape("weight", weight, (len(weight), x.shape[1]))
+    checks.shape("targets", targets, (len(x),))
+    checks.same_device(x=x, targets=targets)
+    classes = len(weight) if classes is None else classes
+    if not 1 <= classes <= len(weight):
+        raise ValueError(f"classes must be in [1, {len(weight)}], rows of weight, got {classes}")
+    if loss_scale is not None:
+        checks.floating(loss_scale=loss_scale)
+        checks.shape("loss_scale", loss_scale, ())
+        checks.same_device(x=x, loss_scale=loss_scale)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # It does not see the matmuls in a custom op.
+        x, weight = (a.to(torch.get_autocast_dtype(kind)) for a in (x, weight))
+    checks.same_dtype(x=x, weight=weight)
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _op(x, weight, targets, loss_scale, classes, gradient)[0]
