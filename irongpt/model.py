@@ -158,6 +158,9 @@ class GPT(OpsModule):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
+        n = DROPOUTS_PER_BLOCK * config.n_layer
+        self.dropouts: Tensor  # their numbers, each in the first of two columns: see `_seeds`
+        self.register_buffer("dropouts", torch.arange(n)[:, None].repeat(1, 2), persistent=False)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,10 +236,10 @@ class GPT(OpsModule):
         From a tensor, one addition makes all of them, each aligned to 16 bytes like a new tensor
         (Triton compiles another kernel for an address that is not).
         """
-        n = DROPOUTS_PER_BLOCK * self.config.n_layer
+        n = len(self.dropouts)
         flat: list[int | Tensor | None]
         if isinstance(seed, Tensor):
-            flat = list((seed + torch.arange(n, device=seed.device)[:, None].expand(n, 2))[:, 0])
+            flat = list((seed + self.dropouts)[:, 0])
         else:
             flat = [None if seed is None else seed + i for i in range(n)]
         return [flat[i : i + DROPOUTS_PER_BLOCK] for i in range(0, n, DROPOUTS_PER_BLOCK)]

@@ -40,7 +40,7 @@ from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
 PART = 1024  # ids that a program of the backward looks through
-MAX_PARTS = 16
+MAX_PARTS = 64
 BLOCK_M = 16  # of them at a time
 
 
