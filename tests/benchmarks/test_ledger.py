@@ -136,7 +136,7 @@ def test_a_fused_step_of_iron_does_not_grow(iron: ledger.Ledger) -> None:
     """Lower these numbers when the step needs less. cuBLAS runs 75 matmuls, three per weight."""
     assert iron.launches["matmuls"] == 75
     assert iron.launches["optimizer"] <= 3
-    assert sum(iron.launches.values()) <= 148
+    assert sum(iron.launches.values()) <= 147
     assert sum(iron.bytes.values()) <= 8.77e9
 
 
@@ -153,7 +153,7 @@ def test_a_fused_step_of_fast_does_not_grow() -> None:
     """Lower these numbers when the step needs less. 37 launches are Muon's iteration."""
     book, _ = ledger.step(fused, torch.float16, "fast")
     assert book.launches["optimizer"] <= 52
-    assert sum(book.launches.values()) <= 197
+    assert sum(book.launches.values()) <= 196
     assert sum(book.bytes.values()) <= 3.07e9
 
 
@@ -161,7 +161,7 @@ def test_a_fused_step_of_code_does_not_grow() -> None:
     """With BPE's vocabulary. Lower these numbers when the step needs less."""
     book, trainer = ledger.step(fused, torch.float16, "code")
     assert trainer.model.config.vocab_size == 4096
-    assert sum(book.launches.values()) <= 204
+    assert sum(book.launches.values()) <= 203
     assert sum(book.bytes.values()) <= 5.6e9
     rows = 16 * 512
     logits = rows * 4096 * 2  # read once, and the gradient written over them
