@@ -57,15 +57,17 @@ def rows(
     return sums.sum() / len(z), dz
 
 
-def hold_rows(z: Tensor, targets: Tensor, scale: float = 1.0) -> None:
-    loss, dz = rows(z, targets.to(DEVICE), scale)
+def hold_rows(z: Tensor, targets: Tensor, scale: float = 1.0, classes: int | None = None) -> Tensor:
+    """Returns what the kernel stores over the logits."""
+    loss, dz = rows(z, targets.to(DEVICE), scale, classes)
     upstream = torch.tensor(scale, device=DEVICE)
     baseline, oracle = (
         run(eager.cross_entropy, dict(logits=x, targets=targets.to(DEVICE)), (g,))
-        for x, g in ((z, upstream), (z.double(), upstream.double()))
+        for x, g in ((z[:, :classes], upstream), (z[:, :classes].double(), upstream.double()))
     )
     assert_rule(OUTPUTS, loss, baseline[0][0], oracle[0][0])
-    assert_rule(GRADIENTS, dz, baseline[1][0], oracle[1][0])
+    assert_rule(GRADIENTS, dz[:, :classes], baseline[1][0], oracle[1][0])
+    return dz
 
 
 @each_dtype
@@ -107,11 +109,7 @@ def test_eager_is_the_cross_entropy_of_a_linear_layer() -> None:
 def test_padding_has_a_gradient_of_0_and_no_probability(dtype: torch.dtype, path: None) -> None:
     z, targets = values(7, 56, dtype=dtype), torch.arange(7, device=DEVICE)
     z[:, 51:] = torch.tensor([INF, -INF, math.nan, 100.0, 0.0], device=DEVICE)
-    loss, dz = rows(z, targets, classes=51)
-    wanted, dwanted = rows(z[:, :51].contiguous(), targets)
-    assert (dz[:, 51:] == 0).all()
-    assert torch.equal(loss, wanted)
-    assert torch.equal(dz[:, :51], dwanted)
+    assert (hold_rows(z, targets, classes=51)[:, 51:] == 0).all()
 
 
 @each_dtype

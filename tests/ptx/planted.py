@@ -41,6 +41,7 @@ def case(op: str, dtype: str = "float16", **sizes: int) -> Case:
 
 
 ATTENTION, NORM = case("causal_attention"), case("layer_norm")
+LOSS = case("linear_cross_entropy", N=16, V=3000)
 HEAD = case("causal_attention", T=150)  # its backward has two loops
 
 
@@ -103,6 +104,9 @@ BUGS = [
     Bug("head: another constant of Philox", HEAD, "_bwd_head_kernel", "-766435501", "-766435503",
         (90,)),
     Bug("a barrier left out", NORM, "_fwd_kernel", r"bar\.sync\s+0;", "", n=0),
+    Bug("a gradient over the next logits", LOSS, "_row_kernel",
+        r"(st\.global\.v4\.b32 \[ %rd\d+) \+ 0 \]", r"\1 + 16 ]", n=0),
+    Bug("a sum of a row without a barrier", LOSS, "_row_kernel", r"bar\.sync\s+0;", "", n=2),
 ]  # fmt: skip
 QUICK = (
     "hook: b0",

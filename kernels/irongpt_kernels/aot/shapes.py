@@ -179,7 +179,8 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
         case "linear_cross_entropy":  # a narrow layer: its matmuls are not ours
             for V in (*VOCABULARIES, 16384):
                 at = RowShape(V=V, M=ROWS, N=16)
-                yield dict(label=f"V={V}", at=at, costs=replace(IRON, V=V))
+                options = dict(loss_scale=torch.tensor(2.0))  # as in a training step
+                yield dict(label=f"V={V}", at=at, costs=replace(IRON, V=V), options=options)
         case "gelu":
             label = f"N={4 * IRON.width}"
             yield dict(label=label, **_rows(IRON.width))

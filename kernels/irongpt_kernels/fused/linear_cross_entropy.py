@@ -197,7 +197,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor]:
     """The results of the forward for the upstream gradient dloss in place of loss_scale."""
     factor = dloss if loss_scale is None else dloss / loss_scale
-    # A 0-d factor on the CPU would be rounded to the dtype of 16-bit gradients.
+    # PyTorch would round a 0-d factor on a GPU to the dtype of 16-bit gradients.
     return (dx.float() * factor).to(dx.dtype), (dweight.float() * factor).to(dweight.dtype)
 
 
