@@ -10,6 +10,8 @@ With P, keep, m and l as in `attention`, the backward computes for each row
 where delta, one number per row, is sum_j Z_j dZ_j. That sum equals dot(dO, O), so the kernel takes
 it from the outputs, without a pass over the keys.
 
+On sm_90 `attention_head_backward` replaces these kernels at short contexts in 16 bits.
+
 Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a program for each query
             tile and computes delta and dQ; the second has one for each key tile and computes dK and
             dV. No two programs add to the same gradient, so every run gives the same bits. Both
