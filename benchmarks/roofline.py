@@ -116,12 +116,10 @@ def step_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str
     """Least bytes of all ops of a step but the matmuls, by op."""
     L, B = config.n_layer, train.batch_size
     counts = dict(causal_attention_packed=L, dropout_add_layer_norm=2 * L, gelu=L)
-    counts |= dict(layer_norm=1)
+    counts |= dict(embed_layer_norm=1)
     found = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
     # The logits are read, and their gradient is written over them; a target is read.
     found["cross_entropy"] = B * config.context * (2 * config.vocab_size * itemsize + 8)
-    # Output and gradient of the embedding in float32, each read and written.
-    found["embedding"] = 2 * 2 * B * config.context * config.n_embd * 4
     found["optimizer"] = optimizer_bytes(config, train.optimizer, itemsize)
     return found
 
@@ -167,9 +165,9 @@ def two_t4_step(preset: str = "iron") -> tuple[float, float]:
 def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
     """Least bytes of a step by the groups of `benchmarks.ledger`, the matmuls included.
 
-    Less than `step_bytes`: each operand counts once, the statistics of the rows, the first norm and
-    a second pass over the embedding do not count, as if they were part of other kernels. Muon's
-    iteration does not count. The residual stream is float32, all other tensors have `itemsize`.
+    Less than `step_bytes`: each operand counts once, and the statistics of the rows and the first
+    norm do not count, as if they were part of other kernels. Muon's iteration does not count. The
+    residual stream is float32, all other tensors have `itemsize`.
     """
     L, B, V = config.n_layer, train.batch_size, config.vocab_size
     rows = B * config.context
