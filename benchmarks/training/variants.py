@@ -103,10 +103,10 @@ def trained(
         torch._dynamo.config.recompile_limit = 64
         compiled = torch.compile(model.loss, mode=mode, dynamic=False)
 
-        def loss(x: Tensor, y: Tensor, *, seed: Any = None) -> Tensor:
+        def loss(x: Tensor, y: Tensor, *, seed: Any = None, **options: Any) -> Tensor:
             # A tensor, because a number that changes at every step would recompile each time.
             at = torch.as_tensor(0 if seed is None else seed, device=device)
-            made: Tensor = compiled(x, y, seed=at)
+            made: Tensor = compiled(x, y, seed=at, **options)
             return made
 
         setattr(model, "loss", loss)  # noqa: B010 (a method, for mypy)

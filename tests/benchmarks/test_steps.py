@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from irongpt_kernels import builtin
 
 from benchmarks import roofline
 from benchmarks.measure import result_file
@@ -156,6 +157,17 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
     assert kernels > 50
     assert in_graph == pytest.approx(kernels, rel=0.2)
     assert launched < launches / 4
+
+
+def test_a_compiled_model_is_trained_as_the_trainer_calls_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: loss)
+    compiled = variants.trained(SETTING, builtin, torch.float32, CPU, mode="default")
+    plain = variants.trained(SETTING, builtin, torch.float32, CPU)
+    rows = [variant.step() for variant in (compiled, plain)]
+    assert all(isinstance(row, torch.Tensor) for row in rows)
+    assert torch.equal(*rows)  # type: ignore[arg-type]
 
 
 def test_matmuls_of_a_step_have_the_flops_that_the_model_counts() -> None:
