@@ -247,7 +247,7 @@ PRESETS = {
         "iron's model by BPE, lowest loss from 10 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.1),
         train=FEW_STEPS
-        | dict(iters=2441, lr=4e-3, weight_decay=0.2, eval_every=250, tokenizer="bpe"),
+        | dict(iters=2441, lr=4e-3, weight_decay=0.3, eval_every=250, tokenizer="bpe"),
         vocab_size=1024,
     ),
     "nano": Preset(

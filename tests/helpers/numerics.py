@@ -107,7 +107,8 @@ def assert_op(
     """
     if upstream is None:
         outputs, _ = run(getattr(eager, name), inputs, **options)
-        upstream = tuple(randn(*x.shape, dtype=x.dtype, seed=i) for i, x in enumerate(outputs, 90))
+        made = (randn(*x.shape, seed=i) for i, x in enumerate(outputs, 90))
+        upstream = tuple(g.to(x) for g, x in zip(made, outputs, strict=True))
     results = run(getattr(module, name), inputs, upstream, **options)
     baseline, oracle = references(name, inputs, upstream, **options)
     for tensors in zip(results[0], baseline[0], oracle[0], strict=True):
