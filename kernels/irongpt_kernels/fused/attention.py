@@ -44,7 +44,7 @@ from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_backward import backward_op
 from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
 from irongpt_kernels.runtime import checks, launch
-from irongpt_kernels.runtime.custom_op import custom_op
+from irongpt_kernels.runtime.custom_op import autocast, custom_op
 from irongpt_kernels.runtime.launch import unpack
 
 
@@ -187,14 +187,6 @@ def check_options(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return launch.seed_tensor(seed, q.device), scale
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors cast to the autocast dtype if autocast is on, as for PyTorch's attention."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def causal_attention(

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.cross_entropy import check_indices, check_targets, log1p
 from irongpt_kernels.runtime import checks, launch
-from irongpt_kernels.runtime.custom_op import custom_op
+from irongpt_kernels.runtime.custom_op import autocast, custom_op
 
 LOGITS_BYTES = 1 << 30  # of all logits at a time
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
@@ -259,10 +259,7 @@ def linear_cross_entropy(
         checks.floating(loss_scale=loss_scale)
         checks.shape("loss_scale", loss_scale, ())
         checks.same_device(x=x, loss_scale=loss_scale)
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        # It does not see the matmuls in a custom op.
-        x, weight = (a.to(torch.get_autocast_dtype(kind)) for a in (x, weight))
+    x, weight = autocast(x, weight)
     checks.same_dtype(x=x, weight=weight)
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _op(x, weight, targets, loss_scale, classes, gradient)[0]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
@@ -36,7 +37,15 @@ def custom_op(
     return call
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors cast to the autocast dtype if autocast is on, which does not see into an op."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 def _has_tangent(arg: Any) -> bool:
     if isinstance(arg, list | tuple):
         return any(map(_has_tangent, arg))
-    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
