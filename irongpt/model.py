@@ -1,4 +1,4 @@
-"""A GPT-2 style decoder (Radford et al. 2019), written once against the ops.
+"""A GPT-2 style decoder (Radford et al. 2019), written once for all implementations of its ops.
 
 B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from irongpt.config import GPTConfig
 
 DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
-PADDED_ON = ("cuda",)  # types of devices whose matmuls want an aligned head
+PADDED_ON = ("cuda",)  # types of devices on which training pads the head: see `padded_vocab`
 
 
 def padded_vocab(V: int) -> int:
@@ -159,7 +159,7 @@ class GPT(OpsModule):
         self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         n = DROPOUTS_PER_BLOCK * config.n_layer
-        self.dropouts: Tensor  # their numbers, each in the first of two columns: see `_seeds`
+        self.dropouts: Tensor  # (n, 2), row i holds i twice: `_seeds` has the reason
         self.register_buffer("dropouts", torch.arange(n)[:, None].repeat(1, 2), persistent=False)
         self.apply(self._init_weights)
 
@@ -206,7 +206,7 @@ class GPT(OpsModule):
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
         dropout_p = self.config.dropout if self.training else 0.0
-        # A slice of all rows would add two passes over the gradient.
+        # Slicing, even to all rows, would make autograd pass over the gradient twice more.
         positions = self.wpe.weight if context == T else self.wpe.weight[:T]
         blocks = cast(Sequence[Block], self.blocks)
         dtype = blocks[0].attn.qkv.matrix.dtype
@@ -224,17 +224,16 @@ class GPT(OpsModule):
         """The parameters of all norms in the order of their use. rows: of their inputs. dtype: of
         their results."""
         norms = [m for m in self.modules() if isinstance(m, LayerNorm)]
-        params: list[Tensor] = [
-            p for m in norms for p in m.parameters()
-        ]  # weights, and biases if there are any
+        # Weights, and biases if there are any.
+        params: list[Tensor] = [p for m in norms for p in m.parameters()]
         found = iter(self.ops.norm_parameters(params, rows, dtype))
         return [(next(found), None if m.bias is None else next(found)) for m in norms]
 
     def _seeds(self, seed: int | Tensor | None) -> list[list[int | Tensor | None]]:
         """The seeds of every block's dropouts, consecutive numbers from `seed` on.
 
-        From a tensor, one addition makes all of them, each aligned to 16 bytes like a new tensor
-        (Triton compiles another kernel for an address that is not).
+        If `seed` is a tensor, one addition makes all of them, 16 bytes apart, so that each is
+        aligned like a new tensor (Triton compiles another kernel for an address that is not).
         """
         n = len(self.dropouts)
         flat: list[int | Tensor | None]
@@ -254,8 +253,8 @@ class GPT(OpsModule):
     ) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32.
 
-        loss_scale: the gradient that the loss is going to get, by default 1, 0-d. The fused ops
-        compute the head's gradients with it, so that small ones do not underflow in float16.
+        loss_scale: 0-d, the gradient that `backward` will give the loss, by default 1. The fused
+        ops compute the head's gradients with it, so that small ones do not underflow in float16.
         """
         V = self.config.vocab_size
         x, weight = self.hidden(idx, seed).flatten(0, 1), self.wte.weight

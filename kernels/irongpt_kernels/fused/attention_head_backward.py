@@ -5,18 +5,18 @@ The gradient is that of `attention_backward`, in whose notation a program comput
     Z  = P * keep / (1 - p)            dV = Z^T dO         dZ = dO V^T
     dS = Z dZ - P delta                dQ = scale dS K     dK = scale dS^T Q
 
-Algorithm   The queries, the upstream gradient and the accumulator of dQ are those of all rows of
-            the head. The program loops over tiles of keys: each gives its part of dQ, and its rows
-            of dK and dV at once. Scores, weights and dropout masks are computed once, where the
+Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its head on chip. It
+            loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
+            complete. Scores, weights and dropout masks are computed once, where the
             pair of kernels of `attention_backward` computes them twice.
-Diagonal    With SPLIT, the first loop covers the keys of the upper half of the rows, the second
-            those of the lower half, which only the rows there see: 3/4 of the scores are computed.
-            Every tile is masked.
+Diagonal    With SPLIT, the first loop covers the earlier half of the keys for all queries, and the
+            second the later half, which only the later half of the queries sees: 3/4 of the scores
+            are computed. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements, where the pair
             moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
-Precision   As in `attention_backward`; 1 / (1 - p) is a summand of the exponent of P, so that no
-            product is needed for each element. Z is at most 256.
+Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
+            log2, which saves a product for each element. It is at most 256, and so is Z.
 Limits      float16 and bfloat16; BLOCK_M, rounded up from T, rows of q, dout and dQ have to fit
             the registers and shared memory of a program: see `attention_tiles.head`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
@@ -120,7 +120,7 @@ def _gradients_of_keys(
     if BLOCK_D < 64:
         dv = tl.dot(tl.trans(z), dout)
         dk = tl.dot(tl.trans(ds), q)
-    else:  # so that an asynchronous matmul of sm_90, which has 64 rows, computes the transpose
+    else:  # the transposes, for an asynchronous matmul of sm_90 has 64 rows, as many as BLOCK_D
         dv = tl.trans(tl.dot(tl.trans(dout), z))
         dk = tl.trans(tl.dot(tl.trans(q), ds))
     store_tile(scale * dk, dk_ptr, grad_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)

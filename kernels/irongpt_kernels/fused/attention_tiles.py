@@ -64,7 +64,7 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
-LONGEST_HEAD = 256  # positions; 0 selects the pair of kernels everywhere
+LONGEST_HEAD = 256  # positions; 0 selects `attention_backward`'s pair of kernels everywhere
 
 
 def head(device: torch.device, T: int, D: int, itemsize: int) -> launch_table.Options | None:
@@ -86,10 +86,11 @@ def _fits(T: int, D: int, itemsize: int) -> bool:
 def head_table(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
     """Default launch options per architecture; None where the pair of kernels is the default.
 
-    Chosen as in `table`. On sm_80 the model charges a head of 256 rows more clocks of shared memory
-    than the pair takes for its DRAM traffic: a warp reads the whole right operand of each matmul,
-    where the asynchronous matmuls of sm_90 read it once for four warps. On sm_90 the same holds for
-    256 rows of fewer than 64 columns, whose dK and dV have no asynchronous matmul.
+    Chosen as in `table`. On sm_80, by the cost model of `aot.tiles`, a head of 256 rows takes more
+    clocks of shared memory than the pair takes for its DRAM traffic: a warp reads the whole right
+    operand of each matmul, where the asynchronous matmuls of sm_90 read it once for four warps. On
+    sm_90 the same holds for 256 rows of fewer than 64 columns, whose dK and dV have no asynchronous
+    matmul.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -146,5 +147,5 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     options = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
     limited = (("forward", 64),) if arch == 90 else (("forward", 32), ("query", 64))
     if arch >= 80 and itemsize == 2 and (kernel, BLOCK_D) in limited:
-        options["maxnreg"] = 168  # three programs of 4 warps fit the 65,536 of an SM
+        options["maxnreg"] = 168  # so three programs of 4 warps fit the 65,536 registers of an SM
     return options

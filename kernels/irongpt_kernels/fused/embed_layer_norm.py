@@ -39,9 +39,9 @@ from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
-PART = 1024  # ids that a program of the backward looks through
+PART = 1024  # ids that a program of the backward looks through, or more if MAX_PARTS is reached
 MAX_PARTS = 64
-BLOCK_M = 16  # of them at a time
+BLOCK_M = 16  # ids that it loads at a time
 
 
 @triton.jit

@@ -9,9 +9,9 @@ Backward    du = sqrt(2/pi) (1 + 3 * 0.044715 z^2)
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN; it recomputes s.
-Parallelism One program per tile. For dbias, P programs share the rows of each block of columns in
-            the backward, and each accumulates dbias in registers; the (P, N) partial sums are added
-            afterwards. There are no atomics, so every run gives the same bits.
+Parallelism One program per tile, except in a backward with dbias: there P programs share the rows
+            of each block of columns, each accumulates dbias in registers, and the (P, N) partial
+            sums are added afterwards. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
             and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
             where 1 + tanh u loses them.
@@ -33,7 +33,7 @@ from irongpt_kernels.runtime.launch import as_matrix
 
 BLOCK_N = 256
 BLOCK_M = 4
-PROGRAMS_PER_SM = 8  # for dbias: few partial sums
+PROGRAMS_PER_SM = 8  # with dbias: fewer programs store fewer partial sums
 
 
 @triton.jit

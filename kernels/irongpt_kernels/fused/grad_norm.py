@@ -30,8 +30,8 @@ from torch import Tensor
 from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-BLOCK = 2048  # of 1,024, a program's search for its tensor takes as long as its work
-MAX_TENSORS = 48  # per launch: five addresses each take 1.9 of the 4 KB for arguments
+BLOCK = 2048  # with 1,024, finding its tensor takes a program as long as its work
+MAX_TENSORS = 48  # per launch: in `adamw`, 5 addresses of each take 1.9 of the 4 KB for arguments
 SUMS = 1024  # partial sums that the second kernel reads at a time
 
 

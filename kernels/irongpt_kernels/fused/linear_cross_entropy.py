@@ -6,11 +6,11 @@ Logits:             z = x w^T, by cuBLAS
 Kernel, per row:    m = max(z)      rest = sum over v != t of exp(z_v - m)
                     total = rest + exp(z_t - m)
                     loss_row = log(total) - (z_t - m)         loss = sum(loss_row) / M, float32
-                    dz_v = exp(z_v - m) / total s / M         dz_t = -rest / total s / M
+                    dz_v = exp(z_v - m) s / (M total)         dz_t = -rest s / (M total)
 Gradients:          dx = dz w      dw = dz^T x, by cuBLAS
 
-s is `loss_scale`, the gradient that the loss is expected to get. All of this is the forward; the
-backward has only to multiply dx and dw by dloss / s, and launches nothing if dloss is the tensor s.
+s is `loss_scale`, the gradient that the loss is expected to get. The forward computes all of this.
+The backward only multiplies dx and dw by dloss / s, and launches nothing if dloss is the tensor s.
 
 Traffic     The kernel reads z and writes dz over it: 2MV elements, where a forward and a backward
             of their own read z twice and write dz. Rows longer than MAX_BLOCK are read twice, the
@@ -42,10 +42,10 @@ from irongpt_kernels.fused.cross_entropy import check_indices, check_targets, lo
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import autocast, custom_op
 
-LOGITS_BYTES = 1 << 30  # of all logits at a time
+LOGITS_BYTES = 1 << 30  # of the logits at a time; a larger batch is processed in chunks
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 LONG_BLOCK = 4096  # columns at a time of longer rows
-CHUNK = 128  # a chunk has a multiple of so many rows
+CHUNK = 128  # the number of rows of a chunk is a multiple of this
 TILE = 1024  # elements per program where rows are short: 2 warps
 PARTS = 4096  # partial sums that the second kernel reads at a time
 
@@ -58,7 +58,7 @@ def _add_block(z, cols, t, m, rest, z_t):
     true = cols == t[:, None]
     e = tl.where(true, 0.0, tl.exp(z - shift[:, None]))
     rest = rest * tl.exp(m - shift) + tl.sum(e, axis=1)
-    # Not loaded by its address: another thread might have stored its gradient there by then.
+    # Summed, not loaded: another thread may already have overwritten it by its gradient.
     z_t += tl.sum(tl.where(true, z, 0.0), axis=1)
     return m_new, rest, z_t, e
 
@@ -140,9 +140,10 @@ def gradient_in_place(
     z: Tensor, t: Tensor, sums: Tensor, n: int, loss_scale: Tensor | None, classes: int,
     gradient: bool = True,
 ) -> None:  # fmt: skip
-    """Stores the sums of the losses of each `tile(V)`, and over z, contiguous (M, V), its gradient.
+    """Stores the sum of the losses of each tile of rows, and overwrites z by its gradient.
 
-    n: the number of rows that the loss is the mean of. Without `gradient` z stays as it is.
+    z: (M, V), contiguous. n: the number of rows that the loss is the mean of. Without `gradient` z
+    stays as it is.
     """
     M, V = z.shape
     if M:

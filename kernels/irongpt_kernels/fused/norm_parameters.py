@@ -4,10 +4,10 @@
     backward                    dw = the sum of the P rows of the view's gradient
 
 Each of the P programs of a norm's backward (see `layer_norm_backward`) sums the gradient of the
-parameters over its own rows of x, which makes a (P, N) matrix of partial sums. It is the gradient
-of the view if program p reads row p. So a norm that is given such views returns its partial sums as
-they are, and those of all norms are added by one kernel, where each norm would launch its own. A
-norm that is given the parameters themselves, (N,), adds its own partial sums.
+parameters over its own rows of x, which makes a (P, N) matrix of partial sums. That matrix is the
+gradient of a (P, N) view of which program p reads row p. So a norm that is given such views returns
+its partial sums as they are, and those of all norms are added by one kernel, where each norm would
+launch its own. A norm that is given the parameters themselves, (N,), adds its own partial sums.
 
 Traffic     reads the partial sums, 4PN bytes per parameter, and writes 4N.
 Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. The addresses of
