@@ -41,7 +41,7 @@ LAUNCHES = {
     "irongpt::embedding_backward": 2,  # rows of each token; their sum, and that of each position
     "irongpt::cross_entropy": 2,  # rows; their mean
     "irongpt::linear_cross_entropy": 5,  # these, and HEAD_MATMULS
-    "irongpt::linear_cross_entropy_backward": 2,  # in a step it is not called
+    "irongpt::linear_cross_entropy_backward": 2,  # in float32; a step does not call it
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
     "aten::_index_put_impl_": 8,
     "aten::native_layer_norm_backward": 2,

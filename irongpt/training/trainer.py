@@ -245,11 +245,12 @@ class Trainer:
         hooks = [
             module.register_forward_hook(
                 lambda module, args, out, name=name: check(
-                    f"the output of {name or 'the model'}",
+                    f"the output of {name}",
                     *(out if isinstance(out, tuple) else (out,)),
                 )
             )
             for name, module in self.model.named_modules()
+            if name
         ]
         try:
             self._fill_inputs()

@@ -163,9 +163,6 @@ def test_a_fused_step_of_code_does_not_grow() -> None:
     assert trainer.model.config.vocab_size == 4096
     assert sum(book.launches.values()) <= 203
     assert sum(book.bytes.values()) <= 5.6e9
-    rows = 16 * 512
-    logits = rows * 4096 * 2  # read once, and the gradient written over them
-    assert book.bytes["loss"] == 2 * logits + rows * 8
 
 
 def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledger) -> None:

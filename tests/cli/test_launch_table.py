@@ -181,7 +181,7 @@ ROWS = {
     "norm forward": ("dropout_add_layer_norm", dict(BLOCK_M=4, num_warps=2)),
     "norm backward": ("dropout_add_layer_norm", dict(BLOCK_M=4, num_warps=2, warps_per_sm=2)),
     "gelu forward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1)),
-    "gelu backward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1, programs_per_sm=1)),
+    "gelu backward": ("gelu", dict(BLOCK_M=2, BLOCK_N=16, num_warps=1)),
 }
 
 

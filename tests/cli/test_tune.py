@@ -208,8 +208,7 @@ from irongpt_kernels.aot import __main__ as aot, shapes
 from irongpt_kernels.runtime import launch_table as tuned
 cpu = torch.device("cpu")
 tile = dict(BLOCK_M=2, BLOCK_N=1024, num_warps=4)
-tuned.use(cpu, {("gelu forward", 1536, 2): tile})
-tuned.use(cpu, tuned._tables[cpu] | {("gelu backward", 1536, 2): tile | dict(programs_per_sm=4)})
+tuned.use(cpu, {(f"gelu {name}", 1536, 2): tile for name in ("forward", "backward")})
 cases = [c for c in shapes.every(90) if c.shape == "N=1536 no bias float16"]
 print([row["warps"] for row in aot.report(90, cases)["kernels"]])
 """

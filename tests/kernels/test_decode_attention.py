@@ -59,7 +59,8 @@ def test_eager_is_the_last_row_of_causal_attention() -> None:
 def test_fused(D: int, dtype: torch.dtype, positions: list[int]) -> None:
     given = inputs(positions, dtype, H=8, D=D)  # of few heads eager may be exact by chance
     wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
-    for scale in (None, 0.3):  # larger scores of float32 have few digits after the point
+    # At scores of 80, one rounding changes a weight by 4e-6, but eager on a GPU may be exact there.
+    for scale in (None, 2.0 if DEVICE == "cpu" else 0.3):
         results = [call(ops, given, scale=scale) for ops in (fused, eager)]
         oracle, *_ = call(eager, wide, scale=scale)
         assert_rule(OUTPUTS, results[0][0], results[1][0], oracle)

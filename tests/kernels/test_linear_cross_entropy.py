@@ -143,11 +143,11 @@ def test_the_loss_scale_itself_costs_nothing_in_the_backward(
     hold(inputs, 65536.0, loss_scale=scale)
     wide = dict(x=inputs["x"].double(), weight=eye.double(), targets=inputs["targets"])
     _, exact = run(eager.linear_cross_entropy, wide, (scale.double(),))
-    kept, lost = (
+    scaled, default = (
         [(x - y).norm() / y.norm() for x, y in zip(f, exact, strict=True)] for f in found[::2]
     )
-    assert max(kept) < 1e-3
-    assert min(lost) > 0.1
+    assert max(scaled) < 1e-3
+    assert max(default) < 1e-2
 
 
 def test_a_loss_scale_that_changes_before_the_backward_is_rejected() -> None:

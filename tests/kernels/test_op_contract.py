@@ -183,7 +183,7 @@ def test_the_layout_of_inputs_and_gradients_changes_no_bit(case: Case, ops, dtyp
         for i, name in enumerate([*floats, *upstream]):
             layout, place = list(LAYOUTS.items())[(i + turn) % len(LAYOUTS)]
             same = ops is fused and launch.INTERPRETED
-            if not same and layout == "one value expanded":
+            if not same and layout == "one value expanded" and (name in inputs or ops is fused):
                 continue  # a norm, or a sum, of equal values is one rounding: nothing to compare
             tensors = laid if name in inputs else above
             tensors[name] = place(tensors[name]) if tensors[name].dim() else tensors[name]

@@ -112,8 +112,8 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
         tile = dict(BLOCK_M=M, BLOCK_N=N, num_warps=num_warps)
         if not 8 <= a_thread <= (16 if gelu else 32):
             continue  # too few loads in flight, or too many registers
-        for more in (4, 8, 16) if kernel.endswith("backward") else (1,):
-            tile |= dict(warps_per_sm=more, programs_per_sm=more)
+        for more in (4, 8, 16) if kernel == "norm backward" else (1,):
+            tile |= dict(warps_per_sm=more)
             found.append({knob: tile[knob] for knob in launch_table.KNOBS[kernel]})
     return [x for i, x in enumerate(found) if x not in found[:i]]
 

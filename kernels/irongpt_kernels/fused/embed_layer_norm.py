@@ -19,7 +19,8 @@ Parallelism The forward is that of `layer_norm`. For dwte a program looks throug
             ids, in some 8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
-Limits      C <= 8192. The ids are checked on the CPU only. No second derivative.
+Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would
+            make the host wait, and x and norm become NaN there instead. No second derivative.
 Spec        irongpt_kernels/eager.py::embed_layer_norm
 """
 
@@ -47,7 +48,7 @@ BLOCK_M = 16  # ids that it loads at a time
 @triton.jit
 def _fwd_kernel(
     wte_ptr, wpe_ptr, idx_ptr, weight_ptr, bias_ptr, x_ptr, norm_ptr, mean_ptr, rstd_ptr,
-    M, N, T, wte_stride, wpe_stride, eps,
+    M, N, T, V, wte_stride, wpe_stride, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tile = tl.program_id(0).to(tl.int64)
@@ -55,8 +56,10 @@ def _fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     valid = (rows < M)[:, None] & (cols < N)[None, :]
     tokens = tl.load(idx_ptr + rows, mask=rows < M, other=0)
+    known = ((tokens >= 0) & (tokens < V))[:, None]
     wte_ptrs = wte_ptr + tokens[:, None] * wte_stride + cols[None, :]
-    x = tl.load(wte_ptrs, mask=valid, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    x = tl.load(wte_ptrs, mask=valid & known, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    x = tl.where(known, x, float("nan"))
     wpe_ptrs = wpe_ptr + (rows % T)[:, None] * wpe_stride + cols[None, :]
     x += tl.load(wpe_ptrs, mask=valid, other=0.0).to(tl.float32)
     x = x.to(x_ptr.dtype.element_ty)
@@ -111,7 +114,7 @@ def embed_layer_norm_fwd(
         inputs = wte, wpe, idx.contiguous(), one_row(weight), one_row(bias)
         with launch.on(idx.device):
             _fwd_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
-                *inputs, *outputs, M, N, T, wte.stride(0), wpe.stride(0), eps, **tile(N)
+                *inputs, *outputs, M, N, T, len(wte), wte.stride(0), wpe.stride(0), eps, **tile(N)
             )
     return outputs
 

@@ -112,12 +112,11 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """dy, x: (M, N), any strides. Returns dx, (M, N), and dbias: (N,), or (0,) unless bias_grad."""
     M, N = x.shape
-    default = _tile() | dict(programs_per_sm=PROGRAMS_PER_SM)
-    tile = dict(launch_table.options("gelu backward", N, x.element_size(), x.device, default))
+    tile = launch_table.options("gelu backward", N, x.element_size(), x.device, _tile())
     col_tiles = triton.cdiv(N, tile["BLOCK_N"])
-    programs = tile.pop("programs_per_sm") * launch.num_sms(x.device)
     P = triton.cdiv(M, tile["BLOCK_M"])
     if bias_grad:
+        programs = PROGRAMS_PER_SM * launch.num_sms(x.device)
         P = min(P, triton.cdiv(programs, max(1, col_tiles)))
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     dbias = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)

@@ -16,8 +16,8 @@ Traffic     The kernel reads z and writes dz over it: 2MV elements, where a forw
             of their own read z twice and write dz. Rows longer than MAX_BLOCK are read twice, the
             second time from L2. The three matmuls move z or dz once each. Between forward and
             backward dx and dw are kept, (M + V) C elements; logits take at most LOGITS_BYTES at a
-            time. Where all would take more, chunks of rows follow each other, and their dw are
-            added in float32.
+            time. Where all would take more, chunks of rows follow each other. The dw of a chunk
+            is rounded to the dtype of x, and these are added in float32.
 Parallelism A program handles BLOCK_M rows, which stay in registers between the sums and the
             gradient. It stores the sum of its rows' losses, and one program of a second kernel adds
             these partial sums in order. There are no atomics, so every run gives the same bits.
@@ -48,6 +48,7 @@ LONG_BLOCK = 4096  # columns at a time of longer rows
 CHUNK = 128  # the number of rows of a chunk is a multiple of this
 TILE = 1024  # elements per program where rows are short: 2 warps
 PARTS = 4096  # partial sums that the second kernel reads at a time
+FLOAT16_SCALE = 1024.0  # in place of loss_scale: gradients neither underflow nor overflow
 
 
 @triton.jit
@@ -175,22 +176,19 @@ def linear_cross_entropy_fwd(
     BLOCK_M = tile(V)["BLOCK_M"]
     sums = torch.empty(triton.cdiv(M, BLOCK_M), dtype=torch.float32, device=x.device)
     loss = sums.new_empty(())
-    dx, terms = x.new_empty(x.shape if gradient else 0), []
+    dx, dw = x.new_empty(x.shape if gradient else 0), x.new_empty(0)
     for first in range(0, max(1, M), rows):
         part = slice(first, first + rows)
         z = x[part] @ weight.T
         gradient_in_place(z, t[part], sums[first // BLOCK_M :], M, loss_scale, classes, gradient)
         if gradient:
             torch.mm(z, weight, out=dx[part])
-            terms.append(z.T @ x[part])
+            term = z.T @ x[part]
+            dw = term if rows >= M else dw.add_(term) if first else term.float()
         del z  # before the next chunk allocates its own
     with launch.on(x.device):
         _mean_kernel[(1,)](sums, loss, len(sums), float(M), PARTS=PARTS, num_warps=8)
-    if not gradient:
-        return loss, dx, x.new_empty(0)
-    if len(terms) == 1:
-        return loss, dx, terms[0]
-    return loss, dx, torch.stack(terms).sum(0, dtype=torch.float32).to(x.dtype)
+    return loss, dx, dw.to(x.dtype)
 
 
 def linear_cross_entropy_bwd(
@@ -263,4 +261,6 @@ def linear_cross_entropy(
     x, weight = autocast(x, weight)
     checks.same_dtype(x=x, weight=weight)
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if gradient and loss_scale is None and x.dtype == torch.float16:
+        loss_scale = x.new_full((), FLOAT16_SCALE, dtype=torch.float32)
     return _op(x, weight, targets, loss_scale, classes, gradient)[0]

@@ -30,11 +30,11 @@ KNOBS = {
     "norm forward": ("BLOCK_M", "num_warps"),
     "norm backward": ("BLOCK_M", "num_warps", "warps_per_sm"),
     "gelu forward": TILE,
-    "gelu backward": (*TILE, "programs_per_sm"),
+    "gelu backward": TILE,
 }
 RANGES = dict(
     BLOCK_M=(1, 256), BLOCK_N=(16, 1024), num_warps=(1, 16), num_stages=(1, 4), maxnreg=(64, 255),
-    warps_per_sm=(1, 64), programs_per_sm=(1, 64),
+    warps_per_sm=(1, 64),
 )  # fmt: skip
 
 _tables: dict[torch.device, Table] = {}
