@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from extremes import each_extreme, extreme_attention
 from irongpt_kernels import builtin, dropout
 from irongpt_kernels.fused import attention, attention_tiles
 from irongpt_kernels.runtime import launch
@@ -136,22 +137,9 @@ def run_op(x: dict[str, Tensor], dout: Tensor, **options) -> list[Tensor]:
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", ["large logits", "equal", "one winner", "large values", "small"])
+@each_extreme
 def test_extreme_values(kind: str, dtype) -> None:
-    x = inputs(1, 2, 40, 16, dtype)
-    if kind == "large logits":
-        x = dict(q=x["q"] * 15, k=x["k"] * 15, v=x["v"])
-    elif kind == "equal":
-        x |= {n: torch.full_like(x[n], 1.5) for n in "qk"}  # of equal values dq would be exactly 0
-    elif kind == "one winner":  # scores to the edge of float16, one column far above the others
-        factor = 40
-        x["k"][:, :, 20] = x["q"][:, :, 30] * factor
-        x["q"] *= factor
-    elif kind == "large values":
-        x["v"] *= 1e3
-    else:
-        x = {n: t * 1e-3 for n, t in x.items()}
-    check(x)
+    check(extreme_attention(kind, inputs(1, 2, 40, 16, dtype)))
 
 
 def test_float32_scores_of_any_size() -> None:

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from extremes import each_extreme, extreme_attention
 from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention, attention_backward, attention_tiles
@@ -115,22 +116,10 @@ def test_layouts(tiling, layout: str, dtype) -> None:
 
 @needs_sm_80
 @each_half
-@pytest.mark.parametrize("kind", ["large logits", "equal", "one winner", "large values", "small"])
+@each_extreme
 def test_extreme_values(tiling, kind: str, dtype) -> None:
     tiling(TILINGS["16 keys, split"])
-    x = inputs(1, 2, 40, 16, dtype)
-    if kind == "large logits":
-        x = dict(q=x["q"] * 15, k=x["k"] * 15, v=x["v"])
-    elif kind == "equal":
-        x |= {n: torch.full_like(x[n], 1.5) for n in "qk"}  # of equal values dq would be exactly 0
-    elif kind == "one winner":  # scores to the edge of float16, one column far above the others
-        x["k"][:, :, 20] = x["q"][:, :, 30] * 40
-        x["q"] *= 40
-    elif kind == "large values":
-        x["v"] *= 1e3
-    else:
-        x = {n: t * 1e-3 for n, t in x.items()}
-    check(x)
+    check(extreme_attention(kind, inputs(1, 2, 40, 16, dtype)))
 
 
 @needs_sm_80

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from extremes import extreme_logits
 from irongpt_kernels import eager
 from numerics import (
     DEVICE,
@@ -62,16 +63,7 @@ def test_the_upstream_gradient_counts(upstream: float, dtype: torch.dtype) -> No
 
 @each_dtype
 def test_extreme_logits(dtype: torch.dtype, path: None) -> None:
-    """To the edge of the dtype, and -inf: in front, behind, in whole blocks, all but the target."""
-    top = 65504.0 if dtype == torch.float16 else 1e30
-    V = 37
-    x = values(12, V, dtype=dtype)
-    x[1], x[2], x[3] = 3.0, top, -top
-    x[4, ::2], x[4, 1::2] = top, -top
-    x[5] = torch.arange(V) * (top / V)
-    x[6] = x[5].flip(0)
-    x[7, :36], x[8, 1:], x[9, 20:], x[10, :20] = -INF, -INF, -INF, -INF
-    targets = torch.tensor([5, 0, 36, 18, 0, 36, 0, 36, 0, 19, 20, 3])
+    x, targets = extreme_logits(dtype)
     hold(x, targets)
     hold(x[4:5], torch.tensor([1]))  # the least likely class
 
