@@ -115,11 +115,11 @@ def linear_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """`cross_entropy` of the logits x weight^T: a model's head and its loss.
 
-    x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes), none of which is ignored.
+    x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
     classes: the rows of the weight from there on are padding, which has a probability and a
-    gradient of 0; by default there is none. loss_scale: 0-d, the gradient that the loss is going to
-    get, by default 1. It changes no result but for the rounding: an implementation that computes
-    gradients along with the loss needs it to keep small ones in float16's range.
+    gradient of 0. By default all rows are classes. loss_scale: 0-d, the gradient that `backward`
+    will give the loss, by default 1. It changes no result but for the rounding: an implementation
+    that computes gradients along with the loss needs it to keep small ones in float16's range.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 

@@ -137,8 +137,8 @@ def of_a_head(
 ) -> dict[str, float]:
     """Clocks by unit for a head of CONTEXT positions, from those of one pass of each inner loop.
 
-    loops: in the order of the kernel's code. A masked loop of one pass is none in the compiled
-    code, and its pass is charged as an unmasked one. size: bytes of an element.
+    loops: in the order of the kernel's code. The compiler dissolves a masked loop of one pass,
+    whose pass is charged as an unmasked one. size: bytes of an element.
     """
     T = shapes.CONTEXT
     n = passes(tile, T)
