@@ -9,11 +9,12 @@ from irongpt.runs.run_folder import Record, RunFolder
 
 
 def draw(run: RunFolder) -> None:
-    """Writes both files from metrics.jsonl, if it has a record."""
+    """Writes loss.png if metrics.jsonl has a record, and sample.txt if one has a sample."""
     records = run.records()
     if not records:
         return
-    replace_file(run.path / "sample.txt", samples(records).encode())
+    if text := samples(records):
+        replace_file(run.path / "sample.txt", text.encode())
     with default_style():
         png = loss_png(records, run.path.name.encode(errors="replace").decode())
     replace_file(run.path / "loss.png", png)
@@ -62,7 +63,7 @@ def samples(records: list[Record]) -> str:
     return "\n".join(
         f"--- step {r['step']:,}, validation loss {r['val_loss']} ---\n{r['sample'].strip()}\n"
         for r in records
-        if "sample" in r
+        if r.get("sample")
     )
 
 

@@ -34,7 +34,7 @@ def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
     assert cli("train", *flags, "--out", out).code == 0
     folder = Path(out).expanduser()
     assert {p.name for p in folder.iterdir()} - {"lost+found"} == {
-        "config.json", "metrics.jsonl", "last", "best", "loss.png", "sample.txt", "result.json",
+        "config.json", "metrics.jsonl", "last", "best", "loss.png", "result.json",
     }  # fmt: skip
     assert "--resume" in cli("train", *QUICK, "--out", out).err
     assert not (tmp_path / "~").exists()
