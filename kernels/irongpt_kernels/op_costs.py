@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from irongpt_kernels.op_inputs import Shape, Weights
+from irongpt_kernels.op_inputs import Shape, Sizes
 
 
 class Cost(NamedTuple):
@@ -46,7 +46,7 @@ def embed_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
     return Cost(rows + (s.V + s.T) * s.width * 4 * backward)
 
 
-def numel(sizes: Weights) -> int:
+def numel(sizes: Sizes) -> int:
     """The number of elements of tensors with these sizes."""
     return sum(math.prod(size) for size in sizes)
 

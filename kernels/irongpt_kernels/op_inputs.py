@@ -14,7 +14,7 @@ TOP_K = 20
 IGNORED = -100  # the target that cross_entropy leaves out
 
 Tensors = dict[str, Tensor]
-Weights = list[tuple[int, ...]]
+Sizes = list[tuple[int, ...]]
 Dtypes = dict[str, torch.dtype]  # by role
 
 
@@ -38,11 +38,11 @@ class Shape:
     def width(self) -> int:
         return self.H * self.D
 
-    def matrices(self) -> Weights:
+    def matrices(self) -> Sizes:
         """Sizes of the weight matrices in all blocks."""
         return [*block_matrices(self.width)] * self.L
 
-    def other_weights(self) -> Weights:
+    def other_weights(self) -> Sizes:
         """Sizes of the two embeddings and of the layer norms' weights."""
         return [(self.V, self.width), (self.T, self.width), *[(self.width,)] * (2 * self.L + 1)]
 

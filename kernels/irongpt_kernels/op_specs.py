@@ -20,7 +20,7 @@ from torch import Tensor
 
 from irongpt_kernels import op_costs
 from irongpt_kernels.op_costs import Cost, numel, optimizer_bytes
-from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Tensors, Weights
+from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Sizes, Tensors
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _muon_inputs(s: Shape) -> dict[str, Input]:
     }
 
 
-def _parts(flat: Tensor, sizes: Weights) -> list[Tensor]:
+def _parts(flat: Tensor, sizes: Sizes) -> list[Tensor]:
     parts = flat.split([math.prod(size) for size in sizes])
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
