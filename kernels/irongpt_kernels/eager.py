@@ -388,7 +388,7 @@ def sample_tokens(
     V = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
-    inverse, keep = limits(V, temperature, top_k)
+    inverse, keep = inverse_temperature_and_k(V, temperature, top_k)
     mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
     mass[:, keep:] = 0
     if top_p is not None and top_p < 1:
@@ -404,7 +404,7 @@ def sample_tokens(
     counts += 1
 
 
-def limits(V: int, temperature: float, top_k: int | None) -> tuple[float, int]:
+def inverse_temperature_and_k(V: int, temperature: float, top_k: int | None) -> tuple[float, int]:
     """Returns 1 / temperature, limited to float32, and the number of tokens that top-k keeps."""
     if temperature == 0:
         return 1.0, 1

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.eager import MASS_BITS, MAX_V, limits
+from irongpt_kernels.eager import MASS_BITS, MAX_V, inverse_temperature_and_k
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
@@ -199,7 +199,7 @@ def _sample(
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
     B, V = logits.shape
-    inverse, keep = limits(V, temperature, top_k)
+    inverse, keep = inverse_temperature_and_k(V, temperature, top_k)
     share = None if top_p is None or top_p >= 1 else top_p
     BLOCK = min(launch.block(V), MAX_BLOCK)
     if B:
