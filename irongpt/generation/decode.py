@@ -22,7 +22,7 @@ WARMUP = 2  # tokens before the capture, so that kernels are compiled and worksp
 MULTIPLE = 16  # of the prefill's length, since the kernels depend on it
 
 
-class Matrix(NamedTuple):
+class Affine(NamedTuple):
     """The parameters of a linear layer or a norm."""
 
     weight: Tensor
@@ -53,8 +53,8 @@ class Decoder:
         self.counts = torch.zeros(B, 2, dtype=torch.int64, device=device)
         self.seed = torch.full((), config.seed, dtype=torch.int64, device=device)
         self.sampled, self.positions = 0, [0] * B  # the host's copy of the counts
-        self.blocks = [self._matrices(b) for b in cast(Sequence[Block], model.blocks)]
-        self.last_norm = Matrix(model.ln_f.weight, model.ln_f.bias)
+        self.blocks = [self._block_parameters(b) for b in cast(Sequence[Block], model.blocks)]
+        self.last_norm = Affine(model.ln_f.weight, model.ln_f.bias)
         self.head = model.wte.weight.to(self.dtype)
         captured = graph and device.type == "cuda"
         self.graph = Graph(self.step, device, WARMUP) if captured else None
@@ -64,22 +64,22 @@ class Decoder:
         step = self.graph or self.step
         step()
 
-    def _matrices(self, block: Block) -> tuple[Matrix, ...]:
+    def _block_parameters(self, block: Block) -> tuple[Affine, ...]:
         """The parameters of a block in the order of their use."""
         attention, mlp = block.attn, block.mlp
-        fc = Matrix(mlp.fc.weight.to(self.dtype), mlp.fc.bias)  # GELU adds this bias, in float32
+        fc = Affine(mlp.fc.weight.to(self.dtype), mlp.fc.bias)  # GELU adds this bias, in float32
         return (
-            Matrix(block.ln_1.weight, block.ln_1.bias),
+            Affine(block.ln_1.weight, block.ln_1.bias),
             self._cast(attention.qkv),
             self._cast(attention.proj),
-            Matrix(block.ln_2.weight, block.ln_2.bias),
+            Affine(block.ln_2.weight, block.ln_2.bias),
             fc,
             self._cast(mlp.proj),
         )
 
-    def _cast(self, linear: nn.Linear) -> Matrix:
+    def _cast(self, linear: nn.Linear) -> Affine:
         bias = cast(Tensor | None, linear.bias)
-        return Matrix(linear.weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+        return Affine(linear.weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def prefill(self, windows: dict[int, list[int]]) -> None:
         """Fills the cache with the tokens that precede the next one, by sequence.
