@@ -43,7 +43,7 @@ def _load_fused(device: torch.device) -> Ops:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
-        if emulate.on() and (old := driver.too_old_for(turing.probe())):
+        if emulate.on() and (old := driver.too_old_for(turing.small_dot_ptx())):
             raise UserError(f"{emulate.VARIABLE}: {old}: update the driver, or unset the variable")
         _build_launcher(hint)
         launch_cache.load(device)

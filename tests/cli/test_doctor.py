@@ -125,7 +125,7 @@ def test_emulation_needs_a_driver_that_compiles_the_ptx(card, cli, monkeypatch, 
     card(**NEWER)
     monkeypatch.setenv("IRONGPT_EMULATE", "sm_75")
     monkeypatch.setattr(launch, "prepare", lambda device: None)
-    monkeypatch.setattr(turing, "probe", lambda: f"//\n.version {triton}\n.target sm_75\n")
+    monkeypatch.setattr(turing, "small_dot_ptx", lambda: f"//\n.version {triton}\n.target sm_75\n")
     monkeypatch.setattr("irongpt.driver.version", lambda: "565.57.01")
     oldest = {"8.7": 570, "9.1": 580}[triton]
     line = f"IRONGPT_EMULATE: the PTX {triton} of this Triton needs NVIDIA driver {oldest} or newer"

@@ -207,7 +207,7 @@ def check_threads() -> None:
 
 def check_a_triton_without_the_hook_is_reported() -> None:
     bare = SimpleNamespace(runtime=SimpleNamespace())
-    with patch.object(turing, "knobs", bare), patch.object(turing, "_proved", False):
+    with patch.object(turing, "knobs", bare), patch.object(turing, "_tensor_cores_checked", False):
         _assert_refused("no hook")
 
 
@@ -216,7 +216,7 @@ def check_a_triton_with_other_ptx_is_reported() -> None:
         without(),
         patch.object(turing, "split_mma", lambda text: text),
         patch.object(turing, "KEY", "other ptx"),
-        patch.object(turing, "_proved", False),
+        patch.object(turing, "_tensor_cores_checked", False),
     ):
         _assert_refused("unexpected PTX")
         assert knobs.runtime.add_stages_inspection_hook is None

@@ -78,7 +78,7 @@ _TOO_NEW = re.compile(
 
 _lock = threading.Lock()
 _warned: set[str] = set()  # kernels for which a fallback was reported
-_proved = False
+_tensor_cores_checked = False
 
 
 def _two_k8(mma: re.Match[str]) -> str:
@@ -217,7 +217,7 @@ def install() -> None:
 
     Raises RuntimeError if this version of Triton has no hook or compiles a dot to other PTX.
     """
-    if _proved and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
+    if _tensor_cores_checked and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
         return
     with _lock:
         if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
@@ -226,8 +226,8 @@ def install() -> None:
         if not isinstance(before, Hook):
             knobs.runtime.add_stages_inspection_hook = Hook(before)
             _key_the_backend()
-    if not _proved:
-        prove()
+    if not _tensor_cores_checked:
+        check_tensor_cores()
 
 
 def uninstall() -> None:
@@ -273,26 +273,26 @@ def compile_small_dot(arch: int, dtype: str, num_warps: int) -> dict[str, Any]:
     return triton.compile(source, target=target, options=dict(num_warps=num_warps)).asm
 
 
-def probe() -> str:
+def small_dot_ptx() -> str:
     """The PTX of a dot of fp16 tiles for sm_75. If tensor cores are used, it has mma.sync
     instructions."""
     return compile_small_dot(ARCH, "fp16", num_warps=1)["ptx"]
 
 
-def prove() -> None:
-    """Raises RuntimeError unless `probe` compiles as the module's docstring describes."""
-    global _proved
+def check_tensor_cores() -> None:
+    """Raises RuntimeError unless `small_dot` compiles as the module's docstring describes."""
+    global _tensor_cores_checked
     with warnings.catch_warnings():  # a fallback would warn, but here it raises the error below
         warnings.simplefilter("ignore")
         try:
-            good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in probe()
+            good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in small_dot_ptx()
         except Exception as e:
             uninstall()
-            raise RuntimeError(_unfit("does not compile a probe kernel that uses them")) from e
+            raise RuntimeError(_unfit("does not compile a small kernel that uses them")) from e
     if not good:
         uninstall()
         raise RuntimeError(_unfit("compiles a dot of fp16 to unexpected PTX"))
-    _proved = True
+    _tensor_cores_checked = True
 
 
 def _unfit(why: str) -> str:
