@@ -57,7 +57,7 @@ class Precision(NamedTuple):
 def pick(name: str) -> torch.device:
     """The device called `name`; auto is a GPU if there is one. Raises UserError."""
     try:
-        emulate.on()
+        emulate.enabled()
     except ValueError as e:
         raise UserError(str(e)) from e
     if name == "auto":
@@ -104,7 +104,7 @@ def precision(name: str, device: torch.device) -> Precision:
         default = Precision(torch.float32, "the default on a CPU")
         return default if name == "auto" else Precision(DTYPES[name], "requested")
     major, minor = emulate.capability(device)
-    card = f"compute capability {major}.{minor}{' (emulated)' if emulate.on() else ''}"
+    card = f"compute capability {major}.{minor}{' (emulated)' if emulate.enabled() else ''}"
     if name == "bfloat16" and major < 8:
         raise UserError(f"--dtype bfloat16 is only emulated on {card}: use float16 or auto")
     if name != "auto":

@@ -43,7 +43,7 @@ def _load_fused(device: torch.device) -> Ops:
             launch.prepare(device)
         except RuntimeError as e:
             raise UserError(f"--fused: {e}") from e
-        if emulate.on() and (old := driver.too_old_for(turing.small_dot_ptx())):
+        if emulate.enabled() and (old := driver.too_old_for(turing.small_dot_ptx())):
             raise UserError(f"{emulate.VARIABLE}: {old}: update the driver, or unset the variable")
         _build_launcher(hint)
         launch_cache.load(device)
@@ -81,7 +81,7 @@ def notes(name: str, device: torch.device) -> list[str]:
         )
     elif device.type == "cpu":
         slow = "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"
-    elif emulate.on():
+    elif emulate.enabled():
         slow = (
             f"{emulate.VARIABLE}=sm_{emulate.ARCH}: the kernels of a T4 run on a newer GPU; "
             "their timings do not predict a T4's"

@@ -139,7 +139,7 @@ def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
     target = devices.pick(device)
     check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")
     useless = f"{emulate.VARIABLE} is set: measurements of this GPU are of no use to a T4, unset it"
-    check(not emulate.on(), useless)
+    check(not emulate.enabled(), useless)
     ignored = f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it"
     check(cache.wanted(), ignored)
     model = GPTConfig(vocab_size=1, **PRESETS[preset].model)

@@ -46,7 +46,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         p = torch.cuda.get_device_properties(device)
         facts |= {
             "capability": f"{p.major}.{p.minor}",
-            "emulated": emulate.on(),
+            "emulated": emulate.enabled(),
             "tiles": launch_table.digest(device),  # empty: the default
             "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory,

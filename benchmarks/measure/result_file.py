@@ -58,7 +58,7 @@ def path(out: Path, device: torch.device, commit: str | None, kind: str = "") ->
     how = ""
     if os.environ.get("TRITON_INTERPRET") == "1":
         how = "interpreted"
-    elif device.type == "cuda" and emulate.on():
+    elif device.type == "cuda" and emulate.enabled():
         how = f"sm_{emulate.ARCH}"
     name = "-".join(part for part in (str(date.today()), commit, kind, how) if part)
     return out / slug(environment.name(device)) / f"{name}.json"

@@ -130,7 +130,7 @@ def test_launches_query_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_other_gpu_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_80")
     with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):
-        emulate.on()
+        emulate.enabled()
 
 
 def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

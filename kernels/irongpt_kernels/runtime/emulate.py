@@ -24,7 +24,7 @@ NUM_SMS = 40
 SHARED = 65_536  # bytes of shared memory per program on sm_75
 
 
-def on() -> bool:
+def enabled() -> bool:
     """Whether T4 emulation is on. Raises ValueError if the variable is set to another value."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", f"sm_{ARCH}"):
@@ -34,7 +34,7 @@ def on() -> bool:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability that kernels are compiled for: (7, 5) under emulation."""
-    return divmod(ARCH, 10) if on() else torch.cuda.get_device_capability(device)
+    return divmod(ARCH, 10) if enabled() else torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def architecture(device: torch.device) -> int:
     """The compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
     if device.type != "cuda":
         return EXECUTED_PTX or turing.ARCH
-    if emulate.on():
+    if emulate.enabled():
         return emulate.ARCH
     major, minor = _query(torch.cuda.get_device_capability, device)
     return 10 * major + minor
@@ -35,7 +35,7 @@ def num_sms(device: torch.device) -> int:
     """The number of SMs; in the interpreter 2, so that several programs share the rows."""
     if device.type != "cuda":
         return 2
-    if emulate.on():
+    if emulate.enabled():
         return emulate.NUM_SMS
     return int(_query(torch.cuda.get_device_properties, device).multi_processor_count)
 
@@ -54,7 +54,7 @@ def prepare(device: torch.device) -> None:
     """
     if device.type != "cuda" or INTERPRETED:
         return
-    if emulate.on():
+    if emulate.enabled():
         emulate.install()
     if architecture(device) == turing.ARCH:
         turing.install()
