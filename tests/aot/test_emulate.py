@@ -142,6 +142,6 @@ def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPa
         yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    with launch.on(torch.device("cuda", 1)), launch.on(torch.device("cpu")):
+    with launch.device_context(torch.device("cuda", 1)), launch.device_context(torch.device("cpu")):
         pass
     assert entered == [torch.device("cuda", 1)]

@@ -237,7 +237,7 @@ def check_a_launch_on_sm_75_installs_it_and_no_other() -> None:
             patch.object(launch, "architecture", lambda device, arch=arch: arch),
             patch.object(torch.cuda, "device", contextlib.nullcontext),
         ):
-            launch.on(torch.device("cuda", 0))
+            launch.device_context(torch.device("cuda", 0))
             hook = knobs.runtime.add_stages_inspection_hook
             assert isinstance(hook, turing.Hook) == (arch == 75)
 

@@ -116,7 +116,7 @@ def adamw_launch(
     """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
-    with launch.on(lr.device):
+    with launch.device_context(lr.device):
         for a, b, count in chunks(params):
             if not count:
                 continue

@@ -127,7 +127,7 @@ def causal_attention_fwd(
         return out, stats
     config = attention_tiles.tiles("forward", q.device, D, q.element_size())
     grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
-    with launch.on(q.device):
+    with launch.device_context(q.device):
         _fwd_kernel[grid](
             q, k, v, out, *stats, seed,
             q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),

@@ -228,7 +228,7 @@ def causal_attention_bwd(
         enable_fp_fusion=False,  # see Precision in `attention`
     )
     config = attention_tiles.tiles("query", q.device, D, q.element_size())
-    with launch.on(q.device):
+    with launch.device_context(q.device):
         _bwd_dq_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
             dout, q, k, v, out, m, log_l, seed, dq, delta,
             dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),

@@ -139,7 +139,7 @@ def head_bwd(
     # A warp has 16 rows of a tile at least: with fewer, warps would compute the same twice.
     least = 16 * options["num_warps"]
     BLOCK_M = max(launch.block(T), least)
-    with launch.on(q.device):
+    with launch.device_context(q.device):
         _bwd_head_kernel[(B * H,)](
             dout, q, k, v, out, *stats, seed, dq, dk, dv,
             dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),

@@ -135,7 +135,7 @@ def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, 
         torch.empty(size, dtype=torch.float32, device=x.device) for size in (parts, M, M, ())
     )
     counts, n = (torch.empty(size, dtype=torch.int64, device=x.device) for size in (parts, ()))
-    with launch.on(x.device):
+    with launch.device_context(x.device):
         if M:
             _fwd_kernel[(parts,)](
                 x, t, sums, counts, m, rest, M, V, x.stride(), t.stride(0), ignore_index, **tile
@@ -153,7 +153,7 @@ def cross_entropy_bwd(
     if M:
         tile = launch.row_tile(V, MAX_BLOCK, TILE)
         grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"]))
-        with launch.on(x.device):
+        with launch.device_context(x.device):
             _bwd_kernel[grid](
                 x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **tile
             )

@@ -94,7 +94,7 @@ def decode_linear_fwd(
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     residual = None if residual is None else contiguous_rows(residual)
     tile = _tile(N, K)
-    with launch.on(x.device):
+    with launch.device_context(x.device):
         _fwd_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
             x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
             M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),

@@ -187,7 +187,7 @@ def _embed(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     if x.numel():
         BLOCK = min(launch.block(C), 1024)
         strides = (t.stride(0) for t in (tokens, counts, wte, wpe))
-        with launch.on(wte.device):
+        with launch.device_context(wte.device):
             _embed_kernel[(B, triton.cdiv(C, BLOCK))](
                 tokens, counts, wte, wpe, x, N, C, *strides, BLOCK
             )
@@ -203,7 +203,7 @@ def _sample(
     share = None if top_p is None or top_p >= 1 else top_p
     BLOCK = min(launch.block(V), MAX_BLOCK)
     if B:
-        with launch.on(logits.device):
+        with launch.device_context(logits.device):
             _sample_kernel[(B,)](
                 logits, tokens, counts, seed, V, tokens.shape[1],
                 logits.stride(), tokens.stride(0), counts.stride(0),

@@ -112,7 +112,7 @@ def embed_layer_norm_fwd(
     if M and N:
         wte, wpe = contiguous_rows(wte), contiguous_rows(wpe)
         inputs = wte, wpe, idx.contiguous(), one_row(weight), one_row(bias)
-        with launch.on(idx.device):
+        with launch.device_context(idx.device):
             _fwd_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
                 *inputs, *outputs, M, N, T, len(wte), wte.stride(0), wpe.stride(0), eps, **tile(N)
             )
@@ -142,7 +142,7 @@ def embedding_bwd(dx: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tu
         sums = torch.empty((parts, V, N), dtype=torch.float32, device=dx.device)
         grid = V, triton.cdiv(N, BLOCK_N), parts
         if sums.numel():
-            with launch.on(dx.device):
+            with launch.device_context(dx.device):
                 _dwte_kernel[grid](
                     dx, idx.contiguous(), sums, M, N, V, part,
                     BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,

@@ -102,7 +102,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     if y.numel():
         tile = launch_table.options("gelu forward", N, x.element_size(), x.device, _tile())
         grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
-        with launch.on(x.device):
+        with launch.device_context(x.device):
             _fwd_kernel[grid](
                 x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **tile
             )
@@ -121,7 +121,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tup
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     dbias = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)
     if dx.numel():
-        with launch.on(x.device):
+        with launch.device_context(x.device):
             _bwd_kernel[(P, col_tiles)](
                 dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), _stride(bias),
                 BIAS=bias is not None, BIAS_GRAD=bias_grad, **tile,

@@ -178,7 +178,7 @@ def grad_norm_launch(
     programs = sum(count for *_, count in launches)
     sums = torch.empty(programs, dtype=torch.float32, device=scale.device)
     done = 0
-    with launch.on(scale.device):
+    with launch.device_context(scale.device):
         for a, b, count in launches:
             some = grads[a:b]
             options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
@@ -201,7 +201,7 @@ def sum_shards_launch(
     shards = shards if shards.stride(1) == 1 else shards.contiguous()
     count, size = shards.shape
     total = torch.empty(size, dtype=torch.float32, device=scale.device)
-    with launch.on(scale.device):
+    with launch.device_context(scale.device):
         _sum_shards_kernel[(triton.cdiv(size, BLOCK),)](
             shards, total, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
         )

@@ -90,7 +90,7 @@ def layer_norm_fwd(
     if x.numel():
         parameters = one_row(weight), one_row(bias)
         stride = rows.stride(0)
-        with launch.on(x.device):
+        with launch.device_context(x.device):
             _fwd_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
                 rows, *parameters, y, mean, rstd, M, N, stride, eps, **tile(N)
             )

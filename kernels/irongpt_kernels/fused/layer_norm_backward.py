@@ -163,7 +163,7 @@ def layer_norm_bwd(
         pointers = (d if want else None for d, want in zip(outputs, wanted, strict=True))
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
-        with launch.on(total.device):
+        with launch.device_context(total.device):
             # Lets each thread use all registers that `warps` warps per SM leave it. Without a
             # limit, ptxas would spill some so that more warps fit.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))

@@ -150,7 +150,7 @@ def gradient_in_place(
     if M:
         unit = 8 if V % 8 == 0 else 1
         options = tile(V)
-        with launch.on(z.device):
+        with launch.device_context(z.device):
             _row_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
                 z, t, loss_scale, sums, M, classes, V // unit, float(n),
                 UNIT=unit, GRADIENT=gradient, LONG=options["BLOCK_N"] < V, **options,
@@ -186,7 +186,7 @@ def linear_cross_entropy_fwd(
             term = z.T @ x[part]
             dw = term if rows >= M else dw.add_(term) if first else term.float()
         del z  # before the next chunk allocates its own
-    with launch.on(x.device):
+    with launch.device_context(x.device):
         _mean_kernel[(1,)](sums, loss, len(sums), float(M), PARTS=PARTS, num_warps=8)
     return loss, dx, dw.to(x.dtype)
 

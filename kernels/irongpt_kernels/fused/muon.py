@@ -128,7 +128,7 @@ def muon_momentum_launch(
     programs = triton.cdiv(size, BLOCK)
     parts = min(programs, PARTS)
     sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
-    with launch.on(y.device):
+    with launch.device_context(y.device):
         for a, b, _ in chunks(grads):
             some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
             numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
@@ -146,7 +146,7 @@ def muon_update_launch(
     """See `eager.muon_update`. params and low_precision_params are updated in place."""
     update = update.contiguous()
     size = update[0].numel()
-    with launch.on(lr.device):
+    with launch.device_context(lr.device):
         for a, b, _ in chunks(params):
             some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
             options = dict(N=len(some), COPY=bool(low), BLOCK=BLOCK, num_warps=4)

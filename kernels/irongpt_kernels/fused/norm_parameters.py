@@ -75,7 +75,7 @@ def column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
         if not firsts[-1]:
             continue
         heights, widths = zip(*(m.shape for m in some), strict=True)
-        with launch.on(some[0].device):
+        with launch.device_context(some[0].device):
             _column_sums_kernel[(firsts[-1],)](
                 tuple(some), tuple(out), tuple(firsts[:-1]), heights, widths,
                 COUNT=len(some), **TILE,

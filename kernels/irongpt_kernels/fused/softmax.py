@@ -173,7 +173,7 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    with launch.on(x.device):
+    with launch.device_context(x.device):
         if N <= MAX_BLOCK:
             tile = launch.row_tile(N, MAX_BLOCK, TILE)
             grid = (triton.cdiv(M, tile["BLOCK_M"]),)
@@ -190,7 +190,7 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     if dx.numel() == 0:
         return dx
     strides = x.stride(), dy.stride()
-    with launch.on(x.device):
+    with launch.device_context(x.device):
         if N <= MAX_BLOCK:
             tile = launch.row_tile(N, MAX_BLOCK, TILE)
             grid = (triton.cdiv(M, tile["BLOCK_M"]),)

@@ -60,7 +60,7 @@ def prepare(device: torch.device) -> None:
         turing.install()
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def device_context(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which kernels launch on `device`, after `prepare`."""
     prepare(device)
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
