@@ -47,7 +47,7 @@ def _load_fused(device: torch.device) -> Ops:
             raise UserError(f"{emulate.VARIABLE}: {old}: update the driver, or unset the variable")
         _build_launcher(hint)
         launch_cache.load(device)
-    elif not (launch.INTERPRETED or launch.EXECUTED_PTX):
+    elif not (launch.INTERPRETED or launch.EXECUTED_PTX_ARCH):
         raise UserError(
             f"--fused needs an NVIDIA GPU, and the device is {device.type}: {hint}, or set "
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
@@ -75,9 +75,10 @@ def notes(name: str, device: torch.device) -> list[str]:
     from irongpt_kernels.runtime import launch
 
     slow = ""
-    if launch.EXECUTED_PTX:
+    if launch.EXECUTED_PTX_ARCH:
         slow = (
-            f"the kernels are compiled for sm_{launch.EXECUTED_PTX} and executed on the CPU, slowly"
+            f"the kernels are compiled for sm_{launch.EXECUTED_PTX_ARCH} and executed on the CPU, "
+            "slowly"
         )
     elif device.type == "cpu":
         slow = "TRITON_INTERPRET=1: the kernels run in Triton's interpreter on the CPU, slowly"

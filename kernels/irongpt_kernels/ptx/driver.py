@@ -88,7 +88,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
             patch.object(knobs.cache, "dir", folder),
             patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),
-            patch.object(launch, "EXECUTED_PTX", arch),
+            patch.object(launch, "EXECUTED_PTX_ARCH", arch),
             patch.object(launch, "num_sms", lambda device: sms),
         ):
             yield report

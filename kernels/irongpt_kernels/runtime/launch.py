@@ -18,13 +18,14 @@ from triton import knobs
 from irongpt_kernels.runtime import emulate, turing
 
 INTERPRETED = bool(knobs.runtime.interpret)
-EXECUTED_PTX = 0  # the architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors, if any
+# The architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors; 0: there is none.
+EXECUTED_PTX_ARCH = 0
 
 
 def architecture(device: torch.device) -> int:
     """The compute capability as in sm_75: 75, 80, 90. The interpreter counts as a T4."""
     if device.type != "cuda":
-        return EXECUTED_PTX or turing.ARCH
+        return EXECUTED_PTX_ARCH or turing.ARCH
     if emulate.enabled():
         return emulate.ARCH
     major, minor = _query(torch.cuda.get_device_capability, device)
