@@ -34,12 +34,13 @@ def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) 
 def test_clocks_of_a_head(kernel: str, tile: tuple[int, int], wanted: int, masked: int) -> None:
     """Tiles of scores on and below the diagonal; bytes through L2 and DRAM by hand."""
     chosen = tiles.Tile(*tile, num_warps=4)
-    assert tiles.passes(chosen, 256) == wanted
-    assert tiles.masked_passes(kernel, chosen, 256) == masked
+    assert tiles.visited_tiles(chosen, 256) == wanted
+    assert tiles.masked_tiles(kernel, chosen, 256) == masked
     loops = [dict(alu=10.0), dict(alu=13.0)]  # as compiled: the key kernel's masked loop is first
-    found = tiles.of_a_head(kernel, chosen, loops[::-1] if kernel == "key" else loops, 80, 64, 2)
+    in_order = loops[::-1] if kernel == "key" else loops
+    found = tiles.clocks_per_head(kernel, chosen, in_order, 80, 64, 2)
     assert found["alu"] == 10 * wanted + 3 * masked
-    assert tiles.of_a_head(kernel, chosen, loops[:1], 80, 64, 2)["alu"] == 10 * wanted
+    assert tiles.clocks_per_head(kernel, chosen, loops[:1], 80, 64, 2)["alu"] == 10 * wanted
     rows = {"forward": 4, "query": 6, "key": 6}[kernel] * 256 * 128  # bytes, each tensor once
     assert found["dram"] == pytest.approx(rows / tiles.DRAM[80])
     once = {"forward": 2, "query": 4, "key": 4}[kernel] * 256 * 128
@@ -50,7 +51,7 @@ def test_clocks_of_a_head(kernel: str, tile: tuple[int, int], wanted: int, maske
 def test_clocks_of_a_program_for_a_head() -> None:
     """128 keys with all rows, and 128 with half of them."""
     loops = [dict(alu=10.0), dict(alu=6.0)]
-    found = tiles.of_a_head("head", tiles.Tile(256, 32, 8), loops, 90, 64, 2)
+    found = tiles.clocks_per_head("head", tiles.Tile(256, 32, 8), loops, 90, 64, 2)
     assert found["alu"] == 4 * 10 + 4 * 6
     assert found["dram"] == pytest.approx(8 * 256 * 128 / tiles.DRAM[90])
     assert found["l2"] == pytest.approx(9 * 256 * 128 / tiles.L2[90])

@@ -118,21 +118,21 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
     return [x for i, x in enumerate(found) if x not in found[:i]]
 
 
-def passes(tile: Tile, T: int) -> int:
+def visited_tiles(tile: Tile, T: int) -> int:
     """The number of tiles of scores that the programs of one head visit: those that intersect the
     lower triangle, in each of the kernels. T is a multiple of both sides."""
     return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 
-def masked_passes(kernel: str, tile: Tile, T: int) -> int:
-    """How many of `passes` are in the masked loop: those whose tile the diagonal crosses."""
+def masked_tiles(kernel: str, tile: Tile, T: int) -> int:
+    """How many of `visited_tiles` are in the masked loop: those that the diagonal crosses."""
     own, other = tile.BLOCK_M, tile.BLOCK_N
     if kernel == "key":
         own, other = other, own
     return sum(-(-(x + own) // other) - x // other for x in range(0, T, own))
 
 
-def of_a_head(
+def clocks_per_head(
     kernel: str, tile: Tile, loops: list[dict[str, float]], arch: int, D: int, size: int
 ) -> dict[str, float]:
     """Clocks by unit for a head of CONTEXT positions, from those of one pass of each inner loop.
@@ -141,7 +141,7 @@ def of_a_head(
     whose pass is charged as an unmasked one. size: bytes of an element.
     """
     T = shapes.CONTEXT
-    n = passes(tile, T)
+    n = visited_tiles(tile, T)
     one = T * D * size  # bytes of a tensor of the head
     dram = TENSORS[kernel] * one / DRAM[arch]
     if kernel == "head":  # half of the keys with all rows, half with half of the rows
@@ -151,7 +151,7 @@ def of_a_head(
         )
     swept = tile.BLOCK_M if kernel == "key" else tile.BLOCK_N
     masked, plain = (loops[0], loops[-1]) if kernel == "key" else (loops[-1], loops[0])
-    crossed = masked_passes(kernel, tile, T)
+    crossed = masked_tiles(kernel, tile, T)
     return {unit: crossed * masked[unit] + (n - crossed) * plain[unit] for unit in plain} | dict(
         l2=(TILES_PER_PROGRAM[kernel] * one + 2 * n * swept * D * size) / L2[arch],
         dram=dram,
@@ -185,7 +185,7 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
                 row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
                 row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
                 if arch >= 80:
-                    row["head"] = of_a_head(kernel, tile, row["loops"], arch, D, size)
+                    row["head"] = clocks_per_head(kernel, tile, row["loops"], arch, D, size)
                     row["bound"] = max(row["head"], key=row["head"].__getitem__)
                 rows.append(row)
     return sorted(rows, key=_order)
