@@ -90,11 +90,12 @@ class Optimizer:
         )
         low = self.low_precision_params
         rest = [p for p in self.names if p not in self.muon.momentum]
-        self.adamw = sorted(rest, key=lambda p: p not in low)  # those with a copy first
+        self.adamw_params = sorted(rest, key=lambda p: p not in low)  # those with a copy first
         self.exp_avg, self.exp_avg_sq = (
-            {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw} for _ in range(2)
+            {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw_params}
+            for _ in range(2)
         )
-        self.steps = torch.zeros(len(self.adamw), device=lr.device)
+        self.steps = torch.zeros(len(self.adamw_params), device=lr.device)
 
     def zero_grad(self) -> None:
         for p in (*self.names, *self.low_precision_params.values()):
@@ -150,9 +151,9 @@ class Optimizer:
             found = shards.views(total)
         grads = dict(zip(self.names, found, strict=True))
         self.ops.adamw(
-            self.adamw,
-            [low[p] for p in self.adamw if p in low],
-            [grads[p] for p in self.adamw],
+            self.adamw_params,
+            [low[p] for p in self.adamw_params if p in low],
+            [grads[p] for p in self.adamw_params],
             list(self.exp_avg.values()),
             list(self.exp_avg_sq.values()),
             self.steps,
@@ -160,14 +161,14 @@ class Optimizer:
             stats,
             beta1=config.beta1,
             beta2=config.beta2,
-            weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw],
+            weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw_params],
         )
         self.muon.step(self.lr, stats, grads, low)
         return GradStats(*stats).norm
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}
-        for i, p in enumerate(self.adamw):
+        for i, p in enumerate(self.adamw_params):
             moments = self.steps[i], self.exp_avg[p], self.exp_avg_sq[p]
             for key, t in zip(("step", "exp_avg", "exp_avg_sq"), moments, strict=True):
                 state[f"{key}.{self.names[p]}"] = t

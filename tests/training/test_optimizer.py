@@ -114,7 +114,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     net = Net()
     optimizer = optimizer_of(net, name="muon")
     assert set(optimizer.muon.momentum) == {block.weight for block in net.blocks}
-    assert set(optimizer.adamw) == set(net.parameters()) - set(optimizer.muon.momentum)
+    assert set(optimizer.adamw_params) == set(net.parameters()) - set(optimizer.muon.momentum)
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:
