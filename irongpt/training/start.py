@@ -145,7 +145,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
     try:
         if "out" in flags:
             run.claim()
-        with world.first(), _memory_for_the_text():
+        with world.first(), _report_out_of_memory():
             text = _load(setup.data, run.path)
             tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
         model = replace(setup.model, vocab_size=tokenizer.vocab_size)
@@ -189,7 +189,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
     _check_world(world, setup)
-    with world.first(), _memory_for_the_text():
+    with world.first(), _report_out_of_memory():
         text = _load(data, run.path, run.config.data_sha256)
         given = "data" in flags or "val" in flags
         other_text = not first and given and text.sha256 != run.config.data_sha256
@@ -224,7 +224,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
 
 
 @contextlib.contextmanager
-def _memory_for_the_text() -> Iterator[None]:
+def _report_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as e:
