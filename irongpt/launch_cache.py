@@ -46,7 +46,7 @@ def identity(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_properties(device).name,
         "arch": f"sm_{major}{minor}",
         "triton": triton.__version__,
-        "sources": launch_table.sources(),
+        "sources": launch_table.source_digest(),
     }
 
 

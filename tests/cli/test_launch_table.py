@@ -76,7 +76,7 @@ def test_without_entries_the_file_is_deleted(h200) -> None:
         lambda card, m: setattr(card, "name", "NVIDIA H100"),
         lambda card, m: setattr(card, "major", 8),
         lambda card, m: m.setattr("triton.__version__", "3.9.0"),
-        lambda card, m: m.setattr(launch_table, "sources", lambda: "123456789abc"),
+        lambda card, m: m.setattr(launch_table, "source_digest", lambda: "123456789abc"),
     ],
     ids=["another GPU", "architecture", "Triton", "source"],
 )
@@ -174,7 +174,7 @@ def test_digests_distinguish_tables() -> None:
         for found in (entries, entries[::-1], entries[:1])
     )
     assert one == other != first
-    assert len(one) == len(launch_table.sources()) == 12
+    assert len(one) == len(launch_table.source_digest()) == 12
 
 
 ROWS = {

@@ -88,7 +88,7 @@ def table_digest(table: Table) -> str:
 
 
 @cache
-def sources() -> str:
+def source_digest() -> str:
     """A digest of this package's source, since options are valid for one version of the kernels."""
     found = hashlib.sha256()
     root = Path(__file__).parents[1]
