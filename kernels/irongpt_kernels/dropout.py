@@ -77,10 +77,13 @@ def attention_keep(
     i = torch.arange(8 * tiles, device=device)  # the values of c0 and of c1
     head = torch.arange(B * H, device=device)
     words = philox(seed, i[:, None], i[None, :], head[:, None, None], head.new_zeros(()))
-    bits = _bytes(words)  # (B H, c0, c1, 16)
-    bits = bits.view(B, H, tiles, 8, tiles, 8, 4, 4)  # row = 32 tile + 8 i + r, column likewise
-    bits = bits.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(B, H, 32 * tiles, 32 * tiles)
-    return bits[:, :, :T, :T] >= threshold(p)
+    random_bytes = _bytes(words)  # (B H, c0, c1, 16)
+    # The row is 32 tile + 8 i + r, and the column likewise.
+    random_bytes = random_bytes.view(B, H, tiles, 8, tiles, 8, 4, 4)
+    random_bytes = random_bytes.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(
+        B, H, 32 * tiles, 32 * tiles
+    )
+    return random_bytes[:, :, :T, :T] >= threshold(p)
 
 
 def row_keep(
