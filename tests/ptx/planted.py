@@ -203,7 +203,7 @@ RULES = [  # changes of one instruction
     (r"(ld\.shared\S*\s+[^\[]*\[%r\d+)\]", r"\1+16]"),
     (r"(ld\.global\S*\s+[^\[]*\[ %rd\d+ \+ )0", r"\g<1>16"),
     (r"(st\.global\S*\s+\[ %rd\d+ \+ )0", r"\g<1>16"),
-    (r"ex2\.approx\.ftz\.f32", "lg2.approx.ftz.f32"),
+    (r"ex2\.approx\.ftz\.f32", "rsqrt.approx.ftz.f32"),
     (r"cvt\.rn\.f16\.f32(\s+%rs\d+), (%r\d+)", r"mov.b16\1, 0"),
 ]  # fmt: skip
 

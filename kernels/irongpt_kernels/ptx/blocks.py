@@ -22,7 +22,7 @@ from irongpt_kernels.ptx.operands import Unsupported
 from irongpt_kernels.ptx.parse import Instruction, Program
 
 _WORD = re.compile(r"%?[\w$]+")
-_NO_RESULT = ("st", "stmatrix", "bar", "barrier", "bra", "cp", "fence", "ret", "prefetch")
+_NO_RESULT = ("st", "stmatrix", "bar", "bra", "cp", "fence", "ret")
 _DTYPES = {"pred": np.bool_, "b16": arith.u2, "b32": arith.u4, "b64": arith.u8}
 
 
@@ -52,7 +52,7 @@ class Code:
         code = Instructions(self.program, self.ids, self.names)
         follows: str = str(b + 1)
         for ins in block:
-            if ins.name in ("bra", "ret", "exit"):
+            if ins.name in ("bra", "ret"):
                 to = self.program.labels[ins.args[0]] if ins.name == "bra" else -1
                 follows = f"({code.guard(ins)}, {to}, {b + 1})" if ins.pred else str(to)
             elif split and _is_barrier(ins):
@@ -74,7 +74,7 @@ class Code:
 
 
 def _is_barrier(ins: Instruction) -> bool:
-    return ins.op.startswith(("bar.sync", "barrier.sync"))
+    return ins.op.startswith("bar.sync")
 
 
 def _split(program: Program) -> Program:

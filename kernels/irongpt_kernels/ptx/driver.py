@@ -17,7 +17,7 @@ Not done    ptxas and SASS (registers, spills, scheduling, and the contraction o
             that PTX permits), the memory model beyond barriers (fences do nothing), time. Between
             barriers warps run in lockstep, or in one of two orders.
 Arithmetic  IEEE, as PTX specifies, but about one fma in 2^29 is off by an ulp. The approximate
-            instructions (ex2, lg2, rsqrt, div.full) are the true value rounded, or with noise=1
+            instructions (ex2, rsqrt, div.full) are the true value rounded, or with noise=1
             as wrong as the PTX ISA allows. Sums of tensor cores: see `Options`.
 """
 

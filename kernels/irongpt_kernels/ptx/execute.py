@@ -1,7 +1,6 @@
 """Executes a kernel's PTX: all CTAs of a grid, on the memory of CPU tensors."""
 
 import functools
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ SIDE_BY_SIDE = 2048  # threads
 SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes of a CTA
 PARAMETER_LIMIT = 4096  # bytes
 TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}  # products added at a time, extra bits
-_BARRIER = re.compile(r"\bbar(rier)?\.sync\b")
 _PACK = {"f32": "<f", "f64": "<d"} | {
     f"{kind}{8 * size}": f"<{letter.upper() if kind != 's' else letter}"
     for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
@@ -74,7 +72,7 @@ def execute(
     report: Report,
 ) -> None:
     """shared_bytes: of dynamic shared memory. Raises `Unsupported` for an unknown instruction."""
-    ordered = options.order != "lockstep" and _BARRIER.search(ptx) is not None
+    ordered = options.order != "lockstep" and "bar.sync" in ptx
     code = _code(ptx, ordered)
     program = code.program
     tensors = [x for _, x in arguments if isinstance(x, torch.Tensor)]

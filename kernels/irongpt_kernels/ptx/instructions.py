@@ -16,10 +16,12 @@ class Instructions(Arithmetic):
 
     def emit(self, ins: Instruction) -> None:
         name, *mods = ins.op.split(".")
-        handler = getattr(self, f"op_{name}", None)
-        if handler is None or "sat" in mods or "cc" in mods:
-            raise Unsupported(str(ins))
-        handler(ins, mods, ins.args)
+        self.require(not {"sat", "cc"} & {*mods}, ins)
+        if not self.by_rule(ins, mods, ins.args):
+            handler = getattr(self, f"op_{name}", None)
+            if handler is None:
+                raise Unsupported(str(ins))
+            handler(ins, mods, ins.args)
 
     # Moves --------------------------------------------------------------------------------------
 
@@ -53,7 +55,6 @@ class Instructions(Arithmetic):
     # Memory -------------------------------------------------------------------------------------
 
     def op_ld(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        mods = [x for x in mods if x != "volatile"]
         form, bits = self.typed(mods[-1])
         parts, size = self.vector(a[0]), bits // 8
         form = "s" if form == "s" else "u"
@@ -65,30 +66,26 @@ class Instructions(Arithmetic):
                 self.widen(part, self._as(x, form, bits), form, bits, ins)
             return
         vec, at = len(parts), self.at(ins)
-        function, address = self._space(ins, mods, a[1], "ld")
-        x = self.temporary(f"S.{function}({address}, {size}, {vec}, {at})")
+        x = self.temporary(f"S.ld({self._space(ins, mods, a[1])}, {size}, {vec}, {at})")
         for i, part in enumerate(parts):
             self.widen(part, self._as(f"{x}[{i}]", form, bits), form, bits, ins)
 
     def op_st(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        mods = [x for x in mods if x != "volatile"]
         bits = self.typed(mods[-1])[1]
         words = ", ".join(self.array(x, "u", max(16, bits)) for x in self.vector(a[1]))
         at = self.at(ins)
-        function, address = self._space(ins, mods, a[0], "st")
-        self.put(f"S.{function}({address}, [{words}], {bits // 8}, {at})")
+        self.put(f"S.st({self._space(ins, mods, a[0])}, [{words}], {bits // 8}, {at})")
 
-    def _space(self, ins: Instruction, mods: Mods, a: str, prefix: str) -> tuple[str, str]:
+    def _space(self, ins: Instruction, mods: Mods, a: str) -> str:
+        """A space of memory and an address in it, as arguments of a call."""
         space = mods[0].removesuffix("::cta")
         self.require(space in ("global", "shared"), ins)
-        return prefix + space[0], self.pointer(a, "u8" if space == "global" else "u4")
+        return f"{space!r}, {self.pointer(a, 'u8' if space == 'global' else 'u4')}"
 
     def op_ldmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
         parts, address = self.vector(a[0]), self.pointer(a[1], "u4")
         tail = f"{'trans' in mods}, {self.at(ins)}"
-        x = self.temporary(f"S.ldmatrix({address}, {len(parts)}, {tail})")
-        for i, part in enumerate(parts):
-            self.set(part, f"{x}[{i}]", "u", ins)
+        self.set_all(a[0], f"S.ldmatrix({address}, {len(parts)}, {tail})", "u", ins)
 
     def op_stmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
         address = self.pointer(a[0], "u4")
@@ -102,8 +99,6 @@ class Instructions(Arithmetic):
             self.put("S.cp_commit(m)")
         elif mods[1] == "wait_group":
             self.put(f"S.cp_wait({int(a[0], 0)}, m)")
-        elif mods[1] == "wait_all":
-            self.put("S.cp_commit(m); S.cp_wait(0, m)")
         else:
             self.require(mods[1] in ("ca", "cg"), ins)
             to, source = self.pointer(a[0], "u4"), self.pointer(a[1], "u8")
@@ -114,30 +109,30 @@ class Instructions(Arithmetic):
     def op_fence(self, ins: Instruction, mods: Mods, a: Args) -> None:
         pass
 
-    op_membar = op_prefetch = op_fence
-
     def op_bar(self, ins: Instruction, mods: Mods, a: Args) -> None:
         if mods[0] == "warp":
             return self.put(f"S.whole_warps({self.at(ins)})")
         self.require(mods[0] == "sync" and a == ["0"] and ins.pred is None, ins)
         return self.put(f"S.bar({self.at(ins)})")
 
-    op_barrier = op_bar
-
     # Warps --------------------------------------------------------------------------------------
 
     def op_shfl(self, ins: Instruction, mods: Mods, a: Args) -> None:
         x, lane = self.array(a[1], "u", 32), self.value(a[2], "u", 32)
         tail = f"{self.immediate(a[3])}, {self.at(ins)}"
-        found = self.temporary(f"S.shfl({mods[1]!r}, {x}, {lane}, {tail})")
-        for i, reg in enumerate(a[0].split("|")):
-            self.set(reg, f"{found}[{i}]", "u", ins)
+        results = f"{{{a[0].replace('|', ',')}}}"  # the value, and whether its lane is inside
+        self.set_all(results, f"S.shfl({mods[1]!r}, {x}, {lane}, {tail})", "u", ins)
 
     def op_redux(self, ins: Instruction, mods: Mods, a: Args) -> None:
         form, bits = self.typed(mods[-1])
         x = self.array(a[1], form, bits)
-        tail = f"{self.at(ins)}"
-        self.set(a[0], self.temporary(f"S.redux({mods[1]!r}, {x}, {tail})"), form, ins)
+        self.set(a[0], self.temporary(f"S.redux({mods[1]!r}, {x}, {self.at(ins)})"), form, ins)
+
+    def set_all(self, registers: str, call: str, form: str, ins: Instruction) -> None:
+        """Assigns the results of a call to the registers of a list."""
+        found = self.temporary(call)
+        for i, reg in enumerate(self.vector(registers)):
+            self.set(reg, f"{found}[{i}]", form, ins)
 
     def _list(self, a: str, form: str) -> str:
         return f"[{', '.join(self.array(x, form, 32) for x in self.vector(a))}]"
@@ -149,10 +144,7 @@ class Instructions(Arithmetic):
         self.require(mods[5:] == ["f32", dtype, dtype, "f32"] and dtype in ("f16", "bf16"), ins)
         A, B, C = self._list(a[1], "u"), self._list(a[2], "u"), self._list(a[3], "f")
         head = f"{shape.group(1) if shape else ''}, {dtype!r}"
-        tail = f"{self.at(ins)}"
-        x = self.temporary(f"S.mma({head}, {A}, {B}, {C}, {tail})")
-        for i, reg in enumerate(self.vector(a[0])):
-            self.set(reg, f"{x}[{i}]", "f", ins)
+        self.set_all(a[0], f"S.mma({head}, {A}, {B}, {C}, {self.at(ins)})", "f", ins)
 
     def op_wgmma(self, ins: Instruction, mods: Mods, a: Args) -> None:
         if mods[0] == "fence":
@@ -169,8 +161,4 @@ class Instructions(Arithmetic):
         transposed = (0, int(a[6])) if registers else (int(a[6]), int(a[7]))
         head = f"{shape.group(1) if shape else ''}, {mods[5]!r}, {self._list(a[0], 'f')}, {A}"
         middle = f"{self.array(a[2], 'u', 64)}, {self.predicate(a[3])}, {transposed}"
-        tail = f"{self.at(ins)}"
-        x = self.temporary(f"S.wgmma({head}, {middle}, {tail})")
-        for i, reg in enumerate(self.vector(a[0])):
-            self.set(reg, f"{x}[{i}]", "f", ins)
-        return None
+        return self.set_all(a[0], f"S.wgmma({head}, {middle}, {self.at(ins)})", "f", ins)

@@ -13,7 +13,7 @@ import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import UINT, Array, i2, i8, u1, u2, u4
 from irongpt_kernels.ptx.regions import NO_ONE, SEVERAL
-from irongpt_kernels.ptx.threads import At, Launch, Threads
+from irongpt_kernels.ptx.threads import At, Launch, Pending, Threads
 
 _BASE = 4096  # NumPy accepts no array at address 0
 RACE = "race between warps"
@@ -49,9 +49,7 @@ class Memory(Threads):
         self.wrote, self.read = np.zeros(cells, dtype=u4), np.zeros(cells, dtype=u4)
         self.known = np.zeros(cells, dtype=bool)
         self.copies, self.products = np.zeros(cells, dtype=i2), np.zeros(cells, dtype=i2)
-        warps = self.n // 32
-        self.open_copies: list[list[Any]] = [[] for _ in range(warps)]
-        self.copy_groups: list[list[Any]] = [[] for _ in range(warps)]
+        self.pending_copies = Pending(self.n // 32)  # by warp
 
     def ldp(self, address: Any, size: int) -> Array:
         """A parameter at an offset: a number, or an array."""
@@ -112,35 +110,6 @@ class Memory(Threads):
             others |= r.writing_warps[cells] & ~bit
         self.complain(RACE, others.any(1), threads, at, "in global memory")
 
-    def ldg(self, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
-        """vec registers of `size` bytes; 0 in threads that do not load."""
-        threads = self.active(at)
-        out = np.zeros((vec, self.n), dtype=UINT[size])
-        if len(threads):
-            address = a[threads].view(i8) + offset
-            threads, address = self._global(address, size * vec, threads, at, False)
-            index = (address - _BASE) // size
-            for v in range(vec):
-                out[v, threads] = MEMORY[size][index + v]
-        return list(out)
-
-    def stg(self, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
-        threads = self.active(at)
-        if not len(threads):
-            return
-        address = a[threads].view(i8) + offset
-        threads, address = self._global(address, size * len(values), threads, at, True)
-        self._store(MEMORY[size], (address - _BASE) // size, values, threads, at)
-
-    def _store(
-        self, words: Array, index: Array, values: list[Array], threads: Array, at: At
-    ) -> None:
-        for v, x in enumerate(values):
-            x = x[threads].astype(words.dtype, copy=False)
-            words[index + v] = x
-            differ = words[index + v] != x
-            self.complain("lanes store different values", differ, threads, at)
-
     # Shared memory ------------------------------------------------------------------------------
 
     def cells(self, flat: Array, width: int) -> Array:
@@ -193,25 +162,42 @@ class Memory(Threads):
         self.complain("async copy in flight", self.copies[cells].any(1), threads, at)
         return threads, flat
 
-    def lds(self, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
+    # Loads and stores ---------------------------------------------------------------------------
+
+    def ld(self, space: str, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
+        """vec registers of `size` bytes; 0 in threads that do not load."""
         threads = self.active(at)
         out = np.zeros((vec, self.n), dtype=UINT[size])
         if len(threads):
             address = a[threads].astype(i8) + offset
-            threads, flat = self._shared(address, size * vec, threads, at, False)
+            if space == "global":
+                threads, address = self._global(address, size * vec, threads, at, False)
+                words, index = MEMORY[size], (address - _BASE) // size
+            else:
+                threads, address = self._shared(address, size * vec, threads, at, False)
+                words, index = self.shared[size], address // size
             for v in range(vec):
-                out[v, threads] = self.shared[size][flat // size + v]
+                out[v, threads] = words[index + v]
         return list(out)
 
-    def sts(self, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
-        threads = self.active(at)
+    def st(self, space: str, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
+        threads, width = self.active(at), size * len(values)
         if not len(threads):
             return
         address = a[threads].astype(i8) + offset
-        words = np.stack([x[threads].astype(UINT[size], copy=False) for x in values], 1)
-        data = words.view(u1).reshape(len(threads), -1)
-        threads, flat = self._shared(address, size * len(values), threads, at, True, data)
-        self._store(self.shared[size], flat // size, values, threads, at)
+        if space == "global":
+            threads, address = self._global(address, width, threads, at, True)
+            words, index = MEMORY[size], (address - _BASE) // size
+        else:
+            stored = np.stack([x[threads].astype(UINT[size], copy=False) for x in values], 1)
+            data = stored.view(u1).reshape(len(threads), -1)
+            threads, address = self._shared(address, width, threads, at, True, data)
+            words, index = self.shared[size], address // size
+        for v, x in enumerate(values):
+            x = x[threads].astype(words.dtype, copy=False)
+            words[index + v] = x
+            differ = words[index + v] != x
+            self.complain("lanes store different values", differ, threads, at)
 
     def bar(self, at: At) -> Array:
         ctas = super().bar(at)
@@ -287,29 +273,24 @@ class Memory(Threads):
         np.add.at(self.copies, self.cells(flat, size).ravel(), 1)
         for warp in np.unique(threads // 32):
             mine = threads // 32 == warp
-            self.open_copies[warp].append((threads[mine], flat[mine], data[mine]))
+            self.pending_copies.open[warp].append((threads[mine], flat[mine], data[mine]))
 
     def cp_commit(self, m: Array | None) -> None:
-        for warp in self.warps(m):
-            self.copy_groups[warp].append(self.open_copies[warp])
-            self.open_copies[warp] = []
+        self.pending_copies.commit(self.warps(m))
 
     def cp_wait(self, left: int, m: Array | None) -> None:
         """Waits until at most `left` groups are in flight."""
-        for warp in self.warps(m):
-            groups = self.copy_groups[warp]
-            done = max(0, len(groups) - left)
-            for threads, flat, data in (copy for group in groups[:done] for copy in group):
-                size = data.shape[1]
-                cells = self.cells(flat, size)
-                np.subtract.at(self.copies, cells.ravel(), 1)
-                self.shared[1][flat[:, None] + np.arange(size)] = data
-                # The bytes are there for the thread that waited; other warps need a barrier.
-                bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
-                np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
-            self.copy_groups[warp] = groups[done:]
+        for threads, flat, data in self.pending_copies.wait(self.warps(m), left):
+            size = data.shape[1]
+            cells = self.cells(flat, size)
+            np.subtract.at(self.copies, cells.ravel(), 1)
+            self.shared[1][flat[:, None] + np.arange(size)] = data
+            # The bytes are there for the thread that waited; other warps need a barrier.
+            bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
+            np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
 
     def finish(self) -> None:
         """At the end of the CTAs."""
-        if any(self.open_copies) or any(any(groups) for groups in self.copy_groups):
+        pending = self.pending_copies
+        if any(pending.open) or any(any(groups) for groups in pending.groups):
             self.report.add("async copy in flight", 1, f"{self.launch.name} ends with it")

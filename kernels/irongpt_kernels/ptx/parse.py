@@ -141,7 +141,7 @@ def _add(p: Program, text: str, line: int, where: str) -> None:
         op, _, rest = text.replace("\t", " ").partition(" ")
         args = [a.strip() for a in _OPERANDS.findall(rest.strip())]
         p.blocks[-1].append(Instruction(op, args, pred, negated, line, where))
-        if p.blocks[-1][-1].name in ("bra", "ret", "exit"):
+        if p.blocks[-1][-1].name in ("bra", "ret"):
             p.close_block()
 
 

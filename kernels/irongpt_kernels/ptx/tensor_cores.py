@@ -11,7 +11,7 @@ import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import Array, bf16_to_f8, f4, half_to_f8, i8, u2, u8
 from irongpt_kernels.ptx.memory import RACE, Memory
-from irongpt_kernels.ptx.threads import At, Launch
+from irongpt_kernels.ptx.threads import At, Launch, Pending
 
 _WIDEN = {"f16": half_to_f8, "bf16": bf16_to_f8}
 
@@ -21,25 +21,41 @@ class Batch(Memory):
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
-        groups = self.n // 128 + 1  # of four warps
-        self.open_products: list[list[Array]] = [[] for _ in range(groups)]
-        self.product_groups: list[list[list[Array]]] = [[] for _ in range(groups)]
+        self.pending_products = Pending(self.n // 128 + 1)  # by four warps
 
     def mma(
         self, k: int, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: At
     ) -> list[Array]:
         """m16n8k{k}. A register of a or b holds two 16-bit values, one of c a float32."""
         threads = self.whole_warps(at)
-        pairs = [self._pairs(x, threads, dtype) for x in (*a, *b)]
-        rows = [np.concatenate(pairs[i : len(a) : 2], 2) for i in (0, 1)]  # g and g + 8
-        A = np.concatenate(rows, 1)  # (warps, 16, k)
-        B = np.concatenate(pairs[len(a) :], 2)  # (warps, 8, k), by columns of B
-        C = np.empty((len(threads) // 32, 16, 8), dtype=f4)
-        places = [(slice(8 * h, 8 * h + 8), slice(e, None, 2)) for h in (0, 1) for e in (0, 1)]
+        pairs = [self._pairs(x, threads, dtype) for x in b]
+        B = np.concatenate(pairs, 2)  # (warps, 8, k), by columns of B
+        return self._accumulate(c, self._rows(a, threads, dtype), B, threads)
+
+    def _accumulate(
+        self, c: list[Array], A: Array, B: Array, threads: Array, keep: Array | None = None
+    ) -> list[Array]:
+        """c + A B^T, or A B^T in groups for which keep is false. A: (groups, m, k), m rows of a
+        group's warps; B: (groups, n, k)."""
+        groups, rows, n = len(A), A.shape[1] // 16, B.shape[1]
+        C = np.empty((groups, rows, 16, n), dtype=f4)
+        places = [
+            (slice(8 * h, 8 * h + 8), slice(8 * j + e, 8 * j + 8, 2))
+            for j in range(n // 8)
+            for h in (0, 1)
+            for e in (0, 1)
+        ]
         for x, (row, column) in zip(c, places, strict=True):
-            C[:, row, column] = x[threads].reshape(-1, 8, 4)
-        D = self.launch.accumulate(C, A, B)
-        return [self.spread(D[:, row, column].reshape(-1), threads) for row, column in places]
+            C[:, :, row, column] = x[threads].reshape(groups, rows, 8, 4)
+        if keep is not None:
+            C = np.where(keep[:, None, None, None], C, f4(0))
+        D = self.launch.accumulate(C.reshape(groups, -1, n), A, B).reshape(C.shape)
+        return [self.spread(D[:, :, row, column].reshape(-1), threads) for row, column in places]
+
+    def _rows(self, a: list[Array], threads: Array, dtype: str) -> Array:
+        """(warps, 16, k): even registers hold the rows g, odd ones the rows g + 8."""
+        pairs = [self._pairs(x, threads, dtype) for x in a]
+        return np.concatenate([np.concatenate(pairs[i::2], 2) for i in (0, 1)], 1)
 
     def _pairs(self, x: Array, threads: Array, dtype: str) -> Array:
         """(warps, 8, 8) float64: lane 4 g + t holds columns 2 t and 2 t + 1 of row g."""
@@ -64,25 +80,12 @@ class Batch(Memory):
         threads = self.whole_warps(at)
         groups = len(threads) // 128
         if isinstance(a, list):
-            pairs = [self._pairs(x, threads, dtype) for x in a]
-            rows = [np.concatenate(pairs[i::2], 2) for i in (0, 1)]
-            A = np.concatenate(rows, 1).reshape(groups, 64, 16)
+            A = self._rows(a, threads, dtype).reshape(groups, 64, 16)
         else:
             A = _WIDEN[dtype](self._tiles(a, 64, not transposed[0], threads, at))
         B = _WIDEN[dtype](self._tiles(b, n, not transposed[1], threads, at))
-        C = np.empty((groups, 4, 16, n), dtype=f4)
-        places = [
-            (slice(8 * h, 8 * h + 8), slice(8 * j + e, 8 * j + 8, 2))
-            for j in range(n // 8)
-            for h in (0, 1)
-            for e in (0, 1)
-        ]
-        for x, (row, column) in zip(c, places, strict=True):
-            C[:, :, row, column] = x[threads].reshape(groups, 4, 8, 4)
         kept = np.broadcast_to(keep, (self.n,))[threads].reshape(groups, 128)[:, 0]
-        C = np.where(kept[:, None, None, None], C, f4(0))
-        D = self.launch.accumulate(C.reshape(groups, 64, n), A, B).reshape(groups, 4, 16, n)
-        return [self.spread(D[:, :, row, column].reshape(-1), threads) for row, column in places]
+        return self._accumulate(c, A, B, threads, kept)
 
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: At) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
@@ -129,18 +132,12 @@ class Batch(Memory):
         self.complain("read of unwritten shared memory", ~self.known[cells], user, at)
         np.bitwise_or.at(self.read, cells, np.bitwise_or.reduce(self.warp_bit[group]))
         np.add.at(self.products, cells, 1)
-        self.open_products[group[0] // 128].append(cells)
+        self.pending_products.open[group[0] // 128].append(cells)
         return flat
 
     def wgmma_commit(self, m: Array | None) -> None:
-        for group in np.unique(self.warps(m) // 4):
-            self.product_groups[group].append(self.open_products[group])
-            self.open_products[group] = []
+        self.pending_products.commit(np.unique(self.warps(m) // 4))
 
     def wgmma_wait(self, left: int, m: Array | None) -> None:
-        for group in np.unique(self.warps(m) // 4):
-            waiting = self.product_groups[group]
-            done = max(0, len(waiting) - left)
-            for cells in (cells for products in waiting[:done] for cells in products):
-                np.subtract.at(self.products, cells, 1)
-            self.product_groups[group] = waiting[done:]
+        for cells in self.pending_products.wait(np.unique(self.warps(m) // 4), left):
+            np.subtract.at(self.products, cells, 1)

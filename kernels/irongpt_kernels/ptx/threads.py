@@ -53,6 +53,28 @@ class Launch:
     report: Report
 
 
+class Pending:
+    """The asynchronous work of each of several threads or groups of them, in committed groups."""
+
+    def __init__(self, count: int) -> None:
+        self.open: list[list[Any]] = [[] for _ in range(count)]
+        self.groups: list[list[list[Any]]] = [[] for _ in range(count)]
+
+    def commit(self, who: Array) -> None:
+        for i in who:
+            self.groups[i].append(self.open[i])
+            self.open[i] = []
+
+    def wait(self, who: Array, left: int) -> list[Any]:
+        """Returns what is done when each has at most `left` groups in flight."""
+        done = []
+        for i in who:
+            n = max(0, len(self.groups[i]) - left)
+            done += [one for group in self.groups[i][:n] for one in group]
+            del self.groups[i][:n]
+        return done
+
+
 class Threads:
     """Some CTAs of a launch without their memory. Numbers of threads are indices in registers."""
 
