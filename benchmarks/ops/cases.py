@@ -55,7 +55,7 @@ class Case:
 
     @property
     def spec(self) -> OpSpec:
-        return SPECS[self.op].over(self.sweep) or SPECS[self.op]
+        return SPECS[self.op].for_sweep(self.sweep) or SPECS[self.op]
 
     @property
     def name(self) -> str:
@@ -152,7 +152,7 @@ def sweep_cases(
     for dtype in dtypes:
         for sweep in names:
             for op, spec in SPECS.items():
-                if spec.over(sweep) is None or (op in FLOAT32 and dtype != dtypes[0]):
+                if spec.for_sweep(sweep) is None or (op in FLOAT32 and dtype != dtypes[0]):
                     continue
                 for shape in _swept(sweep, spec, base, sizes[sweep]):
                     for p in (0.0, DROPOUT) if op == "causal_attention" else (dropping(op),):

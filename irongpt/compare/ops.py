@@ -154,7 +154,7 @@ def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
 def vocabulary_cases(at: RowShape) -> Iterator[Case]:
     """Every op that the benchmarks sweep over the vocabulary."""
     for spec in SPECS.values():
-        if chosen := spec.over("V"):
+        if chosen := spec.for_sweep("V"):
             p = TEMPERATURE if chosen.kind == "token" else 0.0
             yield from (Case(chosen, f"V={V:,}", replace(at, V=V), p) for V in VOCABULARIES)
 

@@ -60,7 +60,7 @@ class OpSpec:
     def differentiable(self) -> bool:
         return self.kind == "layer"
 
-    def over(self, sweep: str) -> "OpSpec | None":
+    def for_sweep(self, sweep: str) -> "OpSpec | None":
         """The entry whose size a sweep varies: this one, `full_rows`, or none."""
         return next((s for s in (self, self.full_rows) if s and sweep in s.sweeps), None)
 

@@ -78,12 +78,12 @@ def test_a_softmax_of_full_rows_reads_all_of_them() -> None:
 
 
 def test_the_head_has_a_row_for_each_token_of_the_vocabulary() -> None:
-    head = SPECS["norm_linear"].over("V")
+    head = SPECS["norm_linear"].for_sweep("V")
     assert head is not None
     shape = Shape(3, 1, 1, 5, V=7)
     assert head.inputs(shape)["weight"].size == (7, 5)
     assert head.cost(shape, 2, 4, False) == (7 * 5 * 2, 2 * 3 * 7 * 5)
-    over = {name for name, spec in SPECS.items() if spec.over("V")}
+    over = {name for name, spec in SPECS.items() if spec.for_sweep("V")}
     embeddings = {"embed_layer_norm", "embed_tokens"}
     heads = {"cross_entropy", "linear_cross_entropy", "norm_linear", "sample_tokens"}
     assert over == heads | embeddings
