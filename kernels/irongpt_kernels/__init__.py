@@ -2,7 +2,7 @@
 
     irongpt_kernels.eager      plain PyTorch: the specification, and the reference of every test
     irongpt_kernels.builtin    PyTorch's fused functions, such as scaled_dot_product_attention
-    irongpt_kernels.fused      our Triton kernels, one file per op or family of ops
+    irongpt_kernels.fused      our Triton kernels, one module per op or group of related ops
 
 Each module satisfies the Protocol `Ops`, and the caller imports the one it wants. Only `fused`
 imports Triton. `eager` documents shapes, dtypes and results.
@@ -12,6 +12,7 @@ zeroes depends only on the seed and their position (see `dropout`), so `eager` a
 same ones. Dropout in `builtin` uses PyTorch's global generator and ignores the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
+In the ops of a decoding step N is the length of the cache or of the ring buffer of tokens.
 """
 
 from typing import Protocol

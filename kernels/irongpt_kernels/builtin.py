@@ -26,7 +26,7 @@ def causal_attention(
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
-    """Queries and a scale with the same scores: PyTorch's attention is for scales above 0."""
+    """Queries and a positive scale that give the same scores, as PyTorch's attention requires."""
     if scale is None or scale > 0:
         return q, scale
     return (-q, -scale) if scale else (q * 0, 1.0)
@@ -70,8 +70,8 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *,
     classes: int | None = None, loss_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.linear_cross_entropy`. It computes what torch.nn.functional.linear_cross_entropy
-    of torch 2.13 computes without options, which would give a 16-bit loss outside autocast."""
+    """See `eager.linear_cross_entropy`. torch.nn.functional.linear_cross_entropy of torch 2.13 is
+    not used, because outside autocast its loss has the 16-bit dtype of its inputs."""
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
 

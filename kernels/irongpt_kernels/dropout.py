@@ -6,19 +6,19 @@ SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the count
 Nothing is stored between forward and backward: both compute the bits they need.
 
 Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70 integer
-            instructions and give 128 bits. One byte decides one element, so a call can
-            serve 16; of these, the attention of a warp of 16 rows has 8. On a T4 a call for each
-            element would take longer than the memory traffic of the attention.
-Layout      One GPU thread holds all elements of a call that its warp has. A kernel can
+            instructions and give 128 bits. One byte decides one element, so one call can
+            serve 16 elements. In attention, a warp that holds 16 rows of a tile uses 8 of them. On
+            a T4 a call for each element would take longer than the attention's memory traffic.
+Layout      The elements of a warp that share a call lie in one GPU thread. A kernel can
             therefore apply the formula to each element, and the compiler merges equal calls.
-            Attention: a tensor-core accumulator gives a thread rows r + 8i and columns c + 8j, both
-            in a tile of scores and in its transpose, which the backward uses. So a call serves the
-            4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile.
-            Rows (dropout before a residual add): a thread holds neighbouring columns, so a call
-            serves columns 16j to 16j + 15 of a row.
+            In attention, the accumulator of a tensor core gives a thread the rows r + 8i and the
+            columns c + 8j, where r and c depend on the thread and i and j count from 0. This holds
+            for a tile of scores and for its transpose, which the backward uses. So a call serves
+            the 4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile. In dropout before a residual add,
+            a thread holds neighbouring columns, so a call serves columns 16j to 16j + 15 of a row.
 Rate        A byte gives probabilities in steps of 1/256: p is rounded (0.2 becomes 51/256 =
             0.1992, and any p > 0 at least 1/256). Kept elements are scaled by the reciprocal of
-            this rounded keep rate, so that the expectation is exact.
+            the rounded keep rate, so that the expectation is exact.
 
 | word of the counter | attention element (b, h, row, col) | row element (row, col) |
 |---|---|---|

@@ -5,10 +5,10 @@ Run in float64, it is the oracle that the other implementations are compared wit
 Statistics and sums are computed in float32 (float64 for float64 inputs). Results have the dtype of
 the first argument unless documented otherwise.
 
-The ops of one decoding step (`decode_attention` and those after it) need no gradient. None reads a
-value on the host, and caches, tokens and counts are updated in place, so that a CUDA graph can hold
-a whole step. Their matmuls have the weight's dtype: the normalized input is rounded to it before
-the matmul, and the product after it, as under autocast.
+The ops of one decoding step (`decode_attention` and those after it) have no gradient. They never
+read a value on the host, and update caches, tokens and counts in place, so that a CUDA graph can
+capture a complete step. Their matmuls run in the dtype of the weight: the normalized input and the
+result of the matmul are rounded to it, as under autocast.
 """
 
 import math
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 
-MASS_BITS = 40  # the most likely token has mass 2^40; one 2^40 times less likely has mass 0
-MAX_V = 1 << 22  # the sum of so many masses fits into 63 bits
+# The mass of a token is its unnormalized probability as an integer: 2^40 for the most likely token,
+# 0 for one that is 2^40 times less likely.
+MASS_BITS = 40
+MAX_V = 1 << 22  # the sum of the masses of so many tokens fits into 63 bits
 MAX_INVERSE = 3e38  # the largest 1 / temperature: it fits into float32
 
 
@@ -116,10 +118,11 @@ def linear_cross_entropy(
     """`cross_entropy` of the logits x weight^T: a model's head and its loss.
 
     x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
-    classes: the rows of the weight from there on are padding, which has a probability and a
-    gradient of 0. By default all rows are classes. loss_scale: 0-d, the gradient that `backward`
-    will give the loss, by default 1. It changes no result but for the rounding: an implementation
-    that computes gradients along with the loss needs it to keep small ones in float16's range.
+    classes: the number of classes, by default V; the rows of the weight after them are padding,
+    whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
+    will pass to the loss, by default 1. It affects only the rounding: an implementation that
+    computes the gradients together with the loss needs it so that small gradients do not underflow
+    in float16.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -172,11 +175,11 @@ def embed_layer_norm(
 
 
 def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """The parameters of layer norms in the form in which the norms of this module take them.
+    """Prepares the parameters of layer norms for the layer-norm ops of the same module.
 
-    params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype: of
-    their results. Here the parameters themselves; `fused` returns views with which one kernel
-    computes the gradients of all.
+    params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype:
+    that of the norms' results. This version returns the parameters unchanged. That of `fused`
+    returns views, with which one kernel sums the gradients of all parameters.
     """
     return list(params)
 
@@ -185,15 +188,15 @@ def grad_norm(
     grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The norm of the gradients, by what to divide them to unscale and clip, and the next scale.
+    """Computes the norm of the gradients, the divisor that unscales and clips them, and the next
+    loss scale.
 
     grads: the gradients of scale * loss. scale: 0-d float32, the loss scale. growth_tracker: 0-d
-    int64, the number of finite steps since
-    the scale last changed. state_steps: (n,) float32, the number of updates of each weight; each
-    increases by one unless a gradient is not finite. growth_interval: the scale doubles after this
-    many finite steps in a row and halves after a step that is not finite, between 1 and 2^24
-    (Micikevicius et al. 2018); with 0 it never changes. scale, growth_tracker and state_steps are
-    updated in place.
+    int64, the number of finite steps since the scale last changed. state_steps: (n,) float32, the
+    number of updates of each weight; each increases by one unless a gradient is not finite.
+    growth_interval: the scale doubles after this many finite steps in a row and halves after a step
+    that is not finite, between 1 and 2^24 (Micikevicius et al. 2018); with 0 it never changes.
+    scale, growth_tracker and state_steps are updated in place.
     Returns a (3,) tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
@@ -377,12 +380,12 @@ def sample_tokens(
     counts: (B, K) int64: column 0 is n, and every column is incremented.
 
     Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
-    likely tokens. top_p (Holtzman et al. 2020) then keeps the fewest most likely tokens, at least
-    one, whose share of the probability that top_k has left is top_p or more. Among equal logits
-    those with the smallest token ids are kept. The mass of a kept token is the integer part of
-    2^40 exp((logit - max logit) / temperature), so that sums do not depend on the order. The
-    sampled token is the first at which the running sum exceeds `uniform` times the total: a
-    function of (logits, seed, sequence, n).
+    likely tokens. top_p (nucleus sampling, Holtzman et al. 2020) then keeps the smallest set of
+    most likely tokens whose probability, among the tokens that top_k kept, is at least top_p. Of
+    equal logits those with the smallest token ids are kept. The mass of a kept token is the integer
+    part of 2^40 exp((logit - max logit) / temperature): sums of integers do not depend on the
+    order. The sampled token is the first one, in order of token id, at which the running sum of
+    masses exceeds `uniform` times their total. So it depends only on (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
     """
     V = logits.shape[1]

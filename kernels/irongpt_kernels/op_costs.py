@@ -15,25 +15,25 @@ class Cost(NamedTuple):
 
 
 def attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """q, k, v, out and the statistics; backward these, dout, dq, dk and dv. FLOPs of the
-    T (T + 1) / 2 weights that are not 0: scores and output; backward the scores again, dP, dV, dQ
-    and dK."""
+    """The forward moves q, k, v, out and the statistics; the backward these, dout, dq, dk and dv.
+    The forward has two matmuls (scores, output), the backward five (scores, dP, dV, dQ, dK), each
+    over the T (T + 1) / 2 pairs that the causal mask leaves."""
     rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
     return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
 
 
 def norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The rows, and the statistics of each. Parameters stay in L2."""
+    """The rows and the statistics of each row are moved. The parameters stay in L2."""
     return Cost(s.rows * ((3 if backward else 2) * s.width * stream + 8))
 
 
 def add_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The branch and the norm, the residual and the sum; backward the sum and all gradients."""
+    """The forward moves branch, norm, residual and sum; the backward the sum and all gradients."""
     return Cost(s.rows * (s.width * (2 * item + (3 if backward else 2) * stream) + 8))
 
 
 def softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """A causal row reads the positions that it sees, and writes all."""
+    """Of a causal row only the visible positions are read, but all are written."""
     rows = s.B * s.H * s.T
     return Cost(((2 if backward else 1) * (rows * (s.T + 1) // 2) + rows * s.T) * item)
 
@@ -72,18 +72,20 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
 
 
 def gelu_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """x and y, or x, dy and dx."""
+    """The forward moves x and y, the backward x, dy and dx."""
     return Cost((3 if backward else 2) * s.rows * 4 * s.width * item)
 
 
 def cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The logits, backward their gradient too. Each row has a target and two statistics."""
+    """The forward reads the logits; the backward also writes their gradient. Each row has a target
+    and two statistics."""
     return Cost(s.rows * ((2 if backward else 1) * s.V * item + 8 + 8))
 
 
 def linear_cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """x, weight and targets; backward x, weight and their gradients. The logits would not have to
-    leave the chip, for which one more matmul would compute them again."""
+    """The forward reads x, weight and targets; the backward reads them and writes the gradients of
+    x and weight. The logits are not counted: a kernel could keep them on chip, and compute them
+    again in the backward."""
     elements = (s.rows + s.V) * s.width
     bytes_ = elements * item * (2 if backward else 1) + s.rows * 8
     return Cost(bytes_, (2 if backward else 1) * 2 * s.rows * s.V * s.width)

@@ -72,11 +72,13 @@ def block_matrices(C: int) -> list[tuple[int, int]]:
 class Input:
     """A tensor that an op takes.
 
-    role: decides the dtype, see `dtypes`. Values are normal(mean, scale); or all `fill`; or
-    values(x), where x is standard normal (for integers uninitialized); or integers in [0, below),
-    which with `ignorable` may also be IGNORED.
-    optional: absent in a model of the presets, such as a bias. copy_of: the name of the input that
-    this one copies in 16 bits; in float32 there is no copy.
+    role: decides the dtype, see `dtypes`.
+    optional: absent in a model of the presets, such as a bias.
+    copy_of: the name of the input of which this one is a 16-bit copy; in float32 there is no copy.
+
+    The values are one of these: normal with `mean` and `scale`; the constant `fill`; values(x),
+    where x is standard normal, or uninitialized for integers; integers in [0, below), which may
+    also be IGNORED if they are `ignorable`.
     """
 
     size: tuple[int, ...]
@@ -125,8 +127,8 @@ def random_inputs(
 
 
 def indices(one: Input, ignored: bool = False) -> Tensor:
-    """Integers below `one.below`, the same on every device; ignored: some are IGNORED, if they
-    may be."""
+    """Integers in [0, one.below), the same on every device. ignored: some are replaced by IGNORED,
+    if the input allows that."""
     found = torch.arange(math.prod(one.size)).view(one.size) * 7 % max(1, one.below)
     if ignored and one.ignorable:
         found[::5] = IGNORED

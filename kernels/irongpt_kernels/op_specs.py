@@ -1,13 +1,12 @@
 """One entry (`OpSpec`) per op: its inputs at a shape, its call, outputs, least bytes and FLOPs.
 
-`irongpt compare`, `irongpt tune`, the benchmarks, `aot` and the tests iterate over `SPECS` and have
-no list of ops of their own, so a new op needs an entry here and nothing there. The file imports no
-Triton.
+`irongpt compare`, the benchmarks, `aot` and the tests iterate over `SPECS`, so they need only an
+entry here for a new op. Optional are other shapes in `aot.shapes`, and tiles for `irongpt tune`.
 
-The optimizer is described as a step over all weights: the entry `adamw` is grad_norm and adamw, and
-`muon` is grad_norm, muon_momentum and muon_update, without the iteration between the last two. The
-entry `sum_shards` takes the place of grad_norm where a step is cut into shards.
-The one-token ops work on one token for each of B sequences that fill the context.
+The optimizer is described as a step over all weights. The entry `adamw` calls grad_norm and adamw.
+`muon` calls grad_norm, muon_momentum and muon_update, without the iteration between the last two.
+`sum_shards` takes the place of grad_norm where a step is cut into shards.
+The ops of a decoding step work on one token for each of B sequences that fill the context.
 """
 
 import math
@@ -25,15 +24,16 @@ from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Sizes, Tensors
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op. kind: "layer" for the ops with a gradient, "optimizer" or "token".
+    """The description of an op.
 
-    options(shape, p, seed): arguments other than tensors; p is dropout, or the temperature of
-    sample_tokens. cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype,
-    stream that of the residual stream. changes: inputs that are written in place, which are results
-    too. call: for an entry of more than one op of `Ops`, whose names are in `functions`.
-    scores: the op has a T x T matrix per head. sweeps: what the benchmarks vary.
-    full_rows: the same op on rows of V columns: softmax without a causal mask, norm_linear as the
-    model's head.
+    kind: "layer" for an op with a gradient, "optimizer", "token" for an op of a decoding step.
+    cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype, stream that of
+        the residual stream.
+    options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
+    changes: names of inputs that the op updates in place. They count as results.
+    functions, call: for an entry of several functions of `Ops`, their names and a caller of them.
+    scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
+    full_rows: the op on rows of V columns: softmax without a mask, norm_linear as the head.
     """
 
     name: str
@@ -53,7 +53,7 @@ class OpSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The functions of `Ops` that this entry covers; each is covered by one entry only."""
+        """The functions of `Ops` that this entry lists; each is listed by one entry only."""
         return self.functions or (self.name,)
 
     @property
@@ -61,7 +61,7 @@ class OpSpec:
         return self.kind == "layer"
 
     def for_sweep(self, sweep: str) -> "OpSpec | None":
-        """The entry whose size a sweep varies: this one, `full_rows`, or none."""
+        """The entry to use for a sweep: this one, `full_rows`, or None if it is in neither."""
         return next((s for s in (self, self.full_rows) if s and sweep in s.sweeps), None)
 
     def float32_only(self) -> bool:
@@ -87,7 +87,7 @@ def _norm_inputs(s: Shape) -> dict[str, Input]:
 
 
 def _embed_norm(ops: Any, s: Shape, x: Tensors) -> tuple[Tensor, ...]:
-    """As a model calls it: the norm's parameters in the form that `ops` wants."""
+    """Prepares the norm's parameters first, as a model does."""
     names = [name for name in ("weight", "bias") if name in x]
     dtype = x["wte"].dtype
     found = ops.norm_parameters([x[name] for name in names], s.B * s.T, dtype)
@@ -269,7 +269,7 @@ def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Te
     stats = _grad_norm(ops, x, grads, growth_interval)
     state = every("params"), copies, grads, every("moment0"), every("moment1")
     decays = [WEIGHT_DECAY if len(size) == 2 else 0.0 for size in matrices + others]
-    betas = dict(beta1=0.875, beta2=0.9921875)  # exact in float32, in which CUDA's builtin has them
+    betas = dict(beta1=0.875, beta2=0.9921875)  # exact in float32, which PyTorch's CUDA kernel uses
     ops.adamw(*state, x["steps"], x["lr"], stats, **betas, weight_decays=decays)
     return (stats, *_changed(x, "params", "moment0", "moment1"))
 

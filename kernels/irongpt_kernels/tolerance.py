@@ -1,6 +1,7 @@
 """The tolerance of every comparison with the reference.
 
-The oracle is `eager` in float64 on the same input values as the candidate. With
+The candidate is the implementation under test. The oracle is `eager` in float64 on the same input
+values. With
 e(x) = max |x - oracle|, and likewise for the root mean square,
 
     e(candidate) <= 2 e(eager in the same dtype) + floor    for outputs,
