@@ -74,13 +74,13 @@ class Exchanges(World):
     def __init__(self, size: int) -> None:
         self.size, self.bytes = size, 0
 
-    def gather(self, rows: Tensor) -> None:
+    def all_gather(self, rows: Tensor) -> None:
         self.bytes += rows.nbytes // self.size * (self.size - 1)
 
-    def add_rows(self, rows: Tensor) -> Tensor:
-        """Gets its part of the other rows, then the other parts of the sum."""
+    def reduce_rows(self, rows: Tensor) -> Tensor:
+        """Receives its slice of the other rows, then the other slices of the sum."""
         part = -(-rows.shape[1] // self.size)
-        others = rows.shape[0] - len(self.mine(len(rows)))
+        others = rows.shape[0] - len(self.own_range(len(rows)))
         self.bytes += part * (others * rows.itemsize + (self.size - 1) * 4)
         return rows.new_zeros(rows.shape[1], dtype=torch.float32)
 

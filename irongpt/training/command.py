@@ -21,7 +21,7 @@ def train(flags: Flags, start: float) -> int:
 
 def _train(flags: Flags, start: float, world: World) -> int:
     clock = Clock(start)
-    world.agree(
+    world.check_equal(
         {
             "version of irongpt": __version__,
             "version of torch": torch.__version__,

@@ -5,10 +5,10 @@
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of its store. Without WORLD_SIZE the
 world is one process, and nothing of torch.distributed runs.
 
-Every process has a thread that counts up its number in the store every BEAT seconds and reads those
-of the others. A process whose number stands still for SILENT seconds is dead, also where the others
-wait for it inside a CUDA graph: the living process of lowest rank reports it, and all of them end.
-So the exchange itself needs no time limit, and rank 0 may save or sample for as long as it takes.
+In every process a thread increments a counter in the store every HEARTBEAT seconds and reads those
+of the others. If a counter stays the same for HEARTBEAT_TIMEOUT seconds, its process is considered
+dead: the live process of lowest rank reports it, and all exit, also if they wait inside a CUDA
+graph. So the collectives need no timeout, and rank 0 may save or sample for as long as it takes.
 """
 
 import contextlib
@@ -29,60 +29,63 @@ from torch import Tensor
 from irongpt.console import output_is_optional
 from irongpt.errors import DivergenceError, UserError, out_of_memory
 
-BEAT = 1.0  # seconds between two signs of life
-SILENT = 20.0  # seconds without one, after which a process is dead
-START = 600.0  # seconds in which all processes must have started
-PARTS_FROM = 5  # processes from which on each adds a part of the gradients
-ENDED, FAILED = "ended", "failed "  # in place of the number, by a process that has left
+HEARTBEAT = 1.0  # seconds between two heartbeats of a process
+HEARTBEAT_TIMEOUT = 20.0  # seconds without one, after which a process is considered dead
+START_TIMEOUT = 600.0  # seconds in which all processes must have started
+REDUCE_SCATTER_FROM = 5  # processes from which on each sums a slice of the gradients
+ENDED, FAILED = "ended", "failed "  # what a process that exits writes in place of its counter
 
 
 class World:
-    """One process, and what a training asks of several."""
+    """A single process. Its methods are how a training communicates: see `Torchrun` for several."""
 
     rank = 0
     size = 1
     local_rank = 0
 
-    def mine(self, count: int) -> range:
-        """The indices of `count` things that are this process's: adjacent ones."""
+    def own_range(self, count: int) -> range:
+        """The adjacent indices, out of `count`, that belong to this process."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def adds_parts(self) -> bool:
-        return self.size >= PARTS_FROM
+    def uses_reduce_scatter(self) -> bool:
+        return self.size >= REDUCE_SCATTER_FROM
 
-    def gather(self, rows: Tensor) -> None:
-        """Fills in the other processes' rows; this one has written its own, see `mine`."""
+    def all_gather(self, rows: Tensor) -> None:
+        """Gives every process all rows. Each has written its own before: see `own_range`."""
 
-    def add_rows(self, rows: Tensor) -> Tensor:
-        """rows: (S, n), of which this process has its own -> their sum in float32, in order."""
+    def reduce_rows(self, rows: Tensor) -> Tensor:
+        """A reduce-scatter and an all-gather. rows: (S, n), of which this process has its own.
+
+        Returns their sum in float32, (n,), in the order of the rows.
+        """
         raise NotImplementedError
 
-    def add(self, values: Tensor) -> None:
-        """Adds the float64 values of all processes in place. All but one of each must be 0."""
+    def all_reduce(self, values: Tensor) -> None:
+        """Adds up the float64 values of all processes in place. Of each, all but one must be 0."""
 
-    def all(self, value: bool) -> bool:
-        """Whether it is true in all processes."""
+    def all_true(self, value: bool) -> bool:
+        """Whether the value is true in all processes."""
         return value
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Raises UserError on every process unless all have the same facts."""
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """Raises UserError in every process unless all have the same facts."""
 
-    def first(self) -> contextlib.AbstractContextManager[None]:
+    def local_first(self) -> contextlib.AbstractContextManager[None]:
         """A context that the first process of a machine leaves before the others enter it."""
         return contextlib.nullcontext()
 
-    def share(self, value: str) -> str:
-        """The value that the process 0 has given."""
+    def broadcast(self, value: str) -> str:
+        """Returns the value that process 0 has given."""
         return value
 
-    def wait(self) -> None:
-        """Waits until all processes are here."""
+    def barrier(self) -> None:
+        """Waits until all processes have called it."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises UserError unless every process of this machine has a GPU of its own."""
 
     def close(self) -> None:
-        """Ends the work of the processes with each other."""
+        """Ends the communication of the processes."""
 
     def fail(self, code: int) -> bool:
         """Ends the other processes after an error, with this exit code.
@@ -91,8 +94,8 @@ class World:
         """
         return True
 
-    def explain(self) -> None:
-        """Called when an exchange may have failed because another process is dead."""
+    def report_dead_process(self) -> None:
+        """Called when a collective may have failed because another process is dead."""
 
 
 class Torchrun(World):
@@ -104,12 +107,13 @@ class Torchrun(World):
 
         self.dist = dist
         self.rank, self.size, self.local_rank = map(_variable, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        wait = datetime.timedelta(seconds=START)
-        # Two connections: a wait of the main thread does not hold up the signs of life.
-        store, watch = (next(rendezvous("env://", timeout=wait))[0] for _ in range(2))
+        limit = datetime.timedelta(seconds=START_TIMEOUT)
+        # Two connections: when the main thread waits for the store, the heartbeats go on.
+        store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
-        self.last, self.ended, self.agreed, self.silent = ENDED, threading.Event(), 0, SILENT
+        self.last, self.ended, self.checks = ENDED, threading.Event(), 0
+        self.timeout = HEARTBEAT_TIMEOUT
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             torch.cuda.set_device(self.local_rank % gpus)
@@ -124,41 +128,41 @@ class Torchrun(World):
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
 
-    def gather(self, rows: Tensor) -> None:
-        flat = rows.view(torch.uint8).view(-1)  # copied, not computed: gloo has no bfloat16
+    def all_gather(self, rows: Tensor) -> None:
+        flat = rows.view(torch.uint8).view(-1)  # as bytes, because gloo has no bfloat16
         own = flat.chunk(self.size)[self.rank]
         # The first is the name in newer versions of PyTorch, where the second prints a warning.
         gather = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor
         gather(flat, own)
 
-    def add_rows(self, rows: Tensor) -> Tensor:
-        n, mine = rows.shape[1], self.mine(len(rows))
-        part = -(-n // self.size)
-        own = rows.new_zeros(len(mine), part * self.size)
-        own[:, :n] = rows[mine.start : mine.stop]
-        sent = own.view(len(mine), self.size, part).transpose(0, 1).contiguous()
+    def reduce_rows(self, rows: Tensor) -> Tensor:
+        n, own_shards = rows.shape[1], self.own_range(len(rows))
+        length = -(-n // self.size)  # of the slice that each process sums
+        own = rows.new_zeros(len(own_shards), length * self.size)
+        own[:, :n] = rows[own_shards.start : own_shards.stop]
+        sent = own.view(len(own_shards), self.size, length).transpose(0, 1).contiguous()
         got = torch.empty_like(sent)
         self.dist.all_to_all_single(got.view(torch.uint8).view(-1), sent.view(torch.uint8).view(-1))
-        shards = got.view(len(rows), part)
-        total = torch.zeros(self.size, part, device=rows.device)
+        shards = got.view(len(rows), length)
+        total = torch.zeros(self.size, length, device=rows.device)
         total[self.rank].copy_(shards[0])
         for shard in shards[1:]:
             total[self.rank] += shard
-        self.gather(total)
+        self.all_gather(total)
         return total.view(-1)[:n]
 
-    def add(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         self.dist.all_reduce(values)
 
-    def all(self, value: bool) -> bool:
+    def all_true(self, value: bool) -> bool:
         found = torch.tensor(float(value))
         self.dist.all_reduce(found, self.dist.ReduceOp.MIN)
         return bool(found)
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """By JSON in the store: a process may still lack what the others have."""
-        self.agreed += 1
-        keys = [f"facts-{self.agreed}-{rank}" for rank in range(self.size)]
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """Exchanges the facts as JSON in the store: a process may lack some of them."""
+        self.checks += 1
+        keys = [f"facts-{self.checks}-{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], json.dumps(facts, default=str))
         first, *others = (json.loads(self.store.get(key)) for key in keys)
         for rank, other in enumerate(others, start=1):
@@ -167,11 +171,11 @@ class Torchrun(World):
                 if values[0] != values[1]:
                     shown = " and ".join(str(value)[:40] for value in values)
                     raise UserError(
-                        f"the processes 0 and {rank} differ in {name}: {shown}; all need the same"
+                        f"processes 0 and {rank} differ in {name}: {shown}; use the same for all"
                     )
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
+    def local_first(self) -> Iterator[None]:
         key = f"first-{os.environ.get('GROUP_RANK', '0')}"
         if self.local_rank:
             self.store.wait([key], datetime.timedelta(days=7))
@@ -181,12 +185,12 @@ class Torchrun(World):
             if not self.local_rank:
                 self.store.set(key, "done")
 
-    def share(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         if not self.rank:
             self.store.set("shared", value)
         return str(self.store.get("shared").decode())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         self.dist.all_reduce(torch.zeros(1))
 
     def check_device(self, device: torch.device) -> None:
@@ -200,15 +204,15 @@ class Torchrun(World):
             )
         if device.index != torch.cuda.current_device():
             raise UserError(
-                f"--device {device}: torchrun gives each process a GPU of its own; leave it out"
+                f"--device {device}: torchrun gives each process its own GPU; leave the flag out"
             )
 
     def close(self) -> None:
-        """Call it after the CUDA graphs are gone: NCCL waits for them."""
+        """Must be called after the CUDA graphs are destroyed: NCCL waits for them."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.wait()
+        self.barrier()
         self._leave(ENDED)
         self.dist.destroy_process_group()
 
@@ -227,11 +231,11 @@ class Torchrun(World):
     def _watch(self) -> None:
         counts = dict.fromkeys(range(self.size), "")
         seen = dict.fromkeys(range(self.size), time.monotonic())
-        beat = 0
+        beats = 0
         with contextlib.suppress(RuntimeError):  # torchrun's store is gone, and torchrun with it
-            while not self.ended.wait(BEAT):
-                beat += 1
-                self.watch.set(str(self.rank), str(beat))
+            while not self.ended.wait(HEARTBEAT):
+                beats += 1
+                self.watch.set(str(self.rank), str(beats))
                 now = time.monotonic()
                 for rank in range(self.size):
                     known = self.watch.check([str(rank)])
@@ -240,13 +244,13 @@ class Torchrun(World):
                         counts[rank], seen[rank] = count, now
                 for failed in (c for c in counts.values() if c.startswith(FAILED)):
                     os._exit(int(failed.removeprefix(FAILED)))  # the first has reported why
-                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > self.silent]
+                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > self.timeout]
                 if late:
                     self._end(late, min(set(counts) - set(late)))
             self.watch.set(str(self.rank), self.last)
 
-    def _end(self, late: list[int], speaker: int) -> None:
-        if self.rank == speaker:
+    def _end(self, late: list[int], reporter: int) -> None:
+        if self.rank == reporter:
             print(
                 f"irongpt: error: process {late[0]} of {self.size} has died: the others end; "
                 "continue with --resume",
@@ -255,31 +259,31 @@ class Torchrun(World):
             )
         os._exit(1)
 
-    def explain(self) -> None:
+    def report_dead_process(self) -> None:
         """Waits until `_watch` has named the dead process and ended this one, else returns.
 
-        Because the exchange failed, a shorter silence than SILENT counts as death. SIGTERM, by
-        which torchrun ends this process, is ignored, so that the message can appear first.
+        Because a collective has failed, a shorter timeout is used. SIGTERM, by which torchrun ends
+        this process, is ignored, so that the message can appear first.
         """
-        self.silent = 5 * BEAT
+        self.timeout = 5 * HEARTBEAT
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(8 * BEAT)
+        time.sleep(8 * HEARTBEAT)
 
 
 def join() -> World:
-    """The world of this process. Waits until all of its processes have started."""
+    """The `World` of this process. Waits until all processes have started."""
     return Torchrun() if "WORLD_SIZE" in os.environ else World()
 
 
 def together(command: Callable[[World], int]) -> int:
-    """Runs a command in all processes, of which the first prints. Returns its exit code.
+    """Runs a command in all processes, of which process 0 prints. Returns its exit code.
 
-    An error in one of them ends all, and one line says why.
+    An error in one of them ends all, and one line gives the reason.
     """
     world = join()
     with contextlib.ExitStack() as stack:
-        if world.rank:  # the process 0 prints
+        if world.rank:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         else:
@@ -291,7 +295,7 @@ def together(command: Callable[[World], int]) -> int:
         except BaseException as e:
             full = out_of_memory(e)
             if isinstance(e, RuntimeError) and not full:
-                world.explain()
+                world.report_dead_process()
             known = full or isinstance(e, UserError | DivergenceError)
             code = 2 if full or isinstance(e, UserError) else 1
             if world.fail(code) or not known:

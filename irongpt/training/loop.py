@@ -281,7 +281,7 @@ class TrainingLoop:
     def _evaluate_best(self, interrupt: Interrupt) -> None:
         """Evaluates `best` over the entire validation text and writes result.json."""
         trainer, run = self.trainer, self.run
-        trainer.world.wait()  # until `best` is written
+        trainer.world.barrier()  # until `best` is written
         self.result = run.result(self.best_step)
         if self.result is not None:  # of a process before
             return

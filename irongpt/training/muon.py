@@ -89,10 +89,10 @@ class Muon:
         else:
             width = max(sum(x.numel() for x in part) for part in parts)
             rows = directions[0].new_zeros(S, width)
-            for s in self.world.mine(S):
+            for s in self.world.own_range(S):
                 flat = torch.cat([x.flatten() for x in orthogonal(parts[s])])
                 rows[s, : len(flat)] = flat
-            self.world.gather(rows)
+            self.world.all_gather(rows)
             found = [
                 [
                     x.view_as(y)

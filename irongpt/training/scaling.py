@@ -110,12 +110,12 @@ def measure(
     try:
         for turn in range(rounds + 1):
             count = steps if turn else warm
-            world.wait()
+            world.barrier()
             if alone is not None:
                 torch.set_num_threads(threads * (world.size if device.type == "cpu" else 1))
                 found.one.append(_seconds(alone.train_step, count, device))
                 torch.set_num_threads(threads)
-            world.wait()
+            world.barrier()
             found.all.append(_seconds(together.train_step, count, device))
             found.exchange.append(_seconds(shards.exchange, count, device))
     finally:

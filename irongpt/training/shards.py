@@ -1,8 +1,9 @@
-"""The gradients of a step that is cut into shards, and their exchange.
+"""The gradients of a step that is split into shards, and their exchange.
 
-A shard has batch_size / shards windows of every forward pass. Its windows and its dropout seed
-depend on (seed, step, shard) alone, and the sum adds the shards in their order, so a world of any
-size that divides the number of shards computes the same bits: each process does its shards in turn.
+A shard has batch_size / shards sequences of every forward pass. Its sequences and its dropout seed
+depend only on (seed, step, shard), and the gradients are summed in the order of the shards. So the
+result has the same bits for every number of processes that divides the number of shards. A process
+computes its shards one after another.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ class Shards:
     def __init__(
         self, params: Sequence[Tensor], count: int, dtype: torch.dtype, world: World
     ) -> None:
-        """params: the weights on the device. count: of shards, a multiple of the world's size."""
-        self.params, self.world, self.mine = list(params), world, world.mine(count)
+        """params: the weights on the device. count: of shards, a multiple of world.size."""
+        self.params, self.world, self.own = list(params), world, world.own_range(count)
         self.sizes = [-(-p.numel() // ALIGNED) * ALIGNED for p in self.params]
         n, tail = sum(self.sizes), NUMBERS * 4 // dtype.itemsize
         self.rows = torch.zeros(count, n + tail, dtype=dtype, device=self.params[0].device)
@@ -34,26 +35,26 @@ class Shards:
         self.numbers = self.rows[:, n:].view(torch.float32)  # (count, NUMBERS)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The parts of a row of gradients, in the shapes of the weights."""
+        """Views of a row of gradients, in the shapes of the weights."""
         parts = flat.split(self.sizes)
         return [part[: p.numel()].view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
     def put(self, k: int, grads: list[Tensor], loss: Tensor) -> None:
         """Writes the row of this process's shard k, from 0."""
-        shard = self.mine[k]
+        shard = self.own[k]
         torch._foreach_copy_(self.views(self.gradients[shard]), grads)
         self.numbers[shard, 0].copy_(loss)
 
     def exchange(self) -> Tensor:
-        """Gives every process all rows. Returns the gradients to add, (count or 1, n).
+        """Returns the gradients of all shards, which are still to be summed, (count, n).
 
-        In a large world each process adds a part of all shards instead and then gets the other
-        parts: the same bits, and fewer bytes.
+        With many processes it returns their sum, (1, n): a reduce-scatter and an all-gather give
+        the same bits and move fewer bytes.
         """
-        if not self.world.adds_parts():
-            self.world.gather(self.rows)
+        if not self.world.uses_reduce_scatter():
+            self.world.all_gather(self.rows)
             return self.gradients
         numbers = self.numbers.contiguous()
-        self.world.gather(numbers)
+        self.world.all_gather(numbers)
         self.numbers.copy_(numbers)
-        return self.world.add_rows(self.gradients)[None]
+        return self.world.reduce_rows(self.gradients)[None]

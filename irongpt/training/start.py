@@ -145,7 +145,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
     try:
         if "out" in flags:
             run.claim()
-        with world.first(), _report_out_of_memory():
+        with world.local_first(), _report_out_of_memory():
             text = _load(setup.data, run.path)
             tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
         model = replace(setup.model, vocab_size=tokenizer.vocab_size)
@@ -153,7 +153,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         data = _stored(setup.data) if setup.data else DataConfig((text.name,))
         config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
         default = default_path(f"{text.name}-{setup.preset}")
-        path = Path(world.share(str(flags.get("out") or default)))
+        path = Path(world.broadcast(str(flags.get("out") or default)))
         if "out" in flags:
             run.config = config
         else:
@@ -189,7 +189,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
     _check_world(world, setup)
-    with world.first(), _report_out_of_memory():
+    with world.local_first(), _report_out_of_memory():
         text = _load(data, run.path, run.config.data_sha256)
         given = "data" in flags or "val" in flags
         other_text = not first and given and text.sha256 != run.config.data_sha256
@@ -250,7 +250,7 @@ def _training(
     model = GPT(m, setup.ops).to(device)
     trainer = Trainer(model, tokens, train, device, precision.dtype, world)
     trainer.separate_generators()
-    world.agree(
+    world.check_equal(
         {
             "text": text.sha256,
             "step": step,

@@ -62,14 +62,17 @@ class Trainer:
         params, count = list(self.optimizer.names), config.shards
         self.shards = Shards(params, count, dtype, world) if count > 1 else None
         # Inputs of a step, one row per forward pass, which the host fills in place.
-        passes, windows = len(world.mine(count)) * config.grad_accum, config.batch_size // count
+        passes, windows = (
+            len(world.own_range(count)) * config.grad_accum,
+            config.batch_size // count,
+        )
         self.firsts = torch.zeros(passes, windows, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(passes, dtype=torch.int64, device=device)
         self.signal = torch.zeros((), device=device)  # a signal that this process has received
         self.step = 0
         captured = device.type == "cuda" and config.graph
         self.run_step = (
-            Graph(self._run_step, device, agree=world.all) if captured else self._run_step
+            Graph(self._run_step, device, agree=world.all_true) if captured else self._run_step
         )
 
     def close(self) -> None:
@@ -98,7 +101,7 @@ class Trainer:
         """Writes the inputs of the step, which are pure functions of its number."""
         config, n, row = self.config, self.config.grad_accum, 0
         windows = self.firsts.shape[1]
-        for shard in self.world.mine(config.shards):
+        for shard in self.world.own_range(config.shards):
             for batch in range(self.step * n, (self.step + 1) * n):
                 firsts = self.train_batches.firsts(batch)
                 self.firsts[row].copy_(firsts[shard * windows : (shard + 1) * windows])
@@ -124,12 +127,12 @@ class Trainer:
         """A step whose gradients are the sum of those of all processes' shards."""
         n = self.config.grad_accum
         scale = self.scaler.scale.clone()
-        for k in range(len(shards.mine)):
+        for k in range(len(shards.own)):
             self.optimizer.zero_grad()
             losses = [self._backward(k * n + i) for i in range(n)]
             loss = torch.stack(losses).sum() / (n * self.config.shards)
             shards.put(k, self.optimizer.gradients(), loss)
-        shards.numbers[shards.mine.start, 1].copy_(self.signal)
+        shards.numbers[shards.own.start, 1].copy_(self.signal)
         norm = self.optimizer.step(shards, shards.exchange())
         loss, signal = shards.numbers[:, 0].sum(), shards.numbers[:, 1].max()
         return torch.stack((loss, norm, scale, signal))
@@ -184,7 +187,7 @@ class Trainer:
         finally:
             self.model.train()
         found = torch.stack([*losses, zero + stopped])
-        world.add(found)  # each is 0 in all processes but one
+        world.all_reduce(found)  # each is 0 in all processes but one
         *values, stops = found.tolist()
         if stops:
             return None

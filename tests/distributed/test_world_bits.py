@@ -48,7 +48,7 @@ class Bad(Trainer):
 
     def _loss(self, i: int, scale: torch.Tensor) -> torch.Tensor:
         loss = super()._loss(i, scale)
-        hit = self.step == 1 and self.world.mine(2)[i] == 1
+        hit = self.step == 1 and self.world.own_range(2)[i] == 1
         return loss * float("inf") if hit else loss
 
 
@@ -96,11 +96,11 @@ def compute(rank: int, folder: Path) -> None:
             {"--iters": 5, str(rank): 1},
         ):
             try:
-                world.agree(facts)
+                world.check_equal(facts)
             except UserError as e:
                 found[str(e)] = True
-        found["all"] = [world.all(True), world.all(rank == 0), world.all(False)]
-    distributed.PARTS_FROM = 2  # as a large world
+        found["all"] = [world.all_true(True), world.all_true(rank == 0), world.all_true(False)]
+    distributed.REDUCE_SCATTER_FROM = 2  # as a large world
     found["by parts"] = results(world, names)
     torch.save(found, folder / f"{rank}.pt")
     world.close()
@@ -179,7 +179,7 @@ def test_an_overflow_in_one_process_skips_the_step_in_both(two) -> None:
     "line", ["text: a and b", "version of irongpt: 0 and 1", "0: 1 and not given"]
 )
 def test_what_the_processes_must_share_is_named_in_all(line: str, two) -> None:
-    message = f"the processes 0 and 1 differ in {line}; all need the same"
+    message = f"processes 0 and 1 differ in {line}; use the same for all"
     assert all(message in found for found in two)
 
 

@@ -29,10 +29,10 @@ class Recorded(World):
         self.events: list[str] = []
         self.agrees = agrees
 
-    def gather(self, rows: torch.Tensor) -> None:
+    def all_gather(self, rows: torch.Tensor) -> None:
         self.events.append("exchange")
 
-    def all(self, value: bool) -> bool:
+    def all_true(self, value: bool) -> bool:
         return value and self.agrees
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class Double(cuda_graph.Graph):
     """Captures what `step` does then as a graph, and replays it, on a CPU."""
 
     def __init__(self, trainer: Trainer, events: list[str], broken: bool) -> None:
-        super().__init__(trainer._run_step, torch.device("cpu"), agree=trainer.world.all)
+        super().__init__(trainer._run_step, torch.device("cpu"), agree=trainer.world.all_true)
         self.events, self.broken = events, broken
 
     def _run_on_side_stream(self) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_a_world_parts_after_all_are_done(monkeypatch: pytest.MonkeyPatch) -> No
     events: list[str] = []
     world = Torchrun.__new__(Torchrun)
     monkeypatch.setattr(gc, "collect", lambda: events.append("collect"))
-    monkeypatch.setattr(world, "wait", lambda: events.append("wait"))
+    monkeypatch.setattr(world, "barrier", lambda: events.append("wait"))
     monkeypatch.setattr(world, "_leave", lambda last: events.append(last))
     world.dist = SimpleNamespace(destroy_process_group=lambda: events.append("destroy"))
     world.close()

@@ -51,7 +51,7 @@ def compute(rank: int, folder: Path) -> None:
     found = [
         train(world, optimizer, graph) for optimizer in ("adamw", "muon") for graph in (True, False)
     ]
-    distributed.PARTS_FROM = 1  # as a large world
+    distributed.REDUCE_SCATTER_FROM = 1  # as a large world
     found.append(train(world, "muon", True))
     torch.save(found, folder / f"{rank}.pt")
     world.close()  # with NCCL it would not return while a graph lives

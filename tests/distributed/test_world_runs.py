@@ -18,7 +18,14 @@ from run_helpers import assert_same, state
 
 from irongpt.config import PRESETS
 from irongpt.training import distributed
-from irongpt.training.distributed import BEAT, ENDED, FAILED, SILENT, Torchrun, World
+from irongpt.training.distributed import (
+    ENDED,
+    FAILED,
+    HEARTBEAT,
+    HEARTBEAT_TIMEOUT,
+    Torchrun,
+    World,
+)
 from irongpt.training.trainer import Trainer
 
 SHARDED = ["train", *FLAGS, "--optimizer", "muon", "--dropout", "0.1", "--ops", "eager"]
@@ -69,10 +76,10 @@ def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
     """The first of two processes, which hangs in an exchange. The second writes to its store."""
-    monkeypatch.setattr(distributed, "BEAT", 0.01)
+    monkeypatch.setattr(distributed, "HEARTBEAT", 0.01)
     monkeypatch.setattr(os, "_exit", sys.exit)
     world = Torchrun.__new__(Torchrun)
-    world.rank, world.size, world.silent, world.last = 0, 2, 0.1, ENDED
+    world.rank, world.size, world.timeout, world.last = 0, 2, 0.1, ENDED
     world.watch, world.ended = dist.HashStore(), threading.Event()
     return world
 
@@ -83,7 +90,7 @@ def test_a_process_that_hangs_is_named_within_a_minute(watch: Torchrun, capsys) 
         watch._watch()
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"{DIED}\n"
-    assert SILENT + 10 * BEAT < 60
+    assert HEARTBEAT_TIMEOUT + 10 * HEARTBEAT < 60
 
 
 def test_a_process_that_has_ended_well_is_not_dead(watch: Torchrun) -> None:
@@ -103,7 +110,7 @@ def test_the_others_have_the_exit_code_of_the_one_that_failed(watch: Torchrun, c
 
 def restarted(folder: Path) -> None:
     """A process of torchrun, the second of which kills itself in the first attempt."""
-    distributed.BEAT = 0.1
+    distributed.HEARTBEAT = 0.1
     torch.set_num_threads(1)
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     signals = {1: (20, KILL)} if first else None
@@ -154,7 +161,7 @@ def test_other_flags_in_one_process_are_one_line(folder: Path) -> None:
     own = {1: ["--iters", "7"]}
     line = one_line(folder, 2, ["train", *FLAGS], None, own)
     assert line == (
-        "irongpt: error: the processes 0 and 1 differ in --iters: 36 and 7; all need the same"
+        "irongpt: error: processes 0 and 1 differ in --iters: 36 and 7; use the same for all"
     )
 
 
@@ -162,7 +169,7 @@ def test_another_text_on_one_machine_is_one_line(folder: Path) -> None:
     (folder / "other.txt").write_text((folder / "text.txt").read_text()[::-1])
     own = {1: ["--data", "other.txt"]}
     line = one_line(folder, 2, ["train", *FLAGS], None, own)
-    assert line.startswith("irongpt: error: the processes 0 and 1 differ in text: ")
+    assert line.startswith("irongpt: error: processes 0 and 1 differ in text: ")
 
 
 class Two(World):
@@ -191,7 +198,7 @@ def test_a_wrong_world_is_one_line(
     ("device", "message"),
     [
         ("cuda", "2 processes, but 1 GPUs: two processes cannot share one; use --nproc-per-node 1"),
-        ("cuda:1", "--device cuda:1: torchrun gives each process a GPU of its own; leave it out"),
+        ("cuda:1", "--device cuda:1: torchrun gives each process its own GPU; leave the flag out"),
     ],
 )
 def test_two_processes_on_one_gpu_are_one_line(

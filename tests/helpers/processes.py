@@ -72,7 +72,7 @@ def _worker(
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= address
-    distributed.BEAT = 0.1
+    distributed.HEARTBEAT = 0.1
     os._exit(task(int(os.environ["RANK"]), *args) or 0)
 
 
