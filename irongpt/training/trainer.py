@@ -62,11 +62,9 @@ class Trainer:
         params, count = list(self.optimizer.names), config.shards
         self.shards = Shards(params, count, dtype, world) if count > 1 else None
         # Inputs of a step, one row per forward pass, which the host fills in place.
-        passes, windows = (
-            len(world.own_range(count)) * config.grad_accum,
-            config.batch_size // count,
-        )
-        self.firsts = torch.zeros(passes, windows, dtype=torch.int64, device=device)
+        passes = len(world.own_range(count)) * config.grad_accum
+        shape = passes, config.batch_size // count
+        self.firsts = torch.zeros(shape, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(passes, dtype=torch.int64, device=device)
         self.signal = torch.zeros((), device=device)  # a signal that this process has received
         self.step = 0
@@ -100,11 +98,11 @@ class Trainer:
     def _fill_inputs(self) -> None:
         """Writes the inputs of the step, which are pure functions of its number."""
         config, n, row = self.config, self.config.grad_accum, 0
-        windows = self.firsts.shape[1]
+        sequences = self.firsts.shape[1]
         for shard in self.world.own_range(config.shards):
             for batch in range(self.step * n, (self.step + 1) * n):
                 firsts = self.train_batches.firsts(batch)
-                self.firsts[row].copy_(firsts[shard * windows : (shard + 1) * windows])
+                self.firsts[row].copy_(firsts[shard * sequences : (shard + 1) * sequences])
                 number = batch * config.shards + shard
                 dropouts = number * DROPOUTS_PER_BLOCK * self.model.config.n_layer
                 self.seeds[row].fill_((config.seed << 32) + dropouts)

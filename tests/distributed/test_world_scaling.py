@@ -163,4 +163,4 @@ def test_the_documented_steps_of_two_t4_are_the_computed_ones() -> None:
         one = roofline.t4_step(preset)
         least, most = roofline.two_t4_step(preset)
         assert one / 2 < least < most < one
-        assert f"| {preset} on two T4 | {least * 1e3:.1f} to {most * 1e3:.1f} ms |" in page
+        assert f"| {preset} on two T4s | {least * 1e3:.1f} to {most * 1e3:.1f} ms |" in page
