@@ -36,7 +36,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from irongpt_kernels.aot import sass, shapes
-from irongpt_kernels.runtime import launch, stand_in
+from irongpt_kernels.runtime import fake_driver, launch
 
 COLUMNS = {  # heading: key, width
     "kernel": ("kernel", 36), "shape": ("shape", 30), "warps": ("warps", 5),
@@ -65,7 +65,7 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
             done(self, kernel)
 
     with (
-        stand_in.gpu(arch, device=arch, stock=stock),
+        fake_driver.gpu(arch, device=arch, stock=stock),
         patch.object(JITFunction, "run", compile_only),
         patch.object(launch, "architecture", lambda device: arch),
     ):

@@ -34,7 +34,7 @@ from triton.runtime.errors import OutOfResources
 
 from irongpt_kernels.ptx.execute import SHARED_LIMIT, Argument, Options, execute
 from irongpt_kernels.ptx.threads import Report
-from irongpt_kernels.runtime import launch, stand_in
+from irongpt_kernels.runtime import fake_driver, launch
 
 _DEVICES = 1000  # numbers of devices for which kernels are compiled to PTX only
 
@@ -84,7 +84,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
     _now.append((Options(arch, **options), report))
     try:
         with (
-            stand_in.gpu(arch, _DEVICES + arch, SHARED_LIMIT[arch]),
+            fake_driver.gpu(arch, _DEVICES + arch, SHARED_LIMIT[arch]),
             patch.object(knobs.cache, "dir", folder),
             patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),

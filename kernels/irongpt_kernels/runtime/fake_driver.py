@@ -1,4 +1,4 @@
-"""A stand-in for Triton's driver, with which launches on CPU tensors compile as for a GPU."""
+"""A fake driver for Triton: with it, launches on CPU tensors compile as for a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from irongpt_kernels.runtime import turing
 
 
 class _Driver:
-    """device: a number by which Triton keeps compiled kernels apart in memory."""
+    """device: a number that no GPU has, so that Triton keeps its compiled kernels separate."""
 
     def __init__(self, arch: int, device: int, max_shared: int) -> None:
         self.arch, self.device = arch, device
