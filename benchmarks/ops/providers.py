@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import builtin, eager
-from irongpt_kernels.builtin import write_row
+from irongpt_kernels.builtin import append_by_indexing
 from irongpt_kernels.op_inputs import RING, TOP_K
 from irongpt_kernels.op_specs import SPECS
 from torch import Tensor
@@ -214,7 +214,7 @@ def _decode_attention(x: Inputs) -> tuple[Tensor, ...]:
     """A static cache: one row is written, and a mask hides those that are not filled yet."""
     cache_k, cache_v = x["cache_k"], x["cache_v"]
     q, k, v = x["qkv"].permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
-    seen = write_row(k[:, :, 0], v[:, :, 0], cache_k, cache_v, x["position"])[:, :, None]
+    seen = append_by_indexing(k[:, :, 0], v[:, :, 0], cache_k, cache_v, x["position"])[:, :, None]
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=seen)
     return out.transpose(1, 2), cache_k, cache_v
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irongpt_kernels.eager import GradStats, append, grad_stats, padded_logits
+from irongpt_kernels.eager import GradStats, append_to_cache, grad_stats, padded_logits
 from irongpt_kernels.eager import embed_tokens as embed_tokens
 from irongpt_kernels.eager import linear_add as linear_add
 from irongpt_kernels.eager import norm_parameters as norm_parameters
@@ -188,14 +188,16 @@ def decode_attention(
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, D)
     q, scale = _positive_scale(q, scale)
-    write = write_row if qkv.device.type == "cpu" else append
+    write = append_by_indexing if qkv.device.type == "cpu" else append_to_cache
     mask = write(k[:, :, 0], v[:, :, 0], cache_k, cache_v, position)[:, :, None]  # (B, 1, 1, N)
     out = F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
 
 
-def write_row(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
-    """Like `append`, but by indexing, so that only the new row is written."""
+def append_by_indexing(
+    k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor
+) -> Tensor:
+    """Like `append_to_cache`, but by indexing, so that only the new row is written."""
     sequences, columns = (torch.arange(n, device=k.device) for n in (len(k), cache_k.shape[2]))
     cache_k[sequences, :, position] = k.to(cache_k.dtype)
     cache_v[sequences, :, position] = v.to(cache_v.dtype)

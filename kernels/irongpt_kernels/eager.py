@@ -313,7 +313,7 @@ def decode_attention(
     scale: 1/sqrt(D) unless given. Returns (B, 1, H, D).
     """
     q, k, v = qkv[:, 0].unbind(1)  # (B, H, D)
-    seen = append(k, v, cache_k, cache_v, position)
+    seen = append_to_cache(k, v, cache_k, cache_v, position)
     scores = (cache_k @ q[..., None])[..., 0]  # (B, H, N)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = (wide * (q.shape[-1] ** -0.5 if scale is None else scale)).where(seen, -math.inf)
@@ -321,7 +321,9 @@ def decode_attention(
     return (weights @ cache_v.where(seen[..., None], 0.0)).transpose(1, 2)
 
 
-def append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
+def append_to_cache(
+    k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor
+) -> Tensor:
     """Writes k, v (B, H, D) at `position`. Returns the mask of visible rows, bool, (B, 1, N).
 
     It does not use indexing: in deterministic mode PyTorch's indexed write synchronizes with the
