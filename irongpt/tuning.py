@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel of `launch_table.KNOBS` in the training of a model. dtype: of the matmuls."""
+    """A kernel of `launch_table.OPTION_NAMES` in the training of a model. dtype: of the matmuls."""
 
     kernel: str
     model: GPTConfig

@@ -7,7 +7,7 @@ from irongpt_kernels.aot import tiles
 from irongpt_kernels.runtime import launch_table
 
 
-@pytest.mark.parametrize("kernel", list(launch_table.KNOBS))
+@pytest.mark.parametrize("kernel", list(launch_table.OPTION_NAMES))
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_every_kernel_has_candidates_that_a_table_takes(kernel: str, arch: int) -> None:
     size = 64 if kernel.startswith("attention") else 1536 if kernel.startswith("gelu") else 384

@@ -65,8 +65,8 @@ class Tile(NamedTuple):
 
     def options(self, kernel: str) -> launch_table.Options:
         """The options of a launch."""
-        knobs = launch_table.KNOBS[f"attention {kernel}"]
-        return {name: value for name, value in self._asdict().items() if value and name in knobs}
+        names = launch_table.OPTION_NAMES[f"attention {kernel}"]
+        return {name: value for name, value in self._asdict().items() if value and name in names}
 
 
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
@@ -100,7 +100,7 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
 
 
 def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
-    """The candidate launch options of any kernel in `launch_table.KNOBS`."""
+    """The candidate launch options of any kernel in `launch_table.OPTION_NAMES`."""
     kernel, size, itemsize = key
     name = kernel.removeprefix("attention ")
     if name != kernel:
@@ -114,7 +114,7 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
             continue  # too few loads in flight, or too many registers
         for more in (4, 8, 16) if kernel == "norm backward" else (1,):
             tile |= dict(warps_per_sm=more)
-            found.append({knob: tile[knob] for knob in launch_table.KNOBS[kernel]})
+            found.append({name: tile[name] for name in launch_table.OPTION_NAMES[kernel]})
     return [x for i, x in enumerate(found) if x not in found[:i]]
 
 

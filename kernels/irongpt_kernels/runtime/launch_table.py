@@ -22,7 +22,7 @@ Default = TypeVar("Default", bound=Options | None)
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
 # The options of each kernel. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
 # that of layer_norm. maxnreg, the limit of registers per thread, may be missing: ptxas decides.
-KNOBS = {
+OPTION_NAMES = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
     "attention key": (*TILE, "num_stages", "maxnreg"),
@@ -52,10 +52,10 @@ def use(device: torch.device, table: Table) -> None:
 
 def _check(key: Key, options: Options) -> None:
     kernel, _, _ = key
-    if kernel not in KNOBS:
+    if kernel not in OPTION_NAMES:
         raise ValueError(f"there is no kernel {kernel!r} with launch options")
-    if not set(KNOBS[kernel]) - {"maxnreg"} <= set(options) <= set(KNOBS[kernel]):
-        raise ValueError(f"{kernel} has the options {', '.join(KNOBS[kernel])}")
+    if not set(OPTION_NAMES[kernel]) - {"maxnreg"} <= set(options) <= set(OPTION_NAMES[kernel]):
+        raise ValueError(f"{kernel} has the options {', '.join(OPTION_NAMES[kernel])}")
     for name, value in options.items():
         low, high = RANGES[name]
         if name == "BLOCK_M" and kernel.startswith("attention"):
