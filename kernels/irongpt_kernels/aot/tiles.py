@@ -44,8 +44,8 @@ KERNELS = {
 # The number of tensors of which a program reads or writes one tile, and of those that move at all.
 TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
 TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
-FEW_WARPS = 8
-REST = 64  # registers per thread, at least, for everything but the tiles
+MIN_WARPS_PER_SM = 8
+OTHER_REGISTERS = 64  # registers per thread, at least, for everything but the tiles
 # Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
 L2 = {80: 5120 / 108, 90: 5120 / 132}
 DRAM = {80: 10.2, 90: 20.7}
@@ -82,10 +82,12 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
     new = arch >= 80
     found = []
-    for num_warps, a_warp in itertools.product((2, 4, 8) if new else (1, 2, 4, 8), (16, 32)):
+    for num_warps, rows_per_warp in itertools.product((2, 4, 8) if new else (1, 2, 4, 8), (16, 32)):
         for columns in (16, 32, 64, 128):
-            rows = num_warps * a_warp
-            held = a_warp * (wide + scores * columns) / 32  # registers, without addresses and masks
+            rows = num_warps * rows_per_warp
+            held = (
+                rows_per_warp * (wide + scores * columns) / 32
+            )  # registers, without addresses and masks
             if rows > 128 or held > 230:
                 continue
             M, N = (columns, rows) if kernel == "key" else (rows, columns)
@@ -94,7 +96,7 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
                 for stages in ((1, 2) if new else (1,))
                 for limit in (0, 168, 128)
                 # With fewer registers per thread an SM holds more programs, unless it spills.
-                if not limit or (new and num_warps >= 4 and held + REST <= limit)
+                if not limit or (new and num_warps >= 4 and held + OTHER_REGISTERS <= limit)
             ]
     return found
 
@@ -108,9 +110,9 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
     found = []
     gelu = kernel.startswith("gelu")
     for M, N, num_warps in itertools.product((1, 2, 4, 8), (256, 512), (1, 2, 4, 8)):
-        a_thread = M * (N if gelu else launch.block(size)) // (32 * num_warps)
+        elements_per_thread = M * (N if gelu else launch.block(size)) // (32 * num_warps)
         tile = dict(BLOCK_M=M, BLOCK_N=N, num_warps=num_warps)
-        if not 8 <= a_thread <= (16 if gelu else 32):
+        if not 8 <= elements_per_thread <= (16 if gelu else 32):
             continue  # too few loads in flight, or too many registers
         for more in (4, 8, 16) if kernel == "norm backward" else (1,):
             tile |= dict(warps_per_sm=more)
@@ -193,7 +195,7 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     unfit = row["stack"] > 0 or row["warps_per_sm"] == 0
-    few = row["warps_per_sm"] < FEW_WARPS
+    few = row["warps_per_sm"] < MIN_WARPS_PER_SM
     cost: tuple[float, ...] = (row["per_pair"],)
     if "head" in row:  # DRAM may limit all tiles equally; then the rest of the work decides
         cost = max(row["head"].values()), sum(row["head"].values())
