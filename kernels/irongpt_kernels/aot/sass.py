@@ -154,8 +154,8 @@ def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     sm = SMS[arch]
     if shared > sm.program:
         return 0
-    a_warp = -(-registers * 32 // 256) * 256  # registers come to a warp in units of 256
-    by_registers = 16_384 // a_warp * 4 // warps  # each quarter of an SM has 16,384
+    registers_per_warp = -(-registers * 32 // 256) * 256  # registers come to a warp in units of 256
+    by_registers = 16_384 // registers_per_warp * 4 // warps  # each quarter of an SM has 16,384
     by_shared = sm.shared // (shared + sm.reserved) if shared + sm.reserved else sm.programs
     return warps * min(by_registers, by_shared, sm.programs, sm.warps // warps)
 
