@@ -126,7 +126,7 @@ def launches_of(name: str, args: Any, arch: int) -> int:
         from irongpt_kernels.fused import attention_tiles
 
         (*_, T, D), with_kv = args[1].shape, args[-1]
-        if not with_kv or attention_tiles.head_table(arch, T, D, args[1].element_size()):
+        if not with_kv or attention_tiles.default_head_options(arch, T, D, args[1].element_size()):
             return 1
     return LAUNCHES.get(name, 1)
 

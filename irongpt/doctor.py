@@ -187,7 +187,7 @@ def _kernels(report: Report, device: torch.device) -> None:
 
     dtype, D = devices.precision("auto", device).dtype, config.n_embd // config.n_head
     lines = []
-    head = attention_tiles.head(device, config.context, D, dtype.itemsize)
+    head = attention_tiles.head_options(device, config.context, D, dtype.itemsize)
     for kernel in ("forward", "query", "key") if head is None else ("forward",):
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")

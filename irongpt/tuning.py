@@ -78,7 +78,8 @@ class Work:
         from irongpt_kernels.fused import attention_tiles
 
         _, size, itemsize = self.key
-        one = attention_tiles.head(self.device, self.model.context, size, itemsize) is not None
+        head_options = attention_tiles.head_options
+        one = head_options(self.device, self.model.context, size, itemsize) is not None
         pair = ("attention query", "attention key")
         return not (self.kernel in pair if one else self.kernel == "attention head")
 

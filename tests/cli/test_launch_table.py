@@ -51,7 +51,7 @@ def test_saved_options_are_launched(h200) -> None:
     assert forward_tile() == TILE
     for kernel, itemsize in (("query", 2), ("forward", 4)):
         found = attention_tiles.tiles(kernel, GPU, 64, itemsize)
-        assert found == attention_tiles.table(kernel, 90, 64, itemsize)
+        assert found == attention_tiles.default_tiles(kernel, 90, 64, itemsize)
     assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == default
     assert ops.notes("fused", GPU) == [note]
     assert ops.notes("builtin", GPU) == []
@@ -120,7 +120,7 @@ DAMAGES = {  # the new content, or changed values
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
 def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     file = cache.save(GPU, [ENTRY])
-    default = attention_tiles.table("forward", 90, 64, 2)
+    default = attention_tiles.default_tiles("forward", 90, 64, 2)
     file.write_bytes(damage(file) if callable(damage) else edited(file, **damage))
     loaded = cache.load(GPU)
     assert loaded.entries == []

@@ -269,7 +269,7 @@ def check_spills_are_seen() -> None:
 def check_stock_attention_has_no_tensor_cores() -> None:
     case = next(c for c in aot.shapes.every(75) if c.shape == "D=16 p=0.0 T=256 float16")
     tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1)  # scalar, it unrolls far
-    with patch.object(attention_tiles, "table", lambda *args: tile):
+    with patch.object(attention_tiles, "default_tiles", lambda *args: tile):
         rows = aot.report(75, [case], stock=True)["kernels"]
     assert len(rows) == 3
     assert all(r["kernel_HMMA"] == 0 and r["kernel_FFMA"] > 300 for r in rows), aot.table(rows)

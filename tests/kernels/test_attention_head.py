@@ -32,7 +32,7 @@ def tiling(monkeypatch: pytest.MonkeyPatch):
     """Selects the kernel, and its tiles."""
 
     def select(options: dict[str, int]) -> None:
-        monkeypatch.setattr(attention_tiles, "head", lambda *_: options)
+        monkeypatch.setattr(attention_tiles, "head_options", lambda *_: options)
 
     return select
 
@@ -182,7 +182,8 @@ def gradient(T: int = 33, D: int = 64, dtype: torch.dtype = torch.float16, **whi
 def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches) -> None:
     """By a launch table's entry on any GPU, if a head fits and all gradients are wanted."""
     gradient()
-    assert launches == (["head"] if attention_tiles.head(GPU, 33, 64, 2) else ["pair", "pair"])
+    one_kernel = attention_tiles.head_options(GPU, 33, 64, 2)
+    assert launches == (["head"] if one_kernel else ["pair", "pair"])
     launches.clear()
     device = torch.zeros(1, device=DEVICE).device
     sizes = [("attention head", D, itemsize) for D in (64, 128) for itemsize in (2, 4)]
@@ -200,7 +201,7 @@ def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches)
     gradient(k=False, v=False)
     assert launches == ["pair"]
     launches.clear()
-    monkeypatch.setattr(attention_tiles, "LONGEST_HEAD", 0)
+    monkeypatch.setattr(attention_tiles, "MAX_HEAD_CONTEXT", 0)
     gradient()
     assert launches == ["pair"] * 2
 
@@ -223,5 +224,5 @@ def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches)
 def test_the_default(monkeypatch, capability, T: int, D: int, itemsize: int, found) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     fake_gpu(monkeypatch, "a GPU", capability)
-    options = attention_tiles.head(GPU, T, D, itemsize)
+    options = attention_tiles.head_options(GPU, T, D, itemsize)
     assert (options and (options["BLOCK_N"], options["num_warps"])) == found

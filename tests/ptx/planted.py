@@ -123,7 +123,7 @@ def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) ->
     """The problems of a case whose kernel is changed. Raises LookupError if it stays the same."""
     changed = False
     pair = kernel in ("_bwd_dq_kernel", "_bwd_dkdv_kernel")
-    longest = 0 if pair else attention_tiles.LONGEST_HEAD  # whose backward is one kernel
+    longest = 0 if pair else attention_tiles.MAX_HEAD_CONTEXT  # whose backward is one kernel
 
     def mutate(name: str, ptx: str) -> str:
         nonlocal changed
@@ -131,7 +131,7 @@ def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) ->
         changed = changed or new != ptx
         return new
 
-    with patch.object(attention_tiles, "LONGEST_HEAD", longest):
+    with patch.object(attention_tiles, "MAX_HEAD_CONTEXT", longest):
         problems = cases.execute(case, arch, change=mutate, **options).problems
     if not changed:
         raise LookupError(f"{kernel} of {case.name} has no place for this bug on sm_{arch}")

@@ -4,19 +4,21 @@ Compiles candidate tiles of the attention kernels, without a GPU, and sorts them
     python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
 
 A candidate is a tile of BLOCK_M queries by BLOCK_N keys on a number of warps, with 16 or 32 rows of
-the scores per warp, if what each thread holds can fit its 255 registers. In the kernel that has a
-program for a head, it is BLOCK_N keys by all queries. From sm_80 on a candidate has one stage or
-two, where the second is copied while the first is computed on. Each candidate is compiled, and
-`sass.clocks` estimates the clocks of its inner loop on the units of an SM. Those that spill or do
-not fit come last; before them come those that leave an SM fewer than 8 warps, too few to keep it
-busy. The rest is sorted by clocks: on sm_75 per query-key pair, from sm_80 on for a head of 256
-positions. The latter counts every visited tile, and those on the diagonal completely, though a part
-of them is masked (the larger the tile, the larger that part). It compares the units of the SM with
-its share of L2, from which keys and values are read once per query tile, and with its share of DRAM
-traffic, which is the same for all tiles.
+the scores per warp, if the values of a thread can fit its 255 registers. In the kernel with one
+program per head, it is a tile of BLOCK_N keys by all queries. From sm_80 on a candidate has one or
+two pipeline stages; with two, the next tile is copied while the current one is computed. Each
+candidate is compiled, and `sass.clocks` estimates the clocks of its inner loop on the units of an
+SM. Candidates that spill or do not fit come last; before them come those that leave an SM fewer
+than 8 warps, too few to keep it busy. The others are sorted by clocks.
 
-`attention_tiles.table` holds a tile from the top of these lists that does not spill at any head
-dimension, with dropout or without.
+On sm_75 these are the clocks per query-key pair. From sm_80 on they are the clocks for one head of
+256 positions: each tile that intersects the lower triangle counts completely, although a part of it
+may be masked. There the time of the units of an SM is compared with the time of its share of the L2
+traffic (keys and values are read once per query tile) and of the DRAM traffic (which is the same
+for all tiles).
+
+`attention_tiles.default_tiles` has a tile from the top of these lists that does not spill at any
+head dimension, with dropout or without.
 
 The model is a lower bound for units that work in parallel. It ignores latency, bank conflicts
 and dependences. The rates of L2, and of HMMA on sm_90, are guesses. Tiles within a
@@ -41,7 +43,7 @@ KERNELS = {
     "key": "attention_backward._bwd_dkdv_kernel",
     "head": "attention_head_backward._bwd_head_kernel",
 }
-# The number of tensors of which a program reads or writes one tile, and of those that move at all.
+# The number of tensors of which each program moves one tile, and of those that cross DRAM in all.
 TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
 TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
 MIN_WARPS_PER_SM = 8
@@ -85,9 +87,8 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
     for num_warps, rows_per_warp in itertools.product((2, 4, 8) if new else (1, 2, 4, 8), (16, 32)):
         for columns in (16, 32, 64, 128):
             rows = num_warps * rows_per_warp
-            held = (
-                rows_per_warp * (wide + scores * columns) / 32
-            )  # registers, without addresses and masks
+            # Registers per thread, without addresses and masks.
+            held = rows_per_warp * (wide + scores * columns) / 32
             if rows > 128 or held > 230:
                 continue
             M, N = (columns, rows) if kernel == "key" else (rows, columns)
@@ -139,8 +140,8 @@ def clocks_per_head(
 ) -> dict[str, float]:
     """Clocks by unit for a head of CONTEXT positions, from those of one pass of each inner loop.
 
-    loops: in the order of the kernel's code. The compiler dissolves a masked loop of one pass,
-    whose pass is charged as an unmasked one. size: bytes of an element.
+    loops: in the order of the kernel's code. A masked loop of a single pass is not a loop in the
+    compiled code; its pass then counts as an unmasked one. size: bytes of an element.
     """
     T = shapes.CONTEXT
     n = visited_tiles(tile, T)
@@ -170,15 +171,15 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
     for i in range(max(map(len, lists.values()))):
         tried = {kernel: found[min(i, len(found) - 1)] for kernel, found in lists.items() if found}
 
-        def table(kernel: str, *_: Any, tried: dict[str, Tile] = tried) -> dict[str, int]:
+        def default_tiles(kernel: str, *_: Any, tried: dict[str, Tile] = tried) -> dict[str, int]:
             return tried[kernel].options(kernel)
 
         made: dict[str, dict[str, Any]] = {}
         for head in [None, *(tile.options("head") for tile in lists["head"][i : i + 1])]:
             chosen = Mock(return_value=head)
             with (
-                patch.object(attention_tiles, "table", table),
-                patch.object(attention_tiles, "head", chosen),
+                patch.object(attention_tiles, "default_tiles", default_tiles),
+                patch.object(attention_tiles, "head_options", chosen),
             ):
                 made |= {row["kernel"]: row for row in aot.report(arch, [case])["kernels"]}
         for kernel, name in KERNELS.items():

@@ -213,7 +213,7 @@ def causal_attention_bwd(
     if packed.numel() == 0:
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    head = attention_tiles.head(q.device, T, D, q.element_size())
+    head = attention_tiles.head_options(q.device, T, D, q.element_size())
     if head is not None and with_kv:
         head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, head)
         return packed

@@ -18,7 +18,7 @@ Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
             log2, which saves a product for each element. It is at most 256, and so is Z.
 Limits      float16 and bfloat16; BLOCK_M, rounded up from T, rows of q, dout and dQ have to fit
-            the registers and shared memory of a program: see `attention_tiles.head`.
+            the registers and shared memory of a program: see `attention_tiles.head_options`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """
 
@@ -133,7 +133,7 @@ def head_bwd(
     packed: Tensor, dropout_p: float, scale: float, options: dict[str, int],
 ) -> None:  # fmt: skip
     """Writes the packed gradient. Shapes: see `attention_backward.causal_attention_bwd`, except
-    that dout and out are (B, H, T, D). options: of `attention_tiles.head`."""
+    that dout and out are (B, H, T, D). options: of `attention_tiles.head_options`."""
     B, H, T, D = q.shape
     dq, dk, dv = unpack(packed)
     # A warp has 16 rows of a tile at least: with fewer, warps would compute the same twice.

@@ -64,33 +64,36 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
-LONGEST_HEAD = 256  # positions; 0 selects `attention_backward`'s pair of kernels everywhere
+# Longer contexts have `attention_backward`'s pair of kernels; with 0 all contexts have it.
+MAX_HEAD_CONTEXT = 256
 
 
-def head(device: torch.device, T: int, D: int, itemsize: int) -> launch_table.Options | None:
-    """The launch options of `attention_head_backward`, of which BLOCK_N is the keys of a tile; None
-    selects `attention_backward`'s pair of kernels."""
+def head_options(
+    device: torch.device, T: int, D: int, itemsize: int
+) -> launch_table.Options | None:
+    """The launch options of `attention_head_backward`; BLOCK_N is the number of keys of a tile.
+    None selects `attention_backward`'s pair of kernels."""
     if not _fits(T, D, itemsize):
         return None
     arch = 0 if launch.INTERPRETED else launch.architecture(device)
     return launch_table.options(
-        "attention head", D, itemsize, device, head_table(arch, T, D, itemsize)
+        "attention head", D, itemsize, device, default_head_options(arch, T, D, itemsize)
     )
 
 
 def _fits(T: int, D: int, itemsize: int) -> bool:
     """Whether the registers of a program can hold dQ of a head."""
-    return itemsize == 2 and T <= LONGEST_HEAD and launch.block(T) * launch.block(D) <= 256 * 64
+    return itemsize == 2 and T <= MAX_HEAD_CONTEXT and launch.block(T) * launch.block(D) <= 256 * 64
 
 
-def head_table(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
+def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
     """Default launch options per architecture; None where the pair of kernels is the default.
 
-    Chosen as in `table`. On sm_80, by the cost model of `aot.tiles`, a head of 256 rows takes more
-    clocks of shared memory than the pair takes for its DRAM traffic: a warp reads the whole right
-    operand of each matmul, where the asynchronous matmuls of sm_90 read it once for four warps. On
-    sm_90 the same holds for 256 rows of fewer than 64 columns, whose dK and dV have no asynchronous
-    matmul.
+    They are chosen as in `default_tiles`. On sm_80 the single kernel is limited by shared memory:
+    each warp reads the complete right operand of every matmul, where an asynchronous matmul of
+    sm_90 (wgmma) reads it once for four warps. By the cost model of `aot.tiles`, this costs more
+    time at 256 positions than the DRAM traffic of the pair. The same holds on sm_90 for 256
+    positions with D below 64, where dK and dV cannot use wgmma.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -102,16 +105,16 @@ def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str,
     """The launch options of a kernel: BLOCK_M queries, BLOCK_N keys, its warps and stages.
 
     kernel: forward, query (delta, dQ) or key (dK, dV). Options that `irongpt tune` has measured on
-    this GPU replace those of `table`.
+    this GPU replace those of `default_tiles`.
     """
     if launch.INTERPRETED:  # small tiles reach every boundary case on short inputs
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    default = table(kernel, launch.architecture(device), launch.block(D), itemsize)
+    default = default_tiles(kernel, launch.architecture(device), launch.block(D), itemsize)
     return launch_table.options(f"attention {kernel}", D, itemsize, device, default)
 
 
 @functools.cache  # called at every launch; no caller changes the result
-def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
+def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]:
     """Default launch options per architecture, chosen with `python -m irongpt_kernels.aot.tiles`.
 
     The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
@@ -123,7 +126,7 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
     maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
     8, or where ptxas would otherwise spill registers to fit even more warps.
     """
-    if itemsize == 4 and BLOCK_D > 64:  # float32 matmuls are scalar, and fill the registers
+    if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)
         tile = {"forward": forward, "query": (16, 16, 8), "key": (16, 32, 4)}[kernel]
     elif itemsize == 4:
@@ -137,9 +140,9 @@ def table(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[str, int]
         tile = (32, 64, 4)
     else:
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
-    # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. Where
-    # wide heads need two accumulators (dK, dV), or have float32 operands, no registers are left for
-    # the addresses of a second stage.
+    # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. With
+    # two accumulators (dK, dV) or float32 operands, D above 64 leaves no registers for the
+    # addresses of a second stage.
     wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
     crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
     num_stages = 1 if arch < 80 or crowded else 2
