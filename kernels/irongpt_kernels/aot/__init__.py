@@ -1,1 +1,1 @@
-"""Compiles the kernels for a GPU that need not be there."""
+"""Compiles the kernels ahead of time for a GPU architecture; no GPU is needed."""

@@ -5,7 +5,7 @@ Compiles every kernel as its launcher launches it, without a GPU, and reports th
 
 The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU, for the
 dtypes, constants and alignment of the arguments and the default tiles. It does not run the kernel,
-so the results of the ops are garbage.
+so the ops return uninitialized tensors.
 
 | column | |
 |---|---|
@@ -13,11 +13,11 @@ so the results of the ops are garbage.
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
 | | instructions in the innermost loop with most arithmetic, or in a kernel without loops |
-| MB, GFLOP | least traffic and FLOPs of the op's forward or backward by its row in `op_specs`, at |
+| MB, GFLOP | least traffic and FLOPs of the op's forward or backward (from `op_specs`), for |
 | | the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 positions |
 | clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
-| el/call | for attention with dropout: elements that a call of Philox serves, at least, in the |
-| | worse of the masked and the unmasked loop |
+| el/call | for attention with dropout: a lower bound of the elements that one Philox call serves, |
+| | the smaller one of the masked and the unmasked loop |
 """
 
 import argparse
@@ -52,7 +52,7 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
     """A context in which a launch compiles for `arch` and runs nothing.
 
     done(function, compiled kernel) or failed(function, exception) is called for each launch.
-    stock: without `turing`. Not for several threads, because it changes Triton's launch itself.
+    stock: without `turing`. It is not thread-safe, because it replaces Triton's launch function.
     """
     original = JITFunction.run
 
@@ -195,11 +195,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
     parser.add_argument("--json", action="store_true", help="JSON in place of the table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
-    parser.add_argument("--only", default="", metavar="TEXT", help="op and shape, or a part")
-    quick = "the shapes that the tests compile, and fewer instructions counted"
+    only = "compile only ops and shapes whose name contains TEXT"
+    parser.add_argument("--only", default="", metavar="TEXT", help=only)
+    quick = "compile only the shapes of the tests; disassemble only where it is needed"
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="inputs of this dtype alone")
-    stock = "as Triton compiles by itself, on sm_75 without tensor cores"
+    parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="only inputs of this dtype")
+    stock = "compile as unmodified Triton does, on sm_75 without tensor cores"
     parser.add_argument("--stock", action="store_true", help=stock)
     args = parser.parse_args(argv)
     if launch.INTERPRETED:

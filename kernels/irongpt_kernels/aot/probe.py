@@ -1,4 +1,4 @@
-"""Whether a GPU's tensor cores compute matmuls, by compiling a small one for each dtype."""
+"""Finds out whether tensor cores compute a GPU's matmuls, by compiling a small one per dtype."""
 
 from irongpt_kernels.aot import sass
 from irongpt_kernels.runtime import turing

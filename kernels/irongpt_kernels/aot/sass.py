@@ -129,13 +129,13 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The shortest of `hot_loops`: of a masked and an unmasked loop the unmasked one."""
+    """The shortest of `hot_loops`. If one loop is masked and one is not, it is the latter."""
     return min(hot_loops(instructions), key=len)
 
 
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
-    """How many of a thread's elements a call of Philox4x32-7 serves, at least: a call has 14 wide
-    multiplies, but some of those that are counted compute addresses."""
+    """A lower bound of the number of elements of a thread that one call of Philox4x32-7 serves: a
+    call has 14 wide multiplies, but some of those in the loop compute addresses instead."""
     wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
     return 14 * elements / wide if wide else 0.0
 

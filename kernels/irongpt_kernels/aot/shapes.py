@@ -1,6 +1,6 @@
 """The shapes at which `aot` compiles the ops: those that decide tiles, warps and specializations.
 
-An op that has no shapes of its own here is compiled at the iron model's.
+An op without shapes in this file is compiled at those of the iron model.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
 from irongpt_kernels.op_specs import SPECS, OpSpec
 
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
-IRON = Shape()  # costs are given at its batch
+IRON = Shape()  # reported costs are for this batch
 CONTEXT = IRON.T
-SEQUENCES = 2  # of the one-token ops, and of the embedding
-ROWS = 48  # rows of the tensors that are compiled for: a multiple of 16, as in any real model
+SEQUENCES = 2  # the batch size of the ops of a decoding step, and of the embedding
+ROWS = 48  # rows of the tensors: a multiple of 16, as in any real model
 SAMPLING: dict[str, dict[str, Any]] = {
     "all tokens": {}, "greedy": dict(temperature=0.0), "top-k, top-p": dict(top_k=20, top_p=0.9)
 }  # fmt: skip
@@ -28,8 +28,8 @@ WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in 
 
 
 def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
-    """By role. Layers are compiled for weights of the compute dtype, and layer_norm for rows of
-    it."""
+    """The dtypes by role. Ops with a gradient are compiled with weights of the compute dtype, and
+    layer_norm also with rows of that dtype."""
     compute = DTYPES[dtype]
     roles = dict(weight=compute) if spec.differentiable else {}
     roles |= dict(stream=compute) if spec.name == "layer_norm" else {}
@@ -40,9 +40,9 @@ def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
 class Case:
     """A call of an op, forward and backward.
 
-    label: how a report names the shape. at: the shape that is compiled, costs: the one whose cost
-    is reported. omitted: names of inputs that are not given. sizes: sizes of inputs that are not
-    those of the shape. bytes: the least bytes, where they do not follow from the shape.
+    label: how a report names the shape. at: the shape that is compiled. costs: the shape whose cost
+    is reported. omitted: names of optional inputs that are left out. sizes: sizes of inputs that
+    differ from those of the shape. bytes: the least bytes, where they do not follow from the shape.
     """
 
     spec: OpSpec

@@ -56,8 +56,9 @@ def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
-    """Raises ValueError for p outside [0, 1), a missing seed, a seed beyond 64 bits or on another
-    device than `tensor` (one argument of the op, by name); TypeError for any other seed."""
+    """Raises ValueError for p outside [0, 1), a missing seed, a seed that does not fit into 64 bits
+    or is on another device than `tensor` (one argument of the op, by its name); TypeError for any
+    other seed."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:

@@ -16,8 +16,8 @@ def custom_op(
 ) -> Function:  # fmt: skip
     """Registers the function as the op `irongpt::name` and returns a function that calls it.
 
-    That function raises NotImplementedError where a forward-mode derivative is asked for: PyTorch
-    would take it to be 0.
+    That function raises NotImplementedError if an argument has a forward-mode tangent; PyTorch
+    would silently use a derivative of 0.
 
     fake: returns uninitialized results for the same arguments, which shows torch.compile their
     shapes and dtypes; for an op without a result it can be omitted. mutates: the names of arguments
@@ -38,7 +38,7 @@ def custom_op(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors cast to the autocast dtype if autocast is on, which does not see into an op."""
+    """Casts the tensors to the autocast dtype if autocast is on: it has no effect inside an op."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
         return tensors

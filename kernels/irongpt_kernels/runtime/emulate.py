@@ -5,10 +5,10 @@ compiles it at load time. So this module sets Triton's target to sm_75, lets all
 T4 (with `turing`, up to the cubin), and then gives the loader the PTX from which the cubin was
 made.
 
-Tested      the tiles, the layouts, the instructions in the PTX and a T4's shared-memory limit;
-            hence the results, masks and losses of the code that a T4 runs
-Not tested  a T4's speed, its SASS and registers (the driver makes both for this GPU), and how its
-            HMMA rounds internally; PyTorch's own kernels remain those of this GPU
+Covered     the tiles, the layouts, the instructions in the PTX and the shared-memory limit of a T4,
+            and so the results, dropout masks and losses of the code that a T4 runs
+Not covered the speed of a T4, its SASS and registers (the driver makes both for this GPU), and how
+            its HMMA rounds internally; PyTorch's own kernels remain those of this GPU
 
 Source      CUDA C++ Programming Guide, "Just-in-Time Compilation" and "PTX Compatibility"
 """

@@ -31,10 +31,11 @@ class _Driver:
 
 @contextmanager
 def gpu(arch: int, device: int, max_shared: int = 0, stock: bool = False) -> Iterator[None]:
-    """Inside, Triton sees a GPU of this architecture, for sm_75 with the hook of `turing`.
+    """A context in which Triton sees a GPU of this architecture, for sm_75 with the hook of
+    `turing`.
 
-    device: a number for what is compiled here. max_shared: bytes of shared memory of a program.
-    stock: without `turing`.
+    device: see `_Driver`. max_shared: the limit of shared memory per program, in bytes. stock:
+    without the hook.
     """
     hook, active = knobs.runtime.add_stages_inspection_hook, driver._active
     if arch == turing.ARCH:

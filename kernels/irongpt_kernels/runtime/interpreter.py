@@ -1,10 +1,10 @@
-"""Matmuls in Triton's interpreter with the same bits in every layout, as on a GPU.
+"""Makes matmuls in Triton's interpreter independent of their operands' layout, as on a GPU.
 
 A GPU adds up a float32 dot product along its inner dimension in one fixed order. The interpreter
-leaves the order to NumPy's BLAS, and some BLAS add up a transposed product in another order. The
-attention kernels compute scores twice, the second time transposed, and rely on equal bits where
-scores are large. Here a product is summed in float64 and then rounded to float32, which hides the
-order in all but very rare cases. Matmuls of bfloat16 are left to Triton.
+leaves the order to NumPy's BLAS, and some BLAS libraries sum in another order if an operand is
+transposed. The attention kernels compute scores twice, the second time transposed, and rely on
+equal bits where scores are large. Here a matmul is summed in float64 and then rounded to float32,
+which hides the order in all but very rare cases. Matmuls of bfloat16 are left to Triton.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,13 @@ DTYPES = ("float32", "float16")  # bfloat16 is stored as raw bits
 def _create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     if a.data.dtype.name not in DTYPES or b.data.dtype.name not in DTYPES:
         return PLAIN(self, a, b, d, *rest)
-    product = a.data.astype("float64") @ b.data.astype("float64")
-    return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+    result = a.data.astype("float64") @ b.data.astype("float64")
+    return TensorHandle(result.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
 @contextmanager
 def repeatable_matmuls() -> Iterator[None]:
-    """Inside, `tl.dot` of float32 or float16 in the interpreter does not depend on NumPy's BLAS."""
+    """A context in which `tl.dot` of float32 or float16 in the interpreter does not depend on
+    NumPy's BLAS."""
     with patch.object(InterpreterBuilder, "create_dot", _create_dot):
         yield

@@ -1,4 +1,4 @@
-"""What launchers share: facts of the GPU, block sizes and warps, and views of their arguments.
+"""Helpers of all launchers: properties of the GPU, block sizes, warps, and views of the arguments.
 
 In Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) kernels run on CPU
 tensors, one program after another, and these functions describe a small GPU.
@@ -44,7 +44,7 @@ def num_sms(device: torch.device) -> int:
 @functools.cache
 def _query(torch_function: Callable[[torch.device], Any], device: torch.device) -> Any:
     """torch_function(device), cached because every launch needs it. The function is part of the
-    cache key, so that a test's replacement is called too."""
+    cache key, so that a function patched in by a test is called."""
     return torch_function(device)
 
 
@@ -79,11 +79,11 @@ def warps(elements: int) -> int:
 
 
 def equal_sums(row: int, num_warps: int) -> dict[str, int]:
-    """Launch options with which all threads get the same sum of a row of `row` products.
+    """Launch options with which all threads get the same bits for the sum of `row` products.
 
-    Where a thread holds one product, the compiler fuses it with the first addition of the
-    reduction: fma(a, b, product of another lane). Each lane then leaves another product unrounded,
-    so lanes get different sums, and even the sum of one product and zeros can differ from it.
+    If each thread holds only one product a b, the compiler fuses that multiplication with the first
+    addition of the reduction: fma(a, b, product of another lane). Each lane then skips the rounding
+    of a different product, so the lanes get slightly different sums.
     """
     return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
 

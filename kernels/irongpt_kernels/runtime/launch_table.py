@@ -2,8 +2,8 @@
 Launch options measured on a user's GPU, which replace this package's default options.
 
 The caller passes them to `use` before kernels are launched on that GPU; nothing is measured here,
-and a launch only looks them up in a dict. Other options sum in another order, so results have the
-same bits for one table only, which `digest` identifies. This file imports no Triton.
+and a launch only looks them up in a dict. Different options sum in a different order, so results
+are bit-identical only for the same table, which `digest` identifies. This file imports no Triton.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ Table = dict[Key, Options]
 Default = TypeVar("Default", bound=Options | None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
-# The options of each kernel. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
-# that of layer_norm. maxnreg, the limit of registers per thread, may be missing: ptxas decides.
+# The options of each kernel. "attention query" computes dQ, "attention key" dK and dV, and
+# "attention head" all three. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
+# that of layer_norm. maxnreg limits the registers per thread; without it ptxas decides.
 OPTION_NAMES = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
@@ -41,7 +42,7 @@ _tables: dict[torch.device, Table] = {}
 
 
 def use(device: torch.device, table: Table) -> None:
-    """Later launches on the device use the options in the table; an empty table ends that.
+    """Later launches on the device use the options in the table; an empty one restores defaults.
 
     Raises ValueError for an unknown kernel or option and for a value out of range.
     """

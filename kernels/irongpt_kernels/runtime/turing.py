@@ -35,11 +35,11 @@ Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their
             IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
             dots that sm_80 gives to tensor cores, with async copies in the source, or with an
             instruction that sm_75 lacks. They compile as in stock Triton, with one RuntimeWarning.
-Cache       Triton 3.7 and newer ask the hook for a part of the cache key. Triton 3.6 does not, so
-            there the key of the sm_75 backend, which is in every cache key, gets that part.
-Other hooks A hook that was installed before is called first and keeps its effect on the stages,
-            because the lowering is changed in the backend of the one compilation. A hook that
-            replaces this one is wrapped at the next launch.
+Cache       Triton 3.7 and newer call the hook for its part of the cache key. Triton 3.6 does not,
+            so there the hash of the sm_75 backend, which every cache key contains, gets that part.
+Other hooks If another hook was installed before, it is called first, and its changes to the stages
+            remain in effect, because this hook only replaces methods of the backend object of the
+            current compilation. If another hook replaces this one, the next launch wraps it.
 Threads     State belongs to one compilation; installing takes a lock.
 """
 
