@@ -1,7 +1,7 @@
 """Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
-Each module has the kernels of one op or of related ops, or helpers of these; its docstring gives
-formulas, memory traffic and limits.
+Each module has the kernels of one op or of a group of related ops, or their helpers. Its docstring
+gives formulas, memory traffic and limits.
 Importing this package imports Triton.
 """
 

@@ -13,8 +13,8 @@ Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2"
             2^(m_old - m_new). Exponents are to base 2: log2(e) is folded into the scale. m and
             log2(l) are saved. Dropout acts on the weights and not on l, as in eager.
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
-Diagonal    Tiles left of the diagonal need no mask; those that it crosses are handled by a second,
-            masked loop. Tiles right of it are never read.
+Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal crosses are handled by
+            a second, masked loop. Tiles right of the diagonal are never read.
 Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l), 8 bytes per row. k
             and v are read once per query tile, mostly from L2: neighbouring programs share a head.
 Parallelism one program per head and query tile; the longest rows of a head come first.
@@ -22,8 +22,8 @@ Precision   Scores, softmax and accumulators are in float32; P is rounded to the
             matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
             score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
             separately: where m is large, their rounded sum loses digits of log2(l), and all P of
-            the row are wrong by the same factor. In float32 the backward subtracts one after the
-            other; for 16-bit inputs it subtracts the rounded sum (`attention_tiles.load_stats`).
+            the row are wrong by the same factor. In float32 the backward subtracts m and log2(l)
+            from S in turn; for 16-bit inputs their rounded sum (`attention_tiles.load_stats`).
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
             its backward writes the three gradients into one tensor. With separate q, k and v,
             autograd stacks the gradients, which moves 6 B H T D elements more.
@@ -151,7 +151,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Of both ops: the saved tensors begin with q, k and v, or with qkv."""
+    """The backward of both ops. The saved tensors begin with q, k and v, or with qkv."""
     wanted = ctx.needs_input_grad[:-3]
     if dout is None:
         return *(None for _ in wanted), None, None, None

@@ -17,20 +17,20 @@ Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a pr
             dV. No two programs add to the same gradient, so every run gives the same bits. Both
             kernels recompute P = 2^(S - m) / l and the dropout mask. The two kernels therefore
             compute seven matmuls, where one kernel that adds dQ by atomics computes five.
-Diagonal    As in the forward, tiles that the diagonal crosses have a masked loop of their own.
+Diagonal    As in the forward, tiles that the diagonal crosses have a separate, masked loop.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
             The second kernel reads q, k, v and dout again. Each tile of queries reads k and v, and
             each tile of keys q and dout, mostly from L2. The gradients are one (B, T, 3, H, D)
             tensor, as a packed projection needs them.
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
-            matmuls. dS is rounded before it is scaled: |dS| is at most a quarter of the spread of
-            dZ keep / (1 - p) over its row, so it overflows no earlier than dZ, and small values
-            keep the bits that a scale below 1 would push out of float16's range.
-            A row of dS sums to 0, and where one key has nearly all of the weight, each dS is a
-            difference of nearly equal numbers. dot(dO, O) is rounded differently from dZ, which
-            leaves an error in dS. In float32, where that error is visible, a first pass sums dS and
-            adds the sum to delta. Row 0 sees one key: its dS is exactly 0, in any dtype.
+            matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
+            underflow in float16. It cannot overflow before dZ does: |dS| is at most a quarter of
+            the range of dZ keep / (1 - p) in its row.
+            Each row of dS sums to 0. If one key has nearly all of the weight, each dS is a
+            difference of nearly equal numbers, and the different rounding of dot(dO, O) and dZ
+            becomes visible in float32. There a first pass over the keys computes the sum of dS and
+            adds it to delta. Row 0 sees only one key, so its dS is set to exactly 0.
 Limits      those of `attention`. No second derivative.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """

@@ -9,14 +9,14 @@ Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its h
             loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
             complete. Scores, weights and dropout masks are computed once, where the
             pair of kernels of `attention_backward` computes them twice.
-Diagonal    With SPLIT, the first loop covers the earlier half of the keys for all queries, and the
-            second the later half, which only the later half of the queries sees: 3/4 of the scores
-            are computed. Every tile is masked.
+Diagonal    With SPLIT there are two loops. The first has the first half of the keys and all
+            queries, the second the second half of the keys and of the queries, which alone see
+            these keys. So 3/4 of the scores are computed. The causal mask applies to every tile.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements, where the pair
             moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
-            log2, which saves a product for each element. It is at most 256, and so is Z.
+            log2, which saves a multiplication per element. It is at most 256, and so is Z.
 Limits      float16 and bfloat16; BLOCK_M, rounded up from T, rows of q, dout and dQ have to fit
             the registers and shared memory of a program: see `attention_tiles.head_options`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
@@ -136,7 +136,7 @@ def head_bwd(
     that dout and out are (B, H, T, D). options: of `attention_tiles.head_options`."""
     B, H, T, D = q.shape
     dq, dk, dv = unpack(packed)
-    # A warp has 16 rows of a tile at least: with fewer, warps would compute the same twice.
+    # With fewer than 16 rows per warp, several warps would compute the same rows.
     least = 16 * options["num_warps"]
     BLOCK_M = max(launch.block(T), least)
     with launch.device_context(q.device):

@@ -8,12 +8,12 @@ Per head, with p = position:    cache_k[p], cache_v[p] = k, v       S = scale q 
                                 out = softmax(S) cache_v[:p+1]
 
 Traffic     reads p rows of both caches, q, k and v; writes k, v and out: 2 p D elements per head.
-Parallelism one program per head. It keeps the new key and value in registers and starts its online
-            softmax from them, so no program reads what it writes. A tile of keys is as large as
-            registers allow; at the default context one tile is enough, so memory latency is paid
-            once.
-Precision   Dot products, softmax and sums are in float32. Exponents are to base e: they are few,
-            and base 2 would round each score once more.
+Parallelism one program per head. It starts its online softmax from the new key and value in
+            registers, so it never reads a cache row that it has just written. A tile of keys is as
+            large as registers allow; at the default context one tile has all keys, so the program
+            waits for memory only once.
+Precision   Dot products, softmax and sums are in float32. Exponentials have base e: there are few
+            of them, and base 2 would need one more rounding per score.
 Limits      D is a multiple of 16 from 16 to 128. No gradient. Cache rows after `position` are not
             read. A position outside the cache writes nothing, since a kernel cannot raise.
 Spec        irongpt_kernels/eager.py::decode_attention

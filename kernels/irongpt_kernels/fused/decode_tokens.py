@@ -7,9 +7,9 @@
     logits: (B, V)    wte: (V, C)    wpe: (context, C)    x: (B, C)
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
-            If the tokens were sorted by descending logit, and equal logits by token id, top-k and
-            top-p would keep a prefix. The kernel does not sort. It describes the prefix by t and n:
-            all logits above t are kept, and the first n of those equal to t. 32 bisection steps
+            Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by
+            token id). The kernel finds it without sorting, as a threshold t and a count n: it keeps
+            all tokens with a logit above t, and the first n of those equal to t. 32 bisection steps
             find t; each counts the tokens with a logit of at least t, or sums their masses. The
             sampled token is the first at which the running sum of kept masses, in order of token
             id, exceeds u times their total. u is uniform in [0, 1) with 53 bits, by Philox from the

@@ -9,14 +9,14 @@ Backward    dx, dweight and dbias by `layer_norm_backward`, which adds the gradi
             dwte[v] = sum of dx[b, t] where idx[b, t] = v       dwpe[t] = sum of dx[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and
-            wpe come from L2. The backward reads dx, dnorm and x and writes their gradient, 4MC, and
-            reads that twice.
-Parallelism The forward is that of `layer_norm`. For dwte a program looks through up to PART ids for
-            one token and adds the rows that it finds, BLOCK_N columns of them, so that a frequent
-            token has several programs. `column_sums` adds their partial sums, and dwpe in the same
-            launch. There are no atomics, so every run gives the same bits. All programs together
-            look at V M ids, so above MAX_V tokens PyTorch's kernels compute dwte: they sort the
-            ids, in some 8 launches.
+            wpe come from L2. The backward reads dx, dnorm and x and writes the total gradient with
+            respect to x, 4MC; it reads that twice, for dwte and dwpe.
+Parallelism The forward is that of `layer_norm`. For dwte a program searches up to PART ids for one
+            token, and adds BLOCK_N columns of the rows of the gradient that belong to it, so that a
+            frequent token has several programs. `column_sums` adds their partial sums, and dwpe in
+            the same launch. There are no atomics, so every run gives the same bits. The search
+            compares V M ids, so for a vocabulary larger than MAX_V PyTorch's kernels compute dwte:
+            they sort the ids, in about 8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would
@@ -42,7 +42,7 @@ from irongpt_kernels.runtime.launch import contiguous_rows
 MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
 PART = 1024  # ids that a program of the backward looks through, or more if MAX_PARTS is reached
 MAX_PARTS = 64
-BLOCK_M = 16  # ids that it loads at a time
+BLOCK_M = 16  # ids that a program of the backward loads at a time
 
 
 @triton.jit
@@ -129,8 +129,8 @@ def _empty_outputs(
 
 
 def embedding_bwd(dx: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """dx: (B, T, N), contiguous. idx: (B, T). wanted: whether dwte and dwpe are, else they are
-    empty. Returns dwte, (V, N), and dwpe, (T, N), float32."""
+    """dx: (B, T, N), contiguous. idx: (B, T). wanted: which of dwte and dwpe to compute; the other
+    one is empty. Returns dwte, (V, N), and dwpe, (T, N), float32."""
     B, T, N = dx.shape
     M = B * T
     dwte, dwpe = _empty_gradients(dx, idx, V, [False, False])

@@ -33,7 +33,7 @@ from irongpt_kernels.runtime.launch import as_matrix
 
 BLOCK_N = 256
 BLOCK_M = 4
-PROGRAMS_PER_SM = 8  # with dbias: fewer programs store fewer partial sums
+PROGRAMS_PER_SM = 8  # of a backward with dbias; fewer programs mean fewer partial sums
 
 
 @triton.jit

@@ -7,9 +7,9 @@
 
 scale (the loss scale), growth_tracker and state_steps are updated in place.
 
-Traffic     reads every gradient: 2 or 4 bytes per weight. sum_shards reads those of all shards, and
-            writes their sum and reads it again: 4 bytes per weight each. So the norm of the same
-            sum has the same bits, whatever the number and the dtype of the shards.
+Traffic     reads every gradient: 2 or 4 bytes per weight. sum_shards reads those of all shards,
+            writes their sum (4 bytes per weight) and reads it again for the norm. So the norm
+            depends only on the sum, not on the number or the dtype of the shards.
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
@@ -30,8 +30,8 @@ from torch import Tensor
 from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-BLOCK = 2048  # with 1,024, finding its tensor takes a program as long as its work
-MAX_TENSORS = 48  # per launch: in `adamw`, 5 addresses of each take 1.9 of the 4 KB for arguments
+BLOCK = 2048  # with 1,024, a program takes as long to find its tensor as to compute
+MAX_TENSORS = 48  # per launch: `adamw` passes 5 addresses of each, 1.9 of the 4 KB for arguments
 SUMS = 1024  # partial sums that the second kernel reads at a time
 
 

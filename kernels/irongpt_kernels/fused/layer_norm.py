@@ -11,9 +11,9 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
 Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
             512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
-            variance is computed from centred values. Forward and backward subtract the mean and
-            then the mean of the result, its rounding error, so that rows whose mean is large
-            compared with their spread lose no digits.
+            variance is computed from centred values. Forward and backward subtract the mean twice:
+            the mean of the centred row is the rounding error of the first mean. So rows whose mean
+            is large compared with their standard deviation lose no digits.
 Limits      N <= 8192, because a row is one block. x and dy may have any strides, but are copied
             unless the last dimension is contiguous and the others collapse to one row stride.
 Spec        irongpt_kernels/eager.py::layer_norm
@@ -124,13 +124,14 @@ _op = custom_op(
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
-    """Raises ValueError for shapes that neither layer norm takes. name: how the op calls x."""
+    """Raises ValueError for shapes that the ops with a layer norm do not support. name: that of x
+    in the op."""
     checks.rank(name, x, 1, 64)
     N = x.shape[-1]
     if N > MAX_N:
         raise ValueError(f"{name} must have a last dimension of at most {MAX_N}, got {N}")
     given = [t for t in (weight, bias) if t is not None]
-    # Those of `norm_parameters` are views, as P equal rows.
+    # `norm_parameters` gives each parameter as a view with P equal rows.
     views = all(t.dim() == 2 and (len(t) == 1 or t.stride(0) == 0) for t in given)
     wanted = (len(weight), N) if views else (N,)
     checks.shape("weight", weight, wanted)

@@ -127,8 +127,8 @@ def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
 
 
 def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and warps per SM of all programs together: WARPS_PER_SM hide the memory
-    latency, and more would only write more partial sums."""
+    """Launch options, and the warps per SM of all programs together. WARPS_PER_SM warps are enough
+    to hide the memory latency; more would only write more partial sums."""
     options = tile(N) | dict(warps_per_sm=WARPS_PER_SM)
     options |= launch_table.options("norm backward", N, itemsize, device, {})
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
@@ -164,7 +164,7 @@ def layer_norm_bwd(
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.device_context(total.device):
-            # Lets each thread use all registers that `warps` warps per SM leave it. Without a
+            # Limits the registers per thread such that exactly `warps` warps fit an SM. Without a
             # limit, ptxas would spill some so that more warps fit.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))
             _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
@@ -175,7 +175,7 @@ def layer_norm_bwd(
 
 
 def one_row(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as a norm is given it, (N,) or P equal rows of it, as (N,), contiguous."""
+    """A parameter as a contiguous (N,) tensor. It is given as (N,), or as P equal rows of it."""
     if parameter is None:
         return None
     return (parameter[0] if parameter.dim() == 2 else parameter).contiguous()

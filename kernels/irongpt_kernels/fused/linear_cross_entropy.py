@@ -12,18 +12,18 @@ Gradients:          dx = dz w      dw = dz^T x, by cuBLAS
 s is `loss_scale`, the gradient that the loss is expected to get. The forward computes all of this.
 The backward only multiplies dx and dw by dloss / s, and launches nothing if dloss is the tensor s.
 
-Traffic     The kernel reads z and writes dz over it: 2MV elements, where a forward and a backward
-            of their own read z twice and write dz. Rows longer than MAX_BLOCK are read twice, the
+Traffic     The kernel reads z and overwrites it with dz: 2MV elements. Separate kernels for forward
+            and backward would move 3MV. Rows longer than MAX_BLOCK are read twice, the
             second time from L2. The three matmuls move z or dz once each. Between forward and
-            backward dx and dw are kept, (M + V) C elements; logits take at most LOGITS_BYTES at a
-            time. Where all would take more, chunks of rows follow each other. The dw of a chunk
-            is rounded to the dtype of x, and these are added in float32.
+            backward dx and dw are kept, (M + V) C elements. If the logits of all rows take more
+            than LOGITS_BYTES, the rows are processed in chunks. The dw of each chunk is
+            rounded to the dtype of x, and the chunks are summed in float32.
 Parallelism A program handles BLOCK_M rows, which stay in registers between the sums and the
             gradient. It stores the sum of its rows' losses, and one program of a second kernel adds
             these partial sums in order. There are no atomics, so every run gives the same bits.
-Precision   float32 between load and store, with the sums of `cross_entropy`: a confident row keeps
-            its loss and its gradient. dz is rounded to the dtype of z after it is multiplied by s,
-            without which a float16 dz below 6e-8 would be 0.
+Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
+            the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
+            it is rounded to the dtype of z; otherwise a float16 dz below 6e-8 would become 0.
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
@@ -48,7 +48,7 @@ LONG_BLOCK = 4096  # columns at a time of longer rows
 CHUNK = 128  # the number of rows of a chunk is a multiple of this
 TILE = 1024  # elements per program where rows are short: 2 warps
 PARTS = 4096  # partial sums that the second kernel reads at a time
-FLOAT16_SCALE = 1024.0  # in place of loss_scale: gradients neither underflow nor overflow
+FLOAT16_SCALE = 1024.0  # loss_scale of float16 by default: gradients do not underflow or overflow
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def linear_cross_entropy_fwd(
 def linear_cross_entropy_bwd(
     dloss: Tensor, loss_scale: Tensor | None, dx: Tensor, dweight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The results of the forward for the upstream gradient dloss in place of loss_scale."""
+    """Rescales the gradients of the forward from the upstream gradient loss_scale to dloss."""
     factor = dloss if loss_scale is None else dloss / loss_scale
     # PyTorch would round a 0-d factor on a GPU to the dtype of 16-bit gradients.
     return (dx.float() * factor).to(dx.dtype), (dweight.float() * factor).to(dweight.dtype)
@@ -242,7 +242,7 @@ def linear_cross_entropy(
     launches nothing. Any other gradient of the loss costs a pass over the gradients.
 
     Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
-    targets that are no class.
+    targets outside [0, classes).
     """
     checks.floating(x=x, weight=weight)
     check_indices(targets)

@@ -3,11 +3,11 @@
     norm_parameters([w, ...])   views of the parameters as P equal rows, (P, N)
     backward                    dw = the sum of the P rows of the view's gradient
 
-Each of the P programs of a norm's backward (see `layer_norm_backward`) sums the gradient of the
-parameters over its own rows of x, which makes a (P, N) matrix of partial sums. That matrix is the
-gradient of a (P, N) view of which program p reads row p. So a norm that is given such views returns
-its partial sums as they are, and those of all norms are added by one kernel, where each norm would
-launch its own. A norm that is given the parameters themselves, (N,), adds its own partial sums.
+The backward of a norm runs P programs (see `layer_norm_backward`), and each sums the gradient of a
+parameter over its own rows of x: (P, N) partial sums. A norm that is called with a (P, N) view of
+the parameter returns these sums as the gradient of the view, without adding them. The backward of
+`norm_parameters` then adds those of all norms with one kernel, instead of one launch per norm. A
+norm that is called with the parameter itself, (N,), adds its own partial sums.
 
 Traffic     reads the partial sums, 4PN bytes per parameter, and writes 4N.
 Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. The addresses of

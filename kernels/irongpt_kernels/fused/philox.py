@@ -1,8 +1,8 @@
 """The dropout masks of `dropout` for Triton kernels: same seed and position, same bits.
 
-The formulas are written for each element. Elements that share a call of the generator are in one
-thread (see the layout in `dropout`), and the compiler merges their calls where it sees that their
-counters are equal: in `attention_keep` they are one value, which is broadcast.
+The formulas are written for each element. Elements that share a call of the generator lie in one
+thread (see the layout in `dropout`). The compiler merges their calls if it sees that their counters
+are equal; `attention_keep` makes that visible by broadcasting one counter to all of them.
 `python -m irongpt_kernels.aot` shows how many elements a call then serves.
 """
 
