@@ -48,9 +48,9 @@ WRONG = [
     ("race between warps", "st.global.b32 [%rd0], 1;"),
     ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.global.b32 [%rd0], %r0;"),
     ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.shared.b32 [%r2], %r0;"),
-    ("warp is not whole", "setp.lt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
+    ("incomplete warp", "setp.lt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
      "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;\n$L_end:"),
-    ("CTA is not whole", "setp.lt.u32 %p20, %r0, 32; @%p20 bra $L_end; bar.sync 0;\n$L_end:\n"
+    ("incomplete CTA", "setp.lt.u32 %p20, %r0, 32; @%p20 bra $L_end; bar.sync 0;\n$L_end:\n"
      "mov.b32 %r20, 0;"),
     ("async copy in flight", "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group;"
      "ld.shared.b32 %r20, [%r1]; cp.async.wait_group 0;"),

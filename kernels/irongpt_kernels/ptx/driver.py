@@ -58,7 +58,7 @@ def _launch(kernel: Any, grid: Any, values: Any, options: Options, report: Repor
     execute(ptx, grid, arguments, shared, options, report)
 
 
-_now: list[tuple[Options, Report]] = []  # the `emulating` blocks that are active
+_active: list[tuple[Options, Report]] = []  # the `emulating` blocks that are active
 
 
 @contextlib.contextmanager
@@ -75,13 +75,13 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
     def init(kernel: Any) -> None:
         def run(gx: int, gy: int, gz: int, stream: Any, function: Any, *rest: Any) -> None:
             values = rest[-len(kernel.src.signature) :]  # after metadata and hooks
-            _launch(kernel, (gx, gy, gz), values, *_now[-1])
+            _launch(kernel, (gx, gy, gz), values, *_active[-1])
 
         if kernel._run is None:
             kernel._run, kernel.module, kernel.function = run, object(), object()
 
     folder = os.path.join(knobs.cache.dir, "ptx")
-    _now.append((Options(arch, **options), report))
+    _active.append((Options(arch, **options), report))
     try:
         with (
             fake_driver.gpu(arch, _DEVICES + arch, SHARED_LIMIT[arch]),
@@ -93,4 +93,4 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
         ):
             yield report
     finally:
-        _now.pop()
+        _active.pop()

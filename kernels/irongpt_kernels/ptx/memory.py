@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import UINT, Array, i2, i8, u1, u2, u4
-from irongpt_kernels.ptx.regions import NO_ONE, SEVERAL
-from irongpt_kernels.ptx.threads import At, Launch, Pending, Threads
+from irongpt_kernels.ptx.regions import NO_CTA, SEVERAL
+from irongpt_kernels.ptx.threads import Launch, Pending, Site, Threads
 
 _BASE = 4096  # NumPy accepts no array at address 0
 RACE = "race between warps"
@@ -48,7 +48,7 @@ class Memory(Threads):
         # whether it was ever written, and the asynchronous copies and wgmma that still use it.
         self.wrote, self.read = np.zeros(cells, dtype=u4), np.zeros(cells, dtype=u4)
         self.known = np.zeros(cells, dtype=bool)
-        self.copies, self.products = np.zeros(cells, dtype=i2), np.zeros(cells, dtype=i2)
+        self.copies, self.wgmma_reads = np.zeros(cells, dtype=i2), np.zeros(cells, dtype=i2)
         self.pending_copies = Pending(self.n // 32)  # by warp
 
     def ldp(self, address: Any, size: int) -> Array:
@@ -60,40 +60,40 @@ class Memory(Threads):
     # Global memory ------------------------------------------------------------------------------
 
     def _global(
-        self, address: Array, width: int, threads: Array, at: At, store: bool
+        self, address: Array, width: int, threads: Array, at: Site, store: bool
     ) -> tuple[Array, Array]:
         """Checks an access. Returns the threads that may go on, and their addresses."""
         inside, cells = self.regions.locate(address, width)
-        self.complain("out of bounds", ~inside, threads, at)
+        self.report_error("out of bounds", ~inside, threads, at)
         if not inside.all():
             address, cells, threads = address[inside], cells[inside], threads[inside]
         odd = address % width != 0
         if odd.any():
-            self.complain("misaligned", odd, threads, at, f"{width} bytes")
+            self.report_error("misaligned", odd, threads, at, f"{width} bytes")
             address, cells, threads = address[~odd], cells[~odd], threads[~odd]
         gap = ~self.regions.legal[cells].all(1)
-        self.complain("out of bounds", gap, threads, at, "between the elements of a view")
+        self.report_error("out of bounds", gap, threads, at, "between the elements of a view")
         if len(threads):
             self._cta_races(cells, threads, at, store)
             self._warp_races(cells, threads, at, store)
         return threads, address
 
-    def _cta_races(self, cells: Array, threads: Array, at: At, store: bool) -> None:
+    def _cta_races(self, cells: Array, threads: Array, at: Site, store: bool) -> None:
         r = self.regions
         cta = np.broadcast_to(self.cta_number[threads][:, None], cells.shape)
         writer, reader = r.writer[cells], r.reader[cells]
-        clash = (writer != NO_ONE) & (writer != cta)
+        clash = (writer != NO_CTA) & (writer != cta)
         if store:
-            clash |= (reader != NO_ONE) & (reader != cta)
+            clash |= (reader != NO_CTA) & (reader != cta)
             r.writer[cells] = cta
             clash |= r.writer[cells] != cta  # two CTAs in this very instruction
         else:
-            new = np.where((reader == NO_ONE) | (reader == cta), cta, SEVERAL)
+            new = np.where((reader == NO_CTA) | (reader == cta), cta, SEVERAL)
             r.reader[cells] = new
             r.reader[cells[r.reader[cells] != new]] = SEVERAL
-        self.complain("race between CTAs", clash.any(1), threads, at)
+        self.report_error("race between CTAs", clash.any(1), threads, at)
 
-    def _warp_races(self, cells: Array, threads: Array, at: At, store: bool) -> None:
+    def _warp_races(self, cells: Array, threads: Array, at: Site, store: bool) -> None:
         r = self.regions
         now = self.barriers[self.cta[threads]] * (1 << 32) + self.cta_number[threads]
         now = np.broadcast_to(now[:, None], cells.shape)
@@ -108,7 +108,7 @@ class Memory(Threads):
         np.bitwise_or.at(mine, cells.ravel(), bit.ravel())
         if store:
             others |= r.writing_warps[cells] & ~bit
-        self.complain(RACE, others.any(1), threads, at, "in global memory")
+        self.report_error(RACE, others.any(1), threads, at, "in global memory")
 
     # Shared memory ------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Memory(Threads):
         address: Array,
         width: int,
         threads: Array,
-        at: At,
+        at: Site,
         store: bool,
         data: Array | None = None,
     ) -> tuple[Array, Array]:
@@ -131,9 +131,9 @@ class Memory(Threads):
         to one address; that is no race.
         """
         inside = (address >= 0) & (address + width <= self.shared_size)
-        self.complain("out of bounds", ~inside, threads, at, "in shared memory")
+        self.report_error("out of bounds", ~inside, threads, at, "in shared memory")
         odd = inside & (address % width != 0)
-        self.complain("misaligned", odd, threads, at, f"{width} bytes of shared memory")
+        self.report_error("misaligned", odd, threads, at, f"{width} bytes of shared memory")
         good = inside & ~odd
         if not good.all():
             threads, address = threads[good], address[good]
@@ -152,19 +152,19 @@ class Memory(Threads):
             if data is None:  # two warps in this very instruction
                 others |= self.wrote[cells] & ~bit
             self.known[cells] = True
-            used = self.products[cells].any(1)
-            self.complain("wgmma in flight", used, threads, at, "it reads what is stored over")
+            used = self.wgmma_reads[cells].any(1)
+            self.report_error("wgmma in flight", used, threads, at, "it reads what is stored over")
         else:
             np.bitwise_or.at(self.read, cells.ravel(), bit.ravel())
             unwritten = ~self.known[cells].all(1)
-            self.complain("read of unwritten shared memory", unwritten, threads, at)
-        self.complain(RACE, others.any(1), threads, at, "in shared memory")
-        self.complain("async copy in flight", self.copies[cells].any(1), threads, at)
+            self.report_error("read of unwritten shared memory", unwritten, threads, at)
+        self.report_error(RACE, others.any(1), threads, at, "in shared memory")
+        self.report_error("async copy in flight", self.copies[cells].any(1), threads, at)
         return threads, flat
 
     # Loads and stores ---------------------------------------------------------------------------
 
-    def ld(self, space: str, a: Array, offset: int, size: int, vec: int, at: At) -> list[Array]:
+    def ld(self, space: str, a: Array, offset: int, size: int, vec: int, at: Site) -> list[Array]:
         """vec registers of `size` bytes; 0 in threads that do not load."""
         threads = self.active(at)
         out = np.zeros((vec, self.n), dtype=UINT[size])
@@ -180,7 +180,9 @@ class Memory(Threads):
                 out[v, threads] = words[index + v]
         return list(out)
 
-    def st(self, space: str, a: Array, offset: int, values: list[Array], size: int, at: At) -> None:
+    def st(
+        self, space: str, a: Array, offset: int, values: list[Array], size: int, at: Site
+    ) -> None:
         threads, width = self.active(at), size * len(values)
         if not len(threads):
             return
@@ -197,16 +199,16 @@ class Memory(Threads):
             x = x[threads].astype(words.dtype, copy=False)
             words[index + v] = x
             differ = words[index + v] != x
-            self.complain("lanes store different values", differ, threads, at)
+            self.report_error("lanes store different values", differ, threads, at)
 
-    def bar(self, at: At) -> Array:
+    def bar(self, at: Site) -> Array:
         ctas = super().bar(at)
         for warps in (self.wrote, self.read):
             warps.reshape(self.n_cta, -1)[ctas] = 0
         return ctas
 
     def _matrices(
-        self, a: Array, offset: int, count: int, threads: Array, at: At, store: bool
+        self, a: Array, offset: int, count: int, threads: Array, at: Site, store: bool
     ) -> Array | None:
         """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
         8 i + 7 have the addresses of the rows of matrix i."""
@@ -217,7 +219,9 @@ class Memory(Threads):
             return None  # it was reported
         return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
 
-    def ldmatrix(self, a: Array, offset: int, count: int, transposed: bool, at: At) -> list[Array]:
+    def ldmatrix(
+        self, a: Array, offset: int, count: int, transposed: bool, at: Site
+    ) -> list[Array]:
         """Lane t gets elements 2 (t % 4) and the next of row t // 4 of each matrix."""
         threads = self.whole_warps(at)
         index = self._matrices(a, offset, count, threads, at, False)
@@ -228,7 +232,7 @@ class Memory(Threads):
         return [self.spread(words[:, i].reshape(-1), threads) for i in range(count)]
 
     def stmatrix(
-        self, a: Array, offset: int, values: list[Array], transposed: bool, at: At
+        self, a: Array, offset: int, values: list[Array], transposed: bool, at: Site
     ) -> None:
         threads = self.whole_warps(at)
         index = self._matrices(a, offset, len(values), threads, at, True)
@@ -248,7 +252,7 @@ class Memory(Threads):
         offset: int,
         size: int,
         source_bytes: Array | None,
-        at: At,
+        at: Site,
     ) -> None:
         """From global to shared memory. The bytes arrive when the group is waited for."""
         threads = self.active(at)

@@ -7,7 +7,7 @@ from torch import Tensor
 from irongpt_kernels.ptx.arithmetic import i4, i8, u4
 
 LARGE = 1 << 26  # bytes of a storage whose pieces are listed instead of mapped byte by byte
-NO_ONE, SEVERAL = -1, -2
+NO_CTA, SEVERAL = -1, -2
 
 Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, which of the bytes are legal
 
@@ -31,8 +31,8 @@ class Regions:
             legal = np.ones(size, dtype=bool) if some is None else some
             padded = np.pad(legal, (0, -size % granule)).reshape(-1, granule)
             self.legal[at : at + len(padded)] = padded.any(1)
-        self.writer = np.full(end, NO_ONE, dtype=i4)  # a CTA
-        self.reader = np.full(end, NO_ONE, dtype=i4)  # a CTA, or SEVERAL
+        self.writer = np.full(end, NO_CTA, dtype=i4)  # a CTA
+        self.reader = np.full(end, NO_CTA, dtype=i4)  # a CTA, or SEVERAL
         # The interval between barriers to which writing_warps and reading_warps belong.
         self.interval = np.full(end, -1, dtype=i8)
         self.writing_warps = np.zeros(end, dtype=u4)

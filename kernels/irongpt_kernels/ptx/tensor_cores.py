@@ -11,7 +11,7 @@ import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import Array, bf16_to_f8, f4, half_to_f8, i8, u2, u8
 from irongpt_kernels.ptx.memory import RACE, Memory
-from irongpt_kernels.ptx.threads import At, Launch, Pending
+from irongpt_kernels.ptx.threads import Launch, Pending, Site
 
 _WIDEN = {"f16": half_to_f8, "bf16": bf16_to_f8}
 
@@ -21,10 +21,10 @@ class Batch(Memory):
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
-        self.pending_products = Pending(self.n // 128 + 1)  # by four warps
+        self.pending_wgmmas = Pending(self.n // 128 + 1)  # by four warps
 
     def mma(
-        self, k: int, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: At
+        self, k: int, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: Site
     ) -> list[Array]:
         """m16n8k{k}. A register of a or b holds two 16-bit values, one of c a float32."""
         threads = self.whole_warps(at)
@@ -73,7 +73,7 @@ class Batch(Memory):
         b: Array,
         keep: Array,
         transposed: tuple[int, int],
-        at: At,
+        at: Site,
     ) -> list[Array]:
         """m64n{n}k16. a: a descriptor or four registers, b: a descriptor. keep: whether c is
         added. transposed: whether m or n, not k, runs along the rows in shared memory."""
@@ -87,7 +87,7 @@ class Batch(Memory):
         kept = np.broadcast_to(keep, (self.n,))[threads].reshape(groups, 128)[:, 0]
         return self._accumulate(c, A, B, threads, kept)
 
-    def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: At) -> Array:
+    def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
         k_major: a row has up to 128 bytes of k; 8 rows make a pattern, `stride` bytes lead to the
@@ -99,7 +99,7 @@ class Batch(Memory):
         for tile, group in zip(tiles, threads.reshape(-1, 128), strict=True):
             words = d[group].astype(u8)
             differ = words != words[0]
-            self.complain("descriptor differs in a warp group", differ, group, at)
+            self.report_error("descriptor differs in a warp group", differ, group, at)
             start, lead, stride = (((int(words[0]) >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
             width = {1: 128, 2: 64, 3: 32, 0: 16}[int(words[0]) >> 62]
             if k_major:
@@ -116,28 +116,28 @@ class Batch(Memory):
                 tile[:] = self.shared[2][flat // 2].reshape(rows, 16)
         return tiles
 
-    def _operand(self, address: Array, group: Array, at: At) -> Array | None:
+    def _operand(self, address: Array, group: Array, at: Site) -> Array | None:
         """Checks that a wgmma may read these 16-bit values, and marks them as read until it is
         waited for. Returns their addresses in `self.shared`."""
         user = np.full(len(address), group[0])
         outside = (address < 0) | (address + 2 > self.shared_size)
-        self.complain("out of bounds", outside, user, at, "in shared memory")
+        self.report_error("out of bounds", outside, user, at, "in shared memory")
         if outside.any():
             return None
         flat = address + self.shared_base[group[0]]
         cells = flat // self.granule
         # It reads for four warps at once, so what any of them wrote needs a barrier.
-        self.complain(RACE, self.wrote[cells] != 0, user, at, "wgmma reads shared memory")
-        self.complain("async copy in flight", self.copies[cells] > 0, user, at)
-        self.complain("read of unwritten shared memory", ~self.known[cells], user, at)
+        self.report_error(RACE, self.wrote[cells] != 0, user, at, "wgmma reads shared memory")
+        self.report_error("async copy in flight", self.copies[cells] > 0, user, at)
+        self.report_error("read of unwritten shared memory", ~self.known[cells], user, at)
         np.bitwise_or.at(self.read, cells, np.bitwise_or.reduce(self.warp_bit[group]))
-        np.add.at(self.products, cells, 1)
-        self.pending_products.open[group[0] // 128].append(cells)
+        np.add.at(self.wgmma_reads, cells, 1)
+        self.pending_wgmmas.open[group[0] // 128].append(cells)
         return flat
 
     def wgmma_commit(self, m: Array | None) -> None:
-        self.pending_products.commit(np.unique(self.warps(m) // 4))
+        self.pending_wgmmas.commit(np.unique(self.warps(m) // 4))
 
     def wgmma_wait(self, left: int, m: Array | None) -> None:
-        for cells in self.pending_products.wait(np.unique(self.warps(m) // 4), left):
-            np.subtract.at(self.products, cells, 1)
+        for cells in self.pending_wgmmas.wait(np.unique(self.warps(m) // 4), left):
+            np.subtract.at(self.wgmma_reads, cells, 1)

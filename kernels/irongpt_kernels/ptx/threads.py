@@ -13,8 +13,8 @@ import numpy as np
 from irongpt_kernels.ptx.arithmetic import Array, i4, i8, u4
 from irongpt_kernels.ptx.regions import Regions
 
-Place = tuple[int, str, str]  # of an instruction: its line in the PTX, its Python line, its text
-At = tuple["Array | None", "Array | None", Place]  # guard, mask, place
+Location = tuple[int, str, str]  # of an instruction: its line in the PTX, its Python line, its text
+Site = tuple["Array | None", "Array | None", Location]  # guard, mask, place
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Threads:
             self._constants[key] = np.full(self.n, value, dtype=dtype)
         return self._constants[key]
 
-    def active(self, at: At) -> Array:
+    def active(self, at: Site) -> Array:
         """Indices of the threads that execute an instruction."""
         p, m, _ = at
         both = p if m is None else m if p is None else p & m
@@ -117,7 +117,9 @@ class Threads:
         out[threads] = x
         return out
 
-    def complain(self, kind: str, bad: Array, threads: Array, at: At, detail: str = "") -> None:
+    def report_error(
+        self, kind: str, bad: Array, threads: Array, at: Site, detail: str = ""
+    ) -> None:
         """Reports an instruction of `threads`. bad: which of them did it."""
         if not bad.any():
             return
@@ -129,7 +131,7 @@ class Threads:
 
     # Warps and CTAs ---------------------------------------------------------------------------
 
-    def whole_warps(self, at: At) -> Array:
+    def whole_warps(self, at: Site) -> Array:
         """The threads of an instruction that a warp has to execute together, whole warps only."""
         threads = self.active(at)
         if len(threads) == self.n:
@@ -138,10 +140,10 @@ class Threads:
         active[threads] = True
         warps = active.reshape(-1, 32)
         broken = warps.any(1) & ~warps.all(1)
-        self.complain("warp is not whole", np.repeat(broken, 32), self.thread, at)
+        self.report_error("incomplete warp", np.repeat(broken, 32), self.thread, at)
         return np.flatnonzero(np.repeat(warps.all(1), 32))
 
-    def whole_ctas(self, at: At) -> Array:
+    def whole_ctas(self, at: Site) -> Array:
         """The CTAs that are at a barrier; all of their threads that still run have to be."""
         m = at[1]
         if m is None:
@@ -149,20 +151,20 @@ class Threads:
         there, live = (x.reshape(self.n_cta, -1) for x in (m, self.alive))
         broken = there.any(1) & (there != live).any(1)
         bad = np.repeat(broken, self.cta_threads)
-        self.complain("CTA is not whole", bad, self.thread, at, "at a barrier")
+        self.report_error("incomplete CTA", bad, self.thread, at, "at a barrier")
         return np.flatnonzero(there.any(1))
 
     def warps(self, m: Array | None) -> Array:
         """The warps that are at an instruction."""
         return np.arange(self.n // 32) if m is None else np.flatnonzero(m.reshape(-1, 32).any(1))
 
-    def bar(self, at: At) -> Array:
+    def bar(self, at: Site) -> Array:
         """A barrier. Returns the CTAs that pass it."""
         ctas = self.whole_ctas(at)
         self.barriers[ctas] += 1
         return ctas
 
-    def shfl(self, mode: str, a: Array, b: Any, c: int, at: At) -> tuple[Array, Array]:
+    def shfl(self, mode: str, a: Array, b: Any, c: int, at: Site) -> tuple[Array, Array]:
         """Values of other lanes, and whether the lane that each asks for is in its segment."""
         self.whole_warps(at)
         lane, b = self.lane, np.asarray(b).astype(i8) & 31
@@ -179,7 +181,7 @@ class Threads:
         source = self.first_of_warp + np.where(inside, source, lane)
         return a[source], inside
 
-    def redux(self, what: str, a: Array, at: At) -> Array:
+    def redux(self, what: str, a: Array, at: Site) -> Array:
         threads = self.whole_warps(at)
         logic = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
         function = (logic | dict(add=np.add, min=np.minimum, max=np.maximum))[what]
