@@ -64,8 +64,8 @@ _ULPS = {"ex2": 2, "div": 2}
 
 
 def largest_error(name: str, x: Array, y: Array) -> Array:
-    """Of an approximate instruction whose true result for x is y (PTX ISA, floating-point
-    instructions); x and y in float64, div.full by its quotient alone."""
+    """The bound in the PTX ISA on the error of an approximate instruction with the input x and the
+    exact result y, both float64. For div.full only y matters."""
     if name in _ULPS:
         return _ULPS[name] * np.spacing(np.abs(y).astype(f4)).astype(f8)
     return _RELATIVE[name] * np.abs(y)
@@ -96,7 +96,7 @@ def minf(a: Array, b: Array) -> Array:
 
 
 def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -> Array:
-    """-0 is less than 0 here; NumPy leaves it open."""
+    """Makes -0 less than +0, as in PTX; NumPy does not specify it."""
     zero = (a == 0) & (b == 0)
     if not zero.any():
         return found
@@ -105,7 +105,8 @@ def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -
 
 
 def to_int(x: Array, dtype: Any, rounding: str) -> Array:
-    """Float to integer, clamped. NaN becomes 0, or if either side has 64 bits the top bit alone."""
+    """Float to integer, clamped. NaN becomes 0; if the source or the result has 64 bits, it becomes
+    the number with only the top bit set."""
     info = np.iinfo(dtype)
     whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
     y = whole(x.astype(f8))
@@ -121,7 +122,7 @@ def to_int(x: Array, dtype: Any, rounding: str) -> Array:
 
 
 def sdiv(a: Array, b: Array) -> Array:
-    """Rounds towards zero. Division by zero gives -1 as on GPUs; PTX leaves it open."""
+    """Rounds towards zero. Division by zero gives -1 as on GPUs; PTX does not specify it."""
     zero = b == 0
     safe = np.where(zero, 1, b)
     q = a // safe
@@ -170,7 +171,8 @@ def bfe(a: Array, position: int, length: int, signed: bool) -> Array:
 
 
 def prmt(a: Array, b: Array, selector: Any) -> Array:
-    """Four bytes of the eight of b:a, chosen by the selector's nibbles; bit 3 spreads a sign."""
+    """Four of the eight bytes of b:a, chosen by the nibbles of the selector. Bit 3 of a nibble
+    selects the sign of the byte, in all bits."""
     both = a.astype(u8) | (b.astype(u8) << u8(32))
     selector = np.asarray(selector, dtype=u4)
     out = np.zeros_like(a)

@@ -1,12 +1,14 @@
 """A `Program`'s basic blocks as Python functions over NumPy arrays.
 
-Between blocks a register is an array in the list R. Within a block it is local variables, up to
-three views of one array: u unsigned, s signed, f floating. A predicate has the one form b.
-Only registers that another block reads are written back, under the mask of the block's threads.
+Between blocks the value of a register is an array in the list R. Within a block local variables
+hold it, up to three views of the same array: as unsigned (u), signed (s) and floating-point (f)
+numbers. A predicate has a single view, of booleans (b). Only registers that another block reads are
+written back, under the mask of the block's threads.
 
-The function of a block takes (S, R, m): the batch of CTAs, the registers, and the mask of threads
-that run it (None: all). It returns what comes next: the number of a block (-1: the end), or
-(predicate, block if true, block if false), or (None, block) after a barrier in split code.
+The function of a block takes (S, R, m): S is the batch of CTAs, R the registers, and m the mask of
+the threads that run the block (None: all). It returns the next block: its number (-1 at the end of
+the kernel); (predicate, block if true, block if false) for a branch; or (None, block) at a barrier,
+if the code was made with `split`.
 """
 
 import re
@@ -36,7 +38,7 @@ class Code:
         self.cross = _registers_between_blocks(program)
         self.dtypes = {self.ids[r]: _DTYPES[program.regs[r]] for r in self.cross}
         self.sizes = [len(block) for block in program.blocks]
-        # What the code refers to by name: the arithmetic, constants and places of instructions.
+        # The names in the code: functions of `arithmetic`, constants, locations of instructions.
         self.names: dict[str, Any] = {k: v for k, v in vars(arith).items() if k[0] != "_"}
         source = [
             line

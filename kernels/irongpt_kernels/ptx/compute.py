@@ -1,7 +1,7 @@
 """PTX instructions that compute within one thread, as lines of Python.
 
 `_RULES` has the instructions that are an expression of their operands. The others are methods
-op_NAME, which take the instruction, its suffixes (`mods`) and its operands. What neither knows
+op_NAME, which take the instruction, its suffixes (`mods`) and its operands. An unknown instruction
 raises `Unsupported`.
 """
 
@@ -121,7 +121,8 @@ class Arithmetic(Operands):
     # Arithmetic ---------------------------------------------------------------------------------
 
     def op_mul(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """Integers: the lower half of the product, the upper one, or all of it; a[3] is added."""
+        """A product of integers: its lower half, its upper half or all of it, plus a[3] if
+        given."""
         form, bits = self.typed(mods[-1])
 
         def added(form: str, bits: int) -> str:

@@ -1,24 +1,26 @@
 """Runs Triton kernels on a CPU from the PTX that Triton compiles for an NVIDIA GPU.
 
     with emulating(75) as report:
-        fused.layer_norm(x, weight)  # CPU tensors; what runs is the kernel compiled for sm_75
+        fused.layer_norm(x, weight)  # CPU tensors; this executes the kernel compiled for sm_75
 
 A launch goes through Triton as on a GPU. Triton specializes the arguments and compiles for the
 architecture (for sm_75 with the hook in `runtime.turing`), then hands the compiled kernel, the
 grid and the arguments to a driver. The driver here parses the PTX (`parse`), makes Python functions
 of it (`blocks`, `instructions`, `compute`), and runs the CTAs of the grid, some side by side
-(`threads`, `memory`, `tensor_cores`), on the tensors' own memory.
+(`threads`, `memory`, `tensor_cores`), on the memory of the tensors. A CTA is a block of threads in
+CUDA's terms, and runs one Triton program.
 
-Modelled    Every instruction in our kernels, on registers of the right width; all threads of a CTA,
-            with masks where they part; parameters at their offsets; shared memory of as many bytes
-            as the kernel asks for; cp.async and wgmma with their groups. `memory` lists what is
-            checked at every access.
-Not done    ptxas and SASS (registers, spills, scheduling, and the contraction of a mul and an add
-            that PTX permits), the memory model beyond barriers (fences do nothing), time. Between
+Modelled    every instruction in our kernels, on registers of the right width; all threads of a CTA,
+            with masks where they diverge; parameters at their byte offsets; shared memory of as
+            many bytes as the kernel requests; cp.async and wgmma with their groups. `memory` lists
+            the errors that are reported.
+Not done    ptxas and SASS (registers, spills, scheduling, and the fusing of mul and add that PTX
+            permits); the memory model, except for barriers (fences do nothing); timing. Between
             barriers warps run in lockstep, or in one of two orders.
-Arithmetic  IEEE, as PTX specifies, but about one fma in 2^29 is off by an ulp. The approximate
-            instructions (ex2, rsqrt, div.full) are the true value rounded, or with noise=1
-            as wrong as the PTX ISA allows. Sums of tensor cores: see `Options`.
+Arithmetic  follows IEEE 754, as PTX specifies, but about one fma in 2^29 is off by an ulp. The
+            approximate instructions (ex2, rsqrt, div.full) give the exact value rounded, or
+            with noise=1 errors up to the bounds of the PTX ISA. For sums of tensor cores see
+            `Options`.
 """
 
 import contextlib
@@ -36,7 +38,7 @@ from irongpt_kernels.ptx.execute import SHARED_LIMIT, Argument, Options, execute
 from irongpt_kernels.ptx.threads import Report
 from irongpt_kernels.runtime import fake_driver, launch
 
-_DEVICES = 1000  # numbers of devices for which kernels are compiled to PTX only
+_DEVICES = 1000  # from this device number on, kernels are compiled to PTX only
 
 
 def _flatten(kind: Any, x: Any) -> list[Argument]:
@@ -63,9 +65,9 @@ _active: list[tuple[Options, Report]] = []  # the `emulating` blocks that are ac
 
 @contextlib.contextmanager
 def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
-    """Kernels that are launched inside on CPU tensors run by execution of their PTX.
+    """A context in which launches on CPU tensors execute the PTX of the kernel.
 
-    sms: the number of SMs that launches are told, which decides how many programs share the rows.
+    sms: the number of SMs that the launchers see, which decides how many programs share the rows.
     options: see `Options`. Raises RuntimeError in a process with TRITON_INTERPRET=1.
     """
     if launch.INTERPRETED:

@@ -19,7 +19,8 @@ from irongpt_kernels.ptx.threads import Launch, Report
 SIDE_BY_SIDE = 2048  # threads
 SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes of a CTA
 PARAMETER_LIMIT = 4096  # bytes
-TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}  # products added at a time, extra bits
+# Of the tensor cores: products that are added at a time, and extra bits of the accumulator.
+TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}
 _PACK = {"f32": "<f", "f64": "<d"} | {
     f"{kind}{8 * size}": f"<{letter.upper() if kind != 's' else letter}"
     for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
@@ -34,12 +35,13 @@ Argument = tuple[str, Any]  # its type for Triton (*fp16, i32, fp32), and a tens
 class Options:
     """How to execute.
 
-    order: of the warps of a CTA between two barriers: "lockstep" (all at once), or one after the
-    other, "ascending" or "descending". A kernel without barriers always runs in lockstep: its warps
-    may not communicate (two on one address are reported as a race). mma: sums of tensor cores are
-    "exact" (rounded once) or as "hardware" truncates them. noise: the errors of approximate
-    instructions, from 0 (none) to 1 (as large as the PTX ISA allows). change: makes another PTX of
-    (kernel, PTX), to plant a bug.
+    order: how the warps of a CTA run between two barriers: all at once ("lockstep"), or one after
+        another ("ascending", "descending"). A kernel without barriers always runs in lockstep: its
+        warps cannot communicate, because two that access one address are reported as a race.
+    mma: "exact" rounds the sums of a matmul once; "hardware" truncates them as tensor cores do.
+    noise: the errors of approximate instructions, from 0 (none) to 1 (the bounds of the PTX ISA).
+    change: a function of the kernel's name and its PTX that returns the PTX to execute. Tests
+        inject bugs with it.
     """
 
     arch: int = 75
@@ -143,7 +145,8 @@ def _access_widths(program: Program) -> dict[str, set[int]]:
 
 
 def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
-    """All warps at once. Where threads part, those at the lowest block go first."""
+    """Runs all warps at once. If threads diverge, those at the block with the lowest number run
+    first."""
     block, mask = 0, None
     position: Any = np.zeros(batch.n, dtype=np.int64)
     while block >= 0:
@@ -166,8 +169,8 @@ def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
 
 
 def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool) -> None:
-    """One warp of each CTA after the other, each as far as the next barrier. The four warps of a
-    wgmma go together."""
+    """Runs the warps of a CTA one after another, each up to the next barrier. The four warps of a
+    wgmma run together."""
     together = 128 if any(i.name == "wgmma" for i in code.program.instructions()) else 32
     unit = batch.tid // together
     units = sorted(set(unit.tolist()), reverse=descending)

@@ -1,7 +1,7 @@
 """PTX instructions that move data, use memory, or need a whole warp. See `compute` for the others.
 
-Nothing is skipped except cache hints and memory fences, which have no effect here: a store is
-visible to all threads immediately.
+Cache hints and memory fences have no effect here, because a store is visible to all threads
+immediately. Every other instruction is executed.
 """
 
 import re

@@ -1,10 +1,13 @@
 """Parameters, global memory and shared memory, checked at every access.
 
-Global memory is the host's own, by absolute address. Reported are accesses out of bounds and
-misaligned ones, two CTAs on one address (one of them writes), two warps of a CTA on one address
-without a barrier between, reads of shared memory that was never written, accesses to bytes that an
-asynchronous copy still fills or a wgmma still reads, and lanes of one instruction that store
-different values to one address.
+Global memory is the memory of the process, at absolute addresses. These errors are reported:
+
+- an access that is out of bounds or misaligned
+- a race: two CTAs, or two warps of a CTA without a barrier between, access one address, and one of
+  them writes
+- a read of shared memory that was never written
+- an access to bytes that an asynchronous copy still fills, or a store to bytes that a wgmma reads
+- lanes of one instruction that store different values to one address
 """
 
 from typing import Any
@@ -127,8 +130,8 @@ class Memory(Threads):
         """Checks an access to addresses within a CTA's memory. Returns the threads that may go on,
         and their addresses in `self.shared`.
 
-        data: the bytes of a store, (threads, width). Warps that hold copies of one value store it
-        to one address; that is no race.
+        data: the bytes of a store, (threads, width). Warps that hold the same value may all store
+        it to the same address, which is not reported as a race.
         """
         inside = (address >= 0) & (address + width <= self.shared_size)
         self.report_error("out of bounds", ~inside, threads, at, "in shared memory")
@@ -153,7 +156,7 @@ class Memory(Threads):
                 others |= self.wrote[cells] & ~bit
             self.known[cells] = True
             used = self.wgmma_reads[cells].any(1)
-            self.report_error("wgmma in flight", used, threads, at, "it reads what is stored over")
+            self.report_error("wgmma in flight", used, threads, at, "it still reads these bytes")
         else:
             np.bitwise_or.at(self.read, cells.ravel(), bit.ravel())
             unwritten = ~self.known[cells].all(1)

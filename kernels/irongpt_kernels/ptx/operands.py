@@ -29,7 +29,7 @@ class Unsupported(NotImplementedError):  # noqa: N818
 
 
 class Operands:
-    """Emits lines of the function of one block. names: what the lines may refer to."""
+    """Generates the Python lines of one block. names: the global names that the lines may use."""
 
     def __init__(self, program: Program, ids: dict[str, int], names: dict[str, Any]) -> None:
         self.program, self.ids, self.names = program, ids, names
@@ -53,7 +53,7 @@ class Operands:
         return f"v{self.ids[reg]}{form}"
 
     def at(self, ins: Instruction) -> str:
-        """The guard, the mask, and a name for where the instruction is, for reports."""
+        """The guard, the mask, and the name of the instruction's `Location`, for reports."""
         place = f"place{len(self.names)}"
         self.names[place] = (ins.line, ins.where, str(ins)[:90])
         return f"({self.guard(ins)}, m, {place})"
@@ -77,7 +77,7 @@ class Operands:
     # Reading ------------------------------------------------------------------------------------
 
     def read(self, reg: str, form: str) -> str:
-        """A register of its own width."""
+        """A register in its declared width."""
         kind = self.program.regs[reg]
         if reg not in self.forms:
             home = "b" if kind == "pred" else "u"
@@ -91,7 +91,7 @@ class Operands:
         return self.local(reg, form)
 
     def value(self, a: str, form: str, bits: int) -> str:
-        """A register in that form, of that width; or a constant as a scalar."""
+        """The expression of a register in the given form and width, or of a constant, a scalar."""
         if a in SPECIAL:
             return self._as(SPECIAL[a], form, bits)
         if not self.is_register(a):

@@ -29,7 +29,7 @@ class Instruction:
     pred: str | None  # the predicate register, if it is guarded
     negated: bool
     line: int  # in the PTX text, counted from 1
-    where: str  # the Python line that it comes from, by .loc
+    where: str  # the line in the Python source, from the .loc directive
 
     @property
     def name(self) -> str:

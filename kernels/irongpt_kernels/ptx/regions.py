@@ -9,13 +9,13 @@ from irongpt_kernels.ptx.arithmetic import i4, i8, u4
 LARGE = 1 << 26  # bytes of a storage whose pieces are listed instead of mapped byte by byte
 NO_CTA, SEVERAL = -1, -2
 
-Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, which of the bytes are legal
+Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, mask of the legal bytes (None: all)
 
 
 class Regions:
     """Legal memory, divided into cells of `granule` bytes; every access covers whole cells.
 
-    What lies between the elements of a view is not legal, unless another view has it.
+    Bytes between the elements of a view are not legal, unless they belong to another view.
     """
 
     def __init__(self, tensors: list[Tensor], granule: int) -> None:

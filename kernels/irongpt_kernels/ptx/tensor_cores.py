@@ -90,9 +90,10 @@ class Batch(Memory):
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
-        k_major: a row has up to 128 bytes of k; 8 rows make a pattern, `stride` bytes lead to the
-        next one. Otherwise 64 (32, 16) values of m or n are adjacent, `stride` leads to the next 8
-        values of k and `lead` to the next values of m or n.
+        k_major: each row has up to 128 contiguous bytes along k. 8 rows are a pattern, and `stride`
+        is the distance in bytes from one pattern to the next. Otherwise 64, 32 or 16 values along m
+        or n are contiguous; `stride` is the distance to the next 8 values of k, and `lead` the
+        distance to the next values of m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
@@ -109,7 +110,7 @@ class Batch(Memory):
                 per = width // 2
                 byte = start + k // 8 * stride + k % 8 * width + row // per * lead + row % per * 2
             byte = byte.astype(i8)
-            if width > 16:  # within a pattern the row changes the order of 16-byte pieces
+            if width > 16:  # swizzle: the row permutes the 16-byte pieces of a pattern
                 byte ^= ((byte >> 7) & (width // 16 - 1)) << 4
             flat = self._operand(byte.ravel(), group, at)
             if flat is not None:
@@ -126,7 +127,7 @@ class Batch(Memory):
             return None
         flat = address + self.shared_base[group[0]]
         cells = flat // self.granule
-        # It reads for four warps at once, so what any of them wrote needs a barrier.
+        # It reads for four warps at once, so a barrier must follow the stores of any of them.
         self.report_error(RACE, self.wrote[cells] != 0, user, at, "wgmma reads shared memory")
         self.report_error("async copy in flight", self.copies[cells] > 0, user, at)
         self.report_error("read of unwritten shared memory", ~self.known[cells], user, at)

@@ -13,13 +13,14 @@ import numpy as np
 from irongpt_kernels.ptx.arithmetic import Array, i4, i8, u4
 from irongpt_kernels.ptx.regions import Regions
 
-Location = tuple[int, str, str]  # of an instruction: its line in the PTX, its Python line, its text
-Site = tuple["Array | None", "Array | None", Location]  # guard, mask, place
+# Of an instruction: its line number in the PTX, its line in the Python source, its text.
+Location = tuple[int, str, str]
+Site = tuple["Array | None", "Array | None", Location]  # guard, mask, location
 
 
 @dataclass
 class Report:
-    """What the launches did wrong: how often, by kind, and a few examples of each kind."""
+    """The errors of all launches: how many of each kind there were, and a few examples of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Threads:
     # Warps and CTAs ---------------------------------------------------------------------------
 
     def whole_warps(self, at: Site) -> Array:
-        """The threads of an instruction that a warp has to execute together, whole warps only."""
+        """The threads of an instruction that a warp has to execute together, of complete warps."""
         threads = self.active(at)
         if len(threads) == self.n:
             return threads
@@ -144,7 +145,8 @@ class Threads:
         return np.flatnonzero(np.repeat(warps.all(1), 32))
 
     def whole_ctas(self, at: Site) -> Array:
-        """The CTAs that are at a barrier; all of their threads that still run have to be."""
+        """The CTAs that are at a barrier. All of their threads that have not exited must be at
+        it."""
         m = at[1]
         if m is None:
             return np.arange(self.n_cta)
