@@ -1,10 +1,12 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -101,50 +103,50 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"irongpt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Callable[[Flags], int], help: str, more: str = "") -> Parser:
-        name = run.__name__.removesuffix("_command")
+    def command(name: str, run: Callable[[Flags], int], help: str, more: str = "") -> Parser:
         text = f"{help[0].upper()}{help[1:]}. {more}"
         added: Parser = commands.add_parser(name, help=help, description=text)
         added.set_defaults(run_command=run)
         return added
 
     more = "Defaults are in [brackets], one for each preset where they differ."
-    _train_flags(command(train_command, "train a model, or resume a run", more))
-    _generate_flags(command(generate_command, "generate text with a trained model"))
+    _train_flags(command("train", train_command, "train a model, or resume a run", more))
+    _generate_flags(command("generate", generate_command, "generate text with a trained model"))
 
     more = "transformers loads the folder with AutoModelForCausalLM and AutoTokenizer."
-    _export_flags(command(export_command, "write a model in Hugging Face's GPT-2 layout", more))
+    help = "write a model in Hugging Face's GPT-2 layout"
+    _export_flags(command("export", export_command, help, more))
 
     more = "`irongpt train --resume RUN --data TEXT` then trains it on a text."
-    add = command(import_command, "import a GPT-2 in Hugging Face's layout as a run", more)
+    help = "import a GPT-2 in Hugging Face's layout as a run"
+    add = command("import", import_command, help, more)
     help = "folder with config.json, model.safetensors and tokenizer.json"
     add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     add.add_argument("run", metavar="RUN", type=user_path, help="folder of the new run")
 
     more = "A text that is longer than the context is read in overlapping windows."
     help = "write an HTML page that shows how likely the model finds each token of a text"
-    _show_flags(command(show_command, help, more))
+    _show_flags(command("show", show_command, help, more))
 
     more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
-    compare = command(compare_command, "check the kernels against eager PyTorch", more)
+    run = _call("irongpt.compare.command", "compare")
+    compare = command("compare", run, "check the kernels against eager PyTorch", more)
     dtypes = "dtype to check; repeat the flag for several [all that the device supports]"
-    compare.add_argument("--dtype", action="append", choices=DTYPES, help=dtypes)
-    compare.add_argument("--ops", choices=OPS[1:], help="implementation to check [fused]")
+    compare.add_argument("--dtype", dest="dtypes", action="append", choices=DTYPES, help=dtypes)
+    help = "implementation to check [fused]"
+    compare.add_argument("--ops", dest="candidate", choices=OPS[1:], help=help)
     compiled = "without a GPU: execute the kernels as compiled for sm_75 (T4), sm_80 or sm_90"
     compare.add_argument("--arch", metavar="SM", help=compiled)
-    compare.add_argument("--json", type=user_path, metavar="FILE", help="write all numbers to FILE")
-    compare.add_argument(
-        "--plot", type=user_path, metavar="FILE", help="plot errors and losses to FILE"
-    )
+    file: dict[str, Any] = dict(type=user_path, metavar="FILE")
+    compare.add_argument("--json", dest="json_file", help="write all numbers to FILE", **file)
+    compare.add_argument("--plot", help="plot errors and losses to FILE", **file)
 
-    doctor = command(
-        doctor_command, "show which device, dtype and kernels will be used here, and why"
-    )
-    doctor.add_argument(
-        "--json", type=user_path, metavar="FILE", help="also write the report to FILE"
-    )
+    help = "show which device, dtype and kernels will be used here, and why"
+    doctor = command("doctor", _call("irongpt.doctor", "doctor"), help)
+    doctor.add_argument("--json", dest="json_file", help="also write the report to FILE", **file)
 
-    tune = command(tune_command, "measure the kernels' launch options on this GPU (optional)")
+    help = "measure the kernels' launch options on this GPU (optional)"
+    tune = command("tune", _call("irongpt.tuning", "tune"), help)
     tune.add_argument("--preset", choices=list(PRESETS), help="model and batch size [iron]")
     tune.add_argument("--dtype", choices=("auto", *DTYPES), help="dtype of the matmuls [auto]")
     quick = "measure a third of the candidates, with fewer samples each"
@@ -258,6 +260,15 @@ def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list
     )
 
 
+def _call(module: str, function: str) -> Callable[[Flags], int]:
+    """A command that is one function of its flags. Its module is imported when it runs."""
+
+    def run(flags: Flags) -> int:
+        return int(getattr(importlib.import_module(module), function)(**flags))
+
+    return run
+
+
 def train_command(flags: Flags) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which count as set-up
     from irongpt.training.command import train
@@ -269,16 +280,14 @@ def generate_command(flags: Flags) -> int:
     from irongpt.generation.command import generate
 
     checkpoint, run = _checkpoint(flags), flags.pop("run")
-    prompt, file = flags.pop("prompt", ""), flags.pop("prompt_file", None)
-    reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
-    check(file is not None or not reading, "--encoding and --errors are for --prompt-file FILE")
+    read = _reader(flags, "--prompt-file FILE")
+    prompt = flags.pop("prompt", "")
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
     stop_at_end = flags.pop("stop_at_end", False)
     config = SampleConfig(**flags)
     if run.name in ("best", "last") and not (run / "config.json").exists():
         run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
-    if file is not None:
-        prompt = read_prompt(file, **reading)
+    prompt = read() if read else prompt
     generate(run, checkpoint, prompt, config, stop_at_end, op_set, device)
     return 0
 
@@ -310,46 +319,12 @@ def show_command(flags: Flags) -> int:
     from irongpt.interchange.show import newest_sample, show
 
     checkpoint, run = _checkpoint(flags), flags["run"]
-    reading = {name: flags[name] for name in ("encoding", "errors") if name in flags}
-    check("file" in flags or not reading, "--encoding and --errors are for --file F")
-    if "file" in flags:
-        text = read_prompt(flags["file"], **reading, flag="--file", name="file")
-    else:
-        text = flags["text"] if "text" in flags else newest_sample(run)
+    read = _reader(flags, "--file F")
+    text = read() if read else flags["text"] if "text" in flags else newest_sample(run)
     out = flags.get("out", run / "show.html")
     print(show(run, text, out, checkpoint, flags.get("device", "auto")))
     print(f"open {out} in a browser")
     return 0
-
-
-def compare_command(flags: Flags) -> int:
-    from irongpt.compare.command import compare
-
-    return compare(
-        flags.get("device", "auto"),
-        flags.get("dtype", []),
-        flags.get("json"),
-        flags.get("plot"),
-        flags.get("ops", "fused"),
-        flags.get("arch"),
-    )
-
-
-def doctor_command(flags: Flags) -> int:
-    from irongpt.doctor import doctor
-
-    return doctor(flags.get("device", "auto"), flags.get("json"))
-
-
-def tune_command(flags: Flags) -> int:
-    from irongpt.tuning import tune
-
-    return tune(
-        flags.get("device", "auto"),
-        flags.get("preset", "iron"),
-        flags.get("dtype", "auto"),
-        flags.get("quick", False),
-    )
 
 
 def _checkpoint(flags: Flags) -> str:
@@ -361,17 +336,23 @@ def _checkpoint(flags: Flags) -> str:
     return name or "best"
 
 
+def _reader(flags: Flags, option: str) -> Callable[[], str] | None:
+    """What reads the file of an option, such as --file F, as the other flags say; None without."""
+    name = option.split()[0].removeprefix("--").replace("-", "_")
+    file = flags.pop(name, None)
+    reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
+    check(file is not None or not reading, f"--encoding and --errors are for {option}")
+    return None if file is None else partial(read_prompt, file, **reading, flag=flag(name))
+
+
 def read_prompt(
-    file: str,
-    encoding: str | None = None,
-    errors: str = "strict",
-    flag: str = "--prompt-file",
-    name: str = "prompt file",
+    file: str, encoding: str | None = None, errors: str = "strict", flag: str = "--prompt-file"
 ) -> str:
     """The text of a file, or of standard input for -, without a line break at its end.
 
-    flag, name: what messages call it.
+    flag: the one that names the file.
     """
+    name = flag.removeprefix("--").replace("-", " ")
     if encoding is not None:
         check_encoding(encoding)
     if file == "-" and sys.stdin is None:

@@ -51,7 +51,7 @@ class Report:
         )
 
 
-def doctor(device: str, json_file: Path | None) -> int:
+def doctor(device: str = "auto", json_file: Path | None = None) -> int:
     """Prints the report, and writes it to `json_file`. Returns 1 if there is a problem."""
     check_result(json_file)
     return together(lambda world: _doctor(world, device, json_file))

@@ -135,7 +135,9 @@ class Row:
         return ", ".join(f"{k} {v}" for k, v in (self.options or {}).items()) or "default"
 
 
-def tune(device: str, preset: str, dtype: str, quick: bool) -> int:
+def tune(
+    device: str = "auto", preset: str = "iron", dtype: str = "auto", quick: bool = False
+) -> int:
     """Measures every kernel that has a choice, prints the results and keeps the winners."""
     target = devices.pick(device)
     check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,17 @@ from irongpt.compare.ops import (
     compare_case,
     vocabulary_cases,
 )
-from irongpt.config import check
+from irongpt.config import DTYPES, check
 from irongpt.console import duration, say
 from irongpt.figures import default_style
 from irongpt.files import check_result, finite, write_result
 
 
 def compare(
-    device: str,
-    dtypes: list[str],
-    json_file: Path | None,
-    plot: Path | None,
+    device: str = "auto",
+    dtypes: Sequence[str] = (),
+    json_file: Path | None = None,
+    plot: Path | None = None,
     candidate: str = "fused",
     arch: str | None = None,
 ) -> int:
@@ -161,7 +162,7 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _dtypes(names: list[str], device: torch.device, arch: str | None) -> list[torch.dtype]:
+def _dtypes(names: Sequence[str], device: torch.device, arch: str | None) -> list[torch.dtype]:
     native = device.type == "cuda" and emulate.capability(device) >= (8, 0)
     native = native or arch in ("sm_80", "sm_90")
     if device.type == "cpu" and not native:
@@ -171,7 +172,7 @@ def _dtypes(names: list[str], device: torch.device, arch: str | None) -> list[to
             "wrongly; use float32 or float16",
         )
     if not names:
-        names = ["float32", "float16", *(["bfloat16"] if native else [])]
+        names = DTYPES if native else DTYPES[:2]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
 
 
