@@ -1,7 +1,6 @@
 """Whether several GPUs pay here: a training step on one and on all of them, and the exchange.
 
     torchrun --nproc-per-node 2 -m irongpt doctor
-    torchrun --nproc-per-node 2 -m benchmarks.scaling
 
 `measure` times them in the processes of torchrun, a few steps each in turn, so that a warm GPU or
 another program slows all alike. `by_torchrun` starts these processes.
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from irongpt.training.trainer import Trainer
 
 PAYS = 1.25  # several pay from this many times the speed of one
 LIMIT = 50.0  # seconds, in which the kernels may have to be compiled
+ROUNDS = 5
 TOKENS = 100_000  # random ones, because a step's time does not depend on the text
 
 
@@ -53,11 +53,6 @@ class Scaling:
     def speedup(self) -> float:
         return statistics.median(self.one) / statistics.median(self.all)
 
-    def with_times_of(self, other: "Scaling") -> "Scaling":
-        """One of both measurements."""
-        names = ("one", "all", "exchange")
-        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in names})
-
     def __str__(self) -> str:
         """One sentence."""
         one, every, exchange = (
@@ -72,16 +67,11 @@ class Scaling:
         )
 
 
-def measure(
-    world: World, device: torch.device, preset: str, rounds: int = 5, steps: int = 0
-) -> Scaling:
-    """The times of the first process; the others have none of `one`.
-
-    steps: in a round; 0 selects 10 on a GPU and 3 on a CPU. On a CPU the one process gets the
-    threads of all.
-    """
+def measure(world: World, device: torch.device, preset: str) -> Scaling:
+    """The times of the first process; the others have none of `one`. On a CPU the one process gets
+    the threads of all."""
     dtype = devices.precision("auto", device).dtype
-    steps = steps or (10 if device.type == "cuda" else 3)
+    steps = 10 if device.type == "cuda" else 3
     model = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
     name = "fused" if device.type == "cuda" else "builtin"
     try:
@@ -108,7 +98,7 @@ def measure(
     threads = torch.get_num_threads()
     warm = WARMUP + 2 if device.type == "cuda" else 1
     try:
-        for turn in range(rounds + 1):
+        for turn in range(ROUNDS + 1):
             count = steps if turn else warm
             world.barrier()
             if alone is not None:
