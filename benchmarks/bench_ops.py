@@ -1,8 +1,8 @@
 """Every op by every provider as benchmarks of pytest-benchmark: `make bench`.
 
 The samples are those of `benchmarks.ops.__main__.measure_case`: CUDA events, providers interleaved.
-pytest-benchmark times a function by a clock, and here the clock is one that each sample moves on:
-its tables, its comparisons and its JSON then hold the device's seconds, not Python's.
+pytest-benchmark times a function with a clock. Here each sample advances that clock, so that the
+tables, comparisons and JSON of pytest-benchmark have the time of the device and not that of Python.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from benchmarks.report.tables_kernels import mark
 
 
 class Clock:
-    """Seconds that have been measured already: `tick` lets the next sample pass."""
+    """A clock for samples that were measured before; `tick` advances it by the next one."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -42,7 +42,7 @@ class Session:
         self.rows: list[KernelRow] = []
 
     def row(self, case: Case, mode: str, provider: str) -> KernelRow:
-        """The row, which may have the reason why it has no time."""
+        """The row of a provider, with a `skipped_reason` if it was not timed."""
         if case != self.case and time.perf_counter() > self.end:
             pytest.skip("the --minutes are over: the rows so far are saved")
         if case != self.case:

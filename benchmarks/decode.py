@@ -63,7 +63,7 @@ def cached(model: GPT, dtype: torch.dtype, tokens: int, batch: int, graph: bool)
 def measure(
     ops: str, model: GPT, dtype: torch.dtype, tokens: int, batches: list[int], rounds: int
 ) -> list[DecodeRow]:
-    """A row for each way to generate; a failed one has a `skipped_reason`. Interleaved."""
+    """A row for each way to generate, timed interleaved. A failed one has a `skipped_reason`."""
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {

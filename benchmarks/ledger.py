@@ -111,8 +111,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _head(self, x: Tensor, weight: Tensor, gradient: bool) -> None:
-        """linear_cross_entropy: matmuls and kernels count in groups of their own. Its logits are
-        inside; a kernel reads them and writes their gradient over them."""
+        """linear_cross_entropy: its matmuls and its kernels count in separate groups. Its logits
+        are internal; a kernel reads them and overwrites them with their gradient."""
         logits, matmuls = len(x) * len(weight) * x.itemsize, HEAD_MATMULS if gradient else 1
         self.launches["matmuls"] += matmuls
         self.bytes["matmuls"] += matmuls * (size(x) + size(weight) + logits)

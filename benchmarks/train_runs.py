@@ -6,7 +6,7 @@
 
 The implementations train on the same text and batches for the same preset and seed, and eager and
 fused apply the same dropout masks. The training is that of `irongpt train` without checkpoints and
-samples. Its seconds include neither the evaluations, which have seconds of their own, nor the first
+samples. Its seconds include neither the evaluations, which are timed separately, nor the first
 steps, which compile the kernels.
 """
 

@@ -8,13 +8,13 @@ from torch.autograd import DeviceType
 
 from irongpt.device import synchronize
 
-# Names of the CUDA calls that give work to a device.
+# How the names of the CUDA calls begin that launch work on a device.
 LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 
 
 def counts(function: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
-    """Of a call: the kernels, copies and fills on the device, and the launches by the host, where
-    a graph is one launch. None on a CPU and if the profiler sees no kernel."""
+    """The number of kernels, copies and fills of a call on the device, and of launches by the host,
+    where a graph is one launch. None on a CPU and if the profiler sees no kernel."""
     if device.type != "cuda":
         return None, None
     from torch.profiler import ProfilerActivity, profile

@@ -41,7 +41,7 @@ class Row:
         return tuple(str(getattr(self, part)) for part in self.KEY)
 
     def line(self, *notes: str) -> str:
-        """For a terminal: the key, the time or the reason why there is none, and notes."""
+        """A line for a terminal: the key, the time or the `skipped_reason`, and notes."""
         head = f"{'  '.join(self.key):72} "
         if not self.timed:
             return f"{head} -  {short(self.skipped_reason)}"

@@ -47,7 +47,7 @@ def measure_case(
     rounds: int | None = None,
     quick: bool = False,
 ) -> list[KernelRow]:
-    """A row for every provider and mode, with a time or the reason why it has none."""
+    """A row for every provider and mode, with a time or a `skipped_reason`."""
     try:
         with timing.stream(device):
             rows = _measure(case, device, names, rounds or ROUNDS[device.type], quick)
@@ -59,8 +59,9 @@ def measure_case(
 
 
 def not_compiled(case: Case, device: torch.device, quick: bool = False) -> str | None:
-    """Why torch.compile is left out. It takes longer than all else, so it is there at the model's
-    shape, and in the sweeps of GELU and, on a GPU, of attention; with `quick` only in 16 bits."""
+    """The reason to leave out torch.compile; None if it is timed. Compiling takes longer than
+    anything else, so it is timed only at the model's shape and in the sweeps of GELU and, on a GPU,
+    of attention; with `quick` only in 16 bits."""
     gpu = device.type == "cuda"
     if quick and gpu and case.dtype == torch.float32:
         return "not compiled in float32: --quick"
@@ -113,7 +114,7 @@ def _measure(
 def _times(
     case: Case, device: torch.device, here: dict[str, Provider], mode: str, rounds: int
 ) -> dict[str, dict[str, Any] | str]:
-    """By provider: the fields of its row, or why it has no time."""
+    """By provider, the fields of its row, or the reason for which it has no time."""
     inputs = [case.inputs(device)]
     least_bytes, _ = case.cost(mode)
     # An embedding reads a few rows of many.
@@ -143,8 +144,8 @@ def _times(
 
 
 def _outputs(runners: list[Provider], inputs: Inputs) -> tuple[Tensor, ...]:
-    """Those of the first provider that runs. One that passed the check without dropout may refuse
-    to run with it. Raises the last error if none runs."""
+    """The outputs of the first provider that runs. One that passed the check without dropout may
+    fail with dropout. Raises the last error if all fail."""
     error: Exception = RuntimeError("no provider is left")
     for provider in runners:
         try:
@@ -156,7 +157,8 @@ def _outputs(runners: list[Provider], inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def work(provider: Provider, mode: str, inputs: list[Inputs], upstream: list[list[Tensor]]) -> Work:
-    """A provider's calls in a mode. They return what stays: outputs and gradients."""
+    """The calls of a provider in a mode. They return the tensors that must stay in memory: outputs
+    and gradients."""
     leaves = [[x for x in one.values() if x.requires_grad] for one in inputs]
 
     def forward(i: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What two result files differ in, beyond the noise of both."""
+"""The differences between two result files that exceed the noise of both."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ LEAST = 0.03  # of the time: smaller changes are not reported
 LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
 SAMPLED = ("kernels", "train", "decode")  # sections whose rows have enough samples for the noise
 TRAININGS = ("target", "runs", "nano")  # sections with one sample in a row
-WORK = (  # what has to be equal in the sections of both files
+WORK = (  # keys whose values must be equal in the sections of both files
     *(("train", "preset"), ("train", "batch_size"), ("decode", "preset"), ("decode", "dtype")),
     *(("target", "text_sha256"), ("runs", "text_sha256")),
 )

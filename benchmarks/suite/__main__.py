@@ -7,7 +7,7 @@ It needs torch, triton, pytest and numpy, and no installation (`make gpu` runs i
 nvidia-ml-py the results also have the GPU's clocks, power and temperature. Without a network, the
 runs train on Python's manual, or on the text that --data names. Each stage is a subprocess with a
 share of the remaining time, and saves its results as it goes; the next stage starts even if it
-fails. Without a GPU, the stages run in small sizes. What only a GPU can show comes first:
+fails. Without a GPU, the stages run in small sizes. The checks that need a GPU come first:
 
     doctor      reports what this machine will run
     gpu         runs the tests that need a GPU, with training steps of each of the ops
@@ -229,7 +229,7 @@ class Suite:
         return max(1, min(PROCESSES, (os.cpu_count() or 2) // 2, memory // PROCESS_BYTES))
 
     def tests(self, name: str, limit: float) -> Done:
-        """Runs test files, each in a pytest of its own, in as many processes as fit."""
+        """Runs test files, each in a separate pytest, in as many processes as fit."""
         env = {emulate.VARIABLE: f"sm_{emulate.ARCH}"} if name == "emulated" else {}
         if env and not self.gpu:
             return Done("skipped", summary="emulation of a T4 needs a GPU")
