@@ -31,8 +31,8 @@ from irongpt.files import FULL, why
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
     "model": "the shape of the model",
-    "recipe": "how it is trained",
-    "machine": "where and how it runs",
+    "recipe": "how the model is trained",
+    "machine": "the device, the dtype and the implementation of the ops",
 }
 FUSED: dict[str, Any] = dict(
     action="store_const", const="fused", dest="ops", help="short for --ops fused"
@@ -40,7 +40,7 @@ FUSED: dict[str, Any] = dict(
 
 
 class Parser(argparse.ArgumentParser):
-    """Its result holds only the flags that were given."""
+    """An argument parser whose result has only the flags that were given."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
@@ -128,14 +128,15 @@ def build_parser() -> Parser:
     help = "write an HTML page that shows how likely the model finds each token of a text"
     _show_flags(command("show", show_command, help, more))
 
-    more = "The reference is eager PyTorch in float64. The exit code is 1 if a check fails."
+    more = "The exit code is 1 if a check fails."
     run = _call("irongpt.compare.command", "compare")
-    compare = command("compare", run, "check the kernels against eager PyTorch", more)
+    help = "compare the kernels with eager PyTorch in float64"
+    compare = command("compare", run, help, more)
     dtypes = "dtype to check; repeat the flag for several [all that the device supports]"
     compare.add_argument("--dtype", dest="dtypes", action="append", choices=DTYPES, help=dtypes)
     help = "implementation to check [fused]"
     compare.add_argument("--ops", dest="candidate", choices=OPS[1:], help=help)
-    compiled = "without a GPU: execute the kernels as compiled for sm_75 (T4), sm_80 or sm_90"
+    compiled = "execute on the CPU the code that is compiled for sm_75 (T4), sm_80 or sm_90"
     compare.add_argument("--arch", metavar="SM", help=compiled)
     file: dict[str, Any] = dict(type=user_path, metavar="FILE")
     compare.add_argument("--json", dest="json_file", help="write all numbers to FILE", **file)
@@ -145,7 +146,7 @@ def build_parser() -> Parser:
     doctor = command("doctor", _call("irongpt.doctor", "doctor"), help)
     doctor.add_argument("--json", dest="json_file", help="also write the report to FILE", **file)
 
-    help = "measure the kernels' launch options on this GPU (optional)"
+    help = "measure which tiles, warps and stages of the kernels are fastest on this GPU (optional)"
     tune = command("tune", _call("irongpt.tuning", "tune"), help)
     tune.add_argument("--preset", choices=list(PRESETS), help="model and batch size [iron]")
     tune.add_argument("--dtype", choices=("auto", *DTYPES), help="dtype of the matmuls [auto]")
@@ -169,18 +170,21 @@ def _train_flags(train: Parser) -> None:
         "[war-and-peace; code python-packages; nano-code python-code]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
-    help = "a text to validate on, one as for --data [the last tenth of the text or of the files]"
+    help = (
+        "validation text, one as for --data but not - [the last tenth of a text; about a tenth of "
+        "the files, by a hash of their paths]"
+    )
     run.add_argument("--val", metavar="TEXT", help=help)
-    help = "files to read from a folder of --data, such as '*.js'; can be repeated ['*.py']"
+    help = "glob pattern of files to read from a folder, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")
     help = "tokens of a BPE vocabulary, rounded up to a multiple of 64 "
-    help += "[4096; 8192 above 30 MB; best 1024]"
+    help += "[best 1024; code and nano-code 4096; others 4096, and 8192 from 30 MB of text on]"
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET]"
     folder.add_argument("--out", metavar="RUN", type=user_path, help=help)
-    help = "folder of a run to continue, bit for bit, from its last checkpoint"
+    help = "folder of a run to continue from its last checkpoint, with bit-identical results"
     folder.add_argument("--resume", metavar="RUN", type=user_path, help=help)
     for config in (GPTConfig, TrainConfig):
         for f in fields(config):
@@ -190,14 +194,14 @@ def _train_flags(train: Parser) -> None:
     help = "also write the metrics and samples as TensorBoard's event files, into the run's folder"
     run.add_argument("--tensorboard", action="store_true", help=help)
     machine.add_argument("--fused", **FUSED)
-    help = "launch the kernels one by one, not as a CUDA graph: the same results, slower"
+    help = "launch the kernels one by one instead of as a CUDA graph: slower, the same results"
     machine.add_argument("--no-graph", action="store_false", dest="graph", help=help)
 
 
 def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
     help = f"text encoding of {what}, such as cp1252 [UTF-8, or UTF-16/32 with a byte order mark]"
     parser.add_argument("--encoding", metavar="NAME", help=help)
-    help = f"bytes of {what} that cannot be decoded end with an error, or become U+FFFD [strict]"
+    help = f"bytes of {what} that cannot be decoded: strict, an error; replace, U+FFFD [strict]"
     parser.add_argument("--errors", choices=ERRORS, help=help)
 
 
@@ -236,9 +240,9 @@ def _export_flags(export: Parser) -> None:
 def _show_flags(show: Parser) -> None:
     show.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     text = show.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="T", help="text to show [the newest sample of the run]")
+    text.add_argument("--text", metavar="TEXT", help="text to show [the newest sample of the run]")
     help = "file with the text, or - for standard input"
-    text.add_argument("--file", metavar="F", help=help)
+    text.add_argument("--file", metavar="FILE", help=help)
     _text_flags(show, "--file")
     show.add_argument("--out", metavar="PAGE", type=Path, help="file to write [RUN/show.html]")
     _checkpoint_flag(show)
@@ -319,7 +323,7 @@ def show_command(flags: Flags) -> int:
     from irongpt.interchange.show import newest_sample, show
 
     checkpoint, run = _checkpoint(flags), flags["run"]
-    read = _reader(flags, "--file F")
+    read = _reader(flags, "--file FILE")
     text = read() if read else flags["text"] if "text" in flags else newest_sample(run)
     out = flags.get("out", run / "show.html")
     print(show(run, text, out, checkpoint, flags.get("device", "auto")))

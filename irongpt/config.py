@@ -99,18 +99,18 @@ class TrainConfig:
         "shape of the learning rate after the warmup",
         choices=("constant", "linear", "cosine"),
     )
-    weight_decay: float = option("recipe", "weight decay of matrices; norms and biases have none")
+    weight_decay: float = option("recipe", "weight decay of matrices, not of norms and biases")
     eval_every: int = option("run", "steps between evaluations; each saves a checkpoint")
     optimizer: str = option(
         "recipe", "muon: Muon in the blocks, AdamW elsewhere", "adamw", OPTIMIZERS
     )
     grad_accum: int = option(
-        "recipe", "forward and backward passes per step, whose gradients are averaged", 1
+        "recipe", "forward and backward passes per step; their gradients are averaged", 1
     )
     shards: int = option(
         "recipe",
-        "parts that the batch of a step is split into, one or more for each GPU; any number of "
-        "GPUs that divides it computes the same bits; torchrun's default: one part per process",
+        "number of shards that the batch of a step is split into; every number of GPUs that "
+        "divides it computes bit-identical weights; with torchrun by default one per process",
         1,
     )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
@@ -142,9 +142,9 @@ class TrainConfig:
     beta2: float = 0.999
     momentum: float = 0.95  # of Muon
     grad_clip: float = 1.0
-    eval_windows: int = 1 << 30  # all of them
+    eval_windows: int = 1 << 30  # validation sequences per evaluation; by default all
     log_every: int = 10
-    sample_tokens: int = option("run", "tokens of the sample at each evaluation; 0: no sample", 200)
+    sample_tokens: int = option("run", "tokens to generate at each evaluation; 0: none", 200)
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "eval_windows", "shards"):
@@ -178,7 +178,7 @@ class DataConfig:
     include: tuple[str, ...] = ()
     encoding: str | None = None
     errors: str = "strict"
-    val: str | None = None  # the validation text, as one of sources; None: a tenth of them
+    val: str | None = None  # the validation text, given like one of sources; None: a tenth of them
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class SampleConfig:
 
     tokens: int = option("sampling", "number of tokens to generate", 1000)
     temperature: float = option("sampling", "divides the logits; 0 is greedy decoding", 0.8)
-    samples: int = option("sampling", "number of texts, in one batch, separated by ---", 1)
+    samples: int = option("sampling", "sequences to generate, in one batch, with --- between", 1)
     top_k: int | None = option("sampling", "sample only from the N most probable tokens", None)
     top_p: float | None = option(
         "sampling",
@@ -210,8 +210,8 @@ class SampleConfig:
 class Preset:
     """Values for a GPTConfig and a TrainConfig; the vocabulary comes from the corpus.
 
-    data: the default corpora. epochs: with BPE, `iters` stays below so many, since BPE makes a
-    corpus shorter.
+    data: the default corpora. epochs: with BPE, the limit of a run, because BPE makes a corpus
+    shorter.
     """
 
     summary: str
@@ -227,7 +227,7 @@ MANY_STEPS: dict[str, Any] = dict(
     iters=5000, batch_size=64, lr=3e-4, warmup=0, decay="constant", weight_decay=0.01,
     eval_every=500,
 )  # fmt: skip
-FEW_STEPS: dict[str, Any] = dict(  # a recipe for an epoch or less
+FEW_STEPS: dict[str, Any] = dict(
     batch_size=16, lr=6e-3, warmup=20, decay="linear", weight_decay=0.1, eval_every=100,
     optimizer="muon", beta2=0.99,
 )  # fmt: skip
@@ -239,12 +239,12 @@ PRESETS = {
         train=MANY_STEPS,
     ),
     "fast": Preset(  # it sees less than an epoch, so it cannot overfit and needs no dropout
-        "the same model and 2.5 M training tokens, for a GPU",
+        "iron's model and 2.5 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.0),
         train=dict(iters=600, **FEW_STEPS),
     ),
     "best": Preset(  # nine epochs of a book: dropout and decay limit overfitting
-        "iron's model by BPE, lowest loss from 10 M training tokens, for a GPU",
+        "iron's model with BPE, the lowest loss after 10 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.1),
         train=FEW_STEPS
         | dict(iters=2441, lr=4e-3, weight_decay=0.3, eval_every=250, tokenizer="bpe"),
@@ -256,7 +256,7 @@ PRESETS = {
         train=dict(iters=1700, eval_windows=512, **FEW_STEPS),
     ),
     "code": Preset(
-        "iron's model with context 512, for Python code by BPE, for a GPU",
+        "iron's model with context 512 and BPE, for Python code, for a GPU",
         model=IRON | dict(context=512, dropout=0.0),
         train=FEW_STEPS | dict(iters=5000, eval_every=250, tokenizer="bpe", patience=6),
         data=("python-packages",),
@@ -264,7 +264,7 @@ PRESETS = {
         vocab_size=4096,
     ),
     "nano-code": Preset(
-        "1.3 M parameters, for Python code by BPE, minutes on a CPU",
+        "1.3 M parameters with BPE, for Python code, minutes on a CPU",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=128, dropout=0.0),
         train=FEW_STEPS
         | dict(
@@ -301,7 +301,7 @@ def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:
 def from_json(cls: type[Config], values: Any) -> Config:
     """Inverse of `to_json`. Raises UserError on a missing or unknown field or a wrong type.
 
-    A field that is younger than the first runs may be missing: it then has its default.
+    A field in ADDED_LATER may be missing, as in older runs: it then has its default.
     """
     known = {f.name: f for f in fields(cls)}
     if not isinstance(values, dict):
