@@ -58,7 +58,7 @@ def doctor(device: str = "auto", json_file: Path | None = None) -> int:
 
 
 def _doctor(world: World, name: str, json_file: Path | None) -> int:
-    """Several processes measure whether they pay; where there are several GPUs, torchrun does."""
+    """Under torchrun the processes measure their speedup, else a child torchrun of several GPUs."""
     unseen = name == "auto" and devices.unseen_gpu()
     device = devices.pick("cpu" if unseen else name)
     world.check_device(device)

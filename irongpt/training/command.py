@@ -1,4 +1,4 @@
-"""`irongpt train`: a training from its flags to its last line, in one process or in several."""
+"""`irongpt train`: runs a training in one process or in several, and prints its outcome."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from irongpt.training.distributed import World, together
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.start import new_run, resumed_run
 
-PLACES = ("data", "out", "resume", "device")  # flags that may differ between machines
+LOCAL_FLAGS = ("data", "out", "resume", "device")  # may differ between the processes
 
 
 def train(flags: Flags, start: float) -> int:
@@ -26,7 +26,7 @@ def _train(flags: Flags, start: float, world: World) -> int:
             "version of irongpt": __version__,
             "version of torch": torch.__version__,
             "command": "--resume" if "resume" in flags else "a new run",
-            **{flag(name): value for name, value in flags.items() if name not in PLACES},
+            **{flag(name): value for name, value in flags.items() if name not in LOCAL_FLAGS},
         }
     )
     # torchrun's processes may be waiting for each other, where no exception reaches them.

@@ -85,7 +85,7 @@ class TrainingLoop:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint's state, which `check_state` has accepted."""
-        state = {"not_better": 0, **state}  # runs from before it was counted
+        state = {"not_better": 0, **state}  # checkpoints of older versions lack this count
         for name in STATE:
             setattr(self, name, state[name])
         self.seconds_before = state["seconds"]
@@ -112,7 +112,7 @@ class TrainingLoop:
         return patience is not None and self.not_better >= patience
 
     def finished(self) -> bool:
-        """Whether the last step is evaluated, the target loss reached, or the patience over."""
+        """Whether the last step was evaluated, or the target loss or `patience` was reached."""
         trainer = self.trainer
         done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
         return done or self.reached_target() or self.out_of_patience()
@@ -122,15 +122,15 @@ class TrainingLoop:
         if self.reached_target():
             ended = "target loss reached"
         elif self.out_of_patience():
-            ended = f"no better for {self.trainer.config.patience} evaluations: stopped"
+            ended = f"no improvement in {self.trainer.config.patience} evaluations: stopped"
         best = "no validation loss was finite"
         if self.best_val is not None:
             best = f"best validation loss {self.best_val:.4f} at step {self.best_step:,}"
         return f"{ended} at step {self.trainer.step:,}: {best}"
 
     def fit(self) -> int | None:
-        """Trains until the last step, the target loss, the end of the patience, or a signal, whose
-        number it returns.
+        """Trains until the last step, the target loss, `patience` evaluations without improvement,
+        or a signal, whose number it returns.
 
         Raises DivergenceError if the gradients stay non-finite, and UserError if a file cannot be
         written; the last good checkpoint stays.
@@ -205,7 +205,7 @@ class TrainingLoop:
     def _record(self, progress: Progress, **evaluation: Any) -> Record:
         """Adds a line to the metrics that covers the steps since the previous line.
 
-        A resumed run that evaluates a step which already has a line covers no step.
+        If a resumed run evaluates a step that already has a line, the new line covers no steps.
         """
         trainer, config = self.trainer, self.trainer.config
         if self.bad_steps >= MAX_BAD_STEPS:
@@ -240,9 +240,12 @@ class TrainingLoop:
         return record
 
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates, saves, samples, records and saves again what the record changes; does nothing
-        if a signal stops the evaluation. The sample uses the GPU in other ways than the training:
-        whatever it breaks, the first checkpoint is there, and a resumed run evaluates again."""
+        """Evaluates, saves a checkpoint, generates a sample, and saves again with the new record.
+
+        The first save is for a sample that ends the process, since it uses the GPU in another way
+        than training: a resumed run then repeats the evaluation. Does nothing if a signal
+        interrupts the evaluation.
+        """
         trainer, run = self.trainer, self.run
         with self.clock("evaluation"):
             val_loss = trainer.evaluate(lambda: interrupt.signal is None)
@@ -264,7 +267,7 @@ class TrainingLoop:
         if improved:
             self.best_val, self.best_step = val_loss, trainer.step
         with self.clock("saving"):
-            if improved:  # before `last`: a run killed in between repeats this step, bit for bit
+            if improved:  # before `last`: a run that is killed in between repeats the evaluation
                 self.save(run.best)
             if finite:
                 self.save(run.last)

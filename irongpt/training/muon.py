@@ -13,7 +13,7 @@ from torch import Tensor
 
 from irongpt.training.distributed import World
 
-SHARED_FROM = 512  # rows and columns from which on GPUs share the iteration, computed for a T4
+SHARE_FROM_SIDE = 512  # rows and columns from which on GPUs share the iteration; computed for a T4
 STEPS = (3, 2)  # of the iteration; each group starts from a new Gram matrix
 RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
 
@@ -72,13 +72,13 @@ class Muon:
             )
 
     def _updates(self, directions: list[Tensor]) -> list[Tensor]:
-        """`orthogonal`, by shard: part s of every group is a batch of its own.
+        """Applies `orthogonal` to each shard's part of every group.
 
-        The processes share the parts where that pays, else each computes all. Whether it pays does
-        not depend on the world, so its size changes no bit.
+        If sharing is worth it, each process computes some parts and the results are gathered; else
+        each computes all. This decision, and so the bits, do not depend on the number of processes.
         """
         S = self.shards
-        if S == 1 or not directions or not self._pays(directions):
+        if S == 1 or not directions or not self._worth_sharing(directions):
             return orthogonal(directions)
         cuts = [[len(d) * s // S for s in range(S + 1)] for d in directions]
         parts = [
@@ -108,18 +108,18 @@ class Muon:
             ]
         return [torch.cat(group) for group in zip(*found, strict=True)]
 
-    def _pays(self, directions: list[Tensor]) -> bool:
-        """Whether sharing the iteration pays: its work per byte to exchange grows with the smaller
-        side of the matrices (docs/LOG.md)."""
+    def _worth_sharing(self, directions: list[Tensor]) -> bool:
+        """Whether sharing the iteration saves time: its FLOPs per byte that is exchanged grow with
+        the smaller side of the matrices (docs/LOG.md)."""
         side = min(min(d.shape[1:]) for d in directions)
-        return directions[0].device.type != "cuda" or side >= SHARED_FROM
+        return directions[0].device.type != "cuda" or side >= SHARE_FROM_SIDE
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The iteration's dtype where a training step's matmuls have `dtype`.
 
-    On a GPU it is float16 in place of bfloat16, which is as fast: errors are 0.4 to 2.5 %, while
-    the usual form has 1.3 to 20 % in bfloat16 (docs/LOG.md). No value nears float16's limit.
+    On a GPU float16 replaces bfloat16: it is as fast, and its errors are 0.4 to 2.5 %, against 1.3
+    to 20 % of the usual form in bfloat16 (docs/LOG.md). All values are far below float16's maximum.
     """
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 

@@ -22,8 +22,8 @@ from irongpt.training.shards import Shards
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of step `step`, counted from 0: linear warmup to lr, then decay to min_lr.
 
-    It is lr / warmup at the first step and lr at step `warmup`. It would be min_lr at step `iters`,
-    which is not taken.
+    It is lr / warmup at the first step and lr at step `warmup`. It would reach min_lr at step
+    `iters`, one after the last.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -133,7 +133,7 @@ class Optimizer:
     def step(self, shards: Shards | None = None, summands: Tensor | None = None) -> Tensor:
         """Updates the weights from the gradients of scale * loss, clipped to a global norm.
 
-        shards, summands: where a step has shards, its gradients are the sum of `summands`.
+        summands: of a step with shards, (count, n) gradients to sum, in the layout of `shards`.
         A step whose gradients are not finite changes neither parameters nor moments. Returns the
         norm of the unscaled gradients before clipping, 0-d.
         """

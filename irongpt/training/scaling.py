@@ -1,8 +1,8 @@
-"""Whether several GPUs pay here: a training step on one and on all of them, and the exchange.
+"""The times of a training step on one GPU and on all of them, and of the gradients' exchange.
 
     torchrun --nproc-per-node 2 -m irongpt doctor
 
-`measure` times them in the processes of torchrun, a few steps each in turn, so that a warm GPU or
+`measure` times them in the processes of torchrun, interleaved by a few steps, so that a warm GPU or
 another program slows all alike. `by_torchrun` starts these processes.
 """
 
@@ -29,7 +29,7 @@ from irongpt.model import GPT
 from irongpt.training.distributed import World
 from irongpt.training.trainer import Trainer
 
-PAYS = 1.25  # several pay from this many times the speed of one
+MIN_SPEEDUP = 1.25  # from which several GPUs are recommended
 LIMIT = 50.0  # seconds, in which the kernels may have to be compiled
 ROUNDS = 5
 TOKENS = 100_000  # random ones, because a step's time does not depend on the text
@@ -37,7 +37,7 @@ TOKENS = 100_000  # random ones, because a step's time does not depend on the te
 
 @dataclass
 class Scaling:
-    """Times in seconds, one for each round. bytes: that a process receives in an exchange."""
+    """Seconds per step, one time for each round. bytes: that a process receives in an exchange."""
 
     preset: str
     dtype: str
@@ -54,29 +54,29 @@ class Scaling:
         return statistics.median(self.one) / statistics.median(self.all)
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         one, every, exchange = (
             f"{statistics.median(times) * 1e3:.1f} ms"
             for times in (self.one, self.all, self.exchange)
         )
         many = f"{self.count} {self.kind}{'s' if self.kind == 'GPU' else 'es'}"
         return (
-            f"{many} {'pay' if self.speedup >= PAYS else 'do not pay'} here: a step of "
+            f"{many} are {'' if self.speedup >= MIN_SPEEDUP else 'not '}worth using: a step of "
             f"{self.preset} takes {one} on one and {every} on all, {self.speedup:.2f} times as "
             f"fast; the exchange of {self.bytes / 1e6:.1f} MB takes {exchange}"
         )
 
 
 def measure(world: World, device: torch.device, preset: str) -> Scaling:
-    """The times of the first process; the others have none of `one`. On a CPU the one process gets
-    the threads of all."""
+    """Returns the times of this process. Only process 0 has times of `one`, for which on a CPU it
+    gets the threads of all."""
     dtype = devices.precision("auto", device).dtype
     steps = 10 if device.type == "cuda" else 3
     model = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
     name = "fused" if device.type == "cuda" else "builtin"
     try:
         module = ops.load(name, device, model)
-    except UserError:  # why is among the other facts of `irongpt doctor`
+    except UserError:  # `irongpt doctor` shows the reason among its other facts
         name = "builtin"
         module = ops.load(name, device, model)
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +125,7 @@ def _seconds(call: Callable[[], object], count: int, device: torch.device) -> fl
 
 
 def by_torchrun(count: int, limit: float = LIMIT) -> str:
-    """The sentence about the GPUs of this machine, or why there is none. limit: seconds."""
+    """The result for the GPUs of this machine, or the reason why there is none. limit: seconds."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "doctor.json")
@@ -137,7 +137,7 @@ def by_torchrun(count: int, limit: float = LIMIT) -> str:
         except (subprocess.TimeoutExpired, OSError, ValueError, KeyError, TypeError):
             return (
                 f"{count} GPUs, not measured in {limit:.0f} s: "
-                f"torchrun --nproc-per-node {count} -m irongpt doctor does, or says why not"
+                f"torchrun --nproc-per-node {count} -m irongpt doctor does, or prints why not"
             )
         finally:
             child.terminate()  # torchrun ends its processes

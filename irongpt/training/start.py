@@ -48,8 +48,8 @@ from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop, check_state
 from irongpt.training.trainer import Trainer
 
-DATA_FLAGS = ("data", "val", "include", "encoding", "errors")  # another text for a resumed run
-# A resumed run may change these too: its checkpoint fits any value of them.
+DATA_FLAGS = ("data", "val", "include", "encoding", "errors")  # give a resumed run another text
+# A resumed run may change these too, because its checkpoint does not depend on them.
 CHANGEABLE = (
     "iters",
     "eval_every",
@@ -100,7 +100,7 @@ def new_setup(flags: Flags) -> Setup:
 def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
     """The run's own values, with the changes that a resumed run may make. Raises UserError.
 
-    first: whether it is imported and has taken no step, so that none depends on the recipe.
+    first: whether the run was imported and not trained yet, so that its recipe may still change.
     """
     config = run.config
     stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
@@ -289,14 +289,14 @@ def _training(
     )
     if epochs > MANY_EPOCHS:
         say(
-            f"warning   the model sees the text {epochs:.0f} times and may learn it by heart; "
-            "best/ keeps the lowest validation loss"
+            f"warning   the model sees the text {epochs:.0f} times and may overfit; "
+            "best/ keeps the checkpoint with the lowest validation loss"
         )
     return TrainingLoop(run, trainer, tokenizer, peak, clock)
 
 
 def _check_world(world: World, setup: Setup) -> None:
-    """Raises UserError unless these processes can train it together."""
+    """Raises UserError unless these processes can train together."""
     world.check_device(setup.device)
     shards = setup.train.shards
     check(

@@ -17,7 +17,7 @@ from irongpt.training import optimizer
 from irongpt.training.distributed import World
 from irongpt.training.shards import Shards
 
-MANY_IDS = 1 << 27  # a GB as int64
+INT32_FROM = 1 << 27  # ids, which would take a gigabyte in int64
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
 
 
@@ -88,7 +88,7 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One step of the optimizer. Returns (loss, gradient norm, loss scale), on the device.
 
-        With shards a fourth number follows: of a signal that a process has received, or 0.
+        With shards a fourth number follows: a signal that some process has received, or 0.
         """
         self._fill_inputs()
         row = self.run_step()
@@ -152,7 +152,7 @@ class Trainer:
             return self.model.loss(x, y, seed=self.seeds[i], loss_scale=scale)
 
     def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
-        """Mean loss of some validation sequences, without an effect on the training.
+        """Mean loss of `eval_windows` validation sequences. The training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process.
         """
@@ -190,15 +190,15 @@ class Trainer:
         if stops:
             return None
         total = 0.0
-        for value in values:  # in window order, whichever process computed them
+        for value in values:  # in the order of the batches, whichever process computed them
             total += value
         return total / sum(counts)
 
     def _on_device(self, ids: Tensor) -> Tensor:
-        """16-bit ids stay so on a CPU. A GPU gets int64, or int32 if there are many."""
+        """The ids on the device. On a CPU they stay 16-bit; a GPU gets int64, or int32 if many."""
         if self.device.type == "cpu":
             return ids
-        return ids.to(self.device, torch.int64 if ids.numel() < MANY_IDS else torch.int32)
+        return ids.to(self.device, torch.int64 if ids.numel() < INT32_FROM else torch.int32)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's moments, the loss scale and the global generators' states."""
@@ -228,7 +228,7 @@ class Trainer:
         self.separate_generators()
 
     def separate_generators(self) -> None:
-        """Gives each process but the first random numbers of its own, for builtin's dropout."""
+        """Seeds the global generator differently in each process, for builtin's dropout."""
         if self.world.rank:
             numbers = [self.config.seed, self.step, self.world.rank]
             torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

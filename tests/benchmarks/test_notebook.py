@@ -166,7 +166,11 @@ def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("said", "trained"),
-    [("2 GPUs pay here: x", "several"), ("2 GPUs do not pay here: x", "one"), ("2 GPUs", "one")],
+    [
+        ("2 GPUs are worth using: x", "several"),
+        ("2 GPUs are not worth using: x", "one"),
+        ("2 GPUs", "one"),
+    ],
 )
 def test_iron_uses_two_gpus_only_if_they_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, trained: str

@@ -88,7 +88,7 @@ def compute(rank: int, folder: Path) -> None:
         names = [name for name in CASES if "fused" not in name]
         found = {"gathered": results(world, CASES)}
         found["overflow"] = train("eager adamw float16", world, Bad)
-        with patch.object(Muon, "_pays", lambda *_: False):
+        with patch.object(Muon, "_worth_sharing", lambda *_: False):
             found["replicated"] = results(world, [name for name in names if "builtin muon" in name])
         for facts in (
             {"text": "ab"[rank]},
@@ -150,8 +150,8 @@ def test_gradients_that_are_added_by_parts_have_the_same_bits(case: str, alone, 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "builtin muon" in name])
 def test_muons_iteration_has_the_same_bits_shared_or_not(case: str, alone, two) -> None:
-    """On a CPU the processes share it; where that does not pay, all compute all."""
-    with patch.object(Muon, "_pays", lambda *_: False):
+    """On a CPU the processes share it; where that saves no time, each computes all."""
+    with patch.object(Muon, "_worth_sharing", lambda *_: False):
         wanted = train(case, None)
     for found in two:
         assert_same(found["replicated"][case], wanted)

@@ -1,4 +1,4 @@
-"""Whether several GPUs pay: the sentence, its measurement in two processes, and its readers."""
+"""The speedup by several GPUs: the sentence, its measurement in two processes, and its readers."""
 
 import json
 import os
@@ -27,9 +27,17 @@ FOUND = Scaling("iron", "float16", "fused", "GPU", 2, 21_600_000)
 @pytest.mark.parametrize(
     ("every", "start", "end"),
     [
-        (0.040, "2 GPUs pay here: a step of iron takes 70.0 ms on one and 40.0 ms on all", "1.75"),
-        (0.056, "2 GPUs pay here: ", "1.25 times as fast; the exchange of 21.6 MB takes 6.0 ms"),
-        (0.057, "2 GPUs do not pay here: ", "1.23 times as fast; "),
+        (
+            0.040,
+            "2 GPUs are worth using: a step of iron takes 70.0 ms on one and 40.0 ms on all",
+            "1.75",
+        ),
+        (
+            0.056,
+            "2 GPUs are worth using: ",
+            "1.25 times as fast; the exchange of 21.6 MB takes 6.0 ms",
+        ),
+        (0.057, "2 GPUs are not worth using: ", "1.23 times as fast; "),
     ],
 )
 def test_the_sentence_says_whether_several_pay(every: float, start: str, end: str) -> None:
@@ -93,9 +101,9 @@ def test_a_machine_with_two_gpus_is_measured_by_torchrun(
 ) -> None:
     fake_gpu(monkeypatch, count=2)
     monkeypatch.setattr(doctor, "examine", lambda device: doctor.Report())
-    child.writes = {"facts": {"scaling": "2 GPUs pay here: as planted"}}
+    child.writes = {"facts": {"scaling": "2 GPUs are worth using: as planted"}}
     done = cli("doctor")
-    assert done.out == "scaling   2 GPUs pay here: as planted\n"
+    assert done.out == "scaling   2 GPUs are worth using: as planted\n"
     assert done.err.count("\n") == 1
     words = " ".join(child.last.words[1:])
     start = "-m torch.distributed.run --standalone --nproc-per-node 2 -m irongpt doctor --json "

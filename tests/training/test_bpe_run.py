@@ -174,7 +174,7 @@ def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
 def test_patience_ends_a_run_that_does_not_get_better(cli: Cli, code: Path):
     flags = ["--iters", 500, "--lr", 0.3, "--patience", 2, "--out", "new"]
     out = cli("train", *BPE, "--data", "code", *flags).out
-    assert "no better for 2 evaluations: stopped at step" in out
+    assert "no improvement in 2 evaluations: stopped at step" in out
     run = records(code / "new")
     losses = [r["val_loss"] for r in run if r["val_loss"]]
     assert losses.index(min(losses)) == len(losses) - 3
