@@ -58,7 +58,7 @@ def doctor(device: str = "auto", json_file: Path | None = None) -> int:
 
 
 def _doctor(world: World, name: str, json_file: Path | None) -> int:
-    """Under torchrun the processes measure their speedup, else a child torchrun of several GPUs."""
+    """With several GPUs it also measures the speedup: under torchrun itself, else by a child."""
     unseen = name == "auto" and devices.unseen_gpu()
     device = devices.pick("cpu" if unseen else name)
     world.check_device(device)

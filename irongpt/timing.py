@@ -1,12 +1,12 @@
 """Seconds per call of several functions, measured so that they can be compared.
 
-On a GPU the calls of a provider are captured in a CUDA graph (`Replay`), and CUDA events time
-replays of it, so the device's work is measured and not Python's. The device waits a little before
-them, so that all of them are queued when the first one begins. Each call of a graph takes another
-copy of its inputs and writes other outputs. Together the copies do not fit in the L2 cache, since a
-training step finds its inputs cold too; inputs of some kilobytes stay in the cache nevertheless,
-see `cold`. A call that cannot be captured is timed by events around plain calls, and its result
-has the reason.
+On a GPU the calls of a provider (one implementation of an op) are captured in a CUDA graph
+(`Replay`), and CUDA events time replays of it, so the device's work is measured and not Python's.
+The device waits a little before them, so that all of them are queued when the first one begins.
+Each call of a graph uses a different copy of its inputs and outputs. Together the copies exceed the
+L2 cache, because in a training step the inputs are not in the cache either; inputs of a few
+kilobytes are too small for that, see `cold`. A call that cannot be captured is timed by events
+around plain calls, and its result has the reason.
 
 Samples of the providers are interleaved in an order that rotates: a GPU that gets hot or another
 process on the same CPU slows all of them alike. Providers that do not fit in memory together are
@@ -29,13 +29,13 @@ from irongpt.errors import one_line
 CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
 SAMPLE = 5e-3  # the same on a GPU, unless that is too many calls
 GRAPH = 1e-3  # seconds of a graph: the gap between two of them is a thousandth of it
-CALLS = 200  # in a graph or a sample of plain calls at most, except for the copies of the inputs
-REPEATS = 64  # of a graph in a sample, at most
-AHEAD = 2_000_000  # clocks that the device waits, about a millisecond: by then the host is ahead
-COLD = 2  # all copies of the inputs together have this many times the size of the L2 cache
-COPIES = 1024  # of the inputs at most: a graph holds a call of each
-FEW = 16  # copies of inputs that stay in the cache in any case
-WARM = 3
+MAX_CALLS = 200  # in a graph or a sample of plain calls, unless there are more copies of the inputs
+MAX_REPLAYS = 64  # of a graph in a sample
+HEAD_START_CLOCKS = 2_000_000  # that the device waits, about a millisecond, while the host queues
+L2_MULTIPLE = 2  # size of all copies of the inputs together, in L2 caches
+MAX_COPIES = 1024  # of the inputs: a graph holds a call of each
+SMALL_INPUT_COPIES = 16  # of inputs that are too small to exceed the L2 cache
+WARMUP_CALLS = 3
 
 Call = Callable[[int], object]  # of copy i of the inputs
 Sampler = Callable[[], float]  # seconds per call
@@ -43,11 +43,11 @@ Sampler = Callable[[], float]  # seconds per call
 
 @dataclass(frozen=True)
 class Work:
-    """A function to be timed. call(i) uses copy i of the inputs. If first(i) is given, it is not
-    timed, and call(result of first(i), i) is. around: a context for many calls together.
+    """A function to be timed. call(i) uses copy i of the inputs. around: a context for all calls.
 
-    In a graph `first` is captured too: outside of a graph PyTorch's attention keeps the state of
-    its dropout on the host, where a backward inside of a graph cannot reach it.
+    first: an untimed part, such as the forward before a backward; then call(first(i), i) is timed.
+    In a graph `first` is captured too, because PyTorch's attention otherwise keeps the dropout
+    state on the host, which a captured backward cannot use.
     """
 
     call: Callable[..., object]
@@ -63,7 +63,7 @@ class Work:
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory that no tensor uses."""
+    """Frees the memory that no tensor uses."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -113,19 +113,19 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def copies(used_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs it takes so that a call, which uses so many bytes of them, does
-    not find its copy in the L2 cache; FEW if not even COPIES are enough."""
+    """How many copies of the inputs are needed so that a call finds none in the L2 cache;
+    SMALL_INPUT_COPIES if not even MAX_COPIES are enough. used_bytes: of the inputs, by one call."""
     if device.type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    if COPIES * used_bytes <= l2:
-        return FEW
-    return min(COPIES, max(2, -(-COLD * l2 // used_bytes)))
+    if MAX_COPIES * used_bytes <= l2:
+        return SMALL_INPUT_COPIES
+    return min(MAX_COPIES, max(2, -(-L2_MULTIPLE * l2 // used_bytes)))
 
 
 def cold(used_bytes: int, device: torch.device) -> bool | None:
-    """Whether that many bytes, of all copies, exceed the L2 cache, so that a call does not find its
-    inputs there. Unknown on a CPU: None."""
+    """Whether a call does not find its inputs in the L2 cache, because all copies exceed it. None,
+    unknown, on a CPU. used_bytes: of all copies."""
     if device.type != "cuda":
         return None
     return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
@@ -148,7 +148,7 @@ def measure(
                 try:
                     with works[name].around():
                         timing.samples.append(sampler())
-                except Exception as e:  # the others go on
+                except Exception as e:  # the others continue
                     results[name] = reason(e)
                     names.remove(name)
         results |= {name: replace(ready[name][1], group=group) for name in names}
@@ -188,15 +188,15 @@ def _together(
 
 
 def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timing]:
-    """Warms a call up. Returns its sampler and a timing without samples yet. Passes on what the
-    call raises."""
+    """Warms a call up. Returns its sampler and a timing without samples yet. Raises what the call
+    raises."""
     call = work.begin(sets)
 
     def warm() -> float:
         start = time.perf_counter()
-        for i in range(WARM):
+        for i in range(WARMUP_CALLS):
             call(i % sets)
-        return (time.perf_counter() - start) / WARM
+        return (time.perf_counter() - start) / WARMUP_CALLS
 
     warm()
     if device.type != "cuda":
@@ -222,7 +222,7 @@ class Wall:
 
     def __init__(self, call: Call, sets: int) -> None:
         self.call, self.sets, self.n = call, sets, 1
-        self.n = max(1, min(CALLS, round(CPU_SAMPLE / self.sample())))
+        self.n = max(1, min(MAX_CALLS, round(CPU_SAMPLE / self.sample())))
 
     def sample(self) -> float:
         start = time.perf_counter()
@@ -262,7 +262,7 @@ class Replay:
         n = _calls(GRAPH, self.sample(), sets)
         if n > sets:
             self._capture(call, sets, n)
-        self.repeats = max(1, min(REPEATS, round(SAMPLE / (self.sample() * self.n))))
+        self.repeats = max(1, min(MAX_REPLAYS, round(SAMPLE / (self.sample() * self.n))))
 
     def _capture(self, call: Call, sets: int, n: int) -> None:
         self.n, self.graph = n, torch.cuda.CUDAGraph()
@@ -282,9 +282,9 @@ class Replay:
 
 
 def _calls(seconds: float, of_one: float, sets: int) -> int:
-    """How many calls, a multiple of `sets`, take so long; bounded."""
+    """How many calls, a multiple of `sets`, take `seconds`; bounded."""
     passes = round(seconds / max(1e-9, of_one * sets))
-    return sets * max(1, min(CALLS // sets, passes))
+    return sets * max(1, min(MAX_CALLS // sets, passes))
 
 
 def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
@@ -309,7 +309,7 @@ def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
 def between(work: Callable[[], object]) -> float:
     """Seconds of device time. The device waits a little first, for the host to get ahead."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(AHEAD)
+    torch.cuda._sleep(HEAD_START_CLOCKS)
     start.record()
     work()
     end.record()

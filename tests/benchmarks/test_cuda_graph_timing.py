@@ -100,7 +100,7 @@ def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
     assert made.n * 1e-5 == pytest.approx(timing.GRAPH, rel=0.2)
     assert timing.Replay(work, 500).n == 500
     tiny = timing.Replay(timing.Work(lambda i: gpu.queue(1e-9)), 2)
-    assert (tiny.n, tiny.repeats) == (timing.CALLS, timing.REPEATS)
+    assert (tiny.n, tiny.repeats) == (timing.MAX_CALLS, timing.MAX_REPLAYS)
     assert timing.Replay(timing.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
 
 

@@ -73,11 +73,11 @@ def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) 
     small = 2048 * 104 * 2  # logits of 8 sequences: all copies together exceed the cache
     assert timing.copies(small, device) * small > 2 * (60 << 20)
     assert (
-        timing.copies(0, device) == timing.copies(1, device) == timing.FEW
+        timing.copies(0, device) == timing.copies(1, device) == timing.SMALL_INPUT_COPIES
     )  # no number of copies would exceed it
-    least = (60 << 20) // timing.COPIES
-    assert timing.copies(least, device) == timing.FEW
-    assert timing.copies(least + 1, device) == timing.COPIES  # slightly more than the cache
+    least = (60 << 20) // timing.MAX_COPIES
+    assert timing.copies(least, device) == timing.SMALL_INPUT_COPIES
+    assert timing.copies(least + 1, device) == timing.MAX_COPIES  # slightly more than the cache
     assert timing.copies(1, CPU) == 1
     assert timing.cold(timing.copies(small, device) * small, device)
     assert not timing.cold(timing.copies(500, device) * 500, device)
