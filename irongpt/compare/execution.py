@@ -12,11 +12,11 @@ ARCHS = ("sm_75", "sm_80", "sm_90")
 
 @contextmanager
 def execution(arch: str | None, device: str, candidate: str) -> Iterator[Faults | None]:
-    """Within, kernels run as compiled for `arch`, executed on the CPU. Without arch they run where
-    the device is; the interpreter's matmuls then have the same bits with any NumPy.
+    """In this context kernels are compiled for `arch` and executed on the CPU, and it yields a
+    function that lists the wrong memory accesses so far.
 
-    With arch it yields a function that lists the wrong memory accesses so far. Raises UserError for
-    flags that do not fit.
+    If arch is None they run on the device, or in Triton's interpreter with matmuls whose bits do
+    not depend on NumPy's BLAS. Raises UserError for flags that contradict each other.
     """
     if arch is None:
         with _one_order_of_sums():

@@ -19,9 +19,10 @@ from irongpt.training.trainer import Trainer
 
 LOSS_SCALE = 4096.0  # keeps small gradients in float16's range, and large ones too
 
-# Rounding makes the losses of two correct float32 trainings drift apart. For this many steps they
-# may differ by this much, relatively; later, and in 16 bits, the difference is only printed.
-JUDGED_STEPS, JUDGED_DIFFERENCE = 32, 2e-5
+# Because of rounding, the losses of two correct float32 trainings slowly diverge. In the first
+# CHECKED_STEPS their relative difference may be at most MAX_DIFFERENCE. Later, and in 16 bits, it
+# is only printed.
+CHECKED_STEPS, MAX_DIFFERENCE = 32, 2e-5
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Curve:
 
     def check(self) -> Check:
         differences = self.differences
-        judged = min(JUDGED_STEPS, len(differences))
+        checked = min(CHECKED_STEPS, len(differences))
         finite = all(d < float("inf") for d in differences)
-        near = self.dtype != "float32" or all(d <= JUDGED_DIFFERENCE for d in differences[:judged])
-        largest = max(differences[:judged]) if finite else float("nan")
+        near = self.dtype != "float32" or all(d <= MAX_DIFFERENCE for d in differences[:checked])
+        largest = max(differences[:checked]) if finite else float("nan")
         detail = (
-            f"losses differ from eager's by up to {largest:.1e} in the first {judged} steps, "
-            f"allowed {JUDGED_DIFFERENCE:.0e}"
+            f"losses differ from eager's by up to {largest:.1e} in the first {checked} steps, "
+            f"allowed {MAX_DIFFERENCE:.0e}"
         )
         return Check("model", "training", self.dtype, "loss curve", finite and near, detail)
 

@@ -6,8 +6,8 @@ A case is an op on inputs of one shape class:
     ragged     sizes that no tile divides
     strided    views: q, k and v of one packed projection, columns of a wider matrix; the upstream
                gradient has strides too
-    V=4,096    few rows of a large vocabulary, for the ops whose work grows with it, those of one
-               token too; V=50,304 likewise
+    V=4,096    few rows and a large vocabulary, for the ops whose cost depends on the vocabulary,
+    V=50,304   including those of a decoding step
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ class Case:
         return f"{name} {' x '.join(map(str, one.size))}"
 
     def inputs(self) -> dict[str, Input]:
-        """The tensors that are made, of which `views` takes the op's inputs."""
+        """The tensors to allocate. `views` makes the op's inputs from them."""
         found = self.spec.inputs(self.at)
         if self.shape != "strided":
             return found
@@ -105,7 +105,7 @@ class Case:
         }
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Every floating input in `dtype`, also where a training has float32."""
+        """Their values. All floats have `dtype`, also those that are float32 in training."""
         found = {}
         for i, (name, x) in enumerate(self.inputs().items()):
             if x.role != "integer":
@@ -162,8 +162,7 @@ def vocabulary_cases(at: RowShape) -> Iterator[Case]:
 def compare_case(
     case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, with_dropout: bool
 ) -> tuple[list[Row], list[Check]]:
-    """with_dropout: the candidate takes its masks from the seed. Ops with dropout are checked for
-    that."""
+    """with_dropout: whether the candidate's masks must be those that the seed determines."""
     inputs = case.values(dtype, device)
     baseline = case.run(eager, inputs)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
@@ -176,7 +175,7 @@ def compare_case(
     try:
         results, again = (case.run(candidate, inputs) for _ in range(2))
         wrong = _wrongly_dropped(case, candidate, inputs) if with_dropout else None
-    except Exception as e:  # a kernel that cannot run here is a finding among the others
+    except Exception as e:  # a kernel that fails to run is reported like a wrong result
         return [], [check("runs", False, one_line(e))]
     rows = [
         make_row(case.op, case.shape, case.sizes, name, t, results[t], baseline[t], oracle[t])
@@ -197,13 +196,20 @@ def compare_case(
 
 
 def make_row(
-    op: str, shape: str, sizes: str, dtype: str, tensor: str, x: Tensor, base: Tensor, want: Tensor
+    op: str,
+    shape: str,
+    sizes: str,
+    dtype: str,
+    tensor: str,
+    candidate: Tensor,
+    baseline: Tensor,
+    oracle: Tensor,
 ) -> Row:
-    """x: the candidate's, base: eager's, want: float64's."""
-    distance = (x.double() - want).abs().nan_to_num(nan=float("inf"))
-    index = [int(i) for i in torch.unravel_index(distance.argmax(), x.shape)]
-    values = (float(t[tuple(index)]) for t in (x, base, want))
-    errors = tolerance.errors(factor(tensor), x, base, want)
+    """The result of the candidate, of eager in the same dtype, and of eager in float64."""
+    distance = (candidate.double() - oracle).abs().nan_to_num(nan=float("inf"))
+    index = [int(i) for i in torch.unravel_index(distance.argmax(), candidate.shape)]
+    values = (float(t[tuple(index)]) for t in (candidate, baseline, oracle))
+    errors = tolerance.errors(factor(tensor), candidate, baseline, oracle)
     return Row(op, shape, sizes, dtype, tensor, errors, index, *values)
 
 

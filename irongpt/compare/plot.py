@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from irongpt.compare.model import JUDGED_DIFFERENCE, JUDGED_STEPS, Curve
+from irongpt.compare.model import CHECKED_STEPS, MAX_DIFFERENCE, Curve
 from irongpt.compare.ops import Row, factor
 
 COLORS = {"float32": "tab:blue", "float16": "tab:orange", "bfloat16": "tab:green"}
@@ -24,10 +24,12 @@ def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> byt
     _draw_ratios(figure.add_subplot(grid[:, 0]), rows, candidate)
     losses = figure.add_subplot(grid[0, 1])
     below = grid[1, 1].subgridspec(1, max(1, len(curves)))
-    apart: list[Axes] = []
+    difference_axes: list[Axes] = []
     for i in range(len(curves)):
-        apart.append(figure.add_subplot(below[0, i], sharey=apart[0] if apart else None))
-    _draw_curves(losses, apart, curves, candidate)
+        difference_axes.append(
+            figure.add_subplot(below[0, i], sharey=difference_axes[0] if difference_axes else None)
+        )
+    _draw_curves(losses, difference_axes, curves, candidate)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -72,30 +74,32 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
     axes.legend(names.values(), names.keys(), **place)
 
 
-def _draw_curves(losses: Axes, apart: list[Axes], curves: list[Curve], candidate: str) -> None:
+def _draw_curves(
+    losses: Axes, difference_axes: list[Axes], curves: list[Curve], candidate: str
+) -> None:
     """The losses of all dtypes together; the differences from eager in a panel per dtype, because
     only float32 has a tolerance."""
-    for c, axes in zip(curves, apart, strict=True):
+    for c, axes in zip(curves, difference_axes, strict=True):
         steps, color = range(1, len(c.eager) + 1), COLORS[c.dtype]
         losses.plot(steps, c.eager, color=color, alpha=0.35, linewidth=5, label=f"eager, {c.dtype}")
         losses.plot(steps, c.candidate, color=color, linewidth=1.2, label=f"{candidate}, {c.dtype}")
         axes.plot(steps, c.differences, color=color, marker=".", linewidth=1, label=c.dtype)
         if c.dtype == "float32":
-            end = min(JUDGED_STEPS, len(c.eager))
-            limit = [JUDGED_DIFFERENCE] * 2
+            end = min(CHECKED_STEPS, len(c.eager))
+            limit = [MAX_DIFFERENCE] * 2
             axes.plot([1, end], limit, color="black", linewidth=1, label="tolerance")
         axes.set_yscale("symlog", linthresh=1e-8)  # logarithmic with a zero: losses may be equal
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
-        axes.tick_params(labelleft=axes is apart[0])
+        axes.tick_params(labelleft=axes is difference_axes[0])
     losses.set_ylabel("training loss (nats per token)")
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if apart:
-        apart[0].set_ylabel("relative difference")
+    if difference_axes:
+        difference_axes[0].set_ylabel("relative difference")
         losses.legend(fontsize=8)
-    for axes in (losses, *apart):
+    for axes in (losses, *difference_axes):
         axes.grid(alpha=0.3)
-    for axes in apart:
+    for axes in difference_axes:
         axes.set_ylim(bottom=0)  # after all panels are plotted, since they share the axis
         axes.legend(fontsize=8)
 

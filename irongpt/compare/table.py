@@ -7,7 +7,7 @@ from collections import Counter
 
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 
-from irongpt.compare.model import JUDGED_STEPS, Curve
+from irongpt.compare.model import CHECKED_STEPS, Curve
 from irongpt.compare.ops import Check, Row
 
 WIDTH = 100  # columns
@@ -16,9 +16,10 @@ WIDTH = 100  # columns
 def heading(candidate: str) -> str:
     """Explains the columns and names them."""
     return (
-        "error: largest distance from float64; rms: root mean square; x: times eager's\n"
-        f"tolerance (tol.): {OUTPUTS} x eager's error for an output and {GRADIENTS} x for a "
-        "gradient, plus a rounding\n\n"
+        "error: largest difference from eager in float64; rms: root mean square difference\n"
+        "x: relative to the error of eager in the same dtype\n"
+        f"tolerance (tol.): {OUTPUTS} x eager's error for an output, {GRADIENTS} x for a gradient, "
+        "plus one rounding error\n\n"
         f"  {'':8} {'':28} {'':>8} {'':>8}  {'error':>6} {'rms':>6} {'% of':>6}\n"
         f"  {'dtype':8} {'tensor':28} {candidate:>8} {'eager':>8}  {'x':>6} {'x':>6} {'tol.':>6}"
         "  worst at"
@@ -50,12 +51,12 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
 
 def training(curve: Curve) -> str:
     """A training curve in one line."""
-    steps, judged = len(curve.eager), curve.differences[:JUDGED_STEPS]
+    steps, checked = len(curve.eager), curve.differences[:CHECKED_STEPS]
     mark = "" if curve.check().ok else "  FAIL"
     return (
         f"  {curve.dtype:8} trained {steps} steps, loss {curve.eager[0]:.3f} to "
-        f"{curve.eager[-1]:.3f}: apart {max(judged):.1e} in the first {len(judged)}, "
-        f"{max(curve.differences):.1e} in all{mark}"
+        f"{curve.eager[-1]:.3f}; relative difference {max(curve.differences):.1e} "
+        f"(first {len(checked)}: {max(checked):.1e}){mark}"
     )
 
 

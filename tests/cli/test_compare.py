@@ -21,7 +21,7 @@ from irongpt import ops
 from irongpt.compare import model, table
 from irongpt.compare.command import compare
 from irongpt.compare.execution import execution
-from irongpt.compare.model import JUDGED_STEPS, Curve
+from irongpt.compare.model import CHECKED_STEPS, Curve
 from irongpt.compare.ops import (
     SMALL,
     SMALL_ROWS,
@@ -411,12 +411,12 @@ def test_the_table_shows_the_block_nearest_to_its_tolerance():
     [
         ("float32", 3, 2.0, True),
         ("float32", 3, 2.0001, False),
-        ("float32", JUDGED_STEPS + 1, 2.0001, True),  # by now rounding has grown
+        ("float32", CHECKED_STEPS + 1, 2.0001, True),  # by now rounding has grown
         ("float16", 3, 2.0001, True),
         ("float16", 3, float("nan"), False),
-        ("float32", JUDGED_STEPS + 1, float("inf"), False),
+        ("float32", CHECKED_STEPS + 1, float("inf"), False),
     ],
 )
 def test_training_curves_have_to_agree_before_rounding_grows(dtype, step, loss, ok):
-    losses = [2.0] * (JUDGED_STEPS + 2)
+    losses = [2.0] * (CHECKED_STEPS + 2)
     assert Curve(dtype, [*losses[:step], loss, *losses[step + 1 :]], losses).check().ok is ok
