@@ -3,11 +3,11 @@
     model.safetensors       the weights, float32
     optimizer.safetensors   the optimizer's moments, loss scale, the states of the random generators
     tokenizer.json          the vocabulary
-    state.json              the state of the loop, the SHA-256 of the other files and of itself
+    state.json              the state of the loop, the SHA-256 of the other files and of its values
 
 A save writes a temporary folder next to the old one, flushes it to the disk, and swaps the two (see
-`_replace`). Nothing is ever unpickled. state.json is read first and verified; no other file is
-parsed before its digest is verified.
+`_replace`). Pickle is not used. state.json is read first and verified; no other file is parsed
+before its digest is verified.
 """
 
 import json

@@ -57,7 +57,7 @@ class RunFolder:
         self.made: list[Path] = []  # folders that did not exist, the deepest first
 
     def claim(self) -> None:
-        """Makes the folder if it does not exist, and takes its lock. `release` gives it back.
+        """Makes the folder if it does not exist, and takes its lock. `release` frees the lock.
 
         Raises UserError if it is not empty, cannot be written, or another process has it.
         """
@@ -185,7 +185,8 @@ class RunFolder:
             f.write(json.dumps(finite(record)) + "\n")
 
     def result(self, step: int) -> dict[str, Any] | None:
-        """The evaluation of `best` on all validation text, or None if `best` is not of `step`."""
+        """The saved evaluation of `best` on the entire validation text; None if it is of another
+        step."""
         path = self.path / "result.json"
         try:
             values = unsealed(read(path), path) if path.exists() else {}
@@ -212,16 +213,16 @@ class RunFolder:
         return records
 
 
-class Onlooker(RunFolder):
-    """The run's folder in a process that must not write to it, because process 0 does."""
+class ReadOnlyRunFolder(RunFolder):
+    """The run folder in the processes other than process 0, which alone writes to it."""
 
     def claim(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def create(
         self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
     ) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def resume(
         self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
@@ -229,10 +230,10 @@ class Onlooker(RunFolder):
         self.config = config
 
     def append(self, record: Record) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write_result(self, values: dict[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def default_path(name: str) -> Path:

@@ -36,7 +36,7 @@ from irongpt.runs import tensorboard
 from irongpt.runs.lock import Lock
 from irongpt.runs.run_folder import (
     IMPORTED,
-    Onlooker,
+    ReadOnlyRunFolder,
     RunConfig,
     RunFolder,
     check_run_is_new,
@@ -141,7 +141,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     config = RunConfig(setup.preset, DataConfig(()), "", setup.model, setup.train)
-    run = (Onlooker if world.rank else RunFolder)(flags.get("out") or Path("runs"), config)
+    run = (ReadOnlyRunFolder if world.rank else RunFolder)(flags.get("out") or Path("runs"), config)
     try:
         if "out" in flags:
             run.claim()
@@ -157,7 +157,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         if "out" in flags:
             run.config = config
         else:
-            run = (Onlooker if world.rank else RunFolder)(path, config)
+            run = (ReadOnlyRunFolder if world.rank else RunFolder)(path, config)
         training = _training(run, setup, text, tokenizer, tokens, clock, world)
         run.create(training.save, text.files)
     except BaseException:
@@ -173,7 +173,7 @@ def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = No
     """
     world, run = world or World(), open_run(path)
     if world.rank:
-        run = Onlooker(path, run.config)
+        run = ReadOnlyRunFolder(path, run.config)
     else:
         run.lock = Lock(path)
     try:
