@@ -59,7 +59,7 @@ def analysis(model: GPT, tokenizer: Tokenizer, text: str, documents: bool) -> di
         len(ids) <= MOST,
         f"the text has {len(ids):,} tokens, and a page shows at most {MOST:,}: give a part of it",
     )
-    bits, top, windows = surprises(model, [*before, *ids], len(before))
+    bits, top, windows = surprisals(model, [*before, *ids], len(before))
     n_bytes = sum(len(tokenizer.token_bytes[i]) for i in ids)
     summary = f"in {len(ids):,} tokens, {n_bytes:,} bytes"
     if windows > 1:
@@ -89,11 +89,11 @@ def analysis(model: GPT, tokenizer: Tokenizer, text: str, documents: bool) -> di
 
 
 @torch.inference_mode()
-def surprises(
+def surprisals(
     model: GPT, ids: Sequence[int], first: int
 ) -> tuple[list[float], list[list[tuple[int, float]]], int]:
-    """The bits of each id from `first` on, the likeliest ids with their probabilities in its place,
-    and the number of windows. first: at least 1."""
+    """Returns the surprisal in bits of each id from `first` on, the most probable ids at its
+    position with their probabilities, and the number of windows. first: at least 1."""
     context, device = model.config.context, model.wte.weight.device
     bits: list[float] = []
     top: list[list[tuple[int, float]]] = []

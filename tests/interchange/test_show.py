@@ -17,7 +17,7 @@ from model_helpers import CONFIG, build
 
 from irongpt.data.tokenizer import BPETokenizer
 from irongpt.generation.sample import trained_model
-from irongpt.interchange.show import analysis, attention_weights, surprises
+from irongpt.interchange.show import analysis, attention_weights, surprisals
 
 TEXT = "all happy families is alike\nunhappy family all its"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_model(cli, tmp_path, run) -> None:
 def test_every_token_of_a_long_text_has_half_a_context() -> None:
     model, n = build().eval(), 100
     ids = torch.randint(CONFIG.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
-    bits, top, windows = surprises(model, ids.tolist(), 1)
+    bits, top, windows = surprisals(model, ids.tolist(), 1)
     assert (len(bits), len(top)) == (n - 1, n - 1)
     half = CONFIG.context // 2
     assert windows == 1 + math.ceil((n - 1 - CONFIG.context) / half)
