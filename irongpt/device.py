@@ -13,14 +13,14 @@ from irongpt_kernels.runtime import emulate
 from irongpt import driver
 from irongpt.errors import UserError, brief
 
-HARMLESS = (  # PyTorch's warnings on a GPU about which a user has to do nothing
+HARMLESS = (  # warnings of PyTorch on a GPU that a user can ignore
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "Synchronization debug mode is a prototype feature",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets. A key is a
-# regular expression for the complete name that the GPU reports, without its maker and its brand:
+# regular expression that matches the whole name of the GPU without NVIDIA, Tesla or GeForce:
 # other variants of a card (Ti, D, laptop, NVL, a MIG slice, a virtual GPU) have other peaks.
 PEAK_16_BIT = {
     r"B200": 2250e12,
@@ -61,7 +61,7 @@ def pick(name: str) -> torch.device:
     except ValueError as e:
         raise UserError(str(e)) from e
     if name == "auto":
-        if why := unseen_gpu():
+        if why := why_gpu_not_found():
             raise UserError(why)
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -69,7 +69,7 @@ def pick(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        why = unseen_gpu()
+        why = why_gpu_not_found()
         raise UserError(why or "--device cuda: torch finds no NVIDIA GPU; use --device cpu")
     count, index = torch.cuda.device_count(), name.partition(":")[2]
     if int(index or 0) >= count:
@@ -79,9 +79,9 @@ def pick(name: str) -> torch.device:
     return torch.device("cuda", int(index or torch.cuda.current_device()))
 
 
-def unseen_gpu() -> str | None:
-    """Why torch finds no GPU on a machine that has one, and what to do; None where it finds one or
-    there is none. A GPU that CUDA_VISIBLE_DEVICES hides counts as none."""
+def why_gpu_not_found() -> str | None:
+    """Explains why torch finds no GPU on a machine that has one, and what to do. None if torch
+    finds one, or if there is none; a GPU that CUDA_VISIBLE_DEVICES hides counts as absent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its reason is in the line that is returned
         if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -91,7 +91,7 @@ def unseen_gpu() -> str | None:
             reason = "no reason is given"
         except (RuntimeError, AssertionError) as e:
             reason = brief(e)
-    return driver.unseen(torch.__version__, torch.version.cuda, reason)
+    return driver.why_gpu_not_found(torch.__version__, torch.version.cuda, reason)
 
 
 def precision(name: str, device: torch.device) -> Precision:

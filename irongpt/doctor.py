@@ -59,8 +59,8 @@ def doctor(device: str = "auto", json_file: Path | None = None) -> int:
 
 def _doctor(world: World, name: str, json_file: Path | None) -> int:
     """With several GPUs it also measures the speedup: under torchrun itself, else by a child."""
-    unseen = name == "auto" and devices.unseen_gpu()
-    device = devices.pick("cpu" if unseen else name)
+    not_found = name == "auto" and devices.why_gpu_not_found()
+    device = devices.pick("cpu" if not_found else name)
     world.check_device(device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     found: object = None
@@ -92,7 +92,7 @@ def _machine(report: Report, device: torch.device) -> None:
     report.facts["machine"] = f"{devices.describe(device)}; {system}"
     if device.type == "cuda":
         _card(report, device)
-    elif why := devices.unseen_gpu():
+    elif why := devices.why_gpu_not_found():
         report.problems.append(why)
     elif not torch.cuda.is_available():
         report.advice.append(

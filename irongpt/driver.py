@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-CARD = Path("/dev/nvidia0")
+DEVICE_FILE = Path("/dev/nvidia0")
 # The oldest driver for each major version of CUDA, and packages of PyPI that are built for it.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility".
 OLDEST = {13: 580, 12: 525}
@@ -35,17 +35,19 @@ def version() -> str | None:
     return found[0] if found and done.returncode == 0 else None
 
 
-def unseen(torch: str, cuda: str | None, reason: str) -> str | None:
-    """Why a torch finds no GPU on a machine that has one, and what to do; None without a GPU.
+def why_gpu_not_found(torch: str, cuda: str | None, reason: str) -> str | None:
+    """Explains why torch finds no GPU on a machine that has one, and what to do; None without one.
 
-    torch, cuda: its version, and the CUDA that it is built for, if any. reason: torch's own.
+    torch: its version. cuda: the CUDA that it is built for, if any. reason: what torch reports.
     """
     driver = version()
-    if driver is None and not CARD.exists():
+    if driver is None and not DEVICE_FILE.exists():
         return None
     on_cpu = "or use the CPU: --device cpu"
     if driver is None:
-        return f"torch {torch} finds no GPU, and nvidia-smi fails: mend the NVIDIA driver, {on_cpu}"
+        return (
+            f"torch {torch} finds no GPU, and nvidia-smi fails: repair the NVIDIA driver, {on_cpu}"
+        )
     number = int(driver.split(".")[0])
     fits = next((major for major, oldest in OLDEST.items() if number >= oldest), None)
     install = "update the driver" + (
@@ -68,7 +70,7 @@ def unseen(torch: str, cuda: str | None, reason: str) -> str | None:
 
 
 def too_old_for(ptx: str) -> str | None:
-    """Why the driver of this machine cannot compile such PTX; None if it can, or is unknown."""
+    """Explains why the driver here cannot compile such PTX; None if it can, or is unknown."""
     installed, found = version(), re.search(r"\.version (\d+)\.(\d+)", ptx)
     if installed is None or found is None:
         return None

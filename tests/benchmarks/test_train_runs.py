@@ -262,7 +262,7 @@ def test_bench_measures_nothing_more_after_its_minutes(
 def test_a_benchmark_says_in_one_line_that_torch_finds_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("irongpt.device.unseen_gpu", lambda: "update the driver")
+    monkeypatch.setattr("irongpt.device.why_gpu_not_found", lambda: "update the driver")
     with pytest.raises(SystemExit) as ended:
         result_file.pick("auto")
     assert ended.value.code == 2
