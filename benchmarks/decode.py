@@ -29,7 +29,7 @@ from irongpt.config import PRESETS, SampleConfig
 from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.generation import sample
-from irongpt.generation.decode import ROOM, Decoder
+from irongpt.generation.decode import RING_SIZE, Decoder
 from irongpt.model import GPT
 
 ROUNDS = 5
@@ -94,8 +94,8 @@ def measure(
             end = time.perf_counter()
             if i:
                 samples[key].append(end - start)
-            if i and len(stamps) > ROOM:
-                steady[key].append((end - stamps[ROOM - 1]) / (len(stamps) - ROOM))
+            if i and len(stamps) > RING_SIZE:
+                steady[key].append((end - stamps[RING_SIZE - 1]) / (len(stamps) - RING_SIZE))
     for (way, B), row in rows.items():
         if row.skipped_reason is not None:
             continue
@@ -124,7 +124,7 @@ def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str | None:
 def line(row: DecodeRow) -> str:
     """A row for a terminal; its time is that of a token."""
     steady = row.steady_tokens_per_s
-    later = f"{steady:,.0f} tokens/s after {ROOM}" if steady else ""
+    later = f"{steady:,.0f} tokens/s after {RING_SIZE}" if steady else ""
     nodes = "" if row.nodes is None else f"{row.nodes} nodes"
     return row.line(f"{row.tokens_per_s:,.0f} tokens/s", later, nodes)
 

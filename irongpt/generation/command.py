@@ -47,12 +47,11 @@ def generate(
     prompts, skip = heal(model, tokenizer, ids, config, dtype, first if prompt else ())
     steps = generate_batch(model, prompts, config, dtype)
 
-    def pieces(first: int, rest: Iterable[int]) -> Iterator[str]:
-        """The text after the prompt, whose last token is `first`."""
-        tokens = chain([first], rest)
+    def pieces(last_of_prompt: int, rest: Iterable[int]) -> Iterator[str]:
+        """The text after the prompt, piece by piece."""
         if stop_at_end:
-            tokens = chain([first], takewhile(lambda token: token != tokenizer.end, rest))
-        return stream(tokenizer, tokens, skip)
+            rest = takewhile(lambda token: token != tokenizer.end, rest)
+        return stream(tokenizer, chain([last_of_prompt], rest), skip)
 
     count, piece = 0, prompt
     if config.samples == 1:

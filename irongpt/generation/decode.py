@@ -17,9 +17,9 @@ from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.model import GPT, Block, KVCache
 
-ROOM = 32  # tokens that the device holds until the host reads them
+RING_SIZE = 32  # tokens that the device holds until the host reads them
 WARMUP = 2  # tokens before the capture, so that kernels are compiled and workspaces allocated
-MULTIPLE = 16  # of the prefill's length, since the kernels depend on it
+PREFILL_MULTIPLE = 16  # the prefill is padded to a multiple, so that Triton compiles fewer kernels
 
 
 class Affine(NamedTuple):
@@ -48,7 +48,7 @@ class Decoder:
         device = model.wte.weight.device
         self.dtype = dtype or model.wte.weight.dtype
         self.cache = KVCache(model.config, B, self.dtype, device)
-        self.tokens = torch.zeros(B, ROOM, dtype=torch.int64, device=device)  # a ring buffer
+        self.tokens = torch.zeros(B, RING_SIZE, dtype=torch.int64, device=device)  # a ring buffer
         # Per sequence: the number of sampled tokens, and the position of the last one.
         self.counts = torch.zeros(B, 2, dtype=torch.int64, device=device)
         self.seed = torch.full((), config.seed, dtype=torch.int64, device=device)
@@ -81,25 +81,25 @@ class Decoder:
         bias = cast(Tensor | None, linear.bias)
         return Affine(linear.weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def prefill(self, windows: dict[int, list[int]]) -> None:
-        """Fills the cache with the tokens that precede the next one, by sequence.
+    def prefill(self, prompts: dict[int, list[int]]) -> None:
+        """Fills the cache. prompts: for each sequence, the tokens that precede its next token.
 
-        All but the last token of a window, which the next step reads, go through the model at once.
-        Windows are padded at their ends; these positions are overwritten before they are used.
+        All but the last token of a prompt, which the next step reads, go through the model at once.
+        Prompts are padded at their ends; these positions are overwritten before they are used.
         """
         device, config = self.tokens.device, self.model.config
-        for sequence, window in windows.items():
-            self.positions[sequence] = len(window) - 1
+        for sequence, prompt in prompts.items():
+            self.positions[sequence] = len(prompt) - 1
         counts = [[self.sampled, position] for position in self.positions]
         self.counts.copy_(torch.tensor(counts))
         if self.sampled == 0:
-            self.tokens[:, -1] = torch.tensor([w[-1] for w in windows.values()], device=device)
-        longest = max(len(window) - 1 for window in windows.values())
+            self.tokens[:, -1] = torch.tensor([p[-1] for p in prompts.values()], device=device)
+        longest = max(len(prompt) - 1 for prompt in prompts.values())
         if longest == 0:
             return
-        T = min(config.context, -(-longest // MULTIPLE) * MULTIPLE)
-        idx = torch.tensor([w[:-1] + [0] * (T + 1 - len(w)) for w in windows.values()])
-        rows = slice(None) if len(windows) == len(counts) else torch.tensor(list(windows))
+        T = min(config.context, -(-longest // PREFILL_MULTIPLE) * PREFILL_MULTIPLE)
+        idx = torch.tensor([p[:-1] + [0] * (T + 1 - len(p)) for p in prompts.values()])
+        rows = slice(None) if len(prompts) == len(counts) else torch.tensor(list(prompts))
         self.cache.rows = rows if isinstance(rows, slice) else rows.to(device)
         lower = self.dtype != self.model.wte.weight.dtype
         with torch.autocast(device.type, self.dtype if lower else None, enabled=lower):
@@ -129,7 +129,7 @@ class Decoder:
         )  # fmt: skip
 
     def generate(self, n: int) -> Iterator[list[int]]:
-        """Yields the next n tokens of every sequence, one step at a time. n: up to ROOM.
+        """Yields the next n tokens of every sequence, one step at a time. n: up to RING_SIZE.
 
         Raises UserError if logits were not finite.
         """
@@ -139,7 +139,7 @@ class Decoder:
         first, self.sampled = self.sampled, self.sampled + n
         self.positions = [position + n for position in self.positions]
         for number in range(first, self.sampled):
-            tokens = [row[number % ROOM] for row in ring]
+            tokens = [row[number % RING_SIZE] for row in ring]
             if min(tokens) < 0:
                 raise UserError("the model's logits are not finite: its weights are unusable")
             yield tokens

@@ -1,8 +1,9 @@
 """Generates text from a model, one token at a time, with a cache of keys and values.
 
-The model sees at most `context` tokens. When its context is full, the last half is encoded again
-from position 0 and generation continues: learned positions are part of the cached keys and values,
-so a window cannot slide by one. Once the context was full, every token sees half of it or more.
+The model sees at most `context` tokens. When the context is full, its last half is passed through
+the model again from position 0, and generation continues. The cache cannot just drop its oldest
+token, because learned positions are part of the cached keys and values. So once the context was
+full, every token still sees at least half of it.
 """
 
 import unicodedata
@@ -18,10 +19,10 @@ from irongpt.config import SampleConfig
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
-from irongpt.generation.decode import ROOM, Decoder
+from irongpt.generation.decode import RING_SIZE, Decoder
 from irongpt.model import GPT
 
-HEALED = 2**31 - 1  # as a healed token's number: no other token has its random number
+HEALED = 2**31 - 1  # the number by which a healed token is sampled; no generated token has it
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Formats that are shown: joiners and direction marks, which Persian, Indic scripts and emoji need,
 # and signs of Arabic and Syriac that are visible.
@@ -76,7 +77,7 @@ def generate_batch(
     reads them, by default 32 on a GPU and 1 on a CPU; at most 32.
     """
     context, device = model.config.context, model.wte.weight.device
-    read_every = min(read_every or (ROOM if device.type == "cuda" else 1), ROOM)
+    read_every = min(read_every or (RING_SIZE if device.type == "cuda" else 1), RING_SIZE)
     windows = [list(prompt[-context:]) for prompt in prompts]
     was_training = model.training
     model.eval()
@@ -126,10 +127,10 @@ def heal(
     A text cut off anywhere can end in tokens that a model has never seen there: in "def ", the
     last one is a space, but in code the space belongs to the name that follows, " name". So the
     last token is sampled again, from the tokens whose bytes begin with those of the old one (token
-    healing). Returns the prompts and the number of bytes that the old token had, which are in the
-    prompt already. With characters, no token begins with another one: nothing changes.
+    healing). Returns the prompts and the number of bytes of the old token, which are in the prompt
+    already. With characters nothing changes, because no token is a prefix of another.
 
-    before: ids that the model sees before a prompt of one token; without them that one stays.
+    before: ids that the model sees before a prompt of one token. Without them it is not healed.
     """
     kept, last = list(prompt[:-1]), tokenizer.token_bytes[prompt[-1]]
     tokens = enumerate(tokenizer.token_bytes)

@@ -1,8 +1,9 @@
-"""One process at a time trains a run: the file .lock in its folder says which, and since when.
+"""One process at a time trains a run: the file .lock in its folder names it, and since when.
 
-A process of this machine is looked up. A process of another machine, or of a container, shows that
-it lives by rewriting the file every BEAT seconds, for network folders have no locks to rely on: if
-the file stays as it is for DEAD seconds, that process has ended.
+If that process belongs to this machine, the process table shows whether it still runs. A process on
+another machine or in a container proves it by rewriting the file every HEARTBEAT seconds, because
+file locks are unreliable on network drives. If the file stays the same for TIMEOUT seconds, the
+process has ended.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from irongpt.console import say
 from irongpt.errors import UserError, brief
 
 NAME = ".lock"
-BEAT, DEAD = 20.0, 90.0  # seconds
+HEARTBEAT, TIMEOUT = 20.0, 90.0  # seconds
 
 
 class Lock:
@@ -64,7 +65,7 @@ class Lock:
             f.write(json.dumps({**self.owner, "beat": time.time()}))
 
     def _beat(self) -> None:
-        while not self.ended.wait(BEAT):
+        while not self.ended.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 if _read(self.path).get("id") == self.owner["id"]:
                     self._write("w")
@@ -77,7 +78,7 @@ class Lock:
 
     def release(self) -> None:
         self.ended.set()
-        self.thread.join(DEAD)
+        self.thread.join(TIMEOUT)
         with contextlib.suppress(OSError):
             if _read(self.path).get("id") == self.owner["id"]:
                 self.path.unlink()
@@ -92,7 +93,7 @@ def _refusal(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the file says; {} if it is missing or incomplete."""
+    """The content of the file; {} if it is missing or incomplete."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -101,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _identity(process: int) -> dict[str, Any]:
-    """Tells a process from a later one with the same number, where /proc exists; else {}."""
+    """Distinguishes a process from a later one with the same number; {} if there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -112,7 +113,7 @@ def _identity(process: int) -> dict[str, Any]:
 
 
 def _lives(path: Path) -> bool:
-    """Whether the process that wrote the file lives, which may have to be waited for."""
+    """Whether the process that wrote the file still runs. This may take up to TIMEOUT seconds."""
     other, own = _read(path), _identity(os.getpid())
     if own and other.get("boot") == own["boot"]:
         if other.get("process") == os.getpid():
@@ -122,12 +123,14 @@ def _lives(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except OSError:
         return False
-    rest = DEAD - min(max(age, 0.0), DEAD)
+    rest = TIMEOUT - min(max(age, 0.0), TIMEOUT)
     if rest and other:
-        say(f"waiting   up to {rest:.0f} s to see whether this process lives: {_refusal(path)}")
+        say(
+            f"waiting   up to {rest:.0f} s to see whether that process still runs: {_refusal(path)}"
+        )
     end = time.monotonic() + rest
     while time.monotonic() < end:
-        time.sleep(min(1.0, BEAT))
+        time.sleep(min(1.0, HEARTBEAT))
         if not path.exists():
             return False
         now = _read(path)

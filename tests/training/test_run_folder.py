@@ -68,8 +68,8 @@ def test_a_second_process_is_told_which_one_trains_the_run(cli, tmp_path, run):
 
 @pytest.mark.parametrize("beats", [True, False])
 def test_a_process_of_another_machine_lives_while_it_writes(tmp_path, monkeypatch, beats):
-    monkeypatch.setattr(lock, "DEAD", 0.5)
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "TIMEOUT", 0.5)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     other = lock.Lock(tmp_path)
     other.owner["boot"] = other.owner["machine"] = "another"
     other._write("w")
