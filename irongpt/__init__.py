@@ -1,3 +1,3 @@
-"""IronGPT: a GPT from scratch with Triton kernels, made to train at the hardware's limit."""
+"""IronGPT: a GPT from scratch, with Triton kernels."""
 
 __version__ = "0.1.0"

@@ -85,8 +85,9 @@ def output() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Opens the null device under the numbers of standard streams that the parent has closed: the
-    next file would get such a number, and a library's message to standard error be written to it.
+    """Opens the null device as those of the file descriptors 0 to 2 that the parent has closed.
+
+    The next file would get such a number, and messages to standard error would be written to it.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -105,7 +106,7 @@ def _finish(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def output_is_optional() -> Iterator[None]:
-    """Goes on where standard output cannot be written; a line on standard error says so once."""
+    """Lets a command continue if standard output fails; a line on standard error reports it."""
     reported: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -135,7 +136,7 @@ def say_on_stderr(text: str) -> None:
 
 
 class Attempt:
-    """Runs what is only shown, such as a plot: its errors are reported once, and end nothing."""
+    """Runs optional work, such as a plot. Its errors are reported once and do not stop the run."""
 
     def __init__(self) -> None:
         self.failed: set[str] = set()
@@ -206,7 +207,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _bar_is_optional(self) -> Iterator[None]:
-        """Lines take the place of a bar that cannot be drawn."""
+        """Replaces the bar by lines if it cannot be drawn."""
         with self.attempt("the progress bar"):
             try:
                 yield
@@ -252,9 +253,10 @@ class Stopped(KeyboardInterrupt):
 class Interrupt:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the training loop checks.
 
-    A second signal ends the process at once, or has its former effect in Jupyter and the like. A
-    signal that was ignored at the start, as by nohup, stays ignored. In a thread there are none.
-    twice: False where torchrun passes on the signal that a terminal has sent already.
+    A second signal ends the process at once, except in an interactive Python, where the handler of
+    before acts. A signal that was ignored at the start, as by nohup, stays ignored. Outside of the
+    main thread no handler is installed. twice: False under torchrun, which forwards to a process
+    the Ctrl-C that the terminal has sent it already.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else []))
@@ -284,7 +286,7 @@ class Interrupt:
 
 
 class EarlyStop(Interrupt):
-    """Turns them into the exception Stopped, which undoes what was begun and prints a line."""
+    """Turns these signals into the exception Stopped, which undoes what was begun, and a line."""
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)

@@ -168,7 +168,7 @@ def _matmuls(report: Report, device: torch.device) -> None:
         report.problems.append(str(e))
         return
     target = "" if device.type == "cuda" else "compiled for a T4: "
-    listed = ", ".join(f"{dtype} by {how}" for dtype, how in made.items())
+    listed = ", ".join(f"{dtype} uses {how}" for dtype, how in made.items())
     report.facts["matmuls"] = f"{target}{listed} (sm_{arch})"
     if arch >= 75 and made["float16"] != probe.TENSOR_CORES:
         report.problems.append("float16 matmuls do not use tensor cores: the kernels will be slow")
@@ -190,10 +190,13 @@ def _kernels(report: Report, device: torch.device) -> None:
     head = attention_tiles.head_options(device, config.context, D, dtype.itemsize)
     for kernel in ("forward", "query", "key") if head is None else ("forward",):
         t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
-        lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']} in {t['num_warps']} warps")
+        lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']}, {t['num_warps']} warps")
     if head is not None:
-        lines.append(f"backward of a head x {head['BLOCK_N']} in {head['num_warps']} warps")
-    report.facts["kernels"] = f"--fused runs; attention tiles: {', '.join(lines)}"
+        lines.append(
+            f"backward, one program per head, {head['BLOCK_N']} keys, {head['num_warps']} warps"
+        )
+    shown = "; ".join(lines)
+    report.facts["kernels"] = f"--fused runs; attention tiles, queries x keys: {shown}"
     for note in ops.notes("fused", device):
         report.facts["kernels"] += f"\n{note}"
 
@@ -209,7 +212,7 @@ def _memory(report: Report, device: torch.device) -> None:
     listed = ", ".join(f"{gib:.1f} GiB with --ops {name}" for name, gib in needs.items())
     report.facts["memory"] = (
         f"training the iron preset needs {listed} (computed, in {devices.dtype_name(dtype)}; "
-        "builtin is in between)"
+        "--ops builtin needs an amount in between)"
     )
     if device.type == "cuda":
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info(device))

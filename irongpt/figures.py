@@ -1,4 +1,4 @@
-"""matplotlib as it is by itself, whatever the user's settings are."""
+"""matplotlib with its default settings, whatever the user's are."""
 
 import contextlib
 import os

@@ -38,7 +38,7 @@ def unsealed(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def finite(value: Any, digits: int = 17) -> Any:
-    """The value for JSON: NaN and infinities become None, floats keep so many digits (17: all)."""
+    """The value for JSON: NaN and infinities become None. digits: significant ones; 17 are all."""
     if isinstance(value, dict):
         return {k: finite(v, digits) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -71,10 +71,10 @@ def read(path: Path) -> bytes:
 
 
 def why(error: OSError, path: Path) -> str:
-    """The reason why a write failed; of a full disk, which one it is.
+    """The reason why a write failed. For a full disk it names the disk.
 
-    path: what was written to, as far as is known. The error of a write has no name, and what is
-    full may be the disk of Triton's cache or of temporary files.
+    path: the file, as far as it is known: the error of a write has no file name, and the full disk
+    may be that of Triton's cache or of temporary files.
     """
     reason = error.strerror or str(error)
     if error.errno in FULL:

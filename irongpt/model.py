@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from irongpt.config import GPTConfig
 
 DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
-PADDED_ON = ("cuda",)  # types of devices on which training pads the head: see `padded_vocab`
+PADDED_ON = ("cuda",)  # device types on which training pads the head: see `padded_vocab`
 
 
 def padded_vocab(V: int) -> int:
@@ -206,7 +206,7 @@ class GPT(OpsModule):
         if context < T:
             raise ValueError(f"{T} positions, but the context is {context}")
         dropout_p = self.config.dropout if self.training else 0.0
-        # Slicing, even to all rows, would make autograd pass over the gradient twice more.
+        # A slice, even of all rows, would add two passes over the gradient to the backward.
         positions = self.wpe.weight if context == T else self.wpe.weight[:T]
         blocks = cast(Sequence[Block], self.blocks)
         dtype = blocks[0].attn.qkv.matrix.dtype
@@ -259,7 +259,7 @@ class GPT(OpsModule):
         V = self.config.vocab_size
         x, weight = self.hidden(idx, seed).flatten(0, 1), self.wte.weight
         if idx.device.type in PADDED_ON and padded_vocab(V) > V:
-            # Only within the step: weight, gradient, moments and a checkpoint have V rows.
+            # Only in this matmul: the weight, its gradient, moments and checkpoints have V rows.
             weight = F.pad(weight.to(x.dtype), (0, 0, 0, padded_vocab(V) - V))
         return self.ops.linear_cross_entropy(
             x, weight, targets.flatten(), classes=V, loss_scale=loss_scale
@@ -267,7 +267,7 @@ class GPT(OpsModule):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that a new token costs one row: see `decode`.
+    """Keys and values of the tokens so far, so that a new token needs only its own: see `decode`.
 
     k, v: (L, B, H, context, D), of B sequences. `rows` selects those that a model's batch holds.
     """

@@ -1,9 +1,9 @@
 """`irongpt tune`: launch options of the kernels, measured on this GPU. It runs only when asked for.
 
-A kernel's candidates and the default options run the same op as in a training of the preset. A
-candidate is rejected if its results on a small batch exceed tolerance, and if the kernel that is
-compiled for the preset's batch spills registers or does not run. The others are timed, interleaved.
-The fastest is timed once more against the default, and it is kept if it is faster beyond the noise
+The default options and the candidates for a kernel run the same op as a training of the preset. A
+candidate is rejected if its results on a small batch exceed the tolerance, or if the kernel that is
+compiled for the preset's batch spills registers or fails. The others are timed, interleaved. The
+fastest is timed again with the default, and it is saved if it is faster by more than the noise
 both times.
 """
 
@@ -29,7 +29,7 @@ from irongpt.errors import one_line
 
 DEFAULT = 0  # the number of the default options among the candidates
 ROUNDS, QUICK_ROUNDS = 15, 6
-QUICK_EVERY = 3  # --quick measures one of so many candidates
+QUICK_EVERY = 3  # --quick measures every third candidate
 COPIES = 16  # of the inputs at most
 MIN_GAIN = 0.02  # a smaller gain does not justify other rounding
 FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
@@ -74,7 +74,8 @@ class Work:
 
     @property
     def launched(self) -> bool:
-        """Whether training launches the kernel: the backward of attention is one kernel or two."""
+        """Whether training launches this kernel. The backward of attention is either `attention
+        head` or the pair of `attention query` and `attention key`."""
         from irongpt_kernels.fused import attention_tiles
 
         _, size, itemsize = self.key
@@ -120,11 +121,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate, or with None the default options. samples: seconds. out: why there are none."""
+    """A candidate. samples: seconds. rejected: the reason why it was not timed."""
 
-    options: launch_table.Options | None
+    options: launch_table.Options | None  # None: the default ones
     samples: tuple[float, ...] = ()
-    out: str = ""
+    rejected: str = ""
 
     @property
     def median(self) -> float:
@@ -138,10 +139,10 @@ class Row:
 def tune(
     device: str = "auto", preset: str = "iron", dtype: str = "auto", quick: bool = False
 ) -> int:
-    """Measures every kernel that has a choice, prints the results and keeps the winners."""
+    """Measures every kernel with launch options, prints the results, saves the fastest options."""
     target = devices.pick(device)
     check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")
-    useless = f"{emulate.VARIABLE} is set: measurements of this GPU are of no use to a T4, unset it"
+    useless = f"{emulate.VARIABLE} is set: timings of this GPU do not apply to a T4, unset it"
     check(not emulate.enabled(), useless)
     ignored = f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it"
     check(cache.wanted(), ignored)
@@ -164,10 +165,10 @@ def tune(
     file = cache.save(target, entries)
     if entries:
         digest = launch_table.table_digest(launch_table.table_of(entries))
-        say(f"\nkept in {file}: table {digest}, for every run that starts from now on. Other tiles")
-        say(f"sum in another order. {cache.VARIABLE}=off selects the default tiles")
+        say(f"\nsaved in {file} (table {digest}) for later runs. Different tiles change the order")
+        say(f"of summation and so the rounding. {cache.VARIABLE}=off selects the default tiles")
     else:
-        say("\nno tiles are faster than the default beyond the noise: nothing is kept")
+        say("\nno tiles are faster than the default by more than the noise: nothing is saved")
     return 0
 
 
@@ -186,9 +187,9 @@ def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: 
     rows = [Row(options) for options in [None, *found]]
     launches: dict[int, list[Launch]] = {}
 
-    def update(i: int, samples: Sequence[float] = (), out: str = "") -> None:
-        check(not out or i != DEFAULT, f"{work.kernel} with the default tiles: {out}")
-        rows[i] = Row(rows[i].options, (*samples,), out)
+    def update(i: int, samples: Sequence[float] = (), rejected: str = "") -> None:
+        check(not rejected or i != DEFAULT, f"{work.kernel} with the default tiles: {rejected}")
+        rows[i] = Row(rows[i].options, (*samples,), rejected)
 
     try:
         for i, row in enumerate(rows):
@@ -198,7 +199,7 @@ def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: 
             except Exception as e:  # a candidate that cannot run is a result
                 made = one_line(e)[:100]
             if isinstance(made, str):
-                update(i, out=made)
+                update(i, rejected=made)
             else:
                 launches[i] = made
     finally:
@@ -209,7 +210,7 @@ def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: 
         with timing.stream(work.device):
             timings = timing.measure(calls, len(inputs), work.device, rounds)
         for i, t in timings.items():
-            update(int(i), **(dict(out=t) if isinstance(t, str) else dict(samples=t.samples)))
+            update(int(i), **(dict(rejected=t) if isinstance(t, str) else dict(samples=t.samples)))
 
     sample(list(launches), rounds)
     if (best := winner(rows)) is not None:
@@ -219,7 +220,7 @@ def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: 
 
 
 def _prepared(work: Work, module: Ops, inputs: list[Tensors]) -> list[Launch] | str:
-    """A launch for each copy of the inputs; the reason for options that are wrong or spill.
+    """A launch for each copy of the inputs, or the reason why the options are rejected.
 
     Adds the copies to `inputs`, which begins with one. Raises what a launch raises.
     """
@@ -257,8 +258,8 @@ def record(work: Work, module: Ops, inputs: Tensors) -> Launch:
 
 
 def beats(candidate: tuple[float, ...], default: tuple[float, ...]) -> bool:
-    """Whether a gain is more than noise: three quarters of the candidate's samples are below three
-    quarters of the default's, and the medians are MIN_GAIN apart."""
+    """Whether a gain is more than noise: the third quartile of the candidate's samples is below the
+    first of the default's, and the medians differ by MIN_GAIN."""
     (_, median, high), (low, slower, _) = (
         statistics.quantiles(x, n=4) for x in (candidate, default)
     )
@@ -266,13 +267,13 @@ def beats(candidate: tuple[float, ...], default: tuple[float, ...]) -> bool:
 
 
 def winner(rows: list[Row]) -> Row | None:
-    """The fastest, if it beats the default beyond the noise."""
+    """The fastest, if it beats the default by more than the noise."""
     best = min((row for row in rows if row.samples), key=lambda row: row.median)
     return best if beats(best.samples, rows[DEFAULT].samples) else None
 
 
 def updated(entries: list[dict[str, Any]], work: Work, rows: list[Row]) -> list[dict[str, Any]]:
-    """The entries, with the result for a kernel in place of its former one."""
+    """The entries, with the new result for a kernel in place of its former one."""
     names = ("kernel", "size", "itemsize")
     key = dict(zip(names, work.key, strict=True))
     kept = [e for e in entries if {name: e[name] for name in names} != key]
@@ -289,7 +290,7 @@ def table(work: Work, rows: list[Row]) -> str:
     lines = [f"{kernel}, {meaning} {size}: us, relative to the default"]
     best = winner(rows)
     for row in sorted((r for r in rows if r.samples), key=lambda r: r.median):
-        mark = "  kept" if row is best else ""
+        mark = "  saved" if row is best else ""
         ratio = row.median / rows[DEFAULT].median
         lines.append(f"  {row.name:66} {1e6 * row.median:9.2f} {ratio:6.2f}{mark}")
-    return "\n".join(lines + [f"  {row.name:66} {row.out}" for row in rows if row.out])
+    return "\n".join(lines + [f"  {row.name:66} {row.rejected}" for row in rows if row.rejected])

@@ -81,7 +81,7 @@ def test_a_t4_without_problems(card) -> None:
         "float16 (compute capability 7.5 has no bfloat16; with loss scaling)",
         "bfloat16 is emulated and slow: not used",
         "preset is iron",
-        "--fused runs; attention tiles: forward",
+        "--fused runs; attention tiles, queries x keys: forward",
         "14.5 of 15.0 GiB are free",
     ):
         assert part in text
@@ -246,7 +246,9 @@ def test_matmuls_are_compiled_to_find_tensor_cores() -> None:
     code = "import torch; from irongpt.doctor import Report, _matmuls; r = Report(); "
     code += "_matmuls(r, torch.device('cpu')); print(r)"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "float32 by scalar FMA, float16 by tensor cores (sm_75)" in " ".join(done.stdout.split())
+    assert "float32 uses scalar FMA, float16 uses tensor cores (sm_75)" in " ".join(
+        done.stdout.split()
+    )
 
 
 CONFIG = GPTConfig(29, n_layer=2, n_head=2, n_embd=32, context=16, dropout=0.2)

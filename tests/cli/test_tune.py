@@ -96,7 +96,7 @@ def test_the_fastest_is_kept(measured: Measured) -> None:
     assert tuning.winner(rows).options == FOUND[1]
     lines = tuning.table(work(), rows).splitlines()
     assert lines[0] == "gelu forward, columns 128: us, relative to the default"
-    assert lines[1].split() == "BLOCK_M 2, BLOCK_N 16, num_warps 1 5.00 0.50 kept".split()
+    assert lines[1].split() == "BLOCK_M 2, BLOCK_N 16, num_warps 1 5.00 0.50 saved".split()
     assert "default" in lines[4] or "default" in lines[3]
     assert [e["options"] for e in tuning.updated([], work(), rows)] == [FOUND[1]]
 
@@ -105,7 +105,7 @@ def test_the_fastest_is_kept(measured: Measured) -> None:
 def test_a_small_gain_is_not_kept(measured: Measured, gain: float) -> None:
     rows = measured(by_tile(SLOW, other=SLOW * (1 - gain)))
     assert tuning.winner(rows) is None
-    assert "kept" not in tuning.table(work(), rows)
+    assert "saved" not in tuning.table(work(), rows)
 
 
 def test_luck_in_the_first_round_is_not_enough(measured: Measured) -> None:
@@ -123,7 +123,7 @@ def test_noise_hides_a_gain() -> None:
 
 def test_a_candidate_that_spills_is_rejected_but_not_the_default(measured: Measured) -> None:
     rows = measured(by_tile(SLOW, other=FAST), lambda o: 8 if o in (None, FOUND[1]) else 0)
-    assert [row.out for row in rows] == ["", "", "spills 8 bytes", ""]
+    assert [row.rejected for row in rows] == ["", "", "spills 8 bytes", ""]
     assert "spills 8 bytes" in tuning.table(work(), rows).splitlines()[-1]
 
 
@@ -135,7 +135,7 @@ def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured: Measured)
 
     rows = measured(by_tile(SLOW, other=FAST), gelu=gelu)
     outs = ["", "ValueError: out of resources", "exceeds tolerance in out, d x", ""]
-    assert [row.out for row in rows] == outs
+    assert [row.rejected for row in rows] == outs
     assert tuning.winner(rows).options == FOUND[2]
     assert FOUND[1] not in measured.recorded  # it was wrong, so it was not timed
 
@@ -184,13 +184,13 @@ def test_the_command_measures_prints_and_keeps(card, cli, monkeypatch) -> None:
     result = cli("tune", "--quick")
     assert (result.code, result.err) == (0, "")
     assert "tuning for iron, 64 sequences in bfloat16, on NVIDIA H200" in result.out
-    assert [x for x in result.out.splitlines() if x.endswith("kept")] != []
+    assert [x for x in result.out.splitlines() if x.endswith("saved")] != []
     cache.load.cache_clear()
     (entry,) = cache.load(torch.device("cuda", 0)).entries
     assert (entry["kernel"], entry["size"], entry["options"]) == ("norm backward", 384, best)
     monkeypatch.setattr(tuning, "winner", lambda rows: None)
     result = cli("tune", "--quick")
-    assert "nothing is kept" in result.out
+    assert "nothing is saved" in result.out
     assert not cache.path(torch.device("cuda", 0)).exists()
 
 
@@ -232,5 +232,5 @@ def test_one_kernel_for_real() -> None:
     assert len(rows) == len(found) + 1
     assert all(0 < row.median < 1e-2 for row in rows if row.samples)
     assert rows[tuning.DEFAULT].samples
-    assert any(row.samples for row in rows[1:]), [row.out for row in rows]
+    assert any(row.samples for row in rows[1:]), [row.rejected for row in rows]
     assert launch_table.digest(device) == ""
