@@ -21,8 +21,8 @@ TRAIN_SHARE = 0.9
 class Tokens:
     """The ids of a corpus: (N,) integers for training and for validation.
 
-    before_val: the id that precedes `val` in the text, or none where the first of `val` starts a
-    document and is no target. val_bytes: the size of the validation text in UTF-8.
+    before_val: the id that precedes `val` in the text; empty if `val` starts with a new document,
+    whose first id is not a target. val_bytes: the size of the validation text in UTF-8.
     """
 
     train: Tensor
@@ -73,8 +73,8 @@ def split(ids: Tensor, context: int) -> tuple[Tensor, Tensor]:
 class TrainBatches:
     """Sequences sampled without replacement: every token is a target once per epoch.
 
-    An epoch divides the ids into adjacent sequences from a random offset on, so that over the
-    epochs a sequence starts at every position, and shuffles them.
+    In each epoch the ids from a random offset on are divided into adjacent sequences, which are
+    shuffled. Over many epochs, sequences start at every position.
     """
 
     def __init__(self, ids: Tensor, context: int, batch_size: int, seed: int) -> None:

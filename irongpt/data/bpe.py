@@ -49,7 +49,7 @@ ASCII_PATTERN = (
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _find_gpt2 = regex.compile(GPT2_PATTERN).findall
 _find, _find_ascii = regex.compile(PATTERN).findall, re.compile(ASCII_PATTERN).findall
-LONGEST = 4096  # bytes of a pre-token that training looks at together; longer ones are cut for it
+LONGEST = 4096  # bytes of a pre-token that is trained on as a whole; longer ones are split
 
 Pair = tuple[int, int]
 
@@ -81,8 +81,8 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
             pairs[pair] += frequencies[i]
         for pair in set(pairwise(ids)):
             found_in[pair].append(i)
-    # The count of a pair only falls after it was put on the heap; it is brought up to date when it
-    # comes to the top.
+    # After a pair was pushed, its count only decreases. The entry is updated when it reaches the
+    # top of the heap.
     heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []
@@ -118,8 +118,8 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
 
 
 def _merge(word: list[int], pair: Pair, token: int) -> list[tuple[Pair, int]]:
-    """Replaces a pair by `token` wherever it occurs, in place. Returns the pairs that came (+1) and
-    went (-1), without the pair itself."""
+    """Replaces a pair by `token` wherever it occurs, in place. Returns the pairs that appeared (+1)
+    and disappeared (-1), without the pair itself."""
     left, right = pair
     changes = []
     at = 0

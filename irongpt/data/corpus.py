@@ -51,9 +51,9 @@ TRAIN_SHARE = 0.9  # of the characters of one text; a text of several files is s
 class Corpus:
     """The documents for training and for validation, in UTF-8. Their line breaks are \\n.
 
-    Of one text these are the first 90 % of its characters and the rest. They are bytes, because
-    Python keeps up to 4 bytes for every character of a string that has one rare character.
-    The name is valid as the name of a folder.
+    Of one text these are the first 90 % of its characters and the rest. They are bytes and not str,
+    because a str with one rare character takes up to 4 bytes for each of its characters. The name
+    is valid as the name of a folder.
     """
 
     name: str
@@ -101,9 +101,9 @@ def load(
     user about files, downloads and problems that were worked around.
     include: patterns for the files of folders. encoding, errors: see `text.decoded`.
     exclude: the run's folder, which no folder of `data` may contain.
-    sha256: the digest of a run's text; python-code is then read as earlier versions read it, as
-    one text, if that has this digest.
-    val: the validation text, as one of `data`, all of which is then for training.
+    sha256: the digest of a resumed run's text. If python-code as one text, which earlier versions
+    read, has this digest, it is read so.
+    val: the validation text, given like one of `data`. All of `data` is then for training.
     """
     if errors not in ERRORS:
         raise UserError(f"--errors must be one of {', '.join(ERRORS)}, got {errors!r}")
@@ -206,7 +206,8 @@ def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
 
 
 def _joined(parts: Sequence[Corpus], say: Say, val: Corpus | None = None) -> Corpus:
-    """All documents of several corpora. Those that repeat others are empty, and left out.
+    """All documents of several corpora. A corpus without documents, because all of them were
+    duplicates, is left out.
 
     val: the corpus to validate on; the others are then for training only.
     """
@@ -271,7 +272,7 @@ def _python_docs() -> bytes:
 
 
 def _python_code_as_one_text() -> Corpus:
-    """The ASCII files of the standard library in one text, as versions before 0.2 read them."""
+    """The ASCII files of the standard library in one text, as earlier versions read them."""
     files = (path.read_bytes() for _, path in standard_library())
     ascii_files = (raw.replace(b"\r\n", b"\n") for raw in files if raw.isascii())
     text = b"\n".join(raw.replace(b"\r", b"\n") for raw in ascii_files)

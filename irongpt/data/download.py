@@ -117,7 +117,7 @@ def _download(url: str) -> bytes:
                     content += chunk
                     if len(content) > MAX_DOWNLOAD:
                         raise OSError(f"more than {MAX_DOWNLOAD / 1e6:g} MB")
-                    if time.monotonic() > stop:  # the program has given up already
+                    if time.monotonic() > stop:  # the caller has timed out already
                         return
                 results.put(bytes(content))
         except BaseException as error:

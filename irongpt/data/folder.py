@@ -1,9 +1,9 @@
 """The files of a folder as documents: found by suffix, without duplicates, split by file.
 
 Hidden files and folders, virtual environments, and links to a folder that was visited already are
-not entered. Files that are binary, in another encoding, unreadable or without text are left out,
-and so are exact duplicates. The validation split is the files whose path has a hash in the first
-tenth of all hashes, so that a file stays on its side when others are added.
+skipped. Files that are binary, in another encoding, unreadable or without text are left out, and so
+are exact duplicates. A file is for validation if the hash of its path is in the first tenth of the
+hash's range, so a file stays in its split when others are added.
 """
 
 import hashlib

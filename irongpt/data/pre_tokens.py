@@ -1,11 +1,11 @@
 """A corpus as indices into its distinct pre-tokens, for BPE: each text is cut up only once.
 
-The counts of the pre-tokens are what merges are trained on, and afterwards each index is replaced
-by the ids of its pre-token. Cutting up a text takes most of the time, so that all cores do it.
-The processes import this file, which therefore does without torch.
+Merges are trained on the counts of the pre-tokens. Afterwards each index is replaced by the ids of
+its pre-token. Splitting a text takes most of the time, so it runs on all cores. The worker
+processes import this file, so it must not import torch.
 
-A text of code has a pre-token for every three or four bytes. An index has 16 bits, because it is
-one into the distinct pre-tokens of a part of the text, and the ids replace the indices in place.
+A text of code has a pre-token for every three or four bytes. An index has 16 bits: it refers to the
+distinct pre-tokens of one part of the text. The token ids overwrite the indices in place.
 """
 
 import codecs
@@ -27,7 +27,7 @@ import regex
 
 from irongpt.data import bpe
 
-CHUNK = 1 << 20  # bytes that a process cuts up at a time
+CHUNK = 1 << 20  # bytes that a process splits at a time
 PARALLEL_FROM = 8 * CHUNK  # for less text it takes longer to start the processes
 TAIL = 1 << 12  # characters at the end of a chunk among which a place to cut is looked for first
 MOST_WORDS = 1 << 18  # distinct pre-tokens, the most frequent ones, that merges are trained on
@@ -54,15 +54,16 @@ class Indexed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Pre-tokens `first` to `end` of a corpus: indices into (M,) uint32 numbers of its words."""
+    """Pre-tokens `first` to `end` of a corpus: indices into (M,) uint32 numbers of its words, which
+    are the distinct pre-tokens."""
 
     numbers: np.ndarray
     first: int
     end: int
 
 
-# In any text a pre-token ends here: no alternative of its pattern goes on after a digit, or from a
-# letter to anything else, or after a line break to anything but white space.
+# Places where a pre-token always ends: no alternative of the pattern continues after a digit, from
+# a letter to a non-letter, or from a line break to anything other than white space.
 _SAFE_CUT = regex.compile(r"\n(?=\S)|\p{N}|\p{L}(?=\P{L})")
 # GPT-2's pattern needs a character before the line break too.
 _SAFE_CUT_GPT2 = regex.compile(r"(?<=\S)\n(?=\S)")
@@ -136,8 +137,8 @@ class PreTokens:
     def replace(self, ids: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Training and validation text with each index replaced by the ids of its word: uint16.
 
-        ids: of the words, in order. They are written over the indices, the last ones first: no
-        word has fewer ids than its one index, so that the earlier indices are still there.
+        ids: of each word, in order. They overwrite the indices, from the end to the start. A word
+        has at least one id, so they never reach an index that is still needed.
         """
         flat, lengths = array("H"), array("I")
         for one in ids:

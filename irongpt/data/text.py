@@ -119,7 +119,7 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
         result += decoder.decode(b"", True).encode()
     except UnicodeError:
         end -= rest
-        if kept and only_ascii and rest == 1 and not skipped:  # it may be cp1252 as well
+        if kept and only_ascii and rest == 1 and not skipped:  # it may also be a cp1252 character
             raise wrong(end, raw[end], "") from None
         notes.append(
             f"{name} ends in the middle of a character: its last {rest} "

@@ -221,7 +221,8 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
 def stream(tokenizer: Tokenizer, ids: Iterable[int], skip: int = 0) -> Iterator[str]:
     """Yields the text that each id adds, without the first `skip` bytes of the first id.
 
-    A character comes when its last byte has come. Together the pieces are `decode` of all ids.
+    A character is yielded once all of its bytes are known. Joined, the texts are `decode` of all
+    ids.
     Bytes that are not UTF-8 become U+FFFD, at the end also those of an incomplete character.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -26,7 +26,7 @@ from irongpt.files import temporary_path
 MULTIPLE = 64  # of a BPE vocabulary: matmuls with the head are fastest then
 SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
 LARGE_FROM = 30 * 10**6  # bytes of text
-CACHED, CACHED_FROM = 8, 10**6  # the number of corpora in the cache; bytes of their text
+CACHED, CACHED_FROM = 8, 10**6  # at most as many corpora are cached; from this size in bytes on
 ARRAYS = ("train", "val", "before_val")
 
 
@@ -67,7 +67,8 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
     if isinstance(tokenizer, CharTokenizer):
         check(
             bool(corpus.files) == tokenizer.documents,
-            "the vocabulary is of another kind of corpus: a single text, or several documents",
+            "the vocabulary was made for a single text and this one has several documents, or the "
+            "reverse",
         )
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)

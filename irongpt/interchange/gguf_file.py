@@ -1,7 +1,8 @@
-"""`irongpt export RUN FILE.gguf`: a BPE run as one file for llama.cpp and Ollama, by `gguf`.
+"""`irongpt export RUN FILE.gguf`: a BPE run as one file for llama.cpp, by `gguf`.
 
-llama.cpp's own converter refuses every vocabulary that it does not know, so this writes the file
-directly: architecture gpt2, with the pre-tokens of qwen2, which are ours, or of gpt-2.
+llama.cpp's own converter rejects every vocabulary that it does not know, so this writes the file
+directly: the architecture gpt2 with the pre-tokenizer qwen2, which is ours, or that of an imported
+GPT-2.
 """
 
 import os

@@ -25,7 +25,7 @@ BLOCK = {  # a layer of our block, and of theirs
     "mlp.fc": "mlp.c_fc",
     "mlp.proj": "mlp.c_proj",
 }
-# Settings that change what a GPT-2 computes, and the values with which it computes what ours does.
+# Settings that change the computation of a GPT-2, and the values for which it equals our model's.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

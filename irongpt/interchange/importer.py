@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = dict(
 def import_model(folder: Path, path: Path) -> GPTConfig:
     """Makes the run `path`, which must be new or empty. Returns the model's shape.
 
-    Raises UserError, and then leaves nothing, if the folder has no model that ours can be.
+    Raises UserError, and then leaves nothing, if the folder has no model that IronGPT supports.
     """
     check_free(path, "run", f"{path} exists and is not empty: choose another folder")
     config = _read_json(folder, "config.json")
@@ -95,7 +95,7 @@ def read_tokenizer(value: dict[str, Any]) -> CharTokenizer | BPETokenizer:
     except (LookupError, TypeError, ValueError, AttributeError, UserError):
         pass
     raise UserError(
-        "its tokenizer.json is neither one of IronGPT nor that of a GPT-2: 256 bytes, "
+        "its tokenizer.json is neither one of IronGPT's nor that of a GPT-2: 256 bytes, "
         "a token for each merge, and <|endoftext|> as the last one"
     )
 
