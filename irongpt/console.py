@@ -85,9 +85,9 @@ def output() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Opens the null device as those of the file descriptors 0 to 2 that the parent has closed.
+    """Opens the null device as file descriptors 0 to 2, where the parent has closed them.
 
-    The next file would get such a number, and messages to standard error would be written to it.
+    Else the next file would get such a number, and messages to standard error would end in it.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -22,7 +22,7 @@ class GpuState:
     sm_mhz: int | None
     max_sm_mhz: int | None
     memory_mhz: int | None
-    watt: float | None  # power drawn, its limit, and the limit that the GPU has by default
+    watt: float | None  # power, its limit, and the GPU's default limit
     limit_watt: float | None
     default_limit_watt: float | None
     celsius: int | None

@@ -2,7 +2,7 @@
 
 Without --encoding a text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. No other encoding is
 guessed. Line breaks may be \\n, \\r\\n or \\r. If the text was cut in the middle of its last
-character, that character is dropped, and a note says so.
+character, that character is dropped, and a note reports it.
 """
 
 import codecs

@@ -135,5 +135,5 @@ def from_gpt2(tensors: Tensors, config: GPTConfig) -> Tensors:
             take(f"{theirs}.bias", f"{ours}.bias", shape[:1])
         else:
             left.pop(f"{theirs}.bias", None)  # zeros
-    check(not left, f"it has tensors that our model has not, such as {min(left, default='')}")
+    check(not left, f"it has tensors that our model lacks, such as {min(left, default='')}")
     return weights

@@ -1,4 +1,4 @@
-"""The records of a run as TensorBoard's event files, beside metrics.jsonl.
+"""The records of a run as TensorBoard's event files, next to metrics.jsonl.
 
 A training process deletes earlier event files and writes all records so far into a new one. So a
 resumed run continues its curves, even one that had no event files before.

@@ -82,7 +82,7 @@ class World:
         """Waits until all processes have called it."""
 
     def check_device(self, device: torch.device) -> None:
-        """Raises UserError unless every process of this machine has a GPU of its own."""
+        """Raises UserError unless every process of this machine has its own GPU."""
 
     def close(self) -> None:
         """Ends the communication of the processes."""

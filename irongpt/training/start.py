@@ -322,7 +322,7 @@ def _recipe(setup: Setup, train_tokens: int, flags: Flags) -> TrainConfig:
 
 
 def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the values that are fields of `cls`."""
+    """The values that are fields of `cls`."""
     names = [f.name for f in dataclasses.fields(cls)]
     return {k: v for k, v in values.items() if k in names}
 
