@@ -58,7 +58,7 @@ def doctor(device: str = "auto", json_file: Path | None = None) -> int:
 
 
 def _doctor(world: World, name: str, json_file: Path | None) -> int:
-    """With several GPUs it also measures the speedup: under torchrun itself, else by a child."""
+    """With several GPUs it also measures the speedup: under torchrun directly, else in a child."""
     not_found = name == "auto" and devices.why_gpu_not_found()
     device = devices.pick("cpu" if not_found else name)
     world.check_device(device)

@@ -99,7 +99,7 @@ def _compare(
     }
 
     def save(groups: int, curves: list[Curve]) -> None:
-        """groups: those that are done. One that ends early leaves its numbers."""
+        """groups: how many are complete. A comparison that is stopped keeps their numbers."""
         if json_file is not None:
             seconds = round(time.perf_counter() - start, 1)
             progress = dict(groups=groups, of_groups=len(all_cases) + 1, seconds=seconds)

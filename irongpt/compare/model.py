@@ -88,7 +88,7 @@ def compare_model(
             rows += compare_step(s, candidate, dtype, device)
             curves.append(train_both(s, candidate, dtype, device))
             checks.append(curves[-1].check())
-        except Exception as e:  # as in compare_case, this is a finding and the others go on
+        except Exception as e:  # as in compare_case, this is reported and the others continue
             name = devices.dtype_name(dtype)
             checks.append(Check("model", "one step", name, "runs", False, one_line(e)))
     return rows, curves, checks

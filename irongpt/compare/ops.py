@@ -162,7 +162,7 @@ def vocabulary_cases(at: RowShape) -> Iterator[Case]:
 def compare_case(
     case: Case, candidate: Ops, dtype: torch.dtype, device: torch.device, with_dropout: bool
 ) -> tuple[list[Row], list[Check]]:
-    """with_dropout: whether the candidate's masks must be those that the seed determines."""
+    """with_dropout: whether the candidate's dropout masks must be those of the seed."""
     inputs = case.values(dtype, device)
     baseline = case.run(eager, inputs)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}

@@ -62,9 +62,9 @@ def check_encoding(name: str) -> str:
 def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "strict") -> Text:
     """The text of these bytes.
 
-    name: what messages call it. encoding: a name that `check_encoding` accepts; None is described
-    above. errors: replace puts U+FFFD in the place of bytes that are wrong.
-    Raises NotTextError if the bytes are not text in that encoding.
+    name: what messages call it. encoding: a name that `check_encoding` accepts, or None: see above.
+    errors: replace decodes invalid bytes as U+FFFD. Raises NotTextError if the bytes are not text
+    in that encoding.
     """
     if what := _other_format(raw):
         raise NotTextError(f"{name} is {what}", "binary")

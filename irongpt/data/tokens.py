@@ -26,7 +26,7 @@ from irongpt.files import temporary_path
 MULTIPLE = 64  # of a BPE vocabulary: matmuls with the head are fastest then
 SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
 LARGE_FROM = 30 * 10**6  # bytes of text
-CACHED, CACHED_FROM = 8, 10**6  # at most as many corpora are cached; from this size in bytes on
+CACHED, CACHED_FROM = 8, 10**6  # corpora in the cache at most; bytes of text from which on
 ARRAYS = ("train", "val", "before_val")
 
 
@@ -63,7 +63,7 @@ def tokenize(
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
-    """The ids of a corpus by a tokenizer that exists. Raises UserError on an unknown character."""
+    """The ids of a corpus by an existing tokenizer. Raises UserError on an unknown character."""
     if isinstance(tokenizer, CharTokenizer):
         check(
             bool(corpus.files) == tokenizer.documents,

@@ -74,7 +74,7 @@ class RunFolder:
             raise
 
     def release(self) -> None:
-        """Ends what `claim` began. Without a run in it, the folder is removed if it was made."""
+        """Frees the lock. Folders that `claim` made are removed if there is no run in them."""
         if self.lock is not None:
             self.lock.release()
         for folder in self.made:  # a run is not empty, and stays
@@ -320,12 +320,12 @@ def _is_record(values: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is what a finite or non-finite number becomes in a file."""
+    """Whether the value is a number, or the null that a file has for a non-finite one."""
     return value is None or type(value) in (int, float)
 
 
 def _is_nothing(path: Path) -> bool:
-    """Whether a folder counts as empty with this in it: system files, remains of a killed start."""
+    """Whether a folder with this file counts as empty: system files, remains of a killed start."""
     systems = ("lost+found", ".DS_Store", "desktop.ini", "Thumbs.db")
     if path.name in ("last", "files.json"):  # moved up, and config.json was not
         return any(path.parent.glob(UNFINISHED)) and not (path.parent / "config.json").exists()

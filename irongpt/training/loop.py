@@ -242,9 +242,9 @@ class TrainingLoop:
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
         """Evaluates, saves a checkpoint, generates a sample, and saves again with the new record.
 
-        The first save is for a sample that ends the process, since it uses the GPU in another way
-        than training: a resumed run then repeats the evaluation. Does nothing if a signal
-        interrupts the evaluation.
+        The first save comes before the sample, which uses the GPU in another way than training. If
+        it ends the process, a resumed run continues here and repeats the evaluation. Does nothing
+        if a signal interrupts the evaluation.
         """
         trainer, run = self.trainer, self.run
         with self.clock("evaluation"):
@@ -286,7 +286,7 @@ class TrainingLoop:
         trainer, run = self.trainer, self.run
         trainer.world.barrier()  # until `best` is written
         self.result = run.result(self.best_step)
-        if self.result is not None:  # of a process before
+        if self.result is not None:  # an earlier process has computed it
             return
         weights = {name: w.clone() for name, w in trainer.model.state_dict().items()}
         with self.clock("evaluation"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from irongpt.training.distributed import World
 
 ALIGNED = 8  # elements: every gradient begins at a multiple of 16 bytes
-NUMBERS = 4  # float32 numbers after the gradients of a shard: its loss, a signal's number, 0, 0
+NUMBERS = 4  # float32 values after the gradients of a shard: its loss, a signal's number, 0, 0
 
 
 class Shards:
