@@ -114,7 +114,7 @@ def test_a_machine_with_two_gpus_is_measured_by_torchrun(
 def test_gpus_that_cannot_be_measured_are_said_so(child: type[Child], writes: object) -> None:
     child.writes = writes
     assert scaling.by_torchrun(2).endswith(
-        "torchrun --nproc-per-node 2 -m irongpt doctor does, or says why not"
+        "torchrun --nproc-per-node 2 -m irongpt doctor does, or prints why not"
     )
     assert child.last.events[-4:] == ["terminate", "wait", "kill", "wait"]
 

@@ -316,7 +316,7 @@ MISTAKES = {
     "no size": (lambda f: edit(f, "config.json", n_layer="2"), "n_layer is '2'"),
     "a large vocabulary": (lambda f: edit(f, "config.json", vocab_size=384), "does not fit"),
     "more layers": (lambda f: edit(f, "config.json", n_layer=3), "no tensor h.2.ln_1.weight"),
-    "fewer layers": (lambda f: edit(f, "config.json", n_layer=1), "tensors that our model has not"),
+    "fewer layers": (lambda f: edit(f, "config.json", n_layer=1), "tensors that our model lacks"),
     "another width": (lambda f: edit(f, "config.json", n_embd=64), "does not fit its config.json"),
     "another head": (
         lambda f: change_tensor(f, "lm_head.weight", torch.zeros(V, 32)),
