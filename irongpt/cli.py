@@ -341,7 +341,7 @@ def _checkpoint(flags: Flags) -> str:
 
 
 def _reader(flags: Flags, option: str) -> Callable[[], str] | None:
-    """What reads the file of an option, such as --file F, as the other flags say; None without."""
+    """A function that reads the file of an option, such as --file FILE; None if it is not given."""
     name = option.split()[0].removeprefix("--").replace("-", "_")
     file = flags.pop(name, None)
     reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
