@@ -1,6 +1,7 @@
 """The times of a training step on one GPU and on all of them, and of the gradients' exchange.
 
     torchrun --nproc-per-node 2 -m irongpt doctor
+    torchrun --nproc-per-node 2 -m benchmarks.scaling
 
 `measure` times them in the processes of torchrun, interleaved by a few steps, so that a warm GPU or
 another program slows all alike. `by_torchrun` starts these processes.
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from irongpt.training.trainer import Trainer
 
 MIN_SPEEDUP = 1.25  # from which several GPUs are recommended
 LIMIT = 50.0  # seconds, in which the kernels may have to be compiled
-ROUNDS = 5
 TOKENS = 100_000  # random ones, because a step's time does not depend on the text
 
 
@@ -53,6 +53,11 @@ class Scaling:
     def speedup(self) -> float:
         return statistics.median(self.one) / statistics.median(self.all)
 
+    def with_times_of(self, other: "Scaling") -> "Scaling":
+        """Both measurements as one."""
+        names = ("one", "all", "exchange")
+        return replace(self, **{n: getattr(self, n) + getattr(other, n) for n in names})
+
     def __str__(self) -> str:
         """The result in one sentence."""
         one, every, exchange = (
@@ -67,11 +72,16 @@ class Scaling:
         )
 
 
-def measure(world: World, device: torch.device, preset: str) -> Scaling:
+def measure(
+    world: World, device: torch.device, preset: str, rounds: int = 5, steps: int = 0
+) -> Scaling:
     """Returns the times of this process. Only process 0 has times of `one`, for which on a CPU it
-    gets the threads of all."""
+    gets the threads of all.
+
+    steps: in a round; 0 selects 10 on a GPU and 3 on a CPU.
+    """
     dtype = devices.precision("auto", device).dtype
-    steps = 10 if device.type == "cuda" else 3
+    steps = steps or (10 if device.type == "cuda" else 3)
     model = GPTConfig(vocab_size=WAR_AND_PEACE_VOCAB, **PRESETS[preset].model)
     name = "fused" if device.type == "cuda" else "builtin"
     try:
@@ -98,7 +108,7 @@ def measure(world: World, device: torch.device, preset: str) -> Scaling:
     threads = torch.get_num_threads()
     warm = WARMUP + 2 if device.type == "cuda" else 1
     try:
-        for turn in range(ROUNDS + 1):
+        for turn in range(rounds + 1):
             count = steps if turn else warm
             world.barrier()
             if alone is not None:

@@ -46,14 +46,25 @@ def test_the_sentence_says_whether_several_pay(every: float, start: str, end: st
     assert end in text
 
 
+def test_the_times_of_two_measurements_are_joined() -> None:
+    one, other = replace(FOUND, one=[3.0], all=[1.0]), replace(FOUND, one=[1.0], all=[1.0])
+    assert one.with_times_of(other).speedup == 2.0
+
+
 def measured(rank: int, folder: Path) -> int:
+    """`irongpt doctor`, and the benchmark, in a world of their own each."""
+    from benchmarks import scaling as benchmark
+
     os.chdir(folder)
     tiny()
     doctor.examine = lambda device: doctor.Report()
     torch.set_num_threads(1)
     with open(f"{rank}.txt", "w") as file:
         sys.stdout = sys.stderr = file
-        return main(["doctor", "--device", "cpu", "--json", "doctor.json"])
+        code = main(["doctor", "--device", "cpu", "--json", "doctor.json"])
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # another world in the same store
+        options = "--device cpu --result result.json --commit abc --repeats 2 --rounds 2 --steps 1"
+        return code or benchmark.main(options.split())
 
 
 def test_two_processes_measure_and_the_first_reports(tmp_path: Path) -> None:
@@ -63,6 +74,23 @@ def test_two_processes_measure_and_the_first_reports(tmp_path: Path) -> None:
     assert sentence.startswith("2 processes ")
     assert "of nano takes" in sentence
     assert shown(tmp_path, 0).startswith("scaling   2 processes ")
+
+    section = json.loads((tmp_path / "result.json").read_bytes())["scaling"]
+    assert section["count"] == 2
+    assert [len(section[name]) for name in ("one", "all", "exchange", "repeats")] == [4, 4, 4, 2]
+    for repeat in section["repeats"]:
+        ratio = repeat["all_seconds"] / repeat["one_seconds"]
+        assert repeat["all_over_one"] == pytest.approx(ratio, rel=1e-4)
+    assert section["sentence"].startswith("2 processes ")
+
+
+def test_the_benchmark_needs_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import scaling as benchmark
+
+    assert benchmark.main(["--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: one process: use torchrun --nproc-per-node 2 -m benchmarks.scaling\n"
+    )
 
 
 class Child:
