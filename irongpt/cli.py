@@ -25,8 +25,8 @@ from irongpt.config import (
 )  # fmt: skip
 from irongpt.console import output, say_on_stderr
 from irongpt.data.text import ERRORS, check_encoding, decoded
-from irongpt.errors import DivergenceError, UserError, brief, out_of_memory, shortened
-from irongpt.files import FULL, why
+from irongpt.errors import DivergenceError, UserError, out_of_memory, short_reason, shortened
+from irongpt.files import FULL, write_error_reason
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + getattr(e, "signal", 2)
         except (MemoryError, RuntimeError, OSError) as e:
             if isinstance(e, OSError) and e.errno in FULL:
-                reason = why(e, Path(e.filename or "."))
+                reason = write_error_reason(e, Path(e.filename or "."))
                 print(f"irongpt: error: cannot write: {shortened(reason)}", file=sys.stderr)
                 return 2
             if not out_of_memory(e):
@@ -91,7 +91,7 @@ def user_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as e:
-        raise argparse.ArgumentTypeError(f"{text}: {brief(e)}") from e
+        raise argparse.ArgumentTypeError(f"{text}: {short_reason(e)}") from e
 
 
 def build_parser() -> Parser:
@@ -364,7 +364,7 @@ def read_prompt(
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"cannot read the {name} {file}: {brief(e)}") from e
+        raise UserError(f"cannot read the {name} {file}: {short_reason(e)}") from e
     shown = "the standard input" if file == "-" else f"the {name} {file}"
     text = decoded(data, shown, encoding, errors)
     for note in text.notes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO, cast
 
-from irongpt.errors import UserError, brief, one_line
+from irongpt.errors import UserError, one_line, short_reason
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -70,7 +70,7 @@ def output() -> Iterator[None]:
     def failed(error: Exception) -> None:
         if isinstance(error, BrokenPipeError):
             raise error
-        raise OutputError(f"cannot write to standard output: {brief(error)}")
+        raise OutputError(f"cannot write to standard output: {short_reason(error)}")
 
     out, err = Output(sys.stdout, failed), Output(sys.stderr, lambda error: None)
     with (
@@ -112,7 +112,7 @@ def output_is_optional() -> Iterator[None]:
     def failed(error: Exception) -> None:
         if not reported:
             reported.append(error)
-            reason = f"cannot write to standard output: {brief(error)}; training continues"
+            reason = f"cannot write to standard output: {short_reason(error)}; training continues"
             print(f"irongpt: {reason}", file=sys.stderr)
 
     out = Output(sys.stdout, failed)

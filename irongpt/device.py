@@ -11,7 +11,7 @@ import torch
 from irongpt_kernels.runtime import emulate
 
 from irongpt import driver
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 
 HARMLESS = (  # warnings of PyTorch on a GPU that a user can ignore
     "Attempting to run cuBLAS, but there was no current CUDA context",
@@ -90,7 +90,7 @@ def why_gpu_not_found() -> str | None:
             torch.cuda.init()
             reason = "no reason is given"
         except (RuntimeError, AssertionError) as e:
-            reason = brief(e)
+            reason = short_reason(e)
     return driver.why_gpu_not_found(torch.__version__, torch.version.cuda, reason)
 
 

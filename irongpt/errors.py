@@ -17,7 +17,7 @@ class DivergenceError(Exception):
     """The gradients stay non-finite. This is not a user's mistake, and the exit code is 1."""
 
 
-def brief(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """The reason for an error of the system or of the network, in one short line."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code}"

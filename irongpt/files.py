@@ -70,7 +70,7 @@ def read(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
-def why(error: OSError, path: Path) -> str:
+def write_error_reason(error: OSError, path: Path) -> str:
     """The reason why a write failed. For a full disk it names the disk.
 
     path: the file, as far as it is known: the error of a write has no file name, and the full disk

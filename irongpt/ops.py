@@ -6,7 +6,7 @@ from irongpt_kernels.runtime import emulate
 
 from irongpt import driver, launch_cache
 from irongpt.config import GPTConfig, check
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 
 
 def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Ops:
@@ -63,8 +63,8 @@ def _build_launcher(hint: str) -> None:
         _ = driver.active.utils
     except Exception as e:  # no compiler, no Python.h, no libcuda: each has its own type
         raise UserError(
-            f"--fused: Triton cannot build its launcher ({brief(e)}): install a C compiler and "
-            f"Python's headers (on Debian: apt install gcc python3-dev), or {hint}"
+            f"--fused: Triton cannot build its launcher ({short_reason(e)}): install a C compiler "
+            f"and Python's headers (on Debian: apt install gcc python3-dev), or {hint}"
         ) from e
 
 

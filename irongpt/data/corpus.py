@@ -40,7 +40,7 @@ from irongpt.data.text import (
     length,
     without_license,
 )
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
 STDIN = "-"
@@ -153,7 +153,7 @@ def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | N
     except (FileNotFoundError, ValueError):  # a name with a NUL in it is a ValueError
         raise UserError(f"no file {data!r}; the built-in texts are {', '.join(BUILT_IN)}") from None
     except OSError as error:
-        raise UserError(f"cannot read {data!r}: {brief(error)}") from None
+        raise UserError(f"cannot read {data!r}: {short_reason(error)}") from None
     return _checked(_folder_name(Path(data.removesuffix(".gz")).stem), repr(data), text, reader)
 
 
@@ -165,7 +165,7 @@ def _standard_input(reader: Reader) -> Text:
     try:
         raw = sys.stdin.buffer.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot read the standard input: {brief(error)}") from None
+        raise UserError(f"cannot read the standard input: {short_reason(error)}") from None
     return reader.decode(raw, "the standard input")
 
 

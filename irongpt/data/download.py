@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from irongpt.data.text import Say, Utf8, decoded, without_license
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 from irongpt.files import replace_file
 
 TIMEOUT_S = 15.0  # of each wait for the server
@@ -68,7 +68,7 @@ def war_and_peace(say: Say) -> Utf8:
             if path.is_file():
                 return _verified(source, path.read_bytes())
         except (OSError, ValueError) as error:
-            say(f"not using {str(path)!r}: {brief(error)}")
+            say(f"not using {str(path)!r}: {short_reason(error)}")
     reasons = []
     for source in SOURCES:
         say(f"downloading War and Peace (3.4 MB) from {source.url} to {str(folder)!r}")
@@ -76,7 +76,7 @@ def war_and_peace(say: Say) -> Utf8:
             raw = _download(source.url)
             book = _verified(source, raw)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons.append(f"{source.url.split('/')[2]}: {brief(error)}")
+            reasons.append(f"{source.url.split('/')[2]}: {short_reason(error)}")
             say(f"the download failed: {reasons[-1]}")
             continue
         _keep(folder / source.filename, raw, say)
@@ -139,4 +139,4 @@ def _keep(path: Path, raw: bytes, say: Say) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, raw)
     except OSError as error:
-        say(f"cannot store War and Peace as {str(path)!r} for the next run: {brief(error)}")
+        say(f"cannot store War and Peace as {str(path)!r} for the next run: {short_reason(error)}")

@@ -28,7 +28,7 @@ from irongpt.data.text import (
     unpacked,
     without_license,
 )
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 
 VAL_SHARE = 0.1
 INCLUDE = ("*.py",)
@@ -189,8 +189,8 @@ def _walk(root: Path, say: Say) -> Iterator[tuple[str, Path]]:
             names = sorted(os.listdir(folder))
         except OSError as e:
             if not prefix:
-                raise UserError(f"cannot read {str(folder)!r}: {brief(e)}") from None
-            say(f"not reading {str(folder)!r}: {brief(e)}")
+                raise UserError(f"cannot read {str(folder)!r}: {short_reason(e)}") from None
+            say(f"not reading {str(folder)!r}: {short_reason(e)}")
             continue
         if (status.st_dev, status.st_ino) in visited or (prefix and "pyvenv.cfg" in names):
             continue

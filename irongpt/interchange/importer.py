@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from irongpt.config import DataConfig, GPTConfig, TrainConfig, check
 from irongpt.data.tokenizer import BPETokenizer, CharTokenizer
 from irongpt.data.tokenizer import from_json as our_tokenizer
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 from irongpt.files import check_free, damaged
 from irongpt.interchange.export import BIAS
 from irongpt.interchange.gpt2_layout import Tensors, from_config_json, from_gpt2
@@ -106,7 +106,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as e:
-        raise UserError(f"cannot read {path}: {brief(e)}") from e
+        raise UserError(f"cannot read {path}: {short_reason(e)}") from e
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
@@ -126,6 +126,6 @@ def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except OSError as e:
-        raise UserError(f"cannot read {path}: {brief(e)}") from e
+        raise UserError(f"cannot read {path}: {short_reason(e)}") from e
     except SafetensorError as e:
         raise damaged(path) from e

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from irongpt.console import say
-from irongpt.errors import UserError, brief
+from irongpt.errors import UserError, short_reason
 
 NAME = ".lock"
 HEARTBEAT, TIMEOUT = 20.0, 90.0  # seconds
@@ -39,7 +39,7 @@ class Lock:
         try:
             self._acquire()
         except OSError as e:
-            raise UserError(f"cannot write to {folder}: {brief(e)}") from e
+            raise UserError(f"cannot write to {folder}: {short_reason(e)}") from e
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()

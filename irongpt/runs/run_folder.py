@@ -20,7 +20,7 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import damaged, finite, read, replace_file, sealed, unsealed, why
+from irongpt.files import damaged, finite, read, replace_file, sealed, unsealed, write_error_reason
 from irongpt.runs import checkpoint
 from irongpt.runs.lock import NAME, Lock
 
@@ -70,7 +70,9 @@ class RunFolder:
         except (OSError, UserError) as e:
             self.release()
             if isinstance(e, OSError):
-                raise UserError(f"cannot write a run at {self.path}: {why(e, self.path)}") from e
+                raise UserError(
+                    f"cannot write a run at {self.path}: {write_error_reason(e, self.path)}"
+                ) from e
             raise
 
     def release(self) -> None:
@@ -114,7 +116,9 @@ class RunFolder:
             (self.path / "files.json").unlink(missing_ok=True)
             self.release()
             if isinstance(e, OSError):
-                raise UserError(f"cannot write a run at {self.path}: {why(e, self.path)}") from e
+                raise UserError(
+                    f"cannot write a run at {self.path}: {write_error_reason(e, self.path)}"
+                ) from e
             raise
 
     def resume(

@@ -17,7 +17,7 @@ from irongpt.config import SampleConfig
 from irongpt.console import Attempt, Clock, Interrupt, Progress, duration, say
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import DivergenceError, UserError
-from irongpt.files import why
+from irongpt.files import write_error_reason
 from irongpt.generation.sample import generate, printable, start_ids
 from irongpt.runs import checkpoint, plots
 from irongpt.runs.run_folder import Record, RunFolder
@@ -172,8 +172,8 @@ class TrainingLoop:
         if not path.exists():
             return f"the folder {path} is gone: it was deleted or moved while the run was trained"
         return (
-            f"cannot write to {path}: {why(error, path)}; the previous checkpoint is "
-            f"intact, continue with --resume {path}"
+            f"cannot write to {path}: {write_error_reason(error, path)}; the previous checkpoint "
+            f"is intact, continue with --resume {path}"
         )
 
     def _step(self, progress: Progress) -> None:

@@ -30,7 +30,7 @@ from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError, out_of_memory
-from irongpt.files import damaged, why
+from irongpt.files import damaged, write_error_reason
 from irongpt.model import GPT
 from irongpt.runs import tensorboard
 from irongpt.runs.lock import Lock
@@ -219,7 +219,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
     except OSError as e:
-        raise UserError(f"cannot write to {run.path}: {why(e, run.path)}") from e
+        raise UserError(f"cannot write to {run.path}: {write_error_reason(e, run.path)}") from e
     return training
 
 

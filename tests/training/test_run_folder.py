@@ -104,7 +104,7 @@ def test_a_folder_that_vanished_is_named(cli, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named(tmp_path):
-    reason = files.why(OSError(28, "No space left on device"), tmp_path / "file")
+    reason = files.write_error_reason(OSError(28, "No space left on device"), tmp_path / "file")
     assert "No space left on device (/" in reason
     assert "MB and" in reason
 
@@ -120,7 +120,7 @@ def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
     none = os.statvfs_result([*free[:4], 0, *free[5:]])
     monkeypatch.setattr(os, "statvfs", lambda path: none if path.name == full else free)
     named = tmp_path / ("cache" if full == "cache" else "run")
-    reason = files.why(OSError(28, "No space left on device"), tmp_path / "run")
+    reason = files.write_error_reason(OSError(28, "No space left on device"), tmp_path / "run")
     assert f"({named} has " in reason
 
 
