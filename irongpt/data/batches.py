@@ -93,9 +93,9 @@ class TrainBatches:
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
         """Batch `number`, from 0: inputs and targets, (B, T) int64 each."""
-        return self.at(self.firsts(number))
+        return self.sequences_from(self.first_positions(number))
 
-    def firsts(self, number: int) -> Tensor:
+    def first_positions(self, number: int) -> Tensor:
         """First positions of the sequences in batch `number`: (B,) int64."""
         parts = []
         at, end = number * self.batch_size, (number + 1) * self.batch_size
@@ -105,9 +105,9 @@ class TrainBatches:
             at += len(parts[-1])
         return torch.cat(parts)
 
-    def at(self, firsts: Tensor) -> tuple[Tensor, Tensor]:
+    def sequences_from(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the sequences that start at these positions."""
-        return sequences(self.ids, firsts, self.offsets)
+        return sequences(self.ids, positions, self.offsets)
 
 
 class ValBatches:

@@ -64,7 +64,7 @@ class Trainer:
         # Inputs of a step, one row per forward pass, which the host fills in place.
         passes = len(world.own_range(count)) * config.grad_accum
         shape = passes, config.batch_size // count
-        self.firsts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(passes, dtype=torch.int64, device=device)
         self.signal = torch.zeros((), device=device)  # a signal that this process has received
         self.step = 0
@@ -98,11 +98,11 @@ class Trainer:
     def _fill_inputs(self) -> None:
         """Writes the inputs of the step, which are pure functions of its number."""
         config, n, row = self.config, self.config.grad_accum, 0
-        sequences = self.firsts.shape[1]
+        sequences = self.positions.shape[1]
         for shard in self.world.own_range(config.shards):
             for batch in range(self.step * n, (self.step + 1) * n):
-                firsts = self.train_batches.firsts(batch)
-                self.firsts[row].copy_(firsts[shard * sequences : (shard + 1) * sequences])
+                positions = self.train_batches.first_positions(batch)
+                self.positions[row].copy_(positions[shard * sequences : (shard + 1) * sequences])
                 number = batch * config.shards + shard
                 dropouts = number * DROPOUTS_PER_BLOCK * self.model.config.n_layer
                 self.seeds[row].fill_((config.seed << 32) + dropouts)
@@ -147,7 +147,7 @@ class Trainer:
 
     def _loss(self, i: int, scale: Tensor) -> Tensor:
         """Loss of the step's forward pass i, with its dropout seed, for a backward from `scale`."""
-        x, y = self.train_batches.at(self.firsts[i])
+        x, y = self.train_batches.sequences_from(self.positions[i])
         with self.autocast():
             return self.model.loss(x, y, seed=self.seeds[i], loss_scale=scale)
 
