@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from irongpt_kernels import builtin, eager
 from irongpt_kernels.builtin import append_by_indexing
-from irongpt_kernels.op_inputs import RING, TOP_K
+from irongpt_kernels.op_inputs import RING_SIZE, TOP_K
 from irongpt_kernels.op_specs import SPECS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -206,7 +206,7 @@ def _naive(case: Case) -> Function:
 
 def _embed(x: Inputs) -> tuple[Tensor, ...]:
     rows = torch.arange(len(x["tokens"]), device=x["tokens"].device)
-    last = x["tokens"][rows, (x["counts"][:, 0] - 1) % RING]
+    last = x["tokens"][rows, (x["counts"][:, 0] - 1) % RING_SIZE]
     return (F.embedding(last, x["wte"]) + F.embedding(x["counts"][:, 1], x["wpe"]),)
 
 
@@ -226,7 +226,7 @@ def _sample(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
     # As multinomial samples, but without its checks, for which the host waits.
     race = best.softmax(-1) / torch.empty_like(best).exponential_()
     sampled = which.gather(1, race.argmax(-1, keepdim=True))
-    tokens.scatter_(1, counts[:, :1] % RING, sampled)
+    tokens.scatter_(1, counts[:, :1] % RING_SIZE, sampled)
     counts += 1
     return tokens, counts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SEED = (5 << 32) + 7  # uses both halves of the generator's key
-RING = 32  # tokens that a sequence keeps while it is generated
+RING_SIZE = 32  # tokens of a sequence that the device holds
 TOP_K = 20
 IGNORED = -100  # the target that cross_entropy leaves out
 

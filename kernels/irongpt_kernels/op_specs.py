@@ -19,7 +19,7 @@ from torch import Tensor
 
 from irongpt_kernels import op_costs
 from irongpt_kernels.op_costs import Cost, numel, optimizer_bytes
-from irongpt_kernels.op_inputs import RING, TOP_K, Input, Shape, Sizes, Tensors
+from irongpt_kernels.op_inputs import RING_SIZE, TOP_K, Input, Shape, Sizes, Tensors
 
 
 @dataclass(frozen=True)
@@ -347,14 +347,14 @@ def _ring(s: Shape) -> dict[str, Input]:
     if there are more sequences than positions or tokens."""
 
     def tokens(x: Tensor) -> Tensor:
-        return (torch.arange(len(x), device=x.device)[:, None] % s.V).repeat(1, RING)
+        return (torch.arange(len(x), device=x.device)[:, None] % s.V).repeat(1, RING_SIZE)
 
     def counts(x: Tensor) -> Tensor:
         position = s.T - 1 - torch.arange(len(x), device=x.device) % s.T
-        return torch.stack([torch.full_like(position, RING), position], 1)
+        return torch.stack([torch.full_like(position, RING_SIZE), position], 1)
 
     return dict(
-        tokens=Input((s.B, RING), "integer", values=tokens),
+        tokens=Input((s.B, RING_SIZE), "integer", values=tokens),
         counts=Input((s.B, 2), "integer", values=counts),
     )
 
