@@ -4,8 +4,8 @@ The candidate is the implementation under test. The oracle is `eager` in float64
 values. With
 e(x) = max |x - oracle|, and likewise for the root mean square,
 
-    e(candidate) <= 2 e(eager in the same dtype) + floor    for outputs,
-    e(candidate) <= 3 e(eager in the same dtype) + floor    for gradients.
+    e(candidate) <= 2 e(eager in the same dtype) + rounding error    for outputs,
+    e(candidate) <= 3 e(eager in the same dtype) + rounding error    for gradients.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Errors(NamedTuple):
         return float("inf") if self.candidate else 1.0
 
 
-def floor(dtype: torch.dtype, size: Tensor) -> Tensor:
+def rounding_error(dtype: torch.dtype, size: Tensor) -> Tensor:
     """One rounding error of a value of the oracle's size, plus the smallest subnormal number.
 
     Eager can be exact by chance (one position, equal rows), but a candidate has to round its result
@@ -61,6 +61,6 @@ def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dic
     for name, norm in NORMS.items():
         e, e_eager = (norm((x.double() - oracle).where(finite, 0.0)) for x in (candidate, eager))
         size = norm(oracle.where(finite, 0.0))
-        bound = factor * e_eager + floor(candidate.dtype, size)
+        bound = factor * e_eager + rounding_error(candidate.dtype, size)
         result[name] = Errors(float(e), float(e_eager), float(bound))
     return result

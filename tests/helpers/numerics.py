@@ -37,10 +37,10 @@ def assert_rule(
     oracle: Tensor,
     slack: Tensor | None = None,
 ) -> None:
-    """e(candidate) <= factor e(baseline) + floor, by the maximum and by the root mean square.
+    """e(candidate) <= factor e(baseline) + rounding error, by maximum and by root mean square.
 
-    slack, where the baseline is not eager but the oracle itself, rounded: what float32 costs, such
-    as the error of an exponential, which is its argument in roundings.
+    slack: for a baseline that is not eager but the rounded oracle, the additional error of float32,
+    such as that of an exponential, which is its argument in roundings.
     """
     assert candidate.shape == baseline.shape == oracle.shape
     assert candidate.dtype == baseline.dtype
