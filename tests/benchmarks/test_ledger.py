@@ -20,7 +20,7 @@ A, B = 4 * 6, 6 * 5
 # PyTorch ops by which an op validates its integers on a CPU.
 CHECKS = {"cross_entropy": 6, "linear_cross_entropy": 4, "embed_layer_norm": 4}
 # The custom ops of an op and of its gradients: norms compute those of their parameters, and of
-# embeddings, by ops of their own.
+# embeddings, by separate ops.
 OWN = dict(layer_norm=3, dropout_add_layer_norm=3, embed_layer_norm=4)
 
 

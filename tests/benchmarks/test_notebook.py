@@ -26,7 +26,7 @@ from pydoc_data import topics
 from irongpt import doctor
 from irongpt.config import PRESETS
 
-doctor.training_bytes = lambda *args: 2**30  # it has tests of its own
+doctor.training_bytes = lambda *args: 2**30  # it has separate tests
 PRESETS["nano"].train.update(eval_windows=8, sample_tokens=20)
 topics.topics = dict(sorted(topics.topics.items())[:10])  # of python-docs
 popen = subprocess.Popen

@@ -1,1 +1,1 @@
-"""Reliability campaigns: random cases by the thousand, each made from a seed and its number."""
+"""Reliability campaigns (fuzz tests): thousands of cases, each made from a seed and its number."""

@@ -7,7 +7,7 @@
     python -m tests.campaign kill           SIGKILL at a random instant of a run, then a resume
     python -m tests.campaign disk           a full, read-only, broken or slow disk at every write
 
-A line every thousand cases, or every minute, says how many are done. The exit code is 1 at the
+Every thousand cases, or every minute, a line reports how many are done. The exit code is 1 at the
 first fault, whose number is printed: --only runs that case again. With --resume a campaign that was
 stopped goes on where it was, also at a fault. Linux only.
 """
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
-    """Runs the cases, tells the progress and keeps it in args.resume."""
+    """Runs the cases, prints the progress and saves it in args.resume."""
     kinds = collections.Counter(state["kinds"])
-    start, told, before = time.perf_counter(), time.monotonic(), state["seconds"]
+    start, reported, before = time.perf_counter(), time.monotonic(), state["seconds"]
     code, at = 0, state["done"]
 
     def tell(what: str) -> None:
@@ -89,10 +89,10 @@ def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
                     continue
                 kinds[kind] += 1
                 at = number + 1
-                late = time.monotonic() - told > EVERY_SECONDS
+                late = time.monotonic() - reported > EVERY_SECONDS
                 if late or at % EVERY_CASES == 0:
                     tell("passed")
-                    told = time.monotonic()
+                    reported = time.monotonic()
         except KeyboardInterrupt:
             code = 130
         except Exception:

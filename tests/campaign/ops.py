@@ -1,11 +1,11 @@
 """Random calls of every op against eager in float64, by the one tolerance, in Triton's interpreter.
 
-A case draws the op, its sizes, dtypes and options, which inputs are given and which are frozen, the
-scale and the memory layout of each input and of each upstream gradient.
+A case samples the op, its sizes, dtypes and options, which inputs are given and which are frozen,
+the scale and the memory layout of each input and of each upstream gradient.
 
-The errors of a few values are a matter of luck, where eager may be exact by chance. So a call that
-exceeds the tolerance is repeated with other values. The case fails if most of DRAWS calls exceed
-it, and if all of their values together, as one larger tensor, do.
+In a tensor of few values eager may be exact by chance. So a call that exceeds the tolerance is
+repeated with other values. The case fails if most of DRAWS calls exceed the tolerance, and if all
+of their values together, as one larger tensor, exceed it too.
 """
 
 import random
@@ -160,9 +160,9 @@ def compare(found: Tensors, base: Tensors, oracle: Tensors) -> None:
         if x.numel():
             factor = tolerance.GRADIENTS if name.startswith("d ") else tolerance.OUTPUTS
             for norm, e in tolerance.errors(factor, x, y, z).items():
-                told = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
+                message = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
                 if not e.ok:
-                    raise ExceededError(f"{told}, eager's {e.eager:.3g}")
+                    raise ExceededError(f"{message}, eager's {e.eager:.3g}")
 
 
 class Case:

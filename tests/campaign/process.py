@@ -91,7 +91,7 @@ class Worker:
 
 
 def command(folder: Path, *args: object, **options: Any) -> Ended:
-    """The command in a process of its own."""
+    """The command in a separate process."""
     with Worker(folder, **options) as worker:
         return worker(*args)
 

@@ -1,4 +1,4 @@
-"""--val: a validation text of its own."""
+"""--val: a separate validation text."""
 
 import json
 import math

@@ -53,7 +53,7 @@ class Bad(Trainer):
 
 
 def train(case: str, world: World | None, kind: type[Trainer] = Trainer) -> dict[str, Any]:
-    """The losses, norms and scales of three steps, and all that they leave."""
+    """The losses, norms and scales of three steps, and the state after them."""
     ops, optimizer, dtype, dropout, n, shards = CASES[case]
     torch.manual_seed(1)
     ids = torch.arange(400) ** 2 // 5 % CONFIG.vocab_size
@@ -79,7 +79,7 @@ def results(world: World | None, names: Iterable[str]) -> dict[str, dict[str, An
 
 
 def compute(rank: int, folder: Path) -> None:
-    """All that one start of two processes, or of four, can show."""
+    """The results of one start of two processes, or of four."""
     world = Torchrun()
     if world.size == 4:
         names = [OF_FOUR]
@@ -128,7 +128,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """rng.cpu: every process has random numbers of its own."""
+    """Compares all but rng.cpu, which differs between processes."""
     assert found.keys() == wanted.keys()
     unequal = [
         k for k, t in wanted.items() if not t.nan_to_num(-1.0).equal(found[k].nan_to_num(-1.0))

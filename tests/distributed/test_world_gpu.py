@@ -28,7 +28,7 @@ STEPS = WARMUP + 4  # the last four replay the graph
 
 
 def train(world: World, optimizer: str, graph: bool) -> dict[str, Any]:
-    """The losses and norms of some steps with two shards, and all that they leave."""
+    """The losses and norms of some steps with two shards, and the state after them."""
     device = torch.device("cuda", torch.cuda.current_device())
     devices.make_deterministic()
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def compute(rank: int, folder: Path) -> None:
 
 
 def alone(rank: int, folder: Path) -> None:
-    """Without NCCL, in a process of its own: this one keeps its GPU for the other tests."""
+    """Without NCCL, in a separate process: this one keeps its GPU for the other tests."""
     found = [train(World(), optimizer, False) for optimizer in ("adamw", "muon")]
     torch.save(found, folder / "alone.pt")
 

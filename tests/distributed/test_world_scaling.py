@@ -52,7 +52,7 @@ def test_the_times_of_two_measurements_are_joined() -> None:
 
 
 def measured(rank: int, folder: Path) -> int:
-    """`irongpt doctor`, and the benchmark, in a world of their own each."""
+    """`irongpt doctor` and the benchmark, each in a separate world."""
     from benchmarks import scaling as benchmark
 
     os.chdir(folder)

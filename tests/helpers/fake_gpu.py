@@ -1,4 +1,4 @@
-"""A GPU that torch reports where there is none."""
+"""Makes torch report a GPU on a machine without one."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -4,7 +4,7 @@ Runs `irongpt_kernels.aot`, and passes every kernel that it compiles to Triton's
     python tests/helpers/launched.py --arch sm_75 --quick --json     as aot, and the report gains
 
     launches, parameters      how many were compared
-    mismatches                parameters that are not what the PTX and the Python arguments ask for
+    mismatches                parameters that differ from the PTX or from the Python arguments
     planted                   the mismatches of one more case, with two arguments exchanged
 
 The launcher is linked to a stub of libcuda (stub_cuda.c), which runs nothing. Before a launch

@@ -184,7 +184,7 @@ def sanitize(order: int | None = None) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any], Any]]:
-    """What both kinds of run share. Yields a function that replaces an attribute till the end."""
+    """The code of both kinds of run. Yields a function that replaces an attribute until the end."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     shared, call = interpreter.interpreter_builder, executor.__call__
 

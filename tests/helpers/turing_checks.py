@@ -102,7 +102,7 @@ def check_unknown_ptx_falls_back() -> None:
     with (
         saying("m16n8k16"),
         patch.object(turing, "split_mma", lambda text: text),
-        patch.object(turing, "KEY", "not known"),  # in a cache key of its own
+        patch.object(turing, "KEY", "not known"),  # in a separate cache key
     ):
         assert ptx(N=16) == stock(N=16)
 

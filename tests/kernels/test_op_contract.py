@@ -84,7 +84,7 @@ def test_custom_ops_pass_opcheck(case: Case, part: str) -> None:
     with Calls() as calls:
         outputs = case.outputs(fused, inputs)[at]
         torch.autograd.grad(outputs, [inputs[n] for n in floats[at]], upstream[at])
-    # A norm computes the gradients of its parameters, and of embeddings, by an op of their own.
+    # A norm computes the gradients of its parameters, and of embeddings, by a separate op.
     groups = [{"weight", "bias"}, {"wte", "wpe"}] if "layer_norm" in case.op else []
     assert len(calls.found) == 2 + sum(not g.isdisjoint(floats[at]) for g in groups)
     calls.check("" if part == "all" else "backward")

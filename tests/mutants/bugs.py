@@ -134,8 +134,8 @@ PHILOX: list[Bug] = [
     ("every head drops alike", "zero + head, zero, 7)", "zero, zero, 7)"),
     ("eight rows share their bits",
      "tile * 8 + tl.arange(0, 8)", "tile * 8 + tl.arange(0, 8) // 8"),
-    ("each tile starts anew", "start // 32 * 8 + counter", "counter"),
-    ("short tiles start anew", "eight += start // 8 % 4", "eight += 0"),
+    ("each tile starts again", "start // 32 * 8 + counter", "counter"),
+    ("short tiles start again", "eight += start // 8 % 4", "eight += 0"),
     ("words are exchanged", "tl.where(word < 2, w0, w2)", "tl.where(word < 2, w2, w0)"),
 ]  # fmt: skip
 

@@ -200,7 +200,7 @@ LINEAR_CROSS_ENTROPY: list[Bug] = [
     ("sums beyond the first block lost", "total += tl.load(", "total = tl.load("),
     ("sums past the end", "sums_ptr + part, mask=part < parts", "sums_ptr + part, mask=part >= 0"),
     ("loss not divided by the count", "tl.div_rn(tl.sum(total, 0), n)", "tl.sum(total, 0)"),
-    ("each chunk is a mean of its own",
+    ("each chunk is a separate mean",
      "t[part], sums[first // BLOCK_M :], M,", "t[part], sums[first // BLOCK_M :], len(z),"),
     ("the sums of chunks over each other", "sums[first // BLOCK_M :]", "sums"),
     ("dweight of the first chunk only", "dw.add_(term) if first", "dw if first"),

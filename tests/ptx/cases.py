@@ -150,8 +150,8 @@ def compare(result: Result, found: Tensors, base: Tensors, oracle: Tensors) -> N
                 share = e.candidate / e.bound if e.candidate else 0.0
                 result.share = max(result.share, share)
                 if not e.ok:
-                    told = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
-                    result.problems.append(told)
+                    message = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
+                    result.problems.append(message)
 
 
 # The sets of cases -------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ SHORT = [*TINY, "--iters", "12", "--eval-every", "12"]
 
 
 def start(folder: Path, *args: object, stuck: bool = False) -> ForkServerProcess:
-    """The command in a process of its own, forked from one that has only imported torch.
+    """The command in a separate process, forked from one that has only imported torch.
 
     stuck: its first step never ends.
     """

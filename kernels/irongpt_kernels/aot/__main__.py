@@ -145,8 +145,8 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
     facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
         inner_loops = sass.inner_loops(binary.instructions)  # in order of address
-        products = [x for x in inner_loops if sass.count(x)["HMMA"]] or loops
-        every = [sass.clocks(loop, warps, arch) for loop in products]
+        matmul_loops = [x for x in inner_loops if sass.count(x)["HMMA"]] or loops
+        every = [sass.clocks(loop, warps, arch) for loop in matmul_loops]
         units = sass.clocks(shortest, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)

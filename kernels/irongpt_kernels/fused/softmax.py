@@ -13,8 +13,8 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
 Parallelism Rows of at most MAX_BLOCK columns fit in registers: a program handles BLOCK_M rows.
             For longer rows a program loops over one row, ONLINE_BLOCK columns at a time (online
             softmax; Milakov and Gimelshein 2018). The first loop computes m and the sums, and
-            rescales the sums when m grows. Each of the ONLINE_BLOCK positions keeps a maximum and
-            sums of its own, which are combined after the loop. The last loop computes y or dx. The
+            rescales the sums when m grows. Each of the ONLINE_BLOCK positions keeps a separate
+            maximum and sums, which are combined after the loop. The last loop computes y or dx. The
             backward has one more loop in between, for the rounding error of delta.
 Precision   float32 between load and store. The backward saves x and not y: a y rounded to float16
             does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
