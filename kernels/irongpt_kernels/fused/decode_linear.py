@@ -7,7 +7,7 @@
 
 Forward, per row:   Two intermediate results are rounded to the dtype of the weight: that of the
                     layer norm, and that of the matmul, which is summed in float32 (the bias is
-                    added before the rounding, or before GELU). GELU and the residual sum are
+                    added before that rounding, or after it for GELU). GELU and the residual sum are
                     computed in float32. A model under autocast rounds at the same places, but it
                     also writes the intermediate results to memory.
 

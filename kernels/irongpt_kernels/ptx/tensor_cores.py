@@ -17,7 +17,7 @@ _WIDEN = {"f16": half_to_f8, "bf16": bf16_to_f8}
 
 
 class Batch(Memory):
-    """Everything that the code of a kernel runs on."""
+    """The state of a batch of CTAs: threads, memory and tensor cores."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
