@@ -3,8 +3,8 @@
     an op              max(bytes / copy bandwidth, FLOPs / matmul rate)
     a training step    seconds of its matmuls + bytes of all other ops / copy bandwidth
 
-Bytes and FLOPs are the least that an op needs (`irongpt_kernels.op_specs`); rates are what a device
-reaches on a large copy and a large matmul. All results here are computed, not measured.
+Bytes and FLOPs are the least that an op needs (`irongpt_kernels.op_specs`); rates are those of a
+large copy and a large matmul on a device. All results here are computed, not measured.
 """
 
 from dataclasses import replace

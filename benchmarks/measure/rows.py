@@ -13,8 +13,8 @@ Point = list[float]  # of a loss: step, seconds, loss
 
 @dataclass
 class Accuracy:
-    """share: the largest error as a share of what the tolerance allows. size, dropout: of the
-    case that was checked."""
+    """share: the largest error divided by its tolerance. size, dropout: of the case that was
+    checked."""
 
     ok: bool
     share: float = math.inf
@@ -108,8 +108,8 @@ class KernelRow(Row):
 class StepRow(Row):
     """A variant's time for a training step. first_seconds: to build it and to warm it up.
 
-    kernels, launches: what runs on the GPU in a step, and what the host launches. stop_reason: why
-    it has fewer samples than the others. group: as in KernelRow.
+    kernels, launches: the numbers of kernels on the GPU and of launches by the host, in a step.
+    stop_reason: why it has fewer samples than the others. group: as in KernelRow.
     """
 
     KEY = ("variant", "dtype")

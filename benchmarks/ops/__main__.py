@@ -10,7 +10,7 @@ is checked without dropout.
 
 Backward is timed alone on the graph of an earlier forward; `total` is forward + backward; an op
 without a gradient has one mode, `call`. The bytes and FLOPs of a row are the least that the op
-needs, not what a provider moved.
+needs, not those of the provider.
 """
 
 import argparse

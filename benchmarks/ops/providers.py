@@ -167,7 +167,7 @@ def _naive_packed(qkv: Tensor, *, dropout_p: float = 0.0, seed: Any = None) -> T
     return naive_attention(q, k, v, dropout_p).transpose(1, 2).contiguous()
 
 
-# The ops of `builtin` with plain PyTorch's attention: what a model costs without any kernel.
+# The ops of `builtin` with plain PyTorch's attention, for the time of a model without any kernel.
 NAIVE: Any = SimpleNamespace(**vars(builtin) | {"causal_attention_packed": _naive_packed})
 
 

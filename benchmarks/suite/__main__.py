@@ -178,7 +178,7 @@ class Suite:
         self.env.pop("TRITON_INTERPRET", None)  # times of the interpreter mean nothing
 
     def stage(self, name: str, limit: float) -> Done:
-        """Runs a stage. The summary of one that is cut says what it has saved."""
+        """Runs a stage. The summary of one that is cut off lists the results that it saved."""
         if name in ("gpu", "tests", "emulated"):
             return self.tests(name, limit)
         done = self.command(name, limit)

@@ -4,7 +4,7 @@
     python -m benchmarks.training --nanogpt FOLDER   also times a checkout of nanoGPT
 
     eager, builtin, fused    the ops that `irongpt train --ops` offers
-    naive                    builtin with naive attention: what a model costs without kernels
+    naive                    builtin with naive attention: a model without any kernel
     ... compiled             torch.compile of the model's loss in its default mode
     ... max-autotune         torch.compile in that mode, which uses CUDA graphs
     ... graph                the whole step as one CUDA graph

@@ -72,8 +72,8 @@ def largest_error(name: str, x: Array, y: Array) -> Array:
 
 
 def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
-    """y, in float64, as float32. Its error is a hash of the seed, up to `noise` times what the PTX
-    ISA allows. ex2 of a whole number is exact, as it is on GPUs."""
+    """y, in float64, as float32. Its error is a hash of the seed, at most `noise` times the bound
+    of the PTX ISA. ex2 of an integer is exact, as it is on GPUs."""
     if not noise:
         return y.astype(f4)
     h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)

@@ -292,7 +292,7 @@ class Memory(Threads):
             cells = self.cells(flat, size)
             np.subtract.at(self.copies, cells.ravel(), 1)
             self.shared[1][flat[:, None] + np.arange(size)] = data
-            # The bytes are there for the thread that waited; other warps need a barrier.
+            # The bytes are visible to the warp that waited. Other warps need a barrier first.
             bit = np.broadcast_to(self.warp_bit[threads][:, None], cells.shape)
             np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
 

@@ -61,15 +61,15 @@ class Pending:
         self.open: list[list[Any]] = [[] for _ in range(count)]
         self.groups: list[list[list[Any]]] = [[] for _ in range(count)]
 
-    def commit(self, who: Array) -> None:
-        for i in who:
+    def commit(self, indices: Array) -> None:
+        for i in indices:
             self.groups[i].append(self.open[i])
             self.open[i] = []
 
-    def wait(self, who: Array, left: int) -> list[Any]:
-        """Returns what is done when each has at most `left` groups in flight."""
+    def wait(self, indices: Array, left: int) -> list[Any]:
+        """Removes and returns the oldest work, until each has at most `left` groups in flight."""
         done = []
-        for i in who:
+        for i in indices:
             n = max(0, len(self.groups[i]) - left)
             done += [one for group in self.groups[i][:n] for one in group]
             del self.groups[i][:n]
