@@ -7,6 +7,7 @@ for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking
 instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers).
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -16,7 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
 from triton import knobs
+from triton.runtime.cache import get_cache_manager
 
 
 class Instruction(NamedTuple):
@@ -73,11 +76,14 @@ _NO_ALU |= {"LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "SYNCS", "FENCE"}
 
 
 def read(cubin: bytes) -> Binary:
-    """Disassembles a cubin of one kernel. Raises RuntimeError where the tool fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = _cuobjdump("--dump-sass", path)
+    """Disassembles a cubin of one kernel, once: the text is kept in Triton's cache. Raises
+    RuntimeError where the tool fails."""
+    cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
+    if kept := cache.get_file("kernel.sass"):
+        text = Path(kept).read_text()
+    else:
+        text = _cuobjdump("--dump-sass", cubin)
+        cache.put(text, "kernel.sass", binary=False)
     found = []
     for address, name, rest in _LINE.findall(text):
         jump = re.search(r"0x([0-9a-f]+)", rest) if name.split(".")[0] in ("BRA", "BRX") else None
@@ -87,17 +93,17 @@ def read(cubin: bytes) -> Binary:
 
 def usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory per thread, without disassembling, which takes long."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = _cuobjdump("--dump-resource-usage", path)
+    text = _cuobjdump("--dump-resource-usage", cubin)
     numbers = {n: int(x) for n, x in re.findall(r"(REG|STACK):(\d+)", text)}
     return numbers["REG"], numbers["STACK"]
 
 
-def _cuobjdump(flag: str, path: Path) -> str:
-    command = [os.fspath(knobs.nvidia.cuobjdump.path), flag, os.fspath(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _cuobjdump(flag: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.fspath(knobs.nvidia.cuobjdump.path), flag, file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()[-300:]}")
     return done.stdout
