@@ -27,12 +27,12 @@ def missing() -> str:
     return "" if header.exists() else "Python.h"
 
 
-def compiled(arch: int, *flags: str, launched: bool = False) -> dict[str, Any]:
+def compiled(arch: int, launched: bool) -> dict[str, Any]:
     """The report of `irongpt_kernels.aot`, run in a process where Triton does not interpret."""
     program = [LAUNCHED] if launched else ["-m", "irongpt_kernels.aot"]
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, *program, "--arch", f"sm_{arch}", "--json", *flags],
+        [sys.executable, *program, "--arch", f"sm_{arch}", "--json", "--quick"],
         env=env | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -58,7 +58,7 @@ def names(rows: list[dict[str, Any]]) -> list[str]:
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
     """In one test, so that the kernels are compiled once."""
-    report = compiled(arch, "--quick", launched=not missing())
+    report = compiled(arch, launched=not missing())
     rows = report["kernels"]
     assert report["failed"] == []
     assert report["warnings"] == []
@@ -102,14 +102,3 @@ def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
     assert report["parameters"] > 10 * len(rows)
     # The check sees two arguments that are exchanged, forward and backward.
     assert len(report["planted"]) == 4
-
-
-def test_compiled_kernels_are_written(tmp_path: Path) -> None:
-    report = compiled(75, "--only", "embed_tokens C=384", "--dump", str(tmp_path))
-    assert {r["op"] for r in report["kernels"]} == {"embed_tokens"}
-    assert all("FFMA" in r for r in report["kernels"])
-    assert all(r["megabytes"] > 0 for r in report["kernels"])
-    suffixes = [file.suffix for file in tmp_path.iterdir()]
-    assert {s: suffixes.count(s) for s in suffixes} == dict.fromkeys(
-        (".cubin", ".ptx", ".sass"), len(report["kernels"])
-    )

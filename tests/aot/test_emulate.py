@@ -5,7 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,9 @@ from triton.runtime import driver
 
 class Utils:
     def load_binary(self, name, kernel, shared, device):
-        print("ELF" if kernel[:4] == b"\\x7fELF" else kernel.rstrip(b"\\0").decode())
-        print("ends in 0:", kernel[-1] == 0)
+        if name == "small_dot":
+            print("ELF" if kernel[:4] == b"\\x7fELF" else kernel.rstrip(b"\\0").decode())
+            print("ends in 0:", kernel[-1] == 0)
         return 1, 2, 32, 0, 1024
     def get_device_properties(self, device):
         return dict(max_shared_mem=232_448)
@@ -49,45 +50,32 @@ driver.set_active(H200())
 torch.cuda.get_device_capability = lambda device: (9, 0)
 launch.prepare(torch.device("cuda", 0))
 x, y = torch.zeros(128, 256, dtype=torch.float16), torch.zeros(128, 128)
-if LARGE:
-    large[(1,)](x, y, 256)
-else:
-    turing.small_dot[(1,)](x, x, y)
+turing.small_dot[(1,)](x, x, y)
+large[(1,)](x, y, 256)
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Launches the small or the large kernel."""
+def launched(folder: Path, **env: str) -> subprocess.CompletedProcess:
     hidden = ("TRITON_INTERPRET", emulate.VARIABLE)
     kept = {n: x for n, x in os.environ.items() if n not in hidden}
-
-    def launched(large: bool = False, **env: str) -> subprocess.CompletedProcess:
-        script = tmp_path / "script.py"
-        script.write_text(LAUNCH.replace("LARGE", str(large)))
-        return subprocess.run(
-            [sys.executable, script], env=kept | env, capture_output=True, text=True
-        )
-
-    return launched
+    script = folder / "script.py"
+    script.write_text(LAUNCH)
+    return subprocess.run([sys.executable, script], env=kept | env, capture_output=True, text=True)
 
 
-def test_the_driver_gets_ptx_for_a_t4(run) -> None:
-    out = run(IRONGPT_EMULATE="sm_75").stdout
-    assert ".target sm_75" in out
-    assert "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in out
-    assert "ends in 0: True" in out
+def test_the_driver_gets_ptx_and_the_shared_memory_of_a_t4(tmp_path: Path) -> None:
+    done = launched(tmp_path, IRONGPT_EMULATE="sm_75")
+    assert ".target sm_75" in done.stdout
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in done.stdout
+    assert "ends in 0: True" in done.stdout
+    assert "OutOfResources" in done.stderr
+    assert "65536" in done.stderr
 
 
-def test_without_emulation_the_gpu_gets_its_own_code(run) -> None:
-    assert run().stdout.startswith("ELF")
-
-
-def test_the_shared_memory_limit_is_that_of_a_t4(run) -> None:
-    refused = run(large=True, IRONGPT_EMULATE="sm_75")
-    assert "OutOfResources" in refused.stderr
-    assert "65536" in refused.stderr
-    assert run(large=True).returncode == 0
+def test_without_emulation_the_gpu_gets_its_own_code_and_has_its_own_memory(tmp_path: Path) -> None:
+    done = launched(tmp_path)
+    assert done.stdout.startswith("ELF")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

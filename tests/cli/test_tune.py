@@ -1,11 +1,8 @@
 """`irongpt tune`: which options it measures and keeps, with a clock that the test sets."""
 
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -199,28 +196,6 @@ def test_mistakes_on_a_gpu(card, cli, monkeypatch) -> None:
     assert_mistake(cli("tune"), "IRONGPT_TUNED=off is set")
     monkeypatch.setenv(emulate.VARIABLE, "sm_75")
     assert_mistake(cli("tune"), "IRONGPT_EMULATE is set")
-
-
-# Run in another process, in which Triton compiles and does not interpret.
-COMPILED = """
-import torch
-from irongpt_kernels.aot import __main__ as aot, shapes
-from irongpt_kernels.runtime import launch_table as tuned
-cpu = torch.device("cpu")
-tile = dict(BLOCK_M=2, BLOCK_N=1024, num_warps=4)
-tuned.use(cpu, {(f"gelu {name}", 1536, 2): tile for name in ("forward", "backward")})
-cases = [c for c in shapes.every(90) if c.shape == "N=1536 no bias float16"]
-print([row["warps"] for row in aot.report(90, cases)["kernels"]])
-"""
-
-
-def test_a_launch_compiles_with_measured_options(tmp_path: Path) -> None:
-    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")  # a kernel found there is not compiled
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "[4, 4]", done.stderr[-2000:]
 
 
 @pytest.mark.gpu

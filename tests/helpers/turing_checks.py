@@ -1,6 +1,6 @@
 """
-Checks of `turing` by compiling. test_turing.py runs them in another process, where Triton compiles
-and does not interpret.
+Checks of `turing`, `aot`, `launch_table` and `doctor` by compiling. test_turing.py runs them in
+another process, where Triton compiles and does not interpret.
 
     python tests/helpers/turing_checks.py       prints JSON: by check, "" or what went wrong
 """
@@ -22,7 +22,7 @@ import torch
 from irongpt_kernels.aot import __main__ as aot
 from irongpt_kernels.aot import sass
 from irongpt_kernels.fused import attention_tiles
-from irongpt_kernels.runtime import launch, turing
+from irongpt_kernels.runtime import launch, launch_table, turing
 from numerics import randn
 from triton import knobs
 from turing_kernels import (
@@ -38,6 +38,8 @@ from turing_kernels import (
     two_dots_kernel,
     without,
 )
+
+from irongpt import doctor
 
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
@@ -259,11 +261,39 @@ def _raise(function: Any, e: Exception) -> None:
 
 def check_spills_are_seen() -> None:
     """So what test_compile.py requires of the kernels can fail."""
-    kernel = made(N=128)  # 512 accumulators a thread
+    kernel = made(N=64, maxnreg=64)  # for 128 accumulators a thread
     binary = sass.read(kernel.asm["cubin"])
     assert binary.stack > 0
     assert sass.count(binary.instructions)["LOCAL"] > 0
     assert sass.warps_per_sm(75, binary.registers, kernel.metadata.shared, 1) < 8
+    with patch.object(sass, "_cuobjdump", wraps=sass._cuobjdump) as called:
+        assert sass.read(kernel.asm["cubin"]) == binary
+    assert [call.args[0] for call in called.mock_calls] == ["--dump-resource-usage"]  # text is kept
+
+
+def check_compiled_kernels_are_written() -> None:
+    cases = [c for c in aot.shapes.every(75) if (c.op, c.label) == ("embed_tokens", "C=384")]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = aot.report(75, cases, dump=Path(folder))["kernels"]
+        suffixes = [file.suffix for file in Path(folder).iterdir()]
+    assert {r["op"] for r in rows} == {"embed_tokens"}
+    assert all("FFMA" in r and r["megabytes"] > 0 for r in rows)
+    assert sorted(suffixes) == sorted([".cubin", ".ptx", ".sass"] * len(rows))
+
+
+def check_a_launch_compiles_with_measured_options() -> None:
+    cases = [c for c in aot.shapes.every(90) if c.shape == "N=1536 no bias float16"]
+    tile = dict(BLOCK_M=2, BLOCK_N=1024, num_warps=4)
+    table = {(f"gelu {name}", 1536, 2): tile for name in ("forward", "backward")}
+    launch_table.use(torch.device("cpu"), table)
+    assert [row["warps"] for row in aot.report(90, cases, quick=True)["kernels"]] == [4, 4]
+
+
+def check_doctor_compiles_matmuls_to_find_tensor_cores() -> None:
+    report = doctor.Report()
+    doctor._matmuls(report, torch.device("cpu"))
+    line = " ".join(str(report).split())
+    assert "float32 uses scalar FMA, float16 uses tensor cores (sm_75)" in line, line
 
 
 def check_stock_attention_has_no_tensor_cores() -> None:
