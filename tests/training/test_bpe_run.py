@@ -1,5 +1,6 @@
 """A run on documents by BPE: training, resuming, its result, and generation."""
 
+import io
 import json
 import math
 import os
@@ -7,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from conftest import TINY, Cli, assert_mistake, copy_run, train_in
 from run_helpers import assert_same
 from safetensors.torch import load_file
 
+from irongpt.cli import main
 from irongpt.config import PRESETS, SampleConfig
 from irongpt.data.batches import every_target
 from irongpt.data.tokenizer import END
@@ -212,19 +213,14 @@ def test_a_prompt_may_be_any_text(cli: Cli, code: Path, prompt: str):
     assert result.err.startswith("irongpt: 40 tokens")
 
 
-def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(code: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "irongpt",
-        "generate",
-        "run",
-        "--prompt",
-        b"a\xff",
-        "--tokens=3",
-    ]
-    result = subprocess.run(command, cwd=code, capture_output=True, check=True)
-    assert result.stdout.startswith(b"a\xff")
+def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(
+    cli: Cli, code: Path, monkeypatch
+):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    prompt = os.fsdecode(b"a\xff")  # as in sys.argv
+    assert main(["generate", "run", "--prompt", prompt, "--tokens", "3"]) == 0
+    assert written.getvalue().startswith(b"a\xff")
 
 
 def test_the_last_token_of_a_prompt_may_become_longer(code: Path):
