@@ -79,12 +79,12 @@ def betas_for(ops: ModuleType) -> dict[str, float]:
     [(torch.float32, False), *((half, narrow) for half in HALVES for narrow in (False, True))],
     ids=str,
 )
-@pytest.mark.parametrize("size", [0.01, 50.0], ids=["as they are", "clipped"])
-def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: float) -> None:
+def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool) -> None:
+    """With gradients that are clipped and others that are not."""
     ours, theirs = (State(dtype, narrow) for _ in range(2))
     oracle = State(dtype, narrow).double()
     for step in range(5):
-        grads = ours.grads(step, size)
+        grads = ours.grads(step, [0.01, 50.0][step % 2])
         states = (ours, ops), (theirs, eager), (oracle, eager)
         rows = [s.step(o, grads, betas=betas_for(ops)) for s, o in states]
         assert_rule(OUTPUTS, rows[0][:2], rows[1][:2], rows[2][:2])
@@ -101,7 +101,7 @@ def test_five_steps(ops: ModuleType, dtype: torch.dtype, narrow: bool, size: flo
 @pytest.mark.parametrize("step", [1, 2, 10, 400, 100_000])
 @each_ops
 def test_any_step_has_its_bias_corrected(ops: ModuleType, step: int) -> None:
-    states = [State(torch.float32, False) for _ in range(3)]
+    states = [State(torch.float32, False, SHAPES[3:5]) for _ in range(3)]
     states[2].double()
     for s, o in zip(states, (ops, eager, eager), strict=True):
         s.steps += step - 1

@@ -1,5 +1,7 @@
 """Every op with the errors that a GPU's approximate instructions may have: a margin is left."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from irongpt_kernels.op_inputs import RowShape
@@ -25,7 +27,7 @@ SHAPES = {  # a row of few elements, a partial tile, and a long row
 
 def share(name: str, at: RowShape) -> float:
     """The largest error over the tolerance."""
-    spec = SPECS[name]
+    spec, at = SPECS[name], replace(at, V=19) if name == "embed_layer_norm" else at
     options = dict(growth_interval=4) if spec.kind == "optimizer" else {}
     case = cases.Case(spec, "", "float32", at, 1.0 if name == "sample_tokens" else 0.2, options)
     inputs = case.inputs()

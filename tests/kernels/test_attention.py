@@ -49,9 +49,9 @@ def check(x: dict[str, Tensor], dout: Tensor | None = None, **options) -> None:
 @pytest.mark.parametrize(
     ("tiles", "T"),
     [
-        *(("one tiling", T) for T in (1, 2, 16, 17, 31, 32, 33, 64, 65, 97)),
-        *(("three tilings", T) for T in (1, 17, 33, 64, 97)),
-        *(("three more", T) for T in (2, 31, 65, 97)),
+        *(("one tiling", T) for T in (1, 2, 16, 17, 31, 32, 33, 64, 65)),
+        *(("three tilings", T) for T in (1, 17, 33, 64, 65)),
+        *(("three more", T) for T in (2, 31, 65)),
     ],
 )
 def test_every_end_of_a_sequence_in_a_tile(tiling, tiles: str, T: int, dtype) -> None:
@@ -63,7 +63,7 @@ def test_every_end_of_a_sequence_in_a_tile(tiling, tiles: str, T: int, dtype) ->
 
 @pytest.mark.parametrize(
     ("T", "dtype"),
-    [(255, torch.float16), (256, torch.float16), (256, torch.float32), (1000, torch.float32)],
+    [(255, torch.float16), (256, torch.float32), (400, torch.float32)],
     ids=str,
 )
 def test_long_sequences(tiling, T: int, dtype) -> None:
@@ -104,13 +104,13 @@ def test_the_heads_of_the_presets_at_every_length(T: int, dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("D", [48, 64, 80, 96, 112, 128])
 def test_head_dimensions(D: int, dtype) -> None:
-    check(inputs(1, 2, 37, D, dtype))
+    check(inputs(1, 1, 37, D, dtype))
 
 
 @each_dtype
 @pytest.mark.parametrize("scale", [0.3, 1.0, 0.0, -0.5])
 def test_scale(scale: float, dtype) -> None:
-    check(inputs(1, 2, 40, 16, dtype), scale=scale)
+    check(inputs(1, 1, 17, 16, dtype), scale=scale)
 
 
 @each_dtype
@@ -144,7 +144,7 @@ def test_extreme_values(kind: str, dtype) -> None:
 
 def test_float32_scores_of_any_size() -> None:
     """Scores of 1e30: every row takes one column, and no exponent overflows."""
-    x = inputs(1, 2, 40, 16)
+    x = inputs(1, 1, 40, 16)
     x["q"], x["k"] = x["q"] * 1e15, x["k"] * 1e15
     check(x)
 
@@ -152,7 +152,7 @@ def test_float32_scores_of_any_size() -> None:
 @each_dtype
 def test_the_only_score_of_the_first_row_has_no_gradient(dtype) -> None:
     """Its weight is 1, whatever the score, although delta and dP are rounded differently."""
-    _, dq, *_ = run_op(inputs(2, 3, 40, 64, dtype), randn(2, 3, 40, 64, seed=9).to(DEVICE, dtype))
+    _, dq, *_ = run_op(inputs(1, 3, 17, 64, dtype), randn(1, 3, 17, 64, seed=9).to(DEVICE, dtype))
     assert not dq[:, :, 0].any()
 
 
@@ -160,9 +160,9 @@ def test_the_only_score_of_the_first_row_has_no_gradient(dtype) -> None:
 @pytest.mark.parametrize("factor", [1e3, 1e-3], ids=str)
 def test_large_and_small_upstream_gradients(factor: float, dtype) -> None:
     """A loss scale of 65536 makes them large: neither dP nor dS may leave float16's range."""
-    dout = (factor * randn(1, 2, 40, 64, seed=9)).to(DEVICE, dtype)
-    check(inputs(1, 2, 40, 64, dtype), dout)
-    check(inputs(1, 2, 40, 64, dtype), dout, dropout_p=0.2, seed=3)
+    dout = (factor * randn(1, 1, 40, 64, seed=9)).to(DEVICE, dtype)
+    check(inputs(1, 1, 40, 64, dtype), dout)
+    check(inputs(1, 1, 40, 64, dtype), dout, dropout_p=0.2, seed=3)
 
 
 @each_dtype

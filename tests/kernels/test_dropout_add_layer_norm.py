@@ -78,8 +78,11 @@ def test_any_number_of_rows_and_of_programs(monkeypatch, N: int, sms: int) -> No
         hold(given(M, N), **DROP)
 
 
-@pytest.mark.parametrize("p", [0.001, 0.2, 0.9])
-@pytest.mark.parametrize("shape", [(5, 1), (33, 3), (2, 3, 17), (7, 384), (3, 1000)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "p"),
+    [((5, 1), 0.2), ((33, 3), 0.9), ((2, 3, 17), 0.2), ((7, 384), 0.001), ((3, 1000), 0.2)],
+    ids=str,
+)
 def test_the_mask_is_eagers_forward_and_backward(shape: tuple[int, ...], p: float) -> None:
     inputs = given(*shape) | dict(branch=torch.ones(shape, device=DEVICE))
     N = shape[-1]

@@ -45,12 +45,11 @@ def hold(inputs: Inputs, dy: Tensor | None = None, **options: object) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("N", [1, 3, 17, 384, 1000, 5000])
-def test_small_and_partial_tiles(dtype: torch.dtype, N: int, with_bias: bool) -> None:
+def test_small_and_partial_tiles(dtype: torch.dtype, N: int) -> None:
     inputs = given(2, 5, N, dtype=dtype)
-    hold(inputs if with_bias else inputs | dict(bias=None))
-    hold(inputs, eps=0.1)
+    hold(inputs)
+    hold(inputs | dict(bias=None), eps=0.1)
 
 
 @each_dtype
@@ -67,8 +66,7 @@ def test_any_number_of_rows_and_of_programs(monkeypatch, N: int, sms: int) -> No
         hold(given(M, N))
 
 
-def test_long_rows() -> None:
-    hold(given(2, 5000))
+def test_the_longest_rows() -> None:
     hold(given(1, layer_norm.MAX_N))
 
 
