@@ -161,7 +161,7 @@ def test_ids_equal_those_of_tokenizers_and_tiktoken(name: str) -> None:
     hugging_face.encode_special_tokens = True  # as text, not as END
     ranks = {token: i for i, token in enumerate(own.token_bytes[:-1])}
     openai = tiktoken.Encoding("own", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens={})
-    texts = {"book": [war_and_peace()], "code": [CODE, *adversarial(20_000)]}[name]
+    texts = {"book": [war_and_peace()[:1_000_000]], "code": [CODE, *adversarial(8_000)]}[name]
     for text in texts:
         ids = own.encode(text).tolist()
         assert ids == openai.encode_ordinary(text)
