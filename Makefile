@@ -33,7 +33,7 @@ doctor: .venv/run ## print what will run on this machine, and why
 	$(BIN)/irongpt doctor $(ARGS)
 
 test: .venv/dev ## run the tests; ARGS="-k gelu" for some of them
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-tritons: $(TRITONS:%=test-triton-%) ## compile for a T4 with every supported version of Triton
 
