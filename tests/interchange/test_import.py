@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_mistake
-from irongpt_kernels import builtin, eager
 from numerics import DEVICE
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +24,6 @@ from irongpt.generation.sample import trained_model
 from irongpt.interchange import importer
 from irongpt.interchange.gpt2_layout import to_gpt2
 from irongpt.interchange.importer import read_tokenizer
-from irongpt.model import GPT
 from irongpt.runs import checkpoint
 from irongpt.training.optimizer import lr_at
 from irongpt.training.trainer import Trainer
@@ -258,20 +256,6 @@ def test_an_imported_run_is_trained_and_resumed_with_fused_ops(
     assert "finished at step 3" in more.out
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["train"]["lr"], config["model"]["dropout"]) == (1e-3, 0.1)
-
-
-def test_the_ops_of_an_imported_model_agree() -> None:
-    """Two implementations, so that a bias that one of them forgets is found without a library."""
-    config = GPTConfig(V, 2, 2, 32, 32, dropout=0.0, bias=True)
-    torch.manual_seed(0)
-    a = GPT(config, eager)
-    with torch.no_grad():
-        for p in a.parameters():
-            p += 0.1 * torch.randn_like(p)
-    b = GPT(config, builtin)
-    b.load_state_dict(a.state_dict())
-    idx = torch.arange(64).view(2, 32)
-    torch.testing.assert_close(a(idx), b(idx), atol=1e-4, rtol=1e-5)
 
 
 def without(folder: Path, *names: str) -> None:
