@@ -253,8 +253,8 @@ class Stopped(KeyboardInterrupt):
 class Interrupt:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the training loop checks.
 
-    A second signal ends the process at once, except in an interactive Python, where the handler of
-    before acts. A signal that was ignored at the start, as by nohup, stays ignored. Outside of the
+    A second signal ends the process at once, except in an interactive Python, where the previous
+    handler acts. A signal that was ignored at the start, as by nohup, stays ignored. Outside of the
     main thread no handler is installed. twice: False under torchrun, which forwards to a process
     the Ctrl-C that the terminal has sent it already.
     """
@@ -286,7 +286,7 @@ class Interrupt:
 
 
 class EarlyStop(Interrupt):
-    """Turns these signals into the exception Stopped, which undoes what was begun, and a line."""
+    """Turns these signals into the exception Stopped, which ends the start of a run with a line."""
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)

@@ -1,4 +1,4 @@
-"""A corpus as indices into its distinct pre-tokens, for BPE: each text is cut up only once.
+"""A corpus as indices into its distinct pre-tokens, for BPE: each text is split only once.
 
 Merges are trained on the counts of the pre-tokens. Afterwards each index is replaced by the ids of
 its pre-token. Splitting a text takes most of the time, so it runs on all cores. The worker
@@ -214,7 +214,7 @@ def _cores(n_bytes: int) -> int:
 
 
 def _begin() -> None:
-    """In a process of the pool: ignores Ctrl-C, which is for its parent, and ends with it."""
+    """Lets a worker process ignore Ctrl-C, which is for its parent, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
