@@ -40,7 +40,7 @@ FOUND = Scaling("iron", "float16", "fused", "GPU", 2, 21_600_000)
         (0.057, "2 GPUs are not worth using: ", "1.23 times as fast; "),
     ],
 )
-def test_the_sentence_says_whether_several_pay(every: float, start: str, end: str) -> None:
+def test_the_sentence_recommends_several_gpus_or_not(every: float, start: str, end: str) -> None:
     text = str(replace(FOUND, one=[0.07, 0.07, 9.0], all=[every], exchange=[0.006]))
     assert text.startswith(start)
     assert end in text
@@ -139,7 +139,7 @@ def test_a_machine_with_two_gpus_is_measured_by_torchrun(
 
 
 @pytest.mark.parametrize("writes", [None, {"facts": {}}, 5])
-def test_gpus_that_cannot_be_measured_are_said_so(child: type[Child], writes: object) -> None:
+def test_gpus_that_cannot_be_measured_are_reported(child: type[Child], writes: object) -> None:
     child.writes = writes
     assert scaling.by_torchrun(2).endswith(
         "torchrun --nproc-per-node 2 -m irongpt doctor does, or prints why not"
