@@ -10,6 +10,7 @@ both times.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -97,11 +98,7 @@ class Work:
         values that the compute dtype can hold, in the dtype of the output."""
         shape, p = self.shape(self.batch), self.model.dropout
         options = self.spec.options(shape, p, SEED) if p else {}
-
-        def upstream(i: int, x: torch.Tensor) -> torch.Tensor:
-            generator = torch.Generator(self.device).manual_seed(90 + i)
-            g = torch.randn(x.shape, generator=generator, device=self.device)
-            return g.to(self.dtype).to(x.dtype)
+        upstream = partial(op_inputs.upstream, dtype=self.dtype)
 
         def call(x: Tensors) -> tuple[torch.Tensor, ...]:
             return self.spec.run(module, shape, x, **options)
@@ -112,7 +109,7 @@ class Work:
         """The tensors whose errors exceed the tolerance, at a batch of two."""
         inputs, found = self.inputs(2, seed=1), []
         baseline = self.run(eager, inputs)
-        oracle = self.run(eager, {n: x.double() for n, x in inputs.items()})
+        oracle = self.run(eager, op_inputs.widened(inputs))
         for name, x in self.run(module, inputs).items():
             errors = tolerance.errors(factor(name), x, baseline[name], oracle[name])
             found += [] if all(e.ok for e in errors.values()) else [name]

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from irongpt_kernels import op_inputs
 from torch import Tensor
 
 from benchmarks import roofline
@@ -127,7 +128,9 @@ def _times(
     upstream: list[list[Tensor]] = []
     if mode in ("backward", "total"):
         outputs = _outputs([here[name] for name in names], inputs[0])
-        upstream = [workloads.upstream(outputs) for _ in inputs]
+        upstream = [
+            [op_inputs.upstream(i, x, x.dtype) for i, x in enumerate(outputs)] for _ in inputs
+        ]
         del outputs
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)

@@ -101,16 +101,6 @@ class Case:
         return sum(p.bytes for p in parts), sum(p.flops for p in parts)
 
 
-def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Random gradients of the outputs."""
-    found = []
-    for i, x in enumerate(outputs):
-        generator = torch.Generator(x.device).manual_seed(90 + i)
-        g = torch.randn(x.shape, generator=generator, device=x.device)
-        found.append(g.to(x.dtype))
-    return found
-
-
 def model_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
     """Every op at the model's shape, with the dropout of `iron` and, if asked, without, as `fast`.
 

@@ -1,11 +1,9 @@
 """The plots of the report, from nothing but a result file."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -15,6 +13,7 @@ from benchmarks.ops.cases import DROPS, MODEL_SHAPES
 from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
 from benchmarks.training import matmuls
+from irongpt.figures import png
 
 Values = dict[str, Any]
 
@@ -50,9 +49,7 @@ def draw(values: Values) -> dict[str, bytes]:
     found = {}
     for name, (section, make) in makers.items():
         if section in values and (figure := make(values[section])):
-            buffer = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(buffer)
-            found[name] = buffer.getvalue()
+            found[name] = png(figure)
     return found
 
 
@@ -110,43 +107,17 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
 
 
 def roofline(section: Values) -> Figure | None:
-    """Left: attention under the measured peak rates. Right: each op's share of its limit."""
+    """Each op's share of its limit: a line for every direction, a point for every provider."""
     dtype, rows = _at_model(section)
     peak_rates = section["peak_rates"]
     rate, bandwidth = peak_rates["gemm_flops_per_s"].get(dtype), peak_rates["copy_bytes_per_s"]
     if not rows or rate is None:
         return None
-    figure = _figure(12, 6.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    ridge = rate / bandwidth
-    corner = [ridge / 30, ridge, ridge * 8]
-    left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
-    swept = [
-        r
-        for r in section["rows"]
-        if r.timed and r.dtype == dtype and r.mode == "total" and r.least_flops
-        if r.sweep in (*MODEL_SHAPES, "T")
-    ]
-    for r in swept:
-        point = r.least_flops / r.least_bytes, r.least_flops / r.seconds / 1e12
-        left.scatter(*point, s=22, color=COLORS[r.provider], zorder=3)
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel("FLOPs per byte (lower bound)")
-    left.set_ylabel("TFLOP/s")
+    figure = _figure(9, 6.6)
+    axes = figure.add_subplot()
     rates = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
-    lengths = sorted({r.shape["T"] for r in swept})
-    sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
-    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {rates}"
-    left.set_title(title, fontsize=9)
-    left.grid(alpha=0.25)
-    _shares(right, [r for r in rows if r.mode != "total"], peak_rates)
-    _legend(right, rows + swept)
-    return figure
-
-
-def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
-    """A line for every op and direction, a point for every provider."""
+    axes.set_title(f"{dtype}, measured peak rates: {rates}", fontsize=9)
+    rows = [r for r in rows if r.mode != "total"]
     names = [_label(r) if r.mode == "call" else f"{_label(r)}, {r.mode}" for r in rows]
     labels = list(dict.fromkeys(names))
     for r, name in zip(rows, names, strict=True):
@@ -171,6 +142,8 @@ def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
     )
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", alpha=0.15)
+    _legend(axes, rows)
+    return figure
 
 
 def _legend(axes: Axes, rows: list[KernelRow], bound: bool = False) -> None:

@@ -165,8 +165,7 @@ def compare_case(
     """with_dropout: whether the candidate's dropout masks must be those of the seed."""
     inputs = case.values(dtype, device)
     baseline = case.run(eager, inputs)
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-    oracle = case.run(eager, wide)
+    oracle = case.run(eager, op_inputs.widened(inputs))
     name = dtype_name(dtype)
 
     def check(what: str, ok: bool, detail: str = "") -> Check:

@@ -1,14 +1,13 @@
 """The plot of `irongpt compare`: error ratios and training curves."""
 
-import io
 import re
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from irongpt import figures
 from irongpt.compare.model import CHECKED_STEPS, MAX_DIFFERENCE, Curve
 from irongpt.compare.ops import Row, factor
 
@@ -30,9 +29,7 @@ def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> byt
             figure.add_subplot(below[0, i], sharey=difference_axes[0] if difference_axes else None)
         )
     _draw_curves(losses, difference_axes, curves, candidate)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return figures.png(figure)
 
 
 def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:

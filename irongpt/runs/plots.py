@@ -1,9 +1,8 @@
 """Plots the losses of a run (loss.png) and collects its samples (sample.txt)."""
 
-import io
 import math
 
-from irongpt.figures import default_style
+from irongpt.figures import default_style, png
 from irongpt.files import replace_file
 from irongpt.runs.run_folder import Record, RunFolder
 
@@ -16,13 +15,12 @@ def draw(run: RunFolder) -> None:
     if text := samples(records):
         replace_file(run.path / "sample.txt", text.encode())
     with default_style():
-        png = loss_png(records, run.path.name.encode(errors="replace").decode())
-    replace_file(run.path / "loss.png", png)
+        data = loss_png(records, run.path.name.encode(errors="replace").decode())
+    replace_file(run.path / "loss.png", data)
 
 
 def loss_png(records: list[Record], title: str) -> bytes:
     """Training and validation loss over the steps, as the bytes of a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -53,9 +51,7 @@ def loss_png(records: list[Record], title: str) -> bytes:
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def samples(records: list[Record]) -> str:

@@ -220,24 +220,13 @@ class RunFolder:
 class ReadOnlyRunFolder(RunFolder):
     """The run folder in the processes other than process 0, which alone writes to it."""
 
-    def claim(self) -> None:
+    def _nothing(self, *args: Any) -> None:
         """Does nothing."""
 
-    def create(
-        self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
-    ) -> None:
-        """Does nothing."""
+    claim = create = append = write_result = _nothing  # type: ignore[assignment]
 
-    def resume(
-        self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
-    ) -> None:
+    def resume(self, config: RunConfig, *args: Any) -> None:
         self.config = config
-
-    def append(self, record: Record) -> None:
-        """Does nothing."""
-
-    def write_result(self, values: dict[str, Any]) -> None:
-        """Does nothing."""
 
 
 def default_path(name: str) -> Path:

@@ -151,6 +151,17 @@ def results(
     return named | {f"d {n}": g for n, g in zip(wanted, gradients, strict=True)}
 
 
+def widened(inputs: Tensors) -> Tensors:
+    """Copies for the reference, which computes in float64."""
+    return {n: x.double() if x.is_floating_point() else x.clone() for n, x in inputs.items()}
+
+
+def upstream(i: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A random gradient with respect to output i, whose values `dtype` can hold, like x."""
+    generator = torch.Generator(x.device).manual_seed(90 + i)
+    return torch.randn(x.shape, generator=generator, device=x.device).to(dtype).to(x.dtype)
+
+
 def normal(size: tuple[int, ...], seed: int) -> Tensor:
     """float64, standard normal, the same values on every device."""
     generator = torch.Generator().manual_seed(seed)

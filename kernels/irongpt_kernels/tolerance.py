@@ -8,6 +8,7 @@ e(x) = max |x - oracle|, and likewise for the root mean square,
     e(candidate) <= 3 e(eager in the same dtype) + rounding error    for gradients.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,12 @@ class Errors(NamedTuple):
         if self.eager:
             return self.candidate / self.eager
         return float("inf") if self.candidate else 1.0
+
+    @property
+    def share(self) -> float:
+        """The candidate's error divided by the largest allowed; infinite if it is not a number."""
+        share = self.candidate / self.bound if self.bound else float(not self.ok)
+        return math.inf if math.isnan(share) else share
 
 
 def rounding_error(dtype: torch.dtype, size: Tensor) -> Tensor:
