@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from irongpt.errors import one_line
+from irongpt.errors import one_line, out_of_memory
 
 Result = TypeVar("Result", Tensor, None)
 WARMUP = 3  # real steps in which kernels are compiled and libraries allocate workspaces
@@ -153,10 +153,3 @@ def recover(pool: Any, generator: Tensor) -> None:
     fresh = torch.Generator(torch.device("cuda", device))
     fresh.set_state(generator)
     torch.cuda.default_generators[device].graphsafe_set_state(fresh)
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Whether a GPU had too little memory: cuBLAS and a capture report that by other errors."""
-    text = str(e).lower()
-    full = isinstance(e, torch.cuda.OutOfMemoryError) or "out of memory" in text
-    return full or "alloc_failed" in text

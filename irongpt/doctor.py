@@ -5,7 +5,6 @@ import json
 import platform
 import textwrap
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -127,9 +126,8 @@ def _card(report: Report, device: torch.device) -> None:
 def _software(report: Report, device: torch.device) -> None:
     found = []
     for name, oldest in driver.OLDEST_PACKAGES.items():
-        try:
-            have = version(name)
-        except PackageNotFoundError:
+        have = driver.installed(name)
+        if have is None:
             found.append(f"no {name}")
             report.problems.append(f"{name} is not installed: --fused needs it")
             continue

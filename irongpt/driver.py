@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 DEVICE_FILE = Path("/dev/nvidia0")
@@ -19,6 +20,14 @@ PACKAGES = {
 OLDEST_FOR_PTX = {(8, 4): 550, (8, 5): 555, (8, 6): 565, (8, 7): 570, (8, 8): 575, (9, 0): 580}
 
 OLDEST_PACKAGES = {"torch": (2, 10), "triton": (3, 6)}  # that IronGPT runs with
+
+
+def installed(package: str) -> str | None:
+    """The version of a Python package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def version() -> str | None:

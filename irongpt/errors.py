@@ -41,5 +41,6 @@ def out_of_memory(e: BaseException) -> bool:
     """Whether memory, of the host or of a GPU, was too short."""
     if isinstance(e, OSError):
         return e.errno == errno.ENOMEM
-    known = re.search("out of memory|allocate memory|bad_alloc", str(e))
-    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and known is not None)
+    known = "OutOfMemoryError|out of memory|allocate memory|bad_alloc|ALLOC_FAILED"
+    full = isinstance(e, RuntimeError) and re.search(known, f"{type(e).__name__}: {e}")
+    return isinstance(e, MemoryError) or bool(full)

@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +33,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "commit": commit or git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "irongpt": __version__,
-        **{package: installed(package) for package in PACKAGES},
+        **{package: driver.installed(package) for package in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu(),
@@ -65,13 +64,6 @@ def cpu() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return str(models[0]) if models else platform.processor() or platform.machine()
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def git_commit(checkout: Path = ROOT) -> str:

@@ -11,7 +11,7 @@ import torch
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.runtime import launch_table as tiles
 
-from irongpt import __version__, ops
+from irongpt import __version__, driver, ops
 from irongpt import device as devices
 from irongpt.compare import table as report
 from irongpt.compare.execution import Faults, execution
@@ -91,7 +91,7 @@ def _compare(
     environment = {
         "irongpt": __version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": driver.installed("triton"),
         "device": devices.describe(target),
         "candidate": candidate,
         "tiles": tiles.digest(target),
@@ -174,11 +174,3 @@ def _dtypes(names: Sequence[str], device: torch.device, arch: str | None) -> lis
     if not names:
         names = DTYPES if native else DTYPES[:2]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)

@@ -90,22 +90,14 @@ class Muon:
             width = max(sum(x.numel() for x in part) for part in parts)
             rows = directions[0].new_zeros(S, width)
             for s in self.world.own_range(S):
-                flat = torch.cat([x.flatten() for x in orthogonal(parts[s])])
-                rows[s, : len(flat)] = flat
+                own = torch.cat([x.flatten() for x in orthogonal(parts[s])])
+                rows[s, : len(own)] = own
             self.world.all_gather(rows)
-            found = [
-                [
-                    x.view_as(y)
-                    for x, y in zip(
-                        row.split([*map(Tensor.numel, part), width - sum(map(Tensor.numel, part))])[
-                            :-1
-                        ],
-                        part,
-                        strict=True,
-                    )
-                ]
-                for row, part in zip(rows, parts, strict=True)
-            ]
+            found = []
+            for row, part in zip(rows, parts, strict=True):
+                sizes = [x.numel() for x in part]
+                flat = row[: sum(sizes)].split(sizes)
+                found.append([x.view_as(y) for x, y in zip(flat, part, strict=True)])
         return [torch.cat(group) for group in zip(*found, strict=True)]
 
     def _worth_sharing(self, directions: list[Tensor]) -> bool:

@@ -359,13 +359,5 @@ def _load(data: DataConfig | None, run: Path, sha256: str | None = None) -> Corp
     """The text. run: the run's folder. sha256: the digest of a resumed run's text."""
     if data is None:
         return corpus.load(None, say=say)
-    return corpus.load(
-        data.sources,
-        say=say,
-        include=data.include,
-        encoding=data.encoding,
-        errors=data.errors,
-        exclude=run,
-        sha256=sha256,
-        val=data.val,
-    )
+    options = vars(data) | dict(say=say, exclude=run, sha256=sha256)
+    return corpus.load(options.pop("sources"), **options)

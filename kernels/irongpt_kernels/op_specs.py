@@ -364,6 +364,13 @@ def _logits(x: Tensor) -> Tensor:
     return torch.linspace(-3, 3, x.shape[1], device=x.device)[x.argsort(-1)]
 
 
+def _norm_linear_inputs(s: Shape, rows: int) -> dict[str, Input]:
+    """rows: of the weight."""
+    norm = {f"norm_{name}": one for name, one in _norm_inputs(s).items()}
+    x, weight = Input((s.B, s.width), "stream"), Input((rows, s.width), scale=0.02)
+    return dict(x=x, weight=weight) | norm
+
+
 TOKEN = (
     OpSpec(
         "embed_tokens",
@@ -378,12 +385,9 @@ TOKEN = (
     ),
     OpSpec(  # the MLP's first matmul and its GELU
         "norm_linear",
-        lambda s: dict(
-            x=Input((s.B, s.width), "stream"),
-            weight=Input((4 * s.width, s.width), scale=0.02),
-            norm_weight=Input((s.width,), "weight", scale=0.1, mean=1.0),
-            norm_bias=Input((s.width,), "weight", optional=True),
-            bias=Input((4 * s.width,), "weight", optional=True),
+        lambda s: (
+            _norm_linear_inputs(s, 4 * s.width)
+            | dict(bias=Input((4 * s.width,), "weight", optional=True))
         ),
         lambda s, item, stream, backward: Cost(4 * s.width**2 * item, 2 * s.B * 4 * s.width**2),
         lambda s: f"{s.B}x{s.width} by {4 * s.width}x{s.width}",
@@ -391,12 +395,7 @@ TOKEN = (
         options=lambda s, p, seed: dict(gelu=True),
         full_rows=OpSpec(
             "norm_linear",
-            lambda s: dict(
-                x=Input((s.B, s.width), "stream"),
-                weight=Input((s.V, s.width), scale=0.02),
-                norm_weight=Input((s.width,), "weight", scale=0.1, mean=1.0),
-                norm_bias=Input((s.width,), "weight", optional=True),
-            ),
+            lambda s: _norm_linear_inputs(s, s.V),
             lambda s, item, stream, backward: Cost(s.V * s.width * item, 2 * s.B * s.V * s.width),
             lambda s: f"{s.B}x{s.width} by {s.V}x{s.width}",
             kind="token",

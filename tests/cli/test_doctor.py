@@ -152,12 +152,7 @@ def test_throttle_reasons_are_named(card) -> None:
 
 
 def test_an_old_or_missing_package(monkeypatch) -> None:
-    def version(name: str) -> str:
-        if name == "triton":
-            raise doctor.PackageNotFoundError(name)
-        return "2.9.1+cu128"
-
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr("irongpt.driver.installed", {"torch": "2.9.1+cu128"}.get)
     report = doctor.Report()
     doctor._software(report, torch.device("cpu"))
     assert "torch 2.9.1+cu128, no triton" in report.facts["software"]
