@@ -35,15 +35,15 @@ def test_inner_loops_contain_no_other_loop() -> None:
 
 
 def test_the_hot_loop_is_that_of_the_tensor_cores() -> None:
-    assert [x.address // 16 for x in sass.hot_loop(KERNEL)] == [4, 5, 6, 7]
-    assert sass.hot_loop(listing("FFMA", "EXIT")) == listing("FFMA", "EXIT")
+    assert [x.address // 16 for x in min(sass.hot_loops(KERNEL), key=len)] == [4, 5, 6, 7]
+    assert sass.hot_loops(listing("FFMA", "EXIT")) == [listing("FFMA", "EXIT")]
 
 
 def test_loops_of_equal_work_are_both_hot() -> None:
     masked = ["HMMA", "IMAD.WIDE.U32", "IMAD.HI.U32", "ISETP", "BRA 0"]
     both = listing(*masked, "HMMA", "IMAD.WIDE.U32", "BRA 5", "EXIT")
     assert sass.hot_loops(both) == [both[:5], both[5:8]]
-    assert sass.hot_loop(both) == both[5:8]
+    assert min(sass.hot_loops(both), key=len) == both[5:8]
     assert [sass.elements_per_call(x, 16) for x in sass.hot_loops(both)] == [112, 224]
 
 

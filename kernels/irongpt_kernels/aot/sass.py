@@ -134,11 +134,6 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     return [loop for loop in loops if work(loop) == most]
 
 
-def hot_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The shortest of `hot_loops`. If one loop is masked and one is not, it is the latter."""
-    return min(hot_loops(instructions), key=len)
-
-
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
     """A lower bound of the number of elements of a thread that one call of Philox4x32-7 serves: a
     call has 14 wide multiplies, but some of those in the loop compute addresses instead."""

@@ -5,7 +5,7 @@ op_NAME, which take the instruction, its suffixes (`mods`) and its operands. An 
 raises `Unsupported`.
 """
 
-from irongpt_kernels.ptx.operands import NUMPY, WIDTH, Operands, Unsupported
+from irongpt_kernels.ptx.operands import NUMPY, Operands, Unsupported
 from irongpt_kernels.ptx.parse import Instruction
 
 # Instruction: kind of its operands, and the expression. Kinds are f, float32 and float64; h, 16-bit
@@ -221,11 +221,8 @@ class Arithmetic(Operands):
                 return self.set(a[0], f"{_ROUND[rounding]}({x})" if rounding else x, "f", ins)
             self.require(bits > from_bits or rounding == "rn", ins)
             return self.set(a[0], f"{x}.astype({NUMPY['f'][bits]})", "f", ins)
-        if from_bits < 16:
-            whole = self.array(a[1], "u", WIDTH[self.program.regs[a[1]]])
-            x = f"{whole}.astype({NUMPY[from_form][from_bits]})"
-        else:
-            x = self.array(a[1], from_form, from_bits)
+        self.require(from_bits >= 16, ins)
+        x = self.array(a[1], from_form, from_bits)
         if form == "f":
             self.require(rounding == "rn", ins)
             return self.set(a[0], f"{x}.astype({NUMPY['f'][bits]})", "f", ins)
