@@ -36,6 +36,7 @@ from irongpt_kernels import builtin
 from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import NanoRow
 from benchmarks.presets import model_of
+from benchmarks.training.variants import nanogpt_model
 from irongpt import timing
 from irongpt.data import corpus
 from irongpt.data.batches import split
@@ -130,14 +131,8 @@ def run(name: str, command: list[str], folder: Path) -> tuple[str, NanoRow]:
 
 def iron_step(checkout: Path) -> dict[str, Any]:
     """Times a step of the iron model in float32 with dropout, and of nanoGPT's: milliseconds."""
-    sys.path.insert(0, str(checkout))
-    import model as nanogpt_model  # type: ignore[import-not-found]
-
     config = model_of("iron")
-    ours = GPT(config, builtin)
-    names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    same = {name: getattr(config, name) for name in names}
-    theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(block_size=config.context, **same))
+    ours, theirs = GPT(config, builtin), nanogpt_model(checkout, config)
     x = torch.randint(config.vocab_size, (IRON_BATCH, config.context))
 
     def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> timing.Call:

@@ -17,6 +17,7 @@ from benchmarks.measure import profiler
 from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from irongpt import device as devices
+from irongpt.config import GPTConfig
 from irongpt.cuda_graph import Graph
 from irongpt.data.batches import TrainBatches
 from irongpt.errors import UserError
@@ -120,6 +121,19 @@ def trained(
     return Variant(step, device, deterministic)
 
 
+def nanogpt_model(checkout: Path, config: GPTConfig) -> torch.nn.Module:
+    """nanoGPT's model of the same shape."""
+    if not (checkout / "model.py").is_file():
+        raise UserError(f"{checkout} is not a checkout of nanoGPT: model.py is missing")
+    sys.path.insert(0, str(checkout.resolve()))
+    import model as theirs  # type: ignore[import-not-found]
+
+    names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    same = {name: getattr(config, name) for name in names}
+    made: torch.nn.Module = theirs.GPT(theirs.GPTConfig(block_size=config.context, **same))
+    return made
+
+
 def nanogpt(
     setting: Setting,
     checkout: Path,
@@ -131,18 +145,9 @@ def nanogpt(
 
     compiled: by torch.compile, which is the default of its train.py.
     """
-    if not (checkout / "model.py").is_file():
-        raise UserError(f"{checkout} is not a checkout of nanoGPT: model.py is missing")
-    sys.path.insert(0, str(checkout.resolve()))
-    import model as theirs  # type: ignore[import-not-found]
-
     ours, train = setting.model, setting.recipe
-    names = ("vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    config = theirs.GPTConfig(
-        block_size=ours.context, **{name: getattr(ours, name) for name in names}
-    )
     torch.manual_seed(train.seed)
-    model = theirs.GPT(config).to(device)
+    model: Any = nanogpt_model(checkout, ours).to(device)
     optimizer = model.configure_optimizers(
         train.weight_decay, train.lr, (train.beta1, train.beta2), device.type
     )
