@@ -14,7 +14,6 @@ import argparse
 import itertools
 import math
 import time
-from dataclasses import replace
 
 import torch
 
@@ -28,7 +27,7 @@ from irongpt.cuda_graph import WARMUP
 from irongpt.data import corpus
 from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
-from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokens import tokenize
 from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
@@ -106,18 +105,6 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
     return TrainConfig(**recipe)
 
 
-def tokenize(text: Corpus, kind: str, size: int | None = None) -> tuple[int, Tokens]:
-    """The size of the vocabulary, and the tokens of the text. size: of a BPE vocabulary."""
-    if kind == "char" and not text.files:  # needs no safetensors, which a GPU machine may not have
-        chars = CharTokenizer.from_text(text.text)
-        tokens = Tokens.of(chars.encode(text.text))
-        return chars.vocab_size, replace(tokens, val_bytes=sum(map(len, text.val)))
-    from irongpt.data import tokens as tokenized
-
-    tokenizer, tokens = tokenized.tokenize(text, kind, size)
-    return tokenizer.vocab_size, tokens
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time complete trainings")
     parser.add_argument("--section", choices=["runs", "target"], default="runs")
@@ -140,13 +127,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--target-loss is needed for {', '.join(sorted(without))}")
     chosen = list(itertools.product(presets, args.seeds or [None]))
     texts: dict[str | tuple[str, ...] | None, Corpus] = {}
-    prepared: dict[str, tuple[int, Tokens]] = {}  # by preset
+    prepared: dict[str, Tokens] = {}  # by preset
+    sizes: dict[str, int] = {}  # of the vocabulary, by preset
     for preset in presets:
         source = args.data or PRESETS[preset].data or None
         if source not in texts:
             texts[source] = corpus.load(source, say=print)
         kind, size = recipe_of(preset, None, args).tokenizer, PRESETS[preset].vocab_size
-        prepared[preset] = tokenize(texts[source], kind, size)
+        tokenizer, prepared[preset] = tokenize(texts[source], kind, size)
+        sizes[preset] = tokenizer.vocab_size
     devices.make_deterministic()
     modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with result_file.Section(args.section, device, args) as section:
@@ -157,9 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             rows=[],
         )
         for (preset, seed), name in itertools.product(chosen, modules):
-            vocab_size, tokens = prepared[preset]
-            model = GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
-            setting = Setting(model, recipe_of(preset, seed, args), tokens)
+            model = GPTConfig(vocab_size=sizes[preset], **PRESETS[preset].model)
+            setting = Setting(model, recipe_of(preset, seed, args), prepared[preset])
             words = [preset, name, *([] if seed is None else [f"seed {seed}"])]
             row = RunRow(run=", ".join(words), preset=preset, ops=name)
             row.target = (args.target_loss or TARGETS[preset]) if to_target else None

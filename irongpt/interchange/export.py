@@ -25,7 +25,7 @@ from irongpt.files import check_free, damaged, new_folder, write
 from irongpt.interchange.gpt2_layout import Tensors, to_config_json, to_gpt2
 from irongpt.runs.run_folder import RunFolder, load_checkpoint, open_run
 
-DTYPES_OF_FILES = ("float32", "float16")
+Values = dict[str, Any]
 BIAS = "bias"  # the key in the metadata of model.safetensors: whether the run's model has biases
 
 
@@ -62,26 +62,16 @@ def export(path: Path, folder: Path, which: str = "best", dtype: str = "float32"
     tokenizer, model = trained.tokenizer, trained.run.config.model
     metadata = {"format": "pt", BIAS: json.dumps(model.bias)}
     end = {} if tokenizer.end is None else {"bos_token": END, "eos_token": END, "pad_token": END}
+    generation: Values = dict(do_sample=True, temperature=0.8, max_length=model.context)
+    generation |= {f"{name}_id": tokenizer.end for name in end}
+    encoding: Values = dict(tokenizer_class="PreTrainedTokenizerFast")
+    encoding |= dict(model_max_length=model.context, clean_up_tokenization_spaces=False) | end
     contents = {
         "config.json": _json(to_config_json(model, tokenizer.end, dtype)),
-        "generation_config.json": _json(
-            {
-                "do_sample": True,
-                "temperature": 0.8,
-                "max_length": model.context,
-                **{name + "_id": tokenizer.end for name in end},
-            }
-        ),
+        "generation_config.json": _json(generation),
         "model.safetensors": to_bytes(trained.tensors, metadata),
         "tokenizer.json": _json(tokenizer.to_json()),
-        "tokenizer_config.json": _json(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": model.context,
-                "clean_up_tokenization_spaces": False,
-                **end,
-            }
-        ),
+        "tokenizer_config.json": _json(encoding),
         "README.md": card(trained, dtype).encode(),
     }
 
@@ -154,23 +144,17 @@ def _losses(trained: Trained) -> list[tuple[str, str]]:
     rows = []
     for record in run.records():
         if record["step"] == step and record["val_loss"] is not None:
-            rows.append(
-                (
-                    "Losses in training",
-                    f"{record['train_loss']:.4f} on training text, {record['val_loss']:.4f} on "
-                    "validation text, in nats per token",
-                )
+            losses = (
+                f"{record['train_loss']:.4f} on training text, {record['val_loss']:.4f} on "
+                "validation text, in nats per token"
             )
+            rows.append(("Losses in training", losses))
     if result := run.result(step):
         loss, bits = result["val_loss"], result["bits_per_byte"]
-        rows.append(
-            (
-                "Entire validation text",
-                f"{loss:.4f} nats per token, {bits:.4f} bits per byte",
-            )
-        )
+        losses = f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
+        rows.append(("Entire validation text", losses))
     return rows
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def _json(values: Values) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()

@@ -22,8 +22,6 @@ from benchmarks.report import tables
 from benchmarks.training import __main__ as train
 from irongpt.config import PRESETS, GPTConfig
 from irongpt.cuda_graph import Graph
-from irongpt.data import tokens
-from irongpt.data.corpus import Corpus
 from irongpt.model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,16 +129,6 @@ def test_complete_trainings(result: Path) -> None:
         assert r.run in tables.runs(values["target"])
     losses = [r.evaluated[-1][2] for r in rows]
     assert losses[0] != losses[2]  # the seed changes the training
-
-
-def test_the_tokens_of_a_text_are_those_of_irongpt_train() -> None:
-    text = Corpus("a text", ("abcé".encode() * 45,), (b"caab" * 5,))
-    size, found = train_runs.tokenize(text, "char")
-    tokenizer, wanted = tokens.tokenize(text, "char")
-    assert size == tokenizer.vocab_size
-    for name in ("train", "val", "before_val"):
-        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
-    assert found.val_bytes == wanted.val_bytes
 
 
 def test_a_preset_without_a_known_target_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
