@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         for i, (dtype, found) in enumerate(parts, start=1):  # each takes half of the time, the last
             share = 1.0 if i == len(parts) else 0.5  # one all of it
             now = time.perf_counter()
-            steps = Steps(section, setting, dtype, device, args)
+            steps = Steps(section, setting, devices.dtype_name(dtype), args)
             steps.measure(found, now + share * (end - now))
     print(f"written to {section.path}")
 

@@ -11,7 +11,6 @@ from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from benchmarks.training.variants import Variant, peak_of
 from irongpt import timing
-from irongpt.device import dtype_name
 from irongpt.errors import UserError
 from irongpt.timing import free, reason
 
@@ -29,17 +28,12 @@ class Steps:
     """
 
     def __init__(
-        self,
-        section: result_file.Section,
-        setting: Setting,
-        dtype: torch.dtype,
-        device: torch.device,
-        args: argparse.Namespace,
+        self, section: result_file.Section, setting: Setting, dtype: str, args: argparse.Namespace
     ) -> None:
-        self.section, self.setting, self.device = section, setting, device
-        self.dtype = dtype_name(dtype)
-        self.steps = args.steps or STEPS[device.type]
-        self.rounds = args.turns or ROUNDS[device.type]
+        self.section, self.setting, self.dtype = section, setting, dtype
+        self.device = section.device
+        self.steps = args.steps or STEPS[self.device.type]
+        self.rounds = args.turns or ROUNDS[self.device.type]
         self.rows: dict[str, StepRow] = {}
         self.samples: dict[str, list[float]] = {}
         self.others: list[StepRow] = list(section.values["rows"])
@@ -109,11 +103,8 @@ class Steps:
 
     def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))
-        t, row, model = (
-            timing.Timing(self.samples[name], False),
-            self.rows[name],
-            self.setting.model,
-        )
+        t, row = timing.Timing(self.samples[name], False), self.rows[name]
+        model = self.setting.model
         tokens = self.setting.recipe.batch_size * model.context
         peak = self.section.values["peak_rates"]["peak"][self.dtype]
         row.seconds, row.iqr, row.samples = t.median, t.iqr, len(t.samples)

@@ -62,7 +62,7 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
     args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
     with result_file.Section("train", CPU, args) as section:
         section.put(rows=[], peak_rates={"peak": {"float32": 1e12}})
-        run = steps.Steps(section, SETTING, torch.float32, CPU, args)
+        run = steps.Steps(section, SETTING, "float32", args)
         waiting = [(name, lambda s, o=options: Fake(**o)) for name, options in made.items()]
         run.measure(waiting, time.perf_counter() + seconds)
     return {r.variant: r for r in result_file.load(section.path)["train"]["rows"]}
