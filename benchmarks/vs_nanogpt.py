@@ -39,7 +39,7 @@ from benchmarks.presets import model_of
 from benchmarks.training.variants import nanogpt_model
 from irongpt import timing
 from irongpt.data import corpus
-from irongpt.data.batches import split
+from irongpt.data.batches import Tokens
 from irongpt.data.tokenizer import CharTokenizer
 from irongpt.model import GPT
 
@@ -89,7 +89,8 @@ def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:
     data = scratch / "data" / "wp"
     data.mkdir(parents=True)
     tokenizer = CharTokenizer.from_text(text)
-    for name, ids in zip(("train", "val"), split(tokenizer.encode(text), 64), strict=True):
+    tokens = Tokens.of(tokenizer.encode(text))
+    for name, ids in (("train", tokens.train), ("val", tokens.val)):
         ids.numpy().astype("uint16").tofile(data / f"{name}.bin")
     with open(data / "meta.pkl", "wb") as f:  # the format that nanoGPT reads
         pickle.dump({"vocab_size": tokenizer.vocab_size}, f)

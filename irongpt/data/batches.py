@@ -60,16 +60,6 @@ class Tokens:
         return nats / (math.log(2) * self.val_bytes) if self.val_bytes else math.nan
 
 
-def split(ids: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The first 90 % of the ids for training, the rest for validation.
-
-    Raises UserError if one of them is too short for one sequence and its targets, context + 1.
-    """
-    tokens = Tokens.of(ids)
-    tokens.check(context)
-    return tokens.train, tokens.val
-
-
 class TrainBatches:
     """Sequences sampled without replacement: every token is a target once per epoch.
 

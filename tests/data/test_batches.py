@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target, split
+from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target
 from irongpt.errors import UserError
 
 CONTEXT = 8
@@ -55,8 +55,14 @@ def test_epochs_differ_in_order_and_offset():
     assert len({int(e[0]) % CONTEXT for e in epochs}) > 1
 
 
+def split(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = Tokens.of(torch.arange(n))
+    tokens.check(CONTEXT)
+    return tokens.train, tokens.val
+
+
 def test_the_split_is_contiguous_disjoint_and_nine_to_one():
-    train, val = split(torch.arange(1000), CONTEXT)
+    train, val = split(1000)
     assert torch.equal(train, torch.arange(900))
     assert torch.equal(val, torch.arange(900, 1000))
 
@@ -64,11 +70,11 @@ def test_the_split_is_contiguous_disjoint_and_nine_to_one():
 @pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT])
 def test_a_text_too_short_for_a_sequence_in_each_split_is_rejected(length):
     with pytest.raises(UserError, match=f"the corpus has {length:,} tokens"):
-        split(torch.arange(length), CONTEXT)
+        Tokens.of(torch.arange(length)).check(CONTEXT)
 
 
 def test_the_shortest_text_that_is_enough():
-    train, val = split(torch.arange(10 * CONTEXT + 1), CONTEXT)
+    train, val = split(10 * CONTEXT + 1)
     assert len(val) == CONTEXT + 1
     assert len(ValBatches(val, CONTEXT, 4, 100)) == 1
     assert TrainBatches(train, CONTEXT, 4, 1)(0)[0].shape == (4, CONTEXT)
