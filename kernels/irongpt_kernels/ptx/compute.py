@@ -8,9 +8,10 @@ raises `Unsupported`.
 from irongpt_kernels.ptx.operands import NUMPY, Operands, Unsupported
 from irongpt_kernels.ptx.parse import Instruction
 
-# Instruction: kind of its operands, and the expression. Kinds are f, float32 and float64; h, 16-bit
-# floats, which are computed in float64 and rounded once; u, integers as unsigned ones; s, as signed
-# ones; i, as the instruction says, with `form` u or s; p, predicates.
+# By the name of an instruction: the kinds of operands that it takes, and its expression for each.
+# The kinds are f for float32 and float64, h for 16-bit floats (computed in float64 and rounded
+# once), u for integers taken as unsigned, s for integers taken as signed, i for integers of the
+# type that the instruction names (`form` is u or s), and p for predicates.
 _RULES = {
     "add": dict.fromkeys("fhu", "{x} + {y}"),
     "sub": dict.fromkeys("fhu", "{x} - {y}"),
@@ -37,6 +38,7 @@ _COMPARE_FLOATS = _COMPARE | {  # ne is false for NaN, and what ends in u is tru
     "ne": "({x} < {y}) | ({x} > {y})",
     "num": "({x} == {x}) & ({y} == {y})",
     "nan": "({x} != {x}) | ({y} != {y})",
+    "equ": "~(({x} < {y}) | ({x} > {y}))",
     "neu": "{x} != {y}",
     "ltu": "~({x} >= {y})",
     "leu": "~({x} > {y})",
@@ -66,10 +68,10 @@ class Arithmetic(Operands):
 
     def by_rule(self, ins: Instruction, mods: Mods, a: Args) -> bool:
         """Emits an instruction of `_RULES`; returns False for any other."""
-        rule = _RULES.get(f"{ins.name}.NaN" if "NaN" in mods else ins.name, {})
-        kind, bits = "", 0
-        if rule:
-            kind, bits = _KINDS.get(mods[-1]) or self.typed(mods[-1])
+        rule = _RULES.get(f"{ins.name}.NaN" if "NaN" in mods else ins.name)
+        if rule is None:
+            return False
+        kind, bits = _KINDS.get(mods[-1]) or self.typed(mods[-1])
         form = kind
         if kind in ("u", "s"):
             kind = next((k for k in "ius" if k in rule), "")
