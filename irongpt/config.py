@@ -253,7 +253,7 @@ PRESETS = {
     "nano": Preset(
         "0.8 M parameters, a few minutes on a CPU",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
-        train=dict(iters=1700, eval_windows=512, **FEW_STEPS),
+        train=FEW_STEPS | dict(iters=1700, eval_every=250, eval_windows=512),
     ),
     "code": Preset(
         "iron's model with context 512 and BPE, for Python code, for a GPU",

@@ -1,7 +1,8 @@
 """A run's folder: its configuration (config.json), metrics (metrics.jsonl) and checkpoints.
 
 The checkpoints are the folders last and best; loss.png and sample.txt are made from the metrics.
-result.json has the loss of best over the entire validation text, once the training has ended.
+result.json has the loss of best over the entire validation text, once the training has ended, but
+not where it has reached its target loss.
 """
 
 import contextlib

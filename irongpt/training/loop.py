@@ -27,6 +27,7 @@ from irongpt.training.trainer import Trainer
 
 MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
+TARGET_EVERY = 20  # steps between two looks at whether the target loss is reached
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
@@ -117,6 +118,10 @@ class TrainingLoop:
         done = trainer.step >= trainer.config.iters and self.evaluated_at == trainer.step
         return done or self.reached_target() or self.out_of_patience()
 
+    def _has_result(self) -> bool:
+        """Whether a finished run gets a result.json: its cost is not part of a target's time."""
+        return self.best_val is not None and not self.reached_target()
+
     def outcome(self) -> str:
         ended = "finished"
         if self.reached_target():
@@ -146,6 +151,8 @@ class TrainingLoop:
                 while not self.finished() and self.signal is None:
                     if self._evaluation_is_due():
                         self._evaluate(interrupt, progress)
+                    elif self._look_is_due():
+                        self._look_for_target(interrupt, progress)
                     else:
                         trainer.signal.fill_(0 if alone else interrupt.signal or 0)
                         self._step(progress)
@@ -154,7 +161,7 @@ class TrainingLoop:
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
-                elif self.best_val is not None:
+                elif self._has_result():
                     self._evaluate_best(interrupt)
             self._plot()
         except OSError as e:
@@ -164,7 +171,7 @@ class TrainingLoop:
             if self.events:
                 with self.attempt("TensorBoard's event file"):
                     self.events.writer.close()
-        incomplete = self.best_val is not None and self.result is None
+        incomplete = self._has_result() and self.result is None
         return self.signal if incomplete or not self.finished() else None
 
     def _failed_write(self, error: OSError) -> str:
@@ -185,7 +192,29 @@ class TrainingLoop:
             if log or evaluation:
                 self._collect()
         progress.advance(self.trainer.step)
-        if log and not evaluation:
+        if log and not evaluation and not self._look_is_due():
+            self._record(progress)
+
+    def _look_is_due(self) -> bool:
+        """Whether steps without a record end where the loop looks for the target loss."""
+        target, step = self.trainer.config.target_loss, self.trainer.step
+        return target is not None and step % TARGET_EVERY == 0 and len(self.rows) > 0
+
+    def _look_for_target(self, interrupt: Interrupt, progress: Progress) -> None:
+        """Adds an evaluation if it is at most the target loss, else a record without one.
+
+        It evaluates only if the training loss, usually the lower one, is at most the target. A
+        signal stops it; of several processes, the next step does.
+        """
+        trainer, target = self.trainer, self.trainer.config.target_loss
+        assert target is not None
+        alone, val_loss = trainer.world.size == 1, None
+        if statistics.fmean(row[0] for row in self.rows) <= target:
+            with self.clock("evaluation"):
+                val_loss = trainer.evaluate(lambda: not alone or interrupt.signal is None, target)
+        if val_loss is not None:
+            self._add_evaluation(val_loss, progress)
+        elif not (alone and interrupt.signal):  # else the resumed run looks again
             self._record(progress)
 
     def _evaluation_is_due(self) -> bool:
@@ -240,18 +269,21 @@ class TrainingLoop:
         return record
 
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates, saves a checkpoint, generates a sample, and saves again with the new record.
-
-        The first save comes before the sample, which uses the GPU in another way than training. If
-        it ends the process, a resumed run continues here and repeats the evaluation. Does nothing
-        if a signal interrupts the evaluation.
-        """
-        trainer, run = self.trainer, self.run
+        """Evaluates, unless a signal interrupts it."""
         with self.clock("evaluation"):
-            val_loss = trainer.evaluate(lambda: interrupt.signal is None)
+            val_loss = self.trainer.evaluate(lambda: interrupt.signal is None)
         if val_loss is None:
             self.signal = interrupt.signal or signal.SIGTERM
-            return
+        else:
+            self._add_evaluation(val_loss, progress)
+
+    def _add_evaluation(self, val_loss: float, progress: Progress) -> None:
+        """Saves a checkpoint, generates a sample, and saves again with the new record.
+
+        The first save comes before the sample, which uses the GPU in another way than training. If
+        it ends the process, a resumed run continues here and repeats the evaluation.
+        """
+        trainer, run = self.trainer, self.run
         finite = math.isfinite(val_loss)  # a model whose loss is not finite is not saved
         if finite:
             with self.clock("saving"):

@@ -1,6 +1,7 @@
 """The training step, the evaluation, and the state that they depend on."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -19,6 +20,7 @@ from irongpt.training.shards import Shards
 
 INT32_FROM = 1 << 27  # ids, which would take a gigabyte in int64
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
+MARGIN = 0.02  # nats by which the mean of the first batches may exceed that of all
 
 
 class Trainer:
@@ -151,13 +153,17 @@ class Trainer:
         with self.autocast():
             return self.model.loss(x, y, seed=self.seeds[i], loss_scale=scale)
 
-    def evaluate(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
+    def evaluate(
+        self, should_continue: Callable[[], bool] = lambda: True, limit: float = math.inf
+    ) -> float | None:
         """Mean loss of `eval_windows` validation sequences. The training is not affected.
 
-        Returns None if `should_continue`, called before each batch, returns False in any process.
+        Returns None if `should_continue`, called before each batch, returns False in any process,
+        or if the mean is above the limit, which the first batches show unless it is close.
         """
         batches = (self.val_batches[i] for i in range(len(self.val_batches)))
-        return self._mean_loss(batches, should_continue)
+        loss = self._mean_loss(batches, should_continue, limit + MARGIN)
+        return loss if loss is None or limit == math.inf or loss <= limit else None
 
     def evaluate_all(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
         """As `evaluate`, over the entire validation text: every token is a target once."""
@@ -166,9 +172,13 @@ class Trainer:
         return self._mean_loss(batches, should_continue)
 
     def _mean_loss(
-        self, batches: Iterable[tuple[Tensor, Tensor]], should_continue: Callable[[], bool]
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        should_continue: Callable[[], bool],
+        limit: float = math.inf,
     ) -> float | None:
-        """Mean loss of the tokens of all batches, without dropout."""
+        """Mean loss of the tokens of all batches, without dropout, or None where the mean of the
+        first ones is above the limit."""
         self.model.eval()
         context, world = self.model.config.context, self.world
         losses, counts, stopped = [], [], False
@@ -182,6 +192,8 @@ class Trainer:
                     counts.append(x.shape[0] * (x.shape[1] / context))
                     mine = i % world.size == world.rank and not stopped
                     losses.append(zero + self.model.loss(x, y) * counts[-1] if mine else zero)
+                    if limit < math.inf and world.size == 1 and sum(losses) > limit * sum(counts):
+                        return None
         finally:
             self.model.train()
         found = torch.stack([*losses, zero + stopped])
@@ -190,8 +202,10 @@ class Trainer:
         if stops:
             return None
         total = 0.0
-        for value in values:  # in the order of the batches, whichever process computed them
+        for i, value in enumerate(values):  # in the order of the batches
             total += value
+            if total > limit * sum(counts[: i + 1]):
+                return None
         return total / sum(counts)
 
     def _on_device(self, ids: Tensor) -> Tensor:

@@ -180,3 +180,47 @@ def test_an_evaluation_saves_before_it_samples(training, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.fit()
     assert step_of(training.run.last) == 10
+
+
+@pytest.mark.parametrize(
+    ("train_loss", "losses", "steps"),
+    [(1.0, {20: 1.9}, [10, 20]), (1.0, {20: 2.1}, [10, 20, 30]), (2.1, {20: 1.9}, [10, 20, 30])],
+    ids=["reached", "not reached", "the training loss is above it"],
+)
+def test_the_target_loss_is_looked_for_between_evaluations(
+    training, monkeypatch, train_loss, losses, steps
+):
+    """An evaluation of 20, between those at 0 and 30, ends the run if it is at the target."""
+    training = start("--eval-every", 30, "--out", "other", "--target-loss", 2.0)
+    limits = []
+
+    def evaluate(self: Trainer, should_continue: object, limit: float = math.inf) -> float | None:
+        loss = losses.get(self.step, 2.5)
+        limits.append((self.step, limit))
+        return loss if loss <= limit else None
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(
+        Trainer, "_run_step", lambda self: torch.tensor([train_loss, 1.0, 1.0]), raising=True
+    )
+    training.trainer.run_step = training.trainer._run_step
+    assert training.fit() is None
+    records = training.run.records()
+    assert [r["step"] for r in records] == steps
+    found = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
+    assert found == [(20, 1.9) if steps[-1] == 20 else (30, 2.5)]
+    looked = [(20, 2.0)] if train_loss <= 2.0 else []
+    assert limits == looked + ([(30, math.inf)] if steps[-1] == 30 else [])
+    assert (training.run.path / "result.json").exists() == (steps[-1] == 30)
+
+
+def test_a_run_killed_while_it_looked_for_the_target_looks_again(cli: Cli, monkeypatch):
+    training = start("--eval-every", 30, "--target-loss", 9.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainingLoop, "_sample", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            training.fit()
+    assert step_of(training.run.last) == 20
+    resumed = resumed_run(training.run.path, {}, Clock(0.0))
+    assert resumed.fit() is None
+    assert resumed.outcome().startswith("target loss reached at step 20")

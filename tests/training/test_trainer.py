@@ -134,6 +134,19 @@ def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkey
     assert t.model.training
 
 
+def test_an_evaluation_with_a_limit_stops_where_the_first_batches_are_above_it(monkeypatch):
+    t = trainer()
+    t.val_batches.batch_size = 4
+    whole, seen, loss = t.evaluate(), [], t.model.loss
+    monkeypatch.setattr(t.model, "loss", lambda x, y: seen.append(0) or loss(x, y))
+    assert t.evaluate(limit=whole) == whole
+    assert len(seen) == len(t.val_batches) > 1
+    assert t.evaluate(limit=whole - 1e-6) is None  # close: the other batches could be lower
+    assert len(seen) == 2 * len(t.val_batches)
+    assert t.evaluate(limit=whole / 2) is None
+    assert len(seen) == 2 * len(t.val_batches) + 1
+
+
 def test_every_dropout_of_a_run_has_its_own_seed(monkeypatch):
     seeds = []
 
