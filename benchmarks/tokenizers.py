@@ -1,11 +1,13 @@
-"""BPE: seconds to train and to encode, and the bits per byte that a model has to reach.
+"""BPE: seconds to train and to encode, and its gain over characters.
 
     python -m benchmarks.tokenizers                      all of it, on War and Peace and python-code
     python -m benchmarks.tokenizers --parts speed        only the seconds of training and encoding
+    python -m benchmarks.tokenizers --parts runs --seconds 120 --data python-code
 
 speed: one core, in turn with Hugging Face's tokenizers, which encodes by the same vocabulary and
 gives the same ids. compressors: bits per byte of the validation text for general compressors, given
-the training text. A model's are in the result.json of its run, for any tokenizer.
+the training text. runs: a model trained on characters and on BPE tokens for the same seconds on the
+same cores, in bits per byte, which does not depend on the tokenizer.
 """
 
 import argparse
@@ -15,15 +17,24 @@ import json
 import lzma
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from benchmarks.measure import result_file
+from irongpt import device as devices
+from irongpt import ops
+from irongpt.config import PRESETS, TOKENIZERS, GPTConfig, TrainConfig
 from irongpt.data import bpe, corpus, tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.pre_tokens import PreTokens
 from irongpt.data.tokenizer import BPETokenizer
+from irongpt.model import GPT
+from irongpt.training.trainer import Trainer
 
+PARTS = ("speed", "compressors", "runs")
 SPEED_BYTES = 8 * 10**6  # of a text, at most; above that several processes encode it
 Row = dict[str, Any]
 
@@ -90,7 +101,56 @@ def compressors(text: Corpus) -> Row:
     return row
 
 
-PARTS: dict[str, Callable[[Corpus], Row]] = {"speed": speed, "compressors": compressors}
+def run(text: Corpus, kind: str, seconds: float, device: torch.device, preset: str) -> Row:
+    """Trains for about `seconds` and evaluates the model on the entire validation text."""
+    p = PRESETS[preset]
+    tokenizer, ids = tokens.tokenize(text, kind)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **p.model)
+    recipe = TrainConfig(**p.train | dict(tokenizer=kind, iters=10**6))
+    dtype = devices.precision("auto", device).dtype
+
+    def trainer(recipe: TrainConfig) -> Trainer:
+        torch.manual_seed(recipe.seed)
+        model = GPT(config, ops.load("builtin", device, config)).to(device)
+        return Trainer(model, ids, recipe, device, dtype)
+
+    def steps(t: Trainer, n: int) -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            row = t.train_step()
+        row.tolist()  # waits for the device
+        return time.perf_counter() - start
+
+    probe = trainer(recipe)
+    steps(probe, 5)
+    iters = max(30, round(seconds / (steps(probe, 25) / 25)))
+    t = trainer(replace(recipe, iters=iters))
+    spent = steps(t, iters)
+    loss = t.evaluate_all()
+    assert loss is not None
+    return {
+        "text": text.name,
+        "tokenizer": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "parameters": config.n_params(),
+        "steps": iters,
+        "seconds": spent,
+        "epochs": iters * t.tokens_per_step() / len(ids.train),
+        "val_loss": loss,
+        "bits_per_byte": ids.bits_per_byte(loss),
+    }
+
+
+def measured(
+    part: str, text: Corpus, args: argparse.Namespace, device: torch.device
+) -> Iterator[Row]:
+    if part == "speed":
+        yield speed(text)
+    elif part == "compressors":
+        yield compressors(text)
+    else:
+        for kind in TOKENIZERS:
+            yield run(text, kind, args.seconds, device, args.preset)
 
 
 def shown(value: Any) -> str:
@@ -99,19 +159,22 @@ def shown(value: Any) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="benchmarks of the tokenizers")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--data", nargs="+", default=["war-and-peace", "python-code"])
+    parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help="of the runs")
+    parser.add_argument("--seconds", type=float, default=120, help="of each run [120]")
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = result_file.pick(args.device)
+    devices.make_deterministic()
     with result_file.Section("tokenizers", device, args) as section:
-        section.put(**{part: [] for part in PARTS})
+        section.put(preset=args.preset, **{part: [] for part in PARTS})
         for name in args.data:
             text = corpus.load(name, say=print)
             for part in args.parts:
-                row = PARTS[part](text)
-                print(part, ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
-                section.put(**{part: [*section.values[part], row]})
+                for row in measured(part, text, args, device):
+                    print(part, ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
+                    section.put(**{part: [*section.values[part], row]})
     print(f"written to {section.path}")
 
 
