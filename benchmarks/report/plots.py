@@ -107,17 +107,43 @@ def speedup(section: Values, mode: str, what: str) -> Figure | None:
 
 
 def roofline(section: Values) -> Figure | None:
-    """Each op's share of its limit: a line for every direction, a point for every provider."""
+    """Left: attention under the measured peak rates. Right: each op's share of its limit."""
     dtype, rows = _at_model(section)
     peak_rates = section["peak_rates"]
     rate, bandwidth = peak_rates["gemm_flops_per_s"].get(dtype), peak_rates["copy_bytes_per_s"]
     if not rows or rate is None:
         return None
-    figure = _figure(9, 6.6)
-    axes = figure.add_subplot()
+    figure = _figure(12, 6.6)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    ridge = rate / bandwidth
+    corner = [ridge / 30, ridge, ridge * 8]
+    left.plot(corner, [min(rate, bandwidth * x) / 1e12 for x in corner], color="0.3")
+    swept = [
+        r
+        for r in section["rows"]
+        if r.timed and r.dtype == dtype and r.mode == "total" and r.least_flops
+        if r.sweep in (*MODEL_SHAPES, "T")
+    ]
+    for r in swept:
+        point = r.least_flops / r.least_bytes, r.least_flops / r.seconds / 1e12
+        left.scatter(*point, s=22, color=COLORS[r.provider], zorder=3)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("FLOPs per byte (lower bound)")
+    left.set_ylabel("TFLOP/s")
     rates = f"copy {bandwidth / 1e9:,.4g} GB/s, matmul {rate / 1e12:,.3g} TFLOP/s"
-    axes.set_title(f"{dtype}, measured peak rates: {rates}", fontsize=9)
-    rows = [r for r in rows if r.mode != "total"]
+    lengths = sorted({r.shape["T"] for r in swept})
+    sizes = f", T {lengths[0]} to {lengths[-1]}" if lengths else ""
+    title = f"attention, forward and backward, {dtype}{sizes}\nmeasured peak rates: {rates}"
+    left.set_title(title, fontsize=9)
+    left.grid(alpha=0.25)
+    _shares(right, [r for r in rows if r.mode != "total"], peak_rates)
+    _legend(right, rows + swept)
+    return figure
+
+
+def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
+    """A line for every op and direction, a point for every provider."""
     names = [_label(r) if r.mode == "call" else f"{_label(r)}, {r.mode}" for r in rows]
     labels = list(dict.fromkeys(names))
     for r, name in zip(rows, names, strict=True):
@@ -142,8 +168,6 @@ def roofline(section: Values) -> Figure | None:
     )
     axes.grid(axis="x", alpha=0.25)
     axes.grid(axis="y", alpha=0.15)
-    _legend(axes, rows)
-    return figure
 
 
 def _legend(axes: Axes, rows: list[KernelRow], bound: bool = False) -> None:

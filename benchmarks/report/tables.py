@@ -3,15 +3,27 @@
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import roofline
 from benchmarks.measure.result_file import loss
 from benchmarks.measure.rows import StepRow, short, spread
-from benchmarks.report.tables_kernels import kernels, table
+from benchmarks.ops.cases import TOTAL
+from benchmarks.report.tables_kernels import dropout, kernels, table
+from benchmarks.roofline import T4
 from benchmarks.training import matmuls
+from irongpt.config import PRESETS
 
 Values = dict[str, Any]
 
-# With an environment each.
-SECTIONS = ("kernels", "train", "decode", "runs", "target", "nano", "tokenizers", "scaling")
+SECTIONS = (
+    "kernels",
+    "train",
+    "decode",
+    "runs",
+    "target",
+    "nano",
+    "tokenizers",
+    "scaling",
+)  # with an environment each
 
 
 def environment(values: Values) -> Values:
@@ -105,6 +117,7 @@ def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     if "kernels" in values:
         pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
         yield "Kernels", kernels(values["kernels"]), pictured
+        yield "A T4", t4(values), ()
     if "runs" in values:
         yield "Runs from one seed", runs(values["runs"]), ("runs",)
     if "nano" in values:
@@ -280,3 +293,48 @@ def stages(values: Values) -> str:
         for name, s in values["stages"].items()
     ]
     return table(["stage", "", "seconds", ""], rows)
+
+
+def _t4_step(values: Values, preset: str) -> float | None:
+    """Seconds of our step in float16, timed alone at the preset's size or in a whole training."""
+    section = values.get("train", {})
+    size = section.get("preset"), section.get("batch_size")
+    if size == (preset, PRESETS[preset].train["batch_size"]):
+        for r in section["rows"]:
+            if r.timed and r.key == ("fused as trained", "float16"):
+                return float(r.seconds)
+    for r in values.get("target", {}).get("rows", []):
+        if (r.preset, r.ops, r.dtype) == (preset, "fused", "float16") and r.steps > r.warm_steps:
+            return float(r.seconds / (r.steps - r.warm_steps))
+    return None
+
+
+def t4(values: Values) -> str:
+    """Lower bounds of a T4, and next to them the times if they were measured on one."""
+    section = values["kernels"]
+    here = "T4" in section["environment"]["name"].split()
+    bounds: dict[str, float] = {}
+    times: dict[str, float | None] = {}
+    for preset in ("iron", "fast"):
+        bounds[f"a training step, {preset}"] = roofline.t4_step(preset)
+        times[f"a training step, {preset}"] = _t4_step(values, preset)
+    for r in section["rows"]:
+        if r.sweep == "iron" and r.dtype != "float32" and r.mode in TOTAL:
+            name = f"{r.op}, {r.size}{dropout(r)}"
+            bounds.setdefault(name, roofline.op_seconds(r, "float16", T4))
+            if r.provider == "fused" and r.timed:
+                times[name] = r.seconds
+
+    def microseconds(x: float | None) -> str:
+        return "" if x is None else f"{x * 1e6:,.0f}"
+
+    rows = [
+        [name, microseconds(times.get(name) if here else None), microseconds(bound)]
+        for name, bound in bounds.items()
+    ]
+    text = (
+        "Times are in microseconds, in float16. The bound is computed, not measured: least bytes "
+        f"at {T4['copy_bytes_per_s'] / 1e9:.0f} GB/s or FLOPs at "
+        f"{T4['gemm_flops_per_s']['float16'] / 1e12:.0f} TFLOP/s, whichever is longer."
+    )
+    return text + "\n\n" + table(["op", "fused on a T4, measured", "bound, computed"], rows)

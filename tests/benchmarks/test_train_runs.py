@@ -14,7 +14,7 @@ from irongpt_kernels import builtin
 
 from benchmarks import decode, roofline, train_runs, vs_nanogpt
 from benchmarks.measure import environment, result_file
-from benchmarks.measure.rows import NanoRow
+from benchmarks.measure.rows import KernelRow, NanoRow, RunRow, StepRow
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
 from benchmarks.report import __main__ as report
@@ -167,6 +167,31 @@ def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
     text = (report.write(file) / "report.md").read_text()
     assert "| nanoGPT | 128.3 | 1.724 | 453 |" in text
     assert "915.7 ms, nanoGPT's 926.5 ms" in text
+
+
+def iron_row(name: str) -> dict:
+    row = dict(op="gelu", size="16384x1536", dtype="float16", sweep="iron", mode="total", dropout=0)
+    row |= dict(provider="fused", seconds=1e-3, least_bytes=250_000_000, least_flops=0)
+    return {"environment": {"name": name}, "rows": [KernelRow(**row)]}
+
+
+def test_the_column_of_a_t4_is_empty_on_other_gpus() -> None:
+    elsewhere, there = (
+        tables.t4({"kernels": iron_row(card)}) for card in ("NVIDIA H200", "Tesla T4")
+    )
+    assert "| gelu, 16384x1536 |  | 1,000 |" in elsewhere
+    assert "| gelu, 16384x1536 | 1,000 | 1,000 |" in there
+    assert "computed" in elsewhere
+    step = StepRow(variant="fused as trained", dtype="float16", seconds=0.5)
+    run = RunRow(run="", preset="fast", ops="fused", dtype="float16", seconds=9.0)
+    run.steps, run.warm_steps = 500, 50
+    values = {"kernels": iron_row("Tesla T4"), "target": dict(rows=[run])}
+    values["train"] = dict(preset="iron", batch_size=64, rows=[step])
+    text = tables.t4(values)
+    assert "| a training step, iron | 500,000 |" in text
+    assert "| a training step, fast | 20,000 |" in text
+    values["train"]["batch_size"] = 8
+    assert "| a training step, iron |  |" in tables.t4(values)
 
 
 def test_the_docs_have_the_computed_lower_bound() -> None:
