@@ -1,10 +1,10 @@
-"""Whether several GPUs pay here: a training step on one and on all of them, and the exchange.
+"""Times a training step on one GPU and on all of them, and the exchange of the gradients.
 
     torchrun --nproc-per-node 2 -m benchmarks.scaling
     torchrun --nproc-per-node 2 -m benchmarks.scaling --device cpu       nano in two processes
 
 A step on one is that of `irongpt train` without torchrun; on a CPU it has the threads of all
-processes. The two are measured in turn, a few steps each. `irongpt doctor` does the same once.
+processes. The two are interleaved, a few steps each. `irongpt doctor` does the same once.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def run(world: World, args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="measure whether several GPUs pay")
+    parser = argparse.ArgumentParser(description="measure the speedup by several GPUs")
     parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
     parser.add_argument("--repeats", type=int, default=3, help="of the measurement [3]")
     parser.add_argument("--rounds", type=int, default=5, help="of a measurement [5]")
