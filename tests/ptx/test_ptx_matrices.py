@@ -103,6 +103,17 @@ def test_stmatrix(transposed: bool) -> None:
         assert torch.equal(out[8 * i : 8 * i + 8], matrix.T if transposed else matrix)
 
 
+def test_warps_may_store_copies_of_one_matrix() -> None:
+    """As of rows that a layout replicates; other values are reported."""
+    store = """and.b32 %r5, %r0, 31; mul.lo.s32 %r6, %r5, 16; add.s32 %r7, %r1, %r6;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {VALUE};"""
+    out = torch.zeros(32, 8, dtype=F16)
+    same, other = (f"{START} {store.replace('VALUE', x)}" for x in ("%r5", "%r0"))
+    how = dict(threads=64, shared=512, arch="90")
+    assert run(same, out, out, **how).counts == {}
+    assert run(other, out, out, **how).counts == {"lanes store different values": 32}
+
+
 def test_async_copies_arrive_when_they_are_waited_for() -> None:
     memory, out = numbers(32, 8), torch.zeros(32, 8, dtype=F16)
     body = f"""{START} mov.b32 %r9, 16; setp.gt.u32 %p20, %r0, 15; @%p20 mov.b32 %r9, 0;

@@ -198,8 +198,13 @@ class Memory(Threads):
             data = stored.view(u1).reshape(len(threads), -1)
             threads, address = self._shared(address, width, threads, at, True, data)
             words, index = self.shared[size], address // size
+        self._write(words, index, [x[threads] for x in values], threads, at)
+
+    def _write(
+        self, words: Array, index: Array, values: list[Array], threads: Array, at: Site
+    ) -> None:
         for v, x in enumerate(values):
-            x = x[threads].astype(words.dtype, copy=False)
+            x = x.astype(words.dtype, copy=False)
             words[index + v] = x
             differ = words[index + v] != x
             self.report_error("lanes store different values", differ, threads, at)
@@ -211,15 +216,27 @@ class Memory(Threads):
         return ctas
 
     def _matrices(
-        self, a: Array, offset: int, count: int, threads: Array, at: Site, store: bool
+        self,
+        a: Array,
+        offset: int,
+        count: int,
+        threads: Array,
+        at: Site,
+        rows: Array | None = None,
     ) -> Array | None:
         """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
-        8 i + 7 have the addresses of the rows of matrix i."""
+        8 i + 7 have the addresses of the rows of matrix i.
+
+        rows: (addresses, 8), which are stored there.
+        """
         address = a[threads].astype(i8) + offset
         users, address = (x.reshape(-1, 32)[:, : 8 * count].ravel() for x in (threads, address))
-        good, flat = self._shared(address, 16, users, at, store)
+        data = None if rows is None else rows.view(u1)
+        good, flat = self._shared(address, 16, users, at, rows is not None, data)
         if len(good) < len(users):
             return None  # it was reported
+        if rows is not None:
+            self._write(self.shared[2], flat // 2, list(rows.T), users, at)
         return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
 
     def ldmatrix(
@@ -227,7 +244,7 @@ class Memory(Threads):
     ) -> list[Array]:
         """Lane t gets elements 2 (t % 4) and the next of row t // 4 of each matrix."""
         threads = self.whole_warps(at)
-        index = self._matrices(a, offset, count, threads, at, False)
+        index = self._matrices(a, offset, count, threads, at)
         if index is None:
             return [self.const(0, u4)] * count
         words = self.shared[2][index]
@@ -238,12 +255,10 @@ class Memory(Threads):
         self, a: Array, offset: int, values: list[Array], transposed: bool, at: Site
     ) -> None:
         threads = self.whole_warps(at)
-        index = self._matrices(a, offset, len(values), threads, at, True)
-        if index is None:
-            return
-        for i, x in enumerate(values):
-            words = np.ascontiguousarray(x[threads]).view(u2).reshape(-1, 8, 8)
-            self.shared[2][index[:, i]] = words.swapaxes(1, 2) if transposed else words
+        words = [np.ascontiguousarray(x[threads]).view(u2).reshape(-1, 8, 8) for x in values]
+        matrices = np.stack(words, 1).swapaxes(2, 3 if transposed else 2)
+        rows = np.ascontiguousarray(matrices).reshape(-1, 8)
+        self._matrices(a, offset, len(values), threads, at, rows)
 
     # Asynchronous copies ------------------------------------------------------------------------
 
