@@ -171,8 +171,8 @@ def _train_flags(train: Parser) -> None:
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
     help = (
-        "validation text, one as for --data but not - [the last tenth of a text; about a tenth of "
-        "the files, by a hash of their paths]"
+        "validation text, given like --data, but not - [the last tenth of a text; of several files "
+        "about a tenth, chosen by a hash of their paths]"
     )
     run.add_argument("--val", metavar="TEXT", help=help)
     help = "glob pattern of files to read from a folder, such as '*.js'; can be repeated ['*.py']"

@@ -90,7 +90,9 @@ class GPTConfig:
 class TrainConfig:
     """The training recipe, and the machine settings of a run."""
 
-    iters: int = option("recipe", "training steps")
+    iters: int = option(
+        "recipe", "training steps; by default with BPE at most 20 epochs, code and nano-code 3"
+    )
     batch_size: int = option("recipe", "sequences per forward pass, in all shards together")
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
@@ -109,8 +111,9 @@ class TrainConfig:
     )
     shards: int = option(
         "recipe",
-        "number of shards that the batch of a step is split into; every number of GPUs that "
-        "divides it computes bit-identical weights; with torchrun by default one per process",
+        "shards that the batch of a step is split into: runs on any number of GPUs that divides "
+        "it have bit-identical weights (with dropout, not with --ops builtin); with torchrun by "
+        "default one per process",
         1,
     )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
