@@ -7,8 +7,8 @@ Nothing is stored between forward and backward: both compute the bits they need.
 
 Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70 integer
             instructions and give 128 bits. One byte decides one element, so one call can
-            serve 16 elements. In attention, a warp that holds 16 rows of a tile uses 8 of them. On
-            a T4 a call for each element would take longer than the attention's memory traffic.
+            serve 16 elements, or 8 in attention if a warp holds only 16 rows of a tile. On a T4 a
+            call for each element would take longer than the attention's memory traffic.
 Layout      The elements of a warp that share a call lie in one GPU thread. A kernel can
             therefore apply the formula to each element, and the compiler merges equal calls.
             In attention, the accumulator of a tensor core gives a thread the rows r + 8i and the

@@ -41,8 +41,8 @@ def causal_attention(
 ) -> Tensor:  # fmt: skip
     """dropout(softmax(scale q k^T + causal mask)) v (Vaswani et al. 2017).
 
-    q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout acts on the weights.
-    Returns (B, H, T, D), a view whose (B, T, H, D) memory is contiguous.
+    q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout acts on the
+    attention weights. Returns (B, H, T, D), a view whose (B, T, H, D) memory is contiguous.
     """
     B, H, T, D = q.shape
     weights = softmax(
@@ -178,8 +178,8 @@ def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list
     """Prepares the parameters of layer norms for the layer-norm ops of the same module.
 
     params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype:
-    that of the norms' results. This version returns the parameters unchanged. That of `fused`
-    returns views, with which one kernel sums the gradients of all parameters.
+    that of the norms' results. This version returns the parameters unchanged. `fused` returns
+    views of them, so that in the backward one kernel can sum the gradients of all of them.
     """
     return list(params)
 

@@ -62,8 +62,9 @@ def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: 
 
 
 def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
-    """Bytes of a step over `matrices` weights in the blocks' matrices, whose gradients and copies
-    have `itemsize` bytes (without copies in float32), and `others` weights, which are float32."""
+    """Bytes of an optimizer step. matrices: the number of weights in the blocks' matrices, whose
+    gradients and copies have `itemsize` bytes; in float32 there are no copies. others: the number
+    of all other weights, which are float32."""
     copy = itemsize if itemsize < 4 else 0
     rest = adamw_bytes(others, 4, 0)
     if optimizer == "muon":  # grad_norm has read the gradients before

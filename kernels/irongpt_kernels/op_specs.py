@@ -33,7 +33,8 @@ class OpSpec:
     changes: names of inputs that the op updates in place. They count as results.
     functions, call: for an entry of several functions of `Ops`, their names and a caller of them.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
-    full_rows: the op on rows of V columns: softmax without a mask, norm_linear as the head.
+    full_rows: a second entry, of the op on rows of V columns: softmax without a mask, norm_linear
+        as a model's head.
     """
 
     name: str
@@ -61,7 +62,7 @@ class OpSpec:
         return self.kind == "layer"
 
     def for_sweep(self, sweep: str) -> "OpSpec | None":
-        """The entry to use for a sweep: this one, `full_rows`, or None if it is in neither."""
+        """The entry that lists the sweep: this one or `full_rows`; None if neither does."""
         return next((s for s in (self, self.full_rows) if s and sweep in s.sweeps), None)
 
     def float32_only(self) -> bool:
@@ -69,7 +70,7 @@ class OpSpec:
         return all(x.role != "compute" for x in self.inputs(Shape()).values())
 
     def run(self, ops: Any, shape: Shape, x: Tensors, **options: Any) -> tuple[Tensor, ...]:
-        """The outputs by a module of ops, then the inputs that it has changed."""
+        """The outputs of the op as `ops` computes it, then the inputs that it changes in place."""
         if self.call is not None:
             return self.call(ops, shape, x, **options)
         out = getattr(ops, self.name)(**x, **options)

@@ -140,6 +140,7 @@ def adamw(
     stats: Tensor, *,
     beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
 ) -> None:  # fmt: skip
-    """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for other gradients."""
+    """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for gradients of dtypes
+    that are not as described there."""
     lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

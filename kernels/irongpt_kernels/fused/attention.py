@@ -11,7 +11,7 @@ Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2"
             loops over tiles of keys and carries, for each row, the maximum m, the sum l and the
             unnormalized output. When a tile raises m, the carried l and output are rescaled by
             2^(m_old - m_new). Exponents are to base 2: log2(e) is folded into the scale. m and
-            log2(l) are saved. Dropout acts on the weights and not on l, as in eager.
+            log2(l) are saved. Dropout acts on the attention weights P and not on l, as in eager.
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
 Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal crosses are handled by
             a second, masked loop. Tiles right of the diagonal are never read.
@@ -19,8 +19,8 @@ Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l),
             and v are read once per query tile, mostly from L2: neighbouring programs share a head.
 Parallelism one program per head and query tile; the longest rows of a head come first.
 Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
-            matmul with v. S - m must not become a fused multiply-add: the exponent of the largest
-            score has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
+            matmul with v. S - m must not become a fused multiply-add: for the largest score
+            it has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
             separately: where m is large, their rounded sum loses digits of log2(l), and all P of
             the row are wrong by the same factor. In float32 the backward subtracts m and log2(l)
             from S in turn; for 16-bit inputs their rounded sum (`attention_tiles.load_stats`).

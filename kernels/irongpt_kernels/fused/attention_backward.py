@@ -19,9 +19,9 @@ Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a pr
             compute seven matmuls, where one kernel that adds dQ by atomics computes five.
 Diagonal    As in the forward, tiles that the diagonal crosses have a separate, masked loop.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
-            The second kernel reads q, k, v and dout again. Each tile of queries reads k and v, and
-            each tile of keys q and dout, mostly from L2. The gradients are one (B, T, 3, H, D)
-            tensor, as a packed projection needs them.
+            The second kernel reads q, k, v and dout again, which makes 12 B H T D. Each tile of
+            queries reads k and v, and each tile of keys q and dout, mostly from L2. The gradients
+            are one (B, T, 3, H, D) tensor, as a packed projection needs them.
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not

@@ -3,22 +3,22 @@
 The gradient is that of `attention_backward`, in whose notation a program computes
 
     Z  = P * keep / (1 - p)            dV = Z^T dO         dZ = dO V^T
-    dS = Z dZ - P delta                dQ = scale dS K     dK = scale dS^T Q
+    dS = Z * dZ - P * delta            dQ = scale dS K     dK = scale dS^T Q
 
 Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its head on chip. It
             loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
             complete. Scores, weights and dropout masks are computed once, where the
             pair of kernels of `attention_backward` computes them twice.
-Diagonal    With SPLIT there are two loops. The first has the first half of the keys and all
-            queries, the second the second half of the keys and of the queries, which alone see
-            these keys. So 3/4 of the scores are computed. The causal mask applies to every tile.
+Diagonal    With SPLIT (T > BLOCK_M / 2) there are two loops: all queries with the first half of the
+            keys, then the second half of the queries with the second half of the keys, which no
+            other query sees. So 3/4 of the scores are computed. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements, where the pair
             moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
             log2, which saves a multiplication per element. It is at most 256, and so is Z.
-Limits      float16 and bfloat16; BLOCK_M, rounded up from T, rows of q, dout and dQ have to fit
-            the registers and shared memory of a program: see `attention_tiles.head_options`.
+Limits      float16 and bfloat16. A program holds BLOCK_M >= T rows of q, dout and dQ, which have to
+            fit its registers and shared memory: see `attention_tiles.head_options`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """
 

@@ -64,7 +64,8 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
-# Longer contexts have `attention_backward`'s pair of kernels; with 0 all contexts have it.
+# The longest context for `attention_head_backward`. `attention_backward`'s pair of kernels computes
+# the others, and all of them in tests that set this to 0.
 MAX_HEAD_CONTEXT = 256
 
 
@@ -90,10 +91,10 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     """Default launch options per architecture; None where the pair of kernels is the default.
 
     They are chosen as in `default_tiles`. On sm_80 the single kernel is limited by shared memory:
-    each warp reads the complete right operand of every matmul, where an asynchronous matmul of
-    sm_90 (wgmma) reads it once for four warps. By the cost model of `aot.tiles`, this costs more
-    time at 256 positions than the DRAM traffic of the pair. The same holds on sm_90 for 256
-    positions with D below 64, where dK and dV cannot use wgmma.
+    each warp reads the complete right operand of every matmul. (On sm_90 an asynchronous matmul,
+    wgmma, reads it once for four warps.) By the cost model of `aot.tiles`, these reads take longer
+    at 256 positions than the DRAM traffic of the pair, so there the pair is the default. The same
+    holds on sm_90 for 256 positions with D below 64, where dK and dV cannot use wgmma.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -120,8 +121,8 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
     The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
     bottleneck is shared memory, and a warp of 32 rows reads each key half as often as two warps of
     16. From sm_80 on the bottleneck at short contexts is DRAM, or on sm_90 the ALU work of dropout
-    masks: tiles of 128 rows read keys less often, but at T = 256 they compute a fifth more, because
-    more of their area is masked.
+    masks. So tiles of 128 rows, which read keys less often, are not used: at T = 256 they compute a
+    fifth more scores, because more of their area is masked.
 
     maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
     8, or where ptxas would otherwise spill registers to fit even more warps.

@@ -3,8 +3,8 @@
     x = embed_tokens(tokens, counts, wte, wpe)
     sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
-    tokens: (B, N) int64, a ring buffer    counts: (B, K) int64, the number of tokens, the position
-    logits: (B, V)    wte: (V, C)    wpe: (context, C)    x: (B, C)
+    tokens: (B, N) int64, a ring buffer    logits: (B, V)    wte: (V, C)    wpe: (context, C)
+    x: (B, C)    counts: (B, K) int64: the number of tokens, the position of the last, ...
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
             Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by
@@ -32,7 +32,7 @@ from irongpt_kernels.eager import MASS_BITS, MAX_V, inverse_temperature_and_k
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-# Logits that a program holds at a time; the interpreter's time is per block.
+# Logits that a program holds at a time. The interpreter's time depends on the number of blocks.
 MAX_BLOCK = 16_384 if launch.INTERPRETED else 2048
 UNITS = tl.constexpr(2.0**MASS_BITS)
 

@@ -5,14 +5,14 @@
     wte: (V, C)    wpe: (T, C)    idx: (B, T) int64    weight, bias: (C,)    x, norm: (B, T, C)
 
 Forward     x[b, t] = wte[idx[b, t]] + wpe[t]           norm = layer_norm(x), see `layer_norm`
-Backward    dx, dweight and dbias by `layer_norm_backward`, which adds the gradient of x itself
-            dwte[v] = sum of dx[b, t] where idx[b, t] = v       dwpe[t] = sum of dx[b, t] over b
+Backward    g = dx + the gradient through the norm, dweight and dbias: by `layer_norm_backward`
+            dwte[v] = sum of g[b, t] where idx[b, t] = v        dwpe[t] = sum of g[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and
-            wpe come from L2. The backward reads dx, dnorm and x and writes the total gradient with
-            respect to x, 4MC; it reads that twice, for dwte and dwpe.
+            wpe come from L2. The backward reads dx, dnorm and x and writes g, the total gradient
+            with respect to x, 4MC; it reads g twice more, for dwte and dwpe.
 Parallelism The forward is that of `layer_norm`. For dwte a program searches up to PART ids for one
-            token, and adds BLOCK_N columns of the rows of the gradient that belong to it, so that a
+            token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
             frequent token has several programs. `column_sums` adds their partial sums, and dwpe in
             the same launch. There are no atomics, so every run gives the same bits. The search
             compares V M ids, so for a vocabulary larger than MAX_V PyTorch's kernels compute dwte:
@@ -40,7 +40,7 @@ from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
-PART = 1024  # ids that a program of the backward looks through, or more if MAX_PARTS is reached
+PART = 1024  # ids that a program of the backward searches; more if the parts would exceed MAX_PARTS
 MAX_PARTS = 64
 BLOCK_M = 16  # ids that a program of the backward loads at a time
 

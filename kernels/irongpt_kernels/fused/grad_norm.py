@@ -31,7 +31,7 @@ from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 BLOCK = 2048  # with 1,024, a program takes as long to find its tensor as to compute
-MAX_TENSORS = 48  # per launch: `adamw` passes 5 addresses of each, 1.9 of the 4 KB for arguments
+MAX_TENSORS = 48  # per launch: 5 addresses of each in `adamw` take 1.9 KB; arguments may take 4 KB
 SUMS = 1024  # partial sums that the second kernel reads at a time
 
 

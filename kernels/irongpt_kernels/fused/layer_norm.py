@@ -11,9 +11,9 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
 Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
             512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
-            variance is computed from centred values. Forward and backward subtract the mean twice:
-            the mean of the centred row is the rounding error of the first mean. So rows whose mean
-            is large compared with their standard deviation lose no digits.
+            variance is computed from centred values. Forward and backward subtract the mean, and
+            then the mean of the centred row, which is the rounding error of the first mean. So rows
+            whose mean is large compared with their standard deviation lose no digits.
 Limits      N <= 8192, because a row is one block. x and dy may have any strides, but are copied
             unless the last dimension is contiguous and the others collapse to one row stride.
 Spec        irongpt_kernels/eager.py::layer_norm

@@ -34,7 +34,7 @@ from irongpt_kernels.runtime import launch, launch_table
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
-WARPS_PER_SM = 8  # of all programs together
+WARPS_PER_SM = 8  # that an SM gets, of all programs together
 WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of rows
 
 
@@ -127,8 +127,8 @@ def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
 
 
 def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and the warps per SM of all programs together. WARPS_PER_SM warps are enough
-    to hide the memory latency; more would only write more partial sums."""
+    """Launch options, and how many warps an SM gets in all. By default WARPS_PER_SM, which are
+    enough to hide the memory latency; more would only write more partial sums."""
     options = tile(N) | dict(warps_per_sm=WARPS_PER_SM)
     options |= launch_table.options("norm backward", N, itemsize, device, {})
     return options, max(options.pop("warps_per_sm"), options["num_warps"])

@@ -10,9 +10,9 @@ the parameter returns these sums as the gradient of the view, without adding the
 norm that is called with the parameter itself, (N,), adds its own partial sums.
 
 Traffic     reads the partial sums, 4PN bytes per parameter, and writes 4N.
-Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. The addresses of
-            the matrices are kernel arguments, as in `grad_norm`: one launch for up to 48. There are
-            no atomics, so every run gives the same bits.
+Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. One launch handles
+            up to 48 matrices, whose addresses are kernel arguments, as in `grad_norm`. There are no
+            atomics, so every run gives the same bits.
 Precision   float32.
 Limits      Matrices that are not float32 or not contiguous are copied. No second derivative.
 Spec        irongpt_kernels/eager.py::norm_parameters

@@ -73,8 +73,8 @@ def block(n: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """Warps for a program with `elements` values in registers, a power of two: 16 values per
-    thread, and more above 8,192 values, as 16 warps are the most."""
+    """The number of warps for a program with `elements` values, a power of two, in registers: 16
+    values per thread, or more above 8,192 values, as a program has at most 16 warps."""
     return min(16, max(1, elements // 512))
 
 

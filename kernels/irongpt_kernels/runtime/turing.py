@@ -28,15 +28,15 @@ Correctness
     (a2, a3), b1 are those of 8 to 15; the sum over k splits into these two parts. No lane needs
     data of another. Only the rounding inside an accumulation can differ: 8 + 8 terms instead of 16.
     The first instruction writes d before the second reads a2, a3, b1. Triton gives d the registers
-    of c, and the same instruction reads c, a and b, so d overlaps neither a nor b. An instruction
-    where it does is left unchanged.
+    of c, and c, a and b, the inputs of one instruction, have different registers. So d overlaps
+    none of a2, a3, b1; should it do so all the same, the instruction is left unchanged.
 
 Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their float32 dots remain
             IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
             dots that sm_80 gives to tensor cores, with async copies in the source, or with an
             instruction that sm_75 lacks. They compile as in stock Triton, with one RuntimeWarning.
-Cache       Triton 3.7 and newer call the hook for its part of the cache key. Triton 3.6 does not,
-            so there the hash of the sm_75 backend, which every cache key contains, gets that part.
+Cache       From Triton 3.7 on, the hook is called without arguments for a part of the cache key. In
+            Triton 3.6, KEY is added to the hash of the sm_75 backend, which every key contains.
 Other hooks If another hook was installed before, it is called first, and its changes to the stages
             remain in effect, because this hook only replaces methods of the backend object of the
             current compilation. If another hook replaces this one, the next launch wraps it.
