@@ -42,7 +42,7 @@ test-triton-%: .venv-triton-%/ready
 		tests/aot/test_compile.py $(ARGS)
 
 # If one step fails, the others still run. ARGS="--rows FILE" continues a run that was stopped.
-test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels (two hours of a core)
+test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels (three hours of a core)
 	@failed=0; \
 	run() { (set -x; "$$@") || failed=1; }; \
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set table edges strides tuned $(ARGS); \
