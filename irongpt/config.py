@@ -47,6 +47,7 @@ class GPTConfig:
     context: int = option("model", "context length in tokens")
     dropout: float = option("model", "dropout probability, in [0, 1)")
     bias: bool = False
+    branch_std: float = 0.02  # initial standard deviation of qkv and fc, the branches' first layers
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "context"):
@@ -56,6 +57,7 @@ class GPTConfig:
             self.n_embd % self.n_head == 0,
             f"--n-embd ({self.n_embd}) must be divisible by --n-head ({self.n_head})",
         )
+        check(0 < self.branch_std <= 1, "--branch-std must be above 0 and at most 1")
         check(0 <= self.dropout < 1, f"--dropout must be in [0, 1), got {self.dropout}")
         check(
             self.n_params() <= 10**10,
@@ -255,7 +257,7 @@ PRESETS = {
     ),
     "nano": Preset(
         "0.8 M parameters, a few minutes on a CPU",
-        model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0),
+        model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0, branch_std=0.05),
         train=FEW_STEPS | dict(iters=1700, eval_every=250, eval_windows=512),
     ),
     "code": Preset(
@@ -294,7 +296,7 @@ def check_choices(config: Any) -> None:
         )
 
 
-ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard"}
+ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard", "branch_std"}
 
 
 def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:

@@ -164,7 +164,10 @@ class GPT(OpsModule):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As in GPT-2: std 0.02, divided by sqrt(2 L) for projections into the residual stream."""
+        """As in GPT-2: std 0.02, divided by sqrt(2 L) for projections into the residual stream.
+
+        qkv and fc have `branch_std` instead: 0.02 is far below 1 / sqrt(C) in a narrow model.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -172,6 +175,8 @@ class GPT(OpsModule):
         if isinstance(module, Attention | MLP):  # after its children: apply goes bottom-up
             with torch.no_grad():
                 module.proj.weight /= math.sqrt(2 * self.config.n_layer)
+                first = module.qkv if isinstance(module, Attention) else module.fc
+                first.weight *= self.config.branch_std / 0.02
 
     def make_low_precision_params(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
         """Makes the blocks multiply by copies of their matrices in `dtype`. Returns them by weight.

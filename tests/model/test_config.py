@@ -144,6 +144,8 @@ def test_json_without_a_field_or_of_another_type_is_rejected(config) -> None:
 def test_fields_that_old_runs_do_not_have_get_their_defaults() -> None:
     values = {k: v for k, v in to_json(TRAIN).items() if k not in ADDED_LATER}
     assert from_json(TrainConfig, values) == TRAIN
+    values = {k: v for k, v in to_json(MODEL).items() if k not in ADDED_LATER}
+    assert from_json(GPTConfig, values) == MODEL
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -110,9 +110,12 @@ def test_the_head_is_the_token_embedding() -> None:
     assert changed[64]
 
 
-def test_the_initialization_is_that_of_gpt_2() -> None:
+@pytest.mark.parametrize("branch_std", [0.02, 0.05])
+def test_the_initialization_is_that_of_gpt_2(branch_std: float) -> None:
     torch.manual_seed(0)
-    config = replace(CONFIG, n_layer=8, n_embd=128, vocab_size=500, context=100)
+    config = replace(
+        CONFIG, n_layer=8, n_embd=128, vocab_size=500, context=100, branch_std=branch_std
+    )
     model = GPT(config, eager)
     for name, p in model.state_dict().items():
         if p.dim() == 1:
@@ -120,6 +123,8 @@ def test_the_initialization_is_that_of_gpt_2() -> None:
             assert torch.equal(p, torch.full_like(p, float(norm))), name
             continue
         std = 0.02 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.02
+        if name.endswith(("qkv.weight", "fc.weight")):
+            std = branch_std
         sigma = 1 / math.sqrt(2 * p.numel())  # of a standard deviation, relative
         assert abs(float(p.std()) / std - 1) < 5 * sigma, name
         assert abs(float(p.mean())) < 5 * std / math.sqrt(p.numel()), name
