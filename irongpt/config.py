@@ -57,7 +57,10 @@ class GPTConfig:
             self.n_embd % self.n_head == 0,
             f"--n-embd ({self.n_embd}) must be divisible by --n-head ({self.n_head})",
         )
-        check(0 < self.branch_std <= 1, "--branch-std must be above 0 and at most 1")
+        check(
+            0 < self.branch_std <= 1,
+            f"branch_std must be above 0 and at most 1, got {self.branch_std}",
+        )
         check(0 <= self.dropout < 1, f"--dropout must be in [0, 1), got {self.dropout}")
         check(
             self.n_params() <= 10**10,
@@ -257,7 +260,7 @@ PRESETS = {
     ),
     "nano": Preset(
         "0.8 M parameters, a few minutes on a CPU",
-        model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0, branch_std=0.05),
+        model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0, branch_std=0.088),
         train=FEW_STEPS | dict(iters=1700, eval_every=250, eval_windows=512),
     ),
     "code": Preset(

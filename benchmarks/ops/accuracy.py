@@ -45,6 +45,7 @@ class AccuracyCheck:
         provider = providers(case, self.device, (name,))[name]
         with provider.around():
             found = _results(provider.function, case, case.inputs(self.device))
+        assert found.keys() == oracle.keys(), list(found)
         errors = [
             e
             for tensor, x in found.items()

@@ -27,7 +27,7 @@ from irongpt.training.trainer import Trainer
 
 MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
-TARGET_EVERY = 20  # steps between two looks at whether the target loss is reached
+TARGET_EVERY = 20  # steps between two looks for the target loss, if they are multiples of log_every
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
@@ -163,6 +163,10 @@ class TrainingLoop:
                         self.save(self.run.last)
                 elif self._has_result():
                     self._evaluate_best(interrupt)
+                else:  # result.json of an earlier process may be of this `best`, or of another one
+                    self.result = self.run.result(self.best_step)
+                    if self.primary and self.result is None:
+                        (self.run.path / "result.json").unlink(missing_ok=True)
             self._plot()
         except OSError as e:
             raise UserError(self._failed_write(e)) from e
@@ -198,7 +202,8 @@ class TrainingLoop:
     def _look_is_due(self) -> bool:
         """Whether steps without a record end where the loop looks for the target loss."""
         target, step = self.trainer.config.target_loss, self.trainer.step
-        return target is not None and step % TARGET_EVERY == 0 and len(self.rows) > 0
+        logged = step % self.trainer.config.log_every == 0 and len(self.rows) > 0
+        return target is not None and step % TARGET_EVERY == 0 and logged
 
     def _look_for_target(self, interrupt: Interrupt, progress: Progress) -> None:
         """Adds an evaluation if it is at most the target loss, else a record without one.

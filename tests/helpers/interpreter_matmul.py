@@ -75,7 +75,7 @@ def _dtype_of(tt_dtype: Any) -> Any:
 
 def _check_operands(self: Any, x: Any, y: Any, *options: bool) -> tuple[Any, Any]:
     """Tensors of the type of the operation. Their data may be smaller than that by broadcasting."""
-    kinds = [z.dtype.name if isinstance(z, tl.tensor) else (type(z), z) for z in (x, y)]
+    kinds = [z.dtype.name if isinstance(z, tl.tensor) else (type(z), repr(z)) for z in (x, y)]
     key = (*kinds, options)
     if key not in _operands:  # numbers as tensors, or nothing where a tensor is cast
         made = _type_checked(self, _scalar(x), _scalar(y), *options)

@@ -50,6 +50,9 @@ WRONG = [
     ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.shared.b32 [%r2], %r0;"),
     ("incomplete warp", "setp.lt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
      "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;\n$L_end:"),
+    ("incomplete warp", "setp.gt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
+     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r40, %r41, %r42, %r43}, {%r20, %r21},"
+     "{%r22}, {%r23, %r24, %r25, %r26};\n$L_end:"),
     ("incomplete CTA", "setp.lt.u32 %p20, %r0, 32; @%p20 bra $L_end; bar.sync 0;\n$L_end:\n"
      "mov.b32 %r20, 0;"),
     ("async copy in flight", "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group;"

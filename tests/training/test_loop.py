@@ -224,3 +224,15 @@ def test_a_run_killed_while_it_looked_for_the_target_looks_again(cli: Cli, monke
     resumed = resumed_run(training.run.path, {}, Clock(0.0))
     assert resumed.fit() is None
     assert resumed.outcome().startswith("target loss reached at step 20")
+
+
+def test_a_target_loss_leaves_only_a_result_of_the_best_model(cli: Cli, tmp_path) -> None:
+    result = tmp_path / "run/result.json"
+    assert cli("train", *TINY, "--out", "run").code == 0
+    before = result.read_text()
+    assert "result    best/" in cli("train", "--resume", "run", "--target-loss", "9").out
+    assert result.read_text() == before
+    best = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    again = ["--resume", "run", "--iters", "60", "--target-loss", str(best - 0.01)]
+    assert "target loss reached" in cli("train", *again).out
+    assert not result.exists()

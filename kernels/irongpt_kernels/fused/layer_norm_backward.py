@@ -164,8 +164,8 @@ def layer_norm_bwd(
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         with launch.device_context(total.device):
-            # Limits the registers per thread such that exactly `warps` warps fit an SM. Without a
-            # limit, ptxas would spill some so that more warps fit.
+            # Limits the registers per thread only so far that `warps` warps fit an SM. By itself,
+            # ptxas would spill some so that more warps fit.
             options["maxnreg"] = min(255, 65_536 // (32 * warps))
             _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
     else:

@@ -1,4 +1,4 @@
-"""Muon's elementwise kernels for n weight matrices of one shape: before and after the matmuls.
+"""Muon's kernels for n weight matrices of one shape: before and after the matmuls.
 
     muon_momentum:  g = g / grad_scale               grad_scale and found_inf come from `grad_norm`
                     m = beta m + (1 - beta) g

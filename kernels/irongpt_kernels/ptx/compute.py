@@ -78,6 +78,7 @@ class Arithmetic(Operands):
             form = form if kind == "i" else kind
         if kind not in rule:
             return False
+        self.require(ins.name != "fma" or bits < 64, ins)
         expression = rule[kind].replace("{form}", form)
         if kind == "h":
             self.halves(ins, mods, a, expression)
@@ -186,6 +187,7 @@ class Arithmetic(Operands):
         (compare, *more, dtype), results = mods, a[0].split("|")
         self.require(not {*more} - {"ftz"}, ins)
         if dtype in _HALVES:
+            self.require(not more, ins)
             pairs = zip(*(self.widened(x, dtype) for x in a[1:3]), strict=True)
             for reg, (x, y) in zip(results, pairs, strict=True):
                 self.set(reg, _COMPARE_FLOATS[compare].format(x=x, y=y), "b", ins)

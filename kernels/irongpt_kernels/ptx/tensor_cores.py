@@ -49,7 +49,7 @@ class Batch(Memory):
             C[:, :, row, column] = x[threads].reshape(groups, rows, 8, 4)
         if keep is not None:
             C = np.where(keep[:, None, None, None], C, f4(0))
-        D = self.launch.accumulate(C.reshape(groups, -1, n), A, B).reshape(C.shape)
+        D = self.launch.accumulate(C.reshape(groups, 16 * rows, n), A, B).reshape(C.shape)
         return [self.spread(D[:, :, row, column].reshape(-1), threads) for row, column in places]
 
     def _rows(self, a: list[Array], threads: Array, dtype: str) -> Array:
