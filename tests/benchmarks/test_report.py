@@ -275,8 +275,8 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", docs)
     assert [list(cells) for cells in shown] == wanted
     row = (
-        r"and to the end \(([\d.]+)\).* CPU recipe: to the end \(([\d.]+)\) "
-        r"\| ([\d.]+) s and ([\d.]+) s; ([\d.]+) s"
+        r"and until the end \(([\d.]+)\).* CPU recipe until its end \(([\d.]+)\) "
+        r"\| `nano`: ([\d.]+) s and ([\d.]+) s; nanoGPT: ([\d.]+) s"
     )
     nanogpt, target, nano = wanted
     shown = (nano[1], nanogpt[1], target[0], nano[0], nanogpt[0])

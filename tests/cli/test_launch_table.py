@@ -163,7 +163,7 @@ def test_a_run_and_the_doctor_load_and_report_them(h200, monkeypatch) -> None:
     assert forward_tile() == TILE
     report = doctor.Report()
     doctor._kernels(report, GPU)
-    assert "forward 128 x 32 in 8 warps" in report.facts["kernels"]
+    assert "forward 128 x 32, 8 warps" in report.facts["kernels"]
     assert f"table {launch_table.digest(GPU)}" in report.facts["kernels"]
 
 
