@@ -161,12 +161,8 @@ class TrainingLoop:
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
-                elif self._has_result():
+                elif self.best_val is not None:
                     self._evaluate_best(interrupt)
-                else:  # result.json of an earlier process may be of this `best`, or of another one
-                    self.result = self.run.result(self.best_step)
-                    if self.primary and self.result is None:
-                        (self.run.path / "result.json").unlink(missing_ok=True)
             self._plot()
         except OSError as e:
             raise UserError(self._failed_write(e)) from e
@@ -319,11 +315,16 @@ class TrainingLoop:
             self._plot()
 
     def _evaluate_best(self, interrupt: Interrupt) -> None:
-        """Evaluates `best` over the entire validation text and writes result.json."""
+        """Evaluates `best` over the entire validation text and writes result.json, but only removes
+        that of another `best` if the target loss is reached."""
         trainer, run = self.trainer, self.run
         trainer.world.barrier()  # until `best` is written
         self.result = run.result(self.best_step)
         if self.result is not None:  # an earlier process has computed it
+            return
+        if not self._has_result():
+            if self.primary:
+                (run.path / "result.json").unlink(missing_ok=True)
             return
         weights = {name: w.clone() for name, w in trainer.model.state_dict().items()}
         with self.clock("evaluation"):
