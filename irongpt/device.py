@@ -145,7 +145,8 @@ def make_deterministic() -> None:
     warn_only is not used: with it PyTorch's attention would still use atomics on a GPU.
     """
     reserve_workspace()
-    torch.use_deterministic_algorithms(True)
+    # The setting of use_deterministic_algorithms, which would also import torch.compile: 1 to 2 s.
+    torch.set_deterministic_debug_mode("error")
     # By default PyTorch then also fills new memory, which helps debugging and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
