@@ -33,14 +33,16 @@ COUNTS = dict(ops=10_000, ptx=1_000, checkpoints=10_000, inputs=0, kill=200, dis
 EVERY_CASES, EVERY_SECONDS = 1000, 60.0  # between two lines
 
 
-def cases(name: str, seed: int, numbers: Any, folder: Path) -> Iterator[tuple[int, str]]:
+def cases(
+    name: str, seed: int, numbers: Any, folder: Path, first: int = 0
+) -> Iterator[tuple[int, str]]:
     """Runs the cases with these numbers, and yields the number and the kind of each that passed.
 
-    numbers: None for all cases of a campaign that has an end. A case that fails raises.
+    numbers: None for those from `first` on of a campaign that has an end. A case that fails raises.
     """
     module = importlib.import_module(f"tests.campaign.{name}")
     with module.campaign(folder) as case:
-        for number in range(case.count) if numbers is None else numbers:
+        for number in range(first, case.count) if numbers is None else numbers:
             yield number, case(random.Random(f"{seed} {number}"), number)
 
 
@@ -84,9 +86,7 @@ def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         try:
-            for number, kind in cases(args.name, args.seed, numbers, folder):
-                if args.only is None and number < at:
-                    continue
+            for number, kind in cases(args.name, args.seed, numbers, folder, first=at):
                 kinds[kind] += 1
                 at = number + 1
                 late = time.monotonic() - reported > EVERY_SECONDS
