@@ -176,7 +176,10 @@ def test_import_cycles_are_found(second: str, found: bool) -> None:
 def test_training_without_fused_ops_imports_no_compiler() -> None:
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n"
-        "import irongpt.device, irongpt.ops, irongpt.training.command, torch\n"
+        "import gc, irongpt.cli\n"
+        "assert irongpt.cli.main(['train', '--resume', 'nowhere']) == 2\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000  # after the import of PyTorch\n"
+        "import irongpt.device, irongpt.ops, torch\n"
         "for name in ('eager', 'builtin'): irongpt.ops.load(name, torch.device('cpu'))\n"
         "irongpt.device.make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"
