@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels python -m benchmarks.suite              run all stages, in 40 minutes
     PYTHONPATH=.:kernels python -m benchmarks.suite --only compare kernels
 
-It needs torch, triton, pytest and numpy, and no installation (`make gpu` runs it too); with
+It needs torch, triton, pytest, numpy and regex, and no installation (`make gpu` runs it too); with
 nvidia-ml-py the results also have the GPU's clocks, power and temperature. Without a network, the
 runs train on Python's manual, or on the text that --data names. Each stage is a subprocess with a
 share of the remaining time, and saves its results as it goes; the next stage starts even if it

@@ -84,7 +84,7 @@ def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) 
     assert timing.cold(1 << 40, CPU) is None
 
 
-def test_only_torch_triton_and_numpy_are_needed() -> None:
+def test_only_torch_triton_numpy_and_regex_are_needed() -> None:
     """make gpu, where nothing can be installed, and the tests that it runs."""
     blocked = ["matplotlib", "tqdm", "safetensors", "pytest_benchmark", "pynvml", "transformers"]
     blocked += ["hypothesis", "xdist"]
