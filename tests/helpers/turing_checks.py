@@ -6,7 +6,9 @@ another process, where Triton compiles and does not interpret.
 """
 
 import contextlib
+import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -271,14 +273,21 @@ def check_spills_are_seen() -> None:
     assert [call.args[0] for call in called.mock_calls] == ["--dump-resource-usage"]  # text is kept
 
 
-def check_compiled_kernels_are_written() -> None:
-    cases = [c for c in aot.shapes.every(75) if (c.op, c.label) == ("embed_tokens", "C=384")]
+def check_compiled_kernels_are_printed_and_written() -> None:
+    options, out = ["--only", "embed_tokens C=384"], io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        rows = aot.report(75, cases, dump=Path(folder))["kernels"]
-        suffixes = [file.suffix for file in Path(folder).iterdir()]
-    assert {r["op"] for r in rows} == {"embed_tokens"}
-    assert all("FFMA" in r and r["megabytes"] > 0 for r in rows)
-    assert sorted(suffixes) == sorted([".cubin", ".ptx", ".sass"] * len(rows))
+        with contextlib.redirect_stdout(out):
+            assert aot.main([*options, "--dump", folder]) == 0
+        files = {file.suffix: file.read_bytes() for file in Path(folder).iterdir()}
+        count = len(os.listdir(folder))
+    title, _, heading, *rows = out.getvalue().splitlines()
+    assert title.startswith("sm_75, Triton ")
+    assert heading.split() == list(aot.COLUMNS)
+    assert {row.split()[0] for row in rows} == {"decode_tokens._embed_kernel"}
+    assert b".target sm_75" in files[".ptx"]
+    assert b"EXIT" in files[".sass"]
+    assert files[".cubin"].startswith(b"\x7fELF")
+    assert count == 3 * len(rows)
 
 
 def check_a_launch_compiles_with_measured_options() -> None:
