@@ -72,6 +72,10 @@ def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
     assert launch(2, command, folder, RESUME) == [0, 0]
     assert_same(folder / "run", uninterrupted)
 
+    target = ["--target-loss", "9", "--eval-every", "36", "--out", "target"]
+    assert launch(2, command, folder, [*SHARDED, *target]) == [0, 0]
+    assert "target loss reached at step 20" in shown(folder, 0)
+
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:

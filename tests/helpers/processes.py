@@ -24,7 +24,7 @@ FLAGS = (
     "--preset nano --n-layer 2 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --iters 36 "
     "--eval-every 6 --warmup 2 --lr 0.01 --device cpu --data text.txt --out run"
 ).split()
-PRELOADED = "processes irongpt.training.start torch._dynamo matplotlib.figure tqdm".split()
+PRELOADED = "processes irongpt.training.start matplotlib.figure tqdm".split()
 
 
 @cache

@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -221,6 +223,23 @@ def test_a_run_killed_while_it_looked_for_the_target_looks_again(cli: Cli, monke
         with pytest.raises(KeyboardInterrupt):
             training.fit()
     assert step_of(training.run.last) == 20
+    resumed = resumed_run(training.run.path, {}, Clock(0.0))
+    assert resumed.fit() is None
+    assert resumed.outcome().startswith("target loss reached at step 20")
+
+
+def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli: Cli, monkeypatch):
+    training = start("--eval-every", 30, "--target-loss", 9.0)
+
+    def evaluate(self: Trainer, should_continue: Callable[[], bool], limit: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        assert not should_continue()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", evaluate)
+        assert training.fit() == signal.SIGTERM
+    assert step_of(training.run.last) == 20
+    assert [r["step"] for r in training.run.records()] == [10]
     resumed = resumed_run(training.run.path, {}, Clock(0.0))
     assert resumed.fit() is None
     assert resumed.outcome().startswith("target loss reached at step 20")
