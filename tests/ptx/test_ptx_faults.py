@@ -25,6 +25,7 @@ CORRECT = [
     f"{FILL} bar.sync 0; xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];",
     f"{FILL} ld.shared.b32 %r20, [%r1]; bar.sync 0; st.shared.b32 [%r1], %r20;",
     "mov.b32 %r9, 7; st.shared.b32 [%r2], %r9;",  # copies of one value
+    *(f"or.b32 %r9, %r0, {nan}; st.shared.b32 [%r2], %r9;" for nan in (0x7FC00000, 0x7E007E00)),
     "st.global.b32 [%rd20], %r0; bar.sync 0; ld.global.b32 %r20, [%rd0];",
     "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;",
     "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group; cp.async.wait_group 0;"
@@ -48,6 +49,7 @@ WRONG = [
     ("race between warps", "st.global.b32 [%rd0], 1;"),
     ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.global.b32 [%rd0], %r0;"),
     ("lanes store different values", "setp.lt.u32 %p20, %r0, 32; @%p20 st.shared.b32 [%r2], %r0;"),
+    ("lanes store different values", f"or.b32 %r9, %r0, {0x7F800000}; st.shared.b32 [%r2], %r9;"),
     ("incomplete warp", "setp.lt.u32 %p20, %r0, 8; @%p20 bra $L_end;"
      "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;\n$L_end:"),
     ("incomplete warp", "setp.gt.u32 %p20, %r0, 8; @%p20 bra $L_end;"

@@ -35,6 +35,21 @@ class _Raw:
 MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 
+def _same(x: Array, y: Array) -> Array:
+    """Whether words have the same bits, or both are a NaN of float32, or in each of their halves of
+    float16 or bfloat16. On a GPU all NaN that arithmetic makes have the same bits; in NumPy those
+    of a sum may depend on the order of the operands."""
+    same, size = x == y, x.dtype.itemsize
+    if same.all() or size not in (2, 4):
+        return same
+    sign, infinity = {2: (0x8000, 0x7C00), 4: (0x8000_0000, 0x7F80_0000)}[size]
+    same = same | (((x & ~x.dtype.type(sign)) > infinity) & ((y & ~x.dtype.type(sign)) > infinity))
+    if size == 4:
+        halves = _same(*(np.ascontiguousarray(z).view(u2) for z in (x, y)))
+        same = same | halves.reshape(*x.shape, 2).all(-1)
+    return same
+
+
 class Memory(Threads):
     """Some CTAs with their memory. `wrote` and `read` are sets of warps, as bits."""
 
@@ -148,7 +163,8 @@ class Memory(Threads):
         if store:
             if data is not None and others.any():
                 there = self.shared[1][flat[:, None] + np.arange(width)]
-                same = (there == data).reshape(*cells.shape, -1).all(2)
+                there, stored = (x.view(UINT[self.granule]) for x in (there, data))
+                same = _same(there, stored).reshape(*cells.shape, -1).all(2)
                 others = np.where(same, u4(0), others)
             others = others | (self.read[cells] & ~bit)
             np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
@@ -206,7 +222,7 @@ class Memory(Threads):
         for v, x in enumerate(values):
             x = x.astype(words.dtype, copy=False)
             words[index + v] = x
-            differ = words[index + v] != x
+            differ = ~_same(words[index + v], x)
             self.report_error("lanes store different values", differ, threads, at)
 
     def bar(self, at: Site) -> Array:
