@@ -68,8 +68,14 @@ class Case:
         """Outputs, and the gradients of the floating inputs."""
         leaves = leaves_of(inputs)
         outputs = self.outputs(ops, leaves)
+        return [*outputs, *self.gradients(leaves, outputs, upstream)]
+
+    def gradients(
+        self, leaves: Inputs, outputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Those of the floating inputs."""
         wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
-        return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+        return torch.autograd.grad(outputs, wanted, upstream)
 
 
 DROPOUT = dict(dropout_p=0.3, seed=5)

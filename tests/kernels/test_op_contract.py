@@ -157,9 +157,11 @@ def test_dtypes_are_those_of_eager(case: Case, dtype, enabled: bool) -> None:
     for inputs in {tuple(x.dtype for x in inputs.values()): inputs for inputs in kinds}.values():
         found = []
         for ops in (fused, eager):
-            with torch.autocast(DEVICE, torch.float16, enabled=enabled):
-                upstream = tuple(map(torch.ones_like, case.outputs(ops, inputs)))
-                found.append([x.dtype for x in case.results(ops, inputs, upstream)])
+            leaves = leaves_of(inputs)
+            with torch.autocast(DEVICE, torch.float16, enabled=enabled):  # not of the backward
+                outputs = case.outputs(ops, leaves)
+            gradients = case.gradients(leaves, outputs, tuple(map(torch.ones_like, outputs)))
+            found.append([x.dtype for x in (*outputs, *gradients)])
         assert found[0] == found[1]
 
 
