@@ -232,7 +232,7 @@ def _checkpoint_flag(parser: Parser) -> None:
 
 def _export_flags(export: Parser) -> None:
     export.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
-    help = "new folder for the model; or FILE.gguf, for llama.cpp (needs the extra irongpt[gguf])"
+    help = "new folder for the model; or FILE.gguf, for llama.cpp (needs the package gguf)"
     export.add_argument("folder", metavar="FOLDER", type=Path, help=help)
     help = "dtype of the weights [float32]"
     export.add_argument("--dtype", choices=("float32", "float16"), help=help)

@@ -36,7 +36,7 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
     try:
         import gguf
     except ImportError as e:
-        raise UserError("a GGUF file needs the package gguf: pip install 'irongpt[gguf]'") from e
+        raise UserError("a GGUF file needs the package gguf: pip install gguf") from e
     check_result(file)
     check(not file.exists(), f"{file} exists: choose another file")
     trained = load(path, which)

@@ -26,7 +26,7 @@ SCALARS = {
 
 def check_installed() -> None:
     """Raises UserError if the package is not there."""
-    message = "--tensorboard needs the package tensorboard: pip install 'irongpt[tensorboard]'"
+    message = "--tensorboard needs the package tensorboard: pip install tensorboard"
     check(find_spec("tensorboard") is not None, message)
 
 

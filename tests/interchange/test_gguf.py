@@ -57,5 +57,5 @@ def test_a_mistake_writes_nothing(cli, tmp_path, run, monkeypatch) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert_mistake(cli("export", run, "model.gguf"), "has one token per character")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert_mistake(cli("export", run, "model.gguf"), "pip install 'irongpt[gguf]'")
+    assert_mistake(cli("export", run, "model.gguf"), "needs the package gguf: pip install gguf")
     assert sorted(tmp_path.rglob("*")) == before

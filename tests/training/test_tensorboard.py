@@ -59,7 +59,7 @@ def test_without_the_package_a_line_says_what_to_install(cli, tmp_path, monkeypa
     find = util.find_spec
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     result = cli("train", *TINY, "--out", "run", "--tensorboard")
-    assert_mistake(result, "pip install 'irongpt[tensorboard]'")
+    assert_mistake(result, "needs the package tensorboard: pip install tensorboard")
     assert not (tmp_path / "run").exists()
     assert find("tensorboard")
 
