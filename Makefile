@@ -48,7 +48,7 @@ test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compil
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set table edges strides tuned $(ARGS); \
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set sample --order ascending descending $(ARGS); \
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set sample --mma hardware --noise 1 $(ARGS); \
-	run $(BIN)/python -m tests.ptx.planted --arch $(ARCHS); \
+	run $(BIN)/python -m tests.ptx.injected --arch $(ARCHS); \
 	for arch in $(ARCHS); do \
 		run $(BIN)/irongpt compare --arch $$arch; \
 		run $(BIN)/python -m pytest -p tests.ptx.plugin --ptx $$arch tests/kernels; \

@@ -101,4 +101,4 @@ def test_every_kernel_compiles_fits_and_gets_its_arguments(arch: int) -> None:
     assert report["launches"] >= len(rows)
     assert report["parameters"] > 10 * len(rows)
     # The check sees two arguments that are exchanged, forward and backward.
-    assert len(report["planted"]) == 4
+    assert len(report["injected"]) == 4

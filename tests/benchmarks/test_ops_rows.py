@@ -74,7 +74,7 @@ def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: to
         assert r.least_bytes > 0
 
 
-def planted(
+def injected(
     monkeypatch: pytest.MonkeyPatch, op: str, wrong: float = 1.0, slope: float = 1.0
 ) -> None:
     """builtin's op times `wrong`, or with gradients that are `slope` times too large."""
@@ -91,7 +91,7 @@ def planted(
 def test_a_failed_accuracy_check_has_no_time(
     monkeypatch: pytest.MonkeyPatch, mistake: dict[str, float]
 ) -> None:
-    planted(monkeypatch, "gelu", **mistake)
+    injected(monkeypatch, "gelu", **mistake)
     *timed, row = measured("gelu", ("eager", "builtin"))
     assert [r.provider for r in timed if r.timed] == ["eager"] * 3
     assert not row.timed
@@ -105,7 +105,7 @@ def test_a_baseline_with_a_small_error_has_its_time_and_its_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To leave out a faster one would flatter us; our own kernels have no such allowance."""
-    planted(monkeypatch, "gelu", wrong=1 + 2e-6)
+    injected(monkeypatch, "gelu", wrong=1 + 2e-6)
     rows = measured("gelu", ("builtin",))
     accuracy = rows[-1].accuracy
     assert not accuracy.ok

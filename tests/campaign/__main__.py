@@ -2,14 +2,15 @@
 
     python -m tests.campaign ops            every op against float64, in Triton's interpreter
     python -m tests.campaign ptx            the same in the code that is compiled for sm_75
-    python -m tests.campaign checkpoints    run folders with one mutation are resumed and generate
+    python -m tests.campaign checkpoints    a run folder with one changed byte, file or value is
+                                            resumed, and text is generated from it
     python -m tests.campaign inputs         malformed command lines and files
     python -m tests.campaign kill           SIGKILL at a random instant of a run, then a resume
     python -m tests.campaign disk           a full, read-only, broken or slow disk at every write
 
 Every thousand cases, or every minute, a line reports how many are done. The exit code is 1 at the
-first fault, whose number is printed: --only runs that case again. With --resume a campaign that was
-stopped goes on where it was, also at a fault. Linux only.
+first fault, whose number is printed: --only runs that case again. With --resume, a campaign that
+was stopped continues after the last case that passed. Linux only.
 """
 
 import argparse
@@ -52,11 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=COUNTS)
-    parser.add_argument("--n", type=int, help="cases; 0: all that there are")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", type=int, metavar="K", help="runs case K")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="keeps what is done in FILE")
+    help = f"the campaign: {', '.join(COUNTS)}"
+    parser.add_argument("name", metavar="NAME", choices=COUNTS, help=help)
+    usual = ", ".join(f"{name} {n:,}" for name, n in COUNTS.items() if n)
+    help = f"number of cases; 0: all that there are [{usual}; else all]"
+    parser.add_argument("--n", type=int, help=help)
+    help = "seed of the random cases [1]"
+    parser.add_argument("--seed", type=int, default=1, help=help)
+    parser.add_argument("--only", type=int, metavar="K", help="run case K alone")
+    help = "keep the progress in FILE, and continue from it"
+    parser.add_argument("--resume", type=Path, metavar="FILE", help=help)
     args = parser.parse_args(argv)
     state: dict[str, Any] = dict(name=args.name, seed=args.seed, done=0, seconds=0.0, kinds={})
     if args.resume and args.resume.exists():

@@ -134,7 +134,7 @@ def raising():
     return scaled("softmax", factor)
 
 
-def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
+def compare_injected(monkeypatch, capsys, module, **files) -> tuple[int, str]:
     """Runs the command without the comparison of models, which has its own tests."""
     monkeypatch.setattr(ops, "load", lambda name, device: module)
     monkeypatch.setattr("irongpt.compare.command.compare_model", lambda *_: ([], [], []))
@@ -144,7 +144,7 @@ def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("plant", "found"),
+    ("inject", "found"),
     [
         (nudged_weight_gradient, "FAIL layer_norm, model, float32, gradient d weight"),
         (other_elements_dropped, "FAIL causal_attention, strided, float32, dropout mask"),
@@ -158,8 +158,8 @@ def compare_planted(monkeypatch, capsys, module, **files) -> tuple[int, str]:
         (one_column_off, "FAIL norm_linear, V=50,304, float32, output out"),
     ],
 )
-def test_each_bug_is_found_and_named(monkeypatch, capsys, plant, found):
-    code, out = compare_planted(monkeypatch, capsys, plant())
+def test_each_bug_is_found_and_named(monkeypatch, capsys, inject, found):
+    code, out = compare_injected(monkeypatch, capsys, inject())
     assert code == 1
     assert found in out
     assert out.splitlines()[-1].startswith("FAIL: ")
@@ -167,14 +167,14 @@ def test_each_bug_is_found_and_named(monkeypatch, capsys, plant, found):
 
 
 @pytest.mark.parametrize(
-    ("plant", "op", "output", "places"),
+    ("inject", "op", "output", "places"),
     [
         (other_elements_dropped, "causal_attention", "out", "d k, d q, d v, out"),
         (other_rows_dropped, "dropout_add_layer_norm", "total", "total, d branch"),
     ],
 )
-def test_a_wrong_mask_is_found_in_every_shape(monkeypatch, capsys, plant, op, output, places):
-    _, out = compare_planted(monkeypatch, capsys, plant())
+def test_a_wrong_mask_is_found_in_every_shape(monkeypatch, capsys, inject, op, output, places):
+    _, out = compare_injected(monkeypatch, capsys, inject())
     assert f"FAIL {op}, model, float32, output {output}\n" in out  # an error, too
     for shape in SMALL:
         check = f"FAIL {op}, {shape}, float32, dropout mask\n     other elements than eager's are"
@@ -182,7 +182,7 @@ def test_a_wrong_mask_is_found_in_every_shape(monkeypatch, capsys, plant, op, ou
 
 
 def test_eager_itself_passes_with_its_dropout(monkeypatch, capsys):
-    code, out = compare_planted(monkeypatch, capsys, candidate())
+    code, out = compare_injected(monkeypatch, capsys, candidate())
     assert code == 0
     assert "FAIL" not in out
     assert "dropout mask 6/6" in out  # two ops, three shapes
@@ -191,7 +191,7 @@ def test_eager_itself_passes_with_its_dropout(monkeypatch, capsys):
 def test_a_failure_is_in_the_files_too(monkeypatch, capsys, tmp_path):
     json_file, plot = tmp_path / "c.json", tmp_path / "c.png"
     module = nudged_weight_gradient()
-    compare_planted(monkeypatch, capsys, module, json_file=json_file, plot=plot)
+    compare_injected(monkeypatch, capsys, module, json_file=json_file, plot=plot)
     values = json.loads(json_file.read_text())
     assert values["ok"] is False
     bad = {(r["op"], r["tensor"]) for r in values["rows"] if not r["ok"]}
@@ -212,7 +212,7 @@ def test_a_comparison_that_is_stopped_keeps_the_groups_before(monkeypatch, capsy
 
     monkeypatch.setattr("irongpt.compare.command.compare_case", compare_until_stopped)
     with pytest.raises(KeyboardInterrupt):
-        compare_planted(monkeypatch, capsys, candidate(), json_file=json_file)
+        compare_injected(monkeypatch, capsys, candidate(), json_file=json_file)
     values = json.loads(json_file.read_text())
     assert {(r["op"], r["shape"]) for r in values["rows"]} == set(seen[:3])
     assert {shape for _, shape in seen} == {"model"}  # which comes first
@@ -326,7 +326,7 @@ def test_a_file_that_cannot_be_written_is_a_mistake(monkeypatch, capsys, tmp_pat
     refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("irongpt.files.replace_file", refuse)
     with pytest.raises(UserError, match=r"cannot write .*c\.json: Permission denied"):
-        compare_planted(monkeypatch, capsys, candidate(), json_file=tmp_path / "c.json")
+        compare_injected(monkeypatch, capsys, candidate(), json_file=tmp_path / "c.json")
 
 
 def test_strided_cases_give_an_op_strided_tensors():

@@ -91,7 +91,7 @@ def test_the_graph_is_gone_before_the_processes_part(
                 os.kill(os.getpid(), signal.SIGTERM)
             known = {"divergence": DivergenceError, "exception": ValueError}
             if error := (known | {"interrupt": KeyboardInterrupt}).get(way):
-                raise error("planted")
+                raise error("injected")
         fill(self)
 
     monkeypatch.setattr(TrainingLoop, "fit", captured)
@@ -99,7 +99,7 @@ def test_the_graph_is_gone_before_the_processes_part(
     code, last = WAYS[way]
     flags = ["train", *TINY, "--shards", "2", "--iters", "12", "--eval-every", "12", "--out", "run"]
     if code is None:
-        with pytest.raises(ValueError, match="planted"):
+        with pytest.raises(ValueError, match="injected"):
             cli(*flags)
     else:
         assert cli(*flags).code == code

@@ -129,9 +129,9 @@ def test_a_machine_with_two_gpus_is_measured_by_torchrun(
 ) -> None:
     fake_gpu(monkeypatch, count=2)
     monkeypatch.setattr(doctor, "examine", lambda device: doctor.Report())
-    child.writes = {"facts": {"scaling": "2 GPUs are worth using: as planted"}}
+    child.writes = {"facts": {"scaling": "2 GPUs are worth using: as given"}}
     done = cli("doctor")
-    assert done.out == "scaling   2 GPUs are worth using: as planted\n"
+    assert done.out == "scaling   2 GPUs are worth using: as given\n"
     assert done.err.count("\n") == 1
     words = " ".join(child.last.words[1:])
     start = "-m torch.distributed.run --standalone --nproc-per-node 2 -m irongpt doctor --json "

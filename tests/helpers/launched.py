@@ -5,7 +5,7 @@ Runs `irongpt_kernels.aot`, and passes every kernel that it compiles to Triton's
 
     launches, parameters      how many were compared
     mismatches                parameters that differ from the PTX or from the Python arguments
-    planted                   the mismatches of one more case, with two arguments exchanged
+    injected                  the mismatches of one more case, with two arguments exchanged
 
 The launcher is linked to a stub of libcuda (stub_cuda.c), which runs nothing. Before a launch
 reaches a GPU, its arguments go through Python, Triton's flattening of tuples and constants, and C.
@@ -159,7 +159,7 @@ def main() -> None:
             check.exchange = True
             case = next(c for c in shapes.every(arch) if c.shape == "N=1536 float16")
             make_report(arch, [case])
-            return found | dict(planted=check.mismatches)
+            return found | dict(injected=check.mismatches)
 
         with patch.object(aot, "compiling", check.launching), patch.object(aot, "report", report):
             sys.exit(aot.main())

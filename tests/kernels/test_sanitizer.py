@@ -1,4 +1,4 @@
-"""The sanitizer catches planted faults, and every op of `fused` runs clean under it."""
+"""The sanitizer catches injected faults, and every op of `fused` runs clean under it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def test_a_clean_kernel_passes_and_writes_its_result() -> None:
         ("two lanes", lambda x: _one_address_kernel[(1,)](x)),
     ],
 )
-def test_a_planted_fault_is_caught(fault: str, launch_it: Callable[[Tensor], object]) -> None:
+def test_an_injected_fault_is_caught(fault: str, launch_it: Callable[[Tensor], object]) -> None:
     with sanitize(), pytest.raises(Violation, match=fault):
         launch_it(randn(19, dtype=F32))
 

@@ -1,1 +1,1 @@
-"""Mutation tests: bugs planted into the kernels, one at a time, which the tests must find."""
+"""Mutation tests: bugs injected into the kernels, one at a time, which the tests must find."""

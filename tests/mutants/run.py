@@ -1,14 +1,13 @@
-"""Plants each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel on it.
+"""Injects each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel on it.
 
     python -m tests.mutants.run                          all bugs; takes half an hour
     python -m tests.mutants.run --only gelu              bugs whose module or name contains the text
-    python -m tests.mutants.run --check                  only checks that every bug fits its source
+    python -m tests.mutants.run --check                  only checks that every bug can be injected
 
 A bug is caught if a test fails, or if Python crashes after memory was corrupted. The kernel's own
 test files run first; if they pass, the op's tests of test_op_contract.py and test_sanitizer.py do.
-The tests of a module must pass
-without a bug, or the module is reported as RED and skipped. The command prints a row per bug and
-how many were caught, and exits with 1 if fewer than 95 % were.
+The tests of a module must pass without a bug, or the module is reported as RED and skipped. The
+command prints a row per bug and how many were caught; the exit code is 1 if fewer than 95 % were.
 """
 
 import argparse
@@ -29,14 +28,22 @@ PASSED, FAILED = 0, 1  # pytest's exit codes; with others the tests did not run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants.run", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only check that every bug fits")
-    parser.add_argument("--only", default="", help="part of a module's or a bug's name")
-    parser.add_argument("--seconds", type=float, default=600, help="for the tests of one bug")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    help = "only check that every bug can be injected"
+    parser.add_argument("--check", action="store_true", help=help)
+    help = "inject the bugs whose module or name contains this text [all bugs]"
+    parser.add_argument("--only", metavar="TEXT", default="", help=help)
+    help = "time limit for the tests of one bug, in seconds [600]"
+    parser.add_argument("--seconds", type=float, default=600, help=help)
     args = parser.parse_args()
     if args.check:
         stale = _stale()
-        print("\n".join(stale) or f"all {sum(len(bugs) for bugs, *_ in BUGS.values())} bugs fit")
+        count = sum(len(bugs) for bugs, *_ in BUGS.values())
+        print("\n".join(stale) or f"all {count} bugs can be injected")
         return 1 if stale else 0
     caught = total = 0
     for module, (bugs, files, ops) in BUGS.items():
@@ -66,7 +73,7 @@ def _stale() -> list[str]:
 
 
 def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: float) -> str:
-    """The result of the tests with `old` replaced by `new`. An empty `old` plants no bug."""
+    """The result of the tests with `old` replaced by `new`. An empty `old` injects no bug."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "irongpt_kernels")
         shutil.copytree(REPOSITORY / "kernels" / "irongpt_kernels", package)

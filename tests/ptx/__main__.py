@@ -5,8 +5,8 @@
     python -m tests.ptx --set strides tuned --only gelu
     python -m tests.ptx --set sample --order ascending descending --mma hardware --noise 1
 
-With --rows a run that was stopped goes on where it was. The exit code is 1 if an error exceeds the
-tolerance or an access was wrong.
+With --rows, a run that was stopped continues after the last row. The exit code is 1 if an error
+exceeds the tolerance or an access was wrong.
 """
 
 import argparse
@@ -42,22 +42,25 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", nargs="+", default=["sm_75"], help="sm_75, sm_80, sm_90")
-    parser.add_argument("--set", nargs="+", default=["table", "edges"], choices=[*cases.SETS])
-    parser.add_argument("--dtype", nargs="+", default=[], help="default: all of the architecture")
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    help = "architectures: sm_75, sm_80, sm_90 [sm_75]"
+    parser.add_argument("--arch", nargs="+", metavar="SM", default=["sm_75"], help=help)
+    help = f"sets of cases: {', '.join(cases.SETS)} [table edges]"
+    usual = ["table", "edges"]
     parser.add_argument(
-        "--order", nargs="+", default=["lockstep"], help="of warps: lockstep, ascending, descending"
+        "--set", nargs="+", metavar="NAME", choices=cases.SETS, default=usual, help=help
     )
-    parser.add_argument("--mma", default="exact", help="sums of tensor cores: exact, hardware")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.0,
-        help="error of approximate instructions, as a share of what the PTX ISA allows: 0 to 1",
-    )
-    parser.add_argument("--rows", type=Path, help="adds the rows to this file (JSON lines), and "
-                        "runs no case again that it has")  # fmt: skip
+    help = "dtypes of the inputs [all that the architecture has]"
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", default=[], help=help)
+    help = "run the cases whose name contains this text [all cases]"
+    parser.add_argument("--only", metavar="TEXT", default="", help=help)
+    help = "orders in which the warps run: lockstep, ascending, descending [lockstep]"
+    parser.add_argument("--order", nargs="+", metavar="NAME", default=["lockstep"], help=help)
+    help = "how tensor cores add: exact, or truncated as in hardware [exact]"
+    parser.add_argument("--mma", choices=("exact", "hardware"), default="exact", help=help)
+    help = "error of approximate instructions, as a share of what the PTX ISA allows: 0 to 1 [0]"
+    parser.add_argument("--noise", type=float, default=0.0, help=help)
+    help = "add the rows to this file (JSON lines), and skip the cases that it has"
+    parser.add_argument("--rows", metavar="FILE", type=Path, help=help)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Every op from the PTX that is compiled for a T4, and bugs planted there.
+"""Every op from the PTX that is compiled for a T4, and bugs injected there.
 
 `make test-compiled` runs all of it: every shape, architecture and dtype.
 """
@@ -41,9 +41,9 @@ def test_every_op_executed_as_compiled_for_a_t4() -> None:
     }
 
 
-def test_planted_bugs_are_found() -> None:
+def test_injected_bugs_are_found() -> None:
     archs = ("sm_75", "sm_80", "sm_90")
-    found = output("tests.ptx.planted", "--quick", "--arch", *archs)
+    found = output("tests.ptx.injected", "--quick", "--arch", *archs)
     for arch in archs:
         assert len(re.findall(rf"^{arch} ", found, re.MULTILINE)) >= 4
     assert re.search(r"^14 named bugs, 0 not found$", found, re.MULTILINE), found

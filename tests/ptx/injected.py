@@ -1,6 +1,6 @@
-"""Bugs planted into compiled kernels, one at a time: does the execution of the PTX find each one?
+"""Bugs injected into compiled kernels, one at a time: does the execution of the PTX find each one?
 
-    python -m tests.ptx.planted --arch sm_75 sm_80 sm_90 [--only hook] [--barriers] [--random 70]
+    python -m tests.ptx.injected --arch sm_75 sm_80 sm_90 [--only hook] [--barriers] [--random 70]
 
 The named bugs are mistakes that a kernel, the compiler or the hook of `runtime.turing` could make.
 --barriers leaves out each barrier of some kernels, --random changes single instructions. The exit
@@ -237,13 +237,16 @@ def random_bugs(arch: int, count: int) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.ptx.planted", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.injected", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", nargs="+", default=["sm_75"], help="sm_75, sm_80, sm_90")
-    parser.add_argument("--only", default="", help="named bugs whose name contains this text")
-    parser.add_argument("--quick", action="store_true", help="a handful of the named bugs")
-    parser.add_argument("--barriers", action="store_true", help="leave out each barrier too")
-    parser.add_argument("--random", type=int, default=0, help="so many random bugs too")
+    help = "architectures: sm_75, sm_80, sm_90 [sm_75]"
+    parser.add_argument("--arch", nargs="+", metavar="SM", default=["sm_75"], help=help)
+    help = "inject the named bugs whose name contains this text [all named bugs]"
+    parser.add_argument("--only", metavar="TEXT", default="", help=help)
+    parser.add_argument("--quick", action="store_true", help="inject only a few of the named bugs")
+    parser.add_argument("--barriers", action="store_true", help="also leave out each barrier")
+    help = "also change so many single instructions at random [0]"
+    parser.add_argument("--random", type=int, metavar="N", default=0, help=help)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
