@@ -253,7 +253,7 @@ def edges(dtype: str, arch: int) -> Iterator[Case]:
 
 
 def strides(dtype: str, arch: int) -> Iterator[Case]:
-    """Inputs whose elements are further apart than 2^31, in memory of which few pages exist."""
+    """Strides of 2^26 to 2^31 elements, so that offsets pass 2^31. Few of the pages exist."""
     at = RowShape(2, 2, 24, 32 if dtype != "float32" else 16, V=100, M=4, N=100)
     for layout in FAR:
         for spec in LAYERS:
