@@ -42,7 +42,7 @@ test-triton-%: .venv-triton-%/ready
 		tests/aot/test_compile.py $(ARGS)
 
 # If one step fails, the others still run. ARGS="--rows FILE" continues a run that was stopped.
-test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels (three hours of a core)
+test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compiled kernels on the CPU (about three hours on one core)
 	@failed=0; \
 	run() { (set -x; "$$@") || failed=1; }; \
 	run $(BIN)/python -m tests.ptx --arch $(ARCHS) --set table edges strides tuned $(ARGS); \
@@ -88,11 +88,10 @@ bench-train: .venv/dev ## time training steps, generation, and training to a tar
 bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=its checkout
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
-# With the packages of .venv if it exists, else with those of PYTHON.
-gpu: ## run the full GPU suite (about 40 minutes on a T4 the first time, estimated)
-	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.suite $(ARGS)
+gpu: .venv/dev ## run the full GPU suite (about 40 minutes on a T4 the first time, estimated)
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
-report: .venv/run ## draw the page of the newest benchmark result; ARGS=file for another
+report: .venv/run ## write a report of the newest benchmark result; ARGS=file for another
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 .venv/run: pyproject.toml constraints.txt make_venv.py

@@ -50,6 +50,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also a command's parser names the flags that it does not know."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
@@ -155,7 +162,11 @@ def build_parser() -> Parser:
     quick = "measure a third of the candidates, with fewer samples each"
     tune.add_argument("--quick", action="store_true", help=quick)
     for added in (compare, doctor, tune):
-        added.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N [auto]")
+        added.add_argument(
+            "--device",
+            metavar="NAME",
+            help="cpu, cuda or cuda:N; auto is a GPU if there is one [auto]",
+        )
     return parser
 
 
@@ -169,7 +180,7 @@ def _train_flags(train: Parser) -> None:
     help = (
         "text to train on: war-and-peace, python-docs, python-code, python-packages, a text file, "
         "a folder of code, or - for standard input; repeat the flag to join several "
-        "[war-and-peace; code python-packages; nano-code python-code]"
+        "[war-and-peace; with code: python-packages; with nano-code: python-code]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
     help = (
@@ -210,7 +221,9 @@ def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
 def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue [a new line]")
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", help="text to continue [the start of a document or line]"
+    )
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)
     _text_flags(generate, "--prompt-file")
@@ -248,7 +261,9 @@ def _show_flags(show: Parser) -> None:
     _text_flags(show, "--file")
     show.add_argument("--out", metavar="PAGE", type=Path, help="file to write [RUN/show.html]")
     _checkpoint_flag(show)
-    show.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N [auto]")
+    show.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:N; auto is a GPU if there is one [auto]"
+    )
 
 
 def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list[Any]) -> None:

@@ -96,7 +96,9 @@ class TrainConfig:
     """The training recipe, and the machine settings of a run."""
 
     iters: int = option(
-        "recipe", "training steps; by default with BPE at most 20 epochs, code and nano-code 3"
+        "recipe",
+        "training steps; unless given, training with BPE also ends after 20 epochs, with code and "
+        "nano-code after 3",
     )
     batch_size: int = option("recipe", "sequences per forward pass, in all shards together")
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
@@ -116,9 +118,9 @@ class TrainConfig:
     )
     shards: int = option(
         "recipe",
-        "shards that the batch of a step is split into: runs on any number of GPUs that divides "
-        "it have bit-identical weights (with dropout, not with --ops builtin); with torchrun by "
-        "default one per process",
+        "shards into which the batch of a step is split; the weights are bit-identical on any "
+        "number of GPUs that divides it, except with dropout and --ops builtin; by default the "
+        "number of processes that torchrun starts",
         1,
     )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
@@ -131,7 +133,7 @@ class TrainConfig:
     seed: int = option("run", "seed of the weights, batches, dropout and samples", 1337)
     ops: str = option(
         "machine",
-        "eager: plain PyTorch; builtin: PyTorch's fused functions; fused: our Triton kernels",
+        "eager: plain PyTorch; builtin: PyTorch's own fast functions; fused: our Triton kernels",
         "builtin",
         OPS,
     )
@@ -150,7 +152,7 @@ class TrainConfig:
     beta2: float = 0.999
     momentum: float = 0.95  # of Muon
     grad_clip: float = 1.0
-    eval_windows: int = 1 << 30  # validation sequences per evaluation; by default all
+    eval_windows: int = 1 << 30  # sequences of the context's length per evaluation; by default all
     log_every: int = 10
     sample_tokens: int = option("run", "tokens to generate at each evaluation; 0: none", 200)
 

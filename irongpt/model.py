@@ -41,7 +41,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
 
-NormParameters = tuple[Tensor, Tensor | None]  # weight and bias, as `Ops.norm_parameters` has them
+NormParameters = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 class OpsModule(nn.Module):
@@ -109,7 +109,7 @@ class MLP(OpsModule):
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.ops.gelu(F.linear(x, self.fc.matrix), self.fc.bias))
+        return self.proj(self.ops.gelu(F.linear(x, self.fc.matrix), self.fc.bias))  # adds the bias
 
 
 class Block(OpsModule):
@@ -179,7 +179,7 @@ class GPT(OpsModule):
                 first.weight *= self.config.branch_std / 0.02
 
     def make_low_precision_params(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-        """Makes the blocks multiply by copies of their matrices in `dtype`. Returns them by weight.
+        """Gives each Linear a copy of its weight in `dtype` for its matmul. Returns {weight: copy}.
 
         The copies are leaves and get the gradients, in `dtype`; an optimizer updates the float32
         weights and their copies. A step then casts no weight, forward or backward. Loading a
@@ -226,8 +226,11 @@ class GPT(OpsModule):
         return normed
 
     def _norms(self, rows: int, dtype: torch.dtype) -> list[NormParameters]:
-        """The parameters of all norms in the order of their use. rows: of their inputs. dtype: of
-        their results."""
+        """The parameters of all norms in the order of their use, through an op: in its backward
+        one kernel of `fused` sums the gradients of all of them.
+
+        rows: the number of rows of a norm's input. dtype: of its output.
+        """
         norms = [m for m in self.modules() if isinstance(m, LayerNorm)]
         # Weights, and biases if there are any.
         params: list[Tensor] = [p for m in norms for p in m.parameters()]

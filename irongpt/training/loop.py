@@ -27,7 +27,7 @@ from irongpt.training.trainer import Trainer
 
 MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
-TARGET_EVERY = 20  # steps between two looks for the target loss, if they are multiples of log_every
+TARGET_EVERY = 20  # steps between two checks of the target loss; only multiples of log_every count
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
@@ -119,7 +119,8 @@ class TrainingLoop:
         return done or self.reached_target() or self.out_of_patience()
 
     def _has_result(self) -> bool:
-        """Whether a finished run gets a result.json: its cost is not part of a target's time."""
+        """Whether a finished run gets a result.json. One that reached its target loss does not, so
+        that this evaluation adds nothing to its time."""
         return self.best_val is not None and not self.reached_target()
 
     def outcome(self) -> str:
@@ -151,8 +152,8 @@ class TrainingLoop:
                 while not self.finished() and self.signal is None:
                     if self._evaluation_is_due():
                         self._evaluate(interrupt, progress)
-                    elif self._look_is_due():
-                        self._look_for_target(interrupt, progress)
+                    elif self._target_check_is_due():
+                        self._check_target(interrupt, progress)
                     else:
                         trainer.signal.fill_(0 if alone else interrupt.signal or 0)
                         self._step(progress)
@@ -192,20 +193,20 @@ class TrainingLoop:
             if log or evaluation:
                 self._collect()
         progress.advance(self.trainer.step)
-        if log and not evaluation and not self._look_is_due():
+        if log and not evaluation and not self._target_check_is_due():
             self._record(progress)
 
-    def _look_is_due(self) -> bool:
-        """Whether steps without a record end where the loop looks for the target loss."""
+    def _target_check_is_due(self) -> bool:
+        """Whether to check the target loss now: every TARGET_EVERY steps, if a record is due."""
         target, step = self.trainer.config.target_loss, self.trainer.step
         logged = step % self.trainer.config.log_every == 0 and len(self.rows) > 0
         return target is not None and step % TARGET_EVERY == 0 and logged
 
-    def _look_for_target(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Adds an evaluation if it is at most the target loss, else a record without one.
+    def _check_target(self, interrupt: Interrupt, progress: Progress) -> None:
+        """Evaluates if the mean training loss, usually the lower one, is at most the target loss.
 
-        It evaluates only if the training loss, usually the lower one, is at most the target. A
-        signal stops it; of several processes, the next step does.
+        Adds the evaluation if the validation loss is at most the target too, else a record without
+        one. A signal stops the evaluation; with several processes it is handled at the next step.
         """
         trainer, target = self.trainer, self.trainer.config.target_loss
         assert target is not None
@@ -215,7 +216,7 @@ class TrainingLoop:
                 val_loss = trainer.evaluate(lambda: not alone or interrupt.signal is None, target)
         if val_loss is not None:
             self._add_evaluation(val_loss, progress)
-        elif not (alone and interrupt.signal):  # else the resumed run looks again
+        elif not (alone and interrupt.signal):  # else the resumed run checks again
             self._record(progress)
 
     def _evaluation_is_due(self) -> bool:
@@ -315,8 +316,10 @@ class TrainingLoop:
             self._plot()
 
     def _evaluate_best(self, interrupt: Interrupt) -> None:
-        """Evaluates `best` over the entire validation text and writes result.json, but only removes
-        that of another `best` if the target loss is reached."""
+        """Evaluates `best` over the entire validation text, and writes result.json.
+
+        If the target loss was reached, it only deletes the result.json of an earlier `best`.
+        """
         trainer, run = self.trainer, self.run
         trainer.world.barrier()  # until `best` is written
         self.result = run.result(self.best_step)
@@ -377,7 +380,7 @@ def check_state(state: dict[str, Any]) -> None:
         and all(map(math.isfinite, finite))
         and state["evaluated_at"] <= state["step"]
     ):
-        raise ValueError("not the state of a training")
+        raise ValueError("not the state of a training run")
 
 
 def _table_name(digest: str) -> str:

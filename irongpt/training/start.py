@@ -48,8 +48,9 @@ from irongpt.training.distributed import World
 from irongpt.training.loop import TrainingLoop, check_state
 from irongpt.training.trainer import Trainer
 
-DATA_FLAGS = ("data", "val", "include", "encoding", "errors")  # give a resumed run another text
-# A resumed run may change these too, because its checkpoint does not depend on them.
+# The flags that give a resumed run another text, and others that it may change, because any
+# checkpoint can be loaded with them.
+DATA_FLAGS = ("data", "val", "include", "encoding", "errors")
 CHANGEABLE = (
     "iters",
     "eval_every",

@@ -18,9 +18,9 @@ from irongpt.training import optimizer
 from irongpt.training.distributed import World
 from irongpt.training.shards import Shards
 
-INT32_FROM = 1 << 27  # ids, which would take a gigabyte in int64
+INT32_FROM = 1 << 27  # ids: so many or more are int32 on a GPU, as int64 would take a gigabyte
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
-MARGIN = 0.02  # nats by which the mean of the first batches may exceed that of all
+MARGIN = 0.02  # nats above its limit at which an evaluation ends early
 
 
 class Trainer:
@@ -159,7 +159,8 @@ class Trainer:
         """Mean loss of `eval_windows` validation sequences. The training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process,
-        or if the mean is above the limit, which the first batches show unless it is close.
+        or if the mean is above the limit. One process ends early once the mean of the first batches
+        is more than MARGIN above it.
         """
         batches = (self.val_batches[i] for i in range(len(self.val_batches)))
         loss = self._mean_loss(batches, should_continue, limit + MARGIN)
@@ -177,11 +178,11 @@ class Trainer:
         should_continue: Callable[[], bool],
         limit: float = math.inf,
     ) -> float | None:
-        """Mean loss of the tokens of all batches, without dropout, or None where the mean of the
-        first ones is above the limit."""
+        """Mean loss of the tokens of all batches, without dropout. None if it was stopped, or once
+        the mean of the first batches is above the limit."""
         self.model.eval()
         context, world = self.model.config.context, self.world
-        losses, counts, stopped = [], [], False
+        losses, weights, stopped = [], [], False
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         try:
             with torch.inference_mode(), self.autocast():
@@ -189,10 +190,10 @@ class Trainer:
                     stopped = stopped or not should_continue()
                     if stopped and world.size == 1:
                         return None
-                    counts.append(x.shape[0] * (x.shape[1] / context))
+                    weights.append(x.shape[0] * (x.shape[1] / context))  # sequences
                     mine = i % world.size == world.rank and not stopped
-                    losses.append(zero + self.model.loss(x, y) * counts[-1] if mine else zero)
-                    if limit < math.inf and world.size == 1 and sum(losses) > limit * sum(counts):
+                    losses.append(zero + self.model.loss(x, y) * weights[-1] if mine else zero)
+                    if limit < math.inf and world.size == 1 and sum(losses) > limit * sum(weights):
                         return None
         finally:
             self.model.train()
@@ -204,9 +205,9 @@ class Trainer:
         total = 0.0
         for i, value in enumerate(values):  # in the order of the batches
             total += value
-            if total > limit * sum(counts[: i + 1]):
+            if total > limit * sum(weights[: i + 1]):
                 return None
-        return total / sum(counts)
+        return total / sum(weights)
 
     def _on_device(self, ids: Tensor) -> Tensor:
         """The ids on the device. On a CPU they stay 16-bit; a GPU gets int64, or int32 if many."""

@@ -1,7 +1,7 @@
 """The operations of a GPT in three interchangeable implementations.
 
     irongpt_kernels.eager      plain PyTorch: the specification, and the reference of every test
-    irongpt_kernels.builtin    PyTorch's fused functions, such as scaled_dot_product_attention
+    irongpt_kernels.builtin    PyTorch's own functions, such as scaled_dot_product_attention
     irongpt_kernels.fused      our Triton kernels, one module per op or group of related ops
 
 Each module satisfies the Protocol `Ops`, and the caller imports the one it wants. Only `fused`

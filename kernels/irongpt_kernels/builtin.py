@@ -1,4 +1,4 @@
-"""Every op by PyTorch's fused functions where it has one: the model's default, and our baseline.
+"""Every op by a function of PyTorch's own where it has one: the model's default, and our baseline.
 
 The contract is that of `eager`, except where a docstring says otherwise, and for dropout: PyTorch's
 global generator decides which elements are dropped, and the seed is ignored.

@@ -85,7 +85,7 @@ def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_torch_triton_numpy_and_regex_are_needed() -> None:
-    """make gpu, where nothing can be installed, and the tests that it runs."""
+    """By the GPU suite, where nothing can be installed, and by the tests that it runs."""
     blocked = ["matplotlib", "tqdm", "safetensors", "pytest_benchmark", "pynvml", "transformers"]
     blocked += ["hypothesis", "xdist"]
     modules = ["suite.__main__", "ops.__main__", "training.__main__", "decode", "train_runs"]

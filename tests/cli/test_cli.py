@@ -157,4 +157,5 @@ def test_python_m_irongpt_is_the_same_command():
     command = [sys.executable, "-m", "irongpt", "train", "--nope"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("irongpt: error: unrecognized arguments: --nope")
+    message = "irongpt: error: unrecognized arguments: --nope (see irongpt train --help)\n"
+    assert done.stderr == message

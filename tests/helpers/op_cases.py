@@ -71,11 +71,15 @@ class Case:
         return [*outputs, *self.gradients(leaves, outputs, upstream)]
 
     def gradients(
-        self, leaves: Inputs, outputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
+        self,
+        leaves: Inputs,
+        outputs: tuple[Tensor, ...],
+        upstream: tuple[Tensor, ...],
+        retain: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Those of the floating inputs."""
+        """Those of the floating inputs. retain: the graph, for another backward."""
         wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
-        return torch.autograd.grad(outputs, wanted, upstream)
+        return torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain)
 
 
 DROPOUT = dict(dropout_p=0.3, seed=5)

@@ -63,6 +63,11 @@ def test_targets_take_their_options(folder: Path) -> None:
         assert calls.endswith("".join(f"  {word}\n" for word in options.split()))
 
 
+def test_the_gpu_suite_gets_what_its_tests_need(folder: Path) -> None:
+    (folder / ".venv" / "dev").unlink()  # as `make train` leaves it
+    assert "setting up .venv for the tests" in make(folder, "gpu").stdout
+
+
 def test_make_alone_prints_every_target_and_runs_nothing(folder: Path) -> None:
     done = make(folder)
     targets = re.search(r"\.PHONY: (.*?)\n\n", (ROOT / "Makefile").read_text(), flags=re.DOTALL)
