@@ -114,7 +114,8 @@ class RunFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
         except BaseException as e:
             shutil.rmtree(self.last, ignore_errors=True)
-            (self.path / "files.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only folder does not even look for it
+                (self.path / "files.json").unlink()
             self.release()
             if isinstance(e, OSError):
                 raise UserError(

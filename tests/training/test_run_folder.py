@@ -1,5 +1,6 @@
 """The folder of a run: which ones are accepted, its lock, and what is said when it fails."""
 
+import errno
 import json
 import os
 import subprocess
@@ -46,6 +47,21 @@ def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
 def test_folders_that_a_run_may_not_have(cli, tmp_path, out, message):
     os.symlink("nowhere", tmp_path / "dangling")
     assert_mistake(cli("train", *QUICK, "--out", out), message)
+
+
+def test_a_folder_that_becomes_read_only_is_one_line(cli, tmp_path, monkeypatch):
+    def refuse(method):
+        def refused(self, *args, **kwargs):
+            if self.name.startswith(".new-") or self.name == "files.json":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return method(self, *args, **kwargs)
+
+        return refused
+
+    for name in ("mkdir", "unlink"):
+        monkeypatch.setattr(Path, name, refuse(getattr(Path, name)))
+    assert_mistake(cli("train", *QUICK, "--out", "run"), "Read-only file system")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_process_is_told_which_one_trains_the_run(cli, tmp_path, run):
