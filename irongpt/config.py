@@ -123,6 +123,12 @@ class TrainConfig:
         "number of processes that torchrun starts",
         1,
     )
+    ema: float = option(
+        "recipe",
+        "decay of the moving average of the weights, which is evaluated, generates the samples and "
+        "is saved as best/; 0: the weights themselves",
+        0.0,
+    )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
     patience: int | None = option(
         "run", "stop after this many evaluations without a lower validation loss", None
@@ -165,6 +171,7 @@ class TrainConfig:
             "which is the number of processes unless it is given",
         )
         check(self.patience is None or self.patience >= 1, "--patience must be at least 1")
+        check(0 <= self.ema < 1, "--ema must be at least 0 and below 1")
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "warmup"):
             check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
         for name in ("warmup", "weight_decay", "min_lr", "sample_tokens"):
@@ -263,7 +270,7 @@ PRESETS = {
     "nano": Preset(
         "0.8 M parameters, a few minutes on a CPU",
         model=dict(n_layer=4, n_head=4, n_embd=128, context=64, dropout=0.0, branch_std=0.088),
-        train=FEW_STEPS | dict(iters=1700, eval_every=250, eval_windows=512),
+        train=FEW_STEPS | dict(iters=1700, eval_every=250, eval_windows=512, ema=0.97),
     ),
     "code": Preset(
         "iron's model with context 512 and BPE, for Python code, for a GPU",

@@ -27,6 +27,7 @@ from irongpt.training.trainer import Trainer
 
 MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run gives up
 PLOT_EVERY = 30.0  # seconds
+AVERAGE_GAIN = 0.1  # nats by which averaged weights may be better than the training loss shows
 TARGET_EVERY = 20  # steps between two checks of the target loss; only multiples of log_every count
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
@@ -68,7 +69,10 @@ class TrainingLoop:
         self.signal: int | None = None  # received by some process, and known to all of them
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint. Raises OSError if it cannot; the previous one then stays."""
+        """Writes a checkpoint, `best` with the average of the weights if there is one.
+
+        Raises OSError if it cannot; the previous one then stays.
+        """
         self._collect()
         if not self.primary:
             return
@@ -81,7 +85,11 @@ class TrainingLoop:
             "seconds": self.seconds_before + self.clock.total(),
             "tiles": self._launch_digest(),
         }
-        tensors = trainer.model.state_dict(), trainer.optimizer_tensors()
+        weights = trainer.model.state_dict()
+        if folder == self.run.best:
+            with trainer.optimizer.averaged():
+                weights = {name: w.clone() for name, w in weights.items()}
+        tensors = weights, trainer.optimizer_tensors()
         checkpoint.save(folder, *tensors, self.tokenizer.to_json(), state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -203,7 +211,7 @@ class TrainingLoop:
         return target is not None and step % TARGET_EVERY == 0 and logged
 
     def _check_target(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates if the mean training loss, usually the lower one, is at most the target loss.
+        """Evaluates if the mean training loss is low enough for a validation loss at the target.
 
         Adds the evaluation if the validation loss is at most the target too, else a record without
         one. A signal stops the evaluation; with several processes it is handled at the next step.
@@ -211,7 +219,8 @@ class TrainingLoop:
         trainer, target = self.trainer, self.trainer.config.target_loss
         assert target is not None
         alone, val_loss = trainer.world.size == 1, None
-        if statistics.fmean(row[0] for row in self.rows) <= target:
+        gain = AVERAGE_GAIN if trainer.config.ema else 0.0
+        if statistics.fmean(row[0] for row in self.rows) <= target + gain:
             with self.clock("evaluation"):
                 val_loss = trainer.evaluate(lambda: not alone or interrupt.signal is None, target)
         if val_loss is not None:
@@ -354,7 +363,8 @@ class TrainingLoop:
         text = ""
         if not self.primary:
             return text
-        with self.clock("samples"), self.attempt("the sample"):
+        averaged = trainer.optimizer.averaged()
+        with self.clock("samples"), self.attempt("the sample"), averaged:
             start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
             ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
             text = self.tokenizer.decode(list(ids))

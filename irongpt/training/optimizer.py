@@ -1,11 +1,13 @@
-"""The optimizer of a training step: AdamW and Muon, schedule, loss scaling, clipping.
+"""The optimizer of a training step: AdamW and Muon, schedule, loss scaling, clipping, averaging.
 
 The op `grad_norm` computes the norm of all gradients in one pass. Then `adamw` and Muon's ops
 unscale, clip and apply them; if the norm is not finite, weights and moments stay unchanged. The
 host never waits for the device, and all dtypes take the same path.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,12 @@ def lr_at(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
+def average_decay_at(step: int, config: TrainConfig) -> float:
+    """The decay of the average of the weights at step `step`, counted from 0: `ema`, but less in
+    the first steps, whose weights are soon out of date."""
+    return min(config.ema, (1 + step) / (10 + step))
+
+
 class LossScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018).
 
@@ -55,7 +63,9 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon for the blocks' matrices.
 
     The parameters are float32. Where one has a 16-bit copy, the copy receives the gradient, and
-    every step updates the copy too.
+    every step updates the copy too. With config.ema it also keeps an exponential moving average of
+    the parameters (Polyak and Juditsky 1992), which is better than each step's parameters while the
+    learning rate is high.
     """
 
     def __init__(
@@ -96,6 +106,8 @@ class Optimizer:
             for _ in range(2)
         )
         self.steps = torch.zeros(len(self.adamw_params), device=lr.device)
+        self.average = {p: p.detach().clone() for p in self.names} if config.ema else {}
+        self.new_share = torch.zeros((), device=lr.device)  # of this step's parameters in it
 
     def zero_grad(self) -> None:
         for p in (*self.names, *self.low_precision_params.values()):
@@ -164,7 +176,30 @@ class Optimizer:
             weight_decays=[config.weight_decay if p.dim() >= 2 else 0.0 for p in self.adamw_params],
         )
         self.muon.step(self.lr, stats, grads, low)
+        if self.average:
+            values = list(self.average.values())
+            change = torch._foreach_sub(list(self.average), values)
+            torch._foreach_mul_(change, self.new_share)
+            torch._foreach_add_(values, change)
         return GradStats(*stats).norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the average of its weights inside of the context, if there is one."""
+        self._exchange_average()
+        try:
+            yield
+        finally:
+            self._exchange_average()
+
+    @torch.no_grad()
+    def _exchange_average(self) -> None:
+        for p, average in self.average.items():
+            kept = p.clone()
+            p.copy_(average)
+            average.copy_(kept)
+            if p in self.low_precision_params:
+                self.low_precision_params[p].copy_(p)
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}
@@ -172,10 +207,13 @@ class Optimizer:
             moments = self.steps[i], self.exp_avg[p], self.exp_avg_sq[p]
             for key, t in zip(("step", "exp_avg", "exp_avg_sq"), moments, strict=True):
                 state[f"{key}.{self.names[p]}"] = t
-        return state
+        return state | {f"average.{self.names[p]}": a for p, a in self.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, named `<moment>.<parameter>`; views as clones, as safetensors requires."""
+        """The moments and the average, named `<moment>.<parameter>`.
+
+        Views are cloned, as safetensors requires.
+        """
         return {
             name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
             for name, t in self._state().items()

@@ -110,6 +110,7 @@ class Trainer:
                 self.seeds[row].fill_((config.seed << 32) + dropouts)
                 row += 1
         self.lr.fill_(optimizer.lr_at(self.step, config))
+        self.optimizer.new_share.fill_(1 - optimizer.average_decay_at(self.step, config))
 
     def _run_step(self) -> Tensor:
         """The step on the inputs that are filled in, entirely on the device (see `cuda_graph`)."""
@@ -156,18 +157,20 @@ class Trainer:
     def evaluate(
         self, should_continue: Callable[[], bool] = lambda: True, limit: float = math.inf
     ) -> float | None:
-        """Mean loss of `eval_windows` validation sequences. The training is not affected.
+        """Mean loss of `eval_windows` validation sequences, by the average of the weights if there
+        is one. The training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process,
         or if the mean is above the limit. One process ends early once the mean of the first batches
         is more than MARGIN above it.
         """
         batches = (self.val_batches[i] for i in range(len(self.val_batches)))
-        loss = self._mean_loss(batches, should_continue, limit + MARGIN)
+        with self.optimizer.averaged():
+            loss = self._mean_loss(batches, should_continue, limit + MARGIN)
         return loss if loss is None or limit == math.inf or loss <= limit else None
 
     def evaluate_all(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
-        """As `evaluate`, over the entire validation text: every token is a target once."""
+        """Mean loss of the model over the entire validation text: every token is a target once."""
         ids = torch.cat((self._on_device(self.tokens.before_val), self.val_ids))
         batches = every_target(ids, self.model.config.context, self.eval_batch)
         return self._mean_loss(batches, should_continue)
@@ -234,6 +237,9 @@ class Trainer:
         self.step = step
         if step:
             self.optimizer.restore(tensors)
+        elif self.optimizer.average:
+            for p, average in self.optimizer.average.items():
+                average.copy_(p.detach())
         if self.scaler.enabled and "scaler.scale" in tensors:
             self.scaler.scale.copy_(tensors["scaler.scale"])
             self.scaler.growth_tracker.copy_(tensors["scaler.good_steps"])

@@ -18,6 +18,7 @@ from irongpt.config import TrainConfig as Recipe
 from irongpt.console import Clock
 from irongpt.errors import DivergenceError
 from irongpt.generation.sample import generate
+from irongpt.runs import checkpoint
 from irongpt.runs.run_folder import open_run
 from irongpt.training import loop, optimizer
 from irongpt.training.start import new_run, resumed_run
@@ -158,13 +159,15 @@ def test_a_run_killed_before_its_last_plot_gets_it_later(cli, run, tmp_path):
 
 def test_a_sample_is_generated_with_the_runs_seed(training):
     training.fit()
-    ids = generate(
-        training.trainer.model,
-        [training.tokenizer.chars.index("\n")],
-        SampleConfig(tokens=training.trainer.config.sample_tokens),
-    )
+    with training.trainer.optimizer.averaged():
+        ids = generate(
+            training.trainer.model,
+            [training.tokenizer.chars.index("\n")],
+            SampleConfig(tokens=training.trainer.config.sample_tokens),
+        )
+        ids = list(ids)
     sample = training.run.records()[-1]["sample"]
-    assert sample == training.tokenizer.decode(list(ids))
+    assert sample == training.tokenizer.decode(ids)
 
 
 def test_config_json_is_the_presets_recipe_with_the_given_options(training):
@@ -186,7 +189,7 @@ def test_an_evaluation_saves_before_it_samples(training, monkeypatch):
 
 @pytest.mark.parametrize(
     ("train_loss", "losses", "steps"),
-    [(1.0, {20: 1.9}, [10, 20]), (1.0, {20: 2.1}, [10, 20, 30]), (2.1, {20: 1.9}, [10, 20, 30])],
+    [(1.0, {20: 1.9}, [10, 20]), (1.0, {20: 2.1}, [10, 20, 30]), (2.2, {20: 1.9}, [10, 20, 30])],
     ids=["reached", "not reached", "the training loss is above it"],
 )
 def test_the_target_loss_is_looked_for_between_evaluations(
@@ -211,7 +214,7 @@ def test_the_target_loss_is_looked_for_between_evaluations(
     assert [r["step"] for r in records] == steps
     found = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
     assert found == [(20, 1.9) if steps[-1] == 20 else (30, 2.5)]
-    looked = [(20, 2.0)] if train_loss <= 2.0 else []
+    looked = [(20, 2.0)] if train_loss <= 2.0 + loop.AVERAGE_GAIN else []
     assert limits == looked + ([(30, math.inf)] if steps[-1] == 30 else [])
     assert (training.run.path / "result.json").exists() == (steps[-1] == 30)
 
@@ -243,6 +246,19 @@ def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli
     resumed = resumed_run(training.run.path, {}, Clock(0.0))
     assert resumed.fit() is None
     assert resumed.outcome().startswith("target loss reached at step 20")
+
+
+def test_best_has_the_average_of_the_weights_and_last_the_weights(training) -> None:
+    training.fit()
+    trainer = training.trainer
+    weights = {name: w.clone() for name, w in trainer.model.state_dict().items()}
+    with trainer.optimizer.averaged():
+        average = {name: w.clone() for name, w in trainer.model.state_dict().items()}
+    found = {name: checkpoint.load(training.run.path / name)[0] for name in ("last", "best")}
+    for name in weights:
+        assert torch.equal(found["last"][name], weights[name])
+        assert torch.equal(found["best"][name], average[name])
+        assert not torch.equal(weights[name], average[name])
 
 
 def test_a_target_loss_leaves_only_a_result_of_the_best_model(cli: Cli, tmp_path) -> None:

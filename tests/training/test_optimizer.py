@@ -12,7 +12,7 @@ from irongpt.config import PRESETS, TrainConfig
 from irongpt.training import muon
 from irongpt.training import optimizer as optim
 
-CONFIG = TrainConfig(**{**PRESETS["nano"].train, "lr": 1e-2, "grad_clip": 1.0})
+CONFIG = TrainConfig(**{**PRESETS["nano"].train, "lr": 1e-2, "grad_clip": 1.0, "ema": 0.0})
 CPU = torch.device("cpu")
 
 
@@ -216,3 +216,34 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, n
     optimizer.step()
     after = snapshot(net, optimizer)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_average_of_the_weights_follows_them() -> None:
+    config, net = replace(CONFIG, ema=0.5), Net()
+    scaler = optim.LossScaler(False, CPU)
+    optimizer = optim.Optimizer(net, config, scaler, torch.tensor(config.lr))
+    expected = [p.detach().clone() for p in net.parameters()]
+    decays = [optim.average_decay_at(step, config) for step in range(12)]
+    assert decays[:3] == [0.1, 2 / 11, 3 / 12]
+    assert decays[8:] == [0.5] * 4
+    for step, decay in enumerate(decays):
+        give_gradients(net, step)
+        optimizer.new_share.fill_(1 - decay)
+        optimizer.step()
+        expected = [
+            decay * a + (1 - decay) * p for a, p in zip(expected, net.parameters(), strict=True)
+        ]
+    raw = [p.detach().clone() for p in net.parameters()]
+    with optimizer.averaged():
+        torch.testing.assert_close(list(net.parameters()), expected)
+    assert all(map(torch.equal, net.parameters(), raw))
+    names = [name for name in optimizer.tensors() if name.startswith("average.")]
+    assert names == [f"average.{name}" for name, _ in net.named_parameters()]
+
+
+def test_without_an_average_the_weights_are_evaluated() -> None:
+    net = Net()
+    optimizer, before = optimizer_of(net), list(map(torch.clone, net.parameters()))
+    with optimizer.averaged():
+        assert all(map(torch.equal, net.parameters(), before))
+    assert not any(name.startswith("average.") for name in optimizer.tensors())

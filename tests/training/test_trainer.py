@@ -96,9 +96,21 @@ def test_loading_weights_updates_the_low_precision_params() -> None:
     t, other = trainer(dtype=torch.float16), trainer(dtype=torch.float16)
     train(t, 3)
     other.model.load_state_dict(t.model.state_dict())
-    assert other.evaluate() == t.evaluate()
+    assert other.evaluate_all() == t.evaluate_all()
     assert {w.dtype for w in t.model.state_dict().values()} == {torch.float32}
     assert set(t.model.state_dict()) == set(trainer().model.state_dict())
+
+
+def test_the_average_of_the_weights_is_evaluated_in_16_bits_too() -> None:
+    t = trainer(dtype=torch.float16)
+    train(t, 3)
+    other = trainer(dtype=torch.float16)
+    with t.optimizer.averaged():
+        other.model.load_state_dict(t.model.state_dict())
+    assert t.evaluate_all() != other.evaluate_all()
+    assert t.evaluate() == other._mean_loss(
+        map(t.val_batches.__getitem__, range(len(t.val_batches))), lambda: True
+    )
 
 
 @pytest.mark.parametrize("ops", [eager, builtin])
