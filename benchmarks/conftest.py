@@ -20,13 +20,18 @@ from irongpt.errors import UserError
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("irongpt")
-    group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.addoption("--no-sweeps", action="store_true", help="only the model's shape")
-    group.addoption("--minutes", type=float, help="skip what has not begun by then [no limit]")
-    group.addoption("--providers", default=",".join(NAMES), help="only these")
-    group.addoption("--out", type=Path, default=result_file.FOLDER, help="folder of the results")
-    group.addoption("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
-    group.addoption("--commit", help="of this source, if git is not installed")
+    shown = result_file.HELP
+    group.addoption("--device", metavar="NAME", default="auto", help=shown["--device"])
+    group.addoption("--no-sweeps", action="store_true", help="time only the model's shape")
+    help = "minutes after which no further case begins [no limit]"
+    group.addoption("--minutes", type=float, help=help)
+    every = ",".join(NAMES)
+    help = f"time only these implementations [{every}]"
+    group.addoption("--providers", metavar="NAMES", default=every, help=help)
+    folder = result_file.FOLDER
+    group.addoption("--out", metavar="FOLDER", type=Path, default=folder, help=shown["--out"])
+    group.addoption("--result", metavar="FILE", type=Path, help=shown["--result"])
+    group.addoption("--commit", metavar="NAME", help=shown["--commit"])
 
 
 class Session:

@@ -2,19 +2,18 @@
 
     python -m benchmarks.decode
 
-    naive      the model processes the complete context for every token, like nanoGPT's generate
+    no cache   the model processes the complete context for every token, like nanoGPT's generate
     cached     `irongpt.generation.sample` with a KV cache, one launch per kernel
     graphed    cached, with one CUDA graph per token; only on a GPU
     batched    several sequences at once, with graphs on a GPU; the tokens of all of them count
 
 A sequence starts with one token and is never longer than the context, so no prompt is processed
 again. The weights are randomly initialized, because training does not change the speed. Tokens are
-sampled at temperature 0.8, in naive by PyTorch. A graph is captured for every call, and its capture
-is in the time, as it is for a user; `steady` leaves out the first tokens, and so the capture.
-`nodes` is the number of kernels per token.
+sampled at temperature 0.8, without a cache by PyTorch. A graph is captured for every call, and its
+capture is in the time, as it is for a user; `steady` leaves out the first tokens, and so the
+capture. `nodes` is the number of kernels per token.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -25,7 +24,7 @@ from benchmarks.measure.rows import DecodeRow
 from benchmarks.presets import model_of
 from irongpt import device as devices
 from irongpt import ops, timing
-from irongpt.config import PRESETS, SampleConfig
+from irongpt.config import OPS, PRESETS, SampleConfig
 from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.generation import sample
@@ -39,7 +38,7 @@ Stamps = list[float]  # time of each token, in seconds
 
 
 @torch.inference_mode()
-def naive(model: GPT, dtype: torch.dtype, tokens: int) -> Stamps:
+def no_cache(model: GPT, dtype: torch.dtype, tokens: int) -> Stamps:
     device = model.wte.weight.device
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     stamps = []
@@ -67,7 +66,7 @@ def measure(
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {
-        ("naive", 1): lambda: naive(model, dtype, tokens),
+        ("no cache", 1): lambda: no_cache(model, dtype, tokens),
         ("cached", 1): lambda: cached(model, dtype, tokens, 1, False),
     }
     if gpu:
@@ -104,7 +103,7 @@ def measure(
         row.tokens_per_s = B / row.seconds
         if steady[way, B]:
             row.steady_tokens_per_s = B / timing.Timing(steady[way, B], False).median
-        if gpu and way != "naive":
+        if gpu and way != "no cache":
             row.nodes = nodes(model, dtype, B)
     return list(rows.values())
 
@@ -130,10 +129,13 @@ def line(row: DecodeRow) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="time generation in tokens/s")
-    parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
-    parser.add_argument("--ops", nargs="+", default=["builtin", "fused"])
-    parser.add_argument("--tokens", type=int, help="tokens per sequence [the context]")
+    parser = result_file.parser("benchmarks.decode", __doc__)
+    help = "preset of the model [iron on a GPU, else nano]"
+    parser.add_argument("--preset", choices=list(PRESETS), help=help)
+    usual, help = ["builtin", "fused"], "implementations of the ops [builtin fused]"
+    parser.add_argument("--ops", nargs="+", choices=OPS, metavar="NAME", default=usual, help=help)
+    help = "tokens per sequence, at most the context [the context]"
+    parser.add_argument("--tokens", metavar="N", type=int, help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = result_file.pick(args.device)

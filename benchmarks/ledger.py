@@ -1,17 +1,16 @@
-"""Kernel launches and bytes of one training step, computed on tensors without memory.
+"""Counts the kernel launches and bytes of one training step on fake tensors, which hold no data.
 
-    python -m benchmarks.ledger [--preset iron] [--dtype float16] [--optimizer muon] [--gpus 2]
+    python -m benchmarks.ledger                         iron in float16, on a T4
+    python -m benchmarks.ledger --preset fast --gpus 2  fast, on one of two T4s
 
-The step of a Trainer runs on fake tensors. For every operation for which a GPU would launch
-kernels, the ledger counts the launches and the bytes of its operands, each read once and written
-once. Views and allocations launch no kernels. Nothing is measured, no GPU is needed, and a profiler
-on a GPU has yet to confirm the counts. LAUNCHES lists the operations that launch several kernels,
-which fake tensors cannot show. Autocast is that of the CPU, whose list of operations agrees with
-CUDA's for this model. The attention of `builtin` counts as PyTorch's memory-efficient attention,
-which a T4 runs.
+For every operation of the step for which a GPU would launch kernels, the ledger counts the launches
+and the bytes of its operands, each read once and written once. Views and allocations launch no
+kernels. Nothing is measured and no GPU is needed; a profiler on a GPU has not confirmed the counts
+yet. Autocast is that of the CPU, whose list of operations
+agrees with CUDA's for this model. The attention of `builtin` counts as PyTorch's memory-efficient
+attention, which a T4 runs.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -23,9 +22,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import result_file
 from benchmarks.presets import model_of
 from benchmarks.roofline import group_bytes
-from irongpt.config import PRESETS, TrainConfig
+from irongpt.config import OPTIMIZERS, PRESETS, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.distributed import World
@@ -246,14 +246,19 @@ def show(name: str, ledger: Ledger, least: dict[str, int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="iron")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="[the preset's]")
-    parser.add_argument("--vocab-size", type=int, help="tokens [the preset's]")
-    archs = ("sm_75", "sm_80", "sm_90")
-    parser.add_argument("--arch", choices=archs, default="sm_75", help="of the GPU [sm_75]")
-    parser.add_argument("--gpus", type=int, default=1, help="the step of one of so many [1]")
+    parser = result_file.parser("benchmarks.ledger", __doc__)
+    help = "model and recipe [iron]"
+    parser.add_argument("--preset", choices=list(PRESETS), default="iron", help=help)
+    help = "dtype of the matmuls [float16]"
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help=help)
+    help = "optimizer [the preset's]"
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help=help)
+    help = "number of tokens in the vocabulary [the preset's]"
+    parser.add_argument("--vocab-size", metavar="N", type=int, help=help)
+    archs, help = ("sm_75", "sm_80", "sm_90"), "architecture of the GPU [sm_75]"
+    parser.add_argument("--arch", choices=archs, default="sm_75", help=help)
+    help = "number of GPUs; the counts are those of one of them [1]"
+    parser.add_argument("--gpus", metavar="N", type=int, default=1, help=help)
     args = parser.parse_args(argv)
     from irongpt_kernels import fused
 

@@ -55,11 +55,15 @@ def run(world: World, args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="measure the speedup by several GPUs")
-    parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
-    parser.add_argument("--repeats", type=int, default=3, help="of the measurement [3]")
-    parser.add_argument("--rounds", type=int, default=5, help="of a measurement [5]")
-    parser.add_argument("--steps", type=int, default=0, help="per round [10, 3 on a CPU]")
+    parser = result_file.parser("benchmarks.scaling", __doc__)
+    parser.prog = "torchrun --nproc-per-node 2 -m benchmarks.scaling"
+    help = "model and batch size [iron on a GPU, else nano]"
+    parser.add_argument("--preset", choices=list(PRESETS), help=help)
+    help = "how often the measurement is repeated [3]"
+    parser.add_argument("--repeats", type=int, default=3, help=help)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in one measurement [5]")
+    help = "steps per round [10, 3 on a CPU]"
+    parser.add_argument("--steps", type=int, default=0, help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     try:

@@ -4,10 +4,14 @@
     python -m benchmarks.tokenizers --parts speed        only the seconds of training and encoding
     python -m benchmarks.tokenizers --parts runs --seconds 120 --data python-code
 
-speed: one core, in turn with Hugging Face's tokenizers, which encodes by the same vocabulary and
-gives the same ids. compressors: bits per byte of the validation text for general compressors, given
-the training text. runs: a model trained on characters and on BPE tokens for the same seconds on the
-same cores, in bits per byte, which does not depend on the tokenizer.
+    speed        seconds to train a vocabulary and to encode, on one core, interleaved with Hugging
+                 Face's tokenizers, which has to give the same ids
+    compressors  bits per byte of general compressors for the validation text, given the training
+                 text
+    runs         bits per byte of a model trained on characters, and of one trained on BPE tokens
+                 for the same seconds on the same cores
+
+speed needs the package tokenizers, and compressors needs pyppmd.
 """
 
 import argparse
@@ -158,11 +162,17 @@ def shown(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="benchmarks of the tokenizers")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--data", nargs="+", default=["war-and-peace", "python-code"])
-    parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help="of the runs")
-    parser.add_argument("--seconds", type=float, default=120, help="of each run [120]")
+    parser = result_file.parser("benchmarks.tokenizers", __doc__)
+    help = f"measure only these parts: {', '.join(PARTS)} [all]"
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=help
+    )
+    usual, help = ["war-and-peace", "python-code"], "texts [war-and-peace python-code]"
+    parser.add_argument("--data", nargs="+", metavar="TEXT", default=usual, help=help)
+    help = "model and batch size of the runs [nano-code]"
+    parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help=help)
+    help = "training time of each run [120]"
+    parser.add_argument("--seconds", type=float, default=120, help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = result_file.pick(args.device)

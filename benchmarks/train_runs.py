@@ -1,4 +1,4 @@
-"""Complete trainings for each preset, seed and implementation: the loss over steps and seconds.
+"""Times complete training runs of each preset, seed and implementation; the loss over the time.
 
     python -m benchmarks.train_runs --iters 300        300 steps
     python -m benchmarks.train_runs --section target   until the loss is 1.38 (nano: 1.80)
@@ -22,7 +22,7 @@ from benchmarks.measure.rows import RunRow
 from benchmarks.presets import Setting
 from irongpt import device as devices
 from irongpt import ops, timing
-from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.config import OPS, PRESETS, GPTConfig, TrainConfig
 from irongpt.cuda_graph import WARMUP
 from irongpt.data import corpus
 from irongpt.data.batches import Tokens
@@ -106,17 +106,29 @@ def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainC
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="time complete trainings")
-    parser.add_argument("--section", choices=["runs", "target"], default="runs")
-    usual = "[iron; target: fast iron; CPU: nano]"
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), help=usual)
-    parser.add_argument("--ops", nargs="+", help="[fused builtin eager; target, CPU: no eager]")
-    parser.add_argument("--seeds", nargs="+", type=int, help="one training per seed [the preset's]")
-    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto")
-    parser.add_argument("--iters", type=int, help="steps [300; target: the preset's]")
-    parser.add_argument("--data", help="as in irongpt train [the preset's]")
-    parser.add_argument("--target-loss", type=float, help="[1.38; nano: 1.80]")
-    parser.add_argument("--limit", type=float, help="seconds for each training [600, CPU 100]")
+    parser = result_file.parser("benchmarks.train_runs", __doc__)
+    help = "runs: a fixed number of steps; target: until --target-loss [runs]"
+    parser.add_argument("--section", choices=["runs", "target"], default="runs", help=help)
+    help = (
+        f"presets: {', '.join(PRESETS)} [iron; fast and iron with --section target; nano on a CPU]"
+    )
+    parser.add_argument("--preset", nargs="+", metavar="NAME", choices=list(PRESETS), help=help)
+    usual = "[all; without eager on a CPU with --section target]"
+    help = f"implementations of the ops: {', '.join(OPS)} {usual}"
+    parser.add_argument("--ops", nargs="+", metavar="NAME", choices=OPS, help=help)
+    help = "seeds, each for one training [the preset's seed]"
+    parser.add_argument("--seeds", nargs="+", metavar="N", type=int, help=help)
+    names = ["auto", *devices.DTYPES]
+    help = "dtype of the matmuls [auto]"
+    parser.add_argument("--dtype", choices=names, default="auto", help=help)
+    help = "steps of a training [300; the preset's with --section target]"
+    parser.add_argument("--iters", metavar="N", type=int, help=help)
+    help = "text, as in irongpt train [the preset's]"
+    parser.add_argument("--data", metavar="TEXT", help=help)
+    help = "validation loss at which a training ends with --section target [1.38, 1.80 for nano]"
+    parser.add_argument("--target-loss", metavar="LOSS", type=float, help=help)
+    help = "time limit of each training, in seconds [600, 100 on a CPU]"
+    parser.add_argument("--limit", metavar="SECONDS", type=float, help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = result_file.pick(args.device)

@@ -16,7 +16,6 @@ interleaved. Each program evaluates its own validation loss: nanoGPT on 20 rando
 sequences of 64 characters, ours on fixed sequences of nano's context.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -54,11 +53,10 @@ IRON_BATCH = 4  # sequences per step: a full batch of 64 takes half a minute on 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="time the nano preset against nanoGPT's CPU recipe"
-    )
-    parser.add_argument("--nanogpt", type=Path, required=True, help="checkout of nanoGPT")
-    result_file.add_options(parser)
+    parser = result_file.parser("benchmarks.vs_nanogpt", __doc__)
+    help = "checkout of nanoGPT (required)"
+    parser.add_argument("--nanogpt", metavar="FOLDER", type=Path, required=True, help=help)
+    result_file.add_options(parser, device=False)
     args = parser.parse_args(argv)
     checkout = args.nanogpt.resolve()
     if not (checkout / "train.py").is_file():

@@ -30,12 +30,31 @@ FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that all benchmarks share."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder [benchmarks/results]")
-    parser.add_argument("--result", type=Path, help="file [OUT/<device>/<date>-<commit>.json]")
-    parser.add_argument("--commit", help="of this source, if git is not installed")
+HELP = {  # of the options that all benchmarks share
+    "--device": "cpu, cuda or cuda:N; auto is a GPU if there is one [auto]",
+    "--out": "folder of all results [benchmarks/results]",
+    "--result": "result file to write [FOLDER/<device>/<date>-<commit>.json]",
+    "--commit": "commit to record as that of this source [git's]",
+}
+
+
+def parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the docstring of a module, as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, device: bool = True, kind: str = "") -> None:
+    """Adds the options that all benchmarks share. kind: as in `path`."""
+    if device:
+        parser.add_argument("--device", metavar="NAME", default="auto", help=HELP["--device"])
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=FOLDER, help=HELP["--out"])
+    help = HELP["--result"].replace(".json", f"-{kind}.json" if kind else ".json")
+    parser.add_argument("--result", metavar="FILE", type=Path, help=help)
+    parser.add_argument("--commit", metavar="NAME", help=HELP["--commit"])
 
 
 def pick(name: str) -> torch.device:

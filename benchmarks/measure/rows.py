@@ -145,7 +145,9 @@ class DecodeRow(Row):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        return super().from_json(values | {"seconds": values.get("seconds_per_token")})
+        way = "no cache" if values["way"] == "naive" else values["way"]  # in older files
+        renamed = {"seconds": values.get("seconds_per_token"), "way": way}
+        return super().from_json(values | renamed)
 
     def to_json(self) -> dict[str, Any]:
         """`seconds` and its iqr are of one token."""

@@ -1,7 +1,8 @@
-"""Times every provider of an op whose results are accurate enough.
+"""Times every op in every implementation (provider) whose results are accurate enough.
 
     python -m benchmarks.ops                 the iron model's shape; without a GPU nano's
-    python -m benchmarks.ops --sweeps        and along T, head dimension, batch and width
+    python -m benchmarks.ops --sweeps        also for other T, head dimensions D, batch sizes,
+                                             widths and vocabularies V
 
 The accuracy check comes first: outputs and gradients are compared with eager in float64 by the
 tolerance of irongpt_kernels.tolerance. Our kernels are not timed if they exceed it, and a baseline
@@ -13,7 +14,6 @@ without a gradient has one mode, `call`. The bytes and FLOPs of a row are the le
 needs, not those of the provider.
 """
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -238,18 +238,22 @@ def begun(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="time every op with every provider")
+    parser = result_file.parser("benchmarks.ops", __doc__)
+    every = workloads.SWEEPS
+    help = f"also time these sweeps, or all if none is named: {', '.join(every)} [no sweep]"
+    parser.add_argument("--sweeps", nargs="*", choices=every, metavar="NAME", help=help)
+    help = f"time only these ops: {', '.join(workloads.OPS)} [all]"
     parser.add_argument(
-        "--sweeps", nargs="*", choices=workloads.SWEEPS, metavar="NAME", help="these, or all"
+        "--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS, metavar="NAME", help=help
     )
-    parser.add_argument("--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS)
-    parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--rounds", type=int, help="samples of each [20, 9 on a CPU]")
+    help = f"time only these implementations: {', '.join(NAMES)} [all]"
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one 16-bit dtype and float32, iron's dropout, torch.compile only in 16 bits",
+        "--providers", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=help
     )
+    help = "samples of each implementation [20, 9 on a CPU]"
+    parser.add_argument("--rounds", type=int, help=help)
+    help = "one 16-bit dtype and float32, iron's dropout, torch.compile only in 16 bits"
+    parser.add_argument("--quick", action="store_true", help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     device = result_file.pick(args.device)

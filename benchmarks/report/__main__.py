@@ -1,14 +1,14 @@
-"""Draws the page of a result file, or compares two result files.
+"""Writes a Markdown report of a benchmark result, or compares two results.
 
-    python -m benchmarks.report                   of the newest file in benchmarks/results
-    python -m benchmarks.report FILE              -> FILE's folder/<name>/report.md
+    python -m benchmarks.report                   report of the newest file in benchmarks/results
+    python -m benchmarks.report FILE              report of this result file
     python -m benchmarks.report --compare A B     differences between A and B beyond the noise
 
-report.md shows the PNGs that are next to it. Every number is in the file or follows from numbers in
-it; a number that was computed and not measured is labelled as computed.
+A folder next to the result file gets report.md and its plots. Every number is in the file or
+follows from numbers in it; a number that was computed and not measured is labelled as computed.
+It needs matplotlib.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Values = dict[str, Any]
 
 
 def markdown(values: Values, name: str, pictures: dict[str, bytes]) -> str:
-    """The page, which names the pictures by their files."""
+    """The report, which names the pictures by their files."""
     parts: list[str] = [f"# {tables.title(values)}", tables.about(values, name)]
     for heading, text, shown in tables.sections(tables.measured(values)):
         parts.append(f"## {heading}")
@@ -30,7 +30,7 @@ def markdown(values: Values, name: str, pictures: dict[str, bytes]) -> str:
 
 
 def write(file: Path, out: Path | None = None) -> Path:
-    """Draws the page of a result file into `out`; by default a folder next to it."""
+    """Writes the report of a result file into `out`; by default a folder next to it."""
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,16 +61,22 @@ def _date(file: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="draw the page of a result file")
-    parser.add_argument("file", nargs="?", type=Path, help="[the newest in benchmarks/results]")
-    parser.add_argument("--out", type=Path, help="folder [FILE without its .json]")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
+    parser = result_file.parser("benchmarks.report", __doc__)
+    help = "result file [the newest in benchmarks/results]"
+    parser.add_argument("file", nargs="?", metavar="FILE", type=Path, help=help)
+    help = "folder of the report [FILE without its .json]"
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help=help)
+    help = "print the differences of two result files that exceed the noise"
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help=help)
     args = parser.parse_args(argv)
-    if args.compare:
-        a, b = (result_file.load(file) for file in args.compare)
-        print(diff.text(a, b, *(file.name for file in args.compare)))
-        return
-    folder = write(args.file or newest(), args.out)
+    try:
+        if args.compare:
+            a, b = (result_file.load(file) for file in args.compare)
+            print(diff.text(a, b, *(file.name for file in args.compare)))
+            return
+        folder = write(args.file or newest(), args.out)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
     print(f"written to {folder / 'report.md'}")
 
 

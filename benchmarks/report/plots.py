@@ -5,11 +5,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.measure.rows import KernelRow
 from benchmarks.ops.cases import DROPS, MODEL_SHAPES
+from benchmarks.report.tables import variant_label
 from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
 from benchmarks.training import matmuls
@@ -234,28 +236,31 @@ def step(section: Values) -> Figure | None:
     grid = figure.subplots(len(dtypes), 1, height_ratios=counts, squeeze=False)
     for axes, dtype, rows in zip(grid[:, 0], dtypes, by_dtype, strict=True):
         alone = section["matmuls"][dtype]
+        colors = [COLORS.get(r.variant.split()[0], OTHER) for r in rows]
         for y, r in enumerate(rows):
             ms, half = 1e3 * r.seconds, 0.5e3 * (r.iqr if r.iqr == r.iqr else 0.0)
             base = min(1e3 * matmuls.of_step(alone, r.variant), ms)
             axes.barh(y, base, color="#495057")
-            axes.barh(y, ms - base, left=base, color=COLORS.get(r.variant.split()[0], OTHER))
+            axes.barh(y, ms - base, left=base, color=colors[y])
             axes.errorbar(ms, y, xerr=half, color="black", linewidth=1, capsize=2)
             k = r.tokens_per_s / 1e3
             rate = f"  {ms:.3g} ms, {k:,.{0 if k >= 100 else 1}f} k tokens/s"
             axes.text(ms + half, y, rate, va="center", fontsize=8)
         bound = 1e3 * alone["lower_bound_seconds"]
-        line = axes.axvline(bound, color="black", linestyle=":", label="computed lower bound")
-        axes.set_yticks(range(len(rows)), [r.variant for r in rows], fontsize=9)
+        line = axes.axvline(bound, color="black", linestyle=":")
+        axes.set_yticks(range(len(rows)), [variant_label(r.variant) for r in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(right=1.35 * 1e3 * rows[-1].seconds)
-        axes.set_xlabel(f"ms a training step, {section['preset']}, {dtype}")
-        handles: list[Any] = [
-            Patch(color="#495057", label="matmuls, timed alone"),
-            line,
-            Patch(color=OTHER, label="all else, in the colour of its ops"),
-        ]
-        place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
-        axes.legend(handles=handles, fontsize=8, frameon=False, **place)
+        axes.set_xlabel(f"ms per training step of {section['preset']}, {dtype}")
+        named = {  # the rest has the color of the implementation
+            "matmuls, timed alone": Patch(color="#495057"),
+            "everything but the matmuls": tuple(Patch(color=c) for c in dict.fromkeys(colors)),
+            "computed lower bound": line,
+        }
+        axes.legend(
+            list(named.values()), list(named), loc="lower left", bbox_to_anchor=(0, 1), ncol=3,
+            handler_map={tuple: HandlerTuple(ndivide=None, pad=0)}, fontsize=8, frameon=False,
+        )  # fmt: skip
         _plain(axes)
     return figure
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import roofline
 from benchmarks.measure.result_file import loss
-from benchmarks.measure.rows import StepRow, short, spread
+from benchmarks.measure.rows import Row, StepRow, short, spread
 from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.roofline import T4
@@ -24,6 +24,14 @@ SECTIONS = (
     "tokenizers",
     "scaling",
 )  # with an environment each
+LABELS = {  # how a variant of a training step runs: see benchmarks.training
+    "graph": "CUDA graph",
+    "as trained": "CUDA graph, deterministic",
+    "compiled": "torch.compile",
+    "compiled graph": "torch.compile, CUDA graph",
+    "AdamW compiled": "AdamW, torch.compile",
+    "max-autotune": "torch.compile, max-autotune",
+}
 
 
 def environment(values: Values) -> Values:
@@ -40,7 +48,7 @@ def title(values: Values) -> str:
 
 
 def about(values: Values, name: str) -> str:
-    """The machine and the software, and whether the GPU was throttled."""
+    """The machine and the software, and whether the driver limited the clocks."""
     e = environment(values)
     software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
     card = "".join(
@@ -66,9 +74,11 @@ def about(values: Values, name: str) -> str:
     for name, section in here.items():
         state = section.get("state") or {}
         if why := section.get("ended_by"):
-            lines.append(f"> {name}: broke off before its end ({short(why)}).")
-        if state.get("throttled_by"):
-            lines.append(f"> {name}: the card was held back by {', '.join(state['throttled_by'])}.")
+            interrupted = why.startswith("KeyboardInterrupt")
+            how = "interrupted" if interrupted else f"stopped by {short(why)}"
+            lines.append(f"> {name}: {how}; its results up to then were saved.")
+        if limits := state.get("throttled_by"):
+            lines.append(f"> {name}: at times the driver limited the clocks: {', '.join(limits)}.")
         if state.get("before"):
             lines.append(f"- {name}: {_state(state)}")
     for name, key, when in (
@@ -88,10 +98,13 @@ def about(values: Values, name: str) -> str:
 
 def _state(state: Values) -> str:
     parts = [f"{state['seconds']:.0f} s"]
-    for key, unit in (("sm_mhz", "MHz"), ("watt", "W"), ("celsius", "degrees C")):
+    for key, what, unit in (
+        ("sm_mhz", "SM clock", "MHz"), ("watt", "power", "W"), ("celsius", "temperature", "°C")
+    ):  # fmt: skip
         before, after = ((state.get(w) or {}).get(key) for w in ("before", "after"))
-        low, high = state.get(f"{key}_from_to", (before, after))
-        parts.append(f"{low} to {high} {unit} ({before} before, {after} after)")
+        known = (*state.get(f"{key}_from_to", (before, after)), before, after)
+        low, high, begin, end = ("?" if x is None else f"{x:.0f}" for x in known)
+        parts.append(f"{what} {low} to {high} {unit} ({begin} before, {end} after)")
     return ", ".join(parts)
 
 
@@ -149,6 +162,12 @@ def alike(variant: str) -> str:
     return " ".join(["builtin", *variant.split()[1:]])
 
 
+def variant_label(variant: str) -> str:
+    """A variant as the report names it, such as fused (CUDA graph)."""
+    base, _, how = variant.partition(" ")
+    return f"{base} ({LABELS.get(how, how)})" if how else base
+
+
 def train(section: Values) -> str:
     """The part of the page about training steps."""
     parts = []
@@ -157,7 +176,7 @@ def train(section: Values) -> str:
         timed = sorted((r for r in rows if r.timed), key=lambda r: r.seconds)
         times = {r.variant: r.seconds for r in timed}
         body = [_step_cells(r, times, alone) for r in timed]
-        body += [[r.variant, *["-"] * 9, short(r.skipped_reason)] for r in rows if not r.timed]
+        body += [[variant_label(r.variant), *["-"] * 9, not_timed(r)] for r in rows if not r.timed]
         head = ["variant", "ms", "± ms", "times as fast as", "tokens/s", "MFU", "matmuls", "GiB"]
         text = (
             f"### {dtype}\n\nThe {section['preset']} preset, {section['batch_size']} sequences of "
@@ -172,6 +191,7 @@ def train(section: Values) -> str:
             )
         peaks = section["peak_rates"]
         text += (
+            " ± is the interquartile range, ? if there are too few samples."
             f" Computed lower bound, with all other bytes moved at copy bandwidth: "
             f"{alone['lower_bound_seconds'] * 1e3:.2f} ms. MFU is relative to "
             f"{peaks['peak'][dtype] / 1e12:.3g} TFLOP/s ({peaks['peak_from'][dtype]}). The column "
@@ -179,9 +199,14 @@ def train(section: Values) -> str:
             "launches, a CUDA graph as one."
         )
         if section.get("nanogpt"):
-            text += f" nanoGPT at {section['nanogpt']}."
+            text += f" nanoGPT at {section['nanogpt'][:10]}."
         parts += [text, figures(times, alone), table([*head, "kernels", "launches", ""], body)]
     return "\n\n".join(part for part in parts if part)
+
+
+def not_timed(row: Row) -> str:
+    """The cell of a row without a time."""
+    return f"not timed: {short(row.skipped_reason)}"
 
 
 def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]:
@@ -190,10 +215,12 @@ def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]
     note += ["not interleaved with the first"] if r.group else []
     note += [f"stopped: {short(r.stop_reason)}"] if r.stop_reason else []
     return [
-        r.variant,
+        variant_label(r.variant),
         f"{r.seconds * 1e3:.2f}",
         spread(r.iqr, 1e3),
-        f"{times[other] / r.seconds:.2f} {other}" if other in times and other != r.variant else "",
+        f"{times[other] / r.seconds:.2f} {variant_label(other)}"
+        if other in times and other != r.variant
+        else "",
         f"{r.tokens_per_s:,.0f}",
         f"{r.mfu:.1%}",
         f"{matmuls.of_step(alone, r.variant) / r.seconds:.0%}",
@@ -207,47 +234,41 @@ def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]
 def figures(times: dict[str, float], alone: Values) -> str:
     """Our fastest variant against the fastest of each group of others, and the lower bound.
 
-    Those that are launched like ours, in a CUDA graph or one by one, come first.
+    Those that are launched like ours, in a CUDA graph or one by one, come first, then the best of
+    torch.compile, then nanoGPT.
     """
     ours = [name for name in times if name.startswith("fused")]
     if not ours:
         return ""
     best = min(ours, key=lambda name: times[name])
-    compiled = [name for name in times if "compiled" in name or "autotune" in name]
-    graph = {
-        "PyTorch's fused functions in a CUDA graph": ["builtin graph", "builtin as trained"],
-        "naive in a CUDA graph": ["naive graph", "eager graph"],
-    }
-    launched = {
-        "PyTorch's fused functions launched one by one": ["builtin"],
-        "naive launched one by one": ["naive", "eager"],
-    }
-    in_graph = "graph" in best or "as trained" in best
-    others = (graph | launched if in_graph else launched | graph) | {
-        "the best of torch.compile": [name for name in compiled if name not in ours],
-        "nanoGPT": ["nanoGPT", "nanoGPT compiled"],
-    }
+    theirs = [name for name in times if name not in ours and not name.startswith("nanoGPT")]
+    graph = [["builtin graph", "builtin as trained"], ["naive graph", "eager graph"]]
+    launched = [["builtin"], ["naive", "eager"]]
+    others = graph + launched if "graph" in variant_label(best) else launched + graph
+    others += [[name for name in theirs if "torch.compile" in variant_label(name)]]
+    others += [["nanoGPT", "nanoGPT compiled"]]
     said = []
-    for what, names in others.items():
+    for names in others:
         if known := [name for name in names if name in times]:
             fastest = min(known, key=lambda name: times[name])
-            said.append(f"{times[fastest] / times[best]:.2f} times as fast as {what} ({fastest})")
+            ratio = times[fastest] / times[best]
+            said.append(f"{ratio:.2f} times as fast as {variant_label(fastest)}")
     over = times[best] / alone["lower_bound_seconds"]
-    said.append(f"{over:.2f} times the computed lower bound")
-    return f"Ours at its fastest, {best}, is " + ", ".join(said) + "."
+    said.append(f"and takes {over:.2f} times the computed lower bound")
+    return f"Ours at its fastest, {variant_label(best)}, is " + ", ".join(said) + "."
 
 
 def decode(section: Values) -> str:
     """The part of the page about generation."""
     rows = []
     for r in section["rows"]:
-        cells = ["-", "-", "-", short(r.skipped_reason)]
+        cells = ["-", "-", "-", not_timed(r)]
         if r.timed:
             steady = f"{r.steady_tokens_per_s:,.0f}" if r.steady_tokens_per_s else ""
             cells = [f"{r.tokens_per_s:,.0f}", steady, f"{r.seconds * 1e6:,.0f}"]
             cells.append("" if r.nodes is None else str(r.nodes))
         rows.append([f"{r.ops}, {r.way}", str(r.batch), *cells])
-    text = f"The {section['preset']} model in {section['dtype']}, from one token to a full window."
+    text = f"The {section['preset']} model in {section['dtype']}, from one token to a full context."
     head = ["ops, way", "sequences", "tokens/s", "after the first", "us/token", "nodes/token"]
     return text + "\n\n" + table(head, rows)
 
@@ -259,7 +280,7 @@ def runs(section: Values) -> str:
     head += ["bits per byte"] if per_byte else []
     for r in section["rows"]:
         if not r.timed:
-            rows.append([r.run, *["-"] * (len(head) - 1), short(r.skipped_reason)])
+            rows.append([r.run, *["-"] * (len(head) - 1), not_timed(r)])
             continue
         notes = [] if r.finite else ["STOPPED: the loss is not finite"]
         if r.target is not None:

@@ -14,11 +14,11 @@ fails. Without a GPU, the stages run in small sizes. The checks that need a GPU 
     compare     compares the kernels with eager PyTorch and float64
     tests       runs the other kernel tests on this GPU, several files at a time
     emulated    runs all these tests with the code for a T4: IRONGPT_EMULATE=sm_75
-    kernels     times every op by every provider at the iron model's shape
+    kernels     times every op in every implementation at the iron model's shape
     train       times training steps
     decode      times generation in tokens/s
     runs        trains for 300 steps with each of the ops
-    report      draws the page of all results, if matplotlib is installed
+    report      writes a Markdown report of all results, if matplotlib is installed
 
 The exit code is 1 if a stage failed or exceeded its time limit. A T4 that has not compiled the
 kernels yet needs about 40 minutes, which is an estimate; other GPUs and later runs need less.
@@ -70,7 +70,7 @@ COMMANDS = {  # of a stage, and its additional options without a GPU
     "doctor": ("irongpt doctor", ""),
     "compare": ("irongpt compare", "--ops builtin --dtype float32"),
     "kernels": ("benchmarks.ops --quick", "--rounds 2 --providers eager builtin --ops gelu adamw"),
-    "train": ("benchmarks.training", "--steps 1 --turns 2 --variants builtin"),
+    "train": ("benchmarks.training", "--steps 1 --rounds 2 --variants builtin"),
     "decode": ("benchmarks.decode", "--ops builtin --tokens 24"),
     "runs": ("benchmarks.train_runs", "--iters 5 --ops builtin"),
     "report": ("benchmarks.report", ""),
@@ -194,7 +194,9 @@ class Suite:
     def command(self, name: str, limit: float) -> Done:
         plots = importlib.util.find_spec("matplotlib") is not None
         if name == "report" and not plots:
-            return Done("skipped", summary="matplotlib is not installed: draw it from the file")
+            return Done(
+                "skipped", summary="matplotlib is not installed: make the report from the file"
+            )
         command, on_cpu = COMMANDS[name]
         words: list[object] = [*command.split(), *("" if self.gpu else on_cpu).split()]
         if name in ("doctor", "compare"):
@@ -272,11 +274,14 @@ class Suite:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="run every test and benchmark of a GPU")
-    parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE")
-    parser.add_argument("--minutes", type=float, default=40, help="for all stages [40]")
-    parser.add_argument("--data", help="text of the runs [War and Peace, if it can be downloaded]")
-    result_file.add_options(parser)
+    parser = result_file.parser("benchmarks.suite", __doc__)
+    help = f"run only these stages: {', '.join(SHARES)} [all]"
+    parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE", help=help)
+    help = "time limit for all stages together, in minutes [40]"
+    parser.add_argument("--minutes", type=float, default=40, help=help)
+    help = "text of the stage runs [War and Peace; without a network, Python's manual]"
+    parser.add_argument("--data", metavar="TEXT", help=help)
+    result_file.add_options(parser, kind="gpu")
     args = parser.parse_args(argv)
     # A shell lets its background jobs ignore interrupts; the stages must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,7 @@
     python -m benchmarks.training --nanogpt FOLDER   also times a checkout of nanoGPT
 
     eager, builtin, fused    the ops that `irongpt train --ops` offers
-    naive                    builtin with naive attention: a model without any kernel
+    naive                    builtin with attention in plain PyTorch
     ... compiled             torch.compile of the model's loss in its default mode
     ... max-autotune         torch.compile in that mode, which uses CUDA graphs
     ... graph                the whole step as one CUDA graph
@@ -21,7 +21,6 @@ bound of a step is computed: their time, and the least bytes of the other ops ov
 bandwidth of the device (see `benchmarks.roofline`).
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -97,13 +96,17 @@ def _matmuls(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="time training steps of every variant")
-    parser.add_argument("--preset", choices=list(PRESETS), help="[iron on a GPU, else nano]")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="time only these variants")
+    parser = result_file.parser("benchmarks.training", __doc__)
+    help = "model and batch size [iron on a GPU, else nano]"
+    parser.add_argument("--preset", choices=list(PRESETS), help=help)
+    help = "time only these, such as builtin 'fused as trained' 'nanoGPT compiled' [all]"
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=help)
     parser.add_argument("--steps", type=int, help="steps per round [10, 2 on a CPU]")
-    parser.add_argument("--turns", type=int, help="rounds per variant [8, 4 on a CPU]")
-    parser.add_argument("--budget", type=float, help="total seconds [1200, 110 on a CPU]")
-    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
+    parser.add_argument("--rounds", type=int, help="rounds per variant [8, 4 on a CPU]")
+    help = "time limit for all variants together, in seconds [1200, 110 on a CPU]"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=help)
+    help = "checkout of nanoGPT, to time it too [it is not timed]"
+    parser.add_argument("--nanogpt", metavar="FOLDER", type=Path, help=help)
     result_file.add_options(parser)
     args = parser.parse_args(argv)
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
@@ -111,6 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
     setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
+    every = [(d, variants(d, device, args.variants, args.nanogpt)) for d in dtypes]
+    if unknown := set(args.variants or ()) - {name for name, _ in every[0][1]}:
+        known = ", ".join(name for name, _ in variants(dtypes[0], device, None, args.nanogpt))
+        parser.error(f"no variant here is {', '.join(sorted(unknown))}; there are {known}")
     end = time.perf_counter() + (args.budget or BUDGET[device.type])
     with result_file.Section("train", device, args) as section:
         section.put(
@@ -129,7 +136,6 @@ def main(argv: list[str] | None = None) -> None:
         section.put(peak_rates=peak_rates)
         for dtype in dtypes:
             _matmuls(section, setting, dtype, device)
-        every = [(d, variants(d, device, args.variants, args.nanogpt)) for d in dtypes]
         parts = [
             (dtype, [pair for pair in found if (SLOW in pair[0]) == slow])
             for slow in (False, True)

@@ -33,7 +33,7 @@ class Steps:
         self.section, self.setting, self.dtype = section, setting, dtype
         self.device = section.device
         self.steps = args.steps or STEPS[self.device.type]
-        self.rounds = args.turns or ROUNDS[self.device.type]
+        self.rounds = args.rounds or ROUNDS[self.device.type]
         self.rows: dict[str, StepRow] = {}
         self.samples: dict[str, list[float]] = {}
         self.others: list[StepRow] = list(section.values["rows"])

@@ -196,7 +196,24 @@ def test_the_newest_file_is_that_of_the_latest_date_inside(
 def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
     state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
     values = {section: dict(environment={}, state=state)}
-    assert f"> {section}: the card was held back by power cap." in tables.about(values, "x")
+    assert f"> {section}: at times the driver limited the clocks: power cap." in tables.about(
+        values, "x"
+    )
+
+
+def test_the_state_of_a_card_is_named_and_rounded() -> None:
+    before, after = (dict(sm_mhz=345, watt=w, celsius=None) for w in (73.036, 162.853))
+    state = dict(seconds=41.2, before=before, after=after, sm_mhz_from_to=[1965, 1980])
+    text = tables.about({"train": dict(environment={}, state=state)}, "x")
+    assert (
+        "- train: 41 s, SM clock 1965 to 1980 MHz (345 before, 345 after), power 73 to 163 W (73 "
+        "before, 163 after), temperature ? to ? °C (? before, ? after)"
+    ) in text
+
+
+def test_an_interrupted_section_has_no_error() -> None:
+    values = {"runs": dict(environment={}, ended_by="KeyboardInterrupt: ")}
+    assert "> runs: interrupted; its results up to then were saved." in tables.about(values, "x")
 
 
 def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
@@ -211,7 +228,7 @@ def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
     result_file.save(tmp_path / "a.json", "runs", dict(text="t", rows=[run]))
     text = (report.write(tmp_path / "a.json") / "report.md").read_text()
     for name in values:
-        assert f"> {name}: broke off before its end (RuntimeError: a/b)." in text
+        assert f"> {name}: stopped by RuntimeError: a/b; its results up to then were saved." in text
     assert "| fast, fused | 20 | 1.0 | 1 | nan | nan | STOPPED: the loss is not finite |" in text
     assert "![runs](runs.png)" in text
 
@@ -245,6 +262,15 @@ def test_a_time_of_a_provider_that_exceeds_the_tolerance_is_marked() -> None:
     assert "†" not in diff.text(file(1.0, True), file(2.0, True), "a", "b")
     pictured = [plots.draw(file(1.0, ok))["sweep-T"] for ok in (True, False)]
     assert pictured[0] != pictured[1]
+
+
+@pytest.mark.parametrize("options", [["none.json"], ["--compare", "none.json", "none.json"]])
+def test_a_file_that_is_no_result_ends_the_report_with_one_line(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        report.main(options)
+    assert "report: error: [Errno 2] No such file" in capsys.readouterr().err
 
 
 def test_other_work_is_noted() -> None:
@@ -297,3 +323,5 @@ def test_rows_survive_a_file_and_ignore_unknown_fields(tmp_path: Path) -> None:
     loaded = result_file.load(tmp_path / "a.json")
     assert loaded["kernels"]["rows"] == [row]
     assert loaded["decode"]["rows"] == [decoded]
+    older = decoded.to_json() | {"way": "naive"}
+    assert DecodeRow.from_json(older).way == "no cache"

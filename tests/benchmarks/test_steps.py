@@ -59,7 +59,7 @@ class Fake:
 
 def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[str, StepRow]:
     """Rows by variant. made: the options of each `Fake` by its name."""
-    args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, turns=4)
+    args = argparse.Namespace(out=folder, result=None, commit="abc", steps=1, rounds=4)
     with result_file.Section("train", CPU, args) as section:
         section.put(rows=[], peak_rates={"peak": {"float32": 1e12}})
         run = steps.Steps(section, SETTING, "float32", args)
@@ -122,15 +122,14 @@ def section_of(**seconds: float) -> dict[str, Any]:
 def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None:
     section = section_of(fused=8.0, fused_graph=3.0, builtin=10.0, builtin_graph=6.0, eager=20.0)
     text = tables.train(section)
-    assert "| fused graph | 3000.00 | ? | 2.00 builtin graph |" in text
+    assert "| fused (CUDA graph) | 3000.00 | ? | 2.00 builtin (CUDA graph) |" in text
     assert "| fused | 8000.00 | ? | 1.25 builtin |" in text
     assert "65 TFLOP/s (data sheet)" in text
     assert (
-        "Ours at its fastest, fused graph, is 2.00 times as fast as PyTorch's fused functions in a "
-        "CUDA graph (builtin graph), 3.33 times as fast as PyTorch's fused functions launched one "
-        "by one (builtin), 6.67 times as fast as naive launched one by one (eager), "
+        "Ours at its fastest, fused (CUDA graph), is 2.00 times as fast as builtin (CUDA graph), "
+        "3.33 times as fast as builtin, 6.67 times as fast as eager, "
     ) in text
-    assert "1.50 times the computed lower bound" in text
+    assert "and takes 1.50 times the computed lower bound" in text
     pytest.importorskip("matplotlib")
     from benchmarks.report import plots
 
@@ -139,7 +138,27 @@ def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None
 
 def test_ours_launched_one_by_one_is_first_compared_with_others_launched_so() -> None:
     text = tables.train(section_of(fused=2.0, fused_graph=3.0, builtin=4.0, builtin_graph=3.0))
-    assert "fused, is 2.00 times as fast as PyTorch's fused functions launched one by one" in text
+    assert "fused, is 2.00 times as fast as builtin, 1.50 times as fast as builtin (CUDA g" in text
+
+
+def test_the_best_of_torch_compile_and_nanogpt_are_named_once() -> None:
+    shown = section_of(fused=1.0, nanoGPT=4.0, nanoGPT_compiled=3.0)
+    shown["nanogpt"] = "3adf61e154c3fe3f"
+    text = tables.train(shown)
+    assert "fused, is 3.00 times as fast as nanoGPT (torch.compile), and takes 0.50 times" in text
+    assert "nanoGPT at 3adf61e154." in text
+    shown["rows"] += section_of(builtin_compiled=2.5, builtin_AdamW_compiled=2.0)["rows"]
+    assert (
+        "fused, is 2.00 times as fast as builtin (AdamW, torch.compile), 3.00 times as fast as "
+        "nanoGPT (torch.compile), and"
+    ) in tables.train(shown)
+
+
+@pytest.mark.parametrize("name", ["fused compild", "nanoGPT"])
+def test_an_unknown_variant_is_a_mistake(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--device", "cpu", "--variants", "builtin", name])
+    assert f"no variant here is {name}; there are builtin, naive," in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(cases, "NANO", cases.Shape(B=2, H=2, T=16, D=16, V=13, L=1))
         patch.setitem(environment.COPIED, "cpu", 1 << 20)  # else copies take most of the time
         kernels.main([*options, "--providers", "eager", "builtin", "liger", "--rounds", "2"])
-        train.main([*options, "--variants", "builtin", "naive", "eager", "--turns", "2"])
+        train.main([*options, "--variants", "builtin", "naive", "eager", "--rounds", "2"])
         decode.main([*options, "--ops", "builtin"])
         some = ["--ops", "builtin", "eager", "--data", "python-docs"]
         train_runs.main([*options, *some, "--iters", "20"])
@@ -76,7 +76,7 @@ def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
 
 def test_generation_is_measured(result: Path) -> None:
     rows = result_file.load(result)["decode"]["rows"]
-    assert [(r.way, r.batch) for r in rows] == [("naive", 1), ("cached", 1), ("batched", 8)]
+    assert [(r.way, r.batch) for r in rows] == [("no cache", 1), ("cached", 1), ("batched", 8)]
     assert all(r.tokens == 16 for r in rows)
 
 
@@ -98,7 +98,7 @@ def test_the_other_ways_to_generate_are_measured_when_one_fails(
     def broken(*args: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(decode, "naive", broken)
+    monkeypatch.setattr(decode, "no_cache", broken)
     shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
     rows = decode.measure("builtin", GPT(shape, builtin), torch.float32, 40, [3], 2)
     assert rows[0].skipped_reason == "RuntimeError: no such kernel"
