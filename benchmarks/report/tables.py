@@ -187,7 +187,7 @@ def train(section: Values) -> str:
         if "optimizer" in alone:
             text += (
                 f" Muon's iteration takes {alone['optimizer']['seconds'] * 1e3:.2f} ms more, in "
-                "all but nanoGPT and builtin AdamW."
+                "all but nanoGPT and those with AdamW."
             )
         peaks = section["peak_rates"]
         text += (

@@ -74,7 +74,7 @@ def _compare(
     training = setting(full, with_dropout)
 
     names = [devices.dtype_name(d) for d in chosen]
-    say(f"{candidate} against eager and float64, in {', '.join(names)}")
+    say(f"{candidate} and eager ({', '.join(names)}), both compared with eager in float64")
     say(f"on {devices.describe(target)}")
     for note in ops.notes(candidate, target):
         say(note)

@@ -51,11 +51,12 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
 def training(curve: Curve) -> str:
     """A training curve in one line."""
     steps, checked = len(curve.eager), curve.differences[:CHECKED_STEPS]
+    part = f" (first {len(checked)}: {max(checked):.1e})" if len(checked) < steps else ""
     mark = "" if curve.check().ok else "  FAIL"
     return (
         f"  {curve.dtype:8} trained {steps} steps, loss {curve.eager[0]:.3f} to "
-        f"{curve.eager[-1]:.3f}; relative difference {max(curve.differences):.1e} "
-        f"(first {len(checked)}: {max(checked):.1e}){mark}"
+        f"{curve.eager[-1]:.3f}; relative difference "
+        f"{max(curve.differences):.1e}{part}{mark}"
     )
 
 

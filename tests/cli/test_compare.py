@@ -420,3 +420,12 @@ def test_the_table_shows_the_block_nearest_to_its_tolerance():
 def test_training_curves_have_to_agree_before_rounding_grows(dtype, step, loss, ok):
     losses = [2.0] * (CHECKED_STEPS + 2)
     assert Curve(dtype, [*losses[:step], loss, *losses[step + 1 :]], losses).check().ok is ok
+
+
+def test_the_difference_of_the_first_steps_is_printed_if_there_are_more():
+    losses = [2.0] * CHECKED_STEPS
+    line = table.training(Curve("float32", losses, losses))
+    assert line.endswith("steps, loss 2.000 to 2.000; relative difference 0.0e+00")
+    assert table.training(Curve("float32", [*losses, 1.0], [*losses, 2.0])).endswith(
+        f"relative difference 5.0e-01 (first {CHECKED_STEPS}: 0.0e+00)"
+    )
