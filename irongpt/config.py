@@ -123,12 +123,6 @@ class TrainConfig:
         "number of processes that torchrun starts",
         1,
     )
-    ema: float = option(
-        "recipe",
-        "decay of the moving average of the weights, which is evaluated, generates the samples and "
-        "is saved as best/; 0: the weights themselves",
-        0.0,
-    )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)
     patience: int | None = option(
         "run", "stop after this many evaluations without a lower validation loss", None
@@ -158,6 +152,7 @@ class TrainConfig:
     beta2: float = 0.999
     momentum: float = 0.95  # of Muon
     grad_clip: float = 1.0
+    ema: float = 0.0  # decay of the weights' moving average, which is evaluated; 0: no average
     eval_windows: int = 1 << 30  # sequences of the context's length per evaluation; by default all
     log_every: int = 10
     sample_tokens: int = option("run", "tokens to generate at each evaluation; 0: none", 200)
@@ -171,7 +166,6 @@ class TrainConfig:
             "which is the number of processes unless it is given",
         )
         check(self.patience is None or self.patience >= 1, "--patience must be at least 1")
-        check(0 <= self.ema < 1, "--ema must be at least 0 and below 1")
         for name in ("iters", "batch_size", "eval_every", "grad_accum", "warmup"):
             check(getattr(self, name) <= 10**9, f"{flag(name)} must be at most 10^9")
         for name in ("warmup", "weight_decay", "min_lr", "sample_tokens"):
@@ -181,7 +175,7 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "min_lr", "target_loss"):
             finite = abs(getattr(self, name) or 0) <= sys.float_info.max
             check(finite, f"{flag(name)} must be a finite number")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "ema"):
             check(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1)")
         check(0 <= self.seed < 2**31, "--seed must be in [0, 2^31)")
         check_choices(self)

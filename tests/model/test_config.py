@@ -44,7 +44,7 @@ NAN, INF = float("nan"), float("inf")
         *[(TRAIN, n, 0) for n in ("lr", "grad_clip", "log_every")],
         *[(TRAIN, n, v) for n in ("lr", "weight_decay", "min_lr") for v in (NAN, INF, 10**400)],
         *[(TRAIN, "target_loss", v) for v in (NAN, INF, -INF)],
-        *[(TRAIN, n, v) for n in ("beta1", "beta2") for v in (1.0, -0.1, NAN)],
+        *[(TRAIN, n, v) for n in ("beta1", "beta2", "ema") for v in (1.0, -0.1, NAN)],
         *[(TRAIN, "seed", v) for v in (-1, 2**31)],
         *[(TRAIN, n, "fast") for n in ("decay", "ops", "dtype")],
         (SAMPLE, "tokens", -1),
