@@ -88,6 +88,7 @@ def test_one_byte_order_mark_is_removed() -> None:
 def test_few_control_characters_are_text() -> None:
     assert text_of(b"a\x07") == "a\x07"
     refused(b"a\x07" * 5, "looks binary")
+    assert text_of(b"\x1b" * 20 + b"x" * 2000) == "\x1b" * 20 + "x" * 2000
 
 
 def test_a_wrong_last_byte_of_ascii_may_be_another_encoding() -> None:
