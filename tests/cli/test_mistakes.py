@@ -24,6 +24,11 @@ BAD_FLAGS = [
     ("--n-head 3", "--n-embd (16) must be divisible by --n-head (3)"),
     ("--dropout 1", "--dropout must be in [0, 1)"),
     ("--iters many", "--iters"),
+    ("--patience 0", "--patience must be at least 1"),
+    ("--tokenizer bpe --vocab-size 100", "--vocab-size must be from 257 to 65,536, got 100"),
+    ("--tokenizer bpe --vocab-size 65537", "--vocab-size must be from 257"),
+    ("--tokenizer bpe --vocab-size 4096", "pairs to merge"),
+    ("--vocab-size 512", "--vocab-size is for --tokenizer bpe"),
     ("--lr -1", "--lr must be above 0"),
     ("--seed -1", "--seed must be in"),
     (f"--n-embd {2**40} --n-head 1", "--n-embd must be at most 10^9"),
@@ -187,7 +192,10 @@ def test_records_without_numbers_do_not_end_a_run(cli, tmp_path, run):
     assert cli("train", "--resume", run).code == 0
 
 
-@pytest.mark.parametrize("flags", ["--lr 0.5", "--n-layer 3", "--preset iron", "--out other"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--lr 1", "--n-layer 3", "--preset iron", "--out new", "--tokenizer bpe", "--vocab-size 384"],
+)
 def test_flags_that_a_resumed_run_cannot_change(cli, tmp_path, run, flags):
     before = tree(tmp_path)
     assert_mistake(cli("train", "--resume", run, *flags.split()), flags.split()[0])
