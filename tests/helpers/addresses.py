@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import triton.runtime.interpreter as interpreter
-from sanitizer import Report, _hooks, _Launch, _replaced
+from sanitizer import Report, _hooks, _Launch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.runtime.jit import MockTensor
 
 
@@ -46,7 +47,7 @@ def addresses_only() -> Iterator[Report]:
             ends[start] = start + storage.nbytes()
             return _Address(t, start + t.storage_offset() * t.itemsize)
 
-        return _replaced(args, kwargs, address)
+        return tree_map_only(Tensor, address, (list(args), kwargs))
 
     def check(kind: str, ptrs: Any, mask: Any) -> None:
         addresses, live = np.broadcast_arrays(ptrs.data, mask.data)

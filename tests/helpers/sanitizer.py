@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.errors import InterpreterError
 
 GUARD = 1 << 16  # bytes around every storage: more than the tiles of a test reach over
@@ -153,8 +154,11 @@ def sanitize(order: int | None = None) -> Iterator[Report]:
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
 
     def to_arena(self: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        launch.arena = arena = Arena(_tensors(args, kwargs))
-        return _replaced(args, kwargs, arena.copy)
+        tensors = [x for x in tree_leaves((args, kwargs)) if hasattr(x, "data_ptr")]
+        if not all(isinstance(x, Tensor) for x in tensors):
+            raise TypeError("the sanitizer knows tensors only")
+        launch.arena = arena = Arena(tensors)
+        return tree_map_only(Tensor, arena.copy, (list(args), kwargs))
 
     def from_arena(self: Any, *_: Any) -> None:
         assert launch.arena is not None
@@ -219,30 +223,3 @@ def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any]
         checked = dict(debug=True, sanitize_overflow=True)
         hook(shared, "options", dataclasses.replace(shared.options, **checked))
         yield hook
-
-
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    return [x for x in _flat([*args, *kwargs.values()]) if isinstance(x, Tensor)]
-
-
-def _replaced(
-    args: Any, kwargs: dict[str, Any], twin: Callable[[Tensor], Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a launch with every tensor replaced, those in tuples too."""
-
-    def replace(x: Any) -> Any:
-        if isinstance(x, tuple | list):
-            return tuple(map(replace, x))
-        return twin(x) if isinstance(x, Tensor) else x
-
-    return [replace(x) for x in args], {name: replace(x) for name, x in kwargs.items()}
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for x in values:
-        if isinstance(x, tuple | list):
-            yield from _flat(x)
-        elif isinstance(x, Tensor) or not hasattr(x, "data_ptr"):
-            yield x
-        else:
-            raise TypeError(f"the sanitizer knows tensors only, not {type(x).__name__}")
