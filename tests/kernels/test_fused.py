@@ -1,17 +1,15 @@
-"""The fused ops as a set: eager's signatures, and a model that trains as it does on eager."""
+"""The fused ops as a set: a model computes and trains with them as it does on eager."""
 
 import importlib
-import inspect
 
 import numerics
 import pytest
 import torch
 from irongpt_kernels import eager
-from numerics import FUNCTIONS, GRADIENTS, OUTPUTS, assert_rule
+from numerics import GRADIENTS, OUTPUTS, assert_rule
 
 from irongpt import device as devices
-from irongpt.config import GPTConfig, SampleConfig, TrainConfig
-from irongpt.generation.sample import generate
+from irongpt.config import GPTConfig, TrainConfig
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
@@ -36,12 +34,6 @@ def loss_and_gradients(gpt: GPT, seed: int) -> tuple[torch.Tensor, list[torch.Te
     x = tokens(2, 13)
     loss = gpt.loss(x[:, :-1], x[:, 1:], seed=seed)
     return loss.detach(), list(torch.autograd.grad(loss, list(gpt.parameters())))
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_signatures_are_those_of_eager(name: str) -> None:
-    assert inspect.signature(getattr(fused, name)) == inspect.signature(getattr(eager, name))
-    assert sorted(fused.__all__) == sorted(FUNCTIONS)
 
 
 @pytest.mark.parametrize(("bias", "dropout"), [(False, 0.2), (True, 0.0)])
@@ -81,20 +73,6 @@ def test_32_steps_of_training_match_eager(monkeypatch) -> None:
     assert losses[1][-1] < losses[1][0] - 0.1  # it learns
     for step, (a, b) in enumerate(zip(*losses, strict=True)):
         assert abs(a - b) <= CLOSE * b, f"step {step}: {a} fused, {b} eager"
-
-
-def test_one_checkpoint_fits_both() -> None:
-    ours, theirs = model(fused), model(eager)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    for a, b in ((ours, theirs), (theirs, ours)):
-        b.load_state_dict(a.state_dict(), strict=True)
-
-
-def test_the_text_is_the_same_past_the_context() -> None:
-    recipe = SampleConfig(tokens=9, temperature=1.0, seed=3)
-    prompt = [i % V for i in range(T - 4)]
-    texts = [list(generate(model(ops), prompt, recipe)) for ops in (fused, eager)]
-    assert texts[0] == texts[1]
 
 
 def test_autocast_gives_the_dtypes_of_eager() -> None:
