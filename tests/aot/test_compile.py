@@ -5,14 +5,13 @@ import ast
 import json
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import irongpt_kernels
 import pytest
+from run_helpers import compiling
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 LAUNCHED = Path(__file__).parents[1] / "helpers" / "launched.py"
@@ -28,15 +27,9 @@ def missing() -> str:
 
 
 def compiled(arch: int, launched: bool) -> dict[str, Any]:
-    """The report of `irongpt_kernels.aot`, run in a process where Triton does not interpret."""
+    """The report of `irongpt_kernels.aot`."""
     program = [LAUNCHED] if launched else ["-m", "irongpt_kernels.aot"]
-    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *program, "--arch", f"sm_{arch}", "--json", "--quick"],
-        env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = compiling(*program, "--arch", f"sm_{arch}", "--json", "--quick")
     assert done.stdout, done.stderr[-3000:]
     return json.loads(done.stdout)
 

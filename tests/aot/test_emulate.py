@@ -2,15 +2,14 @@
 GPU."""
 
 import contextlib
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from irongpt_kernels.runtime import emulate, launch
+from run_helpers import compiling
 
 from irongpt import device as devices
 from irongpt import ops
@@ -56,11 +55,9 @@ large[(1,)](x, y, 256)
 
 
 def launched(folder: Path, **env: str) -> subprocess.CompletedProcess:
-    hidden = ("TRITON_INTERPRET", emulate.VARIABLE)
-    kept = {n: x for n, x in os.environ.items() if n not in hidden}
     script = folder / "script.py"
     script.write_text(LAUNCH)
-    return subprocess.run([sys.executable, script], env=kept | env, capture_output=True, text=True)
+    return compiling(script, **{emulate.VARIABLE: "", **env})
 
 
 def test_the_driver_gets_ptx_and_the_shared_memory_of_a_t4(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """Tensor cores for sm_75: how an instruction is split. turing_checks.py compiles kernels."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from irongpt_kernels.runtime import turing
+from run_helpers import compiling
 from torch import Tensor
 
 CHECKS = Path(__file__).parents[1] / "helpers" / "turing_checks.py"
@@ -26,13 +24,7 @@ def instruction(d: list[str], a: list[str], b: list[str], c: list[str], acc: str
 def test_compiled() -> None:
     """Every check of turing_checks.py in one process. Each worker of pytest-xdist that ran a part
     would compile all of them."""
-    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(CHECKS)],
-        env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = compiling(CHECKS)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == re.findall(r"^def (check_\w+)", CHECKS.read_text(), flags=re.MULTILINE)

@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "benchmarks" / "t4.ipynb"
@@ -112,17 +111,9 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     smaller = f"SOURCE, MINUTES, ITERS, STAGES = {str(ROOT)!r}, 14, 2, {stages!r}"
     script = "\n".join([JUPYTER, python(parameters), smaller, *map(python, cells)])
     (tmp_path / "cells.py").write_text(script)
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path / "out")}
+    env = {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path / "out")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "cells.py"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=480,
-    )
+    done = compiling("cells.py", cwd=tmp_path, timeout=480, **env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("shown:") > 4  # the page, its pictures, the loss
     for stage in stages.split():

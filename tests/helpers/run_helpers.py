@@ -1,6 +1,9 @@
-"""Comparison of two run folders, bit for bit."""
+"""Comparison of two run folders, bit for bit, and a process that compiles kernels."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -30,3 +33,14 @@ def assert_same(a: Path, b: Path) -> None:
     assert state(a) == state(b)
     samples, others = ([p.read_text() for p in run.glob("sample.txt")] for run in (a, b))
     assert samples == others
+
+
+def compiling(
+    *words: object, cwd: Path | None = None, timeout: float | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Python with these words in a process where Triton does not interpret."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"} | env,
+        cwd=cwd, timeout=timeout, capture_output=True, text=True,
+    )  # fmt: skip

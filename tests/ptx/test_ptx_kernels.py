@@ -5,25 +5,20 @@
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from irongpt_kernels.op_specs import SPECS
+from run_helpers import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 
 
 def output(*command: str) -> str:
-    """Of a process in which Triton does not interpret."""
-    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = (sys.executable, "-m", *command)
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    done = compiling("-m", *command, cwd=ROOT, PYTHONPATH=os.pathsep.join(paths))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return done.stdout
 
