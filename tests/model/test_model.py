@@ -13,6 +13,7 @@ from numerics import OUTPUTS, assert_exact, assert_rule
 from torch import Tensor
 
 from irongpt.config import PRESETS, GPTConfig
+from irongpt.interchange.gpt2_layout import to_config_json, to_gpt2
 from irongpt.model import GPT, Attention, KVCache
 
 WITH_DROPOUT = replace(CONFIG, dropout=0.3)
@@ -21,24 +22,14 @@ with_and_without_bias = pytest.mark.parametrize("bias", [False, True], ids=["no 
 
 
 def as_transformers(model: GPT) -> torch.nn.Module:
-    """The same weights in transformers' GPT-2, whose Conv1D has transposed weights."""
+    """The same weights in transformers' GPT-2. `test_import` tests `to_gpt2` with its files."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c, no_dropout = model.config, dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    shape = dict(n_positions=c.context, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
-    shape |= dict(vocab_size=c.vocab_size, attn_implementation="eager")
-    reference = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout))
-    names = {"blocks.": "h.", "qkv": "c_attn", "attn.proj": "attn.c_proj"}
-    names |= {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
-    state = {}
-    for name, value in model.state_dict().items():
-        conv = any(x in name for x in ("qkv.weight", "proj.weight", "fc.weight"))
-        for ours, other in names.items():
-            name = name.replace(ours, other)
-        state["transformer." + name] = value.T if conv else value
-    state["lm_head.weight"] = model.wte.weight
-    reference.load_state_dict(state)
-    return reference.to(model.wte.weight.dtype).eval()
+    config, dtype = model.config, model.wte.weight.dtype
+    values = to_config_json(config, None, "float32") | {"attn_implementation": "eager"}
+    reference = GPT2LMHeadModel(GPT2Config(**values))
+    reference.load_state_dict(to_gpt2(model.state_dict(), config, dtype), strict=False)
+    return reference.to(dtype).eval()
 
 
 def test_the_gradient_of_the_embedding_has_the_same_bits_in_every_run() -> None:
