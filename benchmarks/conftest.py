@@ -66,7 +66,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     types = dict.fromkeys([*kernels.halves(made.device), torch.float32])
     with kernels.begun(made.section, made.names, list(types)):
         yield made
-    print(f"\nwritten to {made.section.path}")
+        print()  # ends the line of pytest's dots
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

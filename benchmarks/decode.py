@@ -157,7 +157,6 @@ def main(argv: list[str] | None = None) -> None:
             for row in rows:
                 print(line(row), flush=True)
             section.put(rows=section.values["rows"] + rows)
-    print(f"written to {section.path}")
 
 
 if __name__ == "__main__":

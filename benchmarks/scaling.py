@@ -50,7 +50,6 @@ def run(world: World, args: argparse.Namespace) -> int:
                 sentence=str(total),
             )
             print(found, flush=True)
-    print(f"written to {section.path}")
     return 0
 
 

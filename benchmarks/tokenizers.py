@@ -185,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
                 for row in measured(part, text, args, device):
                     print(part, ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
                     section.put(**{part: [*section.values[part], row]})
-    print(f"written to {section.path}")
 
 
 if __name__ == "__main__":

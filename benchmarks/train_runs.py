@@ -169,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
                 row.skipped_reason = str(e) if isinstance(e, UserError) else timing.reason(e)
             print(line(row), flush=True)
             section.put(rows=[*section.values["rows"], row])
-    print(f"written to {section.path}")
 
 
 if __name__ == "__main__":

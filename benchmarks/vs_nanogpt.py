@@ -79,7 +79,6 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(row.to_json()), flush=True)
         section.put(iron_step=iron_step(checkout))
         print(json.dumps(section.values["iron_step"]))
-    print(f"written to {section.path}")
 
 
 def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:

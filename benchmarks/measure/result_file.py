@@ -151,6 +151,8 @@ class Section:
         if e is not None:
             self.values["ended_by"] = f"{type(e).__name__}: {e}"[:300]
         self.put()
+        if e is None:
+            print(f"written to {self.path}")
 
 
 def loss(value: float | None) -> str:

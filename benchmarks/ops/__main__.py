@@ -270,7 +270,6 @@ def main(argv: list[str] | None = None) -> None:
             for r in rows:
                 print(line(r, section.values["peak_rates"]), flush=True)
             section.put(rows=section.values["rows"] + rows)
-    print(f"written to {section.path}")
 
 
 if __name__ == "__main__":

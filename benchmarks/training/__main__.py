@@ -147,7 +147,6 @@ def main(argv: list[str] | None = None) -> None:
             now = time.perf_counter()
             steps = Steps(section, setting, devices.dtype_name(dtype), args)
             steps.measure(found, now + share * (end - now))
-    print(f"written to {section.path}")
 
 
 if __name__ == "__main__":

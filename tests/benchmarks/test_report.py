@@ -97,12 +97,13 @@ def options(folder: Path, **more: object) -> argparse.Namespace:
     return argparse.Namespace(out=folder, result=None, commit="abc", **more)
 
 
-def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
+def test_a_file_is_filled_by_several_commands(tmp_path: Path, capsys) -> None:
     for name in ("kernels", "train"):
         with result_file.Section(name, CPU, options(tmp_path)) as section:
             section.put(x=math.inf, y=[1.0, 2.0])
     (file,) = tmp_path.glob("*/*.json")
     assert file.name.endswith("-abc.json")
+    assert capsys.readouterr().out == f"written to {file}\n" * 2
     values = result_file.load(file)
     assert set(values) == {"format", "kernels", "train"}
     e = values["kernels"]["environment"]
@@ -112,7 +113,7 @@ def test_a_file_is_filled_by_several_commands(tmp_path: Path) -> None:
     assert '"y": [1.0, 2.0]' in file.read_text()
 
 
-def test_results_before_an_error_are_kept(tmp_path: Path) -> None:
+def test_results_before_an_error_are_kept(tmp_path: Path, capsys) -> None:
     section = result_file.Section("runs", CPU, options(tmp_path))
 
     def measured() -> None:
@@ -125,6 +126,7 @@ def test_results_before_an_error_are_kept(tmp_path: Path) -> None:
     values = result_file.load(section.path)["runs"]
     assert values["rows"] == [RunRow(run="fast")]
     assert values["ended_by"].startswith("KeyboardInterrupt")
+    assert capsys.readouterr().out == ""
 
 
 def test_another_file_is_no_result(tmp_path: Path) -> None:
