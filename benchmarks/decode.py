@@ -136,9 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ops", nargs="+", choices=OPS, metavar="NAME", default=usual, help=help)
     help = "tokens per sequence, at most the context [the context]"
     parser.add_argument("--tokens", metavar="N", type=int, help=help)
-    result_file.add_options(parser)
-    args = parser.parse_args(argv)
-    device = result_file.pick(args.device)
+    args, device = result_file.parsed(parser, argv)
     gpu = device.type == "cuda"
     preset = args.preset or ("iron" if gpu else "nano")
     config = model_of(preset)

@@ -173,9 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help=help)
     help = "training time of each run [120]"
     parser.add_argument("--seconds", type=float, default=120, help=help)
-    result_file.add_options(parser)
-    args = parser.parse_args(argv)
-    device = result_file.pick(args.device)
+    args, device = result_file.parsed(parser, argv)
     devices.make_deterministic()
     with result_file.Section("tokenizers", device, args) as section:
         section.put(preset=args.preset, **{part: [] for part in PARTS})

@@ -129,9 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target-loss", metavar="LOSS", type=float, help=help)
     help = "time limit of each training, in seconds [600, 100 on a CPU]"
     parser.add_argument("--limit", metavar="SECONDS", type=float, help=help)
-    result_file.add_options(parser)
-    args = parser.parse_args(argv)
-    device = result_file.pick(args.device)
+    args, device = result_file.parsed(parser, argv)
     dtype = devices.precision(args.dtype, device).dtype
     gpu, to_target = device.type == "cuda", args.section == "target"
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])

@@ -67,6 +67,13 @@ def pick(name: str) -> torch.device:
         raise SystemExit(2) from e
 
 
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Any, torch.device]:
+    """The options of a benchmark, the shared ones included, and its device."""
+    add_options(parser)
+    args = parser.parse_args(argv)
+    return args, pick(args.device)
+
+
 def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 

@@ -254,9 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help=help)
     help = "one 16-bit dtype and float32, iron's dropout, torch.compile only in 16 bits"
     parser.add_argument("--quick", action="store_true", help=help)
-    result_file.add_options(parser)
-    args = parser.parse_args(argv)
-    device = result_file.pick(args.device)
+    args, device = result_file.parsed(parser, argv)
     swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
     cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
     dtypes = list(dict.fromkeys(case.dtype for case in cases))

@@ -107,10 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=help)
     help = "checkout of nanoGPT, to time it too [it is not timed]"
     parser.add_argument("--nanogpt", metavar="FOLDER", type=Path, help=help)
-    result_file.add_options(parser)
-    args = parser.parse_args(argv)
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
-    device = result_file.pick(args.device)
+    args, device = result_file.parsed(parser, argv)
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
     setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
