@@ -14,7 +14,6 @@ from run_helpers import history
 
 from irongpt import console
 from irongpt.cli import main
-from irongpt.generation.sample import printable
 from irongpt.runs import plots
 from irongpt.training import loop
 
@@ -157,11 +156,3 @@ def test_a_training_in_a_thread(cli, tmp_path):
     thread.start()
     thread.join()
     assert codes == [0]
-
-
-def test_what_reaches_a_terminal():
-    shown = "می\u200cخواهم क्\u200dष 👩\u200d💻 \u200e\u200f\u061c\u06dd\n\t"
-    assert printable(shown) == shown
-    assert printable("\x1b[2J\x9b1m\u202e\u2066\r\b\x7f\u2028\ufeff") == (
-        r"\x1b[2J\x9b1m\u202e\u2066\r\x08\x7f\u2028\ufeff"
-    )
