@@ -154,10 +154,16 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "text", ["one two, three(4) five's " * 9, "Война и мир 😀, и снова. " * 9, "漢字、かな7。" * 9]
+    ("text", "chunk"),
+    [
+        ("one two, three(4) five's " * 9, 8),
+        ("Война и мир 😀, и снова. " * 9, 8),
+        ("漢字、かな7。" * 9, 8),
+        ("a\n\n\nb\r\n c\n'll\n\n  \nd\n)\n.x\n\n", 2),
+    ],
 )
-def test_a_text_without_a_line_break_is_cut_too(monkeypatch, text):
-    monkeypatch.setattr(pre_tokens, "CHUNK", 8)
+def test_a_cut_is_at_the_border_of_a_pre_token(monkeypatch, text, chunk):
+    monkeypatch.setattr(pre_tokens, "CHUNK", chunk)
     parts = list(pieces((text.encode(),), marked=False))
     assert len(parts) > 5
     assert "".join(parts) == text
@@ -265,12 +271,3 @@ def test_counts_are_those_of_the_most_frequent_pre_tokens(monkeypatch):
     assert found.counts() == {b"a": 1, b" b": 2, b" c": 3}
     monkeypatch.setattr(pre_tokens, "MOST_WORDS", 2)
     assert found.counts() == {b" b": 2, b" c": 3}
-
-
-def test_a_cut_is_at_the_border_of_a_pre_token(monkeypatch):
-    monkeypatch.setattr(pre_tokens, "CHUNK", 2)
-    text = "a\n\n\nb\r\n c\n'll\n\n  \nd\n)\n.x\n\n"
-    parts = list(pieces((text.encode(),), marked=False))
-    assert "".join(parts) == text
-    assert list(chain(*map(bpe.pre_tokens, parts))) == bpe.pre_tokens(text)
-    assert len(parts) > 4
