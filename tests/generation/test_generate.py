@@ -47,11 +47,6 @@ def test_greedy_and_top_k_one_agree(cli, run):
     assert greedy == cli("generate", run, "--top-p", 1e-9, "--tokens", 60, "--seed", 5).out
 
 
-def test_eager_ops_give_the_text_of_builtin(cli, run):
-    texts = [cli("generate", run, "--ops", ops, "--tokens", 60).out for ops in ("eager", "builtin")]
-    assert texts[0] == texts[1]
-
-
 def test_prompts_from_a_file_and_from_standard_input(cli, run, tmp_path, monkeypatch):
     for stored, prompt in {
         b"all": "all", b"all\n": "all", b"all\r\n": "all", b"all\n\n": "all\n",
