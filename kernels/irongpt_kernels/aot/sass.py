@@ -31,10 +31,8 @@ class Instruction(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """A compiled kernel. stack: bytes per thread in local memory, where registers spill to."""
+    """A disassembled kernel."""
 
-    registers: int
-    stack: int
     instructions: list[Instruction]
     text: str
 
@@ -88,11 +86,11 @@ def read(cubin: bytes) -> Binary:
     for address, name, rest in _LINE.findall(text):
         jump = re.search(r"0x([0-9a-f]+)", rest) if name.split(".")[0] in ("BRA", "BRX") else None
         found.append(Instruction(int(address, 16), name, int(jump[1], 16) if jump else None))
-    return Binary(*usage(cubin), found, text)
+    return Binary(found, text)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, without disassembling, which takes long."""
+    """Registers per thread, and bytes of its stack in local memory, where registers spill to."""
     text = _cuobjdump("--dump-resource-usage", cubin)
     numbers = {n: int(x) for n, x in re.findall(r"(REG|STACK):(\d+)", text)}
     return numbers["REG"], numbers["STACK"]
