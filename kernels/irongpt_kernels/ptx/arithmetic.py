@@ -63,9 +63,9 @@ _RELATIVE = {"sqrt": 2.0**-23, "rsqrt": 2.0**-22.9}
 _ULPS = {"ex2": 2, "div": 2}
 
 
-def largest_error(name: str, x: Array, y: Array) -> Array:
-    """The bound in the PTX ISA on the error of an approximate instruction with the input x and the
-    exact result y, both float64. For div.full only y matters."""
+def largest_error(name: str, y: Array) -> Array:
+    """The bound in the PTX ISA on the error of an approximate instruction with the exact result y,
+    in float64."""
     if name in _ULPS:
         return _ULPS[name] * np.spacing(np.abs(y).astype(f4)).astype(f8)
     return _RELATIVE[name] * np.abs(y)
@@ -80,7 +80,7 @@ def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Arr
     h = (h ^ (h >> u8(29))) * u8(0xBF58476D1CE4E5B9)
     direction = (h >> u8(40)).astype(f8) / 2**23 - 1  # -1 to 1
     rounding = np.spacing(np.abs(y).astype(f4)).astype(f8) / 2
-    error = noise * direction * np.maximum(largest_error(name, x, y) - rounding, 0)
+    error = noise * direction * np.maximum(largest_error(name, y) - rounding, 0)
     exact = ~np.isfinite(error) | ((name == "ex2") & (x == np.rint(x)))
     return np.where(exact, y, y + error).astype(f4)
 

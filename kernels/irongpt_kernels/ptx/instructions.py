@@ -138,13 +138,11 @@ class Instructions(Arithmetic):
         return f"[{', '.join(self.array(x, form, 32) for x in self.vector(a))}]"
 
     def op_mma(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        shape = re.fullmatch(r"m16n8k(8|16)", mods[2])
         dtype = mods[6]
-        self.require(shape is not None and mods[3:5] == ["row", "col"], ins)
+        self.require(mods[2] in ("m16n8k8", "m16n8k16") and mods[3:5] == ["row", "col"], ins)
         self.require(mods[5:] == ["f32", dtype, dtype, "f32"] and dtype in ("f16", "bf16"), ins)
         A, B, C = self._list(a[1], "u"), self._list(a[2], "u"), self._list(a[3], "f")
-        head = f"{shape.group(1) if shape else ''}, {dtype!r}"
-        self.set_all(a[0], f"S.mma({head}, {A}, {B}, {C}, {self.at(ins)})", "f", ins)
+        self.set_all(a[0], f"S.mma({dtype!r}, {A}, {B}, {C}, {self.at(ins)})", "f", ins)
 
     def op_wgmma(self, ins: Instruction, mods: Mods, a: Args) -> None:
         if mods[0] == "fence":

@@ -45,7 +45,6 @@ class Program:
     """One kernel. Registers have the type pred, b16, b32 or b64, whatever they were declared as."""
 
     name: str
-    target: str  # sm_75, sm_90a
     threads: int = 0  # of a CTA
     params: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset, type
     param_bytes: int = 0
@@ -70,11 +69,10 @@ def _round_up(n: int, step: int) -> int:
 
 def parse(ptx: str) -> Program:
     """Raises SyntaxError for a text that is not the PTX of one kernel as Triton prints it."""
-    target = re.search(r"\.target\s+(sm_\w+)", ptx)
     entry = re.search(r"\.entry\s+(\w+)\s*\(", ptx)
-    if not target or not entry:
+    if not re.search(r"\.target\s+sm_\w+", ptx) or not entry:
         raise SyntaxError("the PTX has no .target or no .entry")
-    p = Program(entry.group(1), target.group(1))
+    p = Program(entry.group(1))
     head_end = ptx.index(")", entry.end())
     for align, kind, name, count in _PARAM.findall(ptx[entry.end() : head_end]):
         offset = _round_up(p.param_bytes, max(SIZES[kind], int(align or 1)))

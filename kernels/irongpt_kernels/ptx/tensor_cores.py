@@ -24,9 +24,9 @@ class Batch(Memory):
         self.pending_wgmmas = Pending(self.n // 128 + 1)  # by four warps
 
     def mma(
-        self, k: int, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: Site
+        self, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: Site
     ) -> list[Array]:
-        """m16n8k{k}. A register of a or b holds two 16-bit values, one of c a float32."""
+        """m16n8k8 or m16n8k16. A register of a or b holds two 16-bit values, one of c a float32."""
         threads = self.whole_warps(at)
         pairs = [self._pairs(x, threads, dtype) for x in b]
         B = np.concatenate(pairs, 2)  # (warps, 8, k), by columns of B
