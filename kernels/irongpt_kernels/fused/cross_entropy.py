@@ -123,22 +123,24 @@ def _bwd_kernel(
     tl.store(dx_ptr + rows[:, None] * V + cols, dx, mask=(rows < M)[:, None] & (cols < V))
 
 
-Statistics = tuple[Tensor, Tensor, Tensor]
-
-
-def cross_entropy_fwd(x: Tensor, t: Tensor, ignore_index: int) -> tuple[Tensor, *Statistics]:
-    """x, t: any strides. Returns the loss, 0-d; m and rest, (M,) float32; n, 0-d int64."""
-    M, V = x.shape
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Any strides. Returns the loss, 0-d; m and rest, (M,) float32; n, 0-d int64."""
+    M, V = logits.shape
+    if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
+        check_targets(targets, V, ignore_index)
     tile = launch.row_tile(V, MAX_BLOCK, TILE)
     parts = triton.cdiv(M, tile["BLOCK_M"])
     sums, m, rest, loss = (
-        torch.empty(size, dtype=torch.float32, device=x.device) for size in (parts, M, M, ())
+        logits.new_empty(size, dtype=torch.float32) for size in (parts, M, M, ())
     )
-    counts, n = (torch.empty(size, dtype=torch.int64, device=x.device) for size in (parts, ()))
-    with launch.device_context(x.device):
+    counts, n = (targets.new_empty(size) for size in (parts, ()))
+    with launch.device_context(logits.device):
         if M:
+            strides = logits.stride(), targets.stride(0)
             _fwd_kernel[(parts,)](
-                x, t, sums, counts, m, rest, M, V, x.stride(), t.stride(0), ignore_index, **tile
+                logits, targets, sums, counts, m, rest, M, V, *strides, ignore_index, **tile
             )
         _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
     return loss, m, rest, n
@@ -176,14 +178,6 @@ def check_indices(targets: Tensor) -> None:
         raise TypeError(f"targets must be an int64 tensor, got {got}")
 
 
-def _checked_fwd(
-    logits: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
-        check_targets(targets, logits.shape[1], ignore_index)
-    return cross_entropy_fwd(logits, targets, ignore_index)
-
-
 def _fake_fwd(logits: Tensor, targets: Tensor, _: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return row.new_empty(()), row, torch.empty_like(row), targets.new_empty(())
@@ -203,7 +197,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor
     return _backward_op(dloss, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
-_op = custom_op("cross_entropy", _checked_fwd, _fake_fwd, (), _setup_context, _backward)
+_op = custom_op("cross_entropy", cross_entropy_fwd, _fake_fwd, (), _setup_context, _backward)
 _backward_op = custom_op(
     "cross_entropy_backward", cross_entropy_bwd, lambda dloss, x, *_: x.new_empty(x.shape)
 )
