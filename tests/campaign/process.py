@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def _serve(pipe: Any, folder: Path, before: Any, memory: int, streams: Any, more
     sys.stdin = None  # type: ignore[assignment]
     sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
     faulthandler.enable()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the campaign has a handler
     make_quick(pytest.MonkeyPatch())
     PRESETS["nano"].train["eval_windows"] = 8
     pages = int(Path("/proc/self/statm").read_text().split()[0])
