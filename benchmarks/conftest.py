@@ -25,9 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-sweeps", action="store_true", help="time only the model's shape")
     help = "minutes after which no further case begins [no limit]"
     group.addoption("--minutes", type=float, help=help)
-    every = ",".join(NAMES)
-    help = f"time only these implementations [{every}]"
-    group.addoption("--providers", metavar="NAMES", default=every, help=help)
+    help = f"time only these implementations, separated by commas: {', '.join(NAMES)} [all]"
+    group.addoption("--providers", metavar="NAMES", default=",".join(NAMES), help=help)
     folder = result_file.FOLDER
     group.addoption("--out", metavar="FOLDER", type=Path, default=folder, help=shown["--out"])
     group.addoption("--result", metavar="FILE", type=Path, help=shown["--result"])

@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.decode", __doc__)
     help = "preset of the model [iron on a GPU, else nano]"
     parser.add_argument("--preset", choices=list(PRESETS), help=help)
-    usual, help = ["builtin", "fused"], "implementations of the ops [builtin fused]"
+    usual = ["builtin", "fused"]
+    help = f"implementations of the ops: {', '.join(OPS)} [builtin fused]"
     parser.add_argument("--ops", nargs="+", choices=OPS, metavar="NAME", default=usual, help=help)
     help = "tokens per sequence, at most the context [the context]"
     parser.add_argument("--tokens", metavar="N", type=int, help=help)

@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=list(PRESETS), default="iron", help=help)
     help = "dtype of the matmuls [float16]"
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help=help)
-    help = "optimizer [the preset's]"
+    help = "optimizer of the step [the preset's]"
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help=help)
     help = "number of tokens in the vocabulary [the preset's]"
     parser.add_argument("--vocab-size", metavar="N", type=int, help=help)

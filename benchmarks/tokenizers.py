@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=help
     )
-    usual, help = ["war-and-peace", "python-code"], "texts [war-and-peace python-code]"
+    usual, help = ["war-and-peace", "python-code"], "texts to measure [war-and-peace python-code]"
     parser.add_argument("--data", nargs="+", metavar="TEXT", default=usual, help=help)
     help = "model and batch size of the runs [nano-code]"
     parser.add_argument("--preset", choices=list(PRESETS), default="nano-code", help=help)
