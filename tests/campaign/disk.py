@@ -116,8 +116,8 @@ class Case:
         for args in (NEW, RESUMED):
             writes = self.count_writes(args)
             self.cases += [(args, fault, n) for fault in FAULTS for n in range(1, writes + 1)]
+            shutil.copytree(self.run, self.folder / f"reference{args[1]}")
             if args == NEW:
-                shutil.copytree(self.run, self.folder / "reference")
                 shutil.rmtree(self.run)
                 assert command(self.folder, *NEW, "--iters", "4").code == 0
                 self.half = contents(self.run)
@@ -180,7 +180,7 @@ class Case:
             again = RESUMED if begun else NEW
             done = command(self.folder, *again)
             assert done.code == 0, done.err
-            assert_same(self.run, self.folder / "reference")
+            assert_same(self.run, self.folder / f"reference{args[1]}")
             left = [p.name for p in self.run.glob(".*")]
             assert not left, left
         except AssertionError as e:

@@ -13,7 +13,7 @@ SAMPLES = dict(
     checkpoints=range(6),
     inputs=range(3, 400, 45),
     kill=range(2),
-    disk=range(5, 500, 120),
+    disk=(*range(5, 500, 120), 600),  # the last one is resumed
 )
 
 
