@@ -56,8 +56,8 @@ class Call:
         )  # fmt: skip
         if self.at.N == 2:  # the norm of two values is 1 and -1: its gradient vanishes
             self.at = replace(self.at, N=3)
-        if self.spec.kind == "optimizer":
-            self.at = replace(self.at, V=rng.randint(8, 40), N=rng.randint(8, 24))
+        if self.spec.kind == "optimizer":  # its weights begin at multiples of 16 bytes
+            self.at = replace(self.at, V=rng.randint(8, 40), N=8 * rng.randint(1, 3))
         compute = rng.choice((torch.float32, HALF))
         other = (compute, torch.float32) if not wide else (compute, compute, torch.float32, HALF)
         roles = {name: rng.choice(other) for name in ("stream", "weight")} if wide else {}

@@ -34,7 +34,9 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=19)
 WITHOUT_GRADIENT = {s.name: TOKEN_SHAPE for s in TOKEN}
-WITHOUT_GRADIENT |= {s.name: replace(ROWS, L=2 if s.name == "muon" else 1) for s in OPTIMIZERS}
+WITHOUT_GRADIENT |= {  # their weights begin at multiples of 16 bytes
+    s.name: replace(ROWS, N=24, L=2 if s.name == "muon" else 1) for s in OPTIMIZERS
+}
 ROW_OPS = ["layer_norm", "softmax", "gelu", "dropout_add_layer_norm"]  # of any rank
 
 PATHS = {n: c for n, c in CASES.items() if "seed" not in c.options}

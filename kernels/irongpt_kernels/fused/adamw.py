@@ -12,15 +12,16 @@ Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradie
 Parallelism as in `grad_norm`: one launch for up to 48 weight tensors. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 the subtraction would lose two to three digits at t = 1.
-Limits      Weights and moments are contiguous float32, copies are contiguous, and all addresses are
-            multiples of 16. If there are fewer copies than weights, they belong to the first
-            weights. The gradients of the first weights may have one 16-bit dtype; the others are
-            float32.
+Limits      Weights and moments are contiguous float32, copies are contiguous and of one dtype, and
+            all addresses are multiples of 16. If there are fewer copies than weights, they belong
+            to the first weights. The gradients of the first weights may have one 16-bit dtype; the
+            others are float32.
 Spec        irongpt_kernels/eager.py::adamw
 """
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,7 @@ from irongpt_kernels.fused.grad_norm import (
     load_gradient,
     select_address,
 )  # fmt: skip
-from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 
@@ -114,6 +115,15 @@ def adamw_launch(
     stats: Tensor, beta1: float, beta2: float, weight_decays: list[float], eps: float,
 ) -> None:  # fmt: skip
     """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
+    device, wide, sizes = lr.device, torch.float32, [p.shape for p in params]
+    checks.addresses(wide, sizes, device, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    checks.copies(low_precision_params, sizes[: len(low_precision_params)], device)
+    checks.gradients(grads, sizes, device)
+    checks.memory(wide, (), device, lr=lr)
+    checks.memory(wide, (3,), device, stats=stats)
+    checks.memory(wide, (len(params),), device, state_steps=state_steps)
+    if len(weight_decays) != len(params):
+        raise ValueError(f"weight_decays must have {len(params)} values, got {len(weight_decays)}")
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
     with launch.device_context(lr.device):
@@ -140,7 +150,7 @@ def adamw(
     stats: Tensor, *,
     beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
 ) -> None:  # fmt: skip
-    """See `eager.adamw`; Limits in the module's docstring. Raises TypeError for gradients of dtypes
-    that are not as described there."""
+    """See `eager.adamw`. Raises TypeError or ValueError for tensors that are not as described under
+    Limits in the module's docstring."""
     lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
     _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

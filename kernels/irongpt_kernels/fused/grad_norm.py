@@ -18,7 +18,8 @@ Parallelism A program handles BLOCK elements of one tensor. The addresses of all
 Precision   float32. The square of a gradient above 1.8e19 overflows to infinity and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are
-            copied unless their rows are contiguous.
+            copied unless their rows are contiguous. scale and state_steps are contiguous float32,
+            growth_tracker is int64.
 Spec        irongpt_kernels/eager.py::grad_norm, sum_shards
 """
 
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 BLOCK = 2048  # with 1,024, a program takes as long to find its tensor as to compute
@@ -159,10 +160,8 @@ def aligned(g: Tensor) -> Tensor:
 
 
 def count_16bit(grads: list[Tensor]) -> int:
-    """The number of 16-bit gradients. Raises TypeError unless they come first and share a dtype."""
+    """The number of 16-bit gradients. Raises TypeError unless they come first."""
     count = sum(g.dtype != torch.float32 for g in grads)
-    if len({g.dtype for g in grads[:count]} - {torch.float32}) > 1:
-        raise TypeError("gradients must be float32, or float32 and one 16-bit dtype")
     if any(g.dtype != torch.float32 for g in grads[count:]):
         raise TypeError("16-bit gradients must be those of the first weights")
     return count
@@ -173,6 +172,8 @@ def grad_norm_launch(
     max_norm: float, growth_interval: int,
 ) -> Tensor:  # fmt: skip
     """See `eager.grad_norm`. scale, growth_tracker and state_steps are updated in place."""
+    checks.gradients(grads, [g.shape for g in grads], scale.device)
+    _check_state(scale, growth_tracker, state_steps)
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
     launches = chunks(grads)
     programs = sum(count for *_, count in launches)
@@ -193,11 +194,23 @@ def grad_norm_launch(
     return stats
 
 
+def _check_state(scale: Tensor, growth_tracker: Tensor, state_steps: Tensor) -> None:
+    device, n = scale.device, state_steps.numel()
+    checks.memory(torch.float32, (), device, scale=scale)
+    checks.memory(torch.int64, (), device, growth_tracker=growth_tracker)
+    checks.memory(torch.float32, (n,), device, state_steps=state_steps)
+
+
 def sum_shards_launch(
     shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
     max_norm: float, growth_interval: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.sum_shards`. scale, growth_tracker and state_steps are updated in place."""
+    checks.rank("shards", shards, 2)
+    checks.same_device(scale=scale, shards=shards)
+    if not len(shards):
+        raise ValueError("shards must have at least one row")
+    _check_state(scale, growth_tracker, state_steps)
     shards = shards if shards.stride(1) == 1 else shards.contiguous()
     count, size = shards.shape
     total = torch.empty(size, dtype=torch.float32, device=scale.device)
@@ -228,7 +241,8 @@ def grad_norm(
     grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> Tensor:  # fmt: skip
-    """See `eager.grad_norm`. Raises TypeError for gradients of more than one 16-bit dtype."""
+    """See `eager.grad_norm`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)
 
 
@@ -236,7 +250,8 @@ def sum_shards(
     shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.sum_shards`."""
+    """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     found: tuple[Tensor, Tensor] = _sum_op(
         shards, scale, growth_tracker, state_steps, float(max_norm), growth_interval
     )

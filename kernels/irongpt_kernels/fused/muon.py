@@ -17,8 +17,9 @@ Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. 
             There are no atomics, so every run gives the same bits.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Weights and momentum are contiguous float32, at addresses that are multiples of 16, as
-            PyTorch allocates them. Gradients have one dtype, and are copied unless they are
-            contiguous and aligned. If found_inf is set, y is 0, and m, p and copies do not change.
+            PyTorch allocates them, and so are copies, in one dtype. Gradients have one dtype, and
+            are copied unless they are contiguous and aligned. If found_inf is set, y is 0, and m, p
+            and copies do not change.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
 """
 
@@ -28,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.fused.grad_norm import BLOCK, aligned, chunks, load
-from irongpt_kernels.runtime import launch
+from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 PARTS = 128  # partial sums per matrix, at most
@@ -120,8 +121,13 @@ def muon_momentum_launch(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, beta: float, dtype: torch.dtype
 ) -> Tensor:
     """Returns y, (n, rows, columns) of `dtype`. momentum is updated in place."""
+    device, shape = momentum.device, momentum.shape[1:]
+    checks.rank("momentum", momentum, 3)
+    checks.memory(torch.float32, (len(grads), *shape), device, momentum=momentum)
+    checks.memory(torch.float32, (3,), device, stats=stats)
     if len({g.dtype for g in grads}) > 1:
         raise TypeError("the gradients of a group of matrices must have one dtype")
+    checks.gradients(grads, [shape] * len(grads), device)
     grads = [aligned(g) for g in grads]
     y = torch.empty_like(momentum, dtype=dtype)
     size = momentum[0].numel()
@@ -144,6 +150,12 @@ def muon_update_launch(
     stats: Tensor, scale: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """See `eager.muon_update`. params and low_precision_params are updated in place."""
+    device, sizes = lr.device, [update.shape[1:]] * len(update)
+    checks.floating(lr=lr, update=update)
+    checks.addresses(torch.float32, sizes, device, params=params)
+    checks.copies(low_precision_params, sizes, device)
+    checks.memory(torch.float32, (), device, lr=lr)
+    checks.memory(torch.float32, (3,), device, stats=stats)
     update = update.contiguous()
     size = update[0].numel()
     with launch.device_context(lr.device):
@@ -168,7 +180,8 @@ _update_op = custom_op(
 def muon_momentum(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """See `eager.muon_momentum`. Raises TypeError for gradients of more than one dtype."""
+    """See `eager.muon_momentum`. Raises TypeError or ValueError for tensors that are not as
+    described under Limits in the module's docstring."""
     return _momentum_op(list(grads), momentum, stats, float(beta), dtype)
 
 
@@ -177,6 +190,7 @@ def muon_update(
     stats: Tensor, *,
     scale: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """See `eager.muon_update`; Limits in the module's docstring."""
+    """See `eager.muon_update`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     lists = list(params), list(low_precision_params)
     _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))

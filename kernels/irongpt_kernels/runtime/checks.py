@@ -1,5 +1,7 @@
 """Argument validation shared by all fused ops. Messages name the argument and its value."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,56 @@ def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
     if not low <= t.dim() <= (high or low):
         wanted = f"{low} dimensions" if high is None else f"{low} to {high} dimensions"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(t.shape)}")
+
+
+def memory(
+    dtype: torch.dtype, size: Sequence[int], device: torch.device, **tensors: Tensor
+) -> None:
+    """For kernels that use no strides. Raises TypeError unless all are tensors of `dtype`,
+    ValueError unless they are contiguous, of shape `size` and on `device`."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or t.dtype != dtype:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
+        shape(name, t, tuple(size))
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, but must be on {device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
+
+
+def addresses(
+    dtype: torch.dtype, sizes: Sequence[Sequence[int]], device: torch.device, **lists: list[Tensor]
+) -> None:
+    """`memory` for lists of tensors, of which a kernel gets the addresses. Raises ValueError too
+    unless these are multiples of 16, and unless each list has the shapes `sizes`."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(sizes):
+            raise ValueError(f"{name} must have {len(sizes)} tensors, got {len(tensors)}")
+        for i, (t, size) in enumerate(zip(tensors, sizes, strict=True)):
+            memory(dtype, size, device, **{f"{name}[{i}]": t})
+            if t.data_ptr() % 16:
+                raise ValueError(f"{name}[{i}] must begin at a multiple of 16 bytes")
+
+
+def copies(found: list[Tensor], sizes: Sequence[Sequence[int]], device: torch.device) -> None:
+    """`addresses` for the 16-bit copies of weights, which have one dtype."""
+    if found:
+        floating(low_precision_params=found[0])
+        addresses(found[0].dtype, sizes, device, low_precision_params=found)
+
+
+def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch.device) -> None:
+    """Raises TypeError unless gradients are float32 or of one 16-bit dtype, ValueError unless they
+    have the shapes `sizes` and are on `device`."""
+    for i, g in enumerate(grads):
+        floating(optional=None, **{f"grads[{i}]": g})
+        if g.device != device:
+            raise ValueError(f"grads[{i}] is on {g.device}, but must be on {device}")
+    if len({g.dtype for g in grads} - {torch.float32}) > 1:
+        raise TypeError("gradients must be float32, or float32 and one 16-bit dtype")
+    if [g.shape for g in grads] != list(sizes):
+        raise ValueError(f"grads must have the shapes of the weights, {len(sizes)} tensors")
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
