@@ -37,7 +37,9 @@ FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
     "attention forward": ("causal_attention_packed", "attention._fwd_kernel"),
     "attention query": ("causal_attention_packed", "attention_backward._bwd_dq_kernel"),
     "attention key": ("causal_attention_packed", "attention_backward._bwd_dkdv_kernel"),
-    "attention head": ("causal_attention_packed", "attention_head_backward._bwd_head_kernel"),
+    **dict.fromkeys(
+        launch_table.HEADS, ("causal_attention_packed", "attention_head_backward._bwd_head_kernel")
+    ),
     "norm forward": ("dropout_add_layer_norm", "dropout_add_layer_norm._fwd_kernel"),
     "norm backward": ("dropout_add_layer_norm", "layer_norm_backward._bwd_kernel"),
     "gelu forward": ("gelu", "gelu._fwd_kernel"),
@@ -75,15 +77,15 @@ class Work:
 
     @property
     def launched(self) -> bool:
-        """Whether training launches this kernel. The backward of attention is either `attention
-        head` or the pair of `attention query` and `attention key`."""
+        """Whether training launches this kernel. The backward of attention is either the `attention
+        head` of the context or the pair of `attention query` and `attention key`."""
         from irongpt_kernels.fused import attention_tiles
 
         _, size, itemsize = self.key
-        head_options = attention_tiles.head_options
-        one = head_options(self.device, self.model.context, size, itemsize) is not None
-        pair = ("attention query", "attention key")
-        return not (self.kernel in pair if one else self.kernel == "attention head")
+        T, pair = self.model.context, ["attention query", "attention key"]
+        one = attention_tiles.head_options(self.device, T, size, itemsize) is not None
+        backward = [attention_tiles.head_kernel(T)] if one else pair
+        return self.kernel in backward or self.kernel not in (*launch_table.HEADS, *pair)
 
     def shape(self, batch: int) -> Shape:
         m = self.model

@@ -107,6 +107,7 @@ DAMAGES = {  # the new content, or changed values
     "no entries": dict(entries=None),
     "text": dict(entries="no"),
     "another kernel": dict(entries=[ENTRY | dict(kernel="gemm")]),
+    "a kernel of an older version": dict(entries=[ENTRY | dict(kernel="attention head")]),
     "no size": dict(entries=[ENTRY | dict(size=None)]),
     "no options": dict(entries=[ENTRY | dict(options={})]),
     "another option": dict(entries=[ENTRY | dict(options=TILE | dict(num_ctas=2))]),

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +14,7 @@ from conftest import assert_mistake
 from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import eager, fused
 from irongpt_kernels.aot import tiles
-from irongpt_kernels.runtime import emulate, launch_table
+from irongpt_kernels.runtime import emulate, launch, launch_table
 from numerics import DEVICE
 
 from irongpt import launch_cache as cache
@@ -153,12 +154,36 @@ def test_entries_of_other_kernels_stay(measured: Measured) -> None:
     assert launch_table.table_of(found)[work().key] == found[1]["options"]
 
 
-@pytest.mark.parametrize("kernel", list(FUNCTIONS))
+@pytest.mark.parametrize("kernel", [k for k in FUNCTIONS if k not in launch_table.HEADS[1:]])
 def test_each_op_launches_the_kernel_that_is_timed(kernel: str) -> None:
     """And the accuracy check passes."""
     assert work(kernel, torch.device(DEVICE)).wrong(fused) == []
     module, name = FUNCTIONS[kernel][1].split(".")
     assert hasattr(sys.modules[f"irongpt_kernels.fused.{module}"], name)
+
+
+@pytest.mark.parametrize(
+    ("context", "width", "backward"),
+    [
+        (64, 32, ["attention head 64"]),
+        (100, 32, ["attention head 128"]),
+        (256, 64, ["attention head 256"]),
+        (256, 32, ["attention query", "attention key"]),
+    ],
+)
+def test_of_the_backwards_of_attention_that_of_the_context_is_measured(
+    monkeypatch, context: int, width: int, backward: list[str]
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
+    model = replace(SMALL, n_embd=2 * width, context=context)
+    works = [Work(k, model, 2, torch.bfloat16, torch.device("cuda", 0)) for k in FUNCTIONS]
+    launched = [work.kernel for work in works if work.launched]
+    assert launched == ["attention forward", *backward, *list(FUNCTIONS)[-4:]]
+    heads = [work for work in works if work.kernel in launch_table.HEADS]
+    assert [work.key for work in heads if work.launched] == [
+        (kernel, width, 2) for kernel in backward if kernel in launch_table.HEADS
+    ]
 
 
 @pytest.fixture

@@ -177,8 +177,9 @@ def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches)
     one_kernel = attention_tiles.head_options(device, 33, 64, 2)
     assert launches == (["head"] if one_kernel else ["pair", "pair"])
     launches.clear()
-    sizes = [("attention head", D, itemsize) for D in (64, 128) for itemsize in (2, 4)]
-    launch_table.use(device, dict.fromkeys(sizes, OPTIONS))
+    heads = launch_table.HEADS
+    keys = [(head, D, itemsize) for head in heads for D in (64, 128) for itemsize in (2, 4)]
+    launch_table.use(device, dict.fromkeys(keys, OPTIONS))
     gradient()
     gradient(T=256)
     gradient(T=128, D=128)
@@ -195,6 +196,19 @@ def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches)
     monkeypatch.setattr(attention_tiles, "MAX_HEAD_CONTEXT", 0)
     gradient()
     assert launches == ["pair"] * 2
+
+
+def test_a_measured_tile_is_used_at_its_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best tile of 64 positions spills at 256, where the default at D = 32 is the pair."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
+    launch_table.use(GPU, {(attention_tiles.head_kernel(64), 32, 2): OPTIONS})
+    for T in (1, 32, 33, 64, 65, 128, 129, 256):
+        default = attention_tiles.default_head_options(90, T, 32, 2)
+        found = attention_tiles.head_options(GPU, T, 32, 2)
+        assert found == (OPTIONS if T in (33, 64) else default)
+    kernels = {attention_tiles.head_kernel(T) for T in range(1, 257)}
+    assert kernels == set(launch_table.HEADS)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ class Tile(NamedTuple):
 
     def options(self, kernel: str) -> launch_table.Options:
         """The options of a launch."""
-        names = launch_table.OPTION_NAMES[f"attention {kernel}"]
+        by_name = launch_table.OPTION_NAMES
+        names = by_name[launch_table.HEADS[0] if kernel == "head" else f"attention {kernel}"]
         return {name: value for name, value in self._asdict().items() if value and name in names}
 
 
@@ -105,8 +106,8 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
 def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
     """The candidate launch options of any kernel in `launch_table.OPTION_NAMES`."""
     kernel, size, itemsize = key
-    name = kernel.removeprefix("attention ")
-    if name != kernel:
+    if kernel.startswith("attention"):
+        name = kernel.split()[1]
         return [tile.options(name) for tile in tiles(name, launch.block(size), arch, itemsize)]
     found = []
     gelu = kernel.startswith("gelu")

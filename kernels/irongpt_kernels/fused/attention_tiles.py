@@ -78,8 +78,14 @@ def head_options(
         return None
     arch = 0 if launch.INTERPRETED else launch.architecture(device)
     return launch_table.options(
-        "attention head", D, itemsize, device, default_head_options(arch, T, D, itemsize)
+        head_kernel(T), D, itemsize, device, default_head_options(arch, T, D, itemsize)
     )
+
+
+def head_kernel(T: int) -> str:
+    """The name of `attention_head_backward` in `launch_table`. The code depends on the context only
+    by this power of two."""
+    return f"attention head {launch.block(T)}"
 
 
 def _fits(T: int, D: int, itemsize: int) -> bool:

@@ -20,6 +20,8 @@ Table = dict[Key, Options]
 Default = TypeVar("Default", bound=Options | None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
+# "attention head" by its context, rounded up to a power of two: a tile has all of its queries.
+HEADS = tuple(f"attention head {context}" for context in (16, 32, 64, 128, 256))
 # The options of each kernel. "attention query" computes dQ, "attention key" dK and dV, and
 # "attention head" all three. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
 # that of layer_norm. maxnreg limits the registers per thread; without it ptxas decides.
@@ -27,7 +29,7 @@ OPTION_NAMES = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
     "attention key": (*TILE, "num_stages", "maxnreg"),
-    "attention head": ("BLOCK_N", "num_warps", "num_stages", "maxnreg"),
+    **dict.fromkeys(HEADS, ("BLOCK_N", "num_warps", "num_stages", "maxnreg")),
     "norm forward": ("BLOCK_M", "num_warps"),
     "norm backward": ("BLOCK_M", "num_warps", "warps_per_sm"),
     "gelu forward": TILE,
