@@ -151,6 +151,18 @@ def test_the_loss_scale_itself_costs_nothing_in_the_backward(
     assert max(default) < 1e-2
 
 
+def test_the_loss_scale_limits_gradients_in_float16() -> None:
+    """By default they are kept times 1,024, and 87.5 times that is beyond float16."""
+    x = torch.full((1, C), 100.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.zeros(8, C, dtype=torch.float16, device=DEVICE)
+    inputs, one = dict(x=x, weight=weight, targets=torch.tensor([3], device=DEVICE)), torch.ones(())
+    assert run(eager.linear_cross_entropy, inputs, (one,))[1][1][3, 0] == -87.5
+    found = run(kernel.linear_cross_entropy, inputs, (one,))[1][1]
+    assert (found[3] == -INF).all()
+    assert (found[:3] == 12.5).all()
+    hold(inputs, 1.0, loss_scale=torch.tensor(512.0, device=DEVICE))
+
+
 def test_a_loss_scale_that_changes_before_the_backward_is_rejected() -> None:
     inputs, scale = tensors(3, 10, torch.float32), torch.tensor(2.0, device=DEVICE)
     inputs["x"].requires_grad_()

@@ -27,7 +27,9 @@ Precision   float32 between load and store, with the sums of `cross_entropy`, so
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
-            would make the host wait, and the loss and the gradients become NaN instead.
+            would make the host wait, and the loss and the gradients become NaN instead. In float16
+            dx and dw are kept times s, by default FLOAT16_SCALE: an element beyond +-65,504 / s
+            becomes infinite, where `eager` may be finite. `loss_scale` sets s.
 Spec        irongpt_kernels/eager.py::linear_cross_entropy
 """
 
@@ -48,7 +50,7 @@ LONG_BLOCK = 4096  # columns at a time of longer rows
 CHUNK = 128  # the number of rows of a chunk is a multiple of this
 TILE = 1024  # elements per program where rows are short: 2 warps
 PARTS = 4096  # partial sums that the second kernel reads at a time
-FLOAT16_SCALE = 1024.0  # loss_scale of float16 by default: gradients do not underflow or overflow
+FLOAT16_SCALE = 1024.0  # loss_scale of float16 by default: for gradients from 6e-11 to 64
 
 
 @triton.jit
