@@ -1,9 +1,8 @@
 """Every op in plain PyTorch: the specification, and the eager path of the model.
 
-Run in float64, it is the oracle that the other implementations are compared with.
-
-Statistics and sums are computed in float32 (float64 for float64 inputs). Results have the dtype of
-the first argument unless documented otherwise.
+Run in float64, it is the oracle that the other implementations are compared with. Statistics and
+sums are computed in float32 (float64 for float64 inputs). Results have the dtype of the first
+argument unless documented otherwise.
 
 The ops of one decoding step (`decode_attention` and those after it) have no gradient. They never
 read a value on the host, and update caches, tokens and counts in place, so that a CUDA graph can
@@ -337,11 +336,12 @@ def append_to_cache(
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    """The sum of the embeddings of each sequence's last token and of its position. Returns (B, C).
+    """The sum of the embeddings of each sequence's last token and of its position.
 
     tokens: (B, N) int64, a ring buffer: the last of n tokens is in column (n - 1) mod N. counts:
-    (B, 2) int64, n and the last token's position. wte: (V, C). wpe: (context, C). A token of -1,
-    which `sample_tokens` writes if a logit is not finite, is treated as 0.
+    (B, K) int64, K >= 2: n, the last token's position, and unused columns. wte: (V, C). wpe:
+    (context, C). A token of -1, which `sample_tokens` writes if a logit is not finite, is treated
+    as 0. Of other ids or positions outside, `fused` gives NaN. Returns (B, C) in the dtype of wte.
     """
     last = tokens.gather(1, ((counts[:, :1] - 1) % tokens.shape[1]))[:, 0]
     return wte[last.clamp(min=0)] + wpe[counts[:, 1]]
@@ -389,11 +389,12 @@ def sample_tokens(
     order. The sampled token is the first one, in order of token id, at which the running sum of
     masses exceeds `uniform` times their total. So it depends only on (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
+    ValueError: temperature is not finite or below 0, top_k below 1, or top_p outside (0, 1].
     """
     V = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
-    inverse, keep = inverse_temperature_and_k(V, temperature, top_k)
+    inverse, keep = inverse_temperature_and_k(V, temperature, top_k, top_p)
     mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
     mass[:, keep:] = 0
     if top_p is not None and top_p < 1:
@@ -409,8 +410,16 @@ def sample_tokens(
     counts += 1
 
 
-def inverse_temperature_and_k(V: int, temperature: float, top_k: int | None) -> tuple[float, int]:
-    """Returns 1 / temperature, limited to float32, and the number of tokens that top-k keeps."""
+def inverse_temperature_and_k(
+    V: int, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[float, int]:
+    """1 / temperature, limited to float32, and the k of top-k. Raises as `sample_tokens`."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number, 0 or above, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if temperature == 0:
         return 1.0, 1
     inverse = min(1 / temperature, MAX_INVERSE)

@@ -215,6 +215,44 @@ def test_the_last_token_and_its_position_are_embedded(ops) -> None:
     assert torch.equal(ops.embed_tokens(ring, counts, wte, wpe), wanted)
 
 
+def test_what_is_outside_the_tables_gives_nan() -> None:
+    """The tables are parts of larger tensors, so that what lies outside could be read."""
+    wte, wpe = values(9, 24)[:5], values(9, 24, seed=1)[2:6]
+    ring = torch.tensor([[7], [5], [2**40], [4], [0], [1], [2], [-3]], device=DEVICE)
+    positions = [0, 1, 2, 4, -1, 2**40, -(2**33), 3]
+    counts = torch.tensor([[1, position, 0] for position in positions], device=DEVICE)
+    found = fused.embed_tokens(ring, counts, wte, wpe)
+    assert found[:7].isnan().all()
+    assert torch.equal(found[7], wte[0] + wpe[3])
+
+
+def test_embed_tokens_needs_two_columns_of_counts() -> None:
+    table, one = values(4, 16), torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
+    message = r"^counts must have at least 2 columns, got shape \(1, 1\)$"
+    with pytest.raises(ValueError, match=message):
+        fused.embed_tokens(one, one, table, table)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (dict(temperature=-1.0), "temperature must be a finite number, 0 or above, got -1.0"),
+        (dict(temperature=math.inf), "temperature must be a finite number"),
+        (dict(temperature=math.nan), "temperature must be a finite number"),
+        (dict(top_k=0), "top_k must be at least 1, got 0"),
+        (dict(top_k=-1), "top_k must be at least 1, got -1"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
+        (dict(top_p=1.5), r"top_p must be in \(0, 1\], got 1.5"),
+        (dict(top_p=math.nan, temperature=0.0), r"top_p must be in \(0, 1\], got nan"),
+    ],
+    ids=str,
+)
+@each
+def test_options_without_a_meaning_are_refused(ops, how: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sampled(ops, LOGITS.expand(2, -1), **how)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

@@ -4,7 +4,8 @@
     sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
     tokens: (B, N) int64, a ring buffer    logits: (B, V)    wte: (V, C)    wpe: (context, C)
-    x: (B, C)    counts: (B, K) int64: the number of tokens, the position of the last, ...
+    x: (B, C)    counts: (B, K) int64, K >= 2 for embed_tokens: column 0 is the number of tokens so
+    far, column 1 the position of the last; sample_tokens increments every column
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
             Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by
@@ -19,7 +20,9 @@ Parallelism one program per sequence. Without top-k and top-p it passes over its
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
             order. A temperature below 1/3e38 is replaced by 1/3e38, which already leaves all mass
             to the tokens with the largest logit.
-Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. No gradient.
+Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. x is NaN where a token
+            is V or above or a position is outside [0, context): an error would make the host wait.
+            No gradient.
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """
 
@@ -39,7 +42,7 @@ UNITS = tl.constexpr(2.0**MASS_BITS)
 
 @triton.jit
 def _embed_kernel(
-    tokens_ptr, counts_ptr, wte_ptr, wpe_ptr, x_ptr, N, C,
+    tokens_ptr, counts_ptr, wte_ptr, wpe_ptr, x_ptr, N, C, V, context,
     tokens_stride, counts_stride, wte_stride, wpe_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence, col_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -48,10 +51,12 @@ def _embed_kernel(
     position = tl.load(counts_ptr + sequence * counts_stride + 1)
     last = (count + N - 1) % N  # count can be 0
     token = tl.maximum(tl.load(tokens_ptr + sequence * tokens_stride + last), 0)
+    known = (token < V) & (position >= 0) & (position < context)
     mask = cols < C
-    e = tl.load(wte_ptr + token * wte_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    e += tl.load(wpe_ptr + position * wpe_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(x_ptr + sequence * C + cols, e, mask=mask)
+    e = tl.load(wte_ptr + token * wte_stride + cols, mask=mask & known, other=0.0).to(tl.float32)
+    wpe_ptrs = wpe_ptr + position * wpe_stride + cols
+    e += tl.load(wpe_ptrs, mask=mask & known, other=0.0).to(tl.float32)
+    tl.store(x_ptr + sequence * C + cols, tl.where(known, e, float("nan")), mask=mask)
 
 
 @triton.jit
@@ -189,7 +194,7 @@ def _embed(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         strides = (t.stride(0) for t in (tokens, counts, wte, wpe))
         with launch.device_context(wte.device):
             _embed_kernel[(B, triton.cdiv(C, BLOCK))](
-                tokens, counts, wte, wpe, x, N, C, *strides, BLOCK
+                tokens, counts, wte, wpe, x, N, C, len(wte), len(wpe), *strides, BLOCK
             )
     return x
 
@@ -199,7 +204,7 @@ def _sample(
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
     B, V = logits.shape
-    inverse, keep = inverse_temperature_and_k(V, temperature, top_k)
+    inverse, keep = inverse_temperature_and_k(V, temperature, top_k, top_p)
     share = None if top_p is None or top_p >= 1 else top_p
     BLOCK = min(launch.block(V), MAX_BLOCK)
     if B:
@@ -230,6 +235,8 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     checks.rank("wte", wte, 2)
     checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))
     checks.same_dtype(wte=wte, wpe=wpe)
+    if counts.shape[1] < 2:
+        raise ValueError(f"counts must have at least 2 columns, got shape {tuple(counts.shape)}")
     return _embed_op(tokens, counts, wte.contiguous(), wpe.contiguous())
 
 
@@ -238,7 +245,7 @@ def sample_tokens(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
 ) -> None:  # fmt: skip
     """See `eager.sample_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
-    without contiguous rows, ValueError for shapes and devices that do not match."""
+    without contiguous rows, ValueError also for shapes and devices that do not match."""
     checks.floating(logits=logits)
     checks.rank("logits", logits, 2)
     _check(tokens, counts, logits=logits)
