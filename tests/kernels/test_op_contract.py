@@ -34,9 +34,8 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 TOKEN_SHAPE = RowShape(B=3, H=2, T=20, D=48, V=11, N=19)
 WITHOUT_GRADIENT = {s.name: TOKEN_SHAPE for s in TOKEN}
-WITHOUT_GRADIENT |= {  # their weights begin at multiples of 16 bytes
-    s.name: replace(ROWS, N=24, L=2 if s.name == "muon" else 1) for s in OPTIMIZERS
-}
+# N: weights begin at multiples of 16 bytes.
+WITHOUT_GRADIENT |= {s.name: replace(ROWS, N=24, L=1 + (s.name == "muon")) for s in OPTIMIZERS}
 ROW_OPS = ["layer_norm", "softmax", "gelu", "dropout_add_layer_norm"]  # of any rank
 
 PATHS = {n: c for n, c in CASES.items() if "seed" not in c.options}
@@ -104,9 +103,8 @@ def test_custom_ops_without_a_gradient_pass_opcheck(name: str) -> None:
 def test_an_op_compiles_without_a_graph_break(case: Case) -> None:
     inputs = case.inputs()
     upstream = case.upstream(inputs)
-    op, case_op = getattr(fused, case.op), case.op
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    found = case.results(type("Compiled", (), {case_op: staticmethod(compiled)}), inputs, upstream)
+    compiled = torch.compile(getattr(fused, case.op), fullgraph=True, backend="aot_eager")
+    found = case.results(type("Compiled", (), {case.op: staticmethod(compiled)}), inputs, upstream)
     assert_same(fused, found, case.results(fused, inputs, upstream))
 
 
