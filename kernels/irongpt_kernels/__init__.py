@@ -12,8 +12,8 @@ zeroes depends only on the seed and their position (see `dropout`), so `eager` a
 same ones. Dropout in `builtin` uses PyTorch's global generator and ignores the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
-In a decoding step, N is the length of the cache or of the ring buffer of tokens, except in the
-linear layers, which have K input and N output features.
+In a decoding step N is the cache's length (decode_attention), the ring buffer's (embed_tokens,
+sample_tokens), or output features (norm_linear, linear_add, whose inputs have K).
 """
 
 from typing import Protocol

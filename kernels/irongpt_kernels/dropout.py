@@ -9,16 +9,18 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             instructions and give 128 bits. One byte decides one element, so one call can
             serve 16 elements, or 8 in attention if a warp holds only 16 rows of a tile. On a T4 a
             call for each element would take longer than the attention's memory traffic.
-Layout      The elements of a warp that share a call lie in one GPU thread. A kernel can
-            therefore apply the formula to each element, and the compiler merges equal calls.
-            In attention, the accumulator of a tensor core gives a thread the rows r + 8i and the
+Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
+            GPU thread. In attention the elements of a warp that share a call lie in one
+            thread: the accumulator of a tensor core gives a thread the rows r + 8i and the
             columns c + 8j, where r and c depend on the thread and i and j count from 0. This holds
             for a tile of scores and for its transpose, which the backward uses. So a call serves
             the 4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile. In dropout before a residual add,
-            a thread holds neighbouring columns, so a call serves columns 16j to 16j + 15 of a row.
+            a call covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of
+            16-bit tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat
+            the call.
 Rate        A byte gives probabilities in steps of 1/256: p is rounded (0.2 becomes 51/256 =
-            0.1992, and any p > 0 at least 1/256). Kept elements are scaled by the reciprocal of
-            the rounded keep rate, so that the expectation is exact.
+            0.1992, and any p > 0 at least 1/256 and at most 255/256). Kept elements are scaled by
+            the reciprocal of the rounded keep rate, so that the expectation is exact.
 
 | word of the counter | attention element (b, h, row, col) | row element (row, col) |
 |---|---|---|

@@ -48,7 +48,7 @@ def causal_attention(
         q @ k.transpose(-2, -1), scale=D**-0.5 if scale is None else scale, causal=True
     )  # (B, H, T, T)
     if dropout_p > 0:
-        keep = dropout.attention_keep(_need(seed), B, H, T, dropout_p, q.device)
+        keep = dropout.attention_keep(_required_seed(seed), B, H, T, dropout_p, q.device)
         weights = weights * keep * dropout.keep_scale(dropout_p)
     out = weights.to(v.dtype) @ v
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -135,7 +135,8 @@ def padded_logits(x: Tensor, weight: Tensor, classes: int | None) -> Tensor:
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU of x + bias in the tanh approximation (Hendrycks and Gimpel 2016). x: (..., N)."""
+    """GELU of x + bias in the tanh approximation (Hendrycks and Gimpel 2016).
+    x: (..., N). bias: (N,)."""
     z = _wide(x) if bias is None else _wide(x) + bias
     y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return y.to(x.dtype)
@@ -151,10 +152,9 @@ def dropout_add_layer_norm(
     Returns the sum in the residual's dtype, and its layer norm in the branch's dtype.
     """
     if dropout_p > 0:
-        N = branch.shape[-1]
-        M = branch.numel() // N
-        keep = dropout.row_keep(_need(seed), M, N, dropout_p, branch.device).reshape(branch.shape)
-        branch = branch * keep * dropout.keep_scale(dropout_p)
+        M, N = branch.numel() // branch.shape[-1], branch.shape[-1]
+        keep = dropout.row_keep(_required_seed(seed), M, N, dropout_p, branch.device)
+        branch = branch * keep.reshape(branch.shape) * dropout.keep_scale(dropout_p)
     total = (residual + branch).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
@@ -194,9 +194,9 @@ def grad_norm(
     int64, the number of finite steps since the scale last changed. state_steps: (n,) float32, the
     number of updates of each weight; each increases by one unless a gradient is not finite.
     growth_interval: the scale doubles after this many finite steps in a row and halves after a step
-    that is not finite, between 1 and 2^24 (Micikevicius et al. 2018); with 0 it never changes.
+    that is not finite; it stays from 1 to 2^24 (Micikevicius et al. 2018). With 0 it never changes.
     scale, growth_tracker and state_steps are updated in place.
-    Returns a (3,) tensor, `GradStats`.
+    Returns a (3,) float32 tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
     return grad_stats(total.sqrt(), scale, growth_tracker, state_steps, max_norm, growth_interval)
@@ -247,10 +247,10 @@ def adamw(
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
     low_precision_params: 16-bit copies of the first params, rounded after the update.
-    state_steps: (n,), including this step. lr: 0-d. stats: the result of `grad_norm`.
+    state_steps: (n,) float32, including this step. lr: 0-d float32. stats: that of `grad_norm`.
     """
     _, grad_scale, found_inf = GradStats(*stats)
-    keep = found_inf > 0
+    skip = found_inf > 0
     corrections = [1 - beta ** state_steps.double() for beta in (beta1, beta2)]
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         bias1, bias2 = (c[i].to(p.dtype) for c in corrections)
@@ -260,7 +260,7 @@ def adamw(
         new_p = p - lr * weight_decays[i] * p
         new_p -= lr / bias1 * new_m / (new_v.sqrt() / bias2.sqrt() + eps)
         for old, new in ((p, new_p), (m, new_m), (v, new_v)):
-            old.copy_(old.where(keep, new))
+            old.copy_(old.where(skip, new))
     for copy, p in zip(low_precision_params, params, strict=False):
         copy.copy_(p)
 
@@ -275,11 +275,11 @@ def muon_momentum(
     result is finite but must not be used. Returns (n, rows, columns) of `dtype`.
     """
     _, grad_scale, found_inf = GradStats(*stats)
-    keep = found_inf > 0
-    g = (torch.stack(grads).to(momentum.dtype) / grad_scale).masked_fill(keep, 0)
+    skip = found_inf > 0
+    g = (torch.stack(grads).to(momentum.dtype) / grad_scale).masked_fill(skip, 0)
     new = beta * momentum + (1 - beta) * g
     nesterov = beta * new + (1 - beta) * g
-    momentum.copy_(momentum.where(keep, new))
+    momentum.copy_(momentum.where(skip, new))
     norm = nesterov.square().sum((1, 2), keepdim=True).sqrt()
     return (nesterov / (norm + 1e-7)).to(dtype)
 
@@ -293,11 +293,11 @@ def muon_update(
 
     params: n tensors (rows, columns), contiguous float32. low_precision_params: a 16-bit copy of
     each, rounded after the update, or an empty list. update: (n, rows, columns), of any dtype.
-    lr: 0-d. stats: the result of `grad_norm`.
+    lr: 0-d float32. stats: the result of `grad_norm`.
     """
-    keep = GradStats(*stats).found_inf > 0
+    skip = GradStats(*stats).found_inf > 0
     for p, u in zip(params, update, strict=True):
-        p.copy_(p.where(keep, p - lr * weight_decay * p - lr * scale * u.to(p.dtype)))
+        p.copy_(p.where(skip, p - lr * weight_decay * p - lr * scale * u.to(p.dtype)))
     for copy, p in zip(low_precision_params, params, strict=False):
         copy.copy_(p)
 
@@ -394,9 +394,9 @@ def sample_tokens(
     V = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
-    inverse, keep = inverse_temperature_and_k(V, temperature, top_k, top_p)
+    inverse, k = inverse_temperature_and_k(V, temperature, top_k, top_p)
     mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
-    mass[:, keep:] = 0
+    mass[:, k:] = 0
     if top_p is not None and top_p < 1:
         wanted = (mass.sum(-1, keepdim=True).double() * top_p).ceil()
         mass *= mass.cumsum(-1) - mass < wanted
@@ -444,7 +444,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _need(seed: int | Tensor | None) -> int | Tensor:
+def _required_seed(seed: int | Tensor | None) -> int | Tensor:
     if seed is None:
         raise ValueError("dropout_p > 0 needs a seed")
     return seed

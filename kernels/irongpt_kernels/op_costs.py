@@ -66,10 +66,10 @@ def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -
     gradients and copies have `itemsize` bytes; in float32 there are no copies. others: the number
     of all other weights, which are float32."""
     copy = itemsize if itemsize < 4 else 0
-    rest = adamw_bytes(others, 4, 0)
-    if optimizer == "muon":  # grad_norm has read the gradients before
-        return rest + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
-    return rest + adamw_bytes(matrices, itemsize, copy)
+    other_bytes = adamw_bytes(others, 4, 0)
+    if optimizer == "muon":  # the last term: grad_norm reads the matrices' gradients once more
+        return other_bytes + muon_bytes(matrices, itemsize, itemsize, copy) + matrices * itemsize
+    return other_bytes + adamw_bytes(matrices, itemsize, copy)
 
 
 def gelu_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:

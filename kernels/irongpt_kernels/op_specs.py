@@ -31,10 +31,10 @@ class OpSpec:
         the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
     changes: names of inputs that the op updates in place. They count as results.
-    functions, call: for an entry of several functions of `Ops`, their names and a caller of them.
+    functions: those of `Ops` that this entry stands for, by default `name`; each is in one entry.
+    call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
-    full_rows: a second entry, of the op on rows of V columns: softmax without a mask, norm_linear
-        as a model's head.
+    full_rows: the same op on rows of V columns: softmax without a mask; norm_linear as a head.
     """
 
     name: str
@@ -54,7 +54,7 @@ class OpSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The functions of `Ops` that this entry lists; each is listed by one entry only."""
+        """The functions of `Ops` that this entry stands for."""
         return self.functions or (self.name,)
 
     @property

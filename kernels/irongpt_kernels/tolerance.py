@@ -1,8 +1,7 @@
 """The tolerance of every comparison with the reference.
 
 The candidate is the implementation under test. The oracle is `eager` in float64 on the same input
-values. With
-e(x) = max |x - oracle|, and likewise for the root mean square,
+values. With e(x) = max |x - oracle|, and likewise for the root mean square,
 
     e(candidate) <= 2 e(eager in the same dtype) + rounding error    for outputs,
     e(candidate) <= 3 e(eager in the same dtype) + rounding error    for gradients.

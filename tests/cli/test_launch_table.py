@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, Cli, assert_mistake
 from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
-from irongpt_kernels.fused import attention_tiles
+from irongpt_kernels.fused import attention_tiles, layer_norm_backward
 from irongpt_kernels.runtime import emulate, launch, launch_table
 from numerics import assert_op, small_inputs
 
@@ -166,6 +166,25 @@ def test_a_run_and_the_doctor_load_and_report_them(h200, monkeypatch) -> None:
     doctor._kernels(report, GPU)
     assert "forward 128 x 32, 8 warps" in report.facts["kernels"]
     assert f"table {launch_table.digest(GPU)}" in report.facts["kernels"]
+
+
+def test_a_gpu_without_an_index_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs an index, such as cuda:0, got cuda"):
+        launch_table.use(torch.device("cuda"), {})
+
+
+@pytest.mark.parametrize(("num_warps", "narrow"), [(1, False), (8, True)])
+def test_a_measured_number_of_warps_decides_whether_sums_are_equal(h200, num_warps, narrow) -> None:
+    """A row of 256 columns has one product for each thread of 8 warps."""
+    options = dict(BLOCK_M=1, num_warps=num_warps)
+    table = {("norm forward", 129, 2): options}
+    launch_table.use(GPU, table | {("norm backward", 129, 2): options | dict(warps_per_sm=8)})
+    forward = layer_norm_backward.forward_tile(129, 2, GPU)
+    backward, warps = layer_norm_backward.backward_tile(129, 2, GPU)
+    assert warps == 8
+    for found in (forward, backward):
+        assert found.get("enable_fp_fusion", True) is not narrow
+        assert {name: found[name] for name in options} == options
 
 
 def test_digests_distinguish_tables() -> None:

@@ -116,7 +116,8 @@ def test_a_position_outside_writes_nothing(position: int) -> None:
         (dict(cache_v=torch.zeros(2, 3, 9, 16)), ValueError, "cache_v must have shape"),
         (dict(cache_k=torch.zeros(2, 3, 40, 16).half()), ValueError, "cache_k must have the dtype"),
         (dict(position=torch.zeros(3).long()), ValueError, r"position must have shape \(2,\)"),
-        (dict(position=torch.zeros(2).int()), TypeError, "position must be int64"),
+        (dict(position=torch.zeros(2).int()), TypeError, "position must be an int64 tensor"),
+        (dict(position=[1, 2]), TypeError, "position must be an int64 tensor, got list"),
         (dict(qkv=torch.zeros(2, 1, 3, 3, 40)), ValueError, "cache_k must have shape"),
     ],
 )

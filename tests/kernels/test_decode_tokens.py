@@ -258,7 +258,14 @@ def test_options_without_a_meaning_are_refused(ops, how: dict[str, float], messa
     [
         (dict(logits=torch.zeros(2, 0)), ValueError, "logits must have 1 to 4,194,304 columns"),
         (dict(logits=torch.zeros(3, 5)), ValueError, r"tokens must have shape \(3, 4\)"),
-        (dict(tokens=torch.zeros(2, 4)), TypeError, "tokens must be int64 with contiguous rows"),
+        (
+            dict(tokens=torch.zeros(2, 4)),
+            TypeError,
+            "tokens must be an int64 tensor, got torch.float32",
+        ),
+        (dict(tokens=[[1]]), TypeError, "tokens must be an int64 tensor, got list"),
+        (dict(counts=None), TypeError, "counts must be an int64 tensor, got NoneType"),
+        (dict(tokens=torch.zeros(4, 2).long().t()), TypeError, "tokens must have contiguous rows"),
         (dict(counts=torch.zeros(3, 2).long()), ValueError, r"counts must have shape \(2, 2\)"),
         (dict(seed="a"), TypeError, "seed must be an int or a 0-d int64 tensor"),
     ],

@@ -78,7 +78,7 @@ ATTENTION_BACKWARD: list[Bug] = [
      "False, not EVEN_M, THRESHOLD", "False, False, THRESHOLD"),
     ("m read past the end", "stats, rows < T, q.dtype == tl.float32)\n    delta = tl.load",
      "stats, rows < T + 9, q.dtype == tl.float32)\n    delta = tl.load"),
-    ("float32's delta keeps its rounding", "        delta += rest\n", ""),
+    ("float32's delta keeps its rounding", "        delta += ds_sum\n", ""),
     ("the first row has a gradient in dq", "(cols <= rows) & (rows > 0)", "cols <= rows"),
     ("the first row has a gradient in dk", "ds = tl.where(rows > 0, ds, 0.0)", "ds = 1.0 * ds"),
     ("dout read at the strides of out",
@@ -90,7 +90,7 @@ ATTENTION_BACKWARD: list[Bug] = [
 ]  # fmt: skip
 
 ATTENTION_HEAD_BACKWARD: list[Bug] = [
-    ("delta dropped", "p * delta[:, None])", "0.0 * p)"),
+    ("delta dropped", "p * minus_delta[:, None])", "0.0 * p)"),
     ("delta of the scaled weights", "delta * (THRESHOLD / 256 - 1)", "-delta"),
     ("keep scale missing", "m += log_l - tl.log2(256 / (256 - THRESHOLD))", "m += log_l"),
     ("dv of weights that were dropped", "z, ds = z.to(q.dtype), ds", "z, ds = p.to(q.dtype), ds"),
@@ -111,7 +111,8 @@ ATTENTION_HEAD_BACKWARD: list[Bug] = [
      "grad_strides, b, h, 0"),
     ("the halves are exchanged", "upper, dq = _halves(dq)", "dq, upper = _halves(dq)"),
     ("m of the upper half", "_, m = _halves(m)", "m, _ = _halves(m)"),
-    ("delta of the upper half", "_, delta = _halves(delta)", "delta, _ = _halves(delta)"),
+    ("delta of the upper half",
+     "_, minus_delta = _halves(minus_delta)", "minus_delta, _ = _halves(minus_delta)"),
     ("the lower half's dq starts from 0",
      "        _, m = _halves(m)", "        dq = 0.0 * dq\n        _, m = _halves(m)"),
     ("q of the upper half", "q = load_tile(q_ptr, q_strides, b, h, HALF,",
@@ -131,11 +132,11 @@ ATTENTION_HEAD_BACKWARD: list[Bug] = [
 PHILOX: list[Bug] = [
     ("fewer calls for a row's columns", "cols // 16, rows", "cols // 32, rows"),
     ("rows repeat after 2^32", "(row >> 32).to(tl.uint32)", "(row >> 40).to(tl.uint32)"),
-    ("every head drops alike", "zero + head, zero, 7)", "zero, zero, 7)"),
+    ("every head drops alike", "zero + head, zero, ROUNDS)", "zero, zero, ROUNDS)"),
     ("eight rows share their bits",
      "tile * 8 + tl.arange(0, 8)", "tile * 8 + tl.arange(0, 8) // 8"),
     ("each tile starts again", "start // 32 * 8 + counter", "counter"),
-    ("short tiles start again", "eight += start // 8 % 4", "eight += 0"),
+    ("short tiles start again", "group += start // 8 % 4", "group += 0"),
     ("words are exchanged", "tl.where(word < 2, w0, w2)", "tl.where(word < 2, w2, w0)"),
 ]  # fmt: skip
 

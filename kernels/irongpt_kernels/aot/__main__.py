@@ -13,8 +13,9 @@ so the ops return uninitialized tensors.
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
 | | instructions in the innermost loop with most arithmetic, or in a kernel without loops |
-| MB, GFLOP | least traffic and FLOPs of the op's forward or backward (from `op_specs`), for |
-| | the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 positions |
+| MB, GFLOP | least traffic and FLOPs of the op's forward or backward (from `op_specs`), not of |
+| | the kernel alone, for the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 |
+| | positions. A kernel whose name lacks "fwd" is listed with those of the backward |
 | clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
 | el/call | for attention with dropout: a lower bound of the elements that one Philox call serves, |
 | | the smaller one of the masked and the unmasked loop |

@@ -140,7 +140,7 @@ def _cases(dtype: str) -> Iterator[Case]:
 
 
 def _rows(N: int) -> dict[str, Shape]:
-    """Rows of N elements (N logits)."""
+    """A (ROWS, N) matrix of rows or logits; costs are those of iron's number of rows."""
     return dict(at=RowShape(V=N, M=ROWS, N=N), costs=RowShape(V=N, M=IRON.rows, N=N))
 
 

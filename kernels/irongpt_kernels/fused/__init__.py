@@ -1,7 +1,7 @@
 """Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
-Each module has the kernels of one op or of a group of related ops, or their helpers. Its docstring
-gives formulas, memory traffic and limits.
+A module has the kernels of one op or of related ops; exponential, philox and attention_tiles are
+helpers. Its docstring gives formulas, memory traffic and limits.
 Importing this package imports Triton.
 """
 

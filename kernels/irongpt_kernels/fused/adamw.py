@@ -2,9 +2,11 @@
 
     g = g / grad_scale                     grad_scale and found_inf come from `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
-    p = p - lr decay p                     t: the number of steps, including this one
+    p = p - lr decay p
     p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to the dtype of the copy
+
+t is the number of steps, including this one.
 
 Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradients 28 bytes per
             weight, and 30 together with `grad_norm`. Separate passes for unscaling, clipping and
@@ -59,15 +61,15 @@ def _correction(t, log_beta):
 @triton.jit
 def _adamw_kernel(
     grads, weights, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
-    steps_ptr, lr_ptr, stats_ptr, beta1, rest1, log1, beta2, rest2, log2, eps,
+    steps_ptr, lr_ptr, stats_ptr, beta1, one_minus_beta1, log1, beta2, one_minus_beta2, log2, eps,
     N: tl.constexpr, N_16BIT: tl.constexpr, N_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
     weights: the parameters (Triton does not accept an argument named params). firsts: the id of the
-    first program of each tensor. sizes: the number of elements of each tensor. rest1, log1:
-    1 - beta1 and log(beta1), likewise for beta2. steps_ptr points to the number of steps of the
-    first tensor, and stats_ptr to the result of `grad_norm`.
+    first program of each tensor. sizes: the number of elements of each tensor. log1: log(beta1),
+    likewise for beta2. steps_ptr points to the number of steps of the first tensor, and stats_ptr
+    to the result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
@@ -96,8 +98,8 @@ def _adamw_kernel(
         dtype: tl.constexpr = grads[0].dtype.element_ty
         g = load_gradient(g_at, offsets, mask, is_16bit, N_16BIT > 0, N_16BIT < N, dtype)
         g = tl.div_rn(g, grad_scale)
-        m = beta1 * load(m_at, offsets, mask, tl.float32) + rest1 * g
-        v = beta2 * load(v_at, offsets, mask, tl.float32) + rest2 * (g * g)
+        m = beta1 * load(m_at, offsets, mask, tl.float32) + one_minus_beta1 * g
+        v = beta2 * load(v_at, offsets, mask, tl.float32) + one_minus_beta2 * (g * g)
         p = load(p_at, offsets, mask, tl.float32)
         p -= lr * decay * p
         denominator = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(_correction(t, log2))) + eps

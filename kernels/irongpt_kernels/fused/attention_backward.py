@@ -25,8 +25,9 @@ Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, 
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
-            underflow in float16. It cannot overflow before dZ does: |dS| is at most a quarter of
-            the range of dZ keep / (1 - p) in its row.
+            underflow in float16. In float16 dS overflows no earlier than dZ would: with
+            x = dZ keep / (1 - p), dS = P (x - sum P x), and |dS| <= (max x - min x) / 4 over the
+            row.
             Each row of dS sums to 0. If one key has nearly all of the weight, each dS is a
             difference of nearly equal numbers, and the different rounding of dot(dO, O) and dZ
             becomes visible in float32. There a first pass over the keys computes the sum of dS and
@@ -74,14 +75,14 @@ def _bwd_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     end = tl.minimum(start_m + BLOCK_M, T)
     if q.dtype == tl.float32:  # see Precision
-        rest = tl.zeros((BLOCK_M,), tl.float32)
+        ds_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start_n in range(0, end, BLOCK_N):
             ds, _ = _ds_of_keys(
                 q, dout, m, log_l, delta, k_ptr, v_ptr, k_strides, v_strides, b, h, head, start_m,
                 start_n, T, scale_log2, seed, True, THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            rest += tl.sum(ds, 1)
-        delta += rest
+            ds_sum += tl.sum(ds, 1)
+        delta += ds_sum
     tl.store(delta_ptr + stats, delta, mask=rows < T)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -213,9 +214,9 @@ def causal_attention_bwd(
     if packed.numel() == 0:
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    head = attention_tiles.head_options(q.device, T, D, q.element_size())
-    if head is not None and with_kv:
-        head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, head)
+    single_kernel = attention_tiles.head_options(q.device, T, D, q.element_size())
+    if single_kernel is not None and with_kv:
+        head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, single_kernel)
         return packed
     dq, dk, dv = unpack(packed)
     m, log_l = stats

@@ -9,9 +9,10 @@ Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its h
             loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
             complete. Scores, weights and dropout masks are computed once, where the
             pair of kernels of `attention_backward` computes them twice.
-Diagonal    With SPLIT (T > BLOCK_M / 2) there are two loops: all queries with the first half of the
-            keys, then the second half of the queries with the second half of the keys, which no
-            other query sees. So 3/4 of the scores are computed. Every tile is masked.
+Diagonal    With SPLIT (T > BLOCK_M / 2, and that half has 16 rows per warp) there are two loops:
+            all queries with the first half of the keys, then the second half of the queries with
+            the second half of the keys, which no other query sees. So 3/4 of the scores are
+            computed. Without SPLIT one loop computes all of them. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements, where the pair
             moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
@@ -54,11 +55,12 @@ def _bwd_head_kernel(
     m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, True)
     m += log_l - tl.log2(256 / (256 - THRESHOLD))  # 2^(S - m) = P / (1 - p)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    delta = delta * (THRESHOLD / 256 - 1)  # P delta = -2^(S - m) of this delta
+    # Without the 1 / (1 - p) that m now contains: 2^(S - m) times this is -P delta.
+    minus_delta = delta * (THRESHOLD / 256 - 1)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_n in range(0, BLOCK_M // 2 if SPLIT else T, BLOCK_N):
         dq = _gradients_of_keys(
-            dq, q, dout, m, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
+            dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
             grad_strides, b, h, head, 0, start_n, T, scale, scale_log2, seed, not SPLIT,
             THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -69,10 +71,10 @@ def _bwd_head_kernel(
         q = load_tile(q_ptr, q_strides, b, h, HALF, T, D, HALF, BLOCK_D, True)
         dout = load_tile(dout_ptr, dout_strides, b, h, HALF, T, D, HALF, BLOCK_D, True)
         _, m = _halves(m)
-        _, delta = _halves(delta)
+        _, minus_delta = _halves(minus_delta)
         for start_n in range(HALF, T, BLOCK_N):
             dq = _gradients_of_keys(
-                dq, q, dout, m, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
+                dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
                 grad_strides, b, h, head, HALF, start_n, T, scale, scale_log2, seed, True,
                 THRESHOLD, D, HALF, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -94,14 +96,14 @@ def _halves(x):
 
 @triton.jit
 def _gradients_of_keys(
-    dq, q, dout, m, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, grad_strides,
+    dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, grad_strides,
     b, h, head, start_m: tl.constexpr, start_n, T, scale, scale_log2, seed, BOUNDED: tl.constexpr,
     THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Stores dK and dV of a tile of keys, and returns dQ / scale with its contribution.
 
-    Rows beyond T have dout = 0 and delta = 0, and contribute nothing.
+    Rows beyond T have dout = 0 and minus_delta = 0, and contribute nothing.
     """
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
@@ -113,7 +115,7 @@ def _gradients_of_keys(
     if THRESHOLD > 0:
         keep = philox.attention_keep(seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD)
         z = tl.where(keep, p, 0.0)
-    ds = tl.fma(z, tl.dot(dout, tl.trans(v)), p * delta[:, None])
+    ds = tl.fma(z, tl.dot(dout, tl.trans(v)), p * minus_delta[:, None])
     if start_m == 0:
         ds = tl.where(rows > 0, ds, 0.0)  # see Precision in `attention_backward`
     z, ds = z.to(q.dtype), ds.to(q.dtype)

@@ -42,7 +42,8 @@ def store_tile(
 
 @triton.jit
 def load_stats(m_ptr, log_l_ptr, at, mask, EXACT: tl.constexpr):
-    """Returns m and log2(l) of the rows. Unless EXACT, m is replaced by their rounded sum."""
+    """Returns m and log2(l) of the rows. Unless EXACT, the first result is m + log2(l), rounded,
+    and the second is not used."""
     m = tl.load(m_ptr + at, mask=mask, other=0.0)
     log_l = tl.load(log_l_ptr + at, mask=mask, other=0.0)
     if not EXACT:
@@ -64,8 +65,8 @@ def _pointers(ptr, strides, b, h, rows, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * strides[2] + cols[None, :] * strides[3], cols
 
 
-# The longest context for `attention_head_backward`. `attention_backward`'s pair of kernels computes
-# the others, and all of them in tests that set this to 0.
+# The longest context for `attention_head_backward`. Longer ones take the pair of kernels in
+# `attention_backward`. Tests set it to 0 to test the pair at any length.
 MAX_HEAD_CONTEXT = 256
 
 
@@ -100,7 +101,8 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     each warp reads the complete right operand of every matmul. (On sm_90 an asynchronous matmul,
     wgmma, reads it once for four warps.) By the cost model of `aot.tiles`, these reads take longer
     at 256 positions than the DRAM traffic of the pair, so there the pair is the default. The same
-    holds on sm_90 for 256 positions with D below 64, where dK and dV cannot use wgmma.
+    holds on sm_90 for 256 positions with D below 64, where dK and dV cannot use wgmma. On sm_75 the
+    64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None

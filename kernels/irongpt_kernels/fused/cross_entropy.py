@@ -171,13 +171,6 @@ def check_targets(targets: Tensor, V: int, ignore_index: int | None = None) -> N
         raise ValueError(f"targets must be in [0, {V}){ignored}, got {int(found[0])}")
 
 
-def check_indices(targets: Tensor) -> None:
-    """Raises TypeError unless targets are an int64 tensor."""
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets must be an int64 tensor, got {got}")
-
-
 def _fake_fwd(logits: Tensor, targets: Tensor, _: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return row.new_empty(()), row, torch.empty_like(row), targets.new_empty(())
@@ -210,7 +203,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     targets outside the vocabulary.
     """
     checks.floating(logits=logits)
-    check_indices(targets)
+    checks.int64(targets=targets)
     checks.rank("logits", logits, 2)
     checks.shape("targets", targets, (logits.shape[0],))
     checks.same_device(logits=logits, targets=targets)

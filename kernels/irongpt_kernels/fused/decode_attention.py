@@ -10,8 +10,8 @@ Per head, with p = position:    cache_k[p], cache_v[p] = k, v       S = scale q 
 Traffic     reads p rows of both caches, q, k and v; writes k, v and out: 2 p D elements per head.
 Parallelism one program per head. It starts its online softmax from the new key and value in
             registers, so it never reads a cache row that it has just written. A tile of keys is as
-            large as registers allow; at the default context one tile has all keys, so the program
-            waits for memory only once.
+            large as registers allow; in 16 bits one tile has all keys of the default context, so
+            the program waits for memory only once.
 Precision   Dot products, softmax and sums are in float32. Exponentials have base e: there are few
             of them, and base 2 would need one more rounding per score.
 Limits      D is a multiple of 16 from 16 to 128. No gradient. Cache rows after `position` are not
@@ -19,7 +19,6 @@ Limits      D is a multiple of 16 from 16 to 128. No gradient. Cache rows after 
 Spec        irongpt_kernels/eager.py::decode_attention
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -114,6 +113,7 @@ def decode_attention(
     is not int64; ValueError for shapes, devices and dtypes that do not match.
     """
     checks.floating(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
+    checks.int64(position=position)
     checks.same_device(qkv=qkv, position=position)
     checks.rank("qkv", qkv, 5)
     checks.rank("cache_k", cache_k, 4)
@@ -124,6 +124,4 @@ def decode_attention(
     checks.shape("position", position, (B,))
     checks.head_dimension("qkv", qkv)
     checks.same_dtype(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
-    if position.dtype != torch.int64:
-        raise TypeError(f"position must be int64, got {position.dtype}")
     return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))

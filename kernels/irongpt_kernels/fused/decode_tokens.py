@@ -26,12 +26,12 @@ Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. x is
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.eager import MASS_BITS, MAX_V, inverse_temperature_and_k
+from irongpt_kernels.fused.philox import ROUNDS
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
@@ -120,7 +120,7 @@ def _uniform(seed, number, sequence):
     """`eager.uniform` for one sequence."""
     zero = tl.zeros((1,), tl.uint32)
     low, high = zero + (number & 0xFFFFFFFF).to(tl.uint32), zero + (number >> 32).to(tl.uint32)
-    w0, w1, _, _ = tl.philox(seed, low, high, zero + sequence.to(tl.uint32), zero + 2, 7)
+    w0, w1, _, _ = tl.philox(seed, low, high, zero + sequence.to(tl.uint32), zero + 2, ROUNDS)
     bits = (w0.to(tl.int64) << 21) | (w1 >> 11).to(tl.int64)
     return tl.sum(bits, 0).to(tl.float64) * (1.0 / 9007199254740992.0)
 
@@ -132,7 +132,7 @@ def _sample_kernel(
     K: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """inverse: 1 / temperature. top_p: in units of 2^-53."""
+    """inverse: 1 / temperature. top_k: the number of tokens to keep. top_p: in units of 2^-53."""
     sequence = tl.program_id(0).to(tl.int64)
     row, stride = logits_ptr + sequence * logits_strides[0], logits_strides[1]
     number = tl.load(counts_ptr + sequence * counts_stride)
@@ -159,25 +159,27 @@ def _sample_kernel(
     if GREEDY or TOP_K:
         total += n * _mass_of_key(t, max_logit, inverse)
     if TOP_P:
-        share = total.to(tl.float64) * (top_p.to(tl.float64) * (1.0 / 9007199254740992.0))
-        wanted = share.to(tl.int64)
-        wanted = tl.maximum(wanted + (wanted.to(tl.float64) < share).to(tl.int64), 1)
+        # The wanted mass is total * top_p, rounded up. t becomes the largest key at which the mass
+        # of all keys from t on reaches it. Of the tokens with key t, the first n are needed.
+        exact = total.to(tl.float64) * (top_p.to(tl.float64) * (1.0 / 9007199254740992.0))
+        wanted = exact.to(tl.int64)
+        wanted = tl.maximum(wanted + (wanted.to(tl.float64) < exact).to(tl.int64), 1)
         t = _threshold(row, stride, V, max_logit, inverse, t, wanted, True, BLOCK)
-        above = _at_least(row, stride, V, max_logit, inverse, t + 1, True, BLOCK)
-        one = _mass_of_key(t, max_logit, inverse)
-        n = (wanted - above + one - 1) // one
-        total = above + n * one
+        mass_above_t = _at_least(row, stride, V, max_logit, inverse, t + 1, True, BLOCK)
+        mass_of_t = _mass_of_key(t, max_logit, inverse)
+        n = (wanted - mass_above_t + mass_of_t - 1) // mass_of_t
+        total = mass_above_t + n * mass_of_t
 
     target = (_uniform(tl.load(seed_ptr), number, sequence) * total.to(tl.float64)).to(tl.int64)
     target = tl.minimum(target, total - 1)
-    token, mass, equals = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), 0
+    token, mass, seen_equal = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), 0
     for start in range(0, V, BLOCK):
         x, key, valid = _keys(row, stride, start, V, BLOCK)
         kept = valid & (key > t)
         if GREEDY or TOP_K or TOP_P:
             equal = (valid & (key == t)).to(tl.int32)
-            kept |= (equal > 0) & (tl.cumsum(equal, 0) + equals <= n)
-            equals += tl.sum(equal, 0)
+            kept |= (equal > 0) & (tl.cumsum(equal, 0) + seen_equal <= n)
+            seen_equal += tl.sum(equal, 0)
         each = tl.where(kept, _mass(x, max_logit, inverse), 0)
         token += tl.sum((valid & (tl.cumsum(each, 0) + mass <= target)).to(tl.int64), 0)
         mass += tl.sum(each, 0)
@@ -204,7 +206,7 @@ def _sample(
     temperature: float, top_k: int | None, top_p: float | None,
 ) -> None:  # fmt: skip
     B, V = logits.shape
-    inverse, keep = inverse_temperature_and_k(V, temperature, top_k, top_p)
+    inverse, k = inverse_temperature_and_k(V, temperature, top_k, top_p)
     share = None if top_p is None or top_p >= 1 else top_p
     BLOCK = min(launch.block(V), MAX_BLOCK)
     if B:
@@ -213,8 +215,8 @@ def _sample(
                 logits, tokens, counts, seed, V, tokens.shape[1],
                 logits.stride(), tokens.stride(0), counts.stride(0),
                 # Not 1: Triton would make it a constexpr, which has no .to().
-                inverse, keep, max(2, int((share or 0) * 2**53)),
-                K=counts.shape[1], GREEDY=temperature == 0, TOP_K=keep < V,
+                inverse, k, max(2, int((share or 0) * 2**53)),
+                K=counts.shape[1], GREEDY=temperature == 0, TOP_K=k < V,
                 TOP_P=share is not None, BLOCK=BLOCK,
                 BLOCK_K=triton.next_power_of_2(counts.shape[1]), num_warps=launch.warps(BLOCK),
             )  # fmt: skip
@@ -259,11 +261,10 @@ def sample_tokens(
 
 
 def _check(tokens: Tensor, counts: Tensor, **tensor: Tensor) -> None:
+    checks.int64(tokens=tokens, counts=counts)
     checks.same_device(**tensor, tokens=tokens, counts=counts)
     for name, x in dict(tokens=tokens, counts=counts).items():
         checks.rank(name, x, 2)
-        if x.dtype != torch.int64 or x.stride(1) != 1:
-            raise TypeError(
-                f"{name} must be int64 with contiguous rows, got {x.dtype}, strides {x.stride()}"
-            )
+        if x.stride(1) != 1:
+            raise TypeError(f"{name} must have contiguous rows, got strides {x.stride()}")
     checks.shape("counts", counts, (len(tokens), counts.shape[1]))

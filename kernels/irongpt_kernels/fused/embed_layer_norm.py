@@ -129,8 +129,8 @@ def _empty_outputs(
 
 
 def embedding_bwd(dx: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """dx: (B, T, N), contiguous. idx: (B, T). wanted: which of dwte and dwpe to compute; the other
-    one is empty. Returns dwte, (V, N), and dwpe, (T, N), float32."""
+    """dx: (B, T, N), contiguous. idx: (B, T). wanted: whether to compute dwte and dwpe; a gradient
+    that is not wanted is returned empty. Returns dwte, (V, N), and dwpe, (T, N), float32."""
     B, T, N = dx.shape
     M = B * T
     dwte, dwpe = _empty_gradients(dx, idx, V, [False, False])
@@ -224,9 +224,7 @@ def embed_layer_norm(
     the CPU ValueError for an id outside the vocabulary."""
     checks.floating(wte=wte, wpe=wpe, weight=weight, optional=dict(bias=bias))
     checks.rank("wte", wte, 2)
-    if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
-        got = idx.dtype if isinstance(idx, Tensor) else type(idx).__name__
-        raise TypeError(f"idx must be an int64 tensor, got {got}")
+    checks.int64(idx=idx)
     check_shapes(wte, weight, bias, "wte")
     checks.rank("wpe", wpe, 2)
     checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))

@@ -9,7 +9,7 @@ e^x = 2^n 2^(r log2 e), so that only the small r is multiplied. n LN2_HIGH is ex
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-200.0)  # e^x is 0 in float32
+LOWEST = tl.constexpr(-200.0)  # e^-200 is 0 in float32; the limit keeps n LN2_HIGH exact
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)  # 15 bits of ln 2
 LN2_LOW = tl.constexpr(1.4286068203094172e-06)  # the rest

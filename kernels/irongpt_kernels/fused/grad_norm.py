@@ -54,7 +54,8 @@ def load_gradient(
     address, offsets, mask, is_16bit,
     SOME_16BIT: tl.constexpr, SOME_FLOAT32: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Returns a gradient in float32. is_16bit: its dtype is `dtype` and not float32.
+    """Returns a gradient in float32. is_16bit: whether it has `dtype`, else float32. The loads of
+    the other kind are masked off, so each element is read once.
 
     SOME_16BIT, SOME_FLOAT32: the launch has gradients of `dtype`, of float32.
     """

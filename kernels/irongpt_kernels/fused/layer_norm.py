@@ -142,8 +142,8 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.layer_norm`. Raises TypeError unless all are float32, float16 or bfloat16,
-    ValueError for shapes and devices that do not match, and for N above 8192."""
+    """See `eager.layer_norm`. Raises TypeError unless x, weight and bias are float32, float16 or
+    bfloat16, ValueError for shapes and devices that do not match, and for N above 8192."""
     checks.floating(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(x, weight, bias, "x")
     return _op(x, weight, bias, eps, dtype or x.dtype)[0]

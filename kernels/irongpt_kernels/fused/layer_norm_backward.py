@@ -34,7 +34,7 @@ from irongpt_kernels.runtime import launch, launch_table
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
-WARPS_PER_SM = 8  # that an SM gets, of all programs together
+WARPS_PER_SM = 8  # the sum over the programs on it
 WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of rows
 
 
@@ -44,8 +44,8 @@ def centre(x, valid, mean, N):
     centred = tl.where(valid, x - mean[:, None], 0.0)
     # The rounding error of the mean, which is large for large values. The exact division makes a
     # row of equal values exactly 0.
-    rest = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
-    return tl.where(valid, centred - rest[:, None], 0.0)
+    mean_error = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
+    return tl.where(valid, centred - mean_error[:, None], 0.0)
 
 
 @triton.jit
@@ -112,25 +112,25 @@ def _bwd_kernel(
         tl.store(dbias_ptr + partial, dbias, mask=cols < N)
 
 
-def tile(N: int) -> dict[str, int]:
-    """Launch options for rows of N elements: 16 to 32 elements per thread."""
+def tile(N: int, measured: launch_table.Options | None = None) -> dict[str, int]:
+    """Launch options for rows of N elements: 16 to 32 elements per thread. measured: replace these
+    options."""
     block_n = launch.block(N)
     block_m, num_warps = max(1, 1024 // block_n), launch.warps(block_n)
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
-    return tile | launch.equal_sums(block_n, num_warps)
+    options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps) | (measured or {})
+    return options | launch.equal_sums(block_n, options["num_warps"])
 
 
 def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
     """Launch options of the forward of `dropout_add_layer_norm`. itemsize: of the branch."""
-    options = tile(N)
-    return options | launch_table.options("norm forward", N, itemsize, device, {})
+    return tile(N, launch_table.options("norm forward", N, itemsize, device, {}))
 
 
 def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and how many warps an SM gets in all. By default WARPS_PER_SM, which are
-    enough to hide the memory latency; more would only write more partial sums."""
-    options = tile(N) | dict(warps_per_sm=WARPS_PER_SM)
-    options |= launch_table.options("norm backward", N, itemsize, device, {})
+    """Launch options, and the number of warps per SM. By default WARPS_PER_SM, which are enough to
+    hide the memory latency; more would only write more partial sums."""
+    measured = launch_table.options("norm backward", N, itemsize, device, {})
+    options = dict(warps_per_sm=WARPS_PER_SM) | tile(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
 
 

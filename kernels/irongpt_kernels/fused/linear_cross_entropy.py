@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.cross_entropy import check_indices, check_targets, log1p
+from irongpt_kernels.fused.cross_entropy import check_targets, log1p
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import autocast, custom_op
 
@@ -61,7 +61,8 @@ def _add_block(z, cols, t, m, rest, z_t):
     true = cols == t[:, None]
     e = tl.where(true, 0.0, tl.exp(z - shift[:, None]))
     rest = rest * tl.exp(m - shift) + tl.sum(e, axis=1)
-    # Summed, not loaded: another thread may already have overwritten it by its gradient.
+    # Summed here and not loaded after the loop, as `cross_entropy` does: by then a faster warp of
+    # this program may have overwritten the logit by its gradient.
     z_t += tl.sum(tl.where(true, z, 0.0), axis=1)
     return m_new, rest, z_t, e
 
@@ -247,7 +248,7 @@ def linear_cross_entropy(
     targets outside [0, classes).
     """
     checks.floating(x=x, weight=weight)
-    check_indices(targets)
+    checks.int64(targets=targets)
     checks.rank("x", x, 2)
     checks.rank("weight", weight, 2)
     checks.shape("weight", weight, (len(weight), x.shape[1]))

@@ -54,10 +54,10 @@ def _offsets(size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _momentum_kernel(
-    grads, momentum_ptr, stats_ptr, sums_ptr, size, beta, rest,
+    grads, momentum_ptr, stats_ptr, sums_ptr, size, beta, one_minus_beta,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates m and stores each program's sum of squares of a. rest: 1 - beta."""
+    """Updates m and stores each program's sum of squares of a."""
     matrix, programs = tl.program_id(1), tl.num_programs(0)
     if tl.load(stats_ptr + 2) == 0.0:
         dtype: tl.constexpr = grads[0].dtype.element_ty
@@ -68,16 +68,16 @@ def _momentum_kernel(
             offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < size
             g = tl.div_rn(load(address, offsets, mask, dtype), grad_scale)
-            m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + rest * g
+            m = beta * tl.load(momentum_ptr + offsets, mask=mask, other=0.0) + one_minus_beta * g
             tl.store(momentum_ptr + offsets, m, mask=mask)
-            a = beta * m + rest * g
+            a = beta * m + one_minus_beta * g
             squares += a * a
         tl.store(sums_ptr + matrix * programs + tl.program_id(0), tl.sum(squares, 0))
 
 
 @triton.jit
 def _nesterov_kernel(
-    grads, momentum_ptr, stats_ptr, sums_ptr, y_ptr, parts, size, beta, rest,
+    grads, momentum_ptr, stats_ptr, sums_ptr, y_ptr, parts, size, beta, one_minus_beta,
     N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores y, from the updated m. parts: the number of partial sums per matrix."""
@@ -90,7 +90,7 @@ def _nesterov_kernel(
         dtype: tl.constexpr = grads[0].dtype.element_ty
         g = load(_address(grads, matrix, N), offsets, mask, dtype)
         g = tl.div_rn(g, tl.load(stats_ptr + 1))
-        a = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + rest * g
+        a = beta * tl.load(momentum_ptr + at, mask=mask, other=0.0) + one_minus_beta * g
         y = tl.div_rn(a, tl.sqrt_rn(tl.sum(sums, 0)) + TINY)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 

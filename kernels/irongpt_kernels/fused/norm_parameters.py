@@ -114,7 +114,8 @@ def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return list(params)
     P = max(1, programs(rows, params[0].shape[-1], dtype.itemsize, params[0].device))
-    return list(_Rows.apply(P, *(p.float() for p in params)))  # partial sums have their dtype
+    # float32: the gradient of a view is float32 partial sums, and autograd wants the view's dtype.
+    return list(_Rows.apply(P, *(p.float() for p in params)))
 
 
 def norm_gradients(

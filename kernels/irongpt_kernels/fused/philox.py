@@ -1,13 +1,18 @@
 """The dropout masks of `dropout` for Triton kernels: same seed and position, same bits.
 
-The formulas are written for each element. Elements that share a call of the generator lie in one
-thread (see the layout in `dropout`). The compiler merges their calls if it sees that their counters
-are equal; `attention_keep` makes that visible by broadcasting one counter to all of them.
+The formulas are written for each element. In attention, elements of a warp that share a call of the
+generator lie in one thread, and in rows 8 or 4 of 16 do (see Layout in `dropout`). The compiler
+merges the calls of a thread if it sees that their counters are equal; `attention_keep` makes that
+visible by broadcasting one counter to all of them.
 `python -m irongpt_kernels.aot` shows how many elements a call then serves.
 """
 
 import triton
 import triton.language as tl
+
+from irongpt_kernels import dropout
+
+ROUNDS = tl.constexpr(dropout.ROUNDS)
 
 
 @triton.jit
@@ -28,9 +33,11 @@ def attention_keep(
         c0, word, c1, byte = c0[:, None], word[:, None], c1[None, :], byte[None, :]
     c0, c1 = tl.broadcast(c0, c1)
     zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero, 7)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero, ROUNDS)
     word += zero
-    # In this order, as a tensor core's rows decide at compile time whether a word is odd.
+    # `word` is the row's group of 8. A thread's registers hold rows r and r + 8 of a fragment, so
+    # the compiler knows word % 2 of each register and removes the last tl.where. word < 2 can
+    # depend on the warp, so it is selected first.
     even, odd = tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3)
     bits = tl.where(word % 2 == 0, even, odd)
     return ((bits >> (byte * 8 + zero).to(tl.uint32)) & 0xFF).to(tl.int32) >= threshold
@@ -38,20 +45,21 @@ def attention_keep(
 
 @triton.jit
 def _counters(start, L: tl.constexpr):
-    """Of L rows or columns from `start`: counter word c0 or c1, and the number of the 8 in 32.
+    """For L consecutive rows (or columns) from `start`, two (L,) tensors: the counter word c0 (or
+    c1), and the number, 0 to 3, of the group of 8 within its 32.
 
     Numbers that share a counter get it by a broadcast, so that a thread computes it, and all that
     depends on it, once.
     """
     TILES: tl.constexpr = L // 32 if L > 32 else 1
-    EIGHTS: tl.constexpr = 4 if L > 32 else L // 8
-    tile, eight = tl.arange(0, TILES)[:, None, None], tl.arange(0, EIGHTS)[None, :, None]
+    GROUPS: tl.constexpr = 4 if L > 32 else L // 8
+    tile, group = tl.arange(0, TILES)[:, None, None], tl.arange(0, GROUPS)[None, :, None]
     counter = tile * 8 + tl.arange(0, 8)[None, None, :]
-    counter = tl.reshape(tl.broadcast_to(counter, (TILES, EIGHTS, 8)), (L,))
-    eight = tl.reshape(tl.broadcast_to(eight, (TILES, EIGHTS, 8)), (L,))
+    counter = tl.reshape(tl.broadcast_to(counter, (TILES, GROUPS, 8)), (L,))
+    group = tl.reshape(tl.broadcast_to(group, (TILES, GROUPS, 8)), (L,))
     if L < 32:
-        eight += start // 8 % 4
-    return start // 32 * 8 + counter, eight
+        group += start // 8 % 4
+    return start // 32 * 8 + counter, group
 
 
 @triton.jit
@@ -64,7 +72,7 @@ def row_keep(seed, rows, cols, threshold):
     zero = tl.zeros_like(c0)
     low = (row & 0xFFFFFFFF).to(tl.uint32)
     high = (row >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, low, high, zero + 1, 7)
+    w0, w1, w2, w3 = tl.philox(seed, c0, low, high, zero + 1, ROUNDS)
     word = cols // 4 % 4 + zero
     bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     shift = (cols % 4 * 8 + zero).to(tl.uint32)

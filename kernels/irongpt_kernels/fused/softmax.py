@@ -50,7 +50,8 @@ def _softmax_of_rows(x_ptr, rows, cols, M, N, x_strides, scale, CAUSAL: tl.const
     load = seen & (rows < M)
     if CAUSAL:
         seen = seen & (cols <= rows % N)
-        load = load & (cols // 16 * 16 <= rows % N)  # one mask bit per 16 columns
+        # The mask is equal for 16 aligned columns, so loads stay 128 bits wide.
+        load = load & (cols // 16 * 16 <= rows % N)
     x = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=load, other=0.0)
     a = tl.where(seen, x.to(tl.float32) * scale, float("-inf"))
     e = exp(a - tl.max(a, axis=1)[:, None])
@@ -150,20 +151,20 @@ def _bwd_online_kernel(
     )
     inverse = tl.div_rn(1.0, total)
     delta = weighted * inverse
-    left = tl.zeros((BLOCK_N,), dtype=tl.float32)  # the rounding error of delta
+    delta_error = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
         y = tl.where(cols < end, exp(x.to(tl.float32) * scale - m) * inverse, 0.0)
-        left += y * (dy - delta)
-    left_row = tl.sum(left, axis=0)
+        delta_error += y * (dy - delta)
+    delta_error_row = tl.sum(delta_error, axis=0)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = tl.load(x_row + cols * x_strides[1], mask=cols < end, other=0.0)
         dy = tl.load(dy_row + cols * dy_strides[1], mask=cols < end, other=0.0).to(tl.float32)
         y = exp(x.to(tl.float32) * scale - m) * inverse
-        dx = tl.where(cols < end, scale * y * (dy - delta - left_row), 0.0)
+        dx = tl.where(cols < end, scale * y * (dy - delta - delta_error_row), 0.0)
         tl.store(dx_ptr + row * N + cols, dx, mask=cols < N)
 
 

@@ -51,7 +51,8 @@ def _same(x: Array, y: Array) -> Array:
 
 
 class Memory(Threads):
-    """Some CTAs with their memory. `wrote` and `read` are sets of warps, as bits."""
+    """Some CTAs with their memory. `wrote` and `read`, for each granule of shared memory: bit w is
+    warp w."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)

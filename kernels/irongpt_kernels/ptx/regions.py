@@ -50,29 +50,42 @@ class Regions:
 def _spans(tensors: list[Tensor]) -> list[Span]:
     """Every storage, by address."""
     found: dict[int, np.ndarray] = {}
-    spans: list[Span] = []
+    pieces: list[tuple[int, int]] = []
     for t in tensors:
         storage = t.untyped_storage()
         size = storage.nbytes()
         if size > LARGE:
-            spans += _pieces(t)
+            pieces += _pieces(t)
         elif size:
             legal = found.setdefault(storage.data_ptr(), np.zeros(size, dtype=bool))
             cells = torch.zeros(size // t.itemsize, dtype=torch.bool)
             cells.as_strided(t.size(), t.stride(), t.storage_offset()).fill_(True)
             some = np.repeat(cells.numpy(), t.itemsize)
             legal[: len(some)] |= some
+    spans: list[Span] = [(start, size, None) for start, size in _union(pieces)]
     spans += [(start, len(legal), legal) for start, legal in found.items()]
     return sorted(spans, key=lambda span: span[0]) or [(4096, 0, None)]
 
 
-def _pieces(t: Tensor) -> list[Span]:
-    """The contiguous pieces of a view."""
-    dims = sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+def _union(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pieces that overlap, such as those of two views, become one."""
+    found: list[tuple[int, int]] = []
+    for start, size in sorted(pieces):
+        first, length = found[-1] if found else (start, 0)
+        if start < first + length:
+            found[-1] = first, max(length, start + size - first)
+        else:
+            found.append((start, size))
+    return found
+
+
+def _pieces(t: Tensor) -> list[tuple[int, int]]:
+    """The addresses and bytes of the contiguous pieces of a view."""
+    dims = sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 and s > 0)
     run = 1
     while dims and dims[0][0] == run:
         run *= dims.pop(0)[1]
     starts = np.zeros(1, dtype=i8)
     for stride, n in dims:
         starts = (starts[:, None] + np.arange(n) * stride).ravel()
-    return [(t.data_ptr() + int(s) * t.itemsize, run * t.itemsize, None) for s in starts]
+    return [(t.data_ptr() + int(s) * t.itemsize, run * t.itemsize) for s in starts]

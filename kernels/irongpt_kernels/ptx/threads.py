@@ -55,7 +55,8 @@ class Launch:
 
 
 class Pending:
-    """The asynchronous work of each of several threads or groups of them, in committed groups."""
+    """Asynchronous operations in flight (cp.async by warp, wgmma by four warps): `open` ones, and
+    the committed groups in order."""
 
     def __init__(self, count: int) -> None:
         self.open: list[list[Any]] = [[] for _ in range(count)]
@@ -77,7 +78,8 @@ class Pending:
 
 
 class Threads:
-    """Some CTAs of a launch without their memory. Numbers of threads are indices in registers."""
+    """The threads of some CTAs that run at once; `Memory` adds their memory. A thread's number is
+    its index in the arrays that are registers."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         self.launch, self.report, self.noise = launch, launch.report, launch.noise
@@ -121,7 +123,8 @@ class Threads:
     def report_error(
         self, kind: str, bad: Array, threads: Array, at: Site, detail: str = ""
     ) -> None:
-        """Reports an instruction of `threads`. bad: which of them did it."""
+        """Reports an error of an instruction. threads: those that executed it. bad: a mask of those
+        at fault."""
         if not bad.any():
             return
         t = int(threads[np.flatnonzero(bad)[0]])

@@ -21,6 +21,14 @@ def floating(*, optional: dict[str, Tensor | None] | None = None, **tensors: Ten
     same_device(**tensors)
 
 
+def int64(**tensors: Tensor) -> None:
+    """Raises TypeError unless all are int64 tensors."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or t.dtype != torch.int64:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} must be an int64 tensor, got {got}")
+
+
 def same_device(**tensors: Tensor) -> None:
     """Raises ValueError unless all tensors are on the device of the first."""
     (first, device), *others = ((name, t.device) for name, t in tensors.items())
@@ -108,9 +116,9 @@ def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
-    """Raises ValueError for p outside [0, 1), a missing seed, a seed that does not fit into 64 bits
-    or is on another device than `tensor` (one argument of the op, by its name); TypeError for any
-    other seed."""
+    """ValueError: p is outside [0, 1); p > 0 without a seed; a seed beyond 64 bits or on another
+    device than `tensor`. TypeError: a seed of another type. tensor: one argument of the op, as
+    name=value."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     if p > 0 and seed is None:

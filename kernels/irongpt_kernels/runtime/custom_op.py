@@ -38,7 +38,8 @@ def custom_op(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts the tensors to the autocast dtype if autocast is on: it has no effect inside an op."""
+    """Casts the tensors to the autocast dtype if autocast is on. Our kernels do not see autocast,
+    and autograd must record the cast, so a public function casts before it calls the op."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
         return tensors

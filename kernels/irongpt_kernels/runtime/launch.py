@@ -74,7 +74,8 @@ def block(n: int) -> int:
 
 def warps(elements: int) -> int:
     """The number of warps for a program with `elements` values, a power of two, in registers: 16
-    values per thread, or more above 8,192 values, as a program has at most 16 warps."""
+    values per thread; fewer below 512 values, and more above 8,192, as a program has 1 to 16 warps.
+    """
     return min(16, max(1, elements // 512))
 
 

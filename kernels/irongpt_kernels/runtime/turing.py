@@ -29,7 +29,9 @@ Correctness
     data of another. Only the rounding inside an accumulation can differ: 8 + 8 terms instead of 16.
     The first instruction writes d before the second reads a2, a3, b1. Triton gives d the registers
     of c, and c, a and b, the inputs of one instruction, have different registers. So d overlaps
-    none of a2, a3, b1; should it do so all the same, the instruction is left unchanged.
+    none of a2, a3, b1; should it do so all the same, the instruction is left unchanged, and the
+    kernel compiles as in stock Triton, with the warning, because its PTX then contains an
+    instruction that sm_75 lacks.
 
 Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their float32 dots remain
             IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
