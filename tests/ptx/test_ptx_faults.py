@@ -1,7 +1,9 @@
 """Each kind of wrong access is reported by the emulator, and its correct neighbour is not."""
 
+import numpy as np
 import pytest
 import torch
+from irongpt_kernels.ptx import regions
 from irongpt_kernels.ptx.threads import Report
 from torch import Tensor
 
@@ -125,3 +127,18 @@ def test_arguments_have_to_fit_the_parameters() -> None:
         execute(program("", 2), (1, 1, 1), [("i32", 1)], 0, Options(), Report())
     with pytest.raises(TypeError, match="for i32"):
         execute(program("", 1), (1, 1, 1), [("i32", torch.zeros(1))], 0, Options(), Report())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_views_of_large_tensors_are_listed_once(monkeypatch, order: int) -> None:
+    """Also of a row that is expanded, and where a view begins within another one."""
+    monkeypatch.setattr(regions, "LARGE", 0)
+    x = torch.zeros(8, 4)
+    views = [x[0].expand(1000, 4), x[:1], x[:6], x[4:5]][::order]
+    found = regions.Regions(views, 4)
+    assert found.sizes.tolist() == [6 * 16]
+    offsets = np.array([0, 60, 92, 96, 124])
+    inside, _ = found.locate(x.data_ptr() + offsets, 4)
+    assert inside.tolist() == [True, True, True, False, False]
+    apart = regions.Regions([x[:, :2], x[1:2]][::order], 4)
+    assert apart.sizes.tolist() == [8, 16] + [8] * 6
