@@ -187,7 +187,7 @@ def _kernels(report: Report, device: torch.device) -> None:
     lines = []
     head = attention_tiles.head_options(device, config.context, D, dtype.itemsize)
     for kernel in ("forward", "query", "key") if head is None else ("forward",):
-        t = attention_tiles.tiles(kernel, device, D, dtype.itemsize)
+        t = attention_tiles.launch_options(kernel, device, D, dtype.itemsize)
         lines.append(f"{kernel} {t['BLOCK_M']} x {t['BLOCK_N']}, {t['num_warps']} warps")
     if head is not None:
         lines.append(

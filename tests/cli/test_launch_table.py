@@ -34,7 +34,7 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 
 def forward_tile() -> dict[str, int]:
-    return attention_tiles.tiles("forward", GPU, 64, 2)
+    return attention_tiles.launch_options("forward", GPU, 64, 2)
 
 
 def test_saved_options_are_launched(h200) -> None:
@@ -50,9 +50,9 @@ def test_saved_options_are_launched(h200) -> None:
     assert f"tiles measured on this GPU, table {launch_table.digest(GPU)}" in note
     assert forward_tile() == TILE
     for kernel, itemsize in (("query", 2), ("forward", 4)):
-        found = attention_tiles.tiles(kernel, GPU, 64, itemsize)
+        found = attention_tiles.launch_options(kernel, GPU, 64, itemsize)
         assert found == attention_tiles.default_tiles(kernel, 90, 64, itemsize)
-    assert attention_tiles.tiles("forward", torch.device("cuda", 1), 64, 2) == default
+    assert attention_tiles.launch_options("forward", torch.device("cuda", 1), 64, 2) == default
     assert ops.notes("fused", GPU) == [note]
     assert ops.notes("builtin", GPU) == []
 
@@ -179,8 +179,8 @@ def test_a_measured_number_of_warps_decides_whether_sums_are_equal(h200, num_war
     options = dict(BLOCK_M=1, num_warps=num_warps)
     table = {("norm forward", 129, 2): options}
     launch_table.use(GPU, table | {("norm backward", 129, 2): options | dict(warps_per_sm=8)})
-    forward = layer_norm_backward.forward_tile(129, 2, GPU)
-    backward, warps = layer_norm_backward.backward_tile(129, 2, GPU)
+    forward = layer_norm_backward.forward_options(129, 2, GPU)
+    backward, warps = layer_norm_backward.backward_options(129, 2, GPU)
     assert warps == 8
     for found in (forward, backward):
         assert found.get("enable_fp_fusion", True) is not narrow

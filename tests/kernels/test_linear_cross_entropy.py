@@ -52,7 +52,7 @@ def rows(
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of logits, and what the kernel stores over them."""
     dz, classes = z.clone(), classes or z.shape[1]
-    sums = torch.empty(-(-len(z) // kernel.tile(z.shape[1])["BLOCK_M"]), device=DEVICE)
+    sums = torch.empty(-(-len(z) // kernel.launch_options(z.shape[1])["BLOCK_M"]), device=DEVICE)
     loss_scale = torch.tensor(scale, device=DEVICE)
     kernel.gradient_in_place(dz, targets, sums, len(z), loss_scale, classes)
     return sums.sum() / len(z), dz

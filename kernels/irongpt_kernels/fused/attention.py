@@ -125,7 +125,7 @@ def causal_attention_fwd(
     out, stats = _empty_outputs(q)
     if out.numel() == 0:
         return out, stats
-    config = attention_tiles.tiles("forward", q.device, D, q.element_size())
+    config = attention_tiles.launch_options("forward", q.device, D, q.element_size())
     grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
     with launch.device_context(q.device):
         _fwd_kernel[grid](

@@ -228,7 +228,7 @@ def causal_attention_bwd(
         BLOCK_D=launch.block(D),
         enable_fp_fusion=False,  # see Precision in `attention`
     )
-    config = attention_tiles.tiles("query", q.device, D, q.element_size())
+    config = attention_tiles.launch_options("query", q.device, D, q.element_size())
     with launch.device_context(q.device):
         _bwd_dq_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
             dout, q, k, v, out, m, log_l, seed, dq, delta,
@@ -237,7 +237,7 @@ def causal_attention_bwd(
         )  # fmt: skip
         if not with_kv:
             return packed
-        config = attention_tiles.tiles("key", q.device, D, q.element_size())
+        config = attention_tiles.launch_options("key", q.device, D, q.element_size())
         _bwd_dkdv_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
             dout, q, k, v, m, log_l, delta, seed, dk, dv,
             dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),

@@ -110,7 +110,7 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     return dict(BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=2)
 
 
-def tiles(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
+def launch_options(kernel: str, device: torch.device, D: int, itemsize: int) -> dict[str, int]:
     """The launch options of a kernel: BLOCK_M queries, BLOCK_N keys, its warps and stages.
 
     kernel: forward, query (delta, dQ) or key (dK, dV). Options that `irongpt tune` has measured on

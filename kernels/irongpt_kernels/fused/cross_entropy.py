@@ -130,8 +130,8 @@ def cross_entropy_fwd(
     M, V = logits.shape
     if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
         check_targets(targets, V, ignore_index)
-    tile = launch.row_tile(V, MAX_BLOCK, TILE)
-    parts = triton.cdiv(M, tile["BLOCK_M"])
+    options = launch.row_options(V, MAX_BLOCK, TILE)
+    parts = triton.cdiv(M, options["BLOCK_M"])
     sums, m, rest, loss = (
         logits.new_empty(size, dtype=torch.float32) for size in (parts, M, M, ())
     )
@@ -140,7 +140,7 @@ def cross_entropy_fwd(
         if M:
             strides = logits.stride(), targets.stride(0)
             _fwd_kernel[(parts,)](
-                logits, targets, sums, counts, m, rest, M, V, *strides, ignore_index, **tile
+                logits, targets, sums, counts, m, rest, M, V, *strides, ignore_index, **options
             )
         _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
     return loss, m, rest, n
@@ -153,11 +153,11 @@ def cross_entropy_bwd(
     M, V = x.shape
     dx = torch.empty((M, V), dtype=x.dtype, device=x.device)
     if M:
-        tile = launch.row_tile(V, MAX_BLOCK, TILE)
-        grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"]))
+        options = launch.row_options(V, MAX_BLOCK, TILE)
+        grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(V, options["BLOCK_N"]))
         with launch.device_context(x.device):
             _bwd_kernel[grid](
-                x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **tile
+                x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **options
             )
     return dx
 

@@ -84,18 +84,18 @@ def decode_attention_fwd(
         _fwd_kernel[(B * H,)](
             qkv, cache_k, cache_v, position, out,
             qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
-            scale, D=D, **_tile(N, D, qkv.element_size()),
+            scale, D=D, **_launch_options(N, D, qkv.element_size()),
         )  # fmt: skip
     return out
 
 
-def _tile(N: int, D: int, itemsize: int) -> dict[str, int]:
+def _launch_options(N: int, D: int, itemsize: int) -> dict[str, int]:
     BLOCK_D = launch.block(D)
     most = TILE // BLOCK_D // (2 if itemsize == 4 else 1)
     if launch.INTERPRETED:  # several tiles even on short inputs
         most = 16
-    tile = dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
-    return tile | launch.equal_sums(BLOCK_D, 8)
+    options = dict(BLOCK_N=min(launch.block(N), most), BLOCK_D=BLOCK_D, num_warps=8)
+    return options | launch.no_fusion_in_narrow_rows(BLOCK_D, 8)
 
 
 _op = custom_op(

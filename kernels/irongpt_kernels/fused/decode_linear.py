@@ -93,12 +93,12 @@ def decode_linear_fwd(
         return y
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     residual = None if residual is None else contiguous_rows(residual)
-    tile = _tile(N, K)
+    options = _launch_options(N, K)
     with launch.device_context(x.device):
-        _fwd_kernel[(triton.cdiv(N, tile["BLOCK_N"]),)](
+        _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
             x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
             M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-            eps, GELU=gelu, **tile,
+            eps, GELU=gelu, **options,
         )  # fmt: skip
     return y
 
@@ -107,15 +107,15 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _tile(N: int, K: int) -> dict[str, int]:
+def _launch_options(N: int, K: int) -> dict[str, int]:
     """Tiles small enough that the weight of a small model occupies all SMs of a large GPU."""
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
     if launch.INTERPRETED:  # where time is per program
         BLOCK_N = min(1024, max(16, triton.next_power_of_2(N) // 64))
     num_warps = 8 if BLOCK_N * BLOCK_K > 8192 else 4
-    tile = dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)
-    return tile | launch.equal_sums(BLOCK_K, num_warps)
+    options = dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)
+    return options | launch.no_fusion_in_narrow_rows(BLOCK_K, num_warps)
 
 
 def _norm_linear(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from irongpt_kernels import dropout
 from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
-from irongpt_kernels.fused.layer_norm_backward import forward_tile, keep_factor, one_row
+from irongpt_kernels.fused.layer_norm_backward import forward_options, keep_factor, one_row
 from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
@@ -81,10 +81,10 @@ def dropout_add_layer_norm_fwd(
         inputs = branch_rows, rows, one_row(weight), one_row(bias)
         strides = branch_rows.stride(0), rows.stride(0)
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
-        tile = forward_tile(N, branch.element_size(), branch.device)
+        options = forward_options(N, branch.element_size(), branch.device)
         with launch.device_context(branch.device):
-            _fwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
-                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **tile
+            _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **options
             )
     return outputs
 

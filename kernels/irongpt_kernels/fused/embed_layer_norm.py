@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
-from irongpt_kernels.fused.layer_norm_backward import one_row, tile
+from irongpt_kernels.fused.layer_norm_backward import launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import column_sums, norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
@@ -112,9 +112,10 @@ def embed_layer_norm_fwd(
     if M and N:
         wte, wpe = contiguous_rows(wte), contiguous_rows(wpe)
         inputs = wte, wpe, idx.contiguous(), one_row(weight), one_row(bias)
+        sizes, options = (M, N, T, len(wte)), launch_options(N)
         with launch.device_context(idx.device):
-            _fwd_kernel[(triton.cdiv(M, tile(N)["BLOCK_M"]),)](
-                *inputs, *outputs, M, N, T, len(wte), wte.stride(0), wpe.stride(0), eps, **tile(N)
+            _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+                *inputs, *outputs, *sizes, wte.stride(0), wpe.stride(0), eps, **options
             )
     return outputs
 

@@ -100,11 +100,12 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     M, N = x.shape
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel():
-        tile = launch_table.options("gelu forward", N, x.element_size(), x.device, _tile())
-        grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
+        default = _launch_options()
+        options = launch_table.options("gelu forward", N, x.element_size(), x.device, default)
+        grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"]))
         with launch.device_context(x.device):
             _fwd_kernel[grid](
-                x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **tile
+                x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **options
             )
     return y
 
@@ -112,9 +113,10 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """dy, x: (M, N), any strides. Returns dx, (M, N), and dbias: (N,), or (0,) unless bias_grad."""
     M, N = x.shape
-    tile = launch_table.options("gelu backward", N, x.element_size(), x.device, _tile())
-    col_tiles = triton.cdiv(N, tile["BLOCK_N"])
-    P = triton.cdiv(M, tile["BLOCK_M"])
+    default = _launch_options()
+    options = launch_table.options("gelu backward", N, x.element_size(), x.device, default)
+    col_tiles = triton.cdiv(N, options["BLOCK_N"])
+    P = triton.cdiv(M, options["BLOCK_M"])
     if bias_grad:
         programs = PROGRAMS_PER_SM * launch.num_sms(x.device)
         P = min(P, triton.cdiv(programs, max(1, col_tiles)))
@@ -124,7 +126,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tup
         with launch.device_context(x.device):
             _bwd_kernel[(P, col_tiles)](
                 dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), _stride(bias),
-                BIAS=bias is not None, BIAS_GRAD=bias_grad, **tile,
+                BIAS=bias is not None, BIAS_GRAD=bias_grad, **options,
             )  # fmt: skip
     return dx, dbias.sum(0).to(x.dtype if bias is None else bias.dtype)
 
@@ -133,7 +135,7 @@ def _stride(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.stride(0)
 
 
-def _tile() -> dict[str, int]:
+def _launch_options() -> dict[str, int]:
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_M * BLOCK_N))
 
 

@@ -112,31 +112,31 @@ def _bwd_kernel(
         tl.store(dbias_ptr + partial, dbias, mask=cols < N)
 
 
-def tile(N: int, measured: launch_table.Options | None = None) -> dict[str, int]:
+def launch_options(N: int, measured: launch_table.Options | None = None) -> dict[str, int]:
     """Launch options for rows of N elements: 16 to 32 elements per thread. measured: replace these
     options."""
     block_n = launch.block(N)
     block_m, num_warps = max(1, 1024 // block_n), launch.warps(block_n)
     options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps) | (measured or {})
-    return options | launch.equal_sums(block_n, options["num_warps"])
+    return options | launch.no_fusion_in_narrow_rows(block_n, options["num_warps"])
 
 
-def forward_tile(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
+def forward_options(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
     """Launch options of the forward of `dropout_add_layer_norm`. itemsize: of the branch."""
-    return tile(N, launch_table.options("norm forward", N, itemsize, device, {}))
+    return launch_options(N, launch_table.options("norm forward", N, itemsize, device, {}))
 
 
-def backward_tile(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
+def backward_options(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
     """Launch options, and the number of warps per SM. By default WARPS_PER_SM, which are enough to
     hide the memory latency; more would only write more partial sums."""
     measured = launch_table.options("norm backward", N, itemsize, device, {})
-    options = dict(warps_per_sm=WARPS_PER_SM) | tile(N, measured)
+    options = dict(warps_per_sm=WARPS_PER_SM) | launch_options(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
 
 
 def programs(rows: int, N: int, itemsize: int, device: torch.device) -> int:
     """How many programs share the rows, each with its own partial sums. itemsize: of the branch."""
-    options, warps = backward_tile(N, itemsize, device)
+    options, warps = backward_options(N, itemsize, device)
     per_sm = warps // options["num_warps"]
     return min(triton.cdiv(rows, options["BLOCK_M"]), per_sm * launch.num_sms(device))
 
@@ -156,7 +156,7 @@ def layer_norm_bwd(
     dsum_rows, dnorm_rows = (None if d is None else contiguous_rows(d) for d in (dsum, dnorm))
     rows = contiguous_rows(total)
     M, N = rows.shape
-    options, warps = backward_tile(N, branch_dtype.itemsize, total.device)
+    options, warps = backward_options(N, branch_dtype.itemsize, total.device)
     outputs = _empty_outputs(total, branch_dtype, P, wanted)
     if total.numel():
         inputs = dsum_rows, dnorm_rows, rows, one_row(weight), mean, rstd, seed

@@ -152,7 +152,7 @@ def gradient_in_place(
     M, V = z.shape
     if M:
         unit = 8 if V % 8 == 0 else 1
-        options = tile(V)
+        options = launch_options(V)
         with launch.device_context(z.device):
             _row_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
                 z, t, loss_scale, sums, M, classes, V // unit, float(n),
@@ -160,9 +160,9 @@ def gradient_in_place(
             )  # fmt: skip
 
 
-def tile(V: int) -> dict[str, int]:
+def launch_options(V: int) -> dict[str, int]:
     """Launch options of the row kernel for rows of V logits."""
-    return launch.row_tile(V, MAX_BLOCK if V <= MAX_BLOCK else LONG_BLOCK, TILE)
+    return launch.row_options(V, MAX_BLOCK if V <= MAX_BLOCK else LONG_BLOCK, TILE)
 
 
 def linear_cross_entropy_fwd(
@@ -176,7 +176,7 @@ def linear_cross_entropy_fwd(
     M, V = len(x), len(weight)
     fit = LOGITS_BYTES // (V * x.itemsize)
     rows = max(1, M) if fit >= M else max(CHUNK, fit // CHUNK * CHUNK)
-    BLOCK_M = tile(V)["BLOCK_M"]
+    BLOCK_M = launch_options(V)["BLOCK_M"]
     sums = torch.empty(triton.cdiv(M, BLOCK_M), dtype=torch.float32, device=x.device)
     loss = sums.new_empty(())
     dx, dw = x.new_empty(x.shape if gradient else 0), x.new_empty(0)

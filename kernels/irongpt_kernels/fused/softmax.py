@@ -176,11 +176,11 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
         return y
     with launch.device_context(x.device):
         if N <= MAX_BLOCK:
-            tile = launch.row_tile(N, MAX_BLOCK, TILE)
-            grid = (triton.cdiv(M, tile["BLOCK_M"]),)
-            _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **tile)
+            options = launch.row_options(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, options["BLOCK_M"]),)
+            _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **options)
         else:
-            _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_tile())
+            _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_options())
     return y
 
 
@@ -193,15 +193,17 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     strides = x.stride(), dy.stride()
     with launch.device_context(x.device):
         if N <= MAX_BLOCK:
-            tile = launch.row_tile(N, MAX_BLOCK, TILE)
-            grid = (triton.cdiv(M, tile["BLOCK_M"]),)
-            _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **tile)
+            options = launch.row_options(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, options["BLOCK_M"]),)
+            _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **options)
         else:
-            _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_tile())
+            _bwd_online_kernel[(M,)](
+                x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_options()
+            )
     return dx
 
 
-def _online_tile() -> dict[str, int]:
+def _online_options() -> dict[str, int]:
     """Launch options of the online kernels, without fused multiply-adds: m is the largest rounded
     scale x, so scale x - m is exactly 0 there only if scale x is rounded before the subtraction."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)

@@ -79,7 +79,7 @@ def warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def equal_sums(row: int, num_warps: int) -> dict[str, int]:
+def no_fusion_in_narrow_rows(row: int, num_warps: int) -> dict[str, int]:
     """Launch options with which all threads get the same bits for the sum of `row` products.
 
     If each thread holds only one product a b, the compiler fuses that multiplication with the first
@@ -89,7 +89,7 @@ def equal_sums(row: int, num_warps: int) -> dict[str, int]:
     return {} if row > 32 * num_warps else dict(enable_fp_fusion=False)
 
 
-def row_tile(N: int, columns: int, elements: int) -> dict[str, int]:
+def row_options(N: int, columns: int, elements: int) -> dict[str, int]:
     """Launch options for rows of N elements: blocks of at most `columns` columns, and where rows
     are short, so many rows that a program has `elements` elements."""
     BLOCK_N = min(columns, block(N))
