@@ -21,6 +21,8 @@ import triton
 from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
+from irongpt_kernels.runtime import emulate
+
 
 class Instruction(NamedTuple):
     """One line of SASS. target: the address that a branch may jump to, else None."""
@@ -39,13 +41,12 @@ class Binary(NamedTuple):
 
 class SM(NamedTuple):
     """Limits of one multiprocessor. shared: bytes of shared memory, of which each program takes
-    `reserved` more than it requests. program: the most bytes that one program may request."""
+    `reserved` more than it requests."""
 
     warps: int
     programs: int
     shared: int
     reserved: int
-    program: int
 
 
 class Rates(NamedTuple):
@@ -58,9 +59,9 @@ class Rates(NamedTuple):
 
 
 SMS = {
-    75: SM(32, 16, 65_536, 0, 65_536),
-    80: SM(64, 32, 167_936, 1024, 166_912),
-    90: SM(64, 32, 233_472, 1024, 232_448),
+    75: SM(32, 16, 65_536, 0),
+    80: SM(64, 32, 167_936, 1024),
+    90: SM(64, 32, 233_472, 1024),
 }
 RATES = {
     75: Rates(1024, 64, 0.5),
@@ -151,7 +152,7 @@ def count(instructions: Iterable[Instruction]) -> Counter[str]:
 def warps_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     """Warps that an SM holds at a time, for `warps` warps per program; 0 if no program fits."""
     sm = SMS[arch]
-    if shared > sm.program:
+    if shared > emulate.SHARED[arch]:
         return 0
     registers_per_warp = -(-registers * 32 // 256) * 256  # registers come to a warp in units of 256
     by_registers = 16_384 // registers_per_warp * 4 // warps  # each quarter of an SM has 16,384

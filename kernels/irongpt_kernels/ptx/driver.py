@@ -34,9 +34,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
-from irongpt_kernels.ptx.execute import SHARED_LIMIT, Argument, Options, execute
+from irongpt_kernels.ptx.execute import Argument, Options, execute
 from irongpt_kernels.ptx.threads import Report
-from irongpt_kernels.runtime import fake_driver, launch
+from irongpt_kernels.runtime import emulate, fake_driver, launch
 
 _DEVICES = 1000  # from this device number on, kernels are compiled to PTX only
 
@@ -54,8 +54,8 @@ def _launch(kernel: Any, grid: Any, values: Any, options: Options, report: Repor
     if options.change is not None:
         ptx = options.change(name, ptx)
     shared = kernel.metadata.shared
-    if shared > SHARED_LIMIT[arch]:
-        raise OutOfResources(shared, SHARED_LIMIT[arch], "shared memory")
+    if shared > emulate.SHARED[arch]:
+        raise OutOfResources(shared, emulate.SHARED[arch], "shared memory")
     arguments = _flatten(tuple(kernel.src.signature.values()), values)
     execute(ptx, grid, arguments, shared, options, report)
 
@@ -86,7 +86,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
     _active.append((Options(arch, **options), report))
     try:
         with (
-            fake_driver.gpu(arch, _DEVICES + arch, SHARED_LIMIT[arch]),
+            fake_driver.gpu(arch, _DEVICES + arch, emulate.SHARED[arch]),
             patch.object(knobs.cache, "dir", folder),
             patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),

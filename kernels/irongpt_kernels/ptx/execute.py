@@ -17,7 +17,6 @@ from irongpt_kernels.ptx.tensor_cores import Batch
 from irongpt_kernels.ptx.threads import Launch, Report
 
 SIDE_BY_SIDE = 2048  # threads
-SHARED_LIMIT = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes of a CTA
 PARAMETER_LIMIT = 4096  # bytes
 # Of the tensor cores: products that are added at a time, and extra bits of the accumulator.
 TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}

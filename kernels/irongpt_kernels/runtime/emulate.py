@@ -21,7 +21,7 @@ import torch
 VARIABLE = "IRONGPT_EMULATE"
 ARCH = 75
 NUM_SMS = 40
-SHARED = 65_536  # bytes of shared memory per program on sm_75
+SHARED = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes of shared memory that a program may have
 
 
 def enabled() -> bool:
@@ -52,8 +52,8 @@ def install() -> None:
 
     def load_ptx(self: compiler.CompiledKernel) -> None:
         if self.module is None and self.metadata.target.arch == ARCH:
-            if self.metadata.shared > SHARED:
-                raise OutOfResources(self.metadata.shared, SHARED, "shared memory")
+            if self.metadata.shared > SHARED[ARCH]:
+                raise OutOfResources(self.metadata.shared, SHARED[ARCH], "shared memory")
             self.kernel = self.asm["ptx"].encode() + b"\0"
         load(self)
 
