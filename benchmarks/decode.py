@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from irongpt_kernels.op_inputs import RING_SIZE
 
 from benchmarks.measure import profiler, result_file
 from benchmarks.measure.rows import DecodeRow
@@ -28,7 +29,7 @@ from irongpt.config import OPS, PRESETS, SampleConfig
 from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.generation import sample
-from irongpt.generation.decode import RING_SIZE, Decoder
+from irongpt.generation.decode import Decoder
 from irongpt.model import GPT
 
 ROUNDS = 5

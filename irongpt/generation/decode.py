@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
+from irongpt_kernels.op_inputs import RING_SIZE
 from torch import Tensor, nn
 
 from irongpt.config import SampleConfig
@@ -17,7 +18,6 @@ from irongpt.cuda_graph import Graph
 from irongpt.errors import UserError
 from irongpt.model import GPT, Block, KVCache
 
-RING_SIZE = 32  # tokens that the device holds until the host reads them
 WARMUP = 2  # tokens before the capture, so that kernels are compiled and workspaces allocated
 PREFILL_MULTIPLE = 16  # the prefill is padded to a multiple, so that Triton compiles fewer kernels
 

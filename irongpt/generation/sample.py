@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from irongpt_kernels import eager
+from irongpt_kernels.op_inputs import RING_SIZE
 
 from irongpt import device as devices
 from irongpt import ops
@@ -19,7 +20,7 @@ from irongpt.config import SampleConfig
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
-from irongpt.generation.decode import RING_SIZE, Decoder
+from irongpt.generation.decode import Decoder
 from irongpt.model import GPT
 
 HEALED = 2**31 - 1  # the number by which a healed token is sampled; no generated token has it

@@ -120,8 +120,8 @@ def linear_cross_entropy(
     classes: the number of classes, by default V; the rows of the weight after them are padding,
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
     will pass to the loss, by default 1. It affects only the rounding: an implementation that
-    computes the gradients together with the loss needs it so that small gradients do not underflow
-    in float16.
+    computes the gradients together with the loss needs it so that in float16 small gradients do not
+    underflow, and large ones do not overflow: without it, those beyond 64 do in `fused`.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SEED = (5 << 32) + 7  # uses both halves of the generator's key
-RING_SIZE = 32  # tokens of a sequence that the device holds
+RING_SIZE = 32  # tokens of a sequence that the device holds until the host reads them
 TOP_K = 20
 IGNORED = -100  # the target that cross_entropy leaves out
 
