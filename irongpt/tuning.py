@@ -84,7 +84,7 @@ class Work:
         _, size, itemsize = self.key
         T, pair = self.model.context, ["attention query", "attention key"]
         one = attention_tiles.head_options(self.device, T, size, itemsize) is not None
-        backward = [attention_tiles.head_kernel(T)] if one else pair
+        backward = [attention_tiles.head_entry(T)] if one else pair
         return self.kernel in backward or self.kernel not in (*launch_table.HEADS, *pair)
 
     def shape(self, batch: int) -> Shape:

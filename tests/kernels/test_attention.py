@@ -29,7 +29,7 @@ def tiling(monkeypatch: pytest.MonkeyPatch):
             M, N = sizes[kernel]
             return dict(BLOCK_M=M, BLOCK_N=N, num_warps=4, num_stages=1)
 
-        monkeypatch.setattr(attention_tiles, "tiles", tiles)
+        monkeypatch.setattr(attention_tiles, "launch_options", tiles)
 
     return set_tiles
 

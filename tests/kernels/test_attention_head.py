@@ -202,12 +202,12 @@ def test_a_measured_tile_is_used_at_its_context_only(monkeypatch: pytest.MonkeyP
     """The best tile of 64 positions spills at 256, where the default at D = 32 is the pair."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
-    launch_table.use(GPU, {(attention_tiles.head_kernel(64), 32, 2): OPTIONS})
+    launch_table.use(GPU, {(attention_tiles.head_entry(64), 32, 2): OPTIONS})
     for T in (1, 32, 33, 64, 65, 128, 129, 256):
         default = attention_tiles.default_head_options(90, T, 32, 2)
         found = attention_tiles.head_options(GPU, T, 32, 2)
         assert found == (OPTIONS if T in (33, 64) else default)
-    kernels = {attention_tiles.head_kernel(T) for T in range(1, 257)}
+    kernels = {attention_tiles.head_entry(T) for T in range(1, 257)}
     assert kernels == set(launch_table.HEADS)
 
 

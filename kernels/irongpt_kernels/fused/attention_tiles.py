@@ -79,11 +79,11 @@ def head_options(
         return None
     arch = 0 if launch.INTERPRETED else launch.architecture(device)
     return launch_table.options(
-        head_kernel(T), D, itemsize, device, default_head_options(arch, T, D, itemsize)
+        head_entry(T), D, itemsize, device, default_head_options(arch, T, D, itemsize)
     )
 
 
-def head_kernel(T: int) -> str:
+def head_entry(T: int) -> str:
     """The name of `attention_head_backward` in `launch_table`. The code depends on the context only
     by this power of two."""
     return f"attention head {launch.block(T)}"
