@@ -30,7 +30,7 @@ def load(name: str, device: torch.device, config: GPTConfig | None = None) -> Op
 
 
 def _load_fused(device: torch.device) -> Ops:
-    hint = "use --ops builtin, PyTorch's own fused ops"
+    hint = "use --ops builtin, PyTorch's own functions"
     try:
         from irongpt_kernels import fused
         from irongpt_kernels.runtime import launch, turing
