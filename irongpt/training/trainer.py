@@ -110,7 +110,8 @@ class Trainer:
                 self.seeds[row].fill_((config.seed << 32) + dropouts)
                 row += 1
         self.lr.fill_(optimizer.lr_at(self.step, config))
-        self.optimizer.new_share.fill_(1 - optimizer.average_decay_at(self.step, config))
+        if config.ema:
+            self.optimizer.new_share.fill_(1 - optimizer.average_decay_at(self.step, config))
 
     def _run_step(self) -> Tensor:
         """The step on the inputs that are filled in, entirely on the device (see `cuda_graph`)."""
