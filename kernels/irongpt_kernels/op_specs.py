@@ -31,7 +31,7 @@ class OpSpec:
         the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
     changes: names of inputs that the op updates in place. They count as results.
-    functions: those of `Ops` that this entry stands for, by default `name`; each is in one entry.
+    functions: those of `Ops` that this entry describes, by default `name`; each is in one entry.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
     full_rows: the same op on rows of V columns: softmax without a mask; norm_linear as a head.
@@ -54,7 +54,7 @@ class OpSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The functions of `Ops` that this entry stands for."""
+        """The functions of `Ops` that this entry describes."""
         return self.functions or (self.name,)
 
     @property
