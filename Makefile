@@ -29,13 +29,13 @@ generate: .venv/run ## generate text with the newest run, or RUN=folder; ARGS="-
 compare: .venv/run ## check the kernels against eager PyTorch (without a GPU: ARGS="--arch sm_75")
 	$(BIN)/irongpt compare $(ARGS)
 
-doctor: .venv/run ## print what will run on this machine, and why
+doctor: .venv/run ## print which device, dtype and kernels will be used, and why
 	$(BIN)/irongpt doctor $(ARGS)
 
 test: .venv/dev ## run the tests; ARGS="-k gelu" for some of them
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-tritons: $(TRITONS:%=test-triton-%) ## compile for a T4 with every supported version of Triton
+test-tritons: $(TRITONS:%=test-triton-%) ## compile the kernels for a T4 with every supported version of Triton
 
 test-triton-%: .venv-triton-%/ready
 	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \
@@ -58,7 +58,7 @@ test-compiled: .venv/dev $(TRITONS:%=.venv-triton-%/ready) ## execute the compil
 	done; \
 	exit $$failed
 
-mutants: .venv/dev ## run the mutation tests (half an hour); ARGS="--only gelu" for some of them
+mutants: .venv/dev ## run the mutation tests (about an hour and a half); ARGS="--only gelu" for some of them
 	$(BIN)/python -m tests.mutants.run $(ARGS)
 
 lint: .venv/dev ## check style and types (ruff, mypy)
@@ -72,12 +72,12 @@ format: .venv/dev ## format the code and fix what ruff can fix
 
 check: lint test ## everything that CI runs: lint and test
 
-bench: .venv/dev ## time every op in every implementation; ARGS="--no-sweeps" for one shape each
+bench: .venv/dev ## time every op in every implementation; ARGS="--no-sweeps" for one shape per op
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # ARGS go to all three commands (--preset, --device, --out, --result, --commit). If one fails, the
 # others still run.
-bench-train: .venv/dev ## time training steps, generation, and training to a target loss
+bench-train: .venv/dev ## time training steps (NANOGPT=folder: nanoGPT's too), generation, training to a loss
 	@failed=0; \
 	run() { (set -x; "$$@" $(ARGS)) || failed=1; }; \
 	run $(BIN)/python -m benchmarks.training $(if $(NANOGPT),--nanogpt "$(NANOGPT)"); \
@@ -85,7 +85,7 @@ bench-train: .venv/dev ## time training steps, generation, and training to a tar
 	run $(BIN)/python -m benchmarks.train_runs --section target; \
 	exit $$failed
 
-bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=its checkout
+bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=folder of nanoGPT
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
 gpu: .venv/dev ## run the full GPU suite (about 40 minutes on a T4 the first time, estimated)

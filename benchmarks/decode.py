@@ -9,9 +9,9 @@
 
 A sequence starts with one token and is never longer than the context, so no prompt is processed
 again. The weights are randomly initialized, because training does not change the speed. Tokens are
-sampled at temperature 0.8, without a cache by PyTorch. A graph is captured for every call, and its
-capture is in the time, as it is for a user; `steady` leaves out the first tokens, and so the
-capture. `nodes` is the number of kernels per token.
+sampled at temperature 0.8; without a cache, PyTorch samples them. A graph is captured for every
+call, and its capture is in the time, as it is for a user; `steady` leaves out the first tokens, and
+so the capture. `nodes` is the number of kernels per token.
 """
 
 import time

@@ -5,10 +5,9 @@
 
 For every operation of the step for which a GPU would launch kernels, the ledger counts the launches
 and the bytes of its operands, each read once and written once. Views and allocations launch no
-kernels. Nothing is measured and no GPU is needed; a profiler on a GPU has not confirmed the counts
-yet. Autocast is that of the CPU, whose list of operations
-agrees with CUDA's for this model. The attention of `builtin` counts as PyTorch's memory-efficient
-attention, which a T4 runs.
+kernels. Nothing is measured and no GPU is needed; the counts were not compared with a profiler's on
+a GPU yet. Autocast is that of the CPU, whose list of operations agrees with CUDA's for this model.
+The attention of `builtin` counts as PyTorch's memory-efficient attention, which a T4 runs.
 """
 
 from collections import Counter

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.scaling
     torchrun --nproc-per-node 2 -m benchmarks.scaling --device cpu       nano in two processes
 
-A step on one is that of `irongpt train` without torchrun; on a CPU it has the threads of all
-processes. The two are interleaved, a few steps each. `irongpt doctor` does the same once.
+A step on one GPU is that of `irongpt train` without torchrun; on a CPU it has the threads of all
+processes. Steps on one and on all GPUs are interleaved. `irongpt doctor` measures this once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""BPE: seconds to train and to encode, and its gain over characters.
+"""Measures how long BPE takes to train and to encode, and what it gains over characters.
 
     python -m benchmarks.tokenizers                      all of it, on War and Peace and python-code
     python -m benchmarks.tokenizers --parts speed        only the seconds of training and encoding

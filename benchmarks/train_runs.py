@@ -1,4 +1,4 @@
-"""Times complete training runs of each preset, seed and implementation; the loss over the time.
+"""Times complete training runs of each preset, seed and implementation, and records their losses.
 
     python -m benchmarks.train_runs --iters 300        300 steps
     python -m benchmarks.train_runs --section target   until the loss is 1.38 (nano: 1.80)

@@ -198,7 +198,9 @@ class SampleConfig:
 
     tokens: int = option("sampling", "number of tokens to generate", 1000)
     temperature: float = option("sampling", "divides the logits; 0 is greedy decoding", 0.8)
-    samples: int = option("sampling", "sequences to generate, in one batch, with --- between", 1)
+    samples: int = option(
+        "sampling", "sequences to generate, as one batch; a line --- separates them", 1
+    )
     top_k: int | None = option("sampling", "sample only from the N most probable tokens", None)
     top_p: float | None = option(
         "sampling",

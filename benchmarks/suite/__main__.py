@@ -1,23 +1,24 @@
 """The full GPU suite: every test, comparison and benchmark of a GPU in one command.
 
-    PYTHONPATH=.:kernels python -m benchmarks.suite              run all stages, in 40 minutes
+    PYTHONPATH=.:kernels python -m benchmarks.suite          run all stages, for at most 40 minutes
     PYTHONPATH=.:kernels python -m benchmarks.suite --only compare kernels
 
 It needs torch, triton, pytest, numpy and regex, and no installation (`make gpu` runs it too); with
 nvidia-ml-py the results also have the GPU's clocks, power and temperature. Without a network, the
-runs train on Python's manual, or on the text that --data names. Each stage is a subprocess with a
-share of the remaining time, and saves its results as it goes; the next stage starts even if it
-fails. Without a GPU, the stages run in small sizes. The checks that need a GPU come first:
+runs train on Python's language reference, or on the text that --data names. Each stage is a
+subprocess with a share of the remaining time, and saves its results as it goes; the next stage
+starts even if it fails. Without a GPU, the stages run in small sizes. The checks that need a GPU
+come first:
 
     doctor      reports what this machine will run
-    gpu         runs the tests that need a GPU, with training steps of each of the ops
+    gpu         runs the tests that need a GPU, with training steps of each implementation
     compare     compares the kernels with eager PyTorch and float64
     tests       runs the other kernel tests on this GPU, several files at a time
-    emulated    runs all these tests with the code for a T4: IRONGPT_EMULATE=sm_75
+    emulated    on newer GPUs: runs the tests of gpu and tests with the kernels as compiled for a T4
     kernels     times every op in every implementation at the iron model's shape
     train       times training steps
     decode      times generation in tokens/s
-    runs        trains for 300 steps with each of the ops
+    runs        trains for 300 steps with each implementation
     report      writes a Markdown report of all results, if matplotlib is installed
 
 The exit code is 1 if a stage failed or exceeded its time limit. A T4 that has not compiled the
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE", help=help)
     help = "time limit for all stages together, in minutes [40]"
     parser.add_argument("--minutes", type=float, default=40, help=help)
-    help = "text of the stage runs [War and Peace; without a network, Python's manual]"
+    help = "text of the stage runs [War and Peace; without a network, python-docs]"
     parser.add_argument("--data", metavar="TEXT", help=help)
     result_file.add_options(parser, kind="gpu")
     args = parser.parse_args(argv)

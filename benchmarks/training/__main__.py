@@ -1,4 +1,4 @@
-"""Times training steps: milliseconds, tokens/s, MFU, memory, and the share of the matmuls.
+"""Times training steps: milliseconds, tokens/s, MFU, memory, and the matmuls' share of the time.
 
     python -m benchmarks.training                    times iron on a GPU and nano on a CPU
     python -m benchmarks.training --nanogpt FOLDER   also times a checkout of nanoGPT
@@ -6,11 +6,11 @@
     eager, builtin, fused    the ops that `irongpt train --ops` offers
     naive                    builtin with attention in plain PyTorch
     ... compiled             torch.compile of the model's loss in its default mode
-    ... max-autotune         torch.compile in that mode, which uses CUDA graphs
+    ... max-autotune         torch.compile in its mode max-autotune, which uses CUDA graphs
     ... graph                the whole step as one CUDA graph
     ... as trained           a graph with deterministic algorithms, as in `irongpt train`
-    nanoGPT                  its model and AdamW on the same batches, also compiled; compare it with
-                             builtin AdamW, which does the same work if the preset uses Muon
+    nanoGPT                  its model and AdamW on the same batches, also compiled; if the preset
+                             uses Muon, compare it with builtin AdamW, which has the same optimizer
 
 A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants are
 interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights and

@@ -114,7 +114,7 @@ def load(
         try:
             return _one_text("war-and-peace", war_and_peace(say), reader)
         except UserError as error:
-            say(f"warning: using python-docs, the text of Python's manual, instead: {error}")
+            say(f"warning: using python-docs, Python's language reference, instead: {error}")
             data = "python-docs"
     sources = [data] if isinstance(data, str) else list(data)
     if sources == ["python-code"] and sha256 and val is None:

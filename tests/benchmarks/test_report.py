@@ -303,8 +303,8 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", docs)
     assert [list(cells) for cells in shown] == wanted
     row = (
-        r"and until the end \(([\d.]+)\).* CPU recipe until its end \(([\d.]+)\) "
-        r"\| `nano`: ([\d.]+) s and ([\d.]+) s; nanoGPT: ([\d.]+) s"
+        r"and to its end at ([\d.]+); .* CPU recipe to its end at ([\d.]+) "
+        r"\| ([\d.]+) s and ([\d.]+) s; ([\d.]+) s"
     )
     nanogpt, target, nano = wanted
     shown = (nano[1], nanogpt[1], target[0], nano[0], nanogpt[0])

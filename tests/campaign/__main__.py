@@ -1,16 +1,16 @@
-"""Runs a campaign: random cases, each made from the seed and its number alone.
+"""Runs a campaign: random cases, each of which depends only on the seed and its number.
 
     python -m tests.campaign ops            every op against float64, in Triton's interpreter
     python -m tests.campaign ptx            the same in the code that is compiled for sm_75
     python -m tests.campaign checkpoints    a run folder with one changed byte, file or value is
                                             resumed, and text is generated from it
     python -m tests.campaign inputs         malformed command lines and files
-    python -m tests.campaign kill           SIGKILL at a random instant of a run, then a resume
+    python -m tests.campaign kill           a run is killed at a random instant, then resumed
     python -m tests.campaign disk           a full, read-only, broken or slow disk at every write
 
-Every thousand cases, or every minute, a line reports how many are done. The exit code is 1 at the
-first fault, whose number is printed: --only runs that case again. With --resume, a campaign that
-was stopped continues after the last case that passed. Linux only.
+Every thousand cases, or every minute, a line reports how many are done. The first fault ends the
+campaign with exit code 1, after the number of its case is printed: --only runs that case again.
+With --resume, a campaign that was stopped continues after the last case that passed. Linux only.
 """
 
 import argparse

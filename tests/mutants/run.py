@@ -1,12 +1,12 @@
 """Injects each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel on it.
 
-    python -m tests.mutants.run                          all bugs; takes half an hour
+    python -m tests.mutants.run                          all bugs, in an hour and a half
     python -m tests.mutants.run --only gelu              bugs whose module or name contains the text
     python -m tests.mutants.run --check                  only checks that every bug can be injected
 
 A bug is caught if a test fails, or if Python crashes after memory was corrupted. The kernel's own
-test files run first; if they pass, the op's tests of test_op_contract.py and test_sanitizer.py do.
-The tests of a module must pass without a bug, or the module is reported as RED and skipped. The
+test files run first; if they pass, the op's tests in test_op_contract.py and test_sanitizer.py
+follow. A module whose tests fail without a bug is reported as RED, and skipped. The
 command prints a row per bug and how many were caught; the exit code is 1 if fewer than 95 % were.
 """
 

@@ -1,6 +1,6 @@
 """Executes the kernels' PTX on the CPU and compares them with eager: a row for each case.
 
-    python -m tests.ptx --arch sm_75 sm_80 sm_90            shapes that exercise all code
+    python -m tests.ptx --arch sm_75 sm_80 sm_90            all code (table), odd sizes (edges)
     python -m tests.ptx --set sample --arch sm_75           every op once
     python -m tests.ptx --set strides tuned --only gelu
     python -m tests.ptx --set sample --order ascending descending --mma hardware --noise 1

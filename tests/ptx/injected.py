@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", default="", help=help)
     parser.add_argument("--quick", action="store_true", help="inject only a few of the named bugs")
     parser.add_argument("--barriers", action="store_true", help="also leave out each barrier")
-    help = "also change so many single instructions at random [0]"
+    help = "also change N instructions, chosen at random, one at a time [0]"
     parser.add_argument("--random", type=int, metavar="N", default=0, help=help)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -193,12 +193,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m irongpt_kernels.aot",
         description="Compile every kernel without a GPU, and report the results.",
     )
-    parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
+    help, arches = "architecture to compile for [sm_75]", [f"sm_{a}" for a in sass.SMS]
+    parser.add_argument("--arch", choices=arches, default="sm_75", help=help)
     parser.add_argument("--json", action="store_true", help="JSON in place of the table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubin, PTX and SASS there")
     only = "compile only ops and shapes whose name contains TEXT"
     parser.add_argument("--only", default="", metavar="TEXT", help=only)
-    quick = "compile only the shapes of the tests; disassemble only where it is needed"
+    quick = "compile only the shapes of the tests; disassemble only kernels with a matmul or spills"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--dtype", choices=list(shapes.DTYPES), help="only inputs of this dtype")
     stock = "compile as unmodified Triton does, on sm_75 without tensor cores"

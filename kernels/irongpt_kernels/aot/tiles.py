@@ -207,11 +207,18 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m irongpt_kernels.aot.tiles")
-    parser.add_argument("--arch", choices=[f"sm_{a}" for a in sass.SMS], default="sm_75")
-    parser.add_argument("--d", type=int, nargs="+", default=[64, 128], help="head dimensions")
-    parser.add_argument("--p", type=float, choices=[0.0, 0.2], default=0.2, help="dropout")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser = argparse.ArgumentParser(
+        prog="python -m irongpt_kernels.aot.tiles",
+        description="Compile candidate tiles of attention, and rank them by a cost model.",
+    )
+    arches = [f"sm_{a}" for a in sass.SMS]
+    parser.add_argument("--arch", choices=arches, default="sm_75", help="architecture [sm_75]")
+    parser.add_argument(
+        "--d", type=int, nargs="+", default=[64, 128], help="head dimensions [64 128]"
+    )
+    parser.add_argument("--p", type=float, choices=[0.0, 0.2], default=0.2, help="dropout [0.2]")
+    dtypes = ["float16", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float16", help="of q, k, v [float16]")
     parser.add_argument("--json", action="store_true", help="JSON, with the clocks of every unit")
     args = parser.parse_args()
     arch = int(args.arch.removeprefix("sm_"))
