@@ -1,4 +1,4 @@
-"""The processes of one training, which torchrun starts: the only file with torch.distributed.
+"""The processes of one training run, which torchrun starts: the only file with torch.distributed.
 
     torchrun --nproc-per-node 2 -m irongpt train --fused
 
@@ -7,7 +7,7 @@ world is one process, and nothing of torch.distributed runs.
 
 In every process a thread increments a counter in the store every HEARTBEAT seconds and reads those
 of the others. If a counter stays the same for HEARTBEAT_TIMEOUT seconds, its process is considered
-dead: the live process of lowest rank reports it, and all exit, also if they wait inside a CUDA
+dead: the live process of lowest rank reports it, and all exit, even if they wait inside a CUDA
 graph. So the collectives need no timeout, and rank 0 may save or sample for as long as it takes.
 """
 
@@ -37,7 +37,7 @@ ENDED, FAILED = "ended", "failed "  # what a process that exits writes in place 
 
 
 class World:
-    """A single process. Its methods are how a training communicates: see `Torchrun` for several."""
+    """How the processes of a run communicate if there is only one. See `Torchrun` for several."""
 
     rank = 0
     size = 1
@@ -61,7 +61,8 @@ class World:
         raise NotImplementedError
 
     def all_reduce(self, values: Tensor) -> None:
-        """Adds up the float64 values of all processes in place. Of each, all but one must be 0."""
+        """Adds up float64 values over all processes, in place. Each sum must be exact in any order,
+        for example because only one of its summands is not 0."""
 
     def all_true(self, value: bool) -> bool:
         """Whether the value is true in all processes."""
@@ -112,7 +113,8 @@ class Torchrun(World):
         store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
-        self.last, self.ended, self.checks = ENDED, threading.Event(), 0
+        self.exchanges = 0  # through the store: every one has its own keys
+        self.last, self.ended = ENDED, threading.Event()
         self.timeout = HEARTBEAT_TIMEOUT
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
@@ -155,14 +157,14 @@ class Torchrun(World):
         self.dist.all_reduce(values)
 
     def all_true(self, value: bool) -> bool:
-        found = torch.tensor(float(value))
-        self.dist.all_reduce(found, self.dist.ReduceOp.MIN)
-        return bool(found)
+        least = torch.tensor(float(value))
+        self.dist.all_reduce(least, self.dist.ReduceOp.MIN)
+        return bool(least)
 
     def check_equal(self, facts: dict[str, Any]) -> None:
         """Exchanges the facts as JSON in the store: a process may lack some of them."""
-        self.checks += 1
-        keys = [f"facts-{self.checks}-{rank}" for rank in range(self.size)]
+        self.exchanges += 1
+        keys = [f"facts-{self.exchanges}-{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], json.dumps(facts, default=str))
         first, *others = (json.loads(self.store.get(key)) for key in keys)
         for rank, other in enumerate(others, start=1):
@@ -186,9 +188,11 @@ class Torchrun(World):
                 self.store.set(key, "done")
 
     def broadcast(self, value: str) -> str:
+        self.exchanges += 1
+        key = f"shared-{self.exchanges}"
         if not self.rank:
-            self.store.set("shared", value)
-        return str(self.store.get("shared").decode())
+            self.store.set(key, value)
+        return str(self.store.get(key).decode())
 
     def barrier(self) -> None:
         self.dist.all_reduce(torch.zeros(1))
