@@ -1,4 +1,4 @@
-"""`irongpt train`: runs a training in one process or in several, and prints its outcome."""
+"""`irongpt train`: trains in one process or in several, and prints the outcome."""
 
 import contextlib
 

@@ -32,7 +32,7 @@ TARGET_EVERY = 20  # steps between two checks of the target loss; only multiples
 STATE = (  # saved attributes
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
-COUNTS = ("step", "evaluated_at", "best_step", "bad_steps")  # steps, in every checkpoint
+COUNTS = ("step", "evaluated_at", "best_step", "bad_steps")  # every checkpoint has these integers
 
 
 class TrainingLoop:
@@ -69,7 +69,7 @@ class TrainingLoop:
         self.signal: int | None = None  # received by some process, and known to all of them
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint, `best` with the average of the weights if there is one.
+        """Writes a checkpoint to the folder. In `best` the weights are the average, if one is kept.
 
         Raises OSError if it cannot; the previous one then stays.
         """
@@ -128,7 +128,7 @@ class TrainingLoop:
 
     def _has_result(self) -> bool:
         """Whether a finished run gets a result.json. One that reached its target loss does not, so
-        that this evaluation adds nothing to its time."""
+        that evaluating the entire validation text adds nothing to its time."""
         return self.best_val is not None and not self.reached_target()
 
     def outcome(self) -> str:

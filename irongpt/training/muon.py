@@ -14,7 +14,7 @@ from torch import Tensor
 from irongpt.training.distributed import World
 
 SHARE_FROM_SIDE = 512  # rows and columns from which on GPUs share the iteration; computed for a T4
-STEPS = (3, 2)  # of the iteration; each group starts from a new Gram matrix
+STEPS = (3, 2)  # Newton-Schulz steps with a first Gram matrix, then with a new one
 RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
 
 
@@ -31,7 +31,8 @@ class Muon:
         shards: int = 1,
         world: World | None = None,
     ) -> None:
-        """dtype: of the iteration's matmuls; see `matmul_dtype`. shards: of a step."""
+        """beta: the decay of the momentum. dtype: that of the iteration's matmuls, see
+        `matmul_dtype`. shards: the number of shards in a step."""
         self.shards, self.world = shards, world or World()
         self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -52,7 +53,8 @@ class Muon:
         gradients: Mapping[Tensor, Tensor],
         low_precision_params: Mapping[Tensor, Tensor],
     ) -> None:
-        """lr: 0-d. stats: of `grad_norm`. gradients and 16-bit copies: by their parameters."""
+        """Updates the matrices and their 16-bit copies in place. lr: 0-d. stats: the result of
+        `grad_norm`. gradients, low_precision_params: by parameter."""
         directions = [
             self.ops.muon_momentum(
                 [gradients[p] for p in params], momentum, stats, beta=self.beta, dtype=self.dtype
@@ -75,7 +77,7 @@ class Muon:
         """Applies `orthogonal` to each shard's part of every group.
 
         If sharing is worth it, each process computes some parts and the results are gathered; else
-        each computes all. This decision, and so the bits, do not depend on the number of processes.
+        each computes all. Neither this decision nor the bits depend on the number of processes.
         """
         S = self.shards
         if S == 1 or not directions or not self._worth_sharing(directions):
@@ -85,7 +87,7 @@ class Muon:
             [d[c[s] : c[s + 1]] for d, c in zip(directions, cuts, strict=True)] for s in range(S)
         ]
         if self.world.size == 1:
-            found = [orthogonal(part) for part in parts]
+            updates = [orthogonal(part) for part in parts]
         else:
             width = max(sum(x.numel() for x in part) for part in parts)
             rows = directions[0].new_zeros(S, width)
@@ -93,39 +95,40 @@ class Muon:
                 own = torch.cat([x.flatten() for x in orthogonal(parts[s])])
                 rows[s, : len(own)] = own
             self.world.all_gather(rows)
-            found = []
+            updates = []
             for row, part in zip(rows, parts, strict=True):
                 sizes = [x.numel() for x in part]
                 flat = row[: sum(sizes)].split(sizes)
-                found.append([x.view_as(y) for x, y in zip(flat, part, strict=True)])
-        return [torch.cat(group) for group in zip(*found, strict=True)]
+                updates.append([x.view_as(y) for x, y in zip(flat, part, strict=True)])
+        return [torch.cat(group) for group in zip(*updates, strict=True)]
 
     def _worth_sharing(self, directions: list[Tensor]) -> bool:
-        """Whether sharing the iteration saves time: its FLOPs per byte that is exchanged grow with
-        the smaller side of the matrices (docs/LOG.md)."""
+        """Whether sharing the iteration saves time: always on a CPU; on GPUs from a smaller side of
+        SHARE_FROM_SIDE on, because the FLOPs per exchanged byte grow with it (docs/LOG.md)."""
         side = min(min(d.shape[1:]) for d in directions)
         return directions[0].device.type != "cuda" or side >= SHARE_FROM_SIDE
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The iteration's dtype where a training step's matmuls have `dtype`.
+    """The iteration's dtype if a training step's matmuls have `dtype`.
 
-    On a GPU float16 replaces bfloat16: it is as fast, and its errors are 0.4 to 2.5 %, against 1.3
-    to 20 % of the usual form in bfloat16 (docs/LOG.md). All values are far below float16's maximum.
+    On a GPU float16 replaces bfloat16: it is as fast, and its errors are 0.4 to 2.5 %. The usual
+    form in bfloat16 has 1.3 to 20 % (docs/LOG.md). All values are far below float16's maximum.
     """
     return torch.float16 if device.type == "cuda" and dtype.itemsize == 2 else dtype
 
 
 def orthogonal(groups: list[Tensor]) -> list[Tensor]:
-    """Approximately U V^T of matrices U S V^T: singular values become 0.7 to 1.2.
+    """Approximately U V^T of matrices U S V^T: singular values become 0.7 to 1.2, except that those
+    far below the largest one stay small.
 
     groups: (n, rows, columns) each, of matrices of Frobenius norm 1. Matmuls and results have their
-    dtype. Singular values far below the largest one stay small.
+    dtype.
 
     The iteration works on Gram matrices, whose size is the smaller side, so all groups with the
-    same smaller side are batched. A matrix itself is multiplied twice for each group of STEPS, not
-    at every step as in the usual form. With one Gram matrix for all steps, half the digits would be
-    lost.
+    same smaller side are batched. A matrix itself is multiplied twice for each number in STEPS,
+    not at every step as in the usual form. With one Gram matrix for all steps, half the digits
+    would be lost.
     """
     sides: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(groups):
@@ -149,8 +152,8 @@ def _tall(x: Tensor) -> bool:
 def _factor(gram: Tensor, steps: int) -> Tensor:
     """The factor by which `steps` Newton-Schulz steps multiply a matrix; gram: (n, m, m).
 
-    A step multiplies by p(G) = a + b G + c G^2 with Jordan's coefficients, which grow small
-    singular values fastest, and the next Gram matrix is p G p.
+    A step multiplies by p(G) = a + b G + c G^2 with Jordan's coefficients, which enlarge small
+    singular values most, and the next Gram matrix is p G p.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     q = None

@@ -60,9 +60,9 @@ class LossScaler:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon for the blocks' matrices.
+    """AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
-    The parameters are float32. Where one has a 16-bit copy, the copy receives the gradient, and
+    The parameters are float32. If one has a 16-bit copy, the copy receives the gradient, and
     every step updates the copy too. With config.ema it also keeps an exponential moving average of
     the parameters (Polyak and Juditsky 1992), which is better than each step's parameters while the
     learning rate is high.
@@ -81,7 +81,7 @@ class Optimizer:
     ) -> None:
         """lr: the learning rate, 0-d float32 on the parameters' device, read by every step.
 
-        low_precision_params: parameter -> its 16-bit copy. dtype: of the step's matmuls.
+        low_precision_params: parameter -> its 16-bit copy. dtype: that of the step's matmuls.
         """
         self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
         self.low_precision_params = low_precision_params or {}
@@ -107,7 +107,7 @@ class Optimizer:
         )
         self.steps = torch.zeros(len(self.adamw_params), device=lr.device)
         self.average = {p: p.detach().clone() for p in self.names} if config.ema else {}
-        self.new_share = torch.zeros((), device=lr.device)  # of this step's parameters in it
+        self.new_share = torch.zeros((), device=lr.device)  # 1 - the average's decay
 
     def zero_grad(self) -> None:
         for p in (*self.names, *self.low_precision_params.values()):
@@ -143,11 +143,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, shards: Shards | None = None, summands: Tensor | None = None) -> Tensor:
-        """Updates the weights from the gradients of scale * loss, clipped to a global norm.
+        """Updates the parameters from the gradients of scale * loss, clipped to a global norm.
 
-        summands: of a step with shards, (count, n) gradients to sum, in the layout of `shards`.
-        A step whose gradients are not finite changes neither parameters nor moments. Returns the
-        norm of the unscaled gradients before clipping, 0-d.
+        shards, summands: of a step with shards, and the result of `shards.exchange()`. A step whose
+        gradient norm is not finite changes neither parameters nor moments. Returns the norm of the
+        unscaled gradients before clipping, 0-d.
         """
         config, scaler, low = self.config, self.scaler, self.low_precision_params
         state = scaler.scale, scaler.growth_tracker, self.steps
@@ -156,12 +156,12 @@ class Optimizer:
             growth_interval=scaler.growth_interval if scaler.enabled else 0,
         )
         if shards is None or summands is None:
-            found = self.gradients()
-            stats = self.ops.grad_norm(found, *state, **options)
+            gradients = self.gradients()
+            stats = self.ops.grad_norm(gradients, *state, **options)
         else:
             total, stats = self.ops.sum_shards(summands, *state, **options)
-            found = shards.views(total)
-        grads = dict(zip(self.names, found, strict=True))
+            gradients = shards.views(total)
+        grads = dict(zip(self.names, gradients, strict=True))
         self.ops.adamw(
             self.adamw_params,
             [low[p] for p in self.adamw_params if p in low],
@@ -185,7 +185,7 @@ class Optimizer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model has the average of its weights inside of the context, if there is one."""
+        """A context in which the model has the average of its weights, if one is kept."""
         self._exchange_average()
         try:
             yield
@@ -210,7 +210,7 @@ class Optimizer:
         return state | {f"average.{self.names[p]}": a for p, a in self.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments and the average, named `<moment>.<parameter>`.
+        """Step counts, moments and average, named `<kind>.<parameter>`.
 
         Views are cloned, as safetensors requires.
         """
@@ -220,7 +220,7 @@ class Optimizer:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Copies the result of `tensors`. Raises KeyError or ValueError if it does not fit."""
+        """Restores the result of `tensors`. Raises KeyError or ValueError if it does not fit."""
         state = self._state()
         for name, t in state.items():
             if tensors[name].shape != t.shape:

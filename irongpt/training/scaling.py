@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m irongpt doctor
     torchrun --nproc-per-node 2 -m benchmarks.scaling
 
-`measure` times them in the processes of torchrun, interleaved by a few steps, so that a warm GPU or
-another program slows all alike. `by_torchrun` starts these processes.
+`measure` times them in the processes of torchrun, a few steps of each in turn, so that a warm GPU
+or another program slows all alike. `by_torchrun` starts these processes.
 """
 
 import contextlib
@@ -31,13 +31,16 @@ from irongpt.training.distributed import World
 from irongpt.training.trainer import Trainer
 
 MIN_SPEEDUP = 1.25  # from which several GPUs are recommended
-LIMIT = 50.0  # seconds, in which the kernels may have to be compiled
+LIMIT = 50.0  # seconds, which may include compiling the kernels
 TOKENS = 100_000  # random ones, because a step's time does not depend on the text
 
 
 @dataclass
 class Scaling:
-    """Seconds per step, one time for each round. bytes: that a process receives in an exchange."""
+    """Seconds per step, a number for each round: on one GPU, on all, and of the exchange alone.
+
+    bytes: the number that a process receives in an exchange.
+    """
 
     preset: str
     dtype: str
@@ -78,7 +81,7 @@ def measure(
     """Returns the times of this process. Only process 0 has times of `one`, for which on a CPU it
     gets the threads of all.
 
-    steps: in a round; 0 selects 10 on a GPU and 3 on a CPU.
+    steps: per round; 0 selects 10 on a GPU and 3 on a CPU.
     """
     dtype = devices.precision("auto", device).dtype
     steps = steps or (10 if device.type == "cuda" else 3)
@@ -104,7 +107,7 @@ def measure(
     assert shards is not None
     received = shards.rows.nbytes // world.size * (world.size - 1)
     kind = "GPU" if device.type == "cuda" else "process"
-    found = Scaling(preset, devices.dtype_name(dtype), name, kind, world.size, received)
+    times = Scaling(preset, devices.dtype_name(dtype), name, kind, world.size, received)
     threads = torch.get_num_threads()
     warm = WARMUP + 2 if device.type == "cuda" else 1
     try:
@@ -113,16 +116,16 @@ def measure(
             world.barrier()
             if alone is not None:
                 torch.set_num_threads(threads * (world.size if device.type == "cpu" else 1))
-                found.one.append(_seconds(alone.train_step, count, device))
+                times.one.append(_seconds(alone.train_step, count, device))
                 torch.set_num_threads(threads)
             world.barrier()
-            found.all.append(_seconds(together.train_step, count, device))
-            found.exchange.append(_seconds(shards.exchange, count, device))
+            times.all.append(_seconds(together.train_step, count, device))
+            times.exchange.append(_seconds(shards.exchange, count, device))
     finally:
         together.close()
-    for times in (found.one, found.all, found.exchange):
-        del times[:1]  # warm-up, in which kernels are compiled
-    return found
+    for samples in (times.one, times.all, times.exchange):
+        del samples[:1]  # warm-up, in which kernels are compiled
+    return times
 
 
 def _seconds(call: Callable[[], object], count: int, device: torch.device) -> float:

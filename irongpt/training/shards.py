@@ -18,15 +18,15 @@ NUMBERS = 4  # float32 values after the gradients of a shard: its loss, a signal
 
 
 class Shards:
-    """One row per shard: the gradients of all weights, and the shard's numbers.
+    """One row per shard: the gradients of all parameters, and the shard's numbers.
 
-    The rows have the dtype of the training's matmuls, so 16-bit training exchanges 16 bits.
+    The rows have the dtype of the matmuls, so 16-bit training exchanges 16 bits.
     """
 
     def __init__(
         self, params: Sequence[Tensor], count: int, dtype: torch.dtype, world: World
     ) -> None:
-        """params: the weights on the device. count: of shards, a multiple of world.size."""
+        """params: on the device. count: the number of shards, a multiple of world.size."""
         self.params, self.world, self.own = list(params), world, world.own_range(count)
         self.sizes = [-(-p.numel() // ALIGNED) * ALIGNED for p in self.params]
         n, tail = sum(self.sizes), NUMBERS * 4 // dtype.itemsize
@@ -35,7 +35,7 @@ class Shards:
         self.numbers = self.rows[:, n:].view(torch.float32)  # (count, NUMBERS)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Views of a row of gradients, in the shapes of the weights."""
+        """Views of a row of gradients, in the shapes of the parameters."""
         parts = flat.split(self.sizes)
         return [part[: p.numel()].view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 

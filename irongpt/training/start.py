@@ -69,11 +69,11 @@ MANY_EPOCHS = 20  # from here on a warning is printed
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a training is built from, except the text. It is decided once, from the
-    flags, so that a mistake in a flag is reported before anything is downloaded."""
+    """Everything that a run is built from, except the text. It is decided once, from the flags, so
+    that a mistake in a flag is reported before anything is downloaded."""
 
     preset: str
-    data: DataConfig | None  # None: War and Peace, or python-docs where it cannot be downloaded
+    data: DataConfig | None  # None: War and Peace, or python-docs if it cannot be downloaded
     model: GPTConfig  # vocab_size is 1 in a new run until the text is read
     train: TrainConfig
     device: torch.device
@@ -244,7 +244,7 @@ def _training(
     world: World,
     step: int = 0,
 ) -> TrainingLoop:
-    """A model with new weights and its trainer, on the device. Prints what they are."""
+    """The training loop of a model with new weights. Prints a summary of the run."""
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)

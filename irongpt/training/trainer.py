@@ -20,7 +20,7 @@ from irongpt.training.shards import Shards
 
 INT32_FROM = 1 << 27  # ids: so many or more are int32 on a GPU, as int64 would take a gigabyte
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
-MARGIN = 0.02  # nats above its limit at which an evaluation ends early
+MARGIN = 0.02  # nats above its limit at which an evaluation stops early
 
 
 class Trainer:
@@ -29,20 +29,20 @@ class Trainer:
     def __init__(
         self,
         model: GPT,
-        ids: Tokens | Tensor,
+        tokens: Tokens | Tensor,
         config: TrainConfig,
         device: torch.device,
         dtype: torch.dtype,
         world: World | None = None,
     ) -> None:
-        """model: on `device`. ids: a corpus, or (N,) ids of one text. They go to the device.
+        """model: on `device`; the ids are moved there. tokens: a corpus, or (N,) ids of one text.
 
         world: the processes that train it together; its size divides config.shards.
         """
         self.world = world = world or World()
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         context = model.config.context
-        self.tokens = ids if isinstance(ids, Tokens) else Tokens.of(ids)
+        self.tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
         self.tokens.check(context)
         train_ids, self.val_ids = (self._on_device(t) for t in (self.tokens.train, self.tokens.val))
         self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
@@ -158,12 +158,12 @@ class Trainer:
     def evaluate(
         self, should_continue: Callable[[], bool] = lambda: True, limit: float = math.inf
     ) -> float | None:
-        """Mean loss of `eval_windows` validation sequences, by the average of the weights if there
-        is one. The training is not affected.
+        """Mean loss of at most `eval_windows` validation sequences, with the average of the weights
+        if one is kept. Training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process,
-        or if the mean is above the limit. One process ends early once the mean of the first batches
-        is more than MARGIN above it.
+        or if the mean is above the limit. A run of one process stops early once the mean of the
+        first batches is more than MARGIN above it.
         """
         batches = (self.val_batches[i] for i in range(len(self.val_batches)))
         with self.optimizer.averaged():
@@ -201,9 +201,9 @@ class Trainer:
                         return None
         finally:
             self.model.train()
-        found = torch.stack([*losses, zero + stopped])
-        world.all_reduce(found)  # each is 0 in all processes but one
-        *values, stops = found.tolist()
+        sums = torch.stack([*losses, zero + stopped])
+        world.all_reduce(sums)  # a loss is 0 in all processes but one
+        *values, stops = sums.tolist()
         if stops:
             return None
         total = 0.0
@@ -214,7 +214,7 @@ class Trainer:
         return total / sum(weights)
 
     def _on_device(self, ids: Tensor) -> Tensor:
-        """The ids on the device. On a CPU they stay 16-bit; a GPU gets int64, or int32 if many."""
+        """The ids on the device: unchanged on a CPU, int64 on a GPU, or int32 if they are many."""
         if self.device.type == "cpu":
             return ids
         return ids.to(self.device, torch.int64 if ids.numel() < INT32_FROM else torch.int32)
