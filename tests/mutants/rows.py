@@ -40,13 +40,13 @@ LAYER_NORM_BACKWARD: list[Bug] = [
      "dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)", "dx *= scale"),
     ("dropped from the residual's gradient too",
      "        if dresidual_ptr is not None:\n"
-     "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
+     "            tl.store(dresidual_ptr + offsets, dx, mask=valid)\n"
      "        if dbranch_ptr is not None:\n            if seed_ptr is not None:\n"
      "                dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n",
      "        if seed_ptr is not None:\n"
      "            dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n"
      "        if dresidual_ptr is not None:\n"
-     "            tl.store(dresidual_ptr + out, dx, mask=valid)\n"
+     "            tl.store(dresidual_ptr + offsets, dx, mask=valid)\n"
      "        if dbranch_ptr is not None:\n"),
 ]  # fmt: skip
 
@@ -92,22 +92,23 @@ EMBED_LAYER_NORM: list[Bug] = [
      "tl.load(idx_ptr + rows, mask=rows < M, other=0) ==", "tl.load(idx_ptr + rows) =="),
     ("padding is token 0", "== token) & (rows < M)", "== token) & (rows > -1)"),
     ("the last part is left out",
-     "tl.minimum(begin + part, M)", "tl.minimum(begin + part, M // part * part)"),
-    ("only the last block counts", "total += tl.sum(dx", "total = tl.sum(dx"),
+     "tl.minimum(begin + part_rows, M)",
+     "tl.minimum(begin + part_rows, M // part_rows * part_rows)"),
+    ("only the last block counts", "total += tl.sum(g", "total = tl.sum(g"),
     ("every row of a block counts",
      "mask=found[:, None] & (cols", "mask=(rows < M)[:, None] & (cols"),
     ("columns past the end are written", "row * N + cols, total, mask=cols < N)",
      "row * N + cols, total, mask=cols > -1)"),
-    ("parts write one sum", "tl.cast(number, tl.int64) * V", "tl.cast(0, tl.int64) * V"),
+    ("parts write one sum", "tl.cast(part, tl.int64) * V", "tl.cast(0, tl.int64) * V"),
     ("offsets of rows in int32", "rows.to(tl.int64)[:, None] * N", "rows[:, None] * N"),
-    ("parts overlap", "begin = number * part", "begin = number * (part - 1)"),
+    ("parts overlap", "begin = part * part_rows", "begin = part * (part_rows - 1)"),
     ("gradient of x itself ignored",
      "        dx, dnorm, x, weight, mean", "        None, dnorm, x, weight, mean"),
     ("any layout taken for contiguous rows",
      "contiguous_rows(wte), contiguous", "launch.as_matrix(wte), contiguous"),
     ("ids of any layout read as contiguous", "wte, wpe, idx.contiguous(),", "wte, wpe, idx,"),
     ("ids of any layout read as contiguous in the backward",
-     "dx, idx.contiguous(), sums", "dx, idx, sums"),
+     "g, idx.contiguous(), sums", "g, idx, sums"),
     ("PyTorch's gradient skips a token", "idx, V, -1, False)", "idx, V, 0, False)"),
 ]  # fmt: skip
 

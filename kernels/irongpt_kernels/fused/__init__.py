@@ -1,8 +1,8 @@
 """Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
-A module has the kernels of one op or of related ops; exponential, philox and attention_tiles are
-helpers. Its docstring gives formulas, memory traffic and limits.
-Importing this package imports Triton.
+A module has the kernels of one op or of related ops, and a docstring with formulas, memory traffic
+and limits. exponential, philox and attention_tiles are helpers. Importing this package imports
+Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw

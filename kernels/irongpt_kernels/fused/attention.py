@@ -10,7 +10,7 @@ Forward, per row, over the columns up to the diagonal:
 Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2", 2023): a program
             loops over tiles of keys and carries, for each row, the maximum m, the sum l and the
             unnormalized output. When a tile raises m, the carried l and output are rescaled by
-            2^(m_old - m_new). Exponents are to base 2: log2(e) is folded into the scale. m and
+            2^(m_old - m_new). Exponentials have base 2: log2(e) is folded into the scale. m and
             log2(l) are saved. Dropout acts on the attention weights P and not on l, as in eager.
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
 Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal crosses are handled by
@@ -21,7 +21,7 @@ Parallelism one program per head and query tile; the longest rows of a head come
 Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
             matmul with v. S - m must not become a fused multiply-add: for the largest score
             it has to be exactly 0, or a row of huge scores overflows. m and log2(l) are stored
-            separately: where m is large, their rounded sum loses digits of log2(l), and all P of
+            separately: if m is large, their rounded sum loses digits of log2(l), and all P of
             the row are wrong by the same factor. In float32 the backward subtracts m and log2(l)
             from S in turn; for 16-bit inputs their rounded sum (`attention_tiles.load_stats`).
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
@@ -81,9 +81,9 @@ def _fwd_kernel(
     out = acc * (keep_scale / l)[:, None]  # div_rn would spill on sm_90
     store_tile(out, out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
-    stats = tl.cast(head, tl.int64) * T + rows
-    tl.store(m_ptr + stats, m, mask=rows < T)
-    tl.store(log_l_ptr + stats, tl.log2(l), mask=rows < T)
+    at = tl.cast(head, tl.int64) * T + rows
+    tl.store(m_ptr + at, m, mask=rows < T)
+    tl.store(log_l_ptr + at, tl.log2(l), mask=rows < T)
 
 
 @triton.jit
@@ -195,8 +195,10 @@ def causal_attention(
 ) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
 
-    Raises TypeError for a dtype other than float32, float16 and bfloat16; ValueError for tensors
-    that differ in shape, dtype or device, and unless D is a multiple of 16 from 16 to 128.
+    Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a seed of another
+    type; ValueError for tensors that differ in shape, dtype or device, unless D is a multiple of 16
+    from 16 to 128, for dropout_p outside [0, 1) or without a seed, and for a scale that is not
+    finite.
     """
     checks.floating(q=q, k=k, v=v)
     checks.rank("q", q, 4)

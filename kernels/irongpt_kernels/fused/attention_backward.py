@@ -25,9 +25,8 @@ Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, 
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
-            underflow in float16. In float16 dS overflows no earlier than dZ would: with
-            x = dZ keep / (1 - p), dS = P (x - sum P x), and |dS| <= (max x - min x) / 4 over the
-            row.
+            underflow in float16. With x = dZ keep / (1 - p), dS = P (x - sum P x), so that
+            |dS| <= (max x - min x) / 4 over the row: it overflows in float16 no earlier than x.
             Each row of dS sums to 0. If one key has nearly all of the weight, each dS is a
             difference of nearly equal numbers, and the different rounding of dot(dO, O) and dZ
             becomes visible in float32. There a first pass over the keys computes the sum of dS and
@@ -47,7 +46,7 @@ from torch import Tensor
 from irongpt_kernels import dropout
 from irongpt_kernels.fused import attention_tiles, philox
 from irongpt_kernels.fused.attention_head_backward import head_bwd
-from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile, weights
+from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile
 from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import unpack
@@ -67,11 +66,11 @@ def _bwd_dq_kernel(
     b, h = head // H, head % H
     seed = tl.load(seed_ptr)
     rows = start_m + tl.arange(0, BLOCK_M)
-    stats = tl.cast(head, tl.int64) * T + rows  # offsets of m, log2(l) and delta
+    at = tl.cast(head, tl.int64) * T + rows  # offsets of m, log2(l) and delta
     q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
     out = load_tile(out_ptr, out_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, True)
-    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
+    m, log_l = load_stats(m_ptr, log_l_ptr, at, rows < T, q.dtype == tl.float32)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     end = tl.minimum(start_m + BLOCK_M, T)
     if q.dtype == tl.float32:  # see Precision
@@ -83,7 +82,7 @@ def _bwd_dq_kernel(
             )  # fmt: skip
             ds_sum += tl.sum(ds, 1)
         delta += ds_sum
-    tl.store(delta_ptr + stats, delta, mask=rows < T)
+    tl.store(delta_ptr + at, delta, mask=rows < T)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     diagonal = start_m // BLOCK_N * BLOCK_N  # every row sees the keys before this one
@@ -114,7 +113,7 @@ def _ds_of_keys(
     k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, DIAGONAL)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
-    p = weights(s, m[:, None], log_l[:, None], q.dtype == tl.float32)
+    p = attention_tiles.weights(s, m[:, None], log_l[:, None], q.dtype == tl.float32)
     if DIAGONAL:
         p = tl.where((cols <= rows) & (rows > 0), p, 0.0)  # rows > 0: see Precision
     dz = tl.dot(dout, tl.trans(v), input_precision="ieee") * (256 / (256 - THRESHOLD))
@@ -165,7 +164,7 @@ def _bwd_dkdv_kernel(
 def _dkv_of_queries(
     dk, dv, k, v, dout_ptr, q_ptr, m_ptr, log_l_ptr, delta_ptr, dout_strides, q_strides,
     b, h, head, start_m, start_n, T, scale_log2, seed,
-    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
+    DIAGONAL: tl.constexpr, CHECK_T: tl.constexpr, THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the contribution of a tile of queries to dK / scale and dV / keep_scale.
@@ -175,14 +174,14 @@ def _dkv_of_queries(
     """
     rows = start_m + tl.arange(0, BLOCK_M)
     cols = (start_n + tl.arange(0, BLOCK_N))[:, None]
-    stats = tl.cast(head, tl.int64) * T + rows
-    q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
-    dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, BOUNDED)
-    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, q.dtype == tl.float32)
-    delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)[None, :]
+    at = tl.cast(head, tl.int64) * T + rows
+    q = load_tile(q_ptr, q_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, CHECK_T)
+    dout = load_tile(dout_ptr, dout_strides, b, h, start_m, T, D, BLOCK_M, BLOCK_D, CHECK_T)
+    m, log_l = load_stats(m_ptr, log_l_ptr, at, rows < T, q.dtype == tl.float32)
+    delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)[None, :]
     rows = rows[None, :]
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # (BLOCK_N, BLOCK_M)
-    p = weights(s, m[None, :], log_l[None, :], q.dtype == tl.float32)
+    p = attention_tiles.weights(s, m[None, :], log_l[None, :], q.dtype == tl.float32)
     if DIAGONAL:
         p = tl.where(cols <= rows, p, 0.0)
     z = p

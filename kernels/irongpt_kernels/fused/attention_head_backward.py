@@ -1,15 +1,15 @@
 """Causal self-attention, backward of short contexts: one program computes the gradient of a head.
 
-The gradient is that of `attention_backward`, in whose notation a program computes
+A program computes the gradient of `attention_backward`, in its notation:
 
     Z  = P * keep / (1 - p)            dV = Z^T dO         dZ = dO V^T
     dS = Z * dZ - P * delta            dQ = scale dS K     dK = scale dS^T Q
 
 Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its head on chip. It
             loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
-            complete. Scores, weights and dropout masks are computed once, where the
-            pair of kernels of `attention_backward` computes them twice.
-Diagonal    With SPLIT (T > BLOCK_M / 2, and that half has 16 rows per warp) there are two loops:
+            complete. Scores, weights and dropout masks are computed once. The pair of kernels of
+            `attention_backward` computes them twice.
+Diagonal    With SPLIT (T > BLOCK_M / 2 >= 16 num_warps) there are two loops:
             all queries with the first half of the keys, then the second half of the queries with
             the second half of the keys, which no other query sees. So 3/4 of the scores are
             computed. Without SPLIT one loop computes all of them. Every tile is masked.
@@ -48,19 +48,19 @@ def _bwd_head_kernel(
     b, h = head // H, head % H
     seed = tl.load(seed_ptr)
     rows = tl.arange(0, BLOCK_M)
-    stats = tl.cast(head, tl.int64) * T + rows
+    at = tl.cast(head, tl.int64) * T + rows
     q = load_tile(q_ptr, q_strides, b, h, 0, T, D, BLOCK_M, BLOCK_D, True)
     dout = load_tile(dout_ptr, dout_strides, b, h, 0, T, D, BLOCK_M, BLOCK_D, True)
     out = load_tile(out_ptr, out_strides, b, h, 0, T, D, BLOCK_M, BLOCK_D, True)
-    m, log_l = load_stats(m_ptr, log_l_ptr, stats, rows < T, True)
+    m, log_l = load_stats(m_ptr, log_l_ptr, at, rows < T, True)
     m += log_l - tl.log2(256 / (256 - THRESHOLD))  # 2^(S - m) = P / (1 - p)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    # Without the 1 / (1 - p) that m now contains: 2^(S - m) times this is -P delta.
-    minus_delta = delta * (THRESHOLD / 256 - 1)
+    # -(1 - p) delta: m now contains 1 / (1 - p), so 2^(S - m) times this is -P delta.
+    delta_factor = delta * (THRESHOLD / 256 - 1)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_n in range(0, BLOCK_M // 2 if SPLIT else T, BLOCK_N):
         dq = _gradients_of_keys(
-            dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
+            dq, q, dout, m, delta_factor, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
             grad_strides, b, h, head, 0, start_n, T, scale, scale_log2, seed, not SPLIT,
             THRESHOLD, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -71,10 +71,10 @@ def _bwd_head_kernel(
         q = load_tile(q_ptr, q_strides, b, h, HALF, T, D, HALF, BLOCK_D, True)
         dout = load_tile(dout_ptr, dout_strides, b, h, HALF, T, D, HALF, BLOCK_D, True)
         _, m = _halves(m)
-        _, minus_delta = _halves(minus_delta)
+        _, delta_factor = _halves(delta_factor)
         for start_n in range(HALF, T, BLOCK_N):
             dq = _gradients_of_keys(
-                dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
+                dq, q, dout, m, delta_factor, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides,
                 grad_strides, b, h, head, HALF, start_n, T, scale, scale_log2, seed, True,
                 THRESHOLD, D, HALF, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -85,7 +85,7 @@ def _bwd_head_kernel(
 
 @triton.jit
 def _halves(x):
-    """The upper and the lower half of the rows, which each thread has in its own registers."""
+    """The upper and the lower half of the rows. Each thread holds parts of both, so none moves."""
     M: tl.constexpr = x.shape[0] // 2
     if len(x.shape) == 2:
         x = tl.permute(tl.reshape(x, (2, M, x.shape[1])), (1, 2, 0))
@@ -96,33 +96,33 @@ def _halves(x):
 
 @triton.jit
 def _gradients_of_keys(
-    dq, q, dout, m, minus_delta, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, grad_strides,
-    b, h, head, start_m: tl.constexpr, start_n, T, scale, scale_log2, seed, BOUNDED: tl.constexpr,
+    dq, q, dout, m, delta_factor, k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, grad_strides,
+    b, h, head, start_m: tl.constexpr, start_n, T, scale, scale_log2, seed, CHECK_T: tl.constexpr,
     THRESHOLD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Stores dK and dV of a tile of keys, and returns dQ / scale with its contribution.
 
-    Rows beyond T have dout = 0 and minus_delta = 0, and contribute nothing.
+    Rows beyond T have dout = 0 and delta_factor = 0, and contribute nothing.
     """
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]
-    k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, BOUNDED)
-    v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, BOUNDED)
+    k = load_tile(k_ptr, k_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, CHECK_T)
+    v = load_tile(v_ptr, v_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D, CHECK_T)
     s = tl.dot(q, tl.trans(k)) * scale_log2  # (BLOCK_M, BLOCK_N)
     p = tl.where(cols <= rows, tl.exp2(s - m[:, None]), 0.0)
     z = p
     if THRESHOLD > 0:
         keep = philox.attention_keep(seed, head, start_m, start_n, BLOCK_M, BLOCK_N, THRESHOLD)
         z = tl.where(keep, p, 0.0)
-    ds = tl.fma(z, tl.dot(dout, tl.trans(v)), p * minus_delta[:, None])
+    ds = tl.fma(z, tl.dot(dout, tl.trans(v)), p * delta_factor[:, None])
     if start_m == 0:
         ds = tl.where(rows > 0, ds, 0.0)  # see Precision in `attention_backward`
     z, ds = z.to(q.dtype), ds.to(q.dtype)
     if BLOCK_D < 64:
         dv = tl.dot(tl.trans(z), dout)
         dk = tl.dot(tl.trans(ds), q)
-    else:  # the transposes, for an asynchronous matmul of sm_90 has 64 rows, as many as BLOCK_D
+    else:  # transposed: a wgmma of sm_90 has 64 rows, which BLOCK_D has and BLOCK_N may not
         dv = tl.trans(tl.dot(tl.trans(dout), z))
         dk = tl.trans(tl.dot(tl.trans(q), ds))
     store_tile(scale * dk, dk_ptr, grad_strides, b, h, start_n, T, D, BLOCK_N, BLOCK_D)
@@ -135,7 +135,7 @@ def head_bwd(
     packed: Tensor, dropout_p: float, scale: float, options: dict[str, int],
 ) -> None:  # fmt: skip
     """Writes the packed gradient. Shapes: see `attention_backward.causal_attention_bwd`, except
-    that dout and out are (B, H, T, D). options: of `attention_tiles.head_options`."""
+    that dout and out are (B, H, T, D). options: those of `attention_tiles.head_options`."""
     B, H, T, D = q.shape
     dq, dk, dv = unpack(packed)
     # With fewer than 16 rows per warp, several warps would compute the same rows.

@@ -12,15 +12,15 @@ from irongpt_kernels.runtime import launch, launch_table
 @triton.jit
 def load_tile(
     ptr, strides, b, h, start, T,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_T: tl.constexpr,
 ):  # fmt: skip
-    """Returns rows start to start + BLOCK_T of head (b, h), (BLOCK_T, BLOCK_D), 0 beyond column D.
+    """Returns BLOCK_T rows of head (b, h) from `start` on, (BLOCK_T, BLOCK_D), 0 beyond column D.
 
-    BOUNDED: the tile can extend beyond row T, and is 0 there.
+    CHECK_T: the tile can extend beyond row T, and is 0 there.
     """
     rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
     ptrs, cols = _pointers(ptr, strides, b, h, rows, BLOCK_D)
-    if BOUNDED:
+    if CHECK_T:
         tile = tl.load(ptrs, mask=(rows < T)[:, None] & (cols < D)[None, :], other=0.0)
     elif D < BLOCK_D:
         tile = tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
@@ -53,7 +53,7 @@ def load_stats(m_ptr, log_l_ptr, at, mask, EXACT: tl.constexpr):
 
 @triton.jit
 def weights(s, m, log_l, EXACT: tl.constexpr):
-    """Returns P = 2^(s - m) / l from scores to base 2 and the results of `load_stats`."""
+    """Returns P = 2^(s - m) / l. s: scores times log2(e). m, log_l: see `load_stats`."""
     return tl.exp2((s - m) - log_l) if EXACT else tl.exp2(s - m)
 
 
@@ -84,25 +84,25 @@ def head_options(
 
 
 def head_entry(T: int) -> str:
-    """The name of `attention_head_backward` in `launch_table`. The code depends on the context only
-    by this power of two."""
+    """The key of `attention_head_backward` in `launch_table`. The code depends on the context only
+    through this power of two."""
     return f"attention head {launch.block(T)}"
 
 
 def _fits(T: int, D: int, itemsize: int) -> bool:
-    """Whether the registers of a program can hold dQ of a head."""
+    """Whether `attention_head_backward` supports these sizes: a program holds dQ in registers."""
     return itemsize == 2 and T <= MAX_HEAD_CONTEXT and launch.block(T) * launch.block(D) <= 256 * 64
 
 
 def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
-    """Default launch options per architecture; None where the pair of kernels is the default.
+    """Default launch options per architecture; None if the pair of kernels is the default.
 
     They are chosen as in `default_tiles`. On sm_80 the single kernel is limited by shared memory:
     each warp reads the complete right operand of every matmul. (On sm_90 an asynchronous matmul,
     wgmma, reads it once for four warps.) By the cost model of `aot.tiles`, these reads take longer
-    at 256 positions than the DRAM traffic of the pair, so there the pair is the default. The same
-    holds on sm_90 for 256 positions with D below 64, where dK and dV cannot use wgmma. On sm_75 the
-    64 KB of shared memory hold too little of a head.
+    at 256 positions than the DRAM traffic of the pair, so the pair is the default on sm_80. On
+    sm_90 it is the default for D above 64, and for 256 positions with D up to 32, where dK and dV
+    cannot use wgmma. On sm_75 the 64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -132,8 +132,8 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
     masks. So tiles of 128 rows, which read keys less often, are not used: at T = 256 they compute a
     fifth more scores, because more of their area is masked.
 
-    maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
-    8, or where ptxas would otherwise spill registers to fit even more warps.
+    maxnreg: the limit of registers per thread. It is set if an SM then holds 12 warps instead of
+    8, or if ptxas would otherwise spill registers to fit even more warps.
     """
     if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

@@ -36,7 +36,7 @@ from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 MAX_BLOCK = 4096  # columns in registers at a time
-TILE = 1024  # elements per program where rows are short: 2 warps
+TILE = 1024  # elements per program if rows are short: 2 warps
 PARTS = 1024  # partial sums that the second kernel reads at a time
 
 

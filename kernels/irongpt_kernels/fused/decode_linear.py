@@ -111,7 +111,7 @@ def _launch_options(N: int, K: int) -> dict[str, int]:
     """Tiles small enough that the weight of a small model occupies all SMs of a large GPU."""
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
-    if launch.INTERPRETED:  # where time is per program
+    if launch.INTERPRETED:  # its time grows with the number of programs
         BLOCK_N = min(1024, max(16, triton.next_power_of_2(N) // 64))
     num_warps = 8 if BLOCK_N * BLOCK_K > 8192 else 4
     options = dict(BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=num_warps)

@@ -20,7 +20,7 @@ Parallelism one program per sequence. Without top-k and top-p it passes over its
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
             order. A temperature below 1/3e38 is replaced by 1/3e38, which already leaves all mass
             to the tokens with the largest logit.
-Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. x is NaN where a token
+Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. x is NaN if a token
             is V or above or a position is outside [0, context): an error would make the host wait.
             No gradient.
 Spec        irongpt_kernels/eager.py::embed_tokens, sample_tokens
@@ -60,8 +60,8 @@ def _embed_kernel(
 
 
 @triton.jit
-def _keys(row_ptr, stride, start, V, BLOCK: tl.constexpr):
-    """Loads a block of logits. Returns them, their `_key`s and the mask of valid columns."""
+def _load_block(row_ptr, stride, start, V, BLOCK: tl.constexpr):
+    """Returns a block of logits, their `_key`s and the mask of valid columns."""
     cols = start + tl.arange(0, BLOCK).to(tl.int64)
     valid = cols < V
     x = tl.load(row_ptr + cols * stride, mask=valid, other=float("-inf")).to(tl.float32)
@@ -95,7 +95,7 @@ def _at_least(
     """The number of tokens with a key of at least `least`, or with MASSES their total mass."""
     total = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, V, BLOCK):
-        x, key, valid = _keys(row_ptr, stride, start, V, BLOCK)
+        x, key, valid = _load_block(row_ptr, stride, start, V, BLOCK)
         each = _mass(x, max_logit, inverse) if MASSES else tl.full((BLOCK,), 1, tl.int64)
         total += tl.where(valid & (key >= least), each, 0)
     return tl.sum(total, 0)
@@ -132,7 +132,8 @@ def _sample_kernel(
     K: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """inverse: 1 / temperature. top_k: the number of tokens to keep. top_p: in units of 2^-53."""
+    """inverse: 1 / temperature. top_k: the number of tokens to keep. top_p: in units of 2^-53.
+    K: the number of columns of counts. GREEDY, TOP_K, TOP_P: whether that limit applies."""
     sequence = tl.program_id(0).to(tl.int64)
     row, stride = logits_ptr + sequence * logits_strides[0], logits_strides[1]
     number = tl.load(counts_ptr + sequence * counts_stride)
@@ -143,7 +144,7 @@ def _sample_kernel(
     maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
     not_finite = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, V, BLOCK):
-        x, _, valid = _keys(row, stride, start, V, BLOCK)
+        x, _, valid = _load_block(row, stride, start, V, BLOCK)
         maxima = tl.maximum(maxima, x)
         not_finite += (valid & ((tl.abs(x) < float("inf")) == 0)).to(tl.int32)
     max_logit, not_finite = tl.max(maxima, 0), tl.sum(not_finite, 0)
@@ -174,7 +175,7 @@ def _sample_kernel(
     target = tl.minimum(target, total - 1)
     token, mass, seen_equal = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), 0
     for start in range(0, V, BLOCK):
-        x, key, valid = _keys(row, stride, start, V, BLOCK)
+        x, key, valid = _load_block(row, stride, start, V, BLOCK)
         kept = valid & (key > t)
         if GREEDY or TOP_K or TOP_P:
             equal = (valid & (key == t)).to(tl.int32)

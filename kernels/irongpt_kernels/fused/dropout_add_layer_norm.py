@@ -54,10 +54,10 @@ def _fwd_kernel(
     if seed_ptr is not None:
         branch *= keep_factor(seed_ptr, rows, cols, threshold, scale)
     total = (residual + branch).to(sum_ptr.dtype.element_ty)
-    out = rows[:, None] * N + cols[None, :]
-    tl.store(sum_ptr + out, total, mask=valid)
+    offsets = rows[:, None] * N + cols[None, :]
+    tl.store(sum_ptr + offsets, total, mask=valid)
     mean, rstd, xhat = normalize(total.to(tl.float32), valid, N, eps)
-    tl.store(norm_ptr + out, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
+    tl.store(norm_ptr + offsets, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
     tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 

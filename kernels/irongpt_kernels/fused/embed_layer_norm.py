@@ -5,14 +5,14 @@
     wte: (V, C)    wpe: (T, C)    idx: (B, T) int64    weight, bias: (C,)    x, norm: (B, T, C)
 
 Forward     x[b, t] = wte[idx[b, t]] + wpe[t]           norm = layer_norm(x), see `layer_norm`
-Backward    g = dx + the gradient through the norm, dweight and dbias: by `layer_norm_backward`
+Backward    `layer_norm_backward` gives dweight, dbias and g = dx + the gradient through the norm
             dwte[v] = sum of g[b, t] where idx[b, t] = v        dwpe[t] = sum of g[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and
             wpe come from L2. The backward reads dx, dnorm and x and writes g, the total gradient
             with respect to x, 4MC; it reads g twice more, for dwte and dwpe.
-Parallelism The forward is that of `layer_norm`. For dwte a program searches up to PART ids for one
-            token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
+Parallelism The forward is that of `layer_norm`. For dwte a program searches a part of the ids for
+            one token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
             frequent token has several programs. `column_sums` adds their partial sums, and dwpe in
             the same launch. There are no atomics, so every run gives the same bits. The search
             compares V M ids, so for a vocabulary larger than MAX_V PyTorch's kernels compute dwte:
@@ -63,31 +63,31 @@ def _fwd_kernel(
     wpe_ptrs = wpe_ptr + (rows % T)[:, None] * wpe_stride + cols[None, :]
     x += tl.load(wpe_ptrs, mask=valid, other=0.0).to(tl.float32)
     x = x.to(x_ptr.dtype.element_ty)
-    out = rows[:, None] * N + cols[None, :]
-    tl.store(x_ptr + out, x, mask=valid)
+    offsets = rows[:, None] * N + cols[None, :]
+    tl.store(x_ptr + offsets, x, mask=valid)
     mean, rstd, xhat = normalize(x.to(tl.float32), valid, N, eps)
-    tl.store(norm_ptr + out, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
+    tl.store(norm_ptr + offsets, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
     tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
 def _dwte_kernel(
-    dx_ptr, idx_ptr, sums_ptr, M, N, V, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    g_ptr, idx_ptr, sums_ptr, M, N, V, part_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Stores the sum of the rows of one token among `part` rows. sums_ptr: (parts, V, N)."""
-    token, col_tile, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Stores the sum of a token's rows of g within one part. sums_ptr: (parts, V, N)."""
+    token, col_tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    begin = number * part
-    for start in range(begin, tl.minimum(begin + part, M), BLOCK_M):
+    begin = part * part_rows
+    for start in range(begin, tl.minimum(begin + part_rows, M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         found = (tl.load(idx_ptr + rows, mask=rows < M, other=0) == token) & (rows < M)
         if tl.max(found.to(tl.int32), 0) > 0:
-            dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-            dx = tl.load(dx_ptrs, mask=found[:, None] & (cols < N)[None, :], other=0.0)
-            total += tl.sum(dx.to(tl.float32), 0)
-    row = tl.cast(number, tl.int64) * V + token
+            g_ptrs = g_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+            g = tl.load(g_ptrs, mask=found[:, None] & (cols < N)[None, :], other=0.0)
+            total += tl.sum(g.to(tl.float32), 0)
+    row = tl.cast(part, tl.int64) * V + token
     tl.store(sums_ptr + row * N + cols, total, mask=cols < N)
 
 
@@ -129,42 +129,42 @@ def _empty_outputs(
     return wte.new_empty(size), wte.new_empty(size, dtype=dtype), mean, rstd
 
 
-def embedding_bwd(dx: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """dx: (B, T, N), contiguous. idx: (B, T). wanted: whether to compute dwte and dwpe; a gradient
-    that is not wanted is returned empty. Returns dwte, (V, N), and dwpe, (T, N), float32."""
-    B, T, N = dx.shape
+def embedding_bwd(g: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """dwte, (V, N), and dwpe, (T, N), float32. g: (B, T, N), contiguous. idx: (B, T). wanted:
+    whether to compute dwte and dwpe; one that is not wanted is returned empty."""
+    B, T, N = g.shape
     M = B * T
-    dwte, dwpe = _empty_gradients(dx, idx, V, [False, False])
+    dwte, dwpe = _empty_gradients(g, idx, V, [False, False])
     matrices = []
     if wanted[0]:
         parts = max(1, min(MAX_PARTS, triton.cdiv(M, PART)))
-        part = triton.cdiv(triton.cdiv(M, parts), BLOCK_M) * BLOCK_M
+        part_rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_M) * BLOCK_M
         BLOCK_N = min(128, launch.block(N))
-        sums = torch.empty((parts, V, N), dtype=torch.float32, device=dx.device)
+        sums = torch.empty((parts, V, N), dtype=torch.float32, device=g.device)
         grid = V, triton.cdiv(N, BLOCK_N), parts
         if sums.numel():
-            with launch.device_context(dx.device):
+            with launch.device_context(g.device):
                 _dwte_kernel[grid](
-                    dx, idx.contiguous(), sums, M, N, V, part,
+                    g, idx.contiguous(), sums, M, N, V, part_rows,
                     BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
                 )  # fmt: skip
         matrices.append(sums.view(parts, V * N))
     if wanted[1]:
-        matrices.append(dx.view(B, T * N))
-    found = iter(column_sums(matrices))
+        matrices.append(g.view(B, T * N))
+    totals = iter(column_sums(matrices))
     if wanted[0]:
-        dwte = next(found).view(V, N)
+        dwte = next(totals).view(V, N)
     if wanted[1]:
-        dwpe = next(found).view(T, N)
+        dwpe = next(totals).view(T, N)
     return dwte, dwpe
 
 
 def _empty_gradients(
-    dx: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]
+    g: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """Uninitialized dwte and dwpe."""
     dwte, dwpe = (
-        dx.new_empty((n, dx.shape[2]) if want else 0, dtype=torch.float32)
+        g.new_empty((n, g.shape[2]) if want else 0, dtype=torch.float32)
         for n, want in zip((V, idx.shape[1]), wanted, strict=True)
     )
     return dwte, dwpe
@@ -192,22 +192,24 @@ def _backward(
     if dnorm is None:
         parameters = [False, False]  # x does not depend on them
     wanted = [False, any(embeddings), *parameters]
-    dx, dweight, dbias = norm_gradients(
+    g, dweight, dbias = norm_gradients(
         dx, dnorm, x, weight, mean, rstd, None, 0.0, ctx.dtypes, wanted
     )[1:]
-    dwte, dwpe = (None, None) if dx is None else _embedding_gradients(dx, idx, ctx.V, embeddings)
+    dwte, dwpe = (None, None) if g is None else _embedding_gradients(g, idx, ctx.V, embeddings)
     return dwte, dwpe, None, dweight, dbias, None, None
 
 
 def _embedding_gradients(
-    dx: Tensor, idx: Tensor, V: int, wanted: list[bool]
+    g: Tensor, idx: Tensor, V: int, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of wte and wpe in the dtype of dx; None for one that is not wanted."""
+    """Gradients of wte and wpe in the dtype of g; None for one that is not wanted."""
     if V > MAX_V:
-        dwte = torch.ops.aten.embedding_dense_backward(dx, idx, V, -1, False) if wanted[0] else None
-        return dwte, dx.sum(0) if wanted[1] else None
-    found = _embedding_backward(dx, idx, V, wanted)
-    dwte, dwpe = (d.to(dx.dtype) if want else None for d, want in zip(found, wanted, strict=True))
+        dwte = torch.ops.aten.embedding_dense_backward(g, idx, V, -1, False) if wanted[0] else None
+        return dwte, g.sum(0) if wanted[1] else None
+    gradients = _embedding_backward(g, idx, V, wanted)
+    dwte, dwpe = (
+        d.to(g.dtype) if want else None for d, want in zip(gradients, wanted, strict=True)
+    )
     return dwte, dwpe
 
 

@@ -111,7 +111,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """dy, x: (M, N), any strides. Returns dx, (M, N), and dbias: (N,), or (0,) unless bias_grad."""
+    """dy, x: (M, N), any strides. Returns dx, (M, N), and dbias, (N,), empty without bias_grad."""
     M, N = x.shape
     default = _launch_options()
     options = launch_table.options("gelu backward", N, x.element_size(), x.device, default)

@@ -117,15 +117,15 @@ def _stats_kernel(
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(total, 0)), scale)
     finite = norm < float("inf")  # False for NaN
     larger = tl.div_rn(norm + 1e-6, max_norm)
-    state_steps = tl.arange(0, STEPS)
-    before = tl.load(steps_ptr + state_steps, mask=state_steps < n, other=0.0)
+    each = tl.arange(0, STEPS)
+    before = tl.load(steps_ptr + each, mask=each < n, other=0.0)
     if GROWTH_INTERVAL > 0:
         count = tl.where(finite, tl.load(growth_tracker_ptr) + 1, 0)
     tl.debug_barrier()  # every warp has loaded the state before one of them stores it
     tl.store(stats_ptr, norm)
     tl.store(stats_ptr + 1, scale * tl.where(larger > 1.0, larger, 1.0))
     tl.store(stats_ptr + 2, tl.where(finite, 0.0, 1.0))
-    tl.store(steps_ptr + state_steps, before + tl.where(finite, 1.0, 0.0), mask=state_steps < n)
+    tl.store(steps_ptr + each, before + tl.where(finite, 1.0, 0.0), mask=each < n)
     if GROWTH_INTERVAL > 0:
         grow = count >= GROWTH_INTERVAL
         scale *= tl.where(finite, tl.where(grow, 2.0, 1.0), 0.5)
@@ -253,7 +253,7 @@ def sum_shards(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
     under Limits in the module's docstring."""
-    found: tuple[Tensor, Tensor] = _sum_op(
+    total, stats = _sum_op(
         shards, scale, growth_tracker, state_steps, float(max_norm), growth_interval
     )
-    return found
+    return total, stats

@@ -8,7 +8,7 @@ Backward            dx, dweight and dbias in one pass over the rows: see `layer_
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN. It needs mean and rstd, which take 8 bytes per row, and recomputes xhat.
-Parallelism A program holds complete rows in registers, several where rows are short. Rows of up to
+Parallelism A program holds complete rows in registers, several if rows are short. Rows of up to
             512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The
             variance is computed from centred values. Forward and backward subtract the mean, and

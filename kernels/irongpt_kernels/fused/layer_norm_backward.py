@@ -1,6 +1,6 @@
-"""Backward of `layer_norm` and of `dropout_add_layer_norm`, by one kernel.
+"""Backward of `layer_norm`, `dropout_add_layer_norm` and `embed_layer_norm`, by one kernel.
 
-    sum = residual + keep branch      keep: 0, or 1 / (1 - p) (see `dropout_add_layer_norm`)
+    sum = residual + keep branch      keep: 0 or 1 / (1 - p), the factor of `dropout_add_layer_norm`
     xhat = (sum - mean) rstd          norm = xhat weight + bias
 
 Backward, per row:  g = dnorm weight is the gradient with respect to xhat. Because mean and rstd
@@ -34,7 +34,7 @@ from irongpt_kernels.runtime import launch, launch_table
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
-WARPS_PER_SM = 8  # the sum over the programs on it
+WARPS_PER_SM = 8  # of all programs on an SM together
 WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of rows
 
 
@@ -42,8 +42,8 @@ WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of ro
 def centre(x, valid, mean, N):
     """x minus its mean, 0 outside `valid`. mean: the rounded mean of each row, (BLOCK_M,)."""
     centred = tl.where(valid, x - mean[:, None], 0.0)
-    # The rounding error of the mean, which is large for large values. The exact division makes a
-    # row of equal values exactly 0.
+    # The rounding error of the mean, which is large for large values. Because div_rn rounds
+    # correctly, a row of equal values becomes exactly 0.
     mean_error = tl.div_rn(tl.sum(centred, axis=1), N * 1.0)
     return tl.where(valid, centred - mean_error[:, None], 0.0)
 
@@ -98,13 +98,13 @@ def _bwd_kernel(
         if dsum_ptr is not None:
             dsum_ptrs = dsum_ptr + rows[:, None] * dsum_stride + cols[None, :]
             dx += tl.load(dsum_ptrs, mask=valid, other=0.0).to(tl.float32)
-        out = rows[:, None] * N + cols[None, :]
+        offsets = rows[:, None] * N + cols[None, :]
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + out, dx, mask=valid)
+            tl.store(dresidual_ptr + offsets, dx, mask=valid)
         if dbranch_ptr is not None:
             if seed_ptr is not None:
                 dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)
-            tl.store(dbranch_ptr + out, dx, mask=valid)
+            tl.store(dbranch_ptr + offsets, dx, mask=valid)
     partial = tl.cast(program, tl.int64) * N + cols
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, dweight, mask=cols < N)
@@ -113,8 +113,8 @@ def _bwd_kernel(
 
 
 def launch_options(N: int, measured: launch_table.Options | None = None) -> dict[str, int]:
-    """Launch options for rows of N elements: 16 to 32 elements per thread. measured: replace these
-    options."""
+    """Launch options for rows of N elements: 16 to 32 elements per thread. measured: options that
+    replace them."""
     block_n = launch.block(N)
     block_m, num_warps = max(1, 1024 // block_n), launch.warps(block_n)
     options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps) | (measured or {})
@@ -122,20 +122,20 @@ def launch_options(N: int, measured: launch_table.Options | None = None) -> dict
 
 
 def forward_options(N: int, itemsize: int, device: torch.device) -> dict[str, int]:
-    """Launch options of the forward of `dropout_add_layer_norm`. itemsize: of the branch."""
+    """Launch options of the forward of `dropout_add_layer_norm`. itemsize: that of the branch."""
     return launch_options(N, launch_table.options("norm forward", N, itemsize, device, {}))
 
 
 def backward_options(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and the number of warps per SM. By default WARPS_PER_SM, which are enough to
-    hide the memory latency; more would only write more partial sums."""
+    """Launch options, and the warps per SM, by default WARPS_PER_SM: these hide the memory latency,
+    and more would only write more partial sums."""
     measured = launch_table.options("norm backward", N, itemsize, device, {})
     options = dict(warps_per_sm=WARPS_PER_SM) | launch_options(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
 
 
 def programs(rows: int, N: int, itemsize: int, device: torch.device) -> int:
-    """How many programs share the rows, each with its own partial sums. itemsize: of the branch."""
+    """The number of programs that share the rows. itemsize: that of the branch."""
     options, warps = backward_options(N, itemsize, device)
     per_sm = warps // options["num_warps"]
     return min(triton.cdiv(rows, options["BLOCK_M"]), per_sm * launch.num_sms(device))
@@ -150,8 +150,8 @@ def layer_norm_bwd(
     dweight and dbias, (P, N) float32.
 
     total: the sum, or the x of `layer_norm`. weight: (N,), or P equal rows of it. dsum, dnorm: None
-    for a gradient of 0. P: the number of programs. Gradients that are not wanted are returned
-    empty.
+    for a gradient of 0. P: the number of programs. wanted: whether to compute dbranch, dresidual,
+    dweight and dbias; one that is not wanted is returned empty.
     """
     dsum_rows, dnorm_rows = (None if d is None else contiguous_rows(d) for d in (dsum, dnorm))
     rows = contiguous_rows(total)

@@ -27,9 +27,9 @@ Precision   float32 between load and store, with the sums of `cross_entropy`, so
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
-            would make the host wait, and the loss and the gradients become NaN instead. In float16
-            dx and dw are kept times s, by default FLOAT16_SCALE: an element beyond +-65,504 / s
-            becomes infinite, where `eager` may be finite. `loss_scale` sets s.
+            would make the host wait, and the loss and the gradients become NaN instead. dx and dw
+            are kept multiplied by s, in float16 by default FLOAT16_SCALE: there an element beyond
+            +-65,504 / s becomes infinite, where `eager` may be finite. `loss_scale` sets s.
 Spec        irongpt_kernels/eager.py::linear_cross_entropy
 """
 
@@ -44,25 +44,26 @@ from irongpt_kernels.fused.cross_entropy import check_targets, log1p
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import autocast, custom_op
 
-LOGITS_BYTES = 1 << 30  # of the logits at a time; a larger batch is processed in chunks
+LOGITS_BYTES = 1 << 30  # bytes of logits at a time; a larger batch is processed in chunks
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 LONG_BLOCK = 4096  # columns at a time of longer rows
-CHUNK = 128  # the number of rows of a chunk is a multiple of this
-TILE = 1024  # elements per program where rows are short: 2 warps
+CHUNK_MULTIPLE = 128  # the number of rows in a chunk is a multiple of it
+TILE = 1024  # elements per program if rows are short: 2 warps
 PARTS = 4096  # partial sums that the second kernel reads at a time
 FLOAT16_SCALE = 1024.0  # loss_scale of float16 by default: for gradients from 6e-11 to 64
 
 
 @triton.jit
 def _add_block(z, cols, t, m, rest, z_t):
-    """The statistics with a block of columns added, and exp(z - m), 0 in the true class."""
+    """Adds a block of columns to m, rest and z_t, (BLOCK_M,) each. Returns them and exp(z - m),
+    (BLOCK_M, BLOCK_N), 0 for the target."""
     m_new = tl.maximum(m, tl.max(z, axis=1))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf would be NaN
     true = cols == t[:, None]
     e = tl.where(true, 0.0, tl.exp(z - shift[:, None]))
     rest = rest * tl.exp(m - shift) + tl.sum(e, axis=1)
-    # Summed here and not loaded after the loop, as `cross_entropy` does: by then a faster warp of
-    # this program may have overwritten the logit by its gradient.
+    # `cross_entropy` loads z_t after the loop. Here a faster warp of this program may have
+    # overwritten it with its gradient by then.
     z_t += tl.sum(tl.where(true, z, 0.0), axis=1)
     return m_new, rest, z_t, e
 
@@ -125,7 +126,7 @@ def _row_kernel(
 
 @triton.jit
 def _store_gradient(z_rows, cols, mask, e, t, rest, scale, classes):
-    """dz over z in a block of columns. e: exp(z - m)."""
+    """Overwrites a block of columns of z with dz. e: exp(z - m)."""
     e = tl.where(cols == t[:, None], -rest[:, None], e)
     tl.store(z_rows + cols, tl.where(cols < classes, e * scale[:, None], 0.0), mask=mask)
 
@@ -144,10 +145,10 @@ def gradient_in_place(
     z: Tensor, t: Tensor, sums: Tensor, n: int, loss_scale: Tensor | None, classes: int,
     gradient: bool = True,
 ) -> None:  # fmt: skip
-    """Stores the sum of the losses of each tile of rows, and overwrites z by its gradient.
+    """Stores the sum of the losses of each tile of rows, and overwrites z with its gradient.
 
-    z: (M, V), contiguous. n: the number of rows that the loss is the mean of. Without `gradient` z
-    stays as it is.
+    z: (M, V), contiguous. t: (M,). sums: (tiles,) or more, float32. n: the number of rows that the
+    loss is the mean of. Without `gradient` z stays as it is.
     """
     M, V = z.shape
     if M:
@@ -175,7 +176,7 @@ def linear_cross_entropy_fwd(
     x, weight, t = x.contiguous(), weight.contiguous(), t.contiguous()
     M, V = len(x), len(weight)
     fit = LOGITS_BYTES // (V * x.itemsize)
-    rows = max(1, M) if fit >= M else max(CHUNK, fit // CHUNK * CHUNK)
+    rows = max(1, M) if fit >= M else max(CHUNK_MULTIPLE, fit // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
     BLOCK_M = launch_options(V)["BLOCK_M"]
     sums = torch.empty(triton.cdiv(M, BLOCK_M), dtype=torch.float32, device=x.device)
     loss = sums.new_empty(())
@@ -207,8 +208,8 @@ def _fake_fwd(
     x: Tensor, weight: Tensor, _t: Tensor, _scale: Tensor | None, _classes: int, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=torch.float32)
-    found = [a.new_empty(a.shape if gradient else 0) for a in (x, weight)]
-    return loss, found[0], found[1]
+    dx, dweight = (a.new_empty(a.shape if gradient else 0) for a in (x, weight))
+    return loss, dx, dweight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -241,7 +242,7 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *,
     classes: int | None = None, loss_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.linear_cross_entropy`. Where `backward` gets the tensor `loss_scale` itself, it
+    """See `eager.linear_cross_entropy`. If `backward` gets the tensor `loss_scale` itself, it
     launches nothing. Any other gradient of the loss costs a pass over the gradients.
 
     Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for

@@ -110,7 +110,7 @@ class _Rows(torch.autograd.Function):
 
 
 def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """See `eager.norm_parameters`. Returns (P, N) views where a gradient is wanted."""
+    """See `eager.norm_parameters`. Returns (P, N) views if any parameter needs a gradient."""
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return list(params)
     P = max(1, programs(rows, params[0].shape[-1], dtype.itemsize, params[0].device))
@@ -125,21 +125,21 @@ def norm_gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients with respect to branch, residual, weight and bias; None for those not wanted.
 
-    The arguments are those of `layer_norm_bwd`. weight: (N,), or a view of `norm_parameters`, whose
-    shape the gradients of weight and bias have too. dtypes: of the branch and of the bias.
+    The arguments are those of `layer_norm_bwd`. weight: (N,), or a view of `norm_parameters`; the
+    gradients of weight and bias have its shape. dtypes: those of the branch and of the bias.
     """
     N = weight.shape[-1]
     rows = total.numel() // max(1, N)
     summed = weight.dim() == 1
     P = programs(rows, N, dtypes[0].itemsize, total.device) if summed else weight.shape[0]
-    found: list[Tensor] = list(
+    gradients: list[Tensor] = list(
         layer_norm_backward(
             dsum, dnorm, total, weight, mean, rstd, seed, dropout_p, dtypes[0], P, wanted
         )
     )
     if summed and any(wanted[2:]):
         at = [i for i in (2, 3) if wanted[i]]
-        for i, d in zip(at, _backward_op([found[i] for i in at]), strict=True):
-            found[i] = d
-    found[2:] = found[2].to(weight.dtype), found[3].to(dtypes[1])
-    return [d if want else None for d, want in zip(found, wanted, strict=True)]
+        for i, d in zip(at, _backward_op([gradients[i] for i in at]), strict=True):
+            gradients[i] = d
+    gradients[2:] = gradients[2].to(weight.dtype), gradients[3].to(dtypes[1])
+    return [d if want else None for d, want in zip(gradients, wanted, strict=True)]

@@ -1,7 +1,7 @@
 """The dropout masks of `dropout` for Triton kernels: same seed and position, same bits.
 
 The formulas are written for each element. In attention, elements of a warp that share a call of the
-generator lie in one thread, and in rows 8 or 4 of 16 do (see Layout in `dropout`). The compiler
+generator lie in one thread; in `row_keep`, 8 or 4 of 16 do (see Layout in `dropout`). The compiler
 merges the calls of a thread if it sees that their counters are equal; `attention_keep` makes that
 visible by broadcasting one counter to all of them.
 `python -m irongpt_kernels.aot` shows how many elements a call then serves.
@@ -23,7 +23,7 @@ def attention_keep(
     """The keep mask of a tile of attention weights, int1, (M, N), or TRANSPOSED (N, M).
 
     seed: int64 scalar. head: b H + h. row, col: the first of the tile, multiples of M and of N.
-    M, N: multiples of 8. threshold: `dropout.threshold(p)`.
+    M, N: powers of two, 8 or more. threshold: `dropout.threshold(p)`.
     """
     c0, word = _counters(row, M)
     c1, byte = _counters(col, N)
@@ -35,9 +35,9 @@ def attention_keep(
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero, ROUNDS)
     word += zero
-    # `word` is the row's group of 8. A thread's registers hold rows r and r + 8 of a fragment, so
-    # the compiler knows word % 2 of each register and removes the last tl.where. word < 2 can
-    # depend on the warp, so it is selected first.
+    # `word` is the number of the row's group of 8. A thread's registers hold rows r and r + 8 of a
+    # fragment, so the compiler knows word % 2 of each register and removes the last tl.where. The
+    # choice by word < 2, which can depend on the warp, comes first.
     even, odd = tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3)
     bits = tl.where(word % 2 == 0, even, odd)
     return ((bits >> (byte * 8 + zero).to(tl.uint32)) & 0xFF).to(tl.int32) >= threshold
@@ -46,9 +46,9 @@ def attention_keep(
 @triton.jit
 def _counters(start, L: tl.constexpr):
     """For L consecutive rows (or columns) from `start`, two (L,) tensors: the counter word c0 (or
-    c1), and the number, 0 to 3, of the group of 8 within its 32.
+    c1), and the number, 0 to 3, of the group of 8 rows within 32.
 
-    Numbers that share a counter get it by a broadcast, so that a thread computes it, and all that
+    Rows that share a counter get it by a broadcast, so that a thread computes it, and all that
     depends on it, once.
     """
     TILES: tl.constexpr = L // 32 if L > 32 else 1

@@ -9,17 +9,18 @@ Backward, per row:  y is recomputed in float32    delta = sum(dy * y)    dx = s 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN. Masked columns are not read, except those in the same aligned group of 16 as a
             visible one, so that a thread can still issue vector loads. Rows longer than MAX_BLOCK
-            are read more than once: 3MN and 7MN.
+            are read more than once: 3MN in total forward, 7MN backward.
 Parallelism Rows of at most MAX_BLOCK columns fit in registers: a program handles BLOCK_M rows.
             For longer rows a program loops over one row, ONLINE_BLOCK columns at a time (online
             softmax; Milakov and Gimelshein 2018). The first loop computes m and the sums, and
             rescales the sums when m grows. Each of the ONLINE_BLOCK positions keeps a separate
             maximum and sums, which are combined after the loop. The last loop computes y or dx. The
             backward has one more loop in between, for the rounding error of delta.
-Precision   float32 between load and store. The backward saves x and not y: a y rounded to float16
-            does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx computed from
-            it had up to 46 times the error of eager. Where one column has nearly all the weight,
-            dy - delta cancels, so the rounding error of delta is estimated and subtracted too.
+Precision   float32 between load and store. For the backward x is saved and not y: a y rounded to
+            float16 does not sum to 1, has few digits below 6e-5 and none below 3e-8, and dx
+            computed from it had up to 46 times the error of eager. If one column has nearly all the
+            weight, dy - delta cancels, so the rounding error of delta is estimated and subtracted
+            too.
 Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
             not collapse to one stride is copied first. A row without a finite visible score is
             NaN, as in PyTorch.
@@ -40,7 +41,7 @@ from irongpt_kernels.runtime.launch import as_matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 ONLINE_BLOCK = 4096
-TILE = 1024  # elements per program where rows are short: 2 warps
+TILE = 1024  # elements per program if rows are short: 2 warps
 
 
 @triton.jit
