@@ -43,8 +43,8 @@ class Graph(Generic[Result]):
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         """step: a bound method, to which only a weak reference is kept. Its object usually owns
-        this graph, and the garbage collector would free such a cycle at any time, also during
-        another capture, which that would break.
+        this graph. With a strong reference they would be a cycle, which the garbage collector could
+        free during another capture, and so break that capture.
         device: a GPU. No part of the step may synchronize with the host.
         agree: receives whether the capture succeeded in this process, and returns whether it did in
         all processes: NCCL needs all or none of them to replay a graph with collectives.

@@ -21,10 +21,10 @@ PADDED_ON = ("cuda",)  # device types on which training pads the head: see `padd
 
 
 def padded_vocab(V: int) -> int:
-    """Rows of the head in training: V, or where cuBLAS's fast kernels cannot take V, a few more.
+    """Rows of the head in training: V, or if cuBLAS's fast kernels cannot take V, a few more.
 
-    They need rows of 16-bit logits that begin at multiples of 16 bytes, which are 8 logits. Other
-    vocabularies are padded to the next multiple of 8. From 1,024 on it is the next multiple of 64,
+    They need rows of 16-bit logits that begin at multiples of 16 bytes, which are 8 logits. If V is
+    not a multiple of 8, it is padded to the next one, and from 1,024 on to the next multiple of 64,
     at a cost of 6 % at most, so that a row is a whole number of cache lines (128 bytes): GPT-2's
     50,257 become 50,304.
     """
@@ -83,6 +83,8 @@ class Linear(nn.Linear):
 
 
 class Attention(OpsModule):
+    """(B, T, C) -> (B, T, C). The keys and values are also written to the cache, if given."""
+
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
@@ -102,6 +104,8 @@ class Attention(OpsModule):
 
 
 class MLP(OpsModule):
+    """(B, T, C) -> (B, T, C), through 4 C hidden features."""
+
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
@@ -115,8 +119,9 @@ class MLP(OpsModule):
 class Block(OpsModule):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    An add and the norm after it are one op. So a block takes the residual stream and its norm, and
-    returns the new residual stream and the norm that the next block or the head needs.
+    An add and the norm after it are one op. So a block takes the residual stream and its norm,
+    (B, T, C) each, and returns the new ones. ln_2, next_norm: the parameters of its second norm and
+    of the norm that the next block or the head needs. seeds: one for each dropout of the block.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
@@ -159,8 +164,9 @@ class GPT(OpsModule):
         self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         n = DROPOUTS_PER_BLOCK * config.n_layer
-        self.dropouts: Tensor  # (n, 2), row i holds i twice: `_seeds` has the reason
-        self.register_buffer("dropouts", torch.arange(n)[:, None].repeat(1, 2), persistent=False)
+        self.seed_offsets: Tensor  # (n, 2), row i holds i twice: `_seeds` has the reason
+        offsets = torch.arange(n)[:, None].repeat(1, 2)
+        self.register_buffer("seed_offsets", offsets, persistent=False)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,9 +203,9 @@ class GPT(OpsModule):
     ) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V) for the token after each.
 
-        In training mode dropout is on; `seed` determines its masks in eager and fused ops. The keys
-        and values of idx are written to the cache, at positions 0 to T - 1. Raises ValueError if T
-        exceeds the context.
+        In training mode dropout is on; eager and fused ops need `seed` for its masks. The keys and
+        values of idx are written to the cache, if given, at positions 0 to T - 1. Raises ValueError
+        if T exceeds the context, or if `seed` is needed and missing.
         """
         return F.linear(self.hidden(idx, seed, cache), self.wte.weight)
 
@@ -243,10 +249,10 @@ class GPT(OpsModule):
         If `seed` is a tensor, one addition makes all of them, 16 bytes apart, so that each is
         aligned like a new tensor (Triton compiles another kernel for an address that is not).
         """
-        n = len(self.dropouts)
+        n = len(self.seed_offsets)
         flat: list[int | Tensor | None]
         if isinstance(seed, Tensor):
-            flat = list((seed + self.dropouts)[:, 0])
+            flat = list((seed + self.seed_offsets)[:, 0])
         else:
             flat = [None if seed is None else seed + i for i in range(n)]
         return [flat[i : i + DROPOUTS_PER_BLOCK] for i in range(0, n, DROPOUTS_PER_BLOCK)]

@@ -94,7 +94,7 @@ class Timing:
 
     @property
     def iqr(self) -> float:
-        """Distance of the quartiles; of 3 samples the range; NaN (null in a file) for fewer."""
+        """Distance of the quartiles; of 3 samples the range; NaN (left out of a file) for fewer."""
         if len(self.samples) < 3:
             return math.nan
         if len(self.samples) == 3:

@@ -1,10 +1,10 @@
 """`irongpt tune`: launch options of the kernels, measured on this GPU. It runs only when asked for.
 
-The default options and the candidates for a kernel run the same op as a training of the preset. A
-candidate is rejected if its results on a small batch exceed the tolerance, or if the kernel that is
-compiled for the preset's batch spills registers or fails. The others are timed, interleaved. The
-fastest is timed again with the default, and it is saved if it is faster by more than the noise
-both times.
+A kernel is launched with the default options and with each candidate, by the op and at the shape of
+the preset's training step. A candidate is rejected if its results on a small batch exceed the
+tolerance, or if the kernel that is compiled for the preset's batch spills registers or fails. The
+others are timed, interleaved. The fastest is timed again with the default, and it is saved if it is
+faster by more than the noise both times.
 """
 
 import statistics
@@ -31,7 +31,7 @@ from irongpt.errors import one_line
 DEFAULT = 0  # the number of the default options among the candidates
 ROUNDS, QUICK_ROUNDS = 15, 6
 QUICK_EVERY = 3  # --quick measures every third candidate
-COPIES = 16  # of the inputs at most
+COPIES = 16  # the most copies of the inputs
 MIN_GAIN = 0.02  # a smaller gain does not justify other rounding
 FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
     "attention forward": ("causal_attention_packed", "attention._fwd_kernel"),
@@ -57,7 +57,10 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel of `launch_table.OPTION_NAMES` in the training of a model. dtype: of the matmuls."""
+    """A kernel of `launch_table.OPTION_NAMES` in a training step of this model.
+
+    batch: the number of sequences. dtype: that of the matmuls.
+    """
 
     kernel: str
     model: GPTConfig
@@ -109,13 +112,13 @@ class Work:
 
     def wrong(self, module: Ops) -> list[str]:
         """The tensors whose errors exceed the tolerance, at a batch of two."""
-        inputs, found = self.inputs(2, seed=1), []
+        inputs, names = self.inputs(2, seed=1), list[str]()
         baseline = self.run(eager, inputs)
         oracle = self.run(eager, op_inputs.widened(inputs))
         for name, x in self.run(module, inputs).items():
             errors = tolerance.errors(factor(name), x, baseline[name], oracle[name])
-            found += [] if all(e.ok for e in errors.values()) else [name]
-        return found
+            names += [] if all(e.ok for e in errors.values()) else [name]
+        return names
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def record(work: Work, module: Ops, inputs: Tensors) -> Launch:
 
 def beats(candidate: tuple[float, ...], default: tuple[float, ...]) -> bool:
     """Whether a gain is more than noise: the third quartile of the candidate's samples is below the
-    first of the default's, and the medians differ by MIN_GAIN."""
+    first of the default's, and its median is lower by more than the share MIN_GAIN."""
     (_, median, high), (low, slower, _) = (
         statistics.quantiles(x, n=4) for x in (candidate, default)
     )

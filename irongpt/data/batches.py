@@ -61,10 +61,10 @@ class Tokens:
 
 
 class TrainBatches:
-    """Sequences sampled without replacement: every token is a target once per epoch.
+    """Sequences sampled without replacement: a token is a target at most once per epoch.
 
-    In each epoch the ids from a random offset on are divided into adjacent sequences, which are
-    shuffled. Over many epochs, sequences start at every position.
+    In each epoch adjacent sequences from a random offset on, which leave out fewer than two
+    contexts of tokens, are shuffled. Over many epochs, sequences start at every position.
     """
 
     def __init__(self, ids: Tensor, context: int, batch_size: int, seed: int) -> None:

@@ -45,7 +45,7 @@ ASCII_PATTERN = (
     r"| ?[^ \t\n\v\f\rA-Za-z0-9]+[\r\n]*|[ \t\n\v\f\r]*[\r\n]+"
     r"|[ \t\n\v\f\r]+(?![^ \t\n\v\f\r])|[ \t\n\v\f\r]+"
 )
-# Those of GPT-2: numbers are not cut into digits, and line breaks are white space like any other.
+# GPT-2's pattern: numbers are not cut into digits, and line breaks are white space like any other.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _find_gpt2 = regex.compile(GPT2_PATTERN).findall
 _find, _find_ascii = regex.compile(PATTERN).findall, re.compile(ASCII_PATTERN).findall

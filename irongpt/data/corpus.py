@@ -44,7 +44,7 @@ from irongpt.errors import UserError, short_reason
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
 STDIN = "-"
-TRAIN_SHARE = 0.9  # of the characters of one text; a text of several files is split by file
+TRAIN_SHARE = 0.9  # share of the characters of one text; a text of several files is split by file
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def load(
     user about files, downloads and problems that were worked around.
     include: patterns for the files of folders. encoding, errors: see `text.decoded`.
     exclude: the run's folder, which no folder of `data` may contain.
-    sha256: the digest of a resumed run's text. If python-code as one text, which earlier versions
-    read, has this digest, it is read so.
+    sha256: the digest of a resumed run's text. Earlier versions read python-code as one text; it is
+    read that way again if the digest matches.
     val: the validation text, given like one of `data`. All of `data` is then for training.
     """
     if errors not in ERRORS:
@@ -243,7 +243,7 @@ def _joined(parts: Sequence[Corpus], say: Say, val: Corpus | None = None) -> Cor
 
 
 def _all(part: Corpus) -> tuple[bytes, ...]:
-    """The documents of a corpus that is not split."""
+    """The documents of both splits of a corpus. One text is one document again."""
     return part.train + part.val if part.files else (b"".join(part.train + part.val),)
 
 
@@ -253,7 +253,7 @@ def _folder_name(name: str) -> str:
 
 
 def _offset(utf8: Utf8, index: int) -> int:
-    """Position of the first byte of a character, or the length for an index at the end."""
+    """Position of the first byte of character number `index`; at the end, the length in bytes."""
     for first in range(0, len(utf8), CHUNK):
         chunk = utf8[first : first + CHUNK]
         if index < (count := length(chunk)):

@@ -32,7 +32,7 @@ from irongpt.errors import UserError, short_reason
 
 VAL_SHARE = 0.1
 INCLUDE = ("*.py",)
-MAX_BYTES = 2 * 10**9  # of a corpus: its text and its ids take several times this size
+MAX_BYTES = 2 * 10**9  # the limit for a corpus: its text and its ids take several times this size
 PACKAGE_BYTES = 10**6  # a package with less code is not part of python-packages
 
 
@@ -200,7 +200,7 @@ def _walk(root: Path, say: Say) -> Iterator[tuple[str, Path]]:
             path = folder / name
             if name.startswith("."):
                 continue
-            if os.path.isdir(path):  # False, where that of Path raises PermissionError
+            if os.path.isdir(path):  # False, while that of Path raises PermissionError
                 below.append((path, f"{prefix}{name}/"))
             elif os.path.isfile(path):  # not a pipe, a device or a link that leads nowhere
                 yield prefix + name, path
@@ -212,7 +212,7 @@ _NOT_CODE = {"encodings", "idlelib", "pydoc_data", "lib2to3", "test", "tests", "
 
 
 def standard_library() -> list[tuple[str, Path]]:
-    """Its source, without tests: the same for every installation of one Python version."""
+    """Its Python files, without tests: the same in all installations of one version of Python."""
     root = Path(os.__file__).parent
     paths: list[Path] = []
     for name in sorted(sys.stdlib_module_names - _NOT_CODE):

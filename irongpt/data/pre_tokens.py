@@ -54,8 +54,8 @@ class Indexed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Pre-tokens `first` to `end` of a corpus: indices into (M,) uint32 numbers of its words, which
-    are the distinct pre-tokens."""
+    """Pre-tokens `first` to `end` of a corpus. Their entries in `PreTokens.buffer` are indices into
+    `numbers`, (M,) uint32, whose values are indices into `PreTokens.words`."""
 
     numbers: np.ndarray
     first: int
@@ -112,13 +112,13 @@ class PreTokens:
         )
         bar = tqdm(total=n_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar, closing(_index_all(groups, _cores(n_bytes))) as indexed:
-            for found in indexed:
-                for words, indices in found.parts:
+            for group in indexed:
+                for words, indices in group.parts:
                     numbers = np.fromiter(map(self.words.__getitem__, words), dtype=np.uint32)
                     first, end = end, end + len(indices)
                     self.buffer[first:end] = indices
-                    (self.val if found.val else self.train).append(Part(numbers, first, end))
-                bar.update(found.n_bytes)
+                    (self.val if group.val else self.train).append(Part(numbers, first, end))
+                bar.update(group.n_bytes)
 
     def indices(self, part: Part) -> np.ndarray:
         """(N,) uint32 indices of a part into `words`."""
@@ -154,8 +154,8 @@ class PreTokens:
             indices = self.indices(parts.pop())
             n = sizes[indices]
             first = np.cumsum(n) - n  # positions of the first id of each pre-token
-            found = table[np.arange(n.sum()) + np.repeat(starts[indices] - first, n)]
-            self.buffer[ends[i] - len(found) : ends[i]] = found
+            replaced = table[np.arange(n.sum()) + np.repeat(starts[indices] - first, n)]
+            self.buffer[ends[i] - len(replaced) : ends[i]] = replaced
         cut, end = (int(ends[n - 1]) if n else 0 for n in (n_train, len(ends)))
         return self.buffer[:cut], self.buffer[cut:end]
 
@@ -169,7 +169,7 @@ class _Numbers(dict[str, int]):
 
 
 def _groups(val: bool, gpt2: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
-    """Pieces in groups of at least CHUNK characters, except the last."""
+    """Pieces in groups of at least CHUNK bytes, except the last."""
     group = Group(val, gpt2, [])
     size = 0
     for piece in pieces:

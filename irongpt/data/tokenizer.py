@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     def end(self) -> int | None: ...
     @property
     def token_bytes(self) -> list[bytes]:
-        """The UTF-8 bytes of each token, for `end` those of its name."""
+        """The bytes that each token stands for; for `end` those of its name."""
 
     def encode(self, text: str) -> torch.Tensor:
         """(N,) int64, never with `end`. Raises UserError if the vocabulary lacks a character."""
@@ -221,8 +221,7 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
 def stream(tokenizer: Tokenizer, ids: Iterable[int], skip: int = 0) -> Iterator[str]:
     """Yields the text that each id adds, without the first `skip` bytes of the first id.
 
-    A character is yielded once all of its bytes are known. Joined, the texts are `decode` of all
-    ids.
+    A character is yielded once all of its bytes are known. Joined, the texts equal `decode(ids)`.
     Bytes that are not UTF-8 become U+FFFD, at the end also those of an incomplete character.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

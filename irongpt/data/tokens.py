@@ -23,10 +23,10 @@ from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Token
 from irongpt.errors import UserError
 from irongpt.files import temporary_path
 
-MULTIPLE = 64  # of a BPE vocabulary: matmuls with the head are fastest then
+MULTIPLE = 64  # BPE vocabularies are rounded up to it, because the head's matmul is then fastest
 SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
 LARGE_FROM = 30 * 10**6  # bytes of text
-CACHED, CACHED_FROM = 8, 10**6  # corpora in the cache at most; bytes of text from which on
+CACHED, CACHED_FROM = 8, 10**6  # the most corpora in the cache; the fewest bytes of text in one
 ARRAYS = ("train", "val", "before_val")
 
 
@@ -48,15 +48,15 @@ def tokenize(
     """Makes a tokenizer for a corpus, and encodes the corpus.
 
     kind: char, with the characters of the entire text, or bpe, which is trained on the training
-    text. vocab_size: of BPE, by default 4,096, or 8,192 for 30 MB of text or more.
+    text. vocab_size: that of BPE, by default 4,096, or 8,192 for 30 MB of text or more.
     """
     if kind == "char":
         parts = pieces(corpus.train + corpus.val, marked=False)
         chars = CharTokenizer.from_text(filter(None, parts), documents=bool(corpus.files))
         return chars, encode(corpus, chars)
     size = vocab_size or (SMALL if corpus.n_bytes < LARGE_FROM else LARGE)
-    if found := _Cache(corpus, size).read():
-        return found
+    if cached := _Cache(corpus, size).read():
+        return cached
     pre_tokens = _pre_tokens(corpus)
     tokenizer = _train_bpe(corpus, size, pre_tokens)
     return tokenizer, _encode_bpe(corpus, tokenizer, pre_tokens)
@@ -73,9 +73,9 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)
     assert isinstance(tokenizer, BPETokenizer)
-    found = _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).read()
-    if found and found[0] == tokenizer:
-        return found[1]
+    cached = _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).read()
+    if cached and cached[0] == tokenizer:
+        return cached[1]
     return _encode_bpe(corpus, tokenizer, _pre_tokens(corpus, tokenizer.gpt2))
 
 
@@ -107,9 +107,9 @@ def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.nda
     lengths = np.array([len(b) for b in tokenizer.token_bytes])
     if tokenizer.end is not None:
         lengths[tokenizer.end] = 0
-    found = sum(int(lengths[part].sum()) for part in np.array_split(val, 1 + len(val) // CHUNK))
-    if found != n_bytes:
-        raise AssertionError(f"the tokens have {found:,} bytes, and the text has {n_bytes:,}")
+    total = sum(int(lengths[part].sum()) for part in np.array_split(val, 1 + len(val) // CHUNK))
+    if total != n_bytes:
+        raise AssertionError(f"the tokens have {total:,} bytes, and the text has {n_bytes:,}")
     ids, val_ids = torch.from_numpy(train), torch.from_numpy(val)
     before = ids[:0] if corpus.files else ids[-1:].clone()
     return Tokens(ids, val_ids, before, n_bytes)
@@ -120,11 +120,11 @@ def _chars(documents: Sequence[bytes], tokenizer: CharTokenizer) -> np.ndarray:
     size = sum(length(utf8) + tokenizer.documents for utf8 in documents)
     ids, at = np.empty(size, dtype=np.uint16), 0
     for piece in pieces(documents, tokenizer.documents):
-        found = np.array([tokenizer.end]) if piece is None else tokenizer.ids(piece)
-        if found.min() < 0:
+        some = np.array([tokenizer.end]) if piece is None else tokenizer.ids(piece)
+        if some.min() < 0:
             tokenizer.encode(piece or "")  # raises UserError
-        ids[at : at + len(found)] = found
-        at += len(found)
+        ids[at : at + len(some)] = some
+        at += len(some)
     return ids
 
 
