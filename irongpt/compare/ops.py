@@ -8,6 +8,8 @@ A case is an op on inputs of one shape class:
                gradient has strides too
     V=4,096    few rows and a large vocabulary, for the ops whose cost depends on the vocabulary,
     V=50,304   including those of a decoding step
+
+The optimizers and the other ops of a decoding step have cases of the first class only.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from irongpt_kernels import Ops, dropout, eager, op_inputs, tolerance
 from irongpt_kernels.op_inputs import SEED, Input, RowShape, Tensors
-from irongpt_kernels.op_specs import LAYERS, SPECS, OpSpec
+from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, SPECS, TOKEN, OpSpec
 from torch import Tensor
 
 from irongpt.device import dtype_name
@@ -65,7 +67,7 @@ FULL = {
     "strided": RowShape(2, 6, 200, 64, 96, M=512, N=384),
 }
 SMALL = {
-    "model": RowShape(2, 2, 32, 16, 24, M=64, N=32),
+    "model": RowShape(2, 2, 32, 16, 24, L=1, M=64, N=32),
     "ragged": RowShape(1, 3, 37, 48, 101, M=13, N=29),
     "strided": RowShape(2, 2, 20, 32, 24, M=11, N=48),
 }
@@ -105,7 +107,10 @@ class Case:
         }
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Their values. All floats have `dtype`, also those that are float32 in training."""
+        """Their values. All floats have `dtype`, also those that are float32 in training, except in
+        an optimizer."""
+        if self.spec.kind == "optimizer":
+            return op_inputs.random_inputs(self.inputs(), op_inputs.dtypes(dtype), device)
         found = {}
         for i, (name, x) in enumerate(self.inputs().items()):
             if x.role != "integer":
@@ -138,17 +143,21 @@ class Case:
 
         if self.spec.differentiable:
             return op_inputs.results(call, inputs, self.spec.outputs, upstream)
-        names = (*self.spec.outputs, *self.spec.changes)
-        return dict(zip(names, call({n: x.clone() for n, x in inputs.items()}), strict=True))
+        own = {n: x.clone() for n, x in inputs.items()}
+        names = (*self.spec.outputs, *self.spec.changed(own))
+        return dict(zip(names, call(own), strict=True))
 
 
 def cases(shape: str, at: RowShape, with_dropout: bool) -> Iterator[Case]:
-    """Every op with a gradient. The ragged class never has dropout."""
+    """Every op with a gradient, and at the model's shape every other one. The ragged class never
+    has dropout."""
     for spec in LAYERS:
         ragged = shape == "ragged"
         chosen = spec.full_rows if ragged and spec.full_rows else spec
         drops = with_dropout and spec.dropout and not ragged
         yield Case(chosen, shape, at, DROPOUT_P if drops else 0.0)
+    for spec in (*TOKEN, *OPTIMIZERS) if shape == "model" else ():
+        yield Case(spec, shape, at, TEMPERATURE if spec.kind == "token" else 0.0)
 
 
 def vocabulary_cases(at: RowShape) -> Iterator[Case]:
@@ -187,7 +196,7 @@ def compare_case(
     if whole:
         other = [t for t in whole if not torch.equal(results[t], baseline[t])]
         detail = "other values than eager's in " + ", ".join(other)
-        checks.append(check("tokens", not other, detail))
+        checks.append(check("integers", not other, detail))
     if wrong is not None:
         detail = "other elements than eager's are dropped in " + ", ".join(wrong)
         checks.append(check("dropout mask", not wrong, detail))

@@ -35,7 +35,7 @@ def group(title: str, rows: list[Row], checks: list[Check]) -> str:
     notes = {
         "repeatable": "same bits in two runs",
         "dropout mask": "eager's dropout mask",
-        "tokens": "eager's tokens",
+        "integers": "eager's integers",
     }
     passed = ", ".join(text for name, text in notes.items() if name in names)
     nearest: dict[tuple[str, str], Row] = {}

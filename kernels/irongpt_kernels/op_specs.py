@@ -30,7 +30,8 @@ class OpSpec:
     cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype, stream that of
         the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: names of inputs that the op updates in place. They count as results.
+    changes: names of inputs that the op updates in place, without their prefix (`rest.params`).
+        They count as results.
     functions: those of `Ops` that this entry describes, by default `name`; each is in one entry.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
@@ -47,7 +48,7 @@ class OpSpec:
     dropout: bool = False
     changes: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
-    call: Callable[..., tuple[Tensor, ...]] | None = None
+    call: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     scores: bool = False
     sweeps: tuple[str, ...] = ("batch",)
     full_rows: "OpSpec | None" = None
@@ -72,10 +73,15 @@ class OpSpec:
     def run(self, ops: Any, shape: Shape, x: Tensors, **options: Any) -> tuple[Tensor, ...]:
         """The outputs of the op as `ops` computes it, then the inputs that it changes in place."""
         if self.call is not None:
-            return self.call(ops, shape, x, **options)
-        out = getattr(ops, self.name)(**x, **options)
+            out = self.call(ops, shape, x, **options)
+        else:
+            out = getattr(ops, self.name)(**x, **options)
         found = () if out is None else out if isinstance(out, tuple) else (out,)
-        return (*found, *(x[name] for name in self.changes))
+        return (*found, *(x[name] for name in self.changed(x)))
+
+    def changed(self, x: Tensors) -> list[str]:
+        """The names of the inputs that the op updates in place."""
+        return [name for name in x if name.split(".")[-1] in self.changes]
 
 
 def _dropout(s: Shape, p: float, seed: Any) -> dict[str, Any]:
@@ -254,12 +260,7 @@ def _grad_norm(ops: Any, x: Tensors, grads: list[Tensor], growth_interval: int) 
     return ops.grad_norm(grads, *numbers, max_norm=1.0, growth_interval=growth_interval)
 
 
-def _changed(x: Tensors, *names: str) -> tuple[Tensor, ...]:
-    changed = (*names, "copies", "steps", "growth_tracker")
-    return tuple(t for name, t in x.items() if name.split(".")[-1] in changed)
-
-
-def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Tensor, ...]:
+def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> Tensor:
     matrices, others = s.matrices(), s.other_weights()
 
     def every(name: str) -> list[Tensor]:
@@ -272,7 +273,7 @@ def _adamw(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Te
     decays = [WEIGHT_DECAY if len(size) == 2 else 0.0 for size in matrices + others]
     betas = dict(beta1=0.875, beta2=0.9921875)  # exact in float32, which PyTorch's CUDA kernel uses
     ops.adamw(*state, x["steps"], x["lr"], stats, **betas, weight_decays=decays)
-    return (stats, *_changed(x, "params", "moment0", "moment1"))
+    return stats
 
 
 def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Tensor, ...]:
@@ -294,9 +295,10 @@ def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Ten
         decay = WEIGHT_DECAY
         ops.muon_update(some, some_copies, u, x["lr"], stats, scale=scale, weight_decay=decay)
         begin = end
-    return (stats, *_changed(x, "params", "moment0"), *normalized)
+    return (stats, *normalized)
 
 
+COUNTED = ("copies", "steps", "growth_tracker")
 OPTIMIZERS = (
     OpSpec(
         "adamw",
@@ -306,8 +308,10 @@ OPTIMIZERS = (
         ),
         lambda s: f"{numel(s.matrices() + s.other_weights()) / 1e6:.1f} M weights",
         kind="optimizer",
+        outputs=("stats",),
         functions=("grad_norm", "adamw"),
         call=_adamw,
+        changes=("params", "moment0", "moment1", *COUNTED),
         sweeps=(),
     ),
     OpSpec(
@@ -318,8 +322,10 @@ OPTIMIZERS = (
         ),
         lambda s: f"{numel(s.matrices()) / 1e6:.1f} M weights",
         kind="optimizer",
+        outputs=("stats", *(f"normalized {name}" for name in ("qkv", "proj", "fc", "fc_proj"))),
         functions=("muon_momentum", "muon_update"),
         call=_muon,
+        changes=("params", "moment0", *COUNTED),
         sweeps=(),
     ),
     OpSpec(
