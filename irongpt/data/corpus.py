@@ -14,7 +14,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +23,16 @@ from pathlib import Path
 from irongpt.data.download import war_and_peace
 from irongpt.data.folder import (
     MAX_BYTES,
-    Files,
     Reader,
     folder_files,
     packages,
-    read_files,
     standard_library,
+    val_files,
 )
 from irongpt.data.text import (
     CHUNK,
     ERRORS,
+    NotTextError,
     Say,
     Text,
     Utf8,
@@ -138,9 +139,9 @@ def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | N
     if data == "python-docs":
         return _one_text(data, _python_docs(), reader)
     if data == "python-code":
-        return _by_file(data, data, read_files(standard_library(), as_utf8), reader)
+        return _by_file(data, data, standard_library(), as_utf8)
     if data == "python-packages":
-        return _by_file(data, data, read_files(packages(reader.say), as_utf8), reader)
+        return _by_file(data, data, packages(reader.say), as_utf8)
     if data == STDIN:
         return _checked("stdin", "the standard input", _standard_input(reader), reader)
     path = os.path.expanduser(data)
@@ -148,7 +149,7 @@ def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | N
         if os.path.isdir(path):
             paths = folder_files(Path(path), include, say=reader.say, exclude=exclude)
             name = _folder_name(Path(path).resolve().name)
-            return _by_file(name, repr(data), read_files(paths, reader), reader)
+            return _by_file(name, repr(data), paths, reader)
         text = reader.read(path, repr(data))
     except (FileNotFoundError, ValueError):  # a name with a NUL in it is a ValueError
         raise UserError(f"no file {data!r}; the built-in texts are {', '.join(BUILT_IN)}") from None
@@ -195,14 +196,46 @@ def _split(name: str, utf8: Utf8) -> Corpus:
     return Corpus(name, (bytes(view[:cut]),), (bytes(view[cut:]),))
 
 
-def _by_file(name: str, shown: str, files: Files, reader: Reader) -> Corpus:
-    duplicates = files.left_out["duplicates"]
-    if not files.digests and not duplicates:
-        raise UserError(f"{shown} has no text in the files that match: {files}")
-    reader.say(f"files     {name}: {files}")
-    if len(files.digests) == 1:
-        return _split(name, *files.train)
-    return Corpus(name, files.train, files.val, files.digests)
+def _by_file(name: str, shown: str, paths: Iterable[tuple[str, Path]], reader: Reader) -> Corpus:
+    """The corpus of (relative path, path) pairs. `say` receives what was changed in a file.
+
+    The relative path decides the split, and is the name of the file in `Corpus.files`.
+    """
+    texts: dict[str, bytes] = {}
+    digests: dict[str, str] = {}
+    left_out: Counter[str] = Counter()  # number of files by reason
+    for relative, path in sorted(paths):
+        try:
+            utf8, notes = reader.read(path, repr(str(path)))
+        except NotTextError as e:
+            left_out[e.kind] += 1
+            continue
+        except OSError:
+            left_out["unreadable"] += 1
+            continue
+        utf8 = without_license(utf8)
+        if not has_text(utf8):
+            left_out["empty"] += 1
+        elif digest := reader.kept.add(utf8):
+            texts[relative], digests[relative] = bytes(utf8), digest
+            for note in notes:
+                reader.say(note)
+        else:
+            left_out["duplicates"] += 1
+    size = sum(map(len, texts.values())) / 1e6
+    found = f"{len(texts):,} file{'s' * (len(texts) != 1)}, {size:,.1f} MB"
+    if left_out:
+        reasons = (f"{count:,} {reason}" for reason, count in left_out.most_common())
+        found += f"; left out: {', '.join(reasons)}"
+    if not texts and not left_out["duplicates"]:
+        raise UserError(f"{shown} has no text in the files that match: {found}")
+    reader.say(f"files     {name}: {found}")
+    if len(texts) == 1:
+        return _split(name, *texts.values())
+    in_val = val_files(list(texts))
+    train = tuple(text for path, text in texts.items() if path not in in_val)
+    val = tuple(text for path, text in texts.items() if path in in_val)
+    return Corpus(name, train, val, digests)
 
 
 def _joined(parts: Sequence[Corpus], say: Say, val: Corpus | None = None) -> Corpus:

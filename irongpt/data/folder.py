@@ -13,21 +13,12 @@ import stat
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from irongpt.data.text import (
-    NotTextError,
-    Say,
-    Text,
-    Utf8,
-    decoded,
-    has_text,
-    unpacked,
-    without_license,
-)
+from irongpt.data.text import Say, Text, Utf8, decoded, unpacked
 from irongpt.errors import UserError, short_reason
 
 VAL_SHARE = 0.1
@@ -82,60 +73,6 @@ class Reader:
         if self.kept.n_bytes + size > MAX_BYTES:
             what = f"the text up to {name}" if self.kept.n_bytes else name
             raise UserError(f"{what} is larger than {MAX_BYTES / 1e9:g} GB: use a part of it")
-
-
-@dataclass(frozen=True)
-class Files:
-    """Documents by file, UTF-8. `digests`: SHA-256 of each text by its relative path, in order."""
-
-    train: tuple[bytes, ...]
-    val: tuple[bytes, ...]
-    digests: dict[str, str]
-    left_out: Counter[str]  # number of files by reason
-    n_bytes: int
-
-    def __str__(self) -> str:
-        count = len(self.digests)
-        text = f"{count:,} file{'s' * (count != 1)}, {self.n_bytes / 1e6:,.1f} MB"
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
-        return f"{text}; left out: {reasons}" if reasons else text
-
-
-def read_files(paths: Iterable[tuple[str, Path]], reader: Reader) -> Files:
-    """Reads and splits (relative path, path) pairs. `say` receives what was changed in a file.
-
-    The relative path decides the split, and is the name of the file in `Files.digests`.
-    """
-    texts: dict[str, bytes] = {}
-    digests: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
-    before = reader.kept.n_bytes
-    for relative, path in sorted(paths):
-        try:
-            utf8, notes = reader.read(path, repr(str(path)))
-        except NotTextError as e:
-            left_out[e.kind] += 1
-            continue
-        except OSError:
-            left_out["unreadable"] += 1
-            continue
-        utf8 = without_license(utf8)
-        if not has_text(utf8):
-            left_out["empty"] += 1
-        elif digest := reader.kept.add(utf8):
-            texts[relative], digests[relative] = bytes(utf8), digest
-            for note in notes:
-                reader.say(note)
-        else:
-            left_out["duplicates"] += 1
-    val = val_files(list(texts))
-    return Files(
-        train=tuple(text for path, text in texts.items() if path not in val),
-        val=tuple(text for path, text in texts.items() if path in val),
-        digests=digests,
-        left_out=left_out,
-        n_bytes=reader.kept.n_bytes - before,
-    )
 
 
 def val_files(paths: Sequence[str]) -> set[str]:
