@@ -11,11 +11,11 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from irongpt.errors import UserError
+from irongpt.errors import UserError, short_reason
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,12 +62,21 @@ def damaged(path: Path) -> UserError:
 
 def read(path: Path) -> bytes:
     """The bytes of a file. Raises UserError, also for a pipe or a device, which may have no end."""
-    try:
+    with reported(f"cannot read {path}"):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"cannot read {path}: it is not a file")
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def reported(failure: str, disk: Path | None = None) -> Iterator[None]:
+    """Turns an OSError into a UserError: the failure, and the reason. disk: a path on the disk that
+    is named if it is full."""
+    try:
+        yield
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+        reason = write_error_reason(e, disk) if disk else short_reason(e)
+        raise UserError(f"{failure}: {reason}") from e
 
 
 def write_error_reason(error: OSError, path: Path) -> str:
@@ -134,18 +143,14 @@ def check_result(*paths: Path | None) -> None:
 
 def write_result(path: Path, data: bytes) -> None:
     """`replace_file` for a path given by the user. Raises UserError."""
-    try:
+    with reported(f"cannot write {path}"):
         replace_file(path.absolute(), data)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
 def check_free(path: Path, kind: str, message: str) -> None:
     """Raises UserError with the message unless `path` does not exist or is an empty folder."""
-    try:
+    with reported(f"cannot write a {kind} at {path}"):
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    except OSError as e:
-        raise UserError(f"cannot write a {kind} at {path}: {e.strerror}") from e
     if taken:
         raise UserError(message)
 
@@ -158,20 +163,19 @@ def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
     """
     missing = [p for p in path.parents if not p.exists()]
     temporary = temporary_path(path.absolute())  # "." has no name
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        sync_folder(temporary)
-        os.rename(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write a {kind} at {path}: {e.strerror}") from e
-        raise
+    with reported(f"cannot write a {kind} at {path}"):
+        try:
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            sync_folder(temporary)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from irongpt_kernels.runtime import emulate, launch_table
 from irongpt.config import check
 from irongpt.data.download import cache_folder
 from irongpt.errors import UserError
-from irongpt.files import read, replace_file, sealed, unsealed
+from irongpt.files import read, replace_file, reported, sealed, unsealed
 
 VARIABLE = "IRONGPT_TUNED"
 FORMAT = 1
@@ -90,12 +90,10 @@ def load(device: torch.device) -> Loaded:
 def save(device: torch.device, entries: list[dict[str, Any]]) -> Path:
     """Replaces all stored entries. Raises UserError if the file cannot be written."""
     file = path(device)
-    try:
+    with reported(f"cannot write {file}"):
         if entries:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, sealed({**identity(device), "format": FORMAT, "entries": entries}))
         else:
             file.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write {file}: {e.strerror}") from e
     return file

@@ -42,6 +42,7 @@ from irongpt.data.text import (
     without_license,
 )
 from irongpt.errors import UserError, short_reason
+from irongpt.files import reported
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
 STDIN = "-"
@@ -163,10 +164,8 @@ def _standard_input(reader: Reader) -> Text:
         raise UserError("--data -: the standard input is closed")
     if sys.stdin.isatty():
         reader.say("reading the text from the terminal, until an end of file (Ctrl-D)")
-    try:
+    with reported("cannot read the standard input"):
         raw = sys.stdin.buffer.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read the standard input: {short_reason(error)}") from None
     return reader.decode(raw, "the standard input")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from irongpt.config import check
 from irongpt.data.tokenizer import BPETokenizer
 from irongpt.errors import UserError
-from irongpt.files import check_result, temporary_path
+from irongpt.files import check_result, reported, temporary_path
 from irongpt.interchange.export import load
 from irongpt.interchange.gpt2_layout import PREFIX, layers
 
@@ -76,13 +76,12 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
             if dtype == "float16" and t.dim() == 2 and name != "wpe":
                 t = t.half()
             writer.add_tensor(f"{called}.{kind}", t.numpy())
-    try:
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(temporary, file)
-    except OSError as e:
-        raise UserError(f"cannot write {file}: {e.strerror}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with reported(f"cannot write {file}"):
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)

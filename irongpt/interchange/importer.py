@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from irongpt.config import DataConfig, GPTConfig, TrainConfig, check
 from irongpt.data.tokenizer import BPETokenizer, CharTokenizer
 from irongpt.data.tokenizer import from_json as our_tokenizer
-from irongpt.errors import UserError, short_reason
-from irongpt.files import check_free, damaged
+from irongpt.errors import UserError
+from irongpt.files import check_free, damaged, read, reported
 from irongpt.interchange.export import BIAS
 from irongpt.interchange.gpt2_layout import Tensors, from_config_json, from_gpt2
 from irongpt.runs import checkpoint
@@ -104,9 +104,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     check(path.is_file(), f"{folder} has no {name}: {_ADVICE}")
     try:
-        values = json.loads(path.read_bytes())
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {short_reason(e)}") from e
+        values = json.loads(read(path))
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
@@ -122,10 +120,8 @@ def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
     path = folder / "model.safetensors"
     check(path.is_file(), f"{folder} has no model.safetensors: {_ADVICE}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with reported(f"cannot read {path}"), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {short_reason(e)}") from e
     except SafetensorError as e:
         raise damaged(path) from e

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from irongpt.console import say
-from irongpt.errors import UserError, short_reason
+from irongpt.errors import UserError
+from irongpt.files import reported
 
 NAME = ".lock"
 HEARTBEAT, TIMEOUT = 20.0, 90.0  # seconds
@@ -36,10 +37,8 @@ class Lock:
             "id": uuid.uuid4().hex,
             **_identity(os.getpid()),
         }
-        try:
+        with reported(f"cannot write to {folder}"):
             self._acquire()
-        except OSError as e:
-            raise UserError(f"cannot write to {folder}: {short_reason(e)}") from e
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()

@@ -21,7 +21,7 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import damaged, finite, read, replace_file, sealed, unsealed, write_error_reason
+from irongpt.files import damaged, finite, read, replace_file, reported, sealed, unsealed
 from irongpt.runs import checkpoint
 from irongpt.runs.lock import NAME, Lock
 
@@ -64,17 +64,14 @@ class RunFolder:
         """
         check_run_is_new(self.path)
         self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.path)
-            check_run_is_new(self.path)  # again: another process may have been faster
-        except (OSError, UserError) as e:
-            self.release()
-            if isinstance(e, OSError):
-                raise UserError(
-                    f"cannot write a run at {self.path}: {write_error_reason(e, self.path)}"
-                ) from e
-            raise
+        with reported(f"cannot write a run at {self.path}", disk=self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = Lock(self.path)
+                check_run_is_new(self.path)  # again: another process may have been faster
+            except (OSError, UserError):
+                self.release()
+                raise
 
     def release(self) -> None:
         """Frees the lock. Folders that `claim` made are removed if there is no run in them."""
@@ -95,33 +92,30 @@ class RunFolder:
         """
         if self.lock is None:
             self.claim()
-        try:
-            for unfinished in [*self.path.glob(UNFINISHED)]:
-                shutil.rmtree(self.last, ignore_errors=True)
-                (self.path / "files.json").unlink(missing_ok=True)
-                shutil.rmtree(unfinished)
-            temporary = self.path / UNFINISHED.replace("*", uuid.uuid4().hex[:8])
-            temporary.mkdir()
+        with reported(f"cannot write a run at {self.path}", disk=self.path):
             try:
-                if files:
-                    replace_file(temporary / "files.json", sealed({"files": files}))
-                replace_file(temporary / "config.json", _encode(self.config))
-                save_first(temporary / "last")
-                for name in ("last", "files.json", "config.json"):
-                    if (temporary / name).exists():
-                        os.rename(temporary / name, self.path / name)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        except BaseException as e:
-            shutil.rmtree(self.last, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a read-only folder does not even look for it
-                (self.path / "files.json").unlink()
-            self.release()
-            if isinstance(e, OSError):
-                raise UserError(
-                    f"cannot write a run at {self.path}: {write_error_reason(e, self.path)}"
-                ) from e
-            raise
+                for unfinished in [*self.path.glob(UNFINISHED)]:
+                    shutil.rmtree(self.last, ignore_errors=True)
+                    (self.path / "files.json").unlink(missing_ok=True)
+                    shutil.rmtree(unfinished)
+                temporary = self.path / UNFINISHED.replace("*", uuid.uuid4().hex[:8])
+                temporary.mkdir()
+                try:
+                    if files:
+                        replace_file(temporary / "files.json", sealed({"files": files}))
+                    replace_file(temporary / "config.json", _encode(self.config))
+                    save_first(temporary / "last")
+                    for name in ("last", "files.json", "config.json"):
+                        if (temporary / name).exists():
+                            os.rename(temporary / name, self.path / name)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException:
+                shutil.rmtree(self.last, ignore_errors=True)
+                with contextlib.suppress(OSError):  # a read-only folder does not even look for it
+                    (self.path / "files.json").unlink()
+                self.release()
+                raise
 
     def resume(
         self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
@@ -242,11 +236,9 @@ def default_path(name: str) -> Path:
 
 def open_run(path: Path) -> RunFolder:
     """Opens a run. Raises UserError if the folder is not a run or config.json was changed."""
-    try:
+    with reported(f"cannot read {path}"):
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not an IronGPT run: it has no config.json")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
     values = unsealed(read(path / "config.json"), path / "config.json")
     try:
         if values["format"] != FORMAT:
@@ -295,12 +287,10 @@ def load_checkpoint(
 
 def check_run_is_new(path: Path) -> None:
     """Raises UserError unless `path` does not exist or is an empty folder, or a link to one."""
-    try:
+    with reported(f"cannot write a run at {path}"):
         if path.is_symlink() and not path.exists():
             raise UserError(f"--out {path} is a link to a folder that does not exist")
         exists = path.exists() and not (path.is_dir() and all(map(_is_nothing, path.iterdir())))
-    except OSError as e:
-        raise UserError(f"cannot write a run at {path}: {e.strerror}") from e
     if exists:
         resume = f", or --resume {path}" if (path / "config.json").is_file() else ""
         raise UserError(f"--out {path} exists: choose another folder{resume}")

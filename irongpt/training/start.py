@@ -30,7 +30,7 @@ from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError, out_of_memory
-from irongpt.files import damaged, write_error_reason
+from irongpt.files import damaged, reported
 from irongpt.model import GPT
 from irongpt.runs import tensorboard
 from irongpt.runs.lock import Lock
@@ -216,11 +216,10 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
             "data": _stored(data),
         }
         config = replace(run.config, data_sha256=text.sha256, **changes)
-        run.resume(config, training.trainer.step, text.files, training.evaluated_at)
+        with reported(f"cannot write to {run.path}", disk=run.path):
+            run.resume(config, training.trainer.step, text.files, training.evaluated_at)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e
-    except OSError as e:
-        raise UserError(f"cannot write to {run.path}: {write_error_reason(e, run.path)}") from e
     return training
 
 
