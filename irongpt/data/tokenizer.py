@@ -1,13 +1,21 @@
 """Tokenizers: text to token ids and back, one token per character or by byte pair encoding.
 
-Both are stored as the tokenizer.json of Hugging Face's `tokenizers`, which reads the files.
+Both are stored as the tokenizer.json of Hugging Face's `tokenizers`, which reads the files. Both
+have
+
+    vocab_size    the number of ids
+    end           the id between documents; None if the vocabulary has none
+    token_bytes   the bytes that each token stands for; for `end` those of its name
+    encode(text)  (N,) int64, never with `end`; UserError if the vocabulary lacks a character
+    decode(ids)   the text of (N,) ids; IndexError on an id outside [0, vocab_size)
+    to_json()     tokenizer.json as Hugging Face reads it
 """
 
 import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +26,6 @@ from irongpt.errors import UserError
 END = "<|endoftext|>"  # the token between documents, whose id is the last one
 MAX_VOCAB = 1 << 16  # ids are stored in 16 bits
 Ids = Sequence[int] | torch.Tensor
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back. `end` is the id between documents, None if the vocabulary has none."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end(self) -> int | None: ...
-    @property
-    def token_bytes(self) -> list[bytes]:
-        """The bytes that each token stands for; for `end` those of its name."""
-
-    def encode(self, text: str) -> torch.Tensor:
-        """(N,) int64, never with `end`. Raises UserError if the vocabulary lacks a character."""
-
-    def decode(self, ids: Ids) -> str:
-        """The text of (N,) ids. Raises IndexError on an id outside [0, vocab_size)."""
-
-    def to_json(self) -> dict[str, Any]:
-        """tokenizer.json as Hugging Face reads it."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +181,10 @@ class BPETokenizer:
         )
 
 
-def from_json(value: Any) -> CharTokenizer | BPETokenizer:
+Tokenizer = CharTokenizer | BPETokenizer
+
+
+def from_json(value: Any) -> Tokenizer:
     """Inverse of `to_json`. Raises UserError on anything else.
 
     It also reads the format of IronGPT 0.1: {"kind": "char", "chars": "..."}.
@@ -205,7 +195,7 @@ def from_json(value: Any) -> CharTokenizer | BPETokenizer:
         model, documents = value["model"], bool(value["added_tokens"])
         vocab = sorted(model["vocab"], key=model["vocab"].__getitem__)
         names = vocab[:-1] if documents else vocab
-        tokenizer: CharTokenizer | BPETokenizer
+        tokenizer: Tokenizer
         if value["pre_tokenizer"] is None:
             tokenizer = CharTokenizer("".join(names), documents)
         else:

@@ -42,9 +42,7 @@ def check_vocab_size(kind: str, vocab_size: int | None) -> int | None:
     return vocab_size + -vocab_size % MULTIPLE
 
 
-def tokenize(
-    corpus: Corpus, kind: str, vocab_size: int | None = None
-) -> tuple[CharTokenizer | BPETokenizer, Tokens]:
+def tokenize(corpus: Corpus, kind: str, vocab_size: int | None = None) -> tuple[Tokenizer, Tokens]:
     """Makes a tokenizer for a corpus, and encodes the corpus.
 
     kind: char, with the characters of the entire text, or bpe, which is trained on the training
@@ -72,7 +70,6 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
         )
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)
-    assert isinstance(tokenizer, BPETokenizer)
     cached = _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).read()
     if cached and cached[0] == tokenizer:
         return cached[1]

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from irongpt.config import DataConfig, GPTConfig, TrainConfig, check
-from irongpt.data.tokenizer import BPETokenizer, CharTokenizer
+from irongpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from irongpt.data.tokenizer import from_json as our_tokenizer
 from irongpt.errors import UserError
 from irongpt.files import check_free, damaged, read, reported
@@ -68,7 +68,7 @@ def import_model(folder: Path, path: Path) -> GPTConfig:
     return model
 
 
-def read_tokenizer(value: dict[str, Any]) -> CharTokenizer | BPETokenizer:
+def read_tokenizer(value: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a tokenizer.json: one of ours, or that of a GPT-2.
 
     Raises UserError for any other: its ids would be wrong.
