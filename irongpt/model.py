@@ -3,6 +3,7 @@
 B batch, T positions, C width, H heads, D = C / H head dimension, L blocks, V vocabulary.
 """
 
+import copyreg
 import importlib
 import math
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from irongpt.config import GPTConfig
 
 DROPOUTS_PER_BLOCK = 3  # attention weights, attention branch, MLP branch
 PADDED_ON = ("cuda",)  # device types on which training pads the head: see `padded_vocab`
+# Copies and pickles of a model have its ops, which are a module, by their name.
+copyreg.pickle(ModuleType, lambda ops: (importlib.import_module, (ops.__name__,)))
 
 
 def padded_vocab(V: int) -> int:
@@ -44,21 +47,6 @@ class LayerNorm(nn.Module):
 NormParameters = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-class OpsModule(nn.Module):
-    """An nn.Module that computes with `ops`. Copies and pickles store the name of `ops`."""
-
-    ops: Ops
-
-    def __getstate__(self) -> dict[str, Any]:
-        name = self.ops.__name__ if isinstance(self.ops, ModuleType) else self.ops
-        return {**self.__dict__, "ops": name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if isinstance(self.ops, str):
-            self.ops = cast(Ops, importlib.import_module(self.ops))
-
-
 class Linear(nn.Linear):
     """A linear layer whose weight may have a 16-bit copy: see `GPT.make_low_precision_params`.
 
@@ -82,7 +70,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.matrix, self.bias)
 
 
-class Attention(OpsModule):
+class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). The keys and values are also written to the cache, if given."""
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
@@ -103,7 +91,7 @@ class Attention(OpsModule):
         return self.proj(y.reshape(B, T, C))
 
 
-class MLP(OpsModule):
+class MLP(nn.Module):
     """(B, T, C) -> (B, T, C), through 4 C hidden features."""
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
@@ -116,7 +104,7 @@ class MLP(OpsModule):
         return self.proj(self.ops.gelu(F.linear(x, self.fc.matrix), self.fc.bias))  # adds the bias
 
 
-class Block(OpsModule):
+class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     An add and the norm after it are one op. So a block takes the residual stream and its norm,
@@ -149,7 +137,7 @@ class Block(OpsModule):
         return add_norm(branch, x, *next_norm, dropout_p=dropout_p, seed=seeds[2])
 
 
-class GPT(OpsModule):
+class GPT(nn.Module):
     """Token ids in, logits out. The output head is the token embedding's matrix.
 
     `ops` is eager, builtin or fused of irongpt_kernels. It holds no parameters, so a state_dict
