@@ -110,17 +110,17 @@ def _card(report: Report, device: torch.device) -> None:
         )
         return
     report.facts["machine"] += f", driver {driver.version()}"
-    shown = (now.sm_mhz, now.max_sm_mhz, now.memory_mhz, now.watt, now.limit_watt, now.celsius)
+    shown = ("sm_mhz", "max_sm_mhz", "memory_mhz", "watt", "limit_watt", "celsius")
     report.facts["clocks"] = "{} of {} MHz, memory {} MHz, {} of {} W, {} degrees C".format(
-        *("unknown" if value is None else f"{value:g}" for value in shown)
+        *("unknown" if now[name] is None else f"{now[name]:g}" for name in shown)
     )
-    limit, default = now.limit_watt, now.default_limit_watt
+    limit, default, celsius = (now[k] for k in ("limit_watt", "default_limit_watt", "celsius"))
     if limit is not None and default is not None and limit < default:
         report.advice.append(
             f"the power limit is {limit:g} W, below the GPU's default of {default:g} W: slower"
         )
-    if now.celsius is not None and now.celsius >= HOT:
-        report.advice.append(f"{now.celsius} degrees C: the GPU lowers its clocks until it cools")
+    if celsius is not None and celsius >= HOT:
+        report.advice.append(f"{celsius} degrees C: the GPU lowers its clocks until it cools")
 
 
 def _software(report: Report, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """The state of a GPU that PyTorch does not report: clocks, power, temperature, by NVML."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +12,21 @@ THROTTLE = {  # bits of NVML's clock event reasons for lower clocks than the max
     0x80: "power brake",
 }
 SM, MEMORY = 1, 2  # NVML's clocks
+QUERIES: dict[str, tuple[Any, ...]] = {  # a function of NVML and its argument, by our name
+    "sm_mhz": ("ClockInfo", SM),
+    "max_sm_mhz": ("MaxClockInfo", SM),
+    "memory_mhz": ("ClockInfo", MEMORY),
+    "watt": ("PowerUsage",),  # NVML has milliwatts
+    "limit_watt": ("EnforcedPowerLimit",),
+    "default_limit_watt": ("PowerManagementDefaultLimit",),
+    "celsius": ("Temperature", 0),
+    "throttled_by": ("CurrentClocksThrottleReasons",),
+}
 
 
-@dataclass(frozen=True)
-class GpuState:
-    """A field is None where the GPU does not report it."""
-
-    sm_mhz: int | None
-    max_sm_mhz: int | None
-    memory_mhz: int | None
-    watt: float | None  # power, its limit, and the GPU's default limit
-    limit_watt: float | None
-    default_limit_watt: float | None
-    celsius: int | None
-    throttled_by: list[str] | None
-
-
-def query(device: torch.device) -> GpuState | None:
-    """The state of a CUDA device now; None without nvidia-ml-py or an NVIDIA driver."""
+def query(device: torch.device) -> dict[str, Any] | None:
+    """The state of a CUDA device now, by the names of QUERIES, each None where the GPU does not
+    report it; None without nvidia-ml-py or an NVIDIA driver."""
     nvml = _nvml()
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
 
@@ -43,20 +39,12 @@ def query(device: torch.device) -> GpuState | None:
     gpu = nvml and get("HandleByUUID", f"GPU-{uuid}")
     if gpu is None:
         return None
-    names = ("PowerUsage", "EnforcedPowerLimit", "PowerManagementDefaultLimit")
-    watt, limit, default = (None if x is None else x / 1e3 for x in (get(n, gpu) for n in names))
-    reasons = get("CurrentClocksThrottleReasons", gpu)
-    throttled = None if reasons is None else [x for bit, x in THROTTLE.items() if reasons & bit]
-    return GpuState(
-        sm_mhz=get("ClockInfo", gpu, SM),
-        max_sm_mhz=get("MaxClockInfo", gpu, SM),
-        memory_mhz=get("ClockInfo", gpu, MEMORY),
-        watt=watt,
-        limit_watt=limit,
-        default_limit_watt=default,
-        celsius=get("Temperature", gpu, 0),
-        throttled_by=throttled,
-    )
+    now = {name: get(function, gpu, *of) for name, (function, *of) in QUERIES.items()}
+    known = {name: value for name, value in now.items() if value is not None}
+    now |= {name: value / 1e3 for name, value in known.items() if name.endswith("watt")}
+    if (reasons := now["throttled_by"]) is not None:
+        now["throttled_by"] = [x for bit, x in THROTTLE.items() if reasons & bit]
+    return now
 
 
 def _nvml() -> Any:

@@ -90,7 +90,7 @@ def state(device: torch.device) -> State | None:
     """Clocks, power, temperature and throttling now; None on a CPU or where NVML is missing."""
     found = gpu_state.query(device) if device.type == "cuda" else None
     keys = ("sm_mhz", "memory_mhz", "watt", "limit_watt", "celsius", "throttled_by")
-    return None if found is None else {key: getattr(found, key) for key in keys}
+    return None if found is None else {key: found[key] for key in keys}
 
 
 class Watch:

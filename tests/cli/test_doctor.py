@@ -142,13 +142,13 @@ def test_a_state_that_the_card_does_not_report_is_none(card) -> None:
     card(**NOT_REPORTED, DeviceGetCurrentClocksThrottleReasons=NVMLError)
     state = gpu_state.query(torch.device("cuda", 0))
     assert state is not None
-    assert state.throttled_by is state.watt is None
+    assert state["throttled_by"] is state["watt"] is None
 
 
 def test_throttle_reasons_are_named(card) -> None:
     state = gpu_state.query(torch.device("cuda", 0))
     assert state is not None
-    assert state.throttled_by == ["power cap", "temperature (software)"]
+    assert state["throttled_by"] == ["power cap", "temperature (software)"]
 
 
 def test_an_old_or_missing_package(monkeypatch) -> None:
