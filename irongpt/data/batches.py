@@ -100,26 +100,19 @@ class TrainBatches:
         return sequences(self.ids, positions, self.offsets)
 
 
-class ValBatches:
-    """The same evenly spaced sequences each time, in order, without overlap."""
+def evenly_spaced(
+    ids: Tensor, context: int, batch_size: int, most: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of at most `most` sequences, the same each time, in order, without overlap.
 
-    def __init__(self, ids: Tensor, context: int, batch_size: int, max_sequences: int) -> None:
-        """ids: (N,) integers on the device that evaluates, N > context."""
-        count = (len(ids) - 1) // context
-        used = min(count, max_sequences)
-        self.ids, self.batch_size = ids, batch_size
-        self.starts = torch.arange(used, device=ids.device) * count // used * context
-        self.offsets = input_and_target(context, ids.device)
-
-    def __len__(self) -> int:
-        return -(-len(self.starts) // self.batch_size)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Batch i: inputs and targets, (B, T) int64 each; the last may be smaller."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
-        return sequences(self.ids, starts, self.offsets)
+    ids: (N,) integers on the device that evaluates, N > context. The last batch may be smaller.
+    """
+    count = (len(ids) - 1) // context
+    used = min(count, most)
+    starts = torch.arange(used, device=ids.device) * count // used * context
+    offsets = input_and_target(context, ids.device)
+    for first in range(0, used, batch_size):
+        yield sequences(ids, starts[first : first + batch_size], offsets)
 
 
 def every_target(ids: Tensor, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,14 +121,10 @@ def every_target(ids: Tensor, context: int, batch_size: int) -> Iterator[tuple[T
     The sequences do not overlap, so that the first targets of each one have little context. The
     last one is shorter than the others if the ids do not fill it.
     """
-    whole, rest = divmod(len(ids) - 1, context)
-    starts = torch.arange(whole + 1, device=ids.device) * context
-    offsets = input_and_target(context, ids.device)
-    for some in starts[:whole].split(batch_size):
-        if len(some):
-            yield sequences(ids, some, offsets)
-    if rest:
-        yield sequences(ids, starts[whole:], offsets[:, :, :rest])
+    yield from evenly_spaced(ids, context, batch_size, most=len(ids))
+    if rest := (len(ids) - 1) % context:
+        start = torch.tensor([len(ids) - 1 - rest], device=ids.device)
+        yield sequences(ids, start, input_and_target(rest, ids.device))
 
 
 def input_and_target(context: int, device: torch.device) -> Tensor:

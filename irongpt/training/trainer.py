@@ -12,7 +12,7 @@ from torch import Tensor
 from irongpt import device as devices
 from irongpt.config import TrainConfig
 from irongpt.cuda_graph import Graph
-from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target
+from irongpt.data.batches import Tokens, TrainBatches, evenly_spaced, every_target
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
 from irongpt.training import optimizer
 from irongpt.training.distributed import World
@@ -47,7 +47,6 @@ class Trainer:
         train_ids, self.val_ids = (self._on_device(t) for t in (self.tokens.train, self.tokens.val))
         self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
         self.eval_batch = max(1, EVAL_TOKENS // context)
-        self.val_batches = ValBatches(self.val_ids, context, self.eval_batch, config.eval_windows)
         self.scaler = optimizer.LossScaler(dtype == torch.float16, device)
         self.lr = torch.zeros((), device=device)
         self.optimizer = optimizer.Optimizer(
@@ -165,7 +164,9 @@ class Trainer:
         or if the mean is above the limit. A run of one process stops early once the mean of the
         first batches is more than MARGIN above it.
         """
-        batches = (self.val_batches[i] for i in range(len(self.val_batches)))
+        batches = evenly_spaced(
+            self.val_ids, self.model.config.context, self.eval_batch, self.config.eval_windows
+        )
         with self.optimizer.averaged():
             loss = self._mean_loss(batches, should_continue, limit + MARGIN)
         return loss if loss is None or limit == math.inf or loss <= limit else None

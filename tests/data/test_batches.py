@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from irongpt.data.batches import Tokens, TrainBatches, ValBatches, every_target
+from irongpt.data.batches import Tokens, TrainBatches, evenly_spaced, every_target
 from irongpt.errors import UserError
 
 CONTEXT = 8
@@ -76,21 +76,20 @@ def test_a_text_too_short_for_a_sequence_in_each_split_is_rejected(length):
 def test_the_shortest_text_that_is_enough():
     train, val = split(10 * CONTEXT + 1)
     assert len(val) == CONTEXT + 1
-    assert len(ValBatches(val, CONTEXT, 4, 100)) == 1
+    assert len(list(evenly_spaced(val, CONTEXT, 4, 100))) == 1
     assert TrainBatches(train, CONTEXT, 4, 1)(0)[0].shape == (4, CONTEXT)
 
 
 def test_validation_covers_the_split_once_in_order():
-    val = ValBatches(torch.arange(100), CONTEXT, 5, 10**9)
-    rows = [val[i] for i in range(len(val))]
+    rows = list(evenly_spaced(torch.arange(100), CONTEXT, 5, 10**9))
     assert [len(x) for x, _ in rows] == [5, 5, 2]
     assert torch.equal(torch.cat([x for x, _ in rows]).flatten(), torch.arange(96))
     assert torch.equal(torch.cat([y for _, y in rows]).flatten(), torch.arange(1, 97))
 
 
 def test_a_part_of_the_validation_sequences_is_spread_evenly():
-    val = ValBatches(torch.arange(1000 * CONTEXT + 1), CONTEXT, 100, 10)
-    assert torch.equal(val.starts, torch.arange(10) * 100 * CONTEXT)
+    [(x, _)] = evenly_spaced(torch.arange(1000 * CONTEXT + 1), CONTEXT, 100, 10)
+    assert torch.equal(x[:, 0], torch.arange(10) * 100 * CONTEXT)
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 16, 17, 18, 100])

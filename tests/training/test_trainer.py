@@ -7,6 +7,7 @@ import torch
 from irongpt_kernels import builtin, eager
 
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
+from irongpt.data.batches import evenly_spaced
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
@@ -108,9 +109,8 @@ def test_the_average_of_the_weights_is_evaluated_in_16_bits_too() -> None:
     with t.optimizer.averaged():
         other.model.load_state_dict(t.model.state_dict())
     assert t.evaluate_all() != other.evaluate_all()
-    assert t.evaluate() == other._mean_loss(
-        map(t.val_batches.__getitem__, range(len(t.val_batches))), lambda: True
-    )
+    batches = evenly_spaced(t.val_ids, t.model.config.context, t.eval_batch, t.config.eval_windows)
+    assert t.evaluate() == other._mean_loss(batches, lambda: True)
 
 
 @pytest.mark.parametrize("ops", [eager, builtin])
@@ -130,13 +130,13 @@ def test_evaluation_is_the_mean_over_all_sequences_without_dropout():
     loss = t.evaluate()
     assert t.evaluate() == loss
     assert t.model.training
-    t.val_batches.batch_size = 7  # the last batch is smaller
+    t.eval_batch = 7  # the last batch is smaller
     assert t.evaluate() == pytest.approx(loss, rel=1e-6)
 
 
 def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkeypatch):
     t = trainer()
-    t.val_batches.batch_size = 4
+    t.eval_batch = 4
     answers = iter([True, False])
     assert t.evaluate(lambda: next(answers)) is None
     assert t.model.training
@@ -148,15 +148,16 @@ def test_evaluation_stops_when_asked_and_restores_the_mode_after_an_error(monkey
 
 def test_an_evaluation_with_a_limit_stops_where_the_first_batches_are_above_it(monkeypatch):
     t = trainer()
-    t.val_batches.batch_size = 4
+    t.eval_batch = 4
     whole, seen, loss = t.evaluate(), [], t.model.loss
     monkeypatch.setattr(t.model, "loss", lambda x, y: seen.append(0) or loss(x, y))
     assert t.evaluate(limit=whole) == whole
-    assert len(seen) == len(t.val_batches) > 1
+    batches = len(seen)
+    assert batches > 1
     assert t.evaluate(limit=whole - 1e-6) is None  # close: the other batches could be lower
-    assert len(seen) == 2 * len(t.val_batches)
+    assert len(seen) == 2 * batches
     assert t.evaluate(limit=whole / 2) is None
-    assert len(seen) == 2 * len(t.val_batches) + 1
+    assert len(seen) == 2 * batches + 1
 
 
 def test_every_dropout_of_a_run_has_its_own_seed(monkeypatch):
