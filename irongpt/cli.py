@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -323,14 +322,14 @@ def generate_command(flags: Flags) -> int:
         from irongpt.generation.command import generate
 
     checkpoint, run = _checkpoint(flags), flags.pop("run")
-    read = _reader(flags, "--prompt-file FILE")
-    prompt = flags.pop("prompt", "")
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
-    stop_at_end = flags.pop("stop_at_end", False)
-    config = SampleConfig(**flags)
+    names = flags.keys() & {f.name for f in fields(SampleConfig)}
+    config = SampleConfig(**{name: flags[name] for name in names})
     if run.name in ("best", "last") and not (run / "config.json").exists():
         run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
-    prompt = read() if read else prompt
+    text = read_file(flags, "--prompt-file FILE")
+    prompt = flags.get("prompt", "") if text is None else text
+    stop_at_end = "stop_at_end" in flags
     generate(run, checkpoint, prompt, config, stop_at_end, op_set, device)
     return 0
 
@@ -365,8 +364,9 @@ def show_command(flags: Flags) -> int:
         from irongpt.interchange.show import newest_sample, show
 
     checkpoint, run = _checkpoint(flags), flags["run"]
-    read = _reader(flags, "--file FILE")
-    text = read() if read else flags["text"] if "text" in flags else newest_sample(run)
+    text = read_file(flags, "--file FILE")
+    if text is None:
+        text = flags["text"] if "text" in flags else newest_sample(run)
     out = flags.get("out", run / "show.html")
     print(show(run, text, out, checkpoint, flags.get("device", "auto")))
     print(f"open {out} in a browser")
@@ -382,33 +382,24 @@ def _checkpoint(flags: Flags) -> str:
     return name or "best"
 
 
-def _reader(flags: Flags, option: str) -> Callable[[], str] | None:
-    """A function that reads the file of an option, such as --file FILE; None if it is not given."""
-    name = option.split()[0].removeprefix("--").replace("-", "_")
-    file = flags.pop(name, None)
+def read_file(flags: Flags, option: str) -> str | None:
+    """The text of the file that an option such as --file FILE names, or of standard input for -,
+    without a line break at its end. None if the option is not given."""
+    flag = option.split()[0]
+    file = flags.pop(flag.removeprefix("--").replace("-", "_"), None)
     reading = {name: flags.pop(name) for name in ("encoding", "errors") if name in flags}
     check(file is not None or not reading, f"--encoding and --errors are for {option}")
-    return None if file is None else partial(read_prompt, file, **reading, flag=flag(name))
-
-
-def read_prompt(
-    file: str, encoding: str | None = None, errors: str = "strict", flag: str = "--prompt-file"
-) -> str:
-    """The text of a file, or of standard input for -, without a line break at its end.
-
-    flag: the one that names the file.
-    """
-    name = flag.removeprefix("--").replace("-", " ")
-    if encoding is not None:
-        check_encoding(encoding)
-    if file == "-" and sys.stdin is None:
-        raise UserError(f"{flag} -: standard input is closed")
+    if file is None:
+        return None
+    if "encoding" in reading:
+        check_encoding(reading["encoding"])
+    check(file != "-" or sys.stdin is not None, f"{flag} -: standard input is closed")
+    named = f"the {flag.removeprefix('--').replace('-', ' ')} {file}"
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"cannot read the {name} {file}: {short_reason(e)}") from e
-    shown = "the standard input" if file == "-" else f"the {name} {file}"
-    text = decoded(data, shown, encoding, errors)
+        raise UserError(f"cannot read {named}: {short_reason(e)}") from e
+    text = decoded(data, "the standard input" if file == "-" else named, **reading)
     for note in text.notes:
         say_on_stderr(note)
     return text.utf8.decode().removesuffix("\n")

@@ -211,10 +211,10 @@ def test_a_prompt_is_read_like_a_training_text(
 ) -> None:
     def prompt(raw: bytes, **options: str) -> str:
         if kind == "file":
-            (tmp_path / "prompt.txt").write_bytes(raw)
-            return cli.read_prompt(str(tmp_path / "prompt.txt"), **options)
+            (file := tmp_path / "prompt.txt").write_bytes(raw)
+            return cli.read_file({"prompt_file": str(file), **options}, "--prompt-file FILE")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        return cli.read_prompt("-", **options)
+        return cli.read_file({"prompt_file": "-", **options}, "--prompt-file FILE")
 
     assert prompt("the “quick”\r\n".encode("utf-16")) == "the “quick”"
     assert prompt(b"one\rtwo\r\r") == "one\ntwo\n"
