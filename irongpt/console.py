@@ -193,7 +193,7 @@ class Progress:
         self.bar: Any = None
         self.attempt = Attempt()
         if bar and sys.stderr.isatty():
-            with self._bar_is_optional():
+            with self.attempt("the progress bar"):
                 from tqdm import tqdm
 
                 self.bar = tqdm(
@@ -205,20 +205,16 @@ class Progress:
                 )
         self.steps, self.printed_at = steps, time.monotonic()
 
-    @contextlib.contextmanager
-    def _bar_is_optional(self) -> Iterator[None]:
-        """Replaces the bar by lines if it cannot be drawn."""
-        with self.attempt("the progress bar"):
-            try:
-                yield
-            except Exception:
-                self.bar = None
-                raise
+    def _on_bar(self, method: str) -> None:
+        """Calls a method of the bar, if there is one."""
+        if self.bar is not None:
+            with self.attempt("the progress bar"):
+                getattr(self.bar, method)()
+                return
+            self.bar = None  # it cannot be drawn: lines replace it
 
     def advance(self, step: int) -> None:
-        if self.bar is not None:
-            with self._bar_is_optional():
-                self.bar.update()
+        self._on_bar("update")
         self._plain(f"step {step:,} of {self.steps:,}", 3 * PLAIN_EVERY)  # steps are slow
 
     def show(self, record: dict[str, Any]) -> None:
@@ -237,9 +233,7 @@ class Progress:
             self.printed_at = time.monotonic()
 
     def close(self) -> None:
-        if self.bar is not None:
-            with self._bar_is_optional():
-                self.bar.close()
+        self._on_bar("close")
 
 
 class Stopped(KeyboardInterrupt):
