@@ -206,12 +206,12 @@ class Progress:
         self.steps, self.printed_at = steps, time.monotonic()
 
     def _on_bar(self, method: str) -> None:
-        """Calls a method of the bar, if there is one."""
-        if self.bar is not None:
+        """Calls a method of the bar. If it cannot be drawn, lines replace it."""
+        bar, self.bar = self.bar, None
+        if bar is not None:
             with self.attempt("the progress bar"):
-                getattr(self.bar, method)()
-                return
-            self.bar = None  # it cannot be drawn: lines replace it
+                getattr(bar, method)()
+                self.bar = bar
 
     def advance(self, step: int) -> None:
         self._on_bar("update")

@@ -3,11 +3,13 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from irongpt_kernels import builtin, eager
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from irongpt import device as devices
 from irongpt.config import TrainConfig
@@ -266,22 +268,14 @@ class Trainer:
 
         for name, p in self.model.named_parameters():
             check(f"the weight {name}", p)
-        hooks = [
-            module.register_forward_hook(
-                lambda module, args, out, name=name: check(
-                    f"the output of {name}",
-                    *(out if isinstance(out, tuple) else (out,)),
-                )
-            )
-            for name, module in self.model.named_modules()
-            if name
-        ]
-        try:
+        names = {module: name for name, module in self.model.named_modules()}
+
+        def record(module: nn.Module, args: object, out: Any) -> None:
+            check(f"the output of {names[module]}", *(out if isinstance(out, tuple) else (out,)))
+
+        with register_module_forward_hook(record):
             self._fill_inputs()
             loss = self._loss(0, self.scaler.scale)
-        finally:
-            for hook in hooks:
-                hook.remove()
         check("the loss", loss)
         if not found:
             self.optimizer.zero_grad()
