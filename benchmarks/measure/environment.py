@@ -8,7 +8,6 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -109,11 +108,9 @@ class Watch:
             self.thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.stop.set()
-        if e is None and self.before is not None:  # after an error the time may be short
+        if exc[1] is None and self.before is not None:  # after an error the time may be short
             self.thread.join()
             self._query()
 

@@ -13,7 +13,6 @@ import re
 import sys
 from datetime import date
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -151,11 +150,9 @@ class Section:
         self.values["state"] = self.watch.report()
         save(self.path, self.name, self.values)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.watch.__exit__(kind, e, trace)
-        if e is not None:
+    def __exit__(self, *exc: object) -> None:
+        self.watch.__exit__(*exc)
+        if (e := exc[1]) is not None:
             self.values["ended_by"] = f"{type(e).__name__}: {e}"[:300]
         self.put()
         if e is None:
