@@ -117,31 +117,24 @@ def folder_files(
 
 def _walk(root: Path, say: Say) -> Iterator[tuple[str, Path]]:
     """(relative path with slashes, path) of each file that is not hidden."""
+
+    def unreadable(e: OSError) -> None:
+        if e.filename == str(root):
+            raise UserError(f"cannot read {e.filename!r}: {short_reason(e)}") from None
+        say(f"not reading {e.filename!r}: {short_reason(e)}")
+
     visited: set[tuple[int, int]] = set()
-    folders = [(root, "")]
-    while folders:
-        folder, prefix = folders.pop()
-        try:
-            status = folder.stat()
-            names = sorted(os.listdir(folder))
-        except OSError as e:
-            if not prefix:
-                raise UserError(f"cannot read {str(folder)!r}: {short_reason(e)}") from None
-            say(f"not reading {str(folder)!r}: {short_reason(e)}")
+    for folder, below, names in os.walk(str(root), onerror=unreadable, followlinks=True):
+        status, path = os.stat(folder), Path(folder)
+        identity = status.st_dev, status.st_ino
+        if identity in visited or (path != root and "pyvenv.cfg" in names):
+            below.clear()
             continue
-        if (status.st_dev, status.st_ino) in visited or (prefix and "pyvenv.cfg" in names):
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        below = []
-        for name in names:
-            path = folder / name
-            if name.startswith("."):
-                continue
-            if os.path.isdir(path):  # False, while that of Path raises PermissionError
-                below.append((path, f"{prefix}{name}/"))
-            elif os.path.isfile(path):  # not a pipe, a device or a link that leads nowhere
-                yield prefix + name, path
-        folders += reversed(below)
+        visited.add(identity)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for file in (path / name for name in sorted(names) if not name.startswith(".")):
+            if os.path.isfile(file):  # not a pipe, a device or a link that leads nowhere
+                yield file.relative_to(root).as_posix(), file
 
 
 # Tables, tests, the data of an editor, and pydoc_data, which is another corpus.
