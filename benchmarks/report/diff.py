@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.measure import result_file
 from benchmarks.measure.rows import KernelRow, NanoRow, Row, RunRow
+from benchmarks.report.tables import environment
 
 Values = dict[str, Any]
 Name = tuple[str, ...]  # the section of a row, then its key
@@ -66,7 +67,7 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
     if few := sum(math.isnan(x.iqr + y.iqr) for x, y in both.values()):
         lines.append(f"NOTE: of {few} times the noise is not known, from too few samples")
     for key in ("name", "torch", "triton", "driver", "threads", "emulated", "interpreted", "tiles"):
-        one, other = (_environment(values).get(key) for values in (a, b))
+        one, other = (environment(values).get(key) for values in (a, b))
         if one != other:
             what = "device" if key == "name" else key
             lines.append(f"NOTE: another {what}: {one} and {other}")
@@ -107,14 +108,6 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
 
 def _shown(name: Name) -> str:
     return f"{name[0]}: {', '.join(name[1:])}"
-
-
-def _environment(values: Values) -> Values:
-    for section in values.values():
-        found = section.get("environment") if isinstance(section, dict) else None
-        if isinstance(found, dict) and "name" in found:  # that of the tests holds variables
-            return dict(found)
-    return {}
 
 
 def _time(seconds: float) -> str:

@@ -37,8 +37,8 @@ LABELS = {  # how a variant of a training step runs: see benchmarks.training
 def environment(values: Values) -> Values:
     """The machine of the first section."""
     for name in SECTIONS:
-        if name in values:
-            return dict(values[name]["environment"])
+        if found := values.get(name, {}).get("environment"):
+            return dict(found)
     return {}
 
 

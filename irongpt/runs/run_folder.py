@@ -28,6 +28,7 @@ from irongpt.runs.lock import NAME, Lock
 FORMAT = 1
 IMPORTED = "imported"  # the preset of a run that `irongpt import` has made
 UNFINISHED = ".new-*"  # of a run that is being created
+WRITTEN = "last best config.json metrics.jsonl loss.png sample.txt result.json".split()
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
 
 Record = dict[str, Any]
@@ -140,15 +141,7 @@ class RunFolder:
         ]
         replace_file(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
         replace_file(self.path / "config.json", _encode(config))
-        for name in (
-            "last",
-            "best",
-            "config.json",
-            "metrics.jsonl",
-            "loss.png",
-            "sample.txt",
-            "result.json",
-        ):
+        for name in WRITTEN:
             for temporary in self.path.glob(f".{name}-????????"):
                 shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
