@@ -14,16 +14,8 @@ from irongpt.config import PRESETS
 
 Values = dict[str, Any]
 
-SECTIONS = (
-    "kernels",
-    "train",
-    "decode",
-    "runs",
-    "target",
-    "nano",
-    "tokenizers",
-    "scaling",
-)  # with an environment each
+# Those with an environment each.
+SECTIONS = "kernels train decode runs target nano tokenizers scaling".split()
 LABELS = {  # how a variant of a training step runs: see benchmarks.training
     "graph": "CUDA graph",
     "as trained": "CUDA graph, deterministic",

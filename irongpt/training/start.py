@@ -51,18 +51,9 @@ from irongpt.training.trainer import Trainer
 # The flags that give a resumed run another text, and others that it may change, because any
 # checkpoint can be loaded with them.
 DATA_FLAGS = ("data", "val", "include", "encoding", "errors")
-CHANGEABLE = (
-    "iters",
-    "eval_every",
-    "target_loss",
-    "patience",
-    "ops",
-    "device",
-    "dtype",
-    "graph",
-    "tensorboard",
-    "sample_tokens",
-)
+CHANGEABLE = """
+    iters eval_every target_loss patience ops device dtype graph tensorboard sample_tokens
+""".split()
 
 MANY_EPOCHS = 20  # from here on a warning is printed
 
