@@ -1,7 +1,7 @@
 """How the kernels of a comparison run: on a GPU, in Triton's interpreter, or from their PTX."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from irongpt.config import check
 from irongpt.errors import UserError
@@ -19,7 +19,12 @@ def execution(arch: str | None, device: str, candidate: str) -> Iterator[Faults 
     not depend on NumPy's BLAS. Raises UserError for flags that contradict each other.
     """
     if arch is None:
-        with _one_order_of_sums():
+        matmuls: AbstractContextManager[None] = nullcontext()
+        with suppress(ImportError):  # without Triton there is no interpreter
+            from irongpt_kernels.runtime import interpreter, launch
+
+            matmuls = interpreter.repeatable_matmuls() if launch.INTERPRETED else matmuls
+        with matmuls:
             yield None
         return
     check(arch in ARCHS, f"--arch must be {', '.join(ARCHS)}, got {arch!r}")
@@ -33,15 +38,3 @@ def execution(arch: str | None, device: str, candidate: str) -> Iterator[Faults 
     check(not launch.INTERPRETED, "--arch needs compiled kernels: unset TRITON_INTERPRET")
     with emulating(int(arch.removeprefix("sm_"))) as report:
         yield report.lines
-
-
-@contextmanager
-def _one_order_of_sums() -> Iterator[None]:
-    try:
-        from irongpt_kernels.runtime import launch
-        from irongpt_kernels.runtime.interpreter import repeatable_matmuls
-    except ImportError:  # without Triton there is no interpreter
-        yield
-        return
-    with repeatable_matmuls() if launch.INTERPRETED else nullcontext():
-        yield
