@@ -47,18 +47,6 @@ def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT
     return model.to(target), tokenizer
 
 
-def generate(
-    model: GPT,
-    prompt: Sequence[int],
-    config: SampleConfig,
-    dtype: torch.dtype | None = None,
-    graph: bool = True,
-) -> Iterator[int]:
-    """Yields `config.tokens` token ids that continue the prompt: `generate_batch` of one prompt."""
-    for (token,) in generate_batch(model, [prompt], config, dtype, graph):
-        yield token
-
-
 @torch.inference_mode()
 def generate_batch(
     model: GPT,

@@ -18,7 +18,7 @@ from irongpt.console import Attempt, Clock, Interrupt, Progress, duration, say
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import DivergenceError, UserError
 from irongpt.files import write_error_reason
-from irongpt.generation.sample import generate, printable, start_ids
+from irongpt.generation.sample import generate_batch, printable, start_ids
 from irongpt.runs import checkpoint, plots
 from irongpt.runs.run_folder import Record, RunFolder
 from irongpt.runs.tensorboard import Events
@@ -366,8 +366,8 @@ class TrainingLoop:
         averaged = trainer.optimizer.averaged()
         with self.clock("samples"), self.attempt("the sample"), averaged:
             start = start_ids(self.tokenizer, documents=len(trainer.tokens.before_val) == 0)
-            ids = generate(trainer.model, start, sampling, trainer.dtype, config.graph)
-            text = self.tokenizer.decode(list(ids))
+            steps = generate_batch(trainer.model, [start], sampling, trainer.dtype, config.graph)
+            text = self.tokenizer.decode([token for (token,) in steps])
         return text  # noqa: RET504
 
     def _plot(self) -> None:

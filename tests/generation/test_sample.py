@@ -11,7 +11,7 @@ from irongpt import device as devices
 from irongpt.config import GPTConfig, SampleConfig
 from irongpt.data.tokenizer import CharTokenizer
 from irongpt.errors import UserError
-from irongpt.generation.sample import generate, generate_batch, printable, start_ids
+from irongpt.generation.sample import generate_batch, printable, start_ids
 from irongpt.model import GPT
 
 CONTEXT, VOCAB = 8, 13
@@ -29,8 +29,8 @@ def model() -> GPT:
     return model
 
 
-def continuation(model: GPT, prompt: list[int], config: SampleConfig) -> list[int]:
-    return list(generate(model, prompt, config))
+def continuation(model: GPT, prompt: list[int], config: SampleConfig, dtype=None) -> list[int]:
+    return [token for (token,) in generate_batch(model, [prompt], config, dtype)]
 
 
 def sample(logits: Tensor, config: SampleConfig, number: int, index: int = 0, ops=eager) -> int:
@@ -99,7 +99,7 @@ def test_weights_cast_once_give_the_tokens_of_autocast(dtype, ops, bias):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape) * 0.3)
     config = replace(CONFIG, tokens=30)
-    text = list(generate(model, [1, 2], config, dtype))
+    text = continuation(model, [1, 2], config, dtype)
     assert text == uncached(model, [1, 2], config, dtype=dtype)
     assert model.wte.weight.dtype == torch.float32
 
@@ -124,7 +124,7 @@ def test_dropout_is_off_and_the_mode_restored(model):
     greedy = replace(CONFIG, temperature=0.0)
     assert continuation(model, [1], greedy) == continuation(model, [1], replace(greedy, seed=1))
     assert model.training
-    stream = generate(model, [1], CONFIG)
+    stream = generate_batch(model, [[1]], CONFIG)
     next(stream)
     stream.close()
     assert model.training

@@ -17,7 +17,7 @@ from irongpt.config import PRESETS, SampleConfig, from_json
 from irongpt.config import TrainConfig as Recipe
 from irongpt.console import Clock
 from irongpt.errors import DivergenceError
-from irongpt.generation.sample import generate
+from irongpt.generation.sample import generate_batch
 from irongpt.runs import checkpoint
 from irongpt.runs.run_folder import open_run
 from irongpt.training import loop, optimizer
@@ -160,12 +160,12 @@ def test_a_run_killed_before_its_last_plot_gets_it_later(cli, run, tmp_path):
 def test_a_sample_is_generated_with_the_runs_seed(training):
     training.fit()
     with training.trainer.optimizer.averaged():
-        ids = generate(
+        steps = generate_batch(
             training.trainer.model,
-            [training.tokenizer.chars.index("\n")],
+            [[training.tokenizer.chars.index("\n")]],
             SampleConfig(tokens=training.trainer.config.sample_tokens),
         )
-        ids = list(ids)
+        ids = [token for (token,) in steps]
     sample = training.run.records()[-1]["sample"]
     assert sample == training.tokenizer.decode(ids)
 
