@@ -3,11 +3,11 @@
 import hashlib
 import http.client
 import os
-import queue
 import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def war_and_peace(say: Say) -> Utf8:
         try:
             if path.is_file():
                 return _verified(source, path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             say(f"not using {str(path)!r}: {short_reason(error)}")
     reasons = []
     for source in SOURCES:
@@ -75,7 +75,7 @@ def war_and_peace(say: Say) -> Utf8:
         try:
             raw = _download(source.url)
             book = _verified(source, raw)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, UserError, http.client.HTTPException) as error:
             reasons.append(f"{source.url.split('/')[2]}: {short_reason(error)}")
             say(f"the download failed: {reasons[-1]}")
             continue
@@ -88,13 +88,10 @@ def war_and_peace(say: Say) -> Utf8:
 
 
 def _verified(source: Source, raw: bytes) -> Utf8:
-    """The book in a source's bytes. Raises ValueError if they are anything else."""
+    """The book in a source's bytes. Raises ValueError or UserError if they are anything else."""
     if source.sha256 and hashlib.sha256(raw).hexdigest() != source.sha256:
         raise ValueError(f"wrong checksum (SHA-256 of {len(raw):,} bytes)")
-    try:
-        text = decoded(raw, "the file").utf8
-    except UserError as error:
-        raise ValueError(str(error)) from error
+    text = decoded(raw, "the file").utf8
     book = without_license(text)
     if book is text:
         raise ValueError("no START and END marker of Project Gutenberg")
@@ -106,7 +103,7 @@ def _download(url: str) -> bytes:
 
     A thread downloads it, because some waits, such as that for the server's name, have no timeout.
     """
-    results: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+    result: Future[bytes] = Future()
     stop = time.monotonic() + DEADLINE_S
 
     def download() -> None:
@@ -119,18 +116,16 @@ def _download(url: str) -> bytes:
                         raise OSError(f"more than {MAX_DOWNLOAD / 1e6:g} MB")
                     if time.monotonic() > stop:  # the caller has timed out already
                         return
-                results.put(bytes(content))
+                result.set_result(bytes(content))
         except BaseException as error:
-            results.put(error)
+            result.set_exception(error)
 
-    threading.Thread(target=download, daemon=True).start()
-    try:
-        result = results.get(timeout=DEADLINE_S)
-    except queue.Empty:
-        raise TimeoutError(f"not complete after {DEADLINE_S:g} seconds") from None
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    if not result.done():
+        raise TimeoutError(f"not complete after {DEADLINE_S:g} seconds")
+    return result.result()
 
 
 def _keep(path: Path, raw: bytes, say: Say) -> None:
