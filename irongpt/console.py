@@ -56,21 +56,17 @@ class Output:
         return getattr(self.stream, name)
 
 
-class OutputError(UserError):
-    """Standard output cannot be written."""
-
-
 @contextlib.contextmanager
 def output() -> Iterator[None]:
     """Replaces the standard streams by `Output`: errors of standard error are ignored, and those of
-    standard output raise OutputError, or BrokenPipeError if its reader has closed it."""
+    standard output raise UserError, or BrokenPipeError if its reader has closed it."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
         _open_closed_streams()
 
     def failed(error: Exception) -> None:
         if isinstance(error, BrokenPipeError):
             raise error
-        raise OutputError(f"cannot write to standard output: {short_reason(error)}")
+        raise UserError(f"cannot write to standard output: {short_reason(error)}")
 
     out, err = Output(sys.stdout, failed), Output(sys.stderr, lambda error: None)
     with (

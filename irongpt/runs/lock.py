@@ -46,15 +46,13 @@ class Lock:
     def _acquire(self) -> None:
         try:
             self._write("x")
+            return
         except FileExistsError:
-            pass
+            if _lives(self.path):
+                raise UserError(_refusal(self.path)) from None
         except OSError:
             self.path.unlink(missing_ok=True)
             raise
-        else:
-            return
-        if _lives(self.path):
-            raise UserError(_refusal(self.path))
         self._write("w")
         time.sleep(0.1)  # of two processes that take over the lock, the later one has it
         self.check()
