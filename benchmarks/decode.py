@@ -11,7 +11,7 @@ A sequence starts with one token and is never longer than the context, so no pro
 again. The weights are randomly initialized, because training does not change the speed. Tokens are
 sampled at temperature 0.8; without a cache, PyTorch samples them. A graph is captured for every
 call, and its capture is in the time, as it is for a user; `steady` leaves out the first tokens, and
-so the capture. `nodes` is the number of kernels per token.
+so the capture. `nodes` is the number of kernels, copies and fills per token.
 """
 
 import time

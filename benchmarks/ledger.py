@@ -4,10 +4,11 @@
     python -m benchmarks.ledger --preset fast --gpus 2  fast, on one of two T4s
 
 For every operation of the step for which a GPU would launch kernels, the ledger counts the launches
-and the bytes of its operands, each read once and written once. Views and allocations launch no
-kernels. Nothing is measured and no GPU is needed; the counts were not compared with a profiler's on
-a GPU yet. Autocast is that of the CPU, whose list of operations agrees with CUDA's for this model.
-The attention of `builtin` counts as PyTorch's memory-efficient attention, which a T4 runs.
+and the bytes: of each input, read once, and of each output, written once. Views and allocations
+launch no kernels. Nothing is measured and no GPU is needed; the counts were not compared with a
+profiler's on a GPU yet. Autocast is that of the CPU, whose list of operations agrees with CUDA's
+for this model. The attention of `builtin` counts as PyTorch's memory-efficient attention, which a
+T4 runs.
 """
 
 from collections import Counter
@@ -49,9 +50,9 @@ LAUNCHES = {
 
 HEAD_MATMULS = 3  # of linear_cross_entropy: logits, dx, dweight
 
-READ_TWICE = {  # by both of its kernels
+READ_TWICE = {  # arguments that both kernels of an operation read
     "irongpt::muon_momentum": ("grads", "momentum"),
-    "irongpt::embedding_backward": ("dx",),
+    "irongpt::embedding_backward": ("g",),
 }
 
 GROUPS = {  # parts of an operation's name; the first group that matches counts
@@ -68,7 +69,7 @@ GROUPS = {  # parts of an operation's name; the first group that matches counts
 
 
 class Exchanges(World):
-    """One of several GPUs. bytes: that it gets from the others, and sends to them, in a step."""
+    """One of several GPUs. bytes: received from the others in a step; as many are sent to them."""
 
     def __init__(self, size: int) -> None:
         self.size, self.bytes = size, 0
@@ -85,8 +86,8 @@ class Exchanges(World):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the operations dispatched inside it. arch: of the GPU. phase: the group of all, unless
-    it is empty."""
+    """Counts the operations dispatched inside it. arch: that of the GPU. phase: if set, the group
+    that all of them count in."""
 
     def __init__(self, arch: int = 75) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Ledger(TorchDispatchMode):
 
 
 def launches_of(name: str, args: Any, arch: int) -> int:
-    """The kernels of an operation with these arguments on an architecture."""
+    """The number of kernels that an operation with these arguments launches on an architecture."""
     if name == "irongpt::causal_attention_backward":
         from irongpt_kernels.fused import attention_tiles
 
@@ -197,7 +198,7 @@ def step(
 ) -> tuple[Ledger, Trainer]:
     """The ledger of one training step, and its trainer, whose tensors have no memory.
 
-    world: an `Exchanges`, for the step of one of several GPUs. arch: of the GPU.
+    world: an `Exchanges`, for the step of one of several GPUs. arch: that of the GPU.
     """
     model = model_of(preset)
     if vocab_size is not None:

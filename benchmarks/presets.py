@@ -11,7 +11,7 @@ N_IDS = 400_000
 
 
 class Setting(NamedTuple):
-    """What a training starts from."""
+    """What a training run starts from."""
 
     model: GPTConfig
     recipe: TrainConfig

@@ -84,11 +84,11 @@ def matmul_shapes(config: GPTConfig, batch_size: int) -> list[tuple[str, int, in
 
 def muon_updates(config: GPTConfig, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
     """Random inputs of Muon's iteration in a step: (L, rows, columns), each matrix of norm 1."""
-    found = []
+    updates = []
     for size in config.matrices():
         x = torch.randn(config.n_layer, *size, device=device)
-        found.append((x / x.norm(dim=(1, 2), keepdim=True)).to(dtype))
-    return found
+        updates.append((x / x.norm(dim=(1, 2), keepdim=True)).to(dtype))
+    return updates
 
 
 def muon_flops(config: GPTConfig) -> int:

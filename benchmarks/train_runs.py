@@ -33,7 +33,8 @@ from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
 TARGETS = {"iron": 1.38, "fast": 1.38, "nano": 1.80}
-LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds per training
+LIMIT = {"cuda": 600.0, "cpu": 100.0}  # seconds per run
+WARM_STEPS = {"cuda": WARMUP + 2, "cpu": 1}  # not timed: they compile, and a GPU captures the step
 
 
 def train(
@@ -46,8 +47,7 @@ def train(
     model = GPT(setting.model, module).to(device)
     trainer = Trainer(model, setting.tokens, recipe, device, dtype)
     recent: list[torch.Tensor] = []  # losses since the last entry of the curve
-    # Not timed: compilation, and on a GPU the capture of the step.
-    row.warm_steps = min(recipe.iters, WARMUP + 2 if device.type == "cuda" else 1)
+    row.warm_steps = WARM_STEPS[device.type]
     start = time.perf_counter()
     for _ in range(row.warm_steps):
         recent.append(trainer.train_step())
@@ -116,18 +116,18 @@ def main(argv: list[str] | None = None) -> None:
     usual = "[all; without eager on a CPU with --section target]"
     help = f"implementations of the ops: {', '.join(OPS)} {usual}"
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=OPS, help=help)
-    help = "seeds, each for one training [the preset's seed]"
+    help = "seeds, one run for each [the preset's seed]"
     parser.add_argument("--seeds", nargs="+", metavar="N", type=int, help=help)
     names = ["auto", *devices.DTYPES]
     help = "dtype of the matmuls [auto]"
     parser.add_argument("--dtype", choices=names, default="auto", help=help)
-    help = "steps of a training [300; the preset's with --section target]"
+    help = "steps of a run [300; the preset's with --section target]"
     parser.add_argument("--iters", metavar="N", type=int, help=help)
     help = "text, as in irongpt train [the preset's]"
     parser.add_argument("--data", metavar="TEXT", help=help)
-    help = "validation loss at which a training ends with --section target [1.38, 1.80 for nano]"
+    help = "validation loss at which a run ends with --section target [1.38, 1.80 for nano]"
     parser.add_argument("--target-loss", metavar="LOSS", type=float, help=help)
-    help = "time limit of each training, in seconds [600, 100 on a CPU]"
+    help = "time limit of each run, in seconds [600, 100 on a CPU]"
     parser.add_argument("--limit", metavar="SECONDS", type=float, help=help)
     args, device = result_file.parsed(parser, argv)
     dtype = devices.precision(args.dtype, device).dtype
@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     presets = args.preset or ((["fast"] if to_target else []) + ["iron"] if gpu else ["nano"])
     if to_target and not args.target_loss and (without := set(presets) - TARGETS.keys()):
         parser.error(f"--target-loss is needed for {', '.join(sorted(without))}")
+    if args.iters is not None and args.iters <= (warm := WARM_STEPS[device.type]):
+        parser.error(f"--iters must be above {warm}, the warm-up steps, got {args.iters}")
     chosen = list(itertools.product(presets, args.seeds or [None]))
     texts: dict[str | tuple[str, ...] | None, Corpus] = {}
     prepared: dict[str, Tokens] = {}  # by preset
@@ -163,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             row.target = (args.target_loss or TARGETS[preset]) if to_target else None
             try:
                 train(row, setting, dtype, device, args.limit or LIMIT[device.type])
-            except Exception as e:  # the other trainings continue
+            except Exception as e:  # the other runs continue
                 row.skipped_reason = str(e) if isinstance(e, UserError) else timing.reason(e)
             print(line(row), flush=True)
             section.put(rows=[*section.values["rows"], row])

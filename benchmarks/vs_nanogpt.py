@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:
-    """A training by nanoGPT's train.py in a folder with links to its files."""
+    """A run of nanoGPT's train.py in a folder with links to its files."""
     data = scratch / "data" / "wp"
     data.mkdir(parents=True)
     tokenizer = CharTokenizer.from_text(text)
@@ -101,7 +101,7 @@ def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:
 
 
 def irongpt(name: str, scratch: Path, *flags: str) -> NanoRow:
-    """A training by `irongpt train` with the nano preset."""
+    """A run of `irongpt train` with the nano preset."""
     folder = scratch / name.replace(" ", "-")
     command = [sys.executable, "-m", "irongpt", "train", "--preset", "nano", "--data"]
     _, row = run(name, [*command, "war-and-peace", "--out", str(folder), *flags], Path())

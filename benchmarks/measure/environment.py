@@ -25,7 +25,7 @@ PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn")
 
 
 def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """The machine and the software. commit: of this source, where git cannot tell."""
+    """The machine and the software. commit: that of this source, if git cannot tell."""
     facts: dict[str, Any] = {
         "device": device.type,
         "name": name(device),
@@ -66,7 +66,7 @@ def cpu() -> str:
 
 
 def git_commit(checkout: Path = ROOT) -> str:
-    """The commit of a checkout, with -dirty if tracked files have changed; unknown without git."""
+    """The commit of a checkout, with -dirty if tracked *.py files differ; unknown without git."""
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -86,7 +86,7 @@ def git_commit(checkout: Path = ROOT) -> str:
 
 
 def state(device: torch.device) -> State | None:
-    """Clocks, power, temperature and throttling now; None on a CPU or where NVML is missing."""
+    """Clocks, power, temperature and throttling now; None on a CPU or if NVML is missing."""
     found = gpu_state.query(device) if device.type == "cuda" else None
     keys = ("sm_mhz", "memory_mhz", "watt", "limit_watt", "celsius", "throttled_by")
     return None if found is None else {key: found[key] for key in keys}

@@ -160,5 +160,5 @@ class Section:
 
 
 def loss(value: float | None) -> str:
-    """Four digits. A file has null for a loss that is not finite."""
+    """A loss with four decimals; nan for None, which a file has for a loss that is not finite."""
     return "nan" if value is None or math.isnan(value) else f"{value:.4f}"

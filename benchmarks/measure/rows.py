@@ -8,13 +8,13 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-Point = list[float]  # of a loss: step, seconds, loss
+Point = list[float]  # step, seconds, loss
 
 
 @dataclass
 class Accuracy:
-    """share: the largest error divided by its tolerance. size, dropout: of the case that was
-    checked."""
+    """share: the largest error divided by its tolerance. size, dropout: those of the case
+    that was checked."""
 
     ok: bool
     share: float = math.inf
@@ -26,7 +26,7 @@ class Accuracy:
 class Row:
     """iqr: the interquartile range of `seconds`; NaN if there were too few samples."""
 
-    KEY: ClassVar[tuple[str, ...]]  # the fields that name a row in each of two files
+    KEY: ClassVar[tuple[str, ...]]  # the fields by which rows of two files are matched
 
     skipped_reason: str | None = None
     seconds: float = math.nan
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class KernelRow(Row):
-    """A provider's time for an op in one mode. backend: of builtin's attention.
+    """A provider's time for an op in one mode. backend: that of builtin's attention.
 
     graph: whether CUDA graphs were timed. group: providers with the same number were interleaved.
     host_seconds: the time that Python needs to launch the op. cold: whether a call finds its inputs
@@ -130,7 +130,7 @@ class StepRow(Row):
 @dataclass(kw_only=True)
 class DecodeRow(Row):
     """A way to generate `tokens` tokens in each of `batch` sequences. steady_tokens_per_s: without
-    the first tokens. nodes: kernels per token, or why they could not be counted."""
+    the first tokens. nodes: kernels, copies and fills per token, or why there is no count."""
 
     KEY = ("ops", "way", "batch", "tokens")
 
@@ -157,7 +157,7 @@ class DecodeRow(Row):
 
 @dataclass(kw_only=True)
 class RunRow(Row):
-    """A complete training. seconds: without the warm-up and the evaluations.
+    """A complete training run. seconds: without the warm-up and the evaluations.
 
     curve: the training loss. evaluated: the validation loss, bits_per_byte its last value in bits
     per byte of text. finite: whether the last training loss is a finite number.
@@ -188,7 +188,7 @@ class RunRow(Row):
 
 @dataclass(kw_only=True)
 class NanoRow(Row):
-    """A process that trained against nanoGPT's recipe on a CPU. seconds: from start to exit."""
+    """One process of the comparison with nanoGPT on a CPU. seconds: from start to exit."""
 
     KEY = ("name",)
 

@@ -34,8 +34,8 @@ from irongpt import timing
 from irongpt.timing import Work, free, reason
 
 ROUNDS = {"cuda": 20, "cpu": 9}
-# Elements of all T x T matrices from which on there is one copy of the inputs: a provider with the
-# matrices in memory moves many times the L2, and the time of the others is arithmetic.
+# From so many elements of all T x T matrices on there is one copy of the inputs: a provider that
+# stores the matrices moves far more than the L2 cache holds, and the others are compute-bound.
 LARGE = 1 << 28
 # Providers that need little memory come first, so that those that need most do not fit.
 LEAN = ("fused", "flash-attn", "flash", "cudnn", "efficient", "builtin", "liger", "compile")

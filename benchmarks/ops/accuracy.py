@@ -1,8 +1,8 @@
 """The accuracy check: a provider is compared with eager in float64 before it is timed.
 
-Our kernels have to stay within the tolerance. A baseline may exceed it by up to 16 times, as
-PyTorch does where it sums many rows in float32; it is timed, and its error is shown next to its
-time, because leaving out a faster baseline would flatter us.
+Our kernels have to stay within the tolerance. The error of a baseline may be up to 16
+times the tolerance, as PyTorch's is if it sums many rows in float32; it is timed, and its error is
+shown next to its time, because leaving out a faster baseline would flatter us.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ from benchmarks.ops.cases import Case, Inputs
 from benchmarks.ops.providers import Outputs, by, providers
 from irongpt.compare.ops import factor
 
-BASELINES = 16.0  # times the tolerance
+BASELINE_FACTOR = 16.0  # the largest error of a baseline, in tolerances
 
 
-def passes(name: str, found: Accuracy) -> bool:
+def passes(name: str, accuracy: Accuracy) -> bool:
     """Whether a provider with this accuracy is timed."""
-    return found.ok or (name != "fused" and found.share <= BASELINES)
+    return accuracy.ok or (name != "fused" and accuracy.share <= BASELINE_FACTOR)
 
 
 class AccuracyCheck:

@@ -1,6 +1,6 @@
-"""The benchmarked cases: every op of the table at the model's shape, then along sweeps.
+"""The benchmarked cases: every op of `op_specs` at the model's shape, then along sweeps.
 
-The model is iron on a GPU, nano on a CPU. dtypes are those of a training under autocast: weights
+The model is iron on a GPU, nano on a CPU. dtypes are those of training under autocast: weights
 and the residual stream are float32, all else has the case's dtype. The sweep over T keeps the
 number of tokens, so a longer context has a smaller batch.
 """
@@ -21,7 +21,7 @@ from irongpt.training import muon
 MODES = ("forward", "backward", "total")
 TOTAL = ("total", "call")  # the modes of a complete op
 OPS = tuple(SPECS)
-DROPS = tuple(op for op, spec in SPECS.items() if spec.dropout)
+WITH_DROPOUT = tuple(op for op, spec in SPECS.items() if spec.dropout)
 AS_EAGER = ("embed_tokens", "linear_add", "sample_tokens")  # ops that builtin takes from eager
 FLOAT32 = tuple(op for op, spec in SPECS.items() if spec.float32_only())
 
@@ -83,7 +83,7 @@ class Case:
         return self.spec.options(self.shape, self.p, torch.full((), SEED, device=device))
 
     def small(self) -> "Case":
-        """The same op where float64 and T x T matrices fit: fewer heads and sequences."""
+        """The same op, with so few heads and sequences that float64 and T x T matrices fit."""
         s = self.shape
         if not self.spec.differentiable:
             return self
@@ -102,9 +102,9 @@ class Case:
 
 
 def model_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
-    """Every op at the model's shape, with the dropout of `iron` and, if asked, without, as `fast`.
+    """Every op at the model's shape, with iron's dropout and, if `dropout_off`, also without.
 
-    Ops whose tensors are float32 in any training come once.
+    Ops whose tensors are always float32 come once.
     """
     name, shape = ("iron", IRON) if gpu else ("nano", NANO)
     return [
@@ -112,17 +112,17 @@ def model_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) 
         for dtype in dtypes
         for op, spec in SPECS.items()
         if op not in FLOAT32 or dtype == dtypes[0]
-        for p in ((DROPOUT, 0.0) if spec.dropout and dropout_off else (dropping(op),))
+        for p in ((DROPOUT, 0.0) if spec.dropout and dropout_off else (default_p(op),))
     ]
 
 
-def dropping(op: str) -> float:
-    """`Case.p` as the iron model has it."""
+def default_p(op: str) -> float:
+    """`Case.p` by default: iron's dropout, the temperature of sample_tokens, else 0."""
     return TEMPERATURE if op == "sample_tokens" else DROPOUT if SPECS[op].dropout else 0.0
 
 
 SWEEPS = ("T", "D", "batch", "width", "V")
-Sizes = dict[str, tuple[int, ...]]  # by sweep; of `width`, heads
+Sizes = dict[str, tuple[int, ...]]  # by sweep; those of `width` are numbers of heads
 ON_GPU: Sizes = {
     "T": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
     "D": (16, 32, 64, 96, 128),
@@ -137,7 +137,7 @@ def sweep_cases(
     gpu: bool, dtypes: list[torch.dtype], names: tuple[str, ...] = SWEEPS
 ) -> Iterator[Case]:
     """Over T, head dimension, batch, width and vocabulary, one at a time; causal_attention with
-    dropout and without. Ops that are float32 in any training come once. On a CPU a few sizes."""
+    dropout and without. Ops that are always float32 come once. On a CPU a few sizes."""
     base, sizes = (IRON, ON_GPU) if gpu else (NANO, ON_CPU)
     for dtype in dtypes:
         for sweep in names:
@@ -145,7 +145,7 @@ def sweep_cases(
                 if spec.for_sweep(sweep) is None or (op in FLOAT32 and dtype != dtypes[0]):
                     continue
                 for shape in _swept(sweep, spec, base, sizes[sweep]):
-                    for p in (0.0, DROPOUT) if op == "causal_attention" else (dropping(op),):
+                    for p in (0.0, DROPOUT) if op == "causal_attention" else (default_p(op),):
                         yield Case(op, sweep, shape, dtype, p)
 
 

@@ -2,10 +2,11 @@
 
     eager            irongpt_kernels.eager: the specification. With dropout it emulates the kernels'
                      masks by integer arithmetic, too slow to train with: see naive
-    naive            attention and the one-token ops as plain PyTorch, without a fused function
+    naive            attention without a fused function; one-token ops (not norm_linear) as PyTorch
+                     programs have them, decode_attention with scaled_dot_product_attention
     builtin          PyTorch's own fused functions; attention: the backend that PyTorch picks
     chunked          torch's linear_cross_entropy with options (torch 2.13 or newer), which computes
-                     the gradients along with the loss; without options it is builtin
+                     the gradients along with the loss; without options it does what builtin does
     flash, cudnn,    attention by one named backend of scaled_dot_product_attention
     efficient, math
     compile          torch.compile of naive, or of builtin if the op has no naive version; not for
@@ -59,7 +60,7 @@ COLDEST = 1e-6  # a temperature at which the most likely token is sampled
 class Provider(NamedTuple):
     """own_masks: its dropout has another generator, so it is checked without dropout.
 
-    around: a context for many calls. backend: of attention, if PyTorch picks one.
+    around: a context for many calls. backend: that of attention, if PyTorch picks one.
     """
 
     function: Function
@@ -111,7 +112,7 @@ def providers(
     without = missing(device, names)
     here = [name for name in names if name not in without and computes(name, case.op)]
     found = {name: _provider(name, case, device) for name in here}
-    if not case.spec.differentiable:  # an optimizer and a token are not under autocast
+    if not case.spec.differentiable:  # optimizers and decoding steps do not run under autocast
         return found
 
     def under_autocast(function: Function, x: Inputs) -> Outputs:
@@ -167,7 +168,7 @@ def _naive_packed(qkv: Tensor, *, dropout_p: float = 0.0, seed: Any = None) -> T
     return naive_attention(q, k, v, dropout_p).transpose(1, 2).contiguous()
 
 
-# The ops of `builtin` with plain PyTorch's attention, for the time of a model without any kernel.
+# The ops of `builtin`, but attention in plain PyTorch: a model without fused attention.
 NAIVE: Any = SimpleNamespace(**vars(builtin) | {"causal_attention_packed": _naive_packed})
 
 
@@ -189,8 +190,8 @@ def _packed_like(case: Case, out: Tensor) -> Tensor:
 
 
 def _naive(case: Case) -> Function:
-    """Plain PyTorch, which torch.compile accepts. builtin's one-token ops partly are eager's,
-    because the same token has to be sampled with any ops; that is not required here."""
+    """Plain PyTorch, which torch.compile accepts. Unlike builtin's ops, these need not sample the
+    same token as eager."""
     functions: dict[str, Function] = {
         "embed_tokens": _embed,
         "decode_attention": _decode_attention,

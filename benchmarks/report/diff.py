@@ -12,8 +12,8 @@ Values = dict[str, Any]
 Name = tuple[str, ...]  # the section of a row, then its key
 Pairs = dict[Name, tuple[Row, Row]]
 
-LEAST = 0.03  # of the time: smaller changes are not reported
-LEAST_MEMORY = 0.01  # of the bytes, which an allocator rounds
+LEAST = 0.03  # share of the time: smaller changes are not reported
+LEAST_MEMORY = 0.01  # share of the bytes, which an allocator rounds
 SAMPLED = ("kernels", "train", "decode")  # sections whose rows have enough samples for the noise
 TRAININGS = ("target", "runs", "nano")  # sections with one sample in a row
 WORK = (  # keys whose values must be equal in the sections of both files
@@ -46,7 +46,7 @@ def differs(x: Row, y: Row) -> bool:
 
 
 def memory(found: Pairs) -> Iterator[tuple[int, int, Name]]:
-    """(peak bytes in a, in b, name) where they differ by more than 1 %."""
+    """(peak bytes in a, in b, name) if they differ by more than 1 %."""
     for name, both in found.items():
         x, y = (getattr(row, "peak_bytes", None) for row in both)
         if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
@@ -93,7 +93,7 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
     if marked:
         lines += ["", "†: exceeds the tolerance"]
     if trainings := pairs(a, b, TRAININGS):
-        lines += ["", "Whole trainings, one of each, so their noise is not known:"]
+        lines += ["", "Complete training runs, one of each, so their noise is not known:"]
     for name, (x, y) in trainings.items():
         seconds = f"{x.seconds:.1f} to {y.seconds:.1f} s"
         lines.append(f"{_shown(name)}: {seconds}, validation loss {_loss(x)} to {_loss(y)}")

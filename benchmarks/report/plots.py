@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.measure.rows import KernelRow
-from benchmarks.ops.cases import DROPS, MODEL_SHAPES
+from benchmarks.ops.cases import MODEL_SHAPES, WITH_DROPOUT
 from benchmarks.report.tables import variant_label
 from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
@@ -23,6 +23,7 @@ PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that 
 COLORS = {  # by provider; that of ours is warm, most others are blue or gray
     "fused": "#e8590c",
     "builtin": "#1c7ed6",
+    "chunked": "#15aabf",
     "eager": "#868e96",
     "naive": "#adb5bd",
     "compile": "#2b8a3e",
@@ -72,11 +73,11 @@ def _at_model(section: Values) -> tuple[str, list[KernelRow]]:
 
 
 def _label(r: KernelRow) -> str:
-    return f"{r.op}, no dropout" if r.op in DROPS and not r.dropout else r.op
+    return f"{r.op}, no dropout" if r.op in WITH_DROPOUT and not r.dropout else r.op
 
 
 def speedup(section: Values, mode: str, what: str) -> Figure | None:
-    """Speedup over builtin, or over naive where builtin is eager's: a bar for every provider."""
+    """Speedup over builtin, or over naive if builtin is eager's: a bar for every provider."""
     dtype, rows = _at_model(section)
     rows = [r for r in rows if r.mode == mode]
     base = {_label(r): r.seconds for r in rows if r.provider == base_of(r.op)}

@@ -101,7 +101,7 @@ def _state(state: Values) -> str:
 
 
 def measured(values: Values) -> Values:
-    """Without the sections that broke off before their first result."""
+    """The values without the sections that broke off before their first result."""
     needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
     needed |= {"tokenizers": (), "scaling": ("sentence",)}
     return {
@@ -147,8 +147,8 @@ def tokenizers(section: Values) -> str:
     return "\n\n".join(parts)
 
 
-def alike(variant: str) -> str:
-    """The baseline of a variant: builtin, launched and compiled in the same way."""
+def baseline_of(variant: str) -> str:
+    """The name of a variant's baseline: builtin, launched and compiled in the same way."""
     if variant.startswith("nanoGPT"):  # which has only AdamW
         return variant.replace("nanoGPT", "builtin AdamW")
     return " ".join(["builtin", *variant.split()[1:]])
@@ -192,7 +192,7 @@ def train(section: Values) -> str:
         )
         if section.get("nanogpt"):
             text += f" nanoGPT at {section['nanogpt'][:10]}."
-        parts += [text, figures(times, alone), table([*head, "kernels", "launches", ""], body)]
+        parts += [text, headline(times, alone), table([*head, "kernels", "launches", ""], body)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -202,7 +202,7 @@ def not_timed(row: Row) -> str:
 
 
 def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]:
-    other = alike(r.variant)
+    other = baseline_of(r.variant)
     note = [f"first call {r.first_seconds:.0f} s"]
     note += ["not interleaved with the first"] if r.group else []
     note += [f"stopped: {short(r.stop_reason)}"] if r.stop_reason else []
@@ -223,8 +223,8 @@ def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]
     ]
 
 
-def figures(times: dict[str, float], alone: Values) -> str:
-    """Our fastest variant against the fastest of each group of others, and the lower bound.
+def headline(times: dict[str, float], alone: Values) -> str:
+    """A sentence: our fastest variant against the fastest of each group, and the lower bound.
 
     Those that are launched like ours, in a CUDA graph or one by one, come first, then the best of
     torch.compile, then nanoGPT.
@@ -266,7 +266,7 @@ def decode(section: Values) -> str:
 
 
 def runs(section: Values) -> str:
-    """The part of the page about complete trainings."""
+    """The part of the page about complete training runs."""
     rows, head = [], ["run", "steps", "seconds", "tokens/s", "training loss", "validation loss"]
     per_byte = any(r.bits_per_byte is not None for r in section["rows"])
     head += ["bits per byte"] if per_byte else []
@@ -309,7 +309,7 @@ def stages(values: Values) -> str:
 
 
 def _t4_step(values: Values, preset: str) -> float | None:
-    """Seconds of our step in float16, timed alone at the preset's size or in a whole training."""
+    """Seconds of our step in float16, timed alone at the preset's size or in a complete run."""
     section = values.get("train", {})
     size = section.get("preset"), section.get("batch_size")
     if size == (preset, PRESETS[preset].train["batch_size"]):

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure.rows import KernelRow, spread
-from benchmarks.ops.cases import AS_EAGER, DROPS, MODEL_SHAPES, TOTAL, modes
+from benchmarks.ops.cases import AS_EAGER, MODEL_SHAPES, TOTAL, WITH_DROPOUT, modes
 from benchmarks.roofline import Rates, derive
 
 Values = dict[str, Any]
 Timed = dict[str, dict[str, KernelRow]]  # rows by provider and mode
 
 NOTES = {
-    "layer_norm": "Its rows are the float32 residual stream, whatever the dtype of a training.",
+    "layer_norm": "Its rows are the float32 residual stream, whatever the dtype of the matmuls.",
     "dropout_add_layer_norm": "The residual stream is float32; the branch has the dtype above.",
     "adamw": "It updates all weights of the model and includes the gradient norm.",
     "muon": "It updates the blocks' matrices; it includes the gradient norm, not the iteration.",
-    "sum_shards": "In place of the gradient norm where a step is cut into two shards.",
-    "embed_tokens": "The embeddings are float32, whatever the dtype of a training.",
+    "sum_shards": "In place of the gradient norm if a step is cut into two shards.",
+    "embed_tokens": "The embeddings are float32, whatever the dtype of the matmuls.",
     "sample_tokens": "naive and compile use PyTorch's generator; checked near temperature 0.",
 }
 
@@ -50,7 +50,7 @@ def kernels(section: Values) -> str:
     parts += [_op(rows, peak_rates) for rows in at_model.values()]
     if swept:
         parts.append(
-            "### Sweeps\n\nTimes are in microseconds, of forward + backward where the op has a "
+            "### Sweeps\n\nTimes are in microseconds, of forward + backward if the op has a "
             "gradient. In brackets is the speedup over builtin (over naive for ops that builtin "
             "takes from eager). The last columns are fused's rates and its share of the limit."
         )
@@ -99,7 +99,7 @@ def mark(r: KernelRow) -> str:
 
 def dropout(r: KernelRow) -> str:
     """The dropout of an op that has one; empty for the others."""
-    return f", dropout {r.dropout:g}" if r.op in DROPS else ""
+    return f", dropout {r.dropout:g}" if r.op in WITH_DROPOUT else ""
 
 
 def _times(op: str, timed: Timed) -> str:

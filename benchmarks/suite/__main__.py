@@ -51,7 +51,7 @@ from irongpt import device as devices
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 8  # the most test files that run at a time
-PROCESS_BYTES = 8 << 30  # of a GPU that a test file may need, most of them for eager in float64
+PROCESS_BYTES = 8 << 30  # GPU memory that a test file may need, most of it for eager in float64
 LEAST = 30.0  # seconds, the shortest limit of a stage
 GRACE = 8.0  # seconds from the interrupt of a late stage to its kill
 COUNTS = ("passed", "failed", "error", "skipped")  # in pytest's last line
@@ -67,7 +67,7 @@ SHARES = dict(  # of the time; the stages in their order
     runs=5,
     report=2,
 )
-COMMANDS = {  # of a stage, and its additional options without a GPU
+COMMANDS = {  # the command of a stage, and its additional options without a GPU
     "doctor": ("irongpt doctor", ""),
     "compare": ("irongpt compare", "--ops builtin --dtype float32"),
     "kernels": ("benchmarks.ops --quick", "--rounds 2 --providers eager builtin --ops gelu adamw"),

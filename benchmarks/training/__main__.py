@@ -135,16 +135,16 @@ def main(argv: list[str] | None = None) -> None:
         for dtype in dtypes:
             _matmuls(section, setting, dtype, device)
         parts = [
-            (dtype, [pair for pair in found if (SLOW in pair[0]) == slow])
+            (dtype, [pair for pair in pairs if (SLOW in pair[0]) == slow])
             for slow in (False, True)
-            for dtype, found in every
+            for dtype, pairs in every
         ]
-        parts = [(dtype, found) for dtype, found in parts if found]
-        for i, (dtype, found) in enumerate(parts, start=1):  # each takes half of the time, the last
-            share = 1.0 if i == len(parts) else 0.5  # one all of it
+        parts = [(dtype, pairs) for dtype, pairs in parts if pairs]
+        for i, (dtype, waiting) in enumerate(parts, start=1):
+            share = 1.0 if i == len(parts) else 0.5  # of the time that is left
             now = time.perf_counter()
             steps = Steps(section, setting, devices.dtype_name(dtype), args)
-            steps.measure(found, now + share * (end - now))
+            steps.measure(waiting, now + share * (end - now))
 
 
 if __name__ == "__main__":

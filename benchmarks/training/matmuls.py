@@ -22,20 +22,20 @@ def measure(
     """
     rounds = 10 if device.type == "cuda" else 3
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"rows": rows}
+    result: dict[str, Any] = {"rows": rows}
     if train.optimizer == "muon":
         updates = roofline.muon_updates(config, muon.matmul_dtype(dtype, device), device)
         seconds = median_seconds(lambda i: muon.orthogonal(updates), device, rounds)
-        found["optimizer"] = {"seconds": seconds, "flops": roofline.muon_flops(config)}
-    for name, count, M, K, N in roofline.matmul_shapes(config, train.batch_size):
+        result["optimizer"] = {"seconds": seconds, "flops": roofline.muon_flops(config)}
+    for layer, count, M, K, N in roofline.matmul_shapes(config, train.batch_size):
         x, w, dy = (torch.randn(s, device=device).to(dtype) for s in ((M, K), (K, N), (M, N)))
-        for result, a, b in (("y", x, w), ("dx", dy, w.T), ("dw", x.T, dy)):
+        for name, a, b in (("y", x, w), ("dx", dy, w.T), ("dw", x.T, dy)):
             seconds = median_seconds(lambda i, a=a, b=b: a @ b, device, rounds)  # type: ignore[misc]
-            row = {"name": f"{name} {result}", "count": count, "size": [M, K, N]}
+            row = {"name": f"{layer} {name}", "count": count, "size": [M, K, N]}
             rows.append(row | {"seconds": seconds, "flops_per_s": 2 * M * K * N / seconds})
-    found["seconds"] = sum(r["count"] * r["seconds"] for r in rows)
-    found["flops"] = sum(2 * r["count"] * math.prod(r["size"]) for r in rows)
-    return found
+    result["seconds"] = sum(r["count"] * r["seconds"] for r in rows)
+    result["flops"] = sum(2 * r["count"] * math.prod(r["size"]) for r in rows)
+    return result
 
 
 def of_step(found: dict[str, Any], variant: str = "") -> float:

@@ -1,4 +1,4 @@
-"""The trainings to time: a Trainer with some ops, compiled or not, and nanoGPT's model."""
+"""The training steps to time: of a Trainer with some ops, compiled or not, and of nanoGPT."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ WARM = 5  # warm-up steps, within which a trainer captures its CUDA graph
 
 
 class Variant:
-    """A training to time step by step. deterministic: as in `irongpt train`."""
+    """A training step to time. deterministic: as in `irongpt train`."""
 
     def __init__(
         self, step: Callable[[], object], device: torch.device, deterministic: bool = False
@@ -69,7 +69,7 @@ def peak_of(device: torch.device, row: StepRow) -> Iterator[None]:
 
     The memory pool of a CUDA graph counts while it is captured, so a variant must be made and
     warmed up inside."""
-    gc.collect()  # a trainer and its graph reference each other
+    gc.collect()  # trainers without a graph and models whose loss is compiled are in cycles
     if device.type != "cuda":
         yield
         return
@@ -90,7 +90,7 @@ def trained(
     graph: bool = False,
     **recipe: Any,
 ) -> Variant:
-    """A training of our model. mode: of torch.compile, or None.
+    """The training step of our model. mode: that of torch.compile, or None.
 
     graph: run the step as one CUDA graph, if the trainer supports it. recipe: fields of the
     setting's recipe to replace.
@@ -141,7 +141,7 @@ def nanogpt(
     device: torch.device,
     compiled: bool = False,
 ) -> Variant:
-    """A training of nanoGPT's model of the same shape, on our batches, with nanoGPT's optimizer.
+    """The step of nanoGPT's model of the same shape, on our batches, with nanoGPT's optimizer.
 
     compiled: by torch.compile, which is the default of its train.py.
     """

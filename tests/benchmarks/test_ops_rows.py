@@ -16,8 +16,8 @@ from benchmarks.measure import result_file
 from benchmarks.measure.rows import KernelRow
 from benchmarks.ops import __main__ as kernels
 from benchmarks.ops import cases
-from benchmarks.ops.accuracy import BASELINES, passes
-from benchmarks.ops.cases import IRON, MODES, OPS, Case, Shape, dropping
+from benchmarks.ops.accuracy import BASELINE_FACTOR, passes
+from benchmarks.ops.cases import IRON, MODES, OPS, Case, Shape, default_p
 from benchmarks.ops.providers import NAMES, by, computes, missing, providers
 from benchmarks.report import tables
 
@@ -37,7 +37,7 @@ each_no_gradient = pytest.mark.parametrize("op", NO_GRADIENT)
 
 def case(op: str, dtype: torch.dtype = torch.float32, p: float | None = None) -> Case:
     """p: of the layers 0, unless it is given."""
-    usual = dropping(op) if op in NO_GRADIENT else 0.0
+    usual = default_p(op) if op in NO_GRADIENT else 0.0
     return Case(op, "nano", TINY, dtype, usual if p is None else p)
 
 
@@ -50,7 +50,7 @@ def measured(op: str, names: tuple[str, ...], rounds: int = 1, **options: Any) -
     [(op, torch.float32) for op in OPS] + [(op, torch.bfloat16) for op in NO_GRADIENT],
 )
 def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: torch.dtype) -> None:
-    p = 0.2 if op in cases.DROPS else None
+    p = 0.2 if op in cases.WITH_DROPOUT else None
     rows = measured(op, EVERY, rounds=2, p=p, dtype=dtype)
     attention = op.startswith("causal_attention")
     if op in LAYERS:
@@ -109,7 +109,7 @@ def test_a_baseline_with_a_small_error_has_its_time_and_its_error(
     rows = measured("gelu", ("builtin",))
     accuracy = rows[-1].accuracy
     assert not accuracy.ok
-    assert 1 < accuracy.share < BASELINES
+    assert 1 < accuracy.share < BASELINE_FACTOR
     assert not passes("fused", accuracy)
     text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
     assert f"| {accuracy.share:.0%} |" in text
@@ -197,16 +197,16 @@ def test_the_model_shape_has_both_16_bit_dtypes_and_dropout_on_and_off(
     all_cases = kernels.cases_of(CARD)
     assert {c.sweep for c in all_cases} == {"iron"}
     wanted = {(d, p) for d in (torch.bfloat16, torch.float16, torch.float32) for p in (0.0, 0.2)}
-    for op in cases.DROPS:
+    for op in cases.WITH_DROPOUT:
         assert {(c.dtype, c.p) for c in all_cases if c.op == op} == wanted
     once = len(cases.FLOAT32)
-    count = 3 * (len(OPS) - once + len(cases.DROPS)) + once
+    count = 3 * (len(OPS) - once + len(cases.WITH_DROPOUT)) + once
     assert len(all_cases) == len(set(all_cases)) == count
     both = kernels.cases_of(CARD, quick=True, swept=("V",))
     assert {c.dtype for c in both if c.sweep == "V"} == {torch.bfloat16}
     quick = kernels.cases_of(CARD, quick=True)
     wanted = {(torch.bfloat16, 0.2), (torch.float32, 0.2)}
-    assert {(c.dtype, c.p) for c in quick if c.op in cases.DROPS} == wanted
+    assert {(c.dtype, c.p) for c in quick if c.op in cases.WITH_DROPOUT} == wanted
     assert not any(kernels.not_compiled(c, CARD) for c in all_cases)
     assert {c.dtype for c in quick if kernels.not_compiled(c, CARD, True)} == {torch.float32}
     assert {c.shape.B for c in all_cases if c.op in TOKEN} == {1}

@@ -14,6 +14,7 @@ from benchmarks import roofline
 from benchmarks.measure import result_file
 from benchmarks.measure.rows import Accuracy, DecodeRow, KernelRow, NanoRow, RunRow, StepRow, short
 from benchmarks.ops.cases import MODES
+from benchmarks.ops.providers import NAMES
 from benchmarks.report import __main__ as report
 from benchmarks.report import diff, plots, tables, tables_kernels
 
@@ -81,6 +82,10 @@ def test_a_sweep_has_rates_of_fused_and_memory_of_all() -> None:
     text = tables.kernels({"rows": without, "peak_rates": PEAK_RATES})
     assert "MiB at the peak" not in text
     assert "fused: GB/s" not in text
+
+
+def test_every_provider_has_a_color() -> None:
+    assert plots.COLORS.keys() == set(NAMES)
 
 
 def test_the_rates_of_a_time() -> None:

@@ -102,7 +102,7 @@ def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
 def test_a_variant_is_compared_with_builtin_launched_in_the_same_way(
     variant: str, builtin: str
 ) -> None:
-    assert tables.alike(variant) == builtin
+    assert tables.baseline_of(variant) == builtin
     names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
     assert {variant, builtin} <= set(names)
 

@@ -57,7 +57,7 @@ def test_every_section_is_complete(result: Path) -> None:
     assert list(values["kernels"]["missing"]) == ["liger"]
     # Ops with a dropout have rows with it and without; some others have no builtin.
     layers = len([op for op in cases.OPS if cases.modes(op) == cases.MODES])
-    count = (layers + len(cases.DROPS)) * 3 * 2 + 2 * (len(cases.OPS) - layers)
+    count = (layers + len(cases.WITH_DROPOUT)) * 3 * 2 + 2 * (len(cases.OPS) - layers)
     assert len(values["kernels"]["rows"]) == count - len(cases.AS_EAGER)
 
 
@@ -135,6 +135,17 @@ def test_a_preset_without_a_known_target_needs_one(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         train_runs.main(["--section", "target", "--preset", "nano", "code", "--device", "cpu"])
     assert "--target-loss is needed for code" in capsys.readouterr().err
+
+
+def test_iters_must_exceed_the_warm_up_steps(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+    with pytest.raises(SystemExit) as ended:
+        train_runs.main(["--iters", "1", "--device", "cpu", "--result", str(file)])
+    assert ended.value.code == 2
+    assert not file.exists()
+    assert "--iters must be above 1, the warm-up steps, got 1" in capsys.readouterr().err
 
 
 def test_the_report(result: Path, tmp_path: Path) -> None:
