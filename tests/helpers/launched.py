@@ -1,7 +1,7 @@
 """
 Runs `irongpt_kernels.aot`, and passes every kernel that it compiles to Triton's own C launcher.
 
-    python tests/helpers/launched.py --arch sm_75 --quick --json     as aot, and the report gains
+    python tests/helpers/launched.py sm_75 sm_80     the reports of aot, each of which gains
 
     launches, parameters      how many were compared
     mismatches                parameters that differ from the PTX or from the Python arguments
@@ -153,6 +153,8 @@ def main() -> None:
         library.stub_on_launch(callback)
 
         def report(arch: int, *args: Any) -> dict[str, Any]:
+            check.launches = check.parameters = 0
+            check.mismatches, check.exchange = [], False
             found = make_report(arch, *args)
             found |= dict(launches=check.launches, parameters=check.parameters)
             found["mismatches"], check.mismatches = check.mismatches, []
@@ -162,7 +164,8 @@ def main() -> None:
             return found | dict(injected=check.mismatches)
 
         with patch.object(aot, "compiling", check.launching), patch.object(aot, "report", report):
-            sys.exit(aot.main())
+            for arch in sys.argv[1:]:
+                aot.main(["--arch", arch, "--quick", "--json"])
 
 
 if __name__ == "__main__":
