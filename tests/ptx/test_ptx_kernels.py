@@ -13,32 +13,31 @@ from irongpt_kernels.op_specs import SPECS
 from run_helpers import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+DTYPES, ARCHS = ("float16", "float32"), ("sm_75", "sm_80", "sm_90")
+PROGRAM = f"""
+import sys
+from tests.ptx import __main__ as ptx, injected
+sys.argv[1:] = "--set sample --dtype {" ".join(DTYPES)} --mma hardware --noise 1".split()
+code = ptx.main()
+sys.argv[1:] = "--quick --arch {" ".join(ARCHS)}".split()
+sys.exit(code or injected.main())
+"""
 
 
-def output(*command: str) -> str:
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_every_op_executed_as_compiled_for_a_t4_and_injected_bugs_that_are_found() -> None:
+    """With the errors that tensor cores and approximate instructions may have. One process runs
+    both: it starts slowly."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    done = compiling("-m", *command, cwd=ROOT, PYTHONPATH=os.pathsep.join(paths))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def test_every_op_executed_as_compiled_for_a_t4() -> None:
-    """With the errors that tensor cores and approximate instructions may have."""
-    dtypes = ("float16", "float32")
-    how = ("--dtype", *dtypes, "--mma", "hardware", "--noise", "1")
-    found = output("tests.ptx", "--set", "sample", "--arch", "sm_75", *how)
+    done = compiling("-c", PROGRAM, cwd=ROOT, PYTHONPATH=os.pathsep.join(paths))
+    found = done.stdout
+    assert done.returncode == 0, found[-3000:] + done.stderr[-2000:]
     good = re.compile(
         r"^(\w+) .* sm_75 (\w+) +lockstep +0\.([0-7]\d|80) +[\d,]+ +[\d.]+  ok$", re.MULTILINE
     )
     assert {m.group(1, 2) for m in good.finditer(found)} == {
-        (op, d) for op in SPECS for d in dtypes
+        (op, d) for op in SPECS for d in DTYPES
     }
-
-
-def test_injected_bugs_are_found() -> None:
-    archs = ("sm_75", "sm_80", "sm_90")
-    found = output("tests.ptx.injected", "--quick", "--arch", *archs)
-    for arch in archs:
+    for arch in ARCHS:
         assert len(re.findall(rf"^{arch} ", found, re.MULTILINE)) >= 4
     assert re.search(r"^14 named bugs, 0 not found$", found, re.MULTILINE), found
