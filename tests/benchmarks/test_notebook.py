@@ -27,6 +27,7 @@ from irongpt.config import PRESETS
 
 doctor.training_bytes = lambda *args: 2**30  # it has separate tests
 PRESETS["nano"].train.update(eval_windows=8, sample_tokens=20)
+PRESETS["nano"].model.update(n_layer=1, n_head=2, n_embd=32, context=16)
 topics.topics = dict(sorted(topics.topics.items())[:10])  # of python-docs
 popen = subprocess.Popen
 
