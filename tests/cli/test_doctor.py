@@ -174,6 +174,7 @@ def test_on_a_cpu_without_nvidia_ml_py(cli, monkeypatch, tmp_path) -> None:
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
     """Puts an nvidia-smi on the PATH that reports a driver; torch finds no GPU."""
+    monkeypatch.setattr(doctor, "training_bytes", lambda *_: 2**30)  # see the tests of memory
 
     def install(driver: str, cuda: str | None) -> None:
         stub = tmp_path / "bin" / "nvidia-smi"
