@@ -30,9 +30,8 @@ TINY = (
     "--eval-every 4 --warmup 2 --lr 0.01 --dropout 0.1 --device cpu --data text.txt "
     "--sample-tokens 4"
 ).split()
-PRELOADED = "irongpt.training.command irongpt.generation.command torch._inductor tqdm"
-for _name in [*PRELOADED.split(), "matplotlib.backends.backend_agg", "PIL.PngImagePlugin"]:
-    importlib.import_module(_name)  # once, and not in every process
+PRELOADED = """irongpt.training.command irongpt.generation.command torch._inductor tqdm
+matplotlib.backends.backend_agg PIL.PngImagePlugin"""
 
 
 class Ended(NamedTuple):
@@ -52,6 +51,8 @@ class Worker:
 
     def __init__(self, folder: Path, before: Callable[[], Any] | None = None,
                  memory: int = MEMORY, name: str = "output", **variables: str) -> None:  # fmt: skip
+        for module in PRELOADED.split():
+            importlib.import_module(module)  # once, and not in every process
         self.streams = [folder.parent / f"{name}.{end}" for end in ("out", "err")]
         self.pipe, theirs = FORK.Pipe()
         args = (theirs, folder, before, memory, self.streams, variables)

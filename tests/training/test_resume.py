@@ -24,7 +24,7 @@ from irongpt.training.trainer import Trainer
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    "irongpt.training.start irongpt.cli torch._dynamo matplotlib.figure pytest tqdm".split()
+    "irongpt.training.start irongpt.cli matplotlib.figure pytest tqdm".split()
 )
 
 # With dropout, batches of several epochs, and evaluations between two log lines.
