@@ -12,8 +12,6 @@ from conftest import TINY, Cli, assert_mistake
 
 from irongpt.cli import main
 
-COMMAND = [sys.executable, "-m", "irongpt", "generate"]
-
 
 def test_stdout_has_the_prompt_and_its_continuation_and_nothing_else(cli: Cli, run):
     result = cli("generate", run, "--prompt", "all happy", "--tokens", 50)
@@ -110,24 +108,14 @@ def test_a_terminal_gets_controls_escaped_and_a_pipe_gets_them_raw(
     assert text.count("\n") == piped.count("\n") + (not piped.endswith("\n"))
 
 
-def test_output_is_utf_8_in_any_locale_and_streamed(run_with_controls):
+def test_output_is_utf_8_in_any_locale_and_a_closed_pipe_is_not_an_error(run_with_controls):
+    command = f"-m irongpt generate {run_with_controls} --tokens 3000 --prompt \u202e".split()
     env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    command = [*COMMAND, run_with_controls, "--tokens", "400", "--prompt", "\u202e"]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, bufsize=0
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
     )
-    first = os.read(child.stdout.fileno(), 3)  # flushed before the rest is generated
-    assert first == "\u202e".encode()
-    rest = child.stdout.read()
-    assert len((first + rest).decode()) == 401
-    assert child.wait() == 0
-
-
-def test_a_closed_pipe_is_not_an_error(run):
-    child = subprocess.Popen(
-        [*COMMAND, run, "--tokens", "3000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    child.stdout.read(10)
-    child.stdout.close()
+    with io.TextIOWrapper(child.stdout, encoding="utf-8", newline="") as stdout:
+        text = stdout.read(401)
+    assert (len(text), text[0]) == (401, "\u202e")
     assert b"Traceback" not in child.stderr.read()
     assert child.wait() == 0
