@@ -153,6 +153,17 @@ def assert_mistake(result: Result, message: str) -> None:
     assert len(result.err) <= 400
 
 
+def assert_refused(cli: Cli, message: str, *args: object) -> None:
+    """A mistake that changes nothing in the working directory."""
+    before = tree(Path())
+    assert_mistake(cli(*args), message)
+    assert tree(Path()) == before
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
 def write_text(path: Path) -> None:
     words = (WORDS[i * i % len(WORDS)] + (" \n"[i % 11 == 10]) for i in range(2000))
     path.write_text("".join(words)[:6000])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from book_server import Lines, refused
-from conftest import TINY, Cli, assert_mistake
+from conftest import TINY, Cli, assert_mistake, assert_refused
 
 from irongpt.data.corpus import load
 from irongpt.runs.run_folder import open_run
@@ -52,7 +52,6 @@ def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None
     (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (folder / "short.txt").write_text("abc")
     (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    before = sorted(folder.rglob("*"))
     for val, message in (
         ("none.txt", "no file 'none.txt'"),
         ("", "no file ''"),
@@ -63,10 +62,9 @@ def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None
         ("short.txt", "4 of them for validation"),
         (".", "contains the run's own folder"),
     ):
-        result = cli("train", *FLAGS, "--data", "code", "--val", val, "--out", "run")
-        assert_mistake(result, message)
-    assert_mistake(cli("train", *FLAGS, "--val", "val.txt"), "--val must come with --data")
-    assert sorted(folder.rglob("*")) == before
+        data = ["--data", "code", "--val", val, "--out", "run"]
+        assert_refused(cli, message, "train", *FLAGS, *data)
+    assert_refused(cli, "--val must come with --data", "train", *FLAGS, "--val", "val.txt")
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Cli, assert_mistake, write_text
+from conftest import Cli, assert_mistake, assert_refused, write_text
 from fake_gpu import fake_gpu
 from processes import FLAGS, KILL, TERM, command, launch, send, shown
 from run_helpers import assert_same, state
@@ -200,11 +200,10 @@ class Two(World):
     ],
 )
 def test_a_wrong_world_is_one_line(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.setattr(distributed, "join", Two)
-    assert_mistake(cli("train", *FLAGS, *flags), message)
-    assert not (tmp_path / "run").exists()
+    assert_refused(cli, message, "train", *FLAGS, *flags)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +214,13 @@ def test_a_wrong_world_is_one_line(
     ],
 )
 def test_two_processes_on_one_gpu_are_one_line(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, device: str, message: str
 ) -> None:
     fake_gpu(monkeypatch, count=1 if device == "cuda" else 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(Two, "check_device", Torchrun.check_device, raising=False)
     monkeypatch.setattr(distributed, "join", Two)
-    flags = ["train", *FLAGS, "--device", device]
-    assert_mistake(cli(*flags), message)
-    assert not (tmp_path / "run").exists()
+    assert_refused(cli, message, "train", *FLAGS, "--device", device)
 
 
 def test_a_wrong_environment_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

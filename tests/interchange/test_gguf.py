@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, assert_mistake
+from conftest import TINY, assert_mistake, assert_refused
 
 from irongpt.data.tokenizer import from_json
 from irongpt.runs import checkpoint
@@ -53,9 +53,7 @@ def test_gguf_reads_the_file(cli, tmp_path, dtype) -> None:
     assert_mistake(cli("export", "run", "no/model.gguf"), "its folder does not exist")
 
 
-def test_a_mistake_writes_nothing(cli, tmp_path, run, monkeypatch) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    assert_mistake(cli("export", run, "model.gguf"), "has one token per character")
+def test_a_mistake_writes_nothing(cli, run, monkeypatch) -> None:
+    assert_refused(cli, "has one token per character", "export", run, "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert_mistake(cli("export", run, "model.gguf"), "needs the package gguf: pip install gguf")
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(cli, "needs the package gguf: pip install gguf", "export", run, "model.gguf")

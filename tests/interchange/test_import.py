@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_mistake
+from conftest import assert_mistake, assert_refused
 from numerics import DEVICE
 from safetensors.torch import load_file, save_file
 
@@ -331,15 +331,11 @@ def test_a_mistake_writes_nothing(cli, tmp_path, gpt2, mistake) -> None:
     damage, message = MISTAKES[mistake]
     shutil.copytree(gpt2, tmp_path / "model")
     damage(tmp_path / "model")
-    before = sorted(tmp_path.rglob("*"))
-    assert_mistake(cli("import", "model", "run"), message)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(cli, message, "import", "model", "run")
 
 
-def test_a_run_that_exists_is_kept(cli, tmp_path, gpt2, run) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    assert_mistake(cli("import", gpt2, run), "run exists and is not empty")
-    assert sorted(tmp_path.rglob("*")) == before
+def test_a_run_that_exists_is_kept(cli, gpt2, run) -> None:
+    assert_refused(cli, "run exists and is not empty", "import", gpt2, run)
 
 
 def test_a_tokenizer_of_gpt_2_survives_its_file() -> None:

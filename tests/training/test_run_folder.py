@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from conftest import TINY, assert_mistake
+from conftest import TINY, assert_mistake, assert_refused
 from run_helpers import history
 
 from irongpt import files
@@ -146,13 +147,10 @@ def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, ru
     assert "IronGPT 9.0.0" in result.err
 
 
-def test_memory_that_is_short_because_of_the_text(cli, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise MemoryError
-
+def test_memory_that_is_short_because_of_the_text(cli, monkeypatch):
+    fail = Mock(side_effect=MemoryError)
     monkeypatch.setattr("irongpt.training.start.tokenized.tokenize", fail)
-    assert_mistake(cli("train", *QUICK, "--out", "run"), "use a smaller text")
-    assert not (tmp_path / "run").exists()
+    assert_refused(cli, "use a smaller text", "train", *QUICK, "--out", "run")
 
 
 def test_a_run_continues_with_another_text(cli, tmp_path, run):

@@ -5,7 +5,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from conftest import TINY, assert_mistake
+from conftest import TINY, assert_refused
 
 from irongpt.runs import tensorboard
 
@@ -55,12 +55,11 @@ def test_a_run_without_events_gets_all_of_them_later(cli, tmp_path, run) -> None
     assert curves(tmp_path / run) == expected(tmp_path / run)
 
 
-def test_without_the_package_a_line_says_what_to_install(cli, tmp_path, monkeypatch) -> None:
+def test_without_the_package_a_line_says_what_to_install(cli, monkeypatch) -> None:
     find = util.find_spec
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
-    result = cli("train", *TINY, "--out", "run", "--tensorboard")
-    assert_mistake(result, "needs the package tensorboard: pip install tensorboard")
-    assert not (tmp_path / "run").exists()
+    message = "needs the package tensorboard: pip install tensorboard"
+    assert_refused(cli, message, "train", *TINY, "--out", "run", "--tensorboard")
     assert find("tensorboard")
 
 
