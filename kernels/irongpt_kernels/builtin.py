@@ -1,6 +1,6 @@
-"""Every op by a function of PyTorch's own where it has one: the model's default, and our baseline.
+"""Every op with PyTorch's own functions, if there are any: the model's default, and our baseline.
 
-The contract is that of `eager`, except where a docstring says otherwise, and for dropout: PyTorch's
+The contract is that of `eager`, unless a docstring says otherwise, except for dropout: PyTorch's
 global generator decides which elements are dropped, and the seed is ignored.
 """
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irongpt_kernels import dropout
 from irongpt_kernels.eager import GradStats, append_to_cache, grad_stats, padded_logits
 from irongpt_kernels.eager import embed_tokens as embed_tokens
 from irongpt_kernels.eager import linear_add as linear_add
@@ -20,13 +21,14 @@ def causal_attention(
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`."""
+    dropout.check(dropout_p)
     q, scale = _positive_scale(q, scale)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # most backends need no copy
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
-    """Queries and a positive scale that give the same scores, as PyTorch's attention requires."""
+    """The same scores with a positive scale, which PyTorch's attention requires."""
     if scale is None or scale > 0:
         return q, scale
     return (-q, -scale) if scale else (q * 0, 1.0)
@@ -85,6 +87,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.dropout_add_layer_norm`."""
+    dropout.check(dropout_p)
     total = (residual + F.dropout(branch, dropout_p)).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
 
@@ -158,7 +161,7 @@ def muon_momentum(
 ) -> Tensor:
     """See `eager.muon_momentum`."""
     _, grad_scale, found_inf = GradStats(*stats)
-    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # 3-d, so that the result is float32
+    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # a 0-d float32 would not promote 16 bits
     g.masked_fill_(found_inf > 0, 0)
     momentum.lerp_(g, (1 - beta) * (1 - found_inf))
     nesterov = g.lerp_(momentum, beta)

@@ -1,5 +1,5 @@
 """
-Counter-based dropout masks: a pure function of (seed, position), independent of the tiling.
+Counter-based dropout masks: pure functions of (p, seed, position), independent of the tiling.
 
 A mask bit comes from Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the counter is the position.
@@ -18,9 +18,9 @@ Layout      A kernel applies the formula to each element, and the compiler merge
             a call covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of
             16-bit tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat
             the call.
-Rate        A byte gives probabilities in steps of 1/256: p is rounded (0.2 becomes 51/256 =
-            0.1992, and any p > 0 at least 1/256 and at most 255/256). Kept elements are scaled by
-            the reciprocal of the rounded keep rate, so that the expectation is exact.
+Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
+            0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are
+            scaled by the reciprocal of the rounded keep rate, so that the expectation is exact.
 
 | word of the counter | attention element (b, h, row, col) | row element (row, col) |
 |---|---|---|
@@ -59,10 +59,15 @@ def philox(
     return w0, w1, w2, w3
 
 
-def threshold(p: float) -> int:
-    """p in units of 1/256: a byte below it drops its element. ValueError unless 0 <= p < 1."""
+def check(p: float) -> None:
+    """Raises ValueError unless 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+
+
+def threshold(p: float) -> int:
+    """p in units of 1/256: a byte below it drops its element. Raises as `check`."""
+    check(p)
     return min(max(round(256 * p), 1), 255) if p > 0 else 0
 
 

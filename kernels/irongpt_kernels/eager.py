@@ -2,12 +2,13 @@
 
 Run in float64, it is the oracle that the other implementations are compared with. Statistics and
 sums are computed in float32 (float64 for float64 inputs). Results have the dtype of the first
-argument unless documented otherwise.
+argument unless documented otherwise. ValueError: dropout_p is outside [0, 1), or above 0 without a
+seed.
 
 The ops of one decoding step (`decode_attention` and those after it) have no gradient. They never
 read a value on the host, and update caches, tokens and counts in place, so that a CUDA graph can
-capture a complete step. Their matmuls run in the dtype of the weight: the normalized input and the
-result of the matmul are rounded to it, as under autocast.
+capture a complete step. Their linear layers run in the dtype of the weight: the normalized input
+and the result of the matmul are rounded to it, as under autocast.
 """
 
 import math
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irongpt_kernels import dropout
+from irongpt_kernels.runtime import checks
 
 # The mass of a token is its unnormalized probability as an integer: 2^40 for the most likely token,
-# 0 for one that is 2^40 times less likely.
+# 0 for one that is more than 2^40 times less likely.
 MASS_BITS = 40
 MAX_V = 1 << 22  # the sum of the masses of so many tokens fits into 63 bits
 MAX_INVERSE = 3e38  # the largest 1 / temperature: it fits into float32
@@ -31,7 +33,7 @@ class GradStats(NamedTuple):
 
     norm: Tensor  # of the unscaled gradients, before clipping
     grad_scale: Tensor  # divide gradients by it to unscale them and to clip their norm
-    found_inf: Tensor  # 1 where the norm is not finite, else 0
+    found_inf: Tensor  # 1 if the norm is not finite, else 0
 
 
 def causal_attention(
@@ -41,14 +43,15 @@ def causal_attention(
     """dropout(softmax(scale q k^T + causal mask)) v (Vaswani et al. 2017).
 
     q, k, v: (B, H, T, D), any strides. scale: 1/sqrt(D) unless given. Dropout acts on the
-    attention weights. Returns (B, H, T, D), a view whose (B, T, H, D) memory is contiguous.
+    attention weights. Returns (B, H, T, D), a view of a contiguous (B, T, H, D) tensor.
     """
+    checks.dropout(dropout_p, seed, q=q)
     B, H, T, D = q.shape
     weights = softmax(
         q @ k.transpose(-2, -1), scale=D**-0.5 if scale is None else scale, causal=True
     )  # (B, H, T, T)
-    if dropout_p > 0:
-        keep = dropout.attention_keep(_required_seed(seed), B, H, T, dropout_p, q.device)
+    if dropout_p > 0 and seed is not None:
+        keep = dropout.attention_keep(seed, B, H, T, dropout_p, q.device)
         weights = weights * keep * dropout.keep_scale(dropout_p)
     out = weights.to(v.dtype) @ v
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -59,9 +62,8 @@ def causal_attention_packed(
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`causal_attention` in the layout of the projections before and after it.
-
-    qkv: (B, T, 3, H, D), any strides. Returns (B, T, H, D), contiguous.
-    """
+    qkv: (B, T, 3, H, D), any strides. Returns (B, T, H, D), contiguous."""
+    checks.dropout(dropout_p, seed, qkv=qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out = causal_attention(q, k, v, dropout_p=dropout_p, seed=seed, scale=scale)
     return out.transpose(1, 2)
@@ -73,7 +75,7 @@ def layer_norm(
 ) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016).
 
-    x: (..., N). weight, bias: (N,). dtype: of the result, by default that of x.
+    x: (..., N). weight, bias: (N,). dtype: that of the result, by default that of x.
     The variance is the biased one, computed from centred values.
     """
     centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
@@ -84,9 +86,7 @@ def layer_norm(
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     """exp(scale x) / sum(exp(scale x)) along the last dimension.
-
-    x: (..., N). causal: the last two dimensions are (T, T), and row i sees columns 0 to i.
-    """
+    x: (..., N). causal: the last two dimensions are (T, T), and row i sees columns 0 to i."""
     scores = _wide(x) * scale
     if causal:
         T = x.shape[-1]
@@ -105,7 +105,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     float64 logits); NaN if every row is ignored, as in PyTorch.
     """
     counted = targets != ignore_index
-    log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit loses digits near 0
+    log_p = _wide(logits).log_softmax(-1)  # logsumexp - logit is inexact for a loss near 0
     picked = log_p.gather(1, targets.masked_fill(~counted, 0)[:, None])[:, 0]
     return -picked.masked_fill(~counted, 0.0).sum() / counted.sum()
 
@@ -119,9 +119,9 @@ def linear_cross_entropy(
     x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
     classes: the number of classes, by default V; the rows of the weight after them are padding,
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
-    will pass to the loss, by default 1. It affects only the rounding: an implementation that
-    computes the gradients together with the loss needs it so that in float16 small gradients do not
-    underflow, and large ones do not overflow: without it, those beyond 64 do in `fused`.
+    will pass to the loss. It affects only the rounding: `fused` computes the gradients, times
+    loss_scale, together with the loss, so that small ones do not underflow in float16. Without it
+    `fused` takes 1,024 in float16, where gradients beyond 64 overflow, and else 1.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -151,9 +151,10 @@ def dropout_add_layer_norm(
     branch, residual: (..., N). weight, bias: (N,).
     Returns the sum in the residual's dtype, and its layer norm in the branch's dtype.
     """
-    if dropout_p > 0:
+    checks.dropout(dropout_p, seed, branch=branch)
+    if dropout_p > 0 and seed is not None:
         M, N = branch.numel() // branch.shape[-1], branch.shape[-1]
-        keep = dropout.row_keep(_required_seed(seed), M, N, dropout_p, branch.device)
+        keep = dropout.row_keep(seed, M, N, dropout_p, branch.device)
         branch = branch * keep.reshape(branch.shape) * dropout.keep_scale(dropout_p)
     total = (residual + branch).to(residual.dtype)
     return total, layer_norm(total, weight, bias, eps).to(branch.dtype)
@@ -191,11 +192,11 @@ def grad_norm(
     loss scale.
 
     grads: the gradients of scale * loss. scale: 0-d float32, the loss scale. growth_tracker: 0-d
-    int64, the number of finite steps since the scale last changed. state_steps: (n,) float32, the
-    number of updates of each weight; each increases by one unless a gradient is not finite.
-    growth_interval: the scale doubles after this many finite steps in a row and halves after a step
-    that is not finite; it stays from 1 to 2^24 (Micikevicius et al. 2018). With 0 it never changes.
-    scale, growth_tracker and state_steps are updated in place.
+    int64, the number of finite steps since the scale last changed. state_steps: (k,) float32, the
+    step counts of `adamw`'s tensors; all increase by one if the norm is finite. max_norm: the norm
+    to clip to. growth_interval: the scale doubles after this many finite steps in a row and halves
+    after one that is not finite, within 1 to 2^24 (Micikevicius et al. 2018). With 0 it never
+    changes. scale, growth_tracker and state_steps are updated in place.
     Returns a (3,) float32 tensor, `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
@@ -208,7 +209,7 @@ def sum_shards(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum of the gradients of a step's shards, and `grad_norm` of it.
 
-    shards: (S, n), the gradients of all weights as one row per shard, of any dtype. The rows are
+    shards: (S, n) of any dtype: a row per shard, with all n gradient elements. The rows are
     added in their order, in float32, so that every process that has all rows gets the same bits.
     Returns the sum, (n,) float32, and `GradStats`; the other arguments are those of `grad_norm`.
     """
@@ -223,7 +224,7 @@ def grad_stats(
     scaled_norm: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
     max_norm: float, growth_interval: int,
 ) -> Tensor:  # fmt: skip
-    """The part of `grad_norm` after the norm of the scaled gradients."""
+    """The rest of `grad_norm`, from the norm of the scaled gradients on."""
     norm = scaled_norm / scale
     not_finite = ~norm.isfinite()
     grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)
@@ -245,9 +246,10 @@ def adamw(
 ) -> None:  # fmt: skip
     """AdamW (Loshchilov and Hutter 2019) in place. Nothing changes if found_inf is set in `stats`.
 
-    params, exp_avgs, exp_avg_sqs: contiguous float32. grads: of the params' shapes, of any dtype.
+    params, exp_avgs, exp_avg_sqs: contiguous float32. grads: in the params' shapes, of any dtype.
     low_precision_params: 16-bit copies of the first params, rounded after the update.
-    state_steps: (n,) float32, including this step. lr: 0-d float32. stats: that of `grad_norm`.
+    state_steps: (n,) float32, including this step. lr: 0-d float32. stats: the result of
+    `grad_norm`. weight_decays: one per parameter.
     """
     _, grad_scale, found_inf = GradStats(*stats)
     skip = found_inf > 0
@@ -340,8 +342,9 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
 
     tokens: (B, N) int64, a ring buffer: the last of n tokens is in column (n - 1) mod N. counts:
     (B, K) int64, K >= 2: n, the last token's position, and unused columns. wte: (V, C). wpe:
-    (context, C). A token of -1, which `sample_tokens` writes if a logit is not finite, is treated
-    as 0. Of other ids or positions outside, `fused` gives NaN. Returns (B, C) in the dtype of wte.
+    (context, C). A negative id counts as 0: `sample_tokens` writes -1 if a logit is not finite. For
+    an id of V or more, or a position outside the context, `fused` gives NaN. Returns (B, C) in the
+    dtype of wte.
     """
     last = tokens.gather(1, ((counts[:, :1] - 1) % tokens.shape[1]))[:, 0]
     return wte[last.clamp(min=0)] + wpe[counts[:, 1]]
@@ -365,9 +368,7 @@ def norm_linear(
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual + x weight^T + bias, in the residual's dtype.
-
-    x: (B, K), weight: (N, K), residual: (B, N), bias: (N,).
-    """
+    x: (B, K), weight: (N, K), residual: (B, N), bias: (N,)."""
     branch = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
     return (residual + branch).to(residual.dtype)
 
@@ -389,12 +390,14 @@ def sample_tokens(
     order. The sampled token is the first one, in order of token id, at which the running sum of
     masses exceeds `uniform` times their total. So it depends only on (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
-    ValueError: temperature is not finite or below 0, top_k below 1, or top_p outside (0, 1].
+    ValueError: temperature is not finite or below 0, top_k below 1, top_p outside (0, 1], or V
+    outside [1, MAX_V].
     """
+    checks.seed_of(seed, logits=logits)
     V = logits.shape[1]
+    inverse, k = inverse_temperature_and_k(V, temperature, top_k, top_p)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
-    inverse, k = inverse_temperature_and_k(V, temperature, top_k, top_p)
     mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
     mass[:, k:] = 0
     if top_p is not None and top_p < 1:
@@ -414,6 +417,8 @@ def inverse_temperature_and_k(
     V: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[float, int]:
     """1 / temperature, limited to float32, and the k of top-k. Raises as `sample_tokens`."""
+    if not 1 <= V <= MAX_V:
+        raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {V:,}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number, 0 or above, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -427,9 +432,10 @@ def inverse_temperature_and_k(
 
 
 def uniform(seed: int | Tensor, number: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) with 53 bits for sequences 0 to B - 1. number: (B,) int64.
+    """Uniform numbers in [0, 1) with 53 bits, one for each of B sequences.
 
-    By `dropout.philox`; the counter is (low and high 32 bits of number, sequence index, 2).
+    number: (B,) int64, that of the token to sample. `dropout.philox` gets the counter (low and high
+    32 bits of number, sequence index, 2).
     """
     sequence = torch.arange(len(number), device=number.device)
     m32 = 0xFFFFFFFF
@@ -442,9 +448,3 @@ _gelu = gelu  # `norm_linear` has an argument of that name
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _required_seed(seed: int | Tensor | None) -> int | Tensor:
-    if seed is None:
-        raise ValueError("dropout_p > 0 needs a seed")
-    return seed

@@ -253,10 +253,20 @@ def test_options_without_a_meaning_are_refused(ops, how: dict[str, float], messa
         sampled(ops, LOGITS.expand(2, -1), **how)
 
 
+@each
+def test_bad_seeds_and_vocabularies_are_refused(ops) -> None:
+    with pytest.raises(TypeError, match=r"^seed must be an int or a 0-d int64 tensor, got None$"):
+        sampled(ops, LOGITS[None], seed=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^seed must fit into a signed 64-bit integer"):
+        sampled(ops, LOGITS[None], seed=2**63)
+    for V, got in ((0, "0"), ((1 << 22) + 1, "4,194,305")):
+        with pytest.raises(ValueError, match=f"^logits must have 1 to .* columns, got {got}$"):
+            sampled(ops, torch.zeros(1, 1).expand(1, V) if V else torch.zeros(1, 0))
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(logits=torch.zeros(2, 0)), ValueError, "logits must have 1 to 4,194,304 columns"),
         (dict(logits=torch.zeros(3, 5)), ValueError, r"tokens must have shape \(3, 4\)"),
         (
             dict(tokens=torch.zeros(2, 4)),

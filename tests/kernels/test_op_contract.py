@@ -393,16 +393,16 @@ BAD_SEEDS = [
 @pytest.mark.parametrize("name", [n for n, case in OP_CASES.items() if "seed" in case.options])
 def test_bad_dropout_options_are_named(name: str) -> None:
     inputs = inputs_of(name, torch.float32, ROWS)
-    op = getattr(fused, name)
-    for p in (1.0, -0.1):
-        with pytest.raises(ValueError, match=rf"^dropout_p must be in \[0, 1\), got {p}$"):
-            op(**inputs, dropout_p=p, seed=1)
-    for ops in (eager, fused):
+    for ops in (eager, builtin, fused):
+        for p in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match=rf"^dropout_p must be in \[0, 1\), got {p}$"):
+                getattr(ops, name)(**inputs, dropout_p=p, seed=1)
+    for op in (getattr(ops, name) for ops in (eager, fused)):
         with pytest.raises(ValueError, match=r"^dropout_p > 0 needs a seed$"):
-            getattr(ops, name)(**inputs, dropout_p=0.1)
-    for seed, error, message in BAD_SEEDS:
-        with pytest.raises(error, match=message.format(first=next(iter(inputs)))):
-            op(**inputs, dropout_p=0.5, seed=seed)
+            op(**inputs, dropout_p=0.1)
+        for (seed, error, message), p in itertools.product(BAD_SEEDS, (0.0, 0.5)):
+            with pytest.raises(error, match=message.format(first=next(iter(inputs)))):
+                op(**inputs, dropout_p=p, seed=seed)
 
 
 TENSORS = [

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.eager import MASS_BITS, MAX_V, inverse_temperature_and_k
+from irongpt_kernels.eager import MASS_BITS, inverse_temperature_and_k
 from irongpt_kernels.fused.philox import ROUNDS
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
@@ -253,9 +253,7 @@ def sample_tokens(
     checks.rank("logits", logits, 2)
     _check(tokens, counts, logits=logits)
     checks.shape("tokens", tokens, (len(logits), tokens.shape[1]))
-    checks.dropout(0.0, seed, logits=logits)
-    if not 1 <= logits.shape[1] <= MAX_V:
-        raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {logits.shape[1]:,}")
+    checks.seed_of(seed, logits=logits)
     _sample_op(
         logits, tokens, counts, launch.seed_tensor(seed, logits.device), temperature, top_k, top_p
     )

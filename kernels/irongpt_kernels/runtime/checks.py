@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from irongpt_kernels.dropout import check
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -116,15 +118,18 @@ def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
-    """ValueError: p is outside [0, 1); p > 0 without a seed; a seed beyond 64 bits or on another
-    device than `tensor`. TypeError: a seed of another type. tensor: one argument of the op, as
-    name=value."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
-    if p > 0 and seed is None:
+    """Raises ValueError for p outside [0, 1), and for p > 0 without a seed. For others see
+    `seed_of`."""
+    check(p)
+    if seed is not None:
+        seed_of(seed, **tensor)
+    elif p > 0:
         raise ValueError("dropout_p > 0 needs a seed")
-    if seed is None:
-        return
+
+
+def seed_of(seed: "int | Tensor", **tensor: Tensor) -> None:
+    """ValueError: a seed beyond 64 bits or on another device than `tensor`. TypeError: a seed of
+    another type. tensor: one argument of the op, as name=value."""
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must fit into a signed 64-bit integer, got {seed}")
