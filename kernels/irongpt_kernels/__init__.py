@@ -8,12 +8,13 @@ Each module satisfies the Protocol `Ops`, and the caller imports the one it want
 imports Triton. `eager` documents shapes, dtypes and results.
 
 `seed` is a Python int or a 0-d int64 tensor on the device of the inputs. Which elements dropout
-zeroes depends only on the seed and their position (see `dropout`), so `eager` and `fused` drop the
-same ones. Dropout in `builtin` uses PyTorch's global generator and ignores the seed.
+zeroes depends only on dropout_p, the seed and their position (see `dropout`), so `eager` and
+`fused` drop the same ones. Dropout in `builtin` uses PyTorch's global generator, not the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
-In a decoding step N is the cache's length (decode_attention), the ring buffer's (embed_tokens,
-sample_tokens), or output features (norm_linear, linear_add, whose inputs have K).
+In a decoding step N is the length of the cache (decode_attention) or of the ring buffer
+(embed_tokens, sample_tokens), or the number of output features of a linear layer, which has K
+input features (norm_linear, linear_add).
 """
 
 from typing import Protocol

@@ -1,4 +1,7 @@
-"""The least that ops need: bytes across DRAM, and FLOPs. Short formulas are in `op_specs`."""
+"""The least that ops need, see `Cost`. Short formulas are in `op_specs`.
+
+item, stream: bytes of an element of the compute dtype and of the residual stream.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,8 +10,8 @@ from irongpt_kernels.op_inputs import Shape, Sizes
 
 
 class Cost(NamedTuple):
-    """The least that an op needs: bytes across DRAM, and FLOPs, two for a multiply-add. FLOPs are
-    counted for matmuls only."""
+    """The least that an op needs: bytes read from and written to DRAM, and FLOPs, two for each
+    multiply-add of its matmuls."""
 
     bytes: int
     flops: int = 0
@@ -16,7 +19,7 @@ class Cost(NamedTuple):
 
 def attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
     """The forward moves q, k, v, out and the statistics; the backward these, dout, dq, dk and dv.
-    The forward has two matmuls (scores, output), the backward five (scores, dP, dV, dQ, dK), each
+    The forward has two matmuls (scores, output), the backward five (scores, dZ, dV, dQ, dK), each
     over the T (T + 1) / 2 pairs that the causal mask leaves."""
     rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
     return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
@@ -39,9 +42,9 @@ def softmax_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
 
 
 def embed_norm_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The sum and its norm are written. Backward their gradients and the sum are read, and the
-    gradients of both embeddings are written. Each row has an id and statistics. The embeddings
-    themselves stay in L2."""
+    """The sum and its norm are written. The backward reads their gradients and the sum, and writes
+    the gradients of both embeddings. Each row has an id and statistics. The embeddings stay in
+    L2."""
     rows = s.B * s.T * ((3 if backward else 2) * s.width * stream + 8 + 8)
     return Cost(rows + (s.V + s.T) * s.width * 4 * backward)
 
@@ -64,7 +67,7 @@ def muon_bytes(n: int, grad_itemsize: int, update_itemsize: int, copy_itemsize: 
 def optimizer_bytes(optimizer: str, matrices: int, others: int, itemsize: int) -> int:
     """Bytes of an optimizer step. matrices: the number of weights in the blocks' matrices, whose
     gradients and copies have `itemsize` bytes; in float32 there are no copies. others: the number
-    of all other weights, which are float32."""
+    of all other weights, whose gradients are float32 and which have no copies."""
     copy = itemsize if itemsize < 4 else 0
     other_bytes = adamw_bytes(others, 4, 0)
     if optimizer == "muon":  # the last term: grad_norm reads the matrices' gradients once more
@@ -85,8 +88,8 @@ def cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost
 
 def linear_cross_entropy_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
     """The forward reads x, weight and targets; the backward reads them and writes the gradients of
-    x and weight. The logits are not counted: a kernel could keep them on chip, and compute them
-    again in the backward."""
+    x and weight. The logits are not counted: a kernel could keep them on chip and compute both
+    gradients together with the loss."""
     elements = (s.rows + s.V) * s.width
     bytes_ = elements * item * (2 if backward else 1) + s.rows * 8
     return Cost(bytes_, (2 if backward else 1) * 2 * s.rows * s.V * s.width)

@@ -76,14 +76,14 @@ class Input:
     optional: absent in a model of the presets, such as a bias.
     copy_of: the name of the input of which this one is a 16-bit copy; in float32 there is no copy.
 
-    The values are one of these: normal with `mean` and `scale`; the constant `fill`; values(x),
-    where x is standard normal, or uninitialized for integers; integers in [0, below), which may
-    also be IGNORED if they are `ignorable`.
+    The values are one of these: normal with `mean` and standard deviation `std`; the constant
+    `fill`; values(x), where x is standard normal, or uninitialized for integers; integers in
+    [0, below), which may also be IGNORED if they are `ignorable`.
     """
 
     size: tuple[int, ...]
     role: str = "compute"
-    scale: float = 1.0
+    std: float = 1.0
     mean: float = 0.0
     fill: float | None = None
     below: int = 0
@@ -94,22 +94,22 @@ class Input:
 
 
 def dtypes(compute: torch.dtype, **roles: torch.dtype) -> Dtypes:
-    """The dtype by role as in a training under autocast, where the residual stream and the weights
-    are float32; `update` is the result of Muon's iteration."""
+    """The dtype by role in training under autocast, where the residual stream and the weights are
+    float32; `update` is the result of Muon's iteration. roles: dtypes that replace these."""
     wide = torch.float32
     integer = dict(integer=torch.int64)
     return dict(compute=compute, stream=wide, weight=wide, update=compute) | integer | roles
 
 
 def random_inputs(
-    inputs: dict[str, Input], kinds: Dtypes, device: torch.device, seed: int = 0
+    inputs: dict[str, Input], by_role: Dtypes, device: torch.device, seed: int = 0
 ) -> Tensors:
-    """Random inputs without the optional ones. kinds: dtypes by role."""
+    """Random inputs without the optional ones. by_role: their dtypes."""
     generator = torch.Generator(device).manual_seed(seed)
     made: Tensors = {}
     for name, one in inputs.items():
-        dtype = kinds[one.role]
-        if one.optional or (one.copy_of and kinds["compute"] == torch.float32):
+        dtype = by_role[one.role]
+        if one.optional or (one.copy_of and by_role["compute"] == torch.float32):
             continue
         if one.copy_of:
             made[name] = made[one.copy_of].to(dtype)
@@ -122,7 +122,7 @@ def random_inputs(
         else:
             x = torch.randn(one.size, generator=generator, device=device)
             x = (one.values(x) if one.values else x).to(dtype)
-            made[name] = x if one.values else one.scale * x + one.mean
+            made[name] = x if one.values else one.std * x + one.mean
     return made
 
 
@@ -139,8 +139,8 @@ def results(
     call: Callable[[Tensors], Any], inputs: Tensors, outputs: tuple[str, ...],
     upstream: Callable[[int, Tensor], Tensor],
 ) -> Tensors:  # fmt: skip
-    """Outputs by name, and the gradient of each floating input as `d name`. upstream(i, x) returns
-    the gradient with respect to x, output i."""
+    """Outputs by name, and the gradient of each floating input as `d name`. outputs: the names.
+    upstream(i, x) returns the gradient of the loss with respect to x, which is output i."""
     leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
     out = call(leaves)
     found = out if isinstance(out, tuple) else (out,)
@@ -157,12 +157,12 @@ def widened(inputs: Tensors) -> Tensors:
 
 
 def upstream(i: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A random gradient with respect to output i, whose values `dtype` can hold, like x."""
+    """A random gradient for output i, which is x: like x, with values that `dtype` can hold."""
     generator = torch.Generator(x.device).manual_seed(90 + i)
     return torch.randn(x.shape, generator=generator, device=x.device).to(dtype).to(x.dtype)
 
 
 def normal(size: tuple[int, ...], seed: int) -> Tensor:
-    """float64, standard normal, the same values on every device."""
+    """Standard normal float64 values on the CPU, so that they are the same for every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, dtype=torch.float64, generator=generator)

@@ -1,12 +1,12 @@
 """One entry (`OpSpec`) per op: its inputs at a shape, its call, outputs, least bytes and FLOPs.
 
-`irongpt compare`, the benchmarks, `aot` and the tests iterate over `SPECS`, so they need only an
-entry here for a new op. Optional are other shapes in `aot.shapes`, and tiles for `irongpt tune`.
+`irongpt compare`, the benchmarks, `aot` and the tests iterate over `SPECS`: for them a new op needs
+only an entry here. Other shapes in `aot.shapes` and tiles for `irongpt tune` are optional.
 
-The optimizer is described as a step over all weights. The entry `adamw` calls grad_norm and adamw.
-`muon` calls grad_norm, muon_momentum and muon_update, without the iteration between the last two.
-`sum_shards` takes the place of grad_norm where a step is cut into shards.
-The ops of a decoding step work on one token for each of B sequences that fill the context.
+The entry `adamw` calls grad_norm and adamw for all weights of a model. `muon` calls grad_norm,
+muon_momentum and muon_update for the blocks' matrices, without the iteration between the last two.
+`sum_shards` replaces grad_norm if a step is cut into shards.
+The ops of a decoding step work on one token for each of B sequences, near the end of the context.
 """
 
 import math
@@ -26,16 +26,16 @@ from irongpt_kernels.op_inputs import RING_SIZE, TOP_K, Input, Shape, Sizes, Ten
 class OpSpec:
     """The description of an op.
 
+    inputs(shape): tensors by argument. size(shape): the shape for a table. outputs: result names.
     kind: "layer" for an op with a gradient, "optimizer", "token" for an op of a decoding step.
-    cost(shape, itemsize, stream, backward): itemsize is that of the compute dtype, stream that of
-        the residual stream.
+    cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
+        those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: names of inputs that the op updates in place, without their prefix (`rest.params`).
-        They count as results.
-    functions: those of `Ops` that this entry describes, by default `name`; each is in one entry.
+    changes: inputs that are updated in place, and so results, without their prefix (`rest.params`).
+    functions: those of `Ops` that only this entry describes, by default `name`.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
-    full_rows: the same op on rows of V columns: softmax without a mask; norm_linear as a head.
+    full_rows: the op at vocabulary size: softmax of V unmasked columns; norm_linear to V logits.
     """
 
     name: str
@@ -162,7 +162,7 @@ LAYERS = (
         "linear_cross_entropy",
         lambda s: dict(
             x=Input((s.rows, s.width)),
-            weight=Input((s.V, s.width), scale=0.05),  # logits of about 1 at iron's width
+            weight=Input((s.V, s.width), std=0.05),  # logits of about 1 at iron's width
             targets=Input((s.rows,), "integer", below=s.V),
         ),
         op_costs.linear_cross_entropy_cost,
@@ -209,16 +209,15 @@ LAYERS = (
     ),
 )
 
-
 WEIGHT_DECAY = 0.1
-SHARDS = 2  # of two GPUs
+SHARDS = 2  # as in training on two GPUs
 
 
 def _state(name: str, n: int, moments: int, role: str) -> dict[str, Input]:
     """n weights as one flat tensor, with gradients, moments and copies."""
-    found = {"params": Input((n,), "weight", scale=0.02)}
+    found = {"params": Input((n,), "weight", std=0.02)}
     found["grads"] = Input((n,), role, values=lambda x: 1e-4 * x)  # so small that none is clipped
-    found["moment0"] = Input((n,), "weight", scale=1e-3)
+    found["moment0"] = Input((n,), "weight", std=1e-3)
     if moments > 1:
         found["moment1"] = Input((n,), "weight", values=lambda x: 1e-6 * x.square())
     if role == "compute":
@@ -331,7 +330,7 @@ OPTIMIZERS = (
     OpSpec(
         "sum_shards",
         lambda s: dict(
-            shards=Input((SHARDS, numel(s.matrices() + s.other_weights())), scale=1e-4),
+            shards=Input((SHARDS, numel(s.matrices() + s.other_weights())), std=1e-4),
             scale=Input((), "weight", fill=1),
             growth_tracker=Input((), "integer", fill=0),
             state_steps=Input((1,), "weight", fill=1),
@@ -367,14 +366,14 @@ def _ring(s: Shape) -> dict[str, Input]:
 
 
 def _logits(x: Tensor) -> Tensor:
-    """A permutation of evenly spaced values. In bfloat16 some are equal if V is large (512)."""
+    """Rows of permuted, evenly spaced values. In bfloat16 some are equal from about V = 400 on."""
     return torch.linspace(-3, 3, x.shape[1], device=x.device)[x.argsort(-1)]
 
 
 def _norm_linear_inputs(s: Shape, rows: int) -> dict[str, Input]:
-    """rows: of the weight."""
+    """Inputs of `norm_linear` for a weight with this number of rows."""
     norm = {f"norm_{name}": one for name, one in _norm_inputs(s).items()}
-    x, weight = Input((s.B, s.width), "stream"), Input((rows, s.width), scale=0.02)
+    x, weight = Input((s.B, s.width), "stream"), Input((rows, s.width), std=0.02)
     return dict(x=x, weight=weight) | norm
 
 
@@ -419,7 +418,7 @@ TOKEN = (
                 (s.B,), "integer", values=lambda x: x.new_full((len(x), 2), s.T - 1)[:, 1]
             ),
         ),
-        # The keys and values of the positions before, q, k and v are read; k, v and out written.
+        # Read: the keys and values of earlier positions, and q, k, v. Written: k, v and out.
         lambda s, item, stream, backward: Cost(
             s.B * s.H * s.D * item * (2 * (s.T - 1) + 6), 4 * s.B * s.H * s.T * s.D
         ),
@@ -432,7 +431,7 @@ TOKEN = (
         "linear_add",
         lambda s: dict(
             x=Input((s.B, 4 * s.width)),
-            weight=Input((s.width, 4 * s.width), scale=0.02),
+            weight=Input((s.width, 4 * s.width), std=0.02),
             residual=Input((s.B, s.width), "stream"),
             bias=Input((s.width,), "weight", optional=True),
         ),

@@ -47,14 +47,14 @@ class Errors(NamedTuple):
         return math.inf if math.isnan(share) else share
 
 
-def rounding_error(dtype: torch.dtype, size: Tensor) -> Tensor:
-    """One rounding error of a value of the oracle's size, plus the smallest subnormal number.
+def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
+    """One rounding error of a value of this magnitude, plus the smallest subnormal number.
 
     Eager can be exact by chance (one position, equal rows), but a candidate has to round its result
     at least once. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
     """
     info = torch.finfo(dtype)
-    return info.eps * size + info.smallest_normal * info.eps
+    return info.eps * magnitude + info.smallest_normal * info.eps
 
 
 def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Errors]:
@@ -66,7 +66,7 @@ def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dic
     result = {}
     for name, norm in NORMS.items():
         e, e_eager = (norm((x.double() - oracle).where(finite, 0.0)) for x in (candidate, eager))
-        size = norm(oracle.where(finite, 0.0))
-        bound = factor * e_eager + rounding_error(candidate.dtype, size)
+        magnitude = norm(oracle.where(finite, 0.0))
+        bound = factor * e_eager + rounding_error(candidate.dtype, magnitude)
         result[name] = Errors(float(e), float(e_eager), float(bound))
     return result

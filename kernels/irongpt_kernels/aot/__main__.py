@@ -12,7 +12,7 @@ so the ops return uninitialized tensors.
 | regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions in the innermost loop with most arithmetic, or in a kernel without loops |
+| | instructions in the innermost loop with most arithmetic; in all of a kernel without loops |
 | MB, GFLOP | least traffic and FLOPs of the op's forward or backward (from `op_specs`), not of |
 | | the kernel alone, for the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 |
 | | positions. A kernel whose name lacks "fwd" is listed with those of the backward |
@@ -152,7 +152,7 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)
         constants = _constants(kernel)
-        if constants.get("THRESHOLD"):  # with SPLIT the loop of all rows is the longest
+        if constants.get("THRESHOLD"):  # with SPLIT `loops` has only that over all BLOCK_M rows
             elements = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
             facts["per_call"] = min(sass.elements_per_call(x, elements) for x in loops)
     return facts
@@ -188,7 +188,7 @@ def _cell(x: Any, width: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 1 where a kernel did not compile."""
+    """The command line. Returns the exit code: 1 if a kernel did not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m irongpt_kernels.aot",
         description="Compile every kernel without a GPU, and report the results.",

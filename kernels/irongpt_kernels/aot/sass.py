@@ -76,7 +76,7 @@ _NO_ALU |= {"LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "SYNCS", "FENCE"}
 
 def read(cubin: bytes) -> Binary:
     """Disassembles a cubin of one kernel, once: the text is kept in Triton's cache. Raises
-    RuntimeError where the tool fails."""
+    RuntimeError if the tool fails."""
     cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
     if kept := cache.get_file("kernel.sass"):
         text = Path(kept).read_text()

@@ -42,7 +42,7 @@ class Case:
 
     label: how a report names the shape. at: the shape that is compiled. costs: the shape whose cost
     is reported. omitted: names of optional inputs that are left out. sizes: sizes of inputs that
-    differ from those of the shape. bytes: the least bytes, where they do not follow from the shape.
+    differ from those of the shape. bytes: the least bytes, if they do not follow from the shape.
     """
 
     spec: OpSpec
@@ -149,8 +149,8 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
     match op:
         case "causal_attention":
             for D in range(16, 129, 16):
-                # A context that no tile divides has masked loops throughout.
-                # On sm_90 the backward of a longer one is the pair of kernels.
+                # 250: no tile divides it, so loops are masked throughout.
+                # 512: on sm_90 the backward of more than 256 positions is the pair of kernels.
                 extra = [(250, 0.2), (2 * CONTEXT, 0.2)] if D == 64 else []
                 for T, p in [(CONTEXT, 0.2), (CONTEXT, 0.0), *extra]:
                     at = Shape(B=1, H=2, T=T, D=D)

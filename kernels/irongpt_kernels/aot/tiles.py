@@ -44,12 +44,13 @@ KERNELS = {
     "head": "attention_head_backward._bwd_head_kernel",
 }
 # TILES_PER_PROGRAM: how many tiles a program loads or stores outside its loop. TENSORS: how many
-# (B, H, T, D) tensors the launch moves across DRAM.
+# (B, H, T, D) tensors the launch reads from or writes to DRAM.
 TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
 TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
 MIN_WARPS_PER_SM = 8
 OTHER_REGISTERS = 64  # registers per thread, at least, for everything but the tiles
-# Bytes a clock and SM. L2: the A100's 5,120 over its SMs, for sm_90 too. DRAM: A100 40 GB, H200.
+# Bytes per clock and SM. L2: 5,120 as in an A100, over the SMs of an A100 and of an H100.
+# DRAM: A100 40 GB, H200.
 L2 = {80: 5120 / 108, 90: 5120 / 132}
 DRAM = {80: 10.2, 90: 20.7}
 
@@ -81,8 +82,8 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
         return [Tile(shapes.CONTEXT, *size) for size in sizes]
     if itemsize == 4:  # scalar FMAs: larger tiles take minutes to compile, and spill
         return [Tile(*sizes) for sizes in itertools.product((16, 32), (16, 32), (2, 4, 8))]
-    # Registers for a row: accumulators of 4 bytes, and operands of 2 bytes that all tiles share.
-    wide = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
+    # Registers per row that stay through the loop: float32 accumulators and 16-bit operands.
+    kept = {"forward": 1 + 0.5, "query": 1 + 1, "key": 2 + 1}[kernel] * BLOCK_D
     scores = 1 if kernel == "forward" else 2  # tiles of float32 at a time
     new = arch >= 80
     found = []
@@ -90,7 +91,7 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
         for columns in (16, 32, 64, 128):
             rows = num_warps * rows_per_warp
             # Registers per thread, without addresses and masks.
-            held = rows_per_warp * (wide + scores * columns) / 32
+            held = rows_per_warp * (kept + scores * columns) / 32
             if rows > 128 or held > 230:
                 continue
             M, N = (columns, rows) if kernel == "key" else (rows, columns)
@@ -98,7 +99,7 @@ def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2)
                 Tile(M, N, num_warps, stages, limit)
                 for stages in ((1, 2) if new else (1,))
                 for limit in (0, 168, 128)
-                # With fewer registers per thread an SM holds more programs, unless it spills.
+                # A limit lets an SM hold more programs, but the kernel may spill.
                 if not limit or (new and num_warps >= 4 and held + OTHER_REGISTERS <= limit)
             ]
     return found

@@ -18,7 +18,7 @@ from triton import knobs
 from irongpt_kernels.runtime import emulate, turing
 
 INTERPRETED = bool(knobs.runtime.interpret)
-# The architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors; 0: there is none.
+# The architecture whose PTX `irongpt_kernels.ptx` executes on CPU tensors; 0 if it executes none.
 EXECUTED_PTX_ARCH = 0
 
 
@@ -73,9 +73,8 @@ def block(n: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """The number of warps for a program with `elements` values, a power of two, in registers: 16
-    values per thread; fewer below 512 values, and more above 8,192, as a program has 1 to 16 warps.
-    """
+    """The warps of a program that holds `elements` values, a power of two, in registers: 16 values
+    per thread, but at least 1 warp and at most 16."""
     return min(16, max(1, elements // 512))
 
 
@@ -90,8 +89,8 @@ def no_fusion_in_narrow_rows(row: int, num_warps: int) -> dict[str, int]:
 
 
 def row_options(N: int, columns: int, elements: int) -> dict[str, int]:
-    """Launch options for rows of N elements: blocks of at most `columns` columns, and where rows
-    are short, so many rows that a program has `elements` elements."""
+    """Launch options for rows of N elements: blocks of at most `columns` columns, and of several
+    rows if that is needed for `elements` elements."""
     BLOCK_N = min(columns, block(N))
     BLOCK_M = max(1, elements // BLOCK_N)
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(BLOCK_M * BLOCK_N))
@@ -110,7 +109,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """`as_matrix` with a column stride of 1, which a copy ensures where needed."""
+    """`as_matrix` with a column stride of 1, which a copy ensures if needed."""
     x = as_matrix(x)
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 

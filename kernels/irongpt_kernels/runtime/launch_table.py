@@ -20,7 +20,7 @@ Table = dict[Key, Options]
 Default = TypeVar("Default", bound=Options | None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
-# "attention head" by its context, rounded up to a power of two: a tile has all of its queries.
+# One "attention head" kernel per context, rounded up to a power of two: a tile has all queries.
 HEADS = tuple(f"attention head {context}" for context in (16, 32, 64, 128, 256))
 # The options of each kernel. "attention query" computes dQ, "attention key" dK and dV, and
 # "attention head" all three. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
@@ -88,7 +88,7 @@ def digest(device: torch.device) -> str:
 
 
 def table_digest(table: Table) -> str:
-    """Equal for equal options, in any order."""
+    """A digest of a table, which does not depend on the order of its entries."""
     listed = sorted([*key, sorted(options.items())] for key, options in table.items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12]
 

@@ -29,9 +29,8 @@ Correctness
     data of another. Only the rounding inside an accumulation can differ: 8 + 8 terms instead of 16.
     The first instruction writes d before the second reads a2, a3, b1. Triton gives d the registers
     of c, and c, a and b, the inputs of one instruction, have different registers. So d overlaps
-    none of a2, a3, b1; should it do so all the same, the instruction is left unchanged, and the
-    kernel compiles as in stock Triton, with the warning, because its PTX then contains an
-    instruction that sm_75 lacks.
+    none of a2, a3, b1. If it did, the instruction would be left unchanged, and the kernel would be
+    compiled as in stock Triton, with a RuntimeWarning, because its PTX has what sm_75 lacks.
 
 Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their float32 dots remain
             IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
@@ -108,7 +107,7 @@ def _ieee(dot: re.Match[str]) -> str:
 
 
 def _other_dots(ttir: str) -> str:
-    """The operand dtypes of dots that sm_80 would give to tensor cores and sm_75 cannot."""
+    """The operand dtypes of dots that run on the tensor cores of sm_80 but not of sm_75."""
     found = {f"{a} x {b}" for a, b in _DOT.findall(ttir)} - {"f16 x f16", "f32 x f32"}
     found |= {"dot_scaled"} if "tt.dot_scaled" in ttir else set()
     return ", ".join(sorted(found))
