@@ -39,7 +39,7 @@ from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
 PARTS = ("speed", "compressors", "runs")
-SPEED_BYTES = 8 * 10**6  # of a text, at most; above that several processes encode it
+SPEED_BYTES = 8 * 10**6  # the most of a text; above that several processes encode it
 Row = dict[str, Any]
 
 

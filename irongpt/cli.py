@@ -374,7 +374,7 @@ def show_command(flags: Flags) -> int:
 
 
 def _checkpoint(flags: Flags) -> str:
-    """The checkpoint that the flags name, else `best`, or `last` where there is no `best` yet."""
+    """The checkpoint that the flags name, else `best`, or `last` if there is no `best` yet."""
     run, name = flags["run"], flags.pop("checkpoint", None)
     if name is None and (run / "last").is_dir() and not (run / "best").exists():
         say_on_stderr("the run has not been evaluated yet: using its last checkpoint")

@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 from irongpt.errors import UserError, one_line, short_reason
 
-PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+PLAIN_EVERY = 10.0  # seconds between lines of progress if there is no terminal
 
 
 class Output:
@@ -81,7 +81,7 @@ def output() -> Iterator[None]:
 
 
 def _open_closed_streams() -> None:
-    """Opens the null device as file descriptors 0 to 2, where the parent has closed them.
+    """Opens the null device as those of file descriptors 0 to 2 that the parent has closed.
 
     Else the next file would get such a number, and messages to standard error would end in it.
     """

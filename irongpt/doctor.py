@@ -229,8 +229,8 @@ def _iron() -> GPTConfig:
 def training_bytes(config: GPTConfig, batch_size: int, ops: Ops, dtype: torch.dtype) -> int:
     """Memory of weights, gradients, optimizer and the tensors saved for the backward pass.
 
-    dtype: of the matmuls. Each storage counts once. It is a lower bound, because the kernels also
-    need a workspace.
+    dtype: that of the matmuls. Each storage counts once. It is a lower bound, because the kernels
+    also need a workspace.
     """
     kept: dict[int, int] = {}
     alive: list[Tensor] = []

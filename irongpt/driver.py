@@ -23,7 +23,7 @@ OLDEST_PACKAGES = {"torch": (2, 10), "triton": (3, 6)}  # that IronGPT runs with
 
 
 def installed(package: str) -> str | None:
-    """The version of a Python package; None where it is not installed."""
+    """The version of a Python package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def installed(package: str) -> str | None:
 
 
 def version() -> str | None:
-    """The version, such as 550.54.15, by nvidia-smi; None where that is missing or fails."""
+    """The version, such as 550.54.15, by nvidia-smi; None if that is missing or fails."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return None

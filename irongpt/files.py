@@ -189,7 +189,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders atomically (renameat2). Returns False where that is not supported."""
+    """Swaps two folders atomically (renameat2). Returns False if that is not supported."""
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is None or not hasattr(libc, "renameat2"):
         return False

@@ -25,7 +25,7 @@ QUERIES: dict[str, tuple[Any, ...]] = {  # a function of NVML and its argument, 
 
 
 def query(device: torch.device) -> dict[str, Any] | None:
-    """The state of a CUDA device now, by the names of QUERIES, each None where the GPU does not
+    """The state of a CUDA device now, by the names of QUERIES, each None if the GPU does not
     report it; None without nvidia-ml-py or an NVIDIA driver."""
     nvml = _nvml()
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
@@ -48,7 +48,7 @@ def query(device: torch.device) -> dict[str, Any] | None:
 
 
 def _nvml() -> Any:
-    """The module pynvml of nvidia-ml-py, initialised; None where that fails."""
+    """The module pynvml of nvidia-ml-py, initialised; None if that fails."""
     try:
         import pynvml
     except ImportError:

@@ -223,7 +223,7 @@ class GPT(nn.Module):
         """The parameters of all norms in the order of their use, through an op: in its backward
         one kernel of `fused` sums the gradients of all of them.
 
-        rows: the number of rows of a norm's input. dtype: of its output.
+        rows: the number of rows of a norm's input. dtype: that of its output.
         """
         norms = [m for m in self.modules() if isinstance(m, LayerNorm)]
         # Weights, and biases if there are any.

@@ -30,14 +30,14 @@ CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
 SAMPLE = 5e-3  # the same on a GPU, unless that is too many calls
 GRAPH = 1e-3  # seconds of a graph: the gap between two of them is a thousandth of it
 MAX_CALLS = 200  # in a graph or a sample of plain calls, unless there are more copies of the inputs
-MAX_REPLAYS = 64  # of a graph in a sample
+MAX_REPLAYS = 64  # the most replays of a graph in a sample
 HEAD_START_CLOCKS = 2_000_000  # that the device waits, about a millisecond, while the host queues
 L2_MULTIPLE = 2  # size of all copies of the inputs together, in L2 caches
-MAX_COPIES = 1024  # of the inputs: a graph holds a call of each
-SMALL_INPUT_COPIES = 16  # of inputs that are too small to exceed the L2 cache
+MAX_COPIES = 1024  # the most copies of the inputs: a graph holds a call of each
+SMALL_INPUT_COPIES = 16  # copies of inputs that are too small to exceed the L2 cache
 WARMUP_CALLS = 3
 
-Call = Callable[[int], object]  # of copy i of the inputs
+Call = Callable[[int], object]  # its argument: the number of a copy of the inputs
 Sampler = Callable[[], float]  # seconds per call
 
 
@@ -114,7 +114,7 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def copies(used_bytes: int, device: torch.device) -> int:
     """How many copies of the inputs are needed so that a call finds none in the L2 cache;
-    SMALL_INPUT_COPIES if not even MAX_COPIES are enough. used_bytes: of the inputs, by one call."""
+    SMALL_INPUT_COPIES if not even MAX_COPIES are enough. used_bytes: the inputs of one call."""
     if device.type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -125,7 +125,7 @@ def copies(used_bytes: int, device: torch.device) -> int:
 
 def cold(used_bytes: int, device: torch.device) -> bool | None:
     """Whether a call does not find its inputs in the L2 cache, because all copies exceed it. None,
-    unknown, on a CPU. used_bytes: of all copies."""
+    unknown, on a CPU. used_bytes: those of all copies."""
     if device.type != "cuda":
         return None
     return used_bytes > torch.cuda.get_device_properties(device).L2_cache_size
@@ -232,7 +232,7 @@ class Wall:
 
 
 class Events:
-    """Times plain calls by two events. Where Python is the slower side, it is Python's time."""
+    """Times plain calls by two events. If Python is the slower side, it is Python's time."""
 
     def __init__(self, call: Call, sets: int) -> None:
         self.call, self.sets, self.n = call, sets, sets
@@ -288,7 +288,7 @@ def _calls(seconds: float, of_one: float, sets: int) -> int:
 
 
 def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
-    """Peak memory of a call beyond what is allocated before; None on a CPU and where it does not
+    """Peak memory of a call beyond what is allocated before; None on a CPU and if it does not
     fit."""
     if device.type != "cuda":
         return None

@@ -30,7 +30,7 @@ NANO = Shape(B=16, H=4, T=64, D=32, L=4)
 MODEL_SHAPES = ("iron", "nano")  # sweep names of the cases at the shape of a model
 DROPOUT = 0.2  # of the iron preset
 TEMPERATURE = 0.8
-CHECKED = 1 << 25  # elements of a tensor, at most, at which an op is checked
+CHECKED = 1 << 25  # the most elements of a tensor at which an op is checked
 
 Inputs = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ Pairs = dict[Name, tuple[Row, Row]]
 LEAST = 0.03  # share of the time: smaller changes are not reported
 LEAST_MEMORY = 0.01  # share of the bytes, which an allocator rounds
 SAMPLED = ("kernels", "train", "decode")  # sections whose rows have enough samples for the noise
-TRAININGS = ("target", "runs", "nano")  # sections with one sample in a row
+RUNS = ("target", "runs", "nano")  # sections with one sample in a row
 WORK = (  # keys whose values must be equal in the sections of both files
     *(("train", "preset"), ("train", "batch_size"), ("decode", "preset"), ("decode", "dtype")),
     *(("target", "text_sha256"), ("runs", "text_sha256")),
@@ -92,9 +92,9 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         lines.append(f"| {change} | {p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB | {_shown(name)} |")
     if marked:
         lines += ["", "†: exceeds the tolerance"]
-    if trainings := pairs(a, b, TRAININGS):
+    if complete := pairs(a, b, RUNS):
         lines += ["", "Complete training runs, one of each, so their noise is not known:"]
-    for name, (x, y) in trainings.items():
+    for name, (x, y) in complete.items():
         seconds = f"{x.seconds:.1f} to {y.seconds:.1f} s"
         lines.append(f"{_shown(name)}: {seconds}, validation loss {_loss(x)} to {_loss(y)}")
     for section in (s for s in SAMPLED if s in a and s in b):

@@ -19,7 +19,7 @@ from irongpt.training.trainer import Trainer
 
 LOSS_SCALE = 4096.0  # keeps small gradients in float16's range, and large ones too
 
-# Because of rounding, the losses of two correct float32 trainings slowly diverge. In the first
+# Because of rounding, the losses of two correct runs in float32 slowly diverge. In the first
 # CHECKED_STEPS their relative difference may be at most MAX_DIFFERENCE. Later, and in 16 bits, it
 # is only printed.
 CHECKED_STEPS, MAX_DIFFERENCE = 32, 2e-5
@@ -81,7 +81,7 @@ def setting(full: bool, with_dropout: bool) -> Setting:
 def compare_model(
     s: Setting, candidate: Ops, dtypes: Iterable[torch.dtype], device: torch.device
 ) -> tuple[list[Row], list[Curve], list[Check]]:
-    """One step and a training in each dtype."""
+    """One step and a training run in each dtype."""
     rows, curves, checks = [], [], []
     for dtype in dtypes:
         try:

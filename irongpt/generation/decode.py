@@ -40,7 +40,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         graph: bool = True,
     ) -> None:
-        """model: in evaluation mode. dtype: of the matmuls, by default the weights' dtype.
+        """model: in evaluation mode. dtype: that of the matmuls, by default the weights'.
 
         graph: whether a GPU replays a CUDA graph.
         """

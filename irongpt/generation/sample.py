@@ -90,7 +90,7 @@ def generate_batch(
 
 
 def start_ids(tokenizer: Tokenizer, documents: bool) -> list[int]:
-    """The default prompt: the start of a document, or a line break where there is only one text.
+    """The default prompt: the start of a document, or a line break if there is only one text.
 
     documents: whether the model was trained on several.
     """

@@ -54,8 +54,8 @@ def load(path: Path, which: str, dtype: str = "float32") -> Trained:
 def export(path: Path, folder: Path, which: str = "best", dtype: str = "float32") -> None:
     """Writes `folder` from the checkpoint `best` or `last` of the run at `path`.
 
-    folder: new, or empty. dtype: of the weights, float32 or float16. Raises UserError, and then
-    leaves nothing.
+    folder: new, or empty. dtype: that of the weights, float32 or float16. Raises UserError, and
+    then leaves nothing.
     """
     check_free(folder, "model", f"{folder} exists and is not empty: choose another folder")
     trained = load(path, which, dtype)

@@ -31,7 +31,7 @@ LAYERS = {
 def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float32") -> None:
     """Writes a new `file` from the checkpoint `best` or `last` of the run at `path`.
 
-    dtype: of the matrices, float32 or float16. Raises UserError, and then leaves nothing.
+    dtype: that of the matrices, float32 or float16. Raises UserError, and then leaves nothing.
     """
     try:
         import gguf

@@ -45,7 +45,7 @@ SIZES = {  # the fields of GPTConfig, and theirs
 
 
 def to_config_json(config: GPTConfig, end: int | None, dtype: str) -> dict[str, Any]:
-    """config.json. end: the id of <|endoftext|>. dtype: of the tensors."""
+    """config.json. end: the id of <|endoftext|>. dtype: that of the tensors."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in REQUIRED.items()},

@@ -114,7 +114,7 @@ def _lives(path: Path) -> bool:
     other, own = _read(path), _identity(os.getpid())
     if own and other.get("boot") == own["boot"]:
         if other.get("process") == os.getpid():
-            return False  # of this process: an earlier training, as in a notebook
+            return False  # of this process: an earlier run, as in a notebook
         return other.get("started") == _identity(int(other["process"])).get("started", "")
     try:
         age = time.time() - path.stat().st_mtime

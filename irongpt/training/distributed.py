@@ -32,7 +32,7 @@ from irongpt.errors import DivergenceError, UserError, out_of_memory
 HEARTBEAT = 1.0  # seconds between two heartbeats of a process
 HEARTBEAT_TIMEOUT = 20.0  # seconds without one, after which a process is considered dead
 START_TIMEOUT = 600.0  # seconds in which all processes must have started
-REDUCE_SCATTER_FROM = 5  # processes from which on each sums a slice of the gradients
+REDUCE_SCATTER_FROM = 5  # with so many processes or more, each sums a slice of the gradients
 ENDED, FAILED = "ended", "failed "  # what a process that exits writes in place of its counter
 
 

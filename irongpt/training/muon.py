@@ -13,9 +13,9 @@ from torch import Tensor
 
 from irongpt.training.distributed import World
 
-SHARE_FROM_SIDE = 512  # rows and columns from which on GPUs share the iteration; computed for a T4
+SHARE_FROM_SIDE = 512  # the least side for which GPUs share the iteration; computed for a T4
 STEPS = (3, 2)  # Newton-Schulz steps with a first Gram matrix, then with a new one
-RMS = 0.2  # of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
+RMS = 0.2  # that of an update, about AdamW's (Liu et al. 2025), so that both use one learning rate
 
 
 class Muon:

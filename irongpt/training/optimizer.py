@@ -107,7 +107,7 @@ class Optimizer:
         )
         self.steps = torch.zeros(len(self.adamw_params), device=lr.device)
         self.average = {p: p.detach().clone() for p in self.names} if config.ema else {}
-        self.new_share = torch.zeros((), device=lr.device)  # 1 - the average's decay
+        self.new_share = torch.zeros((), device=lr.device)  # 1 - the average's decay at this step
 
     def zero_grad(self) -> None:
         for p in (*self.names, *self.low_precision_params.values()):
