@@ -290,9 +290,8 @@ def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Ten
         some = [grads[i] for i in at]
         normalized.append(ops.muon_momentum(some, m, stats, beta=0.95, dtype=u.dtype))
         some, some_copies = [params[i] for i in at], [copies[i] for i in at] if copies else []
-        scale = 0.2 * max(size) ** 0.5
-        decay = WEIGHT_DECAY
-        ops.muon_update(some, some_copies, u, x["lr"], stats, scale=scale, weight_decay=decay)
+        options = dict(scale=0.2 * max(size) ** 0.5, weight_decay=WEIGHT_DECAY)
+        ops.muon_update(some, some_copies, u, x["lr"], stats, **options)
         begin = end
     return (stats, *normalized)
 
@@ -316,9 +315,7 @@ OPTIMIZERS = (
     OpSpec(
         "muon",
         _muon_inputs,
-        lambda s, item, stream, backward: Cost(
-            optimizer_bytes("muon", numel(s.matrices()), 0, item)
-        ),
+        lambda s, item, *_: Cost(optimizer_bytes("muon", numel(s.matrices()), 0, item)),
         lambda s: f"{numel(s.matrices()) / 1e6:.1f} M weights",
         kind="optimizer",
         outputs=("stats", *(f"normalized {name}" for name in ("qkv", "proj", "fc", "fc_proj"))),
@@ -335,9 +332,7 @@ OPTIMIZERS = (
             growth_tracker=Input((), "integer", fill=0),
             state_steps=Input((1,), "weight", fill=1),
         ),
-        lambda s, item, stream, backward: Cost(
-            numel(s.matrices() + s.other_weights()) * (SHARDS * item + 4)
-        ),
+        lambda s, item, *_: Cost(numel(s.matrices() + s.other_weights()) * (SHARDS * item + 4)),
         lambda s: f"{SHARDS} x {numel(s.matrices() + s.other_weights()) / 1e6:.1f} M weights",
         kind="optimizer",
         outputs=("total", "stats"),
