@@ -132,8 +132,8 @@ def launches_of(name: str, args: Any, arch: int) -> int:
 
 
 def group_of(name: str) -> str:
-    found = (group for group, parts in GROUPS.items() if any(part in name for part in parts))
-    return next(found, "rest")
+    groups = (group for group, parts in GROUPS.items() if any(part in name for part in parts))
+    return next(groups, "rest")
 
 
 def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
@@ -155,11 +155,11 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
             times = 2 if written and not only_written else 1
             times += a.name in READ_TWICE.get(func._schema.name, ())
             total += times * size(t)
-    made = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
+    outputs = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
-    if not mutates and not made:
+    if not mutates and not outputs:
         return 0  # a view
-    return total + sum(size(t) for t in made)
+    return total + sum(size(t) for t in outputs)
 
 
 def tensors(x: Any) -> list[Tensor]:
@@ -178,13 +178,13 @@ def size(t: Tensor) -> int:
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **_: Any) -> Tensor:
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    made: Tensor = attention(q, k, v, None, True, dropout_p, True)[0]
-    return made
+    result: Tensor = attention(q, k, v, None, True, dropout_p, True)[0]
+    return result
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
-    made: Tensor = torch.native_dropout(x, p, True)[0]  # one kernel, as on a GPU
-    return made
+    result: Tensor = torch.native_dropout(x, p, True)[0]  # one kernel, as on a GPU
+    return result
 
 
 def step(

@@ -117,14 +117,14 @@ def step_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str
     L, B = config.n_layer, train.batch_size
     counts = dict(causal_attention_packed=L, dropout_add_layer_norm=2 * L, gelu=L)
     counts |= dict(embed_layer_norm=1)
-    found = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
+    moved = {op: count * op_bytes(op, config, B, itemsize) for op, count in counts.items()}
     # The first norm, which the op's cost has in float32, is in the dtype of the matmuls.
     C = config.n_embd
-    found["embed_layer_norm"] -= 2 * (4 - itemsize) * B * config.context * C
+    moved["embed_layer_norm"] -= 2 * (4 - itemsize) * B * config.context * C
     # The logits are read, and their gradient is written over them; a target is read.
-    found["cross_entropy"] = B * config.context * (2 * config.vocab_size * itemsize + 8)
-    found["optimizer"] = optimizer_bytes(config, train.optimizer, itemsize)
-    return found
+    moved["cross_entropy"] = B * config.context * (2 * config.vocab_size * itemsize + 8)
+    moved["optimizer"] = optimizer_bytes(config, train.optimizer, itemsize)
+    return moved
 
 
 def step_lower_bound(

@@ -35,13 +35,13 @@ def run(world: World, args: argparse.Namespace) -> int:
     with result_file.Section("scaling", device, args) as section:
         total, repeats = None, []
         for _ in range(args.repeats):
-            found = scaling.measure(world, device, preset, **options)
+            times = scaling.measure(world, device, preset, **options)
             medians = {
-                f"{name}_seconds": statistics.median(getattr(found, name))
+                f"{name}_seconds": statistics.median(getattr(times, name))
                 for name in ("one", "all", "exchange")
             }
-            repeats.append(medians | {"all_over_one": 1 / found.speedup})
-            total = found if total is None else total.with_times_of(found)
+            repeats.append(medians | {"all_over_one": 1 / times.speedup})
+            total = times if total is None else total.with_times_of(times)
             section.put(
                 **vars(total),
                 threads=torch.get_num_threads(),
@@ -49,7 +49,7 @@ def run(world: World, args: argparse.Namespace) -> int:
                 speedup=total.speedup,
                 sentence=str(total),
             )
-            print(found, flush=True)
+            print(times, flush=True)
     return 0
 
 

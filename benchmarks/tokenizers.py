@@ -65,9 +65,9 @@ def speed(text: Corpus) -> Row:
 
     def encode() -> Any:
         cold = BPETokenizer(tuple(merges))  # without the tables of the first
-        found = PreTokens((whole.encode(),), (), marked=False)
-        ids = [[cold.end], *map(cold.encode_word, list(found.words)[1:])]
-        return found.replace(ids)[0]
+        cut = PreTokens((whole.encode(),), (), marked=False)
+        ids = [[cold.end], *map(cold.encode_word, list(cut.words)[1:])]
+        return cut.replace(ids)[0]
 
     ours, theirs = [], []
     for _ in range(3):

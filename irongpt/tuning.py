@@ -179,8 +179,8 @@ def candidates(work: Work, quick: bool = False) -> list[launch_table.Options]:
     from irongpt_kernels.aot import tiles
     from irongpt_kernels.runtime import launch
 
-    found = tiles.launches(work.key, launch.architecture(work.device))
-    return found[::QUICK_EVERY] if quick else found
+    options = tiles.launches(work.key, launch.architecture(work.device))
+    return options[::QUICK_EVERY] if quick else options
 
 
 def measure(work: Work, module: Ops, found: list[launch_table.Options], rounds: int) -> list[Row]:

@@ -87,9 +87,9 @@ def git_commit(checkout: Path = ROOT) -> str:
 
 def state(device: torch.device) -> State | None:
     """Clocks, power, temperature and throttling now; None on a CPU or if NVML is missing."""
-    found = gpu_state.query(device) if device.type == "cuda" else None
+    now = gpu_state.query(device) if device.type == "cuda" else None
     keys = ("sm_mhz", "memory_mhz", "watt", "limit_watt", "celsius", "throttled_by")
-    return None if found is None else {key: found[key] for key in keys}
+    return None if now is None else {key: now[key] for key in keys}
 
 
 class Watch:
@@ -119,13 +119,13 @@ class Watch:
         seconds = round(time.perf_counter() - self.began, 1)
         seen = list(self.seen)
         after = seen[-1] if seen else self.before
-        found: dict[str, Any] = {"seconds": seconds, "before": self.before, "after": after}
+        states: dict[str, Any] = {"seconds": seconds, "before": self.before, "after": after}
         for key in ("sm_mhz", "watt", "celsius"):
             if values := [s[key] for s in seen if s[key] is not None]:
-                found[f"{key}_from_to"] = [min(values), max(values)]
+                states[f"{key}_from_to"] = [min(values), max(values)]
         known = [s["throttled_by"] for s in seen if s["throttled_by"] is not None]
-        found["throttled_by"] = sorted(set().union(*known)) if known else None
-        return found
+        states["throttled_by"] = sorted(set().union(*known)) if known else None
+        return states
 
     def _query(self) -> None:
         if (now := state(self.device)) is not None:
@@ -141,7 +141,7 @@ def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any
     gpu, n = device.type == "cuda", COPIED[device.type]
     x = torch.ones(n, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    found: dict[str, Any] = {
+    copied: dict[str, Any] = {
         "copy_bytes_per_s": 2 * n / median_seconds(lambda i: y.copy_(x), device)
     }
     rates = {}
@@ -150,12 +150,12 @@ def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = median_seconds(lambda i, a=a, b=b: a @ b, device)  # type: ignore[misc]
         rates[dtype_name(dtype)] = 2 * size**3 / seconds
-    return found | {"gemm_flops_per_s": rates}
+    return copied | {"gemm_flops_per_s": rates}
 
 
 def median_seconds(call: timing.Call, device: torch.device, rounds: int = 10) -> float:
     """The time of a call, timed alone."""
     with timing.stream(device):
-        found = timing.measure({"": call}, 1, device, rounds)[""]
-    assert isinstance(found, timing.Timing), found
-    return found.median
+        timed = timing.measure({"": call}, 1, device, rounds)[""]
+    assert isinstance(timed, timing.Timing), timed
+    return timed.median

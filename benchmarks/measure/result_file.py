@@ -91,11 +91,11 @@ def path(out: Path, device: torch.device, commit: str | None, kind: str = "") ->
 
 def fresh(file: Path, *sections: str) -> Path:
     """The file, or the first one after it that holds none of the sections yet."""
-    found, n = file, 1
-    while found.exists() and not _read(found).keys().isdisjoint(sections):
+    free, n = file, 1
+    while free.exists() and not _read(free).keys().isdisjoint(sections):
         n += 1
-        found = file.with_stem(f"{file.stem}-{n}")
-    return found
+        free = file.with_stem(f"{file.stem}-{n}")
+    return free
 
 
 def load(file: Path) -> Values:

@@ -135,15 +135,15 @@ def _times(
     works = {name: work(here[name], mode, inputs, upstream) for name in names}
     timings = timing.measure(works, sets, device, rounds)
     cold = timing.cold(sets * used if sets > 1 else least_bytes, device)
-    found: dict[str, dict[str, Any] | str] = {}
+    fields: dict[str, dict[str, Any] | str] = {}
     for name in here:
         t = timings[name]
-        found[name] = t if isinstance(t, str) else dict(
+        fields[name] = t if isinstance(t, str) else dict(
             seconds=t.median, iqr=t.iqr, sample_seconds=t.samples, graph=t.graph,
             no_graph_reason=t.no_graph_reason, group=t.group, host_seconds=t.host,
             peak_bytes=timing.peak_bytes(works[name], device), cold=cold,
         )  # fmt: skip
-    return found
+    return fields
 
 
 def _outputs(runners: list[Provider], inputs: Inputs) -> tuple[Tensor, ...]:

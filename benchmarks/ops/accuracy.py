@@ -44,11 +44,11 @@ class AccuracyCheck:
         baseline, oracle = self.known[case.p]
         provider = providers(case, self.device, (name,))[name]
         with provider.around():
-            found = _results(provider.function, case, case.inputs(self.device))
-        assert found.keys() == oracle.keys(), list(found)
+            results = _results(provider.function, case, case.inputs(self.device))
+        assert results.keys() == oracle.keys(), list(results)
         errors = [
             e
-            for tensor, x in found.items()
+            for tensor, x in results.items()
             for e in tolerance.errors(factor(tensor), x, baseline[tensor], oracle[tensor]).values()
         ]
         ok, share = all(e.ok for e in errors), max(e.share for e in errors)

@@ -73,10 +73,10 @@ class Case:
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
         """Random inputs. The floating ones require gradients if the op has any."""
         dtypes = op_inputs.dtypes(self.dtype, update=muon.matmul_dtype(self.dtype, device))
-        made = op_inputs.random_inputs(self.spec.inputs(self.shape), dtypes, device, seed)
-        for x in made.values():
+        tensors = op_inputs.random_inputs(self.spec.inputs(self.shape), dtypes, device, seed)
+        for x in tensors.values():
             x.requires_grad_(self.spec.differentiable and x.is_floating_point())
-        return made
+        return tensors
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """The op's other arguments. The seed is on the device, as in a training step."""

@@ -71,22 +71,22 @@ class Provider(NamedTuple):
 
 def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, str]:
     """Those of `names` that cannot run here, and why."""
-    found = {}
+    reasons = {}
     if "fused" in names:
         try:
             ops.load("fused", device)
         except UserError as e:
-            found["fused"] = str(e)
+            reasons["fused"] = str(e)
     for name, (package, _) in PEERS.items():
         if name in names and not importlib.util.find_spec(package):
-            found[name] = f"{package} is not installed"
+            reasons[name] = f"{package} is not installed"
         elif name in names and device.type != "cuda":
-            found[name] = "it needs a GPU"
+            reasons[name] = "it needs a GPU"
     if not hasattr(F, "linear_cross_entropy"):
-        found["chunked"] = "torch is older than 2.13"
+        reasons["chunked"] = "torch is older than 2.13"
     if device.type != "cuda":
-        found |= dict.fromkeys(("cudnn", "efficient"), "a CPU has no such backend")
-    return {name: why for name, why in found.items() if name in names}
+        reasons |= dict.fromkeys(("cudnn", "efficient"), "a CPU has no such backend")
+    return {name: why for name, why in reasons.items() if name in names}
 
 
 def computes(name: str, op: str) -> bool:
@@ -111,16 +111,17 @@ def providers(
     """Those of `names` that compute the op and are not missing."""
     without = missing(device, names)
     here = [name for name in names if name not in without and computes(name, case.op)]
-    found = {name: _provider(name, case, device) for name in here}
+    runnable = {name: _provider(name, case, device) for name in here}
     if not case.spec.differentiable:  # optimizers and decoding steps do not run under autocast
-        return found
+        return runnable
 
     def under_autocast(function: Function, x: Inputs) -> Outputs:
         with devices.autocast(device, case.dtype):
             return function(x)
 
     return {
-        name: p._replace(function=partial(under_autocast, p.function)) for name, p in found.items()
+        name: p._replace(function=partial(under_autocast, p.function))
+        for name, p in runnable.items()
     }
 
 
@@ -150,8 +151,8 @@ def compiled(function: Function) -> Function:
 
     config.donated_buffer = False
     torch._dynamo.reset()
-    made: Function = torch.compile(function, dynamic=False)
-    return made
+    result: Function = torch.compile(function, dynamic=False)
+    return result
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:

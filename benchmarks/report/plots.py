@@ -49,11 +49,11 @@ def draw(values: Values) -> dict[str, bytes]:
         "runs": ("runs", lambda s: losses(s, "curve", "training loss")),
         "target": ("target", lambda s: losses(s, "evaluated", "validation loss")),
     }
-    found = {}
+    pictures = {}
     for name, (section, make) in makers.items():
         if section in values and (figure := make(values[section])):
-            found[name] = png(figure)
-    return found
+            pictures[name] = png(figure)
+    return pictures
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -240,7 +240,7 @@ class Suite:
             return Done("skipped", summary="this GPU has compute capability 7.5 itself")
         files, select = test_files(name, self.gpu)
         start, lock = time.perf_counter(), threading.Lock()
-        found: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
+        results: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
         total: Counter[str] = Counter()
 
         def one(file: Path) -> str:
@@ -257,16 +257,16 @@ class Suite:
             with lock:
                 total.update(counts)
                 row = counts | {"status": done.status, "seconds": round(done.seconds, 1)}
-                found["files"][file.name] = row
-                found["failures"] += bad
-                result_file.save(self.file, name, found)
+                results["files"][file.name] = row
+                results["failures"] += bad
+                result_file.save(self.file, name, results)
                 print(f"{file.name:36} {done.status:9} {done.summary}", flush=True)
             return done.status
 
         with ThreadPoolExecutor(self.at_once()) as pool:
             statuses = list(pool.map(one, files))
         summary = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
-        late = [f for f, row in found["files"].items() if row["status"] == "timed out"]
+        late = [f for f, row in results["files"].items() if row["status"] == "timed out"]
         if late:
             ended = len(files) - len(late)
             summary += f"; {ended} of {len(files)} files ended, not {', '.join(sorted(late))}"

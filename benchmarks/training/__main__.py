@@ -85,14 +85,14 @@ def _matmuls(
     section: result_file.Section, setting: Setting, dtype: torch.dtype, device: torch.device
 ) -> None:
     config, recipe, _ = setting
-    found = matmuls.measure(config, recipe, dtype, device)
-    found["least_bytes"] = roofline.step_bytes(config, recipe, dtype.itemsize)
-    found["lower_bound_seconds"] = roofline.step_lower_bound(
-        config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(found)
+    times = matmuls.measure(config, recipe, dtype, device)
+    times["least_bytes"] = roofline.step_bytes(config, recipe, dtype.itemsize)
+    times["lower_bound_seconds"] = roofline.step_lower_bound(
+        config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(times)
     )
     name = devices.dtype_name(dtype)
-    section.put(matmuls=section.values["matmuls"] | {name: found})
-    print(matmuls.line(name, found), flush=True)
+    section.put(matmuls=section.values["matmuls"] | {name: times})
+    print(matmuls.line(name, times), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,20 +38,20 @@ def measure(
     return result
 
 
-def of_step(found: dict[str, Any], variant: str = "") -> float:
+def of_step(times: dict[str, Any], variant: str = "") -> float:
     """Seconds of all matmuls in a step. The variants with nanoGPT's AdamW do not run Muon."""
     without = variant.startswith(("nanoGPT", "builtin AdamW"))
-    iteration = 0.0 if without else found.get("optimizer", {}).get("seconds", 0.0)
-    return float(found["seconds"] + iteration)
+    iteration = 0.0 if without else times.get("optimizer", {}).get("seconds", 0.0)
+    return float(times["seconds"] + iteration)
 
 
-def line(dtype: str, found: dict[str, Any]) -> str:
+def line(dtype: str, times: dict[str, Any]) -> str:
     """The result for a terminal."""
     text = (
-        f"{dtype:9} matmuls alone {found['seconds'] * 1e3:9.2f} ms, "
-        f"{found['flops'] / found['seconds'] / 1e12:.3g} TFLOP/s"
+        f"{dtype:9} matmuls alone {times['seconds'] * 1e3:9.2f} ms, "
+        f"{times['flops'] / times['seconds'] / 1e12:.3g} TFLOP/s"
     )
-    if "optimizer" in found:
-        text += f", Muon's iteration {found['optimizer']['seconds'] * 1e3:.2f} ms"
-    bound = found["lower_bound_seconds"] * 1e3
+    if "optimizer" in times:
+        text += f", Muon's iteration {times['optimizer']['seconds'] * 1e3:.2f} ms"
+    bound = times["lower_bound_seconds"] * 1e3
     return f"{text}; computed lower bound of a step {bound:.2f} ms"

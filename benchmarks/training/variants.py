@@ -107,8 +107,8 @@ def trained(
         def loss(x: Tensor, y: Tensor, *, seed: Any = None, **options: Any) -> Tensor:
             # A tensor, because a number that changes at every step would recompile each time.
             at = torch.as_tensor(0 if seed is None else seed, device=device)
-            made: Tensor = compiled(x, y, seed=at, **options)
-            return made
+            value: Tensor = compiled(x, y, seed=at, **options)
+            return value
 
         setattr(model, "loss", loss)  # noqa: B010 (a method, for mypy)
 
