@@ -27,7 +27,6 @@ CORRECT = [
     f"{FILL} bar.sync 0; xor.b32 %r3, %r1, 128; ld.shared.b32 %r20, [%r3];",
     f"{FILL} ld.shared.b32 %r20, [%r1]; bar.sync 0; st.shared.b32 [%r1], %r20;",
     "mov.b32 %r9, 7; st.shared.b32 [%r2], %r9;",  # copies of one value
-    *(f"or.b32 %r9, %r0, {nan}; st.shared.b32 [%r2], %r9;" for nan in (0x7FC00000, 0x7E007E00)),
     "st.global.b32 [%rd20], %r0; bar.sync 0; ld.global.b32 %r20, [%rd0];",
     "shfl.sync.bfly.b32 %r20, %r0, 1, 31, -1;",
     "cp.async.ca.shared.global [%r1], [%rd20], 4; cp.async.commit_group; cp.async.wait_group 0;"
@@ -73,6 +72,42 @@ WRONG = [
 @pytest.mark.parametrize("order", ["lockstep", "ascending", "descending"])
 def test_correct_accesses_are_not_reported(body: str, order: str) -> None:
     assert report(body, order=order).counts == {}
+
+
+ONE_WORD = "or.b32 %r9, %r0, {}; {} st.shared.b32 [%r2], %r9; bar.sync 0;"  # by two warps
+FLOAT32 = "mul.f32 %r9, %r9, 0f3F800000;"
+HALF = "st.shared.b16 [%r2+128], 0;"
+STORES = [  # bits, what precedes the store, the dtype of the kernel's argument, whether all are NaN
+    (0x7FC00000, "", I32, True),  # float32
+    (0x7FC00000, FLOAT32, torch.float16, True),
+    (0x7FC00000, HALF, I32, True),  # not compared half by half
+    (0x7E007E00, "", torch.float16, True),  # two halves
+    (0x3C007E00, "", torch.float16, True),  # 1 and NaN
+    (0x3F807FC0, "", torch.bfloat16, True),
+    (0x7E007E00, "", I32, False),  # float32 from 4e37 on
+    (0x3C007E00, FLOAT32, torch.float16, False),
+    (0x7D007D00, "", torch.bfloat16, False),  # bfloat16 from 1e37 on
+]
+
+
+@pytest.mark.parametrize(("bits", "before", "dtype", "nan"), STORES)
+@pytest.mark.parametrize("order", ["lockstep", "ascending"])
+def test_nan_equals_nan_of_the_type_that_is_stored(bits, before, dtype, nan, order: str) -> None:
+    x = torch.zeros(256 // dtype.itemsize, dtype=dtype)
+    found = report(ONE_WORD.format(bits, before), x, order=order)
+    wrong = {"lanes store different values", *["race between warps"] * (order != "lockstep")}
+    assert set(found.counts) == (set() if nan else wrong)
+
+
+@pytest.mark.parametrize(("bits", "dtype", "nan"), [
+    (0x7E00, torch.float16, True), (0x7FC0, torch.bfloat16, True), (0x7E00, I32, False),
+    (0x7D00, torch.bfloat16, False),
+])  # fmt: skip
+@pytest.mark.parametrize("space", ["shared.b16 [%r2]", "global.b16 [%rd0]"])
+def test_nan_equals_nan_in_16_bits(bits: int, dtype, nan: bool, space: str) -> None:
+    body = f"or.b32 %r9, %r0, {bits}; cvt.u16.u32 %rs20, %r9; st.{space}, %rs20;"
+    found = report(body, torch.zeros(256 // dtype.itemsize, dtype=dtype), threads=32)
+    assert set(found.counts) == (set() if nan else {"lanes store different values"})
 
 
 @pytest.mark.parametrize(("kind", "body"), WRONG, ids=[body for _, body in WRONG])

@@ -14,10 +14,11 @@ from irongpt_kernels.ptx.blocks import Code
 from irongpt_kernels.ptx.parse import Program, parse
 from irongpt_kernels.ptx.regions import Regions
 from irongpt_kernels.ptx.tensor_cores import Batch
-from irongpt_kernels.ptx.threads import Launch, Report
+from irongpt_kernels.ptx.threads import NO_NAN, Launch, Report
 
-SIDE_BY_SIDE = 2048  # threads
+SIDE_BY_SIDE = 2048  # threads of the CTAs that are executed together
 PARAMETER_LIMIT = 4096  # bytes
+INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 # Of the tensor cores: products that are added at a time, and extra bits of the accumulator.
 TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}
 _PACK = {"f32": "<f", "f64": "<d"} | {
@@ -72,7 +73,7 @@ def execute(
     options: Options,
     report: Report,
 ) -> None:
-    """shared_bytes: of dynamic shared memory. Raises `Unsupported` for an unknown instruction."""
+    """shared_bytes: of dynamic memory. Raises `Unsupported` for an unknown instruction."""
     ordered = options.order != "lockstep" and "bar.sync" in ptx
     code = _code(ptx, ordered)
     program = code.program
@@ -88,6 +89,7 @@ def execute(
         shared_bytes=shared_bytes + program.static_shared,
         shared_granule=min([4, *widths["shared"]]),
         regions=Regions(tensors, granule),
+        infinity=min((INFINITY[t.dtype] for t in tensors if t.dtype in INFINITY), default=NO_NAN),
         params=_pack(program, arguments),
         accumulate=options.accumulate(),
         noise=options.noise,

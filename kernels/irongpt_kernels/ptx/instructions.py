@@ -73,8 +73,9 @@ class Instructions(Arithmetic):
     def op_st(self, ins: Instruction, mods: Mods, a: Args) -> None:
         bits = self.typed(mods[-1])[1]
         words = ", ".join(self.array(x, "u", max(16, bits)) for x in self.vector(a[1]))
-        at = self.at(ins)
-        self.put(f"S.st({self._space(ins, mods, a[0])}, [{words}], {bits // 8}, {at})")
+        float32 = bits == 32 and all("f" in self.forms.get(x, "") for x in self.vector(a[1]))
+        tail = f"{bits // 8}, {float32}, {self.at(ins)}"
+        self.put(f"S.st({self._space(ins, mods, a[0])}, [{words}], {tail})")
 
     def _space(self, ins: Instruction, mods: Mods, a: str) -> str:
         """A space of memory and an address in it, as arguments of a call."""

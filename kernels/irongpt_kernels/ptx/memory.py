@@ -16,7 +16,7 @@ import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import UINT, Array, i2, i8, u1, u2, u4
 from irongpt_kernels.ptx.regions import NO_CTA, SEVERAL
-from irongpt_kernels.ptx.threads import Launch, Pending, Site, Threads
+from irongpt_kernels.ptx.threads import NO_NAN, Launch, Pending, Site, Threads
 
 _BASE = 4096  # NumPy accepts no array at address 0
 RACE = "race between warps"
@@ -35,24 +35,25 @@ class _Raw:
 MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 
-def _same(x: Array, y: Array) -> Array:
-    """Whether words have the same bits, or both are a NaN of float32, or in each of their halves of
-    float16 or bfloat16. On a GPU all NaN that arithmetic makes have the same bits; in NumPy those
-    of a sum may depend on the order of the operands."""
+def _same(x: Array, y: Array, infinity: int) -> Array:
+    """Whether words are equal, where every NaN equals every NaN: of float32, or in each half of the
+    16-bit float with this infinity. On a GPU all NaN that arithmetic makes have the same bits; in
+    NumPy those of a sum may depend on the order of the operands."""
     same, size = x == y, x.dtype.itemsize
     if same.all() or size not in (2, 4):
         return same
-    sign, infinity = {2: (0x8000, 0x7C00), 4: (0x8000_0000, 0x7F80_0000)}[size]
-    same = same | (((x & ~x.dtype.type(sign)) > infinity) & ((y & ~x.dtype.type(sign)) > infinity))
+    bits = x.dtype.type(0x7FFF if size == 2 else 0x7FFF_FFFF)  # all but the sign
+    limit = infinity if size == 2 else 0x7F80_0000
+    same = same | ((x & bits) > limit) & ((y & bits) > limit)
     if size == 4:
-        halves = _same(*(np.ascontiguousarray(z).view(u2) for z in (x, y)))
-        same = same | halves.reshape(*x.shape, 2).all(-1)
+        a, b = (np.ascontiguousarray(z).view(u2) for z in (x, y))
+        same = same | _same(a, b, infinity).reshape(*x.shape, 2).all(-1)
     return same
 
 
 class Memory(Threads):
-    """Some CTAs with their memory. `wrote` and `read`, for each granule of shared memory: bit w is
-    warp w."""
+    """Some CTAs with their memory. `wrote` and `read` are bit masks for each granule of shared
+    memory: bit w stands for warp w."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
@@ -142,12 +143,13 @@ class Memory(Threads):
         at: Site,
         store: bool,
         data: Array | None = None,
+        infinity: int = NO_NAN,
     ) -> tuple[Array, Array]:
         """Checks an access to addresses within a CTA's memory. Returns the threads that may go on,
         and their addresses in `self.shared`.
 
-        data: the bytes of a store, (threads, width). Warps that hold the same value may all store
-        it to the same address, which is not reported as a race.
+        data: the words of a store, (threads, words). Warps that hold the same value may all store
+        it to the same address, which is not reported as a race. infinity: see `_same`.
         """
         inside = (address >= 0) & (address + width <= self.shared_size)
         self.report_error("out of bounds", ~inside, threads, at, "in shared memory")
@@ -163,9 +165,8 @@ class Memory(Threads):
         others = self.wrote[cells] & ~bit
         if store:
             if data is not None and others.any():
-                there = self.shared[1][flat[:, None] + np.arange(width)]
-                there, stored = (x.view(UINT[self.granule]) for x in (there, data))
-                same = _same(there, stored).reshape(*cells.shape, -1).all(2)
+                there = self.shared[1][flat[:, None] + np.arange(width)].view(data.dtype)
+                same = _same(there, data, infinity).repeat(data.itemsize // self.granule, 1)
                 others = np.where(same, u4(0), others)
             others = others | (self.read[cells] & ~bit)
             np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
@@ -201,8 +202,17 @@ class Memory(Threads):
         return list(out)
 
     def st(
-        self, space: str, a: Array, offset: int, values: list[Array], size: int, at: Site
+        self,
+        space: str,
+        a: Array,
+        offset: int,
+        values: list[Array],
+        size: int,
+        float32: bool,
+        at: Site,
     ) -> None:
+        """float32: whether the values are known to be float32."""
+        infinity = NO_NAN if float32 else self.launch.infinity
         threads, width = self.active(at), size * len(values)
         if not len(threads):
             return
@@ -212,18 +222,24 @@ class Memory(Threads):
             words, index = MEMORY[size], (address - _BASE) // size
         else:
             stored = np.stack([x[threads].astype(UINT[size], copy=False) for x in values], 1)
-            data = stored.view(u1).reshape(len(threads), -1)
-            threads, address = self._shared(address, width, threads, at, True, data)
+            data = stored.view(u4) if size > 4 else stored
+            threads, address = self._shared(address, width, threads, at, True, data, infinity)
             words, index = self.shared[size], address // size
-        self._write(words, index, [x[threads] for x in values], threads, at)
+        self._write(words, index, [x[threads] for x in values], threads, at, infinity)
 
     def _write(
-        self, words: Array, index: Array, values: list[Array], threads: Array, at: Site
+        self,
+        words: Array,
+        index: Array,
+        values: list[Array],
+        threads: Array,
+        at: Site,
+        infinity: int,
     ) -> None:
         for v, x in enumerate(values):
             x = x.astype(words.dtype, copy=False)
             words[index + v] = x
-            differ = ~_same(words[index + v], x)
+            differ = ~_same(words[index + v], x, infinity)
             self.report_error("lanes store different values", differ, threads, at)
 
     def bar(self, at: Site) -> Array:
@@ -244,16 +260,16 @@ class Memory(Threads):
         """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
         8 i + 7 have the addresses of the rows of matrix i.
 
-        rows: (addresses, 8), which are stored there.
+        rows: (addresses, 8) words to store there; None for a load.
         """
         address = a[threads].astype(i8) + offset
         users, address = (x.reshape(-1, 32)[:, : 8 * count].ravel() for x in (threads, address))
-        data = None if rows is None else rows.view(u1)
-        good, flat = self._shared(address, 16, users, at, rows is not None, data)
+        infinity = self.launch.infinity
+        good, flat = self._shared(address, 16, users, at, rows is not None, rows, infinity)
         if len(good) < len(users):
             return None  # it was reported
         if rows is not None:
-            self._write(self.shared[2], flat // 2, list(rows.T), users, at)
+            self._write(self.shared[2], flat // 2, list(rows.T), users, at, infinity)
         return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
 
     def ldmatrix(
@@ -329,7 +345,7 @@ class Memory(Threads):
             np.bitwise_or.at(self.wrote, cells.ravel(), bit.ravel())
 
     def finish(self) -> None:
-        """At the end of the CTAs."""
+        """Called when the CTAs have ended. Reports asynchronous copies that are still in flight."""
         pending = self.pending_copies
         if any(pending.open) or any(any(groups) for groups in pending.groups):
             self.report.add("async copy in flight", 1, f"{self.launch.name} ends with it")

@@ -16,6 +16,7 @@ from irongpt_kernels.ptx.regions import Regions
 # Of an instruction: its line number in the PTX, its line in the Python source, its text.
 Location = tuple[int, str, str]
 Site = tuple["Array | None", "Array | None", Location]  # guard, mask, location
+NO_NAN = 0x7FFF  # an infinity above which 16 bits have no NaN
 
 
 @dataclass
@@ -44,10 +45,11 @@ class Launch:
 
     name: str
     grid: tuple[int, int, int]
-    threads: int  # of a CTA
+    threads: int  # those of a CTA
     shared_bytes: int
     shared_granule: int  # bytes; every access to shared memory covers whole granules
     regions: Regions
+    infinity: int  # its bits in the 16-bit dtype of the arguments; NO_NAN if they have none
     params: bytes
     accumulate: Callable[[Array, Array, Array], Array]  # C, A, B: C + A B^T
     noise: float  # see `execute.Options`
@@ -68,7 +70,7 @@ class Pending:
             self.open[i] = []
 
     def wait(self, indices: Array, left: int) -> list[Any]:
-        """Removes and returns the oldest work, until each has at most `left` groups in flight."""
+        """Removes and returns the oldest work, so that each warp has `left` groups or fewer."""
         done = []
         for i in indices:
             n = max(0, len(self.groups[i]) - left)
@@ -136,7 +138,8 @@ class Threads:
     # Warps and CTAs ---------------------------------------------------------------------------
 
     def whole_warps(self, at: Site) -> Array:
-        """The threads of an instruction that a warp has to execute together, of complete warps."""
+        """The threads that execute an instruction which needs complete warps. Incomplete warps are
+        reported and left out."""
         threads = self.active(at)
         if len(threads) == self.n:
             return threads
