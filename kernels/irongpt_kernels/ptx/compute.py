@@ -145,8 +145,9 @@ class Arithmetic(Operands):
 
     op_mad = op_mul
 
-    def op_ex2(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """Exact (rn), or an approximation: the true value, rounded, unless there is noise."""
+    def op_approximate(self, ins: Instruction, mods: Mods, a: Args) -> None:
+        """ex2, sqrt, rsqrt, div: exact with rn, else approximate: the true value, rounded, unless
+        there is noise."""
         operands = self.operands(mods, a[1:], *self.typed(mods[-1]))
         function = _FUNCTIONS[ins.name]
         if "rn" in mods:
@@ -159,7 +160,7 @@ class Arithmetic(Operands):
         call = f"approximate({ins.name!r}, {wide[0]}, {true}, {seed}, S.noise)"
         return self.set_value(ins, mods, a[0], call)
 
-    op_sqrt = op_rsqrt = op_div = op_ex2
+    op_ex2 = op_sqrt = op_rsqrt = op_div = op_approximate
 
     # Bits ---------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Arithmetic(Operands):
     # Comparison and conversion --------------------------------------------------------------------
 
     def op_setp(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """With f16x2 there is a result for each half; else a second one is the opposite."""
+        """With f16x2 there is a result for each half; else a second result is the negated first."""
         (compare, *more, dtype), results = mods, a[0].split("|")
         self.require(not {*more} - {"ftz"}, ins)
         if dtype in _HALVES:

@@ -64,7 +64,7 @@ class Operands:
         return ("~" if ins.negated else "") + self.read(ins.pred, "b")
 
     def typed(self, suffix: str) -> tuple[str, int]:
-        """("s", 32) of s32; the forms of b and u are one."""
+        """("s", 32) for s32. b counts as u."""
         found = _TYPE.match(suffix)
         if not found:
             raise Unsupported(f"an operation on {suffix}")
@@ -91,7 +91,7 @@ class Operands:
         return self.local(reg, form)
 
     def value(self, a: str, form: str, bits: int) -> str:
-        """The expression of a register in the given form and width, or of a constant, a scalar."""
+        """An operand as an expression of this form and width: a register, or a scalar constant."""
         if a in SPECIAL:
             return self._as(SPECIAL[a], form, bits)
         if not self.is_register(a):

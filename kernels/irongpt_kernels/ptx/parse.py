@@ -45,7 +45,7 @@ class Program:
     """One kernel. Registers have the type pred, b16, b32 or b64, whatever they were declared as."""
 
     name: str
-    threads: int = 0  # of a CTA
+    threads: int = 0  # those of a CTA
     params: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset, type
     param_bytes: int = 0
     shared: dict[str, int] = field(default_factory=dict)  # symbol: address
