@@ -151,11 +151,18 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
-        n = DROPOUTS_PER_BLOCK * config.n_layer
         self.seed_offsets: Tensor  # (n, 2), row i holds i twice: `_seeds` has the reason
-        offsets = torch.arange(n)[:, None].repeat(1, 2)
-        self.register_buffer("seed_offsets", offsets, persistent=False)
+        self.register_buffer("seed_offsets", self._seed_offsets(), persistent=False)
         self.apply(self._init_weights)
+
+    def _seed_offsets(self) -> Tensor:
+        n = DROPOUTS_PER_BLOCK * self.config.n_layer
+        return torch.arange(n, device=self.wte.weight.device)[:, None].repeat(1, 2)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        found = super().load_state_dict(*args, **options)
+        self.seed_offsets = self._seed_offsets()  # `to_empty` leaves them uninitialized
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         """As in GPT-2: std 0.02, divided by sqrt(2 L) for projections into the residual stream.

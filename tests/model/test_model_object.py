@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_copies_are_equal_and_apart(model, copied):
     assert ours.low_precision_weight.equal(ours.weight.bfloat16())
     assert theirs.low_precision_weight.is_leaf
     assert not ours.weight.equal(theirs.weight)
+
+
+def test_a_model_that_is_made_without_memory_drops_the_same(model):
+    with torch.device("meta"):
+        empty = GPT(replace(model.config, dropout=0.5), model.ops)
+    made = empty.to_empty(device="cpu")
+    made.seed_offsets.fill_(7)
+    made.load_state_dict(model.state_dict())
+    whole = GPT(made.config, model.ops)
+    whole.load_state_dict(model.state_dict())
+    with torch.random.fork_rng():  # for the dropout of builtin
+        results = [torch.manual_seed(0) and m(IDS, seed=torch.tensor(3)) for m in (made, whole)]
+    assert torch.equal(*results)
+    assert torch.equal(made.seed_offsets, whole.seed_offsets)
 
 
 def test_an_average_of_models(model):

@@ -222,6 +222,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 6
+    if torch.is_grad_enabled():  # create_graph=True: autograd would take dx and dweight as constant
+        raise NotImplementedError("linear_cross_entropy has no second derivative")
     loss_scale, dx, dweight = ctx.saved_tensors
     if dloss is not loss_scale:  # the same tensor has the same value; the host need not read it
         dx, dweight = _backward_op(dloss, loss_scale, dx, dweight)

@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from irongpt_kernels.fused.grad_norm import MAX_TENSORS, aligned, load, select_address
 from irongpt_kernels.fused.layer_norm_backward import layer_norm_backward, programs
@@ -103,7 +102,6 @@ class _Rows(torch.autograd.Function):
         return tuple(p.expand(P, -1) for p in params)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *partial: Tensor | None) -> tuple[Tensor | None, ...]:
         sums = iter(_backward_op([m for m in partial if m is not None]))
         return None, *(None if m is None else next(sums) for m in partial)
