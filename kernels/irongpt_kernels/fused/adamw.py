@@ -1,4 +1,4 @@
-"""AdamW for all weights in one kernel, with gradient unscaling and clipping and the 16-bit copies.
+"""AdamW for all parameters in one kernel, with gradient unscaling, clipping and 16-bit copies.
 
     g = g / grad_scale                     grad_scale and found_inf come from `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
@@ -11,13 +11,13 @@ t is the number of steps, including this one.
 Traffic     reads g, p, m, v and writes p, m, v and the copy: with 16-bit gradients 28 bytes per
             weight, and 30 together with `grad_norm`. Separate passes for unscaling, clipping and
             casts would move 20 bytes more. If found_inf is set, a program reads only that flag.
-Parallelism as in `grad_norm`: one launch for up to 48 weight tensors. Programs are independent.
+Parallelism as in `grad_norm`: one launch for up to 48 parameters. Programs are independent.
 Precision   float32. 1 - beta^t is -expm1(t log beta), with the logarithm taken in float64: for
             beta2 = 0.999 the subtraction would lose two to three digits at t = 1.
-Limits      Weights and moments are contiguous float32, copies are contiguous and of one dtype, and
-            all addresses are multiples of 16. If there are fewer copies than weights, they belong
-            to the first weights. The gradients of the first weights may have one 16-bit dtype; the
-            others are float32.
+Limits      Parameters and moments are contiguous float32, copies are contiguous and of one dtype,
+            and all addresses are multiples of 16. If there are fewer copies than parameters, they
+            belong to the first ones. The gradients of the first parameters may have one 16-bit
+            dtype; the others are float32.
 Spec        irongpt_kernels/eager.py::adamw
 """
 

@@ -16,8 +16,8 @@ Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. 
             sums of squares. Every program of the second kernel adds those of its matrix in order.
             There are no atomics, so every run gives the same bits.
 Precision   float32, except y and u, which have the dtype of the matmuls.
-Limits      Weights are contiguous float32, copies contiguous and of one dtype, at addresses that
-            are multiples of 16, as PyTorch allocates them. momentum is contiguous float32.
+Limits      Parameters are contiguous float32, copies contiguous and of one dtype, at addresses
+            that are multiples of 16, as PyTorch allocates them. momentum is contiguous float32.
             Gradients have one dtype, and are copied unless they are contiguous and aligned. If
             found_inf is set, y is 0, and m, p and copies do not change.
 Spec        irongpt_kernels/eager.py::muon_momentum, muon_update
