@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
     with output():
-        command, resumed = None, False
+        command, resumed, code = None, False, 0
         try:
             flags = vars(build_parser().parse_args(argv))
             command, resumed = flags.pop("run_command"), "resume" in flags
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("irongpt: error:", shortened(" ".join(str(e).split())), file=sys.stderr)
             return 2 if isinstance(e, UserError) else 1
         except BrokenPipeError:  # the reader of our output has closed it
-            return 0
+            return code
         except KeyboardInterrupt as e:
             return 128 + getattr(e, "signal", 2)
         except (MemoryError, RuntimeError, OSError) as e:

@@ -19,16 +19,17 @@ class Output:
     """Standard output or standard error of a command, whatever its other end is.
 
     An error of `write` or `flush` is given to `failed`. A closed stream, Jupyter's and other
-    objects without all methods of a file are accepted.
+    objects without all methods of a file, and with errors of any kind, are accepted.
     """
 
     def __init__(self, stream: TextIO | None, failed: Callable[[Exception], None]) -> None:
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
         self.failed = failed
+        self.before = {name: getattr(stream, name, None) for name in ("encoding", "errors")}
         self.reconfigure(errors="backslashreplace")
 
-    def reconfigure(self, **settings: str) -> None:
-        with contextlib.suppress(AttributeError, ValueError):
+    def reconfigure(self, **settings: str | None) -> None:
+        with contextlib.suppress(Exception):
             self.stream.reconfigure(**settings)  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
@@ -36,15 +37,26 @@ class Output:
             text = text.encode(errors="replace").decode()
         try:
             self.stream.write(text)
-        except (OSError, ValueError) as e:
+        except Exception as e:
             self.failed(e)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except (OSError, ValueError) as e:
+        except Exception as e:
             self.failed(e)
+
+    def finish(self) -> None:
+        """Flushes, and puts the settings back. If a standard stream cannot be flushed, Python must
+        not try again when it exits, with a message."""
+        try:
+            self.stream.flush()
+        except Exception:
+            if self.stream in (sys.__stdout__, sys.__stderr__):
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.reconfigure(**self.before)
 
     def isatty(self) -> bool:
         try:
@@ -76,8 +88,8 @@ def output() -> Iterator[None]:
         try:
             yield
         finally:
-            for stream in (out.stream, err.stream):
-                _finish(stream)
+            for stream in (out, err):
+                stream.finish()
 
 
 def _open_closed_streams() -> None:
@@ -90,19 +102,8 @@ def _open_closed_streams() -> None:
     os.close(fd)
 
 
-def _finish(stream: TextIO) -> None:
-    """Flushes a stream. If that fails, Python must not try again when it exits, with a message."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        if stream in (sys.__stdout__, sys.__stderr__):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-@contextlib.contextmanager
-def output_is_optional() -> Iterator[None]:
-    """Lets a command continue if standard output fails; a line on standard error reports it."""
+def make_output_optional() -> None:
+    """Lets the command continue if standard output fails; a line on standard error reports it."""
     reported: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -111,11 +112,8 @@ def output_is_optional() -> Iterator[None]:
             reason = f"cannot write to standard output: {short_reason(error)}; training continues"
             print(f"irongpt: {reason}", file=sys.stderr)
 
-    out = Output(sys.stdout, failed)
     if isinstance(sys.stdout, Output):
-        out.stream = sys.stdout.stream
-    with contextlib.redirect_stdout(cast(TextIO, out)):
-        yield
+        sys.stdout.failed = failed
 
 
 def say(text: str) -> None:

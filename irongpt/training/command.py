@@ -6,7 +6,7 @@ import torch
 
 from irongpt import __version__
 from irongpt.config import Flags, flag
-from irongpt.console import Clock, EarlyStop, say
+from irongpt.console import Clock, EarlyStop, make_output_optional, say
 from irongpt.training.distributed import World, together
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.start import new_run, resumed_run
@@ -16,6 +16,7 @@ LOCAL_FLAGS = ("data", "out", "resume", "device")  # may differ between the proc
 
 def train(flags: Flags, start: float) -> int:
     """Returns the exit code. start: time.perf_counter() when the process began."""
+    make_output_optional()
     return together(lambda world: _train(flags, start, world))
 
 

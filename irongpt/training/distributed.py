@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irongpt.console import output_is_optional
 from irongpt.errors import DivergenceError, UserError, out_of_memory
 
 HEARTBEAT = 1.0  # seconds between two heartbeats of a process
@@ -286,12 +285,10 @@ def together(command: Callable[[World], int]) -> int:
     An error in one of them ends all, and one line gives the reason.
     """
     world = join()
-    with contextlib.ExitStack() as stack:
-        if world.rank:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        else:
-            stack.enter_context(output_is_optional())
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere if world.rank else sys.stdout),
+    ):
         try:
             code = command(world)
             world.close()

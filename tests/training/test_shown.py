@@ -1,5 +1,6 @@
 """What is only shown never ends a training: plots, samples, output. Signals stay as they were."""
 
+import io
 import os
 import signal
 import subprocess
@@ -14,15 +15,17 @@ from run_helpers import history
 
 from irongpt import console
 from irongpt.cli import main
+from irongpt.doctor import Report
 from irongpt.runs import plots
 from irongpt.training import loop
 
 QUICK = [*TINY, "--iters", "20"]
-SPACE = OSError(28, "No space left on device")
+SPACE, PIPE = OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe")
 
 
 class Broken:
-    """A stream that cannot be written, without the other methods of a file, such as Jupyter's."""
+    """A stream that cannot be written, without the other methods of a file, such as Jupyter's. As a
+    file it keeps what it could not write, so that each flush fails too."""
 
     def __init__(self, error: Exception | None = SPACE) -> None:
         self.error, self.text = error, ""
@@ -33,12 +36,14 @@ class Broken:
         self.text += text
         return len(text)
 
-    flush = Mock()
+    def flush(self) -> None:
+        if self.error:
+            raise self.error
 
 
 @pytest.mark.parametrize("what", ["sample", "plot"])
 def test_a_sample_or_a_plot_that_fails_is_reported_once(cli, tmp_path, monkeypatch, what):
-    owner, name = {"sample": (loop, "generate"), "plot": (plots, "loss_png")}[what]
+    owner, name = {"sample": (loop, "generate_batch"), "plot": (plots, "loss_png")}[what]
     monkeypatch.setattr(owner, name, Mock(side_effect=RuntimeError("no fonts")))
     monkeypatch.setattr(loop, "PLOT_EVERY", 0.0)
     result = cli("train", *QUICK, "--out", "run")
@@ -68,7 +73,10 @@ def test_matplotlib_is_imported_whatever_the_backend_in_the_environment():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-@pytest.mark.parametrize("error", [SPACE, BrokenPipeError(32, "pipe"), ValueError("closed file")])
+@pytest.mark.parametrize(
+    "error",
+    [SPACE, PIPE, ValueError("closed file"), RuntimeError("main thread is not in main loop")],
+)
 def test_standard_output_that_fails_ends_no_training(cli, tmp_path, monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", Broken(error))
     result = cli("train", *QUICK, "--out", "run")
@@ -76,6 +84,13 @@ def test_standard_output_that_fails_ends_no_training(cli, tmp_path, monkeypatch,
     assert result.err.startswith("irongpt: cannot write to standard output: ")
     assert result.err.count("\n") == 1
     assert len(history(tmp_path / "run")) == 2
+
+
+def test_a_stopped_training_keeps_its_exit_code_without_a_reader(cli, run, monkeypatch):
+    stop = Mock(side_effect=lambda loop: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(loop.TrainingLoop, "_step", stop)
+    monkeypatch.setattr(sys, "stdout", Broken(PIPE))
+    assert cli("train", "--resume", run, "--iters", 40).code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -88,9 +103,12 @@ def test_streams_of_any_kind(cli, tmp_path, monkeypatch, stream, state):
     assert getattr(sys, stream) is broken
 
 
-def test_other_commands_need_standard_output(cli, run, monkeypatch):
+@pytest.mark.parametrize("command", ["generate run --tokens 3", "doctor"])
+@pytest.mark.usefixtures("run")
+def test_other_commands_need_standard_output(cli, monkeypatch, command):
+    monkeypatch.setattr("irongpt.doctor.examine", lambda device: Report())
     monkeypatch.setattr(sys, "stdout", Broken())
-    result = cli("generate", run, "--tokens", 3)
+    result = cli(*command.split())
     assert result.code == 2
     assert (
         result.err == "irongpt: error: cannot write to standard output: No space left on device\n"
@@ -101,6 +119,13 @@ def test_a_stream_of_jupyter_gets_the_text(cli, run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream := Broken(None))
     assert cli("generate", run, "--prompt", "all", "--tokens", 3).code == 0
     assert stream.text.startswith("all")
+
+
+def test_the_settings_of_a_stream_are_put_back(run, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "latin-1", "ignore")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["generate", run, "--tokens", "3"]) == 0
+    assert (stream.encoding, stream.errors) == ("latin-1", "ignore")
 
 
 def test_a_progress_bar_that_cannot_be_drawn_becomes_lines(monkeypatch, capsys):
