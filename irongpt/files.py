@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,8 +87,9 @@ def write_error_reason(error: OSError, path: Path) -> str:
     reason = error.strerror or str(error)
     if error.errno in FULL:
         cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton"
-        named = Path(os.fsdecode(error.filename)) if error.filename else path
-        places = [named, Path(cache).expanduser(), Path(tempfile.gettempdir())]
+        named = os.fsdecode(error.filename) if error.filename else path
+        temporary = os.environ.get("TMPDIR") or "/tmp"
+        places = map(Path, (named, os.path.expanduser(cache), temporary))
         with contextlib.suppress(OSError, AttributeError, RuntimeError):
             disks = {mount: os.statvfs(mount) for mount in map(_mount, places)}
             full = [m for m, d in disks.items() if d.f_bavail * d.f_frsize < 1e6 or not d.f_favail]

@@ -136,6 +136,15 @@ def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
     assert "MB and" in reason
 
 
+def test_the_full_disk_of_a_user_without_a_home_is_named(monkeypatch):
+    for name in ("HOME", "USERPROFILE", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))
+    monkeypatch.setattr("tempfile.gettempdir", Mock(side_effect=FileNotFoundError))
+    reason = files.write_error_reason(OSError(28, "No space left on device"), Path("run"))
+    assert reason.startswith("No space left on device (/")
+
+
 def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, run):
     path = tmp_path / run / "config.json"
     values = json.loads(path.read_bytes())
