@@ -9,11 +9,11 @@ import math
 import reprlib
 import sys
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from irongpt.errors import UserError
 
-Config = TypeVar("Config", "GPTConfig", "TrainConfig", "SampleConfig")
+Config = TypeVar("Config", "GPTConfig", "TrainConfig", "DataConfig", "SampleConfig")
 # The flags that the user gave: fields of the configs by name, and preset, data, out.
 Flags = dict[str, Any]
 
@@ -304,7 +304,7 @@ def check_choices(config: Any) -> None:
         )
 
 
-ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard", "branch_std"}
+ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard", "branch_std", "val"}
 
 
 def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:
@@ -336,5 +336,7 @@ def from_json(cls: type[Config], values: Any) -> Config:
 def _has_type(value: Any, annotation: Any) -> bool:
     if value is None:
         return type(None) in getattr(annotation, "__args__", ())
+    if get_origin(annotation) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     types = getattr(annotation, "__args__", (annotation,))
     return type(value) in types or (float in types and type(value) is int)

@@ -133,6 +133,7 @@ class RunFolder:
                 replace_file(path, sealed({"files": files}))
             else:
                 path.unlink(missing_ok=True)
+            (self.path / "result.json").unlink(missing_ok=True)  # of the earlier text
         self.config = config
         records = [
             r
@@ -314,14 +315,8 @@ def _data_config(value: Any) -> DataConfig:
     """The inverse of `asdict`, or a single source as earlier versions wrote it."""
     if isinstance(value, str):
         return DataConfig((value,))
-    try:
-        data = DataConfig(**value)
-        optional = [x for x in (data.encoding, data.val) if x is not None]
-        texts = [*data.sources, *data.include, data.errors, *optional]
-        lists = all(isinstance(value.get(name, []), list) for name in ("sources", "include"))
-        check(lists and bool(data.sources) and all(isinstance(t, str) for t in texts), "")
-    except (TypeError, UserError):
-        raise UserError(f"data cannot be {reprlib.repr(value)}") from None
+    data = from_json(DataConfig, value)
+    check(bool(data.sources), "it names no text")
     return replace(data, sources=tuple(data.sources), include=tuple(data.include))
 
 

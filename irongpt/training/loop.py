@@ -276,7 +276,8 @@ class TrainingLoop:
             with self.attempt("TensorBoard's event file"):
                 self.events.add([record])
         self.rows, self.last_record = [], (trainer.step, seconds)
-        progress.show(record)
+        if losses:
+            progress.show(record)
         return record
 
     def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
@@ -301,6 +302,7 @@ class TrainingLoop:
                 self.save(run.last)
         sample = self._sample() if finite and trainer.config.sample_tokens else ""
         bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
+        steps = len(self.rows)
         record = self._record(
             progress, val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample
         )
@@ -314,8 +316,9 @@ class TrainingLoop:
                 self.save(run.best)
             if finite:
                 self.save(run.last)
+        train = f"train {record['train_loss']:.4f}, " if steps else ""
         say(
-            f"step {trainer.step:,}: train {record['train_loss']:.4f}, validation {val_loss:.4f} "
+            f"step {trainer.step:,}: {train}validation {val_loss:.4f} "
             f"({bits_per_byte:.3f} bits per byte{', best' if improved else ''}), "
             f"{duration(record['seconds'])}"
         )

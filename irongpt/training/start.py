@@ -193,11 +193,13 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
         say(
             f"warning   {', '.join(filter(None, (*data.sources, data.val)))} is not the text that "
             f"{run.path} was trained on: "
-            "the run continues with it and keeps its vocabulary; best/ is evaluated on it again"
+            "the run continues with it and keeps its vocabulary; best/ is replaced at the next evaluation"
         )
-        state = state | {"best_val": None, "best_step": 0}
     try:
         check_state(state)
+        if other_text:  # what is known about `best` is of the earlier text
+            again = max(0, state["step"] - 1)
+            state |= dict(best_val=None, best_step=0, not_better=0, evaluated_at=again)
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
@@ -208,6 +210,8 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
         }
         config = replace(run.config, data_sha256=text.sha256, **changes)
         with reported(f"cannot write to {run.path}", disk=run.path):
+            if other_text:  # before config.json names this text, so that a kill in between is safe
+                training.save(run.last)
             run.resume(config, training.trainer.step, text.files, training.evaluated_at)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise damaged(run.last) from e

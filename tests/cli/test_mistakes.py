@@ -1,7 +1,6 @@
 """A user's mistake gives one line on stderr and exit code 2, and no file is written or lost."""
 
 import gzip
-import json
 import os
 import sys
 from unittest.mock import Mock
@@ -9,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 from conftest import TINY, assert_mistake, assert_refused
 from irongpt_kernels.runtime import launch
+from run_helpers import REMOVED, change
 
-from irongpt.files import sealed
 from irongpt.runs import checkpoint
 
 BAD_FLAGS = [
@@ -106,19 +105,6 @@ def test_a_full_disk_of_another_folder_is_one_line(cli, monkeypatch, run):
     assert_mistake(cli("generate", run), "cannot write: No space left on device (/dev/shm has ")
 
 
-def change(**values):
-    """Changes fields of a sealed JSON file, or of an object in it."""
-
-    def edit(path) -> None:
-        stored = json.loads(path.read_bytes())
-        del stored["sha256"]
-        for name, value in values.items():
-            stored[name] = stored[name] | value if isinstance(value, dict) else value
-        path.write_bytes(sealed({k: v for k, v in stored.items() if v is not REMOVED}))
-
-    return edit
-
-
 def write(data: str):
     return lambda path: path.write_bytes(data.encode("latin-1"))
 
@@ -133,7 +119,6 @@ def pipe(path) -> None:
 
 
 RECORD = '{"step": "1", "train_loss": 1.0, "val_loss": null}\n'
-REMOVED = object()
 DAMAGES = [
     ("config.json", unlink, "it has no config.json"),
     ("config.json", write("{}"), "config.json is damaged"),

@@ -1,14 +1,32 @@
-"""Comparison of two run folders, bit for bit, and a process that compiles kernels."""
+"""Comparison and changes of run folders, and a process that compiles kernels."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 
+from irongpt.files import sealed
+
 SECONDS = ("seconds", "tokens_per_s", "mfu")  # differ between equal runs
+REMOVED = object()
+
+
+def change(**values: object) -> Callable[[Path], None]:
+    """Changes fields of a sealed JSON file, or of an object in it."""
+
+    def edit(path: Path) -> None:
+        stored = json.loads(path.read_bytes())
+        del stored["sha256"]
+        for name, value in values.items():
+            both = isinstance(value, dict) and isinstance(stored.get(name), dict)
+            stored[name] = stored[name] | value if both else value
+        path.write_bytes(sealed({k: v for k, v in stored.items() if v is not REMOVED}))
+
+    return edit
 
 
 def history(run: Path) -> list[dict]:

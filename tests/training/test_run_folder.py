@@ -11,11 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, assert_mistake, assert_refused
-from run_helpers import history
+from run_helpers import change, history, state
 
 from irongpt import files
 from irongpt.errors import UserError
 from irongpt.runs import lock
+from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
 QUICK = [*TINY, "--iters", "10", "--sample-tokens", "0"]
@@ -145,14 +146,14 @@ def test_the_full_disk_of_a_user_without_a_home_is_named(monkeypatch):
     assert reason.startswith("No space left on device (/")
 
 
-def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, run):
-    path = tmp_path / run / "config.json"
-    values = json.loads(path.read_bytes())
-    del values["sha256"]
-    values["train"]["label_smoothing"], values["irongpt"] = 0.1, "9.0.0"
-    path.write_bytes(files.sealed(values))
+@pytest.mark.parametrize(("part", "kind"), [("train", "TrainConfig"), ("data", "DataConfig")])
+def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, part, kind, run):
+    values = {"irongpt": "9.0.0", part: {"label_smoothing": 0.1}}
+    if part == "data":  # in the fixture's config.json it is a string
+        values[part] |= {"sources": ["text.txt"]}
+    change(**values)(tmp_path / run / "config.json")
     result = cli("generate", run)
-    assert_mistake(result, "fields of its TrainConfig are unknown: ['label_smoothing']")
+    assert_mistake(result, f"fields of its {kind} are unknown: ['label_smoothing']")
     assert "IronGPT 9.0.0" in result.err
 
 
@@ -172,6 +173,29 @@ def test_a_run_continues_with_another_text(cli, tmp_path, run):
     assert (tmp_path / run / "last/tokenizer.json").read_bytes() == before
     assert [record["step"] for record in history(tmp_path / run)][-1] == 40
     assert "nothing to do" in cli("train", "--resume", run).out
+
+
+@pytest.mark.parametrize(
+    ("flags", "killed"), [([], 0), ([], 1), (["--iters", 40], 1), (["--patience", 1], 0)], ids=str
+)
+def test_best_is_chosen_anew_on_another_text(cli, tmp_path, run, monkeypatch, flags, killed):
+    """Also if the process ends before its first evaluation on that text."""
+    (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text()[::-1])
+    change(not_better=1, best_val=0.001)(tmp_path / run / "last/state.json")
+    command = ["train", "--resume", run, *flags, "--data", "other.txt"]
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingLoop, "fit", Mock(side_effect=KeyboardInterrupt))
+            assert cli(*command).code == 130
+        command = command[:-2]
+    out = cli(*command).out
+    assert "train nan" not in out
+    now, result = state(tmp_path / run), json.loads((tmp_path / run / "result.json").read_bytes())
+    assert f"best validation loss {now['best_val']:.4f} at step {now['best_step']}" in out
+    assert now["best_step"] == json.loads((tmp_path / run / "best/state.json").read_text())["step"]
+    assert result["step"] == now["best_step"] >= 30
+    assert result["val_loss"] == pytest.approx(now["best_val"], rel=0.1)
+    assert [r["val_loss"] for r in history(tmp_path / run) if r["step"] == 30] > [0.1]
 
 
 def test_generate_takes_a_checkpoint_of_a_run(cli, run):
