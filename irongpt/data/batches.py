@@ -39,11 +39,12 @@ class Tokens:
     def check(self, context: int) -> None:
         """Raises UserError if a part is too short for one sequence and its targets."""
         total = len(self.train) + len(self.val)
-        for name, part in (("training", self.train), ("validation", self.val)):
+        parts = ("training", self.train, "--data"), ("validation", self.val, "--val or --data")
+        for name, part, flags in parts:
             check(
                 len(part) > context,
                 f"the corpus has {total:,} tokens, {len(part):,} of them for {name}, but one "
-                f"sequence needs {context + 1:,}: use a longer text or a shorter --context",
+                f"sequence needs {context + 1:,}: use a longer text ({flags}) or a shorter --context",
             )
 
     @property

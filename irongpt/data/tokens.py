@@ -62,10 +62,11 @@ def tokenize(corpus: Corpus, kind: str, vocab_size: int | None = None) -> tuple[
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
     """The ids of a corpus by an existing tokenizer. Raises UserError on an unknown character."""
     if isinstance(tokenizer, CharTokenizer):
+        several = max(len(corpus.train), len(corpus.val)) > 1  # one text may have its own --val
         check(
-            bool(corpus.files) == tokenizer.documents,
+            bool(corpus.files) if tokenizer.documents else not several,
             "the vocabulary was made for a single text and this one has several documents, or the "
-            "reverse",
+            "reverse: start a new run",
         )
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
         return _tokens(corpus, tokenizer, train, val)

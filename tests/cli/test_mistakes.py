@@ -27,7 +27,7 @@ BAD_FLAGS = [
     ("--seed -1", "--seed must be in"),
     (f"--n-embd {2**40} --n-head 1", "--n-embd must be at most 10^9"),
     (f"--n-embd {2**28}", "is too large"),
-    ("--context 5000", "use a longer text or a shorter --context"),
+    ("--context 5000", "use a longer text (--val or --data) or a shorter --context"),
     ("--device tpu", "--device must be"),
     ("--device cuda:7", "--device"),
     ("--ops magic", "--ops"),

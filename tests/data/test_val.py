@@ -9,6 +9,9 @@ from book_server import Lines, refused
 from conftest import TINY, Cli, assert_mistake, assert_refused
 
 from irongpt.data.corpus import load
+from irongpt.data.tokenizer import CharTokenizer
+from irongpt.data.tokens import encode
+from irongpt.errors import UserError
 from irongpt.runs.run_folder import open_run
 
 FLAGS = [x for x in TINY if x not in ("--data", "text.txt")] + ["--iters", "2"]
@@ -59,7 +62,7 @@ def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None
         ("latin.txt", "'latin.txt' is not UTF-8 text: byte 3 (line 1) is 0xE9"),
         ("x.png", "'x.png' is a picture (PNG)"),
         ("-", "--val cannot be read from the standard input"),
-        ("short.txt", "4 of them for validation"),
+        ("short.txt", "4 of them for validation, but one sequence needs 17: use a longer text (--val"),
         (".", "contains the run's own folder"),
     ):
         data = ["--data", "code", "--val", val, "--out", "run"]
@@ -96,3 +99,18 @@ def test_a_run_is_validated_on_it_and_resumed(
     other = cli("train", "--resume", "run", "--iters", 4, "--val", "val.txt")
     assert other.code == 0, other.err
     assert "val.txt is not the text that run was trained on: the run continues" in other.out
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_on_one_text_may_get_its_own_validation_text(cli: Cli, tmp_path: Path, run: str):
+    """But its vocabulary has no sign for the start of a document, which several need."""
+    Path("words.txt").write_text(Path("text.txt").read_text()[:225])
+    words = ["--val", "words.txt"]
+    result = cli("train", "--resume", run, "--iters", 32, *words)
+    assert result.code == 0, result.err
+    assert "val text  words.txt: 225 bytes; 225 tokens" in result.out
+    message = "made for a single text and this one has several documents, or the reverse: start a"
+    assert_mistake(cli("train", "--resume", run, "--data", "code"), message)
+    text = load("text.txt", say=print)
+    with pytest.raises(UserError, match=message):
+        encode(text, CharTokenizer.from_text([text.text], documents=True))
