@@ -44,7 +44,8 @@ class Tokens:
             check(
                 len(part) > context,
                 f"the corpus has {total:,} tokens, {len(part):,} of them for {name}, but one "
-                f"sequence needs {context + 1:,}: use a longer text ({flags}) or a shorter --context",
+                f"sequence needs {context + 1:,}: use a longer text ({flags}) "
+                "or a shorter --context",
             )
 
     @property

@@ -77,13 +77,14 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
     result, notes = bytearray(), []
     controls = line_feeds = returns = 0
     only_ascii = True
+    unnamed = is_utf8 and not encoding
+    advice = "its encoding, such as --encoding cp1252" if unnamed else "another --encoding"
 
     def wrong(position: int, byte: int, before: str) -> NotTextError:
         line = 1 + max(line_feeds + before.count("\n"), returns + before.count("\r"))
         return NotTextError(
             f"{name} is not {codec.upper()} text: byte {position:,} (line {line:,}) is "
-            f"0x{byte:02X}; name its encoding, such as --encoding cp1252, or use "
-            "--errors replace",
+            f"0x{byte:02X}; name {advice}, or use --errors replace",
             f"not {codec.upper()}",
         )
 
@@ -109,7 +110,9 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
         if not kept:
             result += utf8
     if controls > max(len(raw) / 100, 4):
-        hint = " or is UTF-16 without a byte order mark (--encoding utf-16-le)" * (b"\0" in raw)
+        hint = ""
+        if unnamed and (guess := _codec_by_nuls(raw)):
+            hint = f" or is {guess[:6].upper()} without a byte order mark (--encoding {guess})"
         raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
 
     end = len(raw)
@@ -137,6 +140,16 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
         content = content.replace(b"\r\n", b"\n")
         content = content.replace(b"\r", b"\n")
     return Text(content, notes)
+
+
+_NULS = {  # in text of mostly ASCII: which of four bytes are NUL
+    (1, 3): "utf-16-le", (0, 2): "utf-16-be", (1, 2, 3): "utf-32-le", (0, 1, 2): "utf-32-be"
+}  # fmt: skip
+
+
+def _codec_by_nuls(raw: Utf8) -> str | None:
+    columns = (raw[i:4096:4] for i in range(4))
+    return _NULS.get(tuple(i for i, part in enumerate(columns) if part.count(0) > len(part) / 50))
 
 
 def unpacked(raw: bytes, name: str, limit: int) -> Utf8:

@@ -192,8 +192,8 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     if other_text:
         say(
             f"warning   {', '.join(filter(None, (*data.sources, data.val)))} is not the text that "
-            f"{run.path} was trained on: "
-            "the run continues with it and keeps its vocabulary; best/ is replaced at the next evaluation"
+            f"{run.path} was trained on: the run continues with it and keeps its vocabulary; "
+            "best/ is replaced at the next evaluation"
         )
     try:
         check_state(state)

@@ -127,7 +127,9 @@ def test_a_wrong_byte_is_named_with_its_position_and_line(
 
 def test_a_wrong_half_of_a_pair_in_utf_16_is_named() -> None:
     raw = codecs.BOM_UTF16_LE + "ab\n".encode("utf-16-le") + b"\x00\xd8" + "cd".encode("utf-16-le")
-    refused(raw, "is not UTF-16 text: byte 8 (line 2)")
+    advice = "; name another --encoding, or use --errors replace"
+    refused(raw, "is not UTF-16 text: byte 8 (line 2)", advice)
+    refused(b"ab \x81", "is not CP1252 text: byte 3", advice, encoding="cp1252")
     assert text_of(raw, "1 character", errors="replace") == "ab\n\ufffdcd"
 
 
@@ -178,9 +180,23 @@ def test_a_text_may_start_like_another_format(content: str) -> None:
     assert text_of(content.encode()) == content
 
 
-def test_utf_16_without_a_mark_is_binary_with_a_hint() -> None:
-    refused(GERMAN.encode("utf-16-le"), "looks binary", "--encoding utf-16-le")
-    assert text_of(GERMAN.encode("utf-16-le"), encoding="utf-16-le") == GERMAN
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf_16_without_a_mark_is_binary_with_a_hint(encoding: str) -> None:
+    for content in (GERMAN, "Все счастливые семьи похожи друг на друга\n"):
+        raw = content.encode(encoding)
+        refused(raw, "or is UTF-", f"without a byte order mark (--encoding {encoding}): give a")
+        assert text_of(raw, encoding=encoding) == content
+    refused(raw, "looks binary: give a text file", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "raw", [bytes(range(256)) * 9, b"BM" + bytes(99), b"\xff\xfea\0"], ids=["all", "BM", "mark"]
+)
+def test_another_binary_file_has_no_hint(raw: bytes) -> None:
+    refused(raw + b"\0\0", "looks binary: give a text file")
+
+
+def test_a_mark_in_a_named_utf_16_is_left_out() -> None:
     assert text_of(BOMS["utf-16-le"] + b"a\0", encoding="utf-16-le") == "a"
 
 

@@ -62,7 +62,7 @@ def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None
         ("latin.txt", "'latin.txt' is not UTF-8 text: byte 3 (line 1) is 0xE9"),
         ("x.png", "'x.png' is a picture (PNG)"),
         ("-", "--val cannot be read from the standard input"),
-        ("short.txt", "4 of them for validation, but one sequence needs 17: use a longer text (--val"),
+        ("short.txt", "4 of them for validation, but one sequence needs 17: use a longer text (--"),
         (".", "contains the run's own folder"),
     ):
         data = ["--data", "code", "--val", val, "--out", "run"]
