@@ -135,15 +135,16 @@ def replace_file(path: Path, data: bytes) -> None:
 def check_result(*paths: Path | None) -> None:
     """Raises UserError if a later `write_result` to one of the paths would fail."""
     for path in filter(None, paths):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: name a file")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: its folder does not exist")
+        with reported(f"cannot write {path}"):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: name a file")
+            if not path.absolute().parent.is_dir():
+                raise UserError(f"cannot write {path}: its folder does not exist")
 
 
 def write_result(path: Path, data: bytes) -> None:
     """`replace_file` for a path given by the user. Raises UserError."""
-    with reported(f"cannot write {path}"):
+    with reported(f"cannot write {path}", disk=path):
         replace_file(path.absolute(), data)
 
 
@@ -163,7 +164,7 @@ def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
     """
     missing = [p for p in path.parents if not p.exists()]
     temporary = temporary_path(path.absolute())  # "." has no name
-    with reported(f"cannot write a {kind} at {path}"):
+    with reported(f"cannot write a {kind} at {path}", disk=path):
         try:
             temporary.mkdir(parents=True)
             fill(temporary)

@@ -90,7 +90,7 @@ def load(device: torch.device) -> Loaded:
 def save(device: torch.device, entries: list[dict[str, Any]]) -> Path:
     """Replaces all stored entries. Raises UserError if the file cannot be written."""
     file = path(device)
-    with reported(f"cannot write {file}"):
+    with reported(f"cannot write {file}", disk=file):
         if entries:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, sealed({**identity(device), "format": FORMAT, "entries": entries}))

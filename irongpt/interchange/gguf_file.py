@@ -76,7 +76,7 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
             if dtype == "float16" and t.dim() == 2 and name != "wpe":
                 t = t.half()
             writer.add_tensor(f"{called}.{kind}", t.numpy())
-    with reported(f"cannot write {file}"):
+    with reported(f"cannot write {file}", disk=file):
         try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()

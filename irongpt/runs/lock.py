@@ -37,10 +37,10 @@ class Lock:
             "id": uuid.uuid4().hex,
             **_identity(os.getpid()),
         }
-        with reported(f"cannot write to {folder}"):
+        with reported(f"cannot write to {folder}", disk=folder):
             self._acquire()
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread = threading.Thread(target=self._beat, name=self.owner["id"], daemon=True)
         self.thread.start()
 
     def _acquire(self) -> None:
@@ -58,14 +58,16 @@ class Lock:
         self.check()
 
     def _write(self, mode: str) -> None:
+        """mode: x or w, or r+ to overwrite the file with as many bytes, so that a process that is
+        killed meanwhile, or whose disk is full, leaves no empty file."""
         with open(self.path, mode, encoding="utf-8") as f:
-            f.write(json.dumps({**self.owner, "beat": time.time()}))
+            f.write(json.dumps({**self.owner, "beat": time.time_ns()}))
 
     def _beat(self) -> None:
         while not self.ended.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 if _read(self.path).get("id") == self.owner["id"]:
-                    self._write("w")
+                    self._write("r+")
 
     def check(self) -> None:
         """Raises UserError if another process has taken over, as after a long sleep of this one."""
@@ -114,17 +116,17 @@ def _lives(path: Path) -> bool:
     other, own = _read(path), _identity(os.getpid())
     if own and other.get("boot") == own["boot"]:
         if other.get("process") == os.getpid():
-            return False  # of this process: an earlier run, as in a notebook
+            return any(thread.name == other["id"] for thread in threading.enumerate())
         return other.get("started") == _identity(int(other["process"])).get("started", "")
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
         return False
-    rest = TIMEOUT - min(max(age, 0.0), TIMEOUT)
-    if rest and other:
-        say(
-            f"waiting   up to {rest:.0f} s to see whether that process still runs: {_refusal(path)}"
-        )
+    longest = TIMEOUT if other else HEARTBEAT  # a living process completes its file at once
+    rest = longest - min(max(age, 0.0), longest)
+    if rest:
+        why = _refusal(path) if other else f"{path} is incomplete"
+        say(f"waiting   up to {rest:.0f} s to see whether that process still runs: {why}")
     end = time.monotonic() + rest
     while time.monotonic() < end:
         time.sleep(min(1.0, HEARTBEAT))

@@ -37,6 +37,11 @@ def start(*flags: object) -> loop.TrainingLoop:
     return new_run(given, Clock(0.0))
 
 
+def resume(training: loop.TrainingLoop, **flags: object) -> loop.TrainingLoop:
+    training.run.release()
+    return resumed_run(training.run.path, flags, Clock(time.perf_counter()))
+
+
 def step_of(folder) -> int:
     return json.loads((folder / "state.json").read_text())["step"]
 
@@ -91,7 +96,7 @@ def test_the_numbers_of_a_record(training, monkeypatch):
 def test_a_resumed_run_continues_the_count_of_seconds(training):
     training.fit()
     before = training.run.records()[-1]["seconds"]
-    resumed = resumed_run(training.run.path, {"iters": 40}, Clock(time.perf_counter()))
+    resumed = resume(training, iters=40)
     resumed.fit()
     after = resumed.run.records()[-1]["seconds"]
     assert before < after <= before + resumed.clock.total()
@@ -103,7 +108,7 @@ def test_a_resumed_run_evaluates_a_step_that_has_a_record(cli, changes):
     while training.trainer.step < 10:
         training._step(loop.Progress(30, 0))
     training.save(training.run.last)
-    resumed = resumed_run(training.run.path, changes, Clock(0.0))
+    resumed = resume(training, **changes)
     assert resumed.fit() is None
     first, second = resumed.run.records()[:2]
     assert (first["step"], first["val_loss"]) == (10, None)
@@ -226,7 +231,7 @@ def test_a_run_killed_while_it_looked_for_the_target_looks_again(cli: Cli, monke
         with pytest.raises(KeyboardInterrupt):
             training.fit()
     assert step_of(training.run.last) == 20
-    resumed = resumed_run(training.run.path, {}, Clock(0.0))
+    resumed = resume(training)
     assert resumed.fit() is None
     assert resumed.outcome().startswith("target loss reached at step 20")
 
@@ -243,7 +248,7 @@ def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli
         assert training.fit() == signal.SIGTERM
     assert step_of(training.run.last) == 20
     assert [r["step"] for r in training.run.records()] == [10]
-    resumed = resumed_run(training.run.path, {}, Clock(0.0))
+    resumed = resume(training)
     assert resumed.fit() is None
     assert resumed.outcome().startswith("target loss reached at step 20")
 

@@ -103,10 +103,34 @@ def test_a_process_of_another_machine_lives_while_it_writes(tmp_path, monkeypatc
 
 def test_a_process_whose_run_was_taken_over_stops(tmp_path):
     first = lock.Lock(tmp_path)
-    second = lock.Lock(tmp_path)  # the same process may
+    with pytest.raises(UserError, match="is trained by process"):
+        lock.Lock(tmp_path)  # also of the same process
+    first.path.unlink()
+    second = lock.Lock(tmp_path)
     with pytest.raises(UserError, match="is trained by process"):
         first.check()
+    first.release()
     second.release()
+    assert not second.path.exists()
+
+
+def test_a_beat_that_fails_keeps_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    first = lock.Lock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.json, "dumps", full := Mock(side_effect=OSError(28, "No space")))
+        while full.call_count < 2:
+            time.sleep(0.01)
+    with pytest.raises(UserError, match="is trained by process"):
+        lock.Lock(tmp_path)
+    first.release()
+
+
+def test_an_empty_lock_is_waited_for_with_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
+    (tmp_path / ".lock").touch()
+    lock.Lock(tmp_path).release()
+    assert capsys.readouterr().out.startswith("waiting   up to ")
 
 
 def test_a_folder_that_vanished_is_named(cli, tmp_path, monkeypatch):
@@ -135,6 +159,26 @@ def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch, full):
     reason = files.write_error_reason(OSError(28, "No space left on device"), tmp_path / "run")
     assert f"({named} has " in reason
     assert "MB and" in reason
+
+
+def _full(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_result(path / "file", b""),
+        lambda path: files.new_folder(path / "new", "model", _full),
+        lock.Lock,
+    ],
+    ids=["file", "folder", "lock"],
+)
+def test_every_message_about_a_full_disk_names_it(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(files, "replace_file", _full)
+    monkeypatch.setattr(lock.Lock, "_write", _full)
+    with pytest.raises(UserError, match=r": No space left on device \(/.* MB and .* files free\)"):
+        write(tmp_path)
 
 
 def test_the_full_disk_of_a_user_without_a_home_is_named(monkeypatch):
