@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from irongpt.config import (
     check,
     flag,
 )  # fmt: skip
-from irongpt.console import output, say_on_stderr
+from irongpt.console import output, read_standard_input, say_on_stderr
 from irongpt.data.text import ERRORS, check_encoding, decoded
 from irongpt.errors import DivergenceError, UserError, out_of_memory, short_reason, shortened
 from irongpt.files import FULL, write_error_reason
@@ -325,7 +326,7 @@ def generate_command(flags: Flags) -> int:
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
     names = flags.keys() & {f.name for f in fields(SampleConfig)}
     config = SampleConfig(**{name: flags[name] for name in names})
-    if run.name in ("best", "last") and not (run / "config.json").exists():
+    if run.name in ("best", "last") and not os.path.exists(run / "config.json"):
         run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
     text = read_file(flags, "--prompt-file FILE")
     prompt = flags.get("prompt", "") if text is None else text
@@ -376,7 +377,7 @@ def show_command(flags: Flags) -> int:
 def _checkpoint(flags: Flags) -> str:
     """The checkpoint that the flags name, else `best`, or `last` if there is no `best` yet."""
     run, name = flags["run"], flags.pop("checkpoint", None)
-    if name is None and (run / "last").is_dir() and not (run / "best").exists():
+    if name is None and os.path.isdir(run / "last") and not os.path.exists(run / "best"):
         say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
         return "last"
     return name or "best"
@@ -393,10 +394,9 @@ def read_file(flags: Flags, option: str) -> str | None:
         return None
     if "encoding" in reading:
         check_encoding(reading["encoding"])
-    check(file != "-" or sys.stdin is not None, f"{flag} -: standard input is closed")
     named = f"the {flag.removeprefix('--').replace('-', ' ')} {file}"
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+        data = read_standard_input() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"cannot read {named}: {short_reason(e)}") from e
     text = decoded(data, "the standard input" if file == "-" else named, **reading)

@@ -116,6 +116,21 @@ def make_output_optional() -> None:
         sys.stdout.failed = failed
 
 
+def read_standard_input(limit: int = -1) -> bytes:
+    """Standard input, of any kind, or its first `limit` bytes. Raises UserError."""
+    stream = sys.stdin
+    if stream is None or stream.closed:
+        raise UserError("the standard input is closed")
+    try:
+        if stream.isatty():
+            say_on_stderr("reading the text from the terminal, until an end of file (Ctrl-D)")
+        if hasattr(stream, "buffer"):
+            return stream.buffer.read(limit)
+        return stream.read(limit).encode()
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the standard input: {short_reason(e)}") from e
+
+
 def say(text: str) -> None:
     """Prints a line, above the progress bar if there is one."""
     bars = sys.modules.get("tqdm")  # imported with the first bar

@@ -13,13 +13,13 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from irongpt.console import read_standard_input
 from irongpt.data.download import war_and_peace
 from irongpt.data.folder import (
     MAX_BYTES,
@@ -42,7 +42,6 @@ from irongpt.data.text import (
     without_license,
 )
 from irongpt.errors import UserError, short_reason
-from irongpt.files import reported
 
 BUILT_IN = ("war-and-peace", "python-docs", "python-code", "python-packages")
 STDIN = "-"
@@ -144,7 +143,8 @@ def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | N
     if data == "python-packages":
         return _by_file(data, data, packages(reader.say), as_utf8)
     if data == STDIN:
-        return _checked("stdin", "the standard input", _standard_input(reader), reader)
+        name, raw = "the standard input", read_standard_input(MAX_BYTES + 1)
+        return _checked("stdin", name, reader.decode(raw, name), reader)
     path = os.path.expanduser(data)
     try:
         if os.path.isdir(path):
@@ -157,16 +157,6 @@ def _source(data: str, reader: Reader, include: Sequence[str], exclude: Path | N
     except OSError as error:
         raise UserError(f"cannot read {data!r}: {short_reason(error)}") from None
     return _checked(_folder_name(Path(data.removesuffix(".gz")).stem), repr(data), text, reader)
-
-
-def _standard_input(reader: Reader) -> Text:
-    if sys.stdin is None:
-        raise UserError("--data -: the standard input is closed")
-    if sys.stdin.isatty():
-        reader.say("reading the text from the terminal, until an end of file (Ctrl-D)")
-    with reported("cannot read the standard input"):
-        raw = sys.stdin.buffer.read(MAX_BYTES + 1)
-    return reader.decode(raw, "the standard input")
 
 
 def _checked(name: str, shown: str, text: Text, reader: Reader) -> Corpus:

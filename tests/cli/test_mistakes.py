@@ -208,6 +208,20 @@ def test_generating_from_a_path_that_is_not_a_run(cli):
         assert_mistake(cli("generate", path), f"{path} is no")
 
 
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "args",
+    [f"generate {LONG}", f"generate {LONG}/last", f"export {LONG} new", f"show {LONG}",
+     f"show run --out {LONG}", f"doctor --json {LONG}", f"compare --plot {LONG}"],
+    ids=lambda args: args.replace(LONG, "LONG"),
+)  # fmt: skip
+@pytest.mark.usefixtures("run")
+def test_a_name_that_is_too_long_is_one_line(cli, args):
+    assert_refused(cli, ": File name too long", *args.split())
+
+
 FULL_DISK = Mock(side_effect=OSError(28, "No space left on device"))
 
 

@@ -251,8 +251,12 @@ def test_standard_input_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (corpus.name, corpus.text) == ("stdin", "naïve\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     refused("-", "the standard input is empty")
-    monkeypatch.setattr(sys, "stdin", None)
-    refused("-", "the standard input is closed")
+    monkeypatch.setattr(sys, "stdin", stream := io.StringIO("naïve\n"))  # it has no bytes
+    assert load("-", say=Lines()).text == "naïve\n"
+    stream.close()
+    for closed in (stream, None):
+        monkeypatch.setattr(sys, "stdin", closed)
+        refused("-", "the standard input is closed")
 
 
 def test_a_text_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

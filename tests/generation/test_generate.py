@@ -51,10 +51,11 @@ def test_prompts_from_a_file_and_from_standard_input(cli, run, tmp_path, monkeyp
         b"\xef\xbb\xbfall": "all", b"": "",
     }.items():  # fmt: skip
         (tmp_path / "prompt").write_bytes(stored)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stored)))
         expected = cli("generate", run, "--prompt", prompt, "--tokens", 9).out
-        for file in ("prompt", "-"):
-            assert cli("generate", run, "--prompt-file", file, "--tokens", 9).out == expected
+        for stream in (io.TextIOWrapper(io.BytesIO(stored)), io.StringIO(stored.decode())):
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert cli("generate", run, "--prompt-file", "-", "--tokens", 9).out == expected
+        assert cli("generate", run, "--prompt-file", "prompt", "--tokens", 9).out == expected
 
 
 def test_a_warning_says_that_a_long_prompt_is_truncated(cli, run):
