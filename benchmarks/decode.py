@@ -4,14 +4,14 @@
 
     no cache   the model processes the complete context for every token, like nanoGPT's generate
     cached     `irongpt.generation.sample` with a KV cache, one launch per kernel
-    graphed    cached, with one CUDA graph per token; only on a GPU
+    graphed    cached, one launch of a CUDA graph per token; only on a GPU
     batched    several sequences at once, with graphs on a GPU; the tokens of all of them count
 
-A sequence starts with one token and is never longer than the context, so no prompt is processed
-again. The weights are randomly initialized, because training does not change the speed. Tokens are
-sampled at temperature 0.8; without a cache, PyTorch samples them. A graph is captured for every
-call, and its capture is in the time, as it is for a user; `steady` leaves out the first tokens, and
-so the capture. `nodes` is the number of kernels, copies and fills per token.
+A sequence starts with one token and is never longer than the context, so no cache is refilled. The
+weights are randomly initialized, because training does not change the speed. Tokens are sampled at
+temperature 0.8; without a cache, PyTorch samples them. A graph is captured for every call, and its
+capture is in the time, as it is for a user; `steady` leaves out the first tokens, and so the
+capture. `nodes` is the number of kernels, copies and fills per token.
 """
 
 import time

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--iters", metavar="N", type=int, help=help)
     help = "text, as in irongpt train [the preset's]"
     parser.add_argument("--data", metavar="TEXT", help=help)
-    help = "validation loss at which a run ends with --section target [1.38, 1.80 for nano]"
+    help = "validation loss that ends --section target [iron, fast 1.38; nano 1.80]"
     parser.add_argument("--target-loss", metavar="LOSS", type=float, help=help)
     help = "time limit of each run, in seconds [600, 100 on a CPU]"
     parser.add_argument("--limit", metavar="SECONDS", type=float, help=help)

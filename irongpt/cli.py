@@ -138,7 +138,7 @@ def build_parser() -> Parser:
     _show_flags(command("show", show_command, help, more))
 
     more = "The exit code is 1 if a check fails. "
-    more += "On a CPU it takes about 4 minutes with --arch, and up to 20 in Triton's interpreter."
+    more += "On a CPU it takes about 5 minutes with --arch, and up to 20 in Triton's interpreter."
     run = _call("irongpt.compare.command", "compare")
     help = "compare the kernels with eager PyTorch in float64"
     compare = command("compare", run, help, more)
@@ -185,7 +185,7 @@ def _train_flags(train: Parser) -> None:
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
     help = (
-        "validation text, given like --data, but not - [the last tenth of a text; of several files "
+        "validation text, as --data except for '-' [the last tenth of a text; of several files "
         "about a tenth, chosen by a hash of their paths]"
     )
     run.add_argument("--val", metavar="TEXT", help=help)
@@ -216,7 +216,7 @@ def _train_flags(train: Parser) -> None:
 def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
     help = f"text encoding of {what}, such as cp1252 [UTF-8, or UTF-16/32 with a byte order mark]"
     parser.add_argument("--encoding", metavar="NAME", help=help)
-    help = f"bytes of {what} that cannot be decoded: strict, an error; replace, U+FFFD [strict]"
+    help = f"if bytes of {what} cannot be decoded, strict: fail; replace: use U+FFFD [strict]"
     parser.add_argument("--errors", choices=ERRORS, help=help)
 
 

@@ -119,7 +119,7 @@ class TrainConfig:
     shards: int = option(
         "recipe",
         "shards into which the batch of a step is split; the weights are bit-identical on any "
-        "number of GPUs that divides it, except with dropout and --ops builtin; by default the "
+        "number of GPUs that divides N, except with dropout and --ops builtin; by default the "
         "number of processes that torchrun starts",
         1,
     )
@@ -199,7 +199,7 @@ class SampleConfig:
     tokens: int = option("sampling", "number of tokens to generate", 1000)
     temperature: float = option("sampling", "divides the logits; 0 is greedy decoding", 0.8)
     samples: int = option(
-        "sampling", "sequences to generate, as one batch; a line --- separates them", 1
+        "sampling", "sequences to generate, as one batch; lines '---' between them", 1
     )
     top_k: int | None = option("sampling", "sample only from the N most probable tokens", None)
     top_p: float | None = option(

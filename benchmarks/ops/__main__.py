@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     help = "samples of each implementation [20, 9 on a CPU]"
     parser.add_argument("--rounds", type=int, help=help)
-    help = "time only one 16-bit dtype and float32, iron's dropout, and torch.compile in 16 bits"
+    help = "time only float32, one 16-bit dtype, iron's dropout; torch.compile only in 16 bits"
     parser.add_argument("--quick", action="store_true", help=help)
     args, device = result_file.parsed(parser, argv)
     swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS

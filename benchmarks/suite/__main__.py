@@ -14,7 +14,7 @@ come first:
     gpu         runs the tests that need a GPU, with training steps of each implementation
     compare     compares the kernels with eager PyTorch and float64
     tests       runs the other kernel tests on this GPU, several files at a time
-    emulated    on newer GPUs: runs the tests of gpu and tests with the kernels as compiled for a T4
+    emulated    on newer GPUs: repeats stages gpu and tests with the kernels compiled for a T4
     kernels     times every op in every implementation at the iron model's shape
     train       times training steps
     decode      times generation in tokens/s
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="STAGE", help=help)
     help = "time limit for all stages together, in minutes [40]"
     parser.add_argument("--minutes", type=float, default=40, help=help)
-    help = "text of the stage runs [War and Peace; without a network, python-docs]"
+    help = "text for stage 'runs' [War and Peace; without a network, python-docs]"
     parser.add_argument("--data", metavar="TEXT", help=help)
     result_file.add_options(parser, kind="gpu")
     args = parser.parse_args(argv)

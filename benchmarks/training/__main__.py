@@ -10,7 +10,7 @@
     ... graph                the whole step as one CUDA graph
     ... as trained           a graph with deterministic algorithms, as in `irongpt train`
     nanoGPT                  its model and AdamW on the same batches, also compiled; if the preset
-                             uses Muon, compare it with builtin AdamW, which has the same optimizer
+                             uses Muon, the variant "builtin AdamW" has the same optimizer
 
 A step is `Trainer.train_step`: batch, forward, backward, gradient norm, optimizer. The variants are
 interleaved, a few steps each, so that a GPU that gets hot slows down all of them. The weights and

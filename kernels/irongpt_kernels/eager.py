@@ -248,7 +248,7 @@ def adamw(
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: in the params' shapes, of any dtype.
     low_precision_params: 16-bit copies of the first params, rounded after the update.
-    state_steps: (n,) float32, including this step. lr: 0-d float32. stats: the result of
+    state_steps: (n,) float32, counting this step. lr: 0-d float32. stats: the result of
     `grad_norm`. weight_decays: one per parameter.
     """
     _, grad_scale, found_inf = GradStats(*stats)
@@ -310,7 +310,7 @@ def decode_attention(
     """Attention of one new position per sequence to itself and to all earlier positions.
 
     qkv: (B, 1, 3, H, D). cache_k, cache_v: (B, H, N, D); the new key and value are written at
-    `position`, (B,) int64, from 0 to N - 1. Cache rows after it are never read.
+    `position`, (B,) int64, from 0 to N - 1. Cache rows after it have no effect.
     scale: 1/sqrt(D) unless given. Returns (B, 1, H, D).
     """
     q, k, v = qkv[:, 0].unbind(1)  # (B, H, D)
@@ -341,7 +341,7 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     """The sum of the embeddings of each sequence's last token and of its position.
 
     tokens: (B, N) int64, a ring buffer: the last of n tokens is in column (n - 1) mod N. counts:
-    (B, K) int64, K >= 2: n, the last token's position, and unused columns. wte: (V, C). wpe:
+    (B, 2 or more) int64: n, the last token's position, and unused columns. wte: (V, C). wpe:
     (context, C). A negative id counts as 0: `sample_tokens` writes -1 if a logit is not finite. For
     an id of V or more, or a position outside the context, `fused` gives NaN. Returns (B, C) in the
     dtype of wte.
@@ -380,7 +380,7 @@ def sample_tokens(
     """Samples the next token of each sequence, stores it in `tokens` and increments `counts`.
 
     logits: (B, V). tokens: (B, N) int64, a ring buffer: token number n is stored in column n mod N.
-    counts: (B, K) int64: column 0 is n, and every column is incremented.
+    counts: int64, B rows; column 0 is n, every column is incremented.
 
     Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
     likely tokens. top_p (nucleus sampling, Holtzman et al. 2020) then keeps the smallest set of
@@ -390,7 +390,7 @@ def sample_tokens(
     order. The sampled token is the first one, in order of token id, at which the running sum of
     masses exceeds `uniform` times their total. So it depends only on (logits, seed, sequence, n).
     The token is -1 if a logit is not finite.
-    ValueError: temperature is not finite or below 0, top_k below 1, top_p outside (0, 1], or V
+    ValueError: temperature is below 0 or not finite, top_k below 1, top_p outside (0, 1], or V
     outside [1, MAX_V].
     """
     checks.seed_of(seed, logits=logits)

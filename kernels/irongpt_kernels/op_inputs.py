@@ -157,7 +157,7 @@ def widened(inputs: Tensors) -> Tensors:
 
 
 def upstream(i: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A random gradient for output i, which is x: like x, with values that `dtype` can hold."""
+    """A random gradient of output i (x), in x's dtype, with values that `dtype` can hold."""
     generator = torch.Generator(x.device).manual_seed(90 + i)
     return torch.randn(x.shape, generator=generator, device=x.device).to(dtype).to(x.dtype)
 

@@ -1,8 +1,8 @@
 """Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
 A module has the kernels of one op or of related ops, and a docstring with formulas, memory traffic
-and limits. exponential, philox and attention_tiles are helpers. Importing this package imports
-Triton.
+and limits. No op has a second or a forward-mode derivative: asking for one raises an error.
+exponential, philox and attention_tiles are helpers. Importing this package imports Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw

@@ -195,9 +195,9 @@ def causal_attention(
 ) -> Tensor:  # fmt: skip
     """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
 
-    Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a seed of another
-    type; ValueError for tensors that differ in shape, dtype or device, unless D is a multiple of 16
-    from 16 to 128, for dropout_p outside [0, 1) or without a seed, and for a scale that is not
+    Raises TypeError for dtypes other than float32, float16 and bfloat16, and for a seed that is no
+    int or int64 tensor; ValueError for tensors that differ in shape, dtype or device, a D not in
+    16, 32, ..., 128, a dropout_p outside [0, 1) or above 0 without a seed, and a scale that is not
     finite.
     """
     checks.floating(q=q, k=k, v=v)

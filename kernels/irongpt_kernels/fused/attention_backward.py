@@ -31,7 +31,7 @@ Precision   Accumulators and dS are in float32; Z and dS are rounded to the inpu
             difference of nearly equal numbers, and the different rounding of dot(dO, O) and dZ
             becomes visible in float32. There a first pass over the keys computes the sum of dS and
             adds it to delta. Row 0 sees only one key, so its dS is set to exactly 0.
-Limits      those of `attention`. No second derivative.
+Limits      those of `attention`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """
 

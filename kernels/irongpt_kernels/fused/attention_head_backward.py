@@ -17,7 +17,7 @@ Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D eleme
             moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
-            log2, which saves a multiplication per element. It is at most 256, and so is Z.
+            log2, which saves a multiplication per element. 1 / (1 - p) and Z are <= 256.
 Limits      float16 and bfloat16. A program holds BLOCK_M >= T rows of q, dout and dQ, which have to
             fit its registers and shared memory: see `attention_tiles.head_options`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
@@ -85,7 +85,7 @@ def _bwd_head_kernel(
 
 @triton.jit
 def _halves(x):
-    """The upper and the lower half of the rows. Each thread holds parts of both, so none moves."""
+    """The upper and the lower half of the rows. Threads hold parts of both: no data moves."""
     M: tl.constexpr = x.shape[0] // 2
     if len(x.shape) == 2:
         x = tl.permute(tl.reshape(x, (2, M, x.shape[1])), (1, 2, 0))

@@ -4,8 +4,8 @@
     sample_tokens(logits, tokens, counts, seed, temperature, top_k, top_p)
 
     tokens: (B, N) int64, a ring buffer    logits: (B, V)    wte: (V, C)    wpe: (context, C)
-    x: (B, C)    counts: (B, K) int64, K >= 2 for embed_tokens: column 0 is the number of tokens so
-    far, column 1 the position of the last; sample_tokens increments every column
+    x: (B, C)    counts: int64, B rows: column 0 is the number of tokens so far, column 1 (for
+    embed_tokens) the position of the last; sample_tokens increments every column
 
 Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z)), an integer
             Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by

@@ -20,7 +20,7 @@ Parallelism The forward is that of `layer_norm`. For dwte a program searches a p
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would
-            make the host wait, and x and norm become NaN there instead. No second derivative.
+            make the host wait, and x and norm become NaN there instead.
 Spec        irongpt_kernels/eager.py::embed_layer_norm
 """
 

@@ -17,7 +17,7 @@ Parallelism P programs, WARPS_PER_SM warps on each SM, loop over the blocks of r
             own dweight and dbias; `norm_parameters` adds these (P, N) partial sums, of all norms at
             once. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store; xhat is centred as in the forward.
-Limits      those of `layer_norm`. No second derivative.
+Limits      those of `layer_norm`.
 Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_layer_norm
 """
 

@@ -28,8 +28,8 @@ Limits      Columns from `classes` on are padding: their logits are not used, th
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
             would make the host wait, and the loss and the gradients become NaN instead. dx and dw
-            are kept multiplied by s, in float16 by default FLOAT16_SCALE: there an element beyond
-            +-65,504 / s becomes infinite, where `eager` may be finite. `loss_scale` sets s.
+            are kept times s (by default FLOAT16_SCALE in float16): there an element beyond
+            +-65,504 / s becomes infinite, where `eager` may be finite.
 Spec        irongpt_kernels/eager.py::linear_cross_entropy
 """
 

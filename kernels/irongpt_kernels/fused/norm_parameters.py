@@ -14,7 +14,7 @@ Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time
             up to 48 matrices, whose addresses are kernel arguments, as in `grad_norm`. There are no
             atomics, so every run gives the same bits.
 Precision   float32.
-Limits      Matrices that are not float32 or not contiguous are copied. No second derivative.
+Limits      Matrices that are not float32 or not contiguous are copied.
 Spec        irongpt_kernels/eager.py::norm_parameters
 """
 
