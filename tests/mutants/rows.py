@@ -115,7 +115,6 @@ EMBED_LAYER_NORM: list[Bug] = [
 SOFTMAX: list[Bug] = [
     ("no maximum subtracted", "e = exp(a - tl.max(a, axis=1)[:, None])", "e = exp(a)"),
     ("the sum is not rescaled", "total = total * rescale + e", "total = total + e"),
-    ("delta is not rescaled", "weighted = weighted * rescale +", "weighted = weighted +"),
     ("lanes meet without their maxima", "tl.sum(total * rescale, axis=0)", "tl.sum(total, axis=0)"),
     ("causal by the row of the matrix",
      "seen = seen & (cols <= rows % N)", "seen = seen & (cols <= rows)"),
