@@ -17,10 +17,13 @@ SHOWN = 10.0  # larger ratios are shown at the edge
 
 def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> bytes:
     """Left the error ratios with their tolerance, right the training curves, as bytes of a PNG."""
-    figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
+    ops = list(dict.fromkeys(r.op for r in rows))
+    labels = sorted(dict.fromkeys(map(_label, rows)), key=lambda label: ops.index(label[0]))
+    size = 13, max(7.5, 1.5 + 0.14 * len(labels))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     figure.suptitle(title, parse_math=False)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1), height_ratios=(1.6, 1))
-    _draw_ratios(figure.add_subplot(grid[:, 0]), rows, candidate)
+    _draw_ratios(figure.add_subplot(grid[:, 0]), rows, labels, candidate)
     losses = figure.add_subplot(grid[0, 1])
     below = grid[1, 1].subgridspec(1, max(1, len(curves)))
     difference_axes: list[Axes] = []
@@ -32,9 +35,9 @@ def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> byt
     return figures.png(figure)
 
 
-def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
+def _draw_ratios(axes: Axes, rows: list[Row], lines: list[tuple[str, str]], candidate: str) -> None:
     """A line for every op and tensor, a point for every shape and dtype."""
-    labels = {label: y for y, label in enumerate(dict.fromkeys(map(_label, rows)))}
+    labels = {label: y for y, label in enumerate(lines)}
     dtypes = list(dict.fromkeys(r.dtype for r in rows))
     for r in rows:
         ratio, color = r.errors["max"].ratio, COLORS[r.dtype]
@@ -65,9 +68,7 @@ def _draw_ratios(axes: Axes, rows: list[Row], candidate: str) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(f"largest error of {candidate} / largest error of eager, both from float64")
     names = {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    place: dict[str, Any] = dict(
-        loc="upper center", bbox_to_anchor=(0.5, 1.06), ncols=6, fontsize=8
-    )
+    place: dict[str, Any] = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, fontsize=8)
     axes.legend(names.values(), names.keys(), **place)
 
 
