@@ -27,6 +27,7 @@ from irongpt.runs.lock import NAME, Lock
 
 FORMAT = 1
 IMPORTED = "imported"  # the preset of a run that `irongpt import` has made
+RUNS = Path("runs")  # the parent of the runs for which no folder is given
 UNFINISHED = ".new-*"  # of a run that is being created
 WRITTEN = "last best config.json metrics.jsonl loss.png sample.txt result.json".split()
 RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
@@ -219,13 +220,26 @@ class ReadOnlyRunFolder(RunFolder):
         self.config = config
 
 
-def default_path(name: str) -> Path:
-    """runs/<name>, with the suffix -2, -3, ... if that exists."""
-    path, n = Path("runs") / name, 1
-    while path.exists():
+def claim_default(name: str, config: RunConfig) -> RunFolder:
+    """Claims runs/<name>, with the suffix -2, -3, ... if that exists. Raises UserError."""
+    run, n = RunFolder(RUNS / name, config), 1
+    while True:
+        try:
+            if not run.path.exists():
+                run.claim()
+                return run
+        except UserError:
+            if not run.path.exists():  # else another process was faster
+                raise
         n += 1
-        path = Path("runs") / f"{name}-{n}"
-    return path
+        run = RunFolder(RUNS / f"{name}-{n}", config)
+
+
+def check_runs_can_be_written() -> None:
+    """Raises UserError unless `claim_default` can make a folder."""
+    parent = RUNS if os.path.lexists(RUNS) else Path()
+    writable = os.path.isdir(parent) and os.access(parent, os.W_OK)
+    check(writable, f"cannot write to {parent.absolute()}: give a folder for the run with --out")
 
 
 def open_run(path: Path) -> RunFolder:

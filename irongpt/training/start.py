@@ -36,11 +36,13 @@ from irongpt.runs import tensorboard
 from irongpt.runs.lock import Lock
 from irongpt.runs.run_folder import (
     IMPORTED,
+    RUNS,
     ReadOnlyRunFolder,
     RunConfig,
     RunFolder,
     check_run_is_new,
-    default_path,
+    check_runs_can_be_written,
+    claim_default,
     load_checkpoint,
     open_run,
 )
@@ -125,15 +127,15 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
 def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
     """Creates the run's folder, with a first checkpoint. The caller releases the run at the end."""
     world = world or World()
-    if "out" in flags and not world.rank:
-        check_run_is_new(flags["out"])
+    if not world.rank:
+        check_run_is_new(flags["out"]) if "out" in flags else check_runs_can_be_written()
     setup = new_setup({"shards": world.size} | flags if world.size > 1 else flags)
     _check_world(world, setup)
     if "preset" not in flags:
         kind = "GPU" if setup.device.type == "cuda" else "CPU"
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     config = RunConfig(setup.preset, DataConfig(()), "", setup.model, setup.train)
-    run = (ReadOnlyRunFolder if world.rank else RunFolder)(flags.get("out") or Path("runs"), config)
+    run = (ReadOnlyRunFolder if world.rank else RunFolder)(flags.get("out", RUNS), config)
     try:
         if "out" in flags:
             run.claim()
@@ -144,12 +146,12 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
         data = _stored(setup.data) if setup.data else DataConfig((text.name,))
         config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-        default = default_path(f"{text.name}-{setup.preset}")
-        path = Path(world.broadcast(str(flags.get("out") or default)))
-        if "out" in flags:
-            run.config = config
-        else:
-            run = (ReadOnlyRunFolder if world.rank else RunFolder)(path, config)
+        run.config = config
+        if not ("out" in flags or world.rank):
+            run = claim_default(f"{text.name}-{setup.preset}", config)
+        path = Path(world.broadcast(str(run.path)))
+        if world.rank:
+            run = ReadOnlyRunFolder(path, config)
         training = _training(run, setup, text, tokenizer, tokens, clock, world)
         run.create(training.save, text.files)
     except BaseException:

@@ -14,8 +14,10 @@ from conftest import TINY, assert_mistake, assert_refused
 from run_helpers import change, history, state
 
 from irongpt import files
+from irongpt.data import corpus
 from irongpt.errors import UserError
 from irongpt.runs import lock
+from irongpt.runs.run_folder import RunFolder
 from irongpt.training.loop import TrainingLoop
 from irongpt.training.trainer import Trainer
 
@@ -49,6 +51,36 @@ def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
 def test_folders_that_a_run_may_not_have(cli, tmp_path, out, message):
     os.symlink("nowhere", tmp_path / "dangling")
     assert_mistake(cli("train", *QUICK, "--out", out), message)
+
+
+@pytest.mark.parametrize("runs", ["file", "read-only", "cannot be made"])
+def test_the_default_folder_is_checked_before_the_text_is_read(cli, tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(corpus, "load", Mock(side_effect=AssertionError))
+    named = tmp_path / "runs"
+    if runs == "file":
+        named.touch()
+    elif runs == "read-only":
+        named.mkdir()
+    else:
+        named = tmp_path
+    monkeypatch.setattr(os, "access", lambda path, mode: runs == "file" or path.absolute() != named)
+    assert_refused(cli, f"cannot write to {named}: give a folder", "train", *QUICK)
+
+
+def test_a_default_folder_that_another_process_takes_first(cli, tmp_path, monkeypatch):
+    claim, other = RunFolder.claim, []
+
+    def slow(self):
+        if not other:
+            self.path.mkdir(parents=True)
+            other.append(lock.Lock(self.path))
+        claim(self)
+
+    monkeypatch.setattr(RunFolder, "claim", slow)
+    assert cli("train", *QUICK).code == 0
+    assert {p.name for p in (tmp_path / "runs/text-nano").iterdir()} == {".lock"}
+    assert (tmp_path / "runs/text-nano-2/config.json").exists()
+    other[0].release()
 
 
 def test_a_folder_that_becomes_read_only_is_one_line(cli, tmp_path, monkeypatch):
