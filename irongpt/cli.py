@@ -26,7 +26,8 @@ from irongpt.config import (
     flag,
 )  # fmt: skip
 from irongpt.console import output, read_standard_input, say_on_stderr
-from irongpt.data.text import ERRORS, check_encoding, decoded
+from irongpt.data.folder import Reader
+from irongpt.data.text import ERRORS, check_encoding, without_license
 from irongpt.errors import DivergenceError, UserError, out_of_memory, short_reason, shortened
 from irongpt.files import FULL, write_error_reason
 
@@ -399,7 +400,8 @@ def read_file(flags: Flags, option: str) -> str | None:
         data = read_standard_input() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"cannot read {named}: {short_reason(e)}") from e
-    text = decoded(data, "the standard input" if file == "-" else named, **reading)
+    reader = Reader(say_on_stderr, **reading)
+    text = reader.decode(data, "the standard input" if file == "-" else named)
     for note in text.notes:
         say_on_stderr(note)
-    return text.utf8.decode().removesuffix("\n")
+    return without_license(text.utf8).decode().removesuffix("\n")

@@ -238,7 +238,10 @@ def test_a_prompt_is_read_like_a_training_text(
     assert "ends in the middle of a character" in capsys.readouterr().err
     assert prompt(b"M\xfcnchen", encoding="latin-1") == "München"
     assert prompt(b"M\xfcnchen", errors="replace") == "M\ufffdnchen"
-    for raw, part in ((b"M\xfcnchen", "byte 1 "), (gzip.compress(b"text"), "gzip"), (b"\0", "bin")):
+    assert prompt(gzip.compress(b"one\n")) == "one"
+    ebook = "OF THE PROJECT GUTENBERG EBOOK X ***"
+    assert prompt(f"licence\n*** START {ebook}\n\none\n*** END {ebook}\nlicence".encode()) == "one"
+    for raw, part in ((b"M\xfcnchen", "byte 1 "), (b"PK\3\4", "zip"), (b"\0", "bin")):
         with pytest.raises(UserError, match=part):
             prompt(raw)
     with pytest.raises(UserError, match="--encoding 'utf-9'"):
