@@ -62,11 +62,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A user's mistake prints one line and returns 2."""
     with output():
-        command, resumed, code = None, False, 0
+        command, flags, code = None, {}, 0
         try:
-            flags = vars(build_parser().parse_args(argv))
-            command, resumed = flags.pop("run_command"), "resume" in flags
-            code = int(command(flags))
+            given = vars(build_parser().parse_args(argv))
+            command, flags = given.pop("run_command"), given.copy()
+            code = int(command(given))
             sys.stdout.flush()
             return code
         except (UserError, DivergenceError) as e:
@@ -83,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2
             if not out_of_memory(e):
                 raise
-            hint = "use a smaller --batch-size with a larger --grad-accum"
-            if command is generate_command:
+            hint = "close other programs, or use a machine with more memory"
+            if flags.get("samples", 1) > 1:
                 hint = "use fewer --samples"
-            elif resumed:
-                hint = f"start a new run: {hint}; a resumed run keeps both"
+            elif command is train_command:
+                hint = "use a smaller --batch-size with a larger --grad-accum"
+                if "resume" in flags:
+                    hint = f"start a new run: {hint}; a resumed run keeps both"
             print(f"irongpt: error: out of memory: {hint}", file=sys.stderr)
             return 2
 

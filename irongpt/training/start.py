@@ -57,6 +57,7 @@ CHANGEABLE = """
     iters eval_every target_loss patience ops device dtype graph tensorboard sample_tokens
 """.split()
 
+TEXT = "while the text was read: use a smaller text"
 MANY_EPOCHS = 20  # from here on a warning is printed
 
 
@@ -139,7 +140,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
     try:
         if "out" in flags:
             run.claim()
-        with world.local_first(), _report_out_of_memory():
+        with world.local_first(), _report_out_of_memory(TEXT):
             text = _load(setup.data, run.path)
             tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
         model = replace(setup.model, vocab_size=tokenizer.vocab_size)
@@ -183,7 +184,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     setup = resumed_setup(run, flags, first)
     data = setup.data or run.config.data
     _check_world(world, setup)
-    with world.local_first(), _report_out_of_memory():
+    with world.local_first(), _report_out_of_memory(TEXT):
         text = _load(data, run.path, run.config.data_sha256)
         given = "data" in flags or "val" in flags
         other_text = not first and given and text.sha256 != run.config.data_sha256
@@ -221,13 +222,13 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
 
 
 @contextlib.contextmanager
-def _report_out_of_memory() -> Iterator[None]:
+def _report_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as e:
         if not out_of_memory(e):
             raise
-        raise UserError("out of memory while the text was read: use a smaller text") from e
+        raise UserError(f"out of memory {what}") from e
 
 
 def _training(
@@ -244,8 +245,10 @@ def _training(
     m, train, device, precision = setup.model, setup.train, setup.device, setup.precision
     devices.make_deterministic()
     torch.manual_seed(train.seed)
-    model = GPT(m, setup.ops).to(device)
-    trainer = Trainer(model, tokens, train, device, precision.dtype, world)
+    size = f"for {m.n_params():,} parameters: start a run with a smaller --n-embd or --n-layer"
+    with _report_out_of_memory(size):
+        model = GPT(m, setup.ops).to(device)
+        trainer = Trainer(model, tokens, train, device, precision.dtype, world)
     trainer.separate_generators()
     world.check_equal(
         {

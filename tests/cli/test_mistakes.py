@@ -85,17 +85,29 @@ def test_a_mistake_in_the_command_itself(cli, args):
     assert_mistake(cli(*args), "--help")
 
 
-def test_out_of_memory_names_the_flags_that_save_memory(cli, monkeypatch):
-    fail = Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"))
-    monkeypatch.setattr("irongpt.training.start.GPT", fail)
-    assert_mistake(cli("train", *TINY), "out of memory: use a smaller --batch-size")
+TRAINER, GENERATE = "training.trainer.Trainer", "generation.command.generate"
+NEW, RESUMED = ["train", *TINY], "train --resume run --iters 60".split()
 
 
-def test_out_of_memory_on_a_resumed_run_asks_for_no_flag_that_it_refuses(cli, monkeypatch, run):
+@pytest.mark.parametrize(
+    ("at", "args", "hint"),
+    [
+        ("training.start.GPT", NEW, " for 6,736 parameters: start a run with a smaller --n-embd"),
+        (f"{TRAINER}.train_step", NEW, ": use a smaller --batch-size with a larger --grad-a"),
+        (f"{TRAINER}.train_step", RESUMED, ": start a new run: use a smaller --batch-size with"),
+        (GENERATE, ["generate", "run", "--samples", 2], ": use fewer --samples"),
+        (GENERATE, ["generate", "run"], ": close other programs, or use a"),
+        ("interchange.export.export", ["export", "run", "x"], ": close other programs, or use a"),
+    ],
+    ids=["model", "step", "resumed", "samples", "sample", "export"],
+)
+@pytest.mark.usefixtures("run")
+def test_out_of_memory_names_flags_that_help_and_that_the_command_takes(
+    cli, monkeypatch, at, args, hint
+):
     fail = Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"))
-    monkeypatch.setattr("irongpt.training.start.GPT", fail)
-    result = cli("train", "--resume", run, "--iters", 60)
-    assert_mistake(result, "start a new run: use a smaller --batch-size with a larger --grad-accum")
+    monkeypatch.setattr(f"irongpt.{at}", fail)
+    assert_mistake(cli(*args), f"out of memory{hint}")
 
 
 def test_a_full_disk_of_another_folder_is_one_line(cli, monkeypatch, run):
