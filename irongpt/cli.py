@@ -133,7 +133,7 @@ def build_parser() -> Parser:
     help = "import a GPT-2 in Hugging Face's layout as a run"
     add = command("import", import_command, help, more)
     help = "folder with config.json, model.safetensors and tokenizer.json"
-    add.add_argument("folder", metavar="FOLDER", type=Path, help=help)
+    add.add_argument("folder", metavar="FOLDER", type=user_path, help=help)
     add.add_argument("run", metavar="RUN", type=user_path, help="folder of the new run")
 
     more = "A text that is longer than the context is read in overlapping windows."
@@ -251,7 +251,7 @@ def _checkpoint_flag(parser: Parser) -> None:
 def _export_flags(export: Parser) -> None:
     export.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     help = "new folder for the model; or FILE.gguf, for llama.cpp (needs the package gguf)"
-    export.add_argument("folder", metavar="FOLDER", type=Path, help=help)
+    export.add_argument("folder", metavar="FOLDER", type=user_path, help=help)
     help = "dtype of the weights [float32]"
     export.add_argument("--dtype", choices=("float32", "float16"), help=help)
     _checkpoint_flag(export)
@@ -264,7 +264,8 @@ def _show_flags(show: Parser) -> None:
     help = "file with the text, or - for standard input"
     text.add_argument("--file", metavar="FILE", help=help)
     _text_flags(show, "--file")
-    show.add_argument("--out", metavar="PAGE", type=Path, help="file to write [RUN/show.html]")
+    help = "file to write [RUN/show.html]"
+    show.add_argument("--out", metavar="PAGE", type=user_path, help=help)
     _checkpoint_flag(show)
     show.add_argument(
         "--device", metavar="NAME", help="cpu, cuda or cuda:N; auto is a GPU if there is one [auto]"

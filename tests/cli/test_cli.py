@@ -6,15 +6,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, assert_mistake
 
 from irongpt import console
-from irongpt.cli import main
+from irongpt.cli import build_parser, main
 from irongpt.config import PRESETS
 from irongpt.data import corpus, download
+from irongpt.errors import UserError
 from irongpt.runs import checkpoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -103,6 +105,19 @@ def test_help_shows_defaults_and_groups(capsys, args):
         assert len(set(re.findall(r"--[a-z-]+", out))) <= 36
         assert all(f" {group}: " in out for group in ("run", "model", "recipe", "machine"))
     assert "None" not in out
+
+
+@pytest.mark.parametrize(
+    "args", ["export run", "import folder", "import", "show run --out", "doctor --json"]
+)
+def test_a_path_may_begin_with_the_home_folder_and_is_not_empty(args, monkeypatch):
+    """In --out=~/page.html, bash leaves the ~."""
+    monkeypatch.setenv("HOME", "/home/anna")
+    more = ["run"] * (args == "import")
+    given = vars(build_parser().parse_args([*args.split(), "~/x", *more]))
+    assert Path("/home/anna/x") in given.values()
+    with pytest.raises(UserError, match="the name is empty"):
+        build_parser().parse_args([*args.split(), "", *more])
 
 
 def test_a_resumed_run_reads_its_text_from_a_new_path(cli, tmp_path, run):
