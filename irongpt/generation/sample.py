@@ -25,10 +25,10 @@ from irongpt.model import GPT
 
 HEALED = 2**31 - 1  # the number by which a healed token is sampled; no generated token has it
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# Formats that are shown: joiners and direction marks, which Persian, Indic scripts and emoji need,
-# and signs of Arabic and Syriac that are visible.
-_SHOWN = {*"\n\t\u200c\u200d\u200e\u200f\u061c\u06dd\u070f\u0890\u0891\u08e2"}
-_SHOWN |= {*map(chr, range(0x600, 0x606))}
+# Formats that are shown: joiners, direction marks and tags, which Persian, Mongolian, Indic scripts
+# and emoji need, soft hyphens, and signs of Arabic, Syriac and Kaithi that are visible.
+_SHOWN = {*"\n\t\u00ad\u180e\u200c\u200d\u200e\u200f\u061c\u06dd\u070f\u0890\u0891\u08e2"}
+_SHOWN |= {*map(chr, (*range(0x600, 0x606), 0x110BD, 0x110CD, *range(0xE0020, 0xE0080)))}
 
 
 def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, Tokenizer]:
