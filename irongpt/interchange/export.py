@@ -72,7 +72,7 @@ def export(path: Path, folder: Path, which: str = "best", dtype: str = "float32"
         "model.safetensors": to_bytes(trained.tensors, metadata),
         "tokenizer.json": _json(tokenizer.to_json()),
         "tokenizer_config.json": _json(encoding),
-        "README.md": card(trained, dtype).encode(),
+        "README.md": card(trained, dtype).encode(errors="replace"),
     }
 
     def fill(temporary: Path) -> None:

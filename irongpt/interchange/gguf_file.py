@@ -46,7 +46,7 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
     vocabulary = tokenizer.to_json()["model"]
     temporary = temporary_path(file)
     writer = gguf.GGUFWriter(None, "gpt2")
-    writer.add_name(path.resolve().name)
+    writer.add_name(path.resolve().name.encode(errors="replace").decode())
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.n_embd)
     writer.add_feed_forward_length(4 * model.n_embd)

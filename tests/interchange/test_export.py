@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import socket
 import string
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import TINY, assert_refused, make_quick
+from run_helpers import change
 from safetensors import safe_open
 
 from irongpt.cli import main
@@ -193,6 +195,17 @@ def test_a_full_disk_leaves_nothing(cli, run, monkeypatch) -> None:
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("irongpt.interchange.export.write", full)
     assert_refused(cli, "No space left on device", "export", run, "deep/new")
+
+
+def test_names_that_are_not_utf_8_get_question_marks(cli, tmp_path, run) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    os.rename(run, name)
+    change(data=name)(tmp_path / name / "config.json")
+    result = cli("export", name, "new")
+    assert result.code == 0, result.err
+    card = (tmp_path / "new/README.md").read_text()
+    assert "\n# caf?\n" in card
+    assert "| Text | caf? " in card
 
 
 def test_a_run_without_an_evaluation_and_an_empty_folder(cli, tmp_path, run) -> None:
