@@ -159,18 +159,25 @@ def check_free(path: Path, kind: str, message: str) -> None:
 def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
     """Makes the folder `path`, which may exist if it is empty, with what `fill` writes into it.
 
-    At every instant the folder is complete or not there. Raises UserError if it cannot be written.
+    A new folder is complete as soon as it exists; one that exists gets its config.json last. Raises
+    UserError if it cannot be written.
     kind: what the message calls it.
     """
     missing = [p for p in path.parents if not p.exists()]
-    temporary = temporary_path(path.absolute())  # "." has no name
+    inside = path.is_dir()  # the working directory or a mount point cannot be replaced
+    temporary = temporary_path(path.absolute() / "new" if inside else path.absolute())
     with reported(f"cannot write a {kind} at {path}", disk=path):
         try:
             temporary.mkdir(parents=True)
             fill(temporary)
             sync_folder(temporary)
-            os.rename(temporary, path)
-            sync_folder(path.parent)
+            if inside:
+                for file in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+                    os.rename(file, path / file.name)
+                temporary.rmdir()
+            else:
+                os.rename(temporary, path)
+            sync_folder(path if inside else path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in missing:

@@ -208,6 +208,23 @@ def test_names_that_are_not_utf_8_get_question_marks(cli, tmp_path, run) -> None
     assert "| Text | caf? " in card
 
 
+@pytest.mark.parametrize("folder", [".", "link", "new"])
+def test_an_empty_folder_is_filled_and_not_replaced(cli, tmp_path, monkeypatch, run, folder):
+    """A mount point cannot be replaced, nor a link or the working directory."""
+    (tmp_path / "new").mkdir()
+    os.symlink("new", tmp_path / "link")
+    before = (tmp_path / "new").stat().st_ino
+    if folder == ".":
+        monkeypatch.chdir("new")
+    result = cli("export", tmp_path / run, folder)
+    assert result.code == 0, result.err
+    assert (tmp_path / "new").stat().st_ino == before
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "README.md",
+    }  # fmt: skip
+
+
 def test_a_run_without_an_evaluation_and_an_empty_folder(cli, tmp_path, run) -> None:
     (tmp_path / "new").mkdir()
     for file in (tmp_path / "run/best").iterdir():
