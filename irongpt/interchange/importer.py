@@ -102,7 +102,8 @@ def read_tokenizer(value: dict[str, Any]) -> Tokenizer:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    check(path.is_file(), f"{folder} has no {name}: {_ADVICE}")
+    with reported(f"cannot read {folder}"):
+        check(path.is_file(), f"{folder} has no {name}: {_ADVICE}")
     try:
         values = json.loads(read(path))
     except (ValueError, RecursionError):

@@ -226,6 +226,7 @@ LONG = "n" * 300
 @pytest.mark.parametrize(
     "args",
     [f"generate {LONG}", f"generate {LONG}/last", f"export {LONG} new", f"show {LONG}",
+     f"import {LONG} new",
      f"show run --out {LONG}", f"doctor --json {LONG}", f"compare --plot {LONG}"],
     ids=lambda args: args.replace(LONG, "LONG"),
 )  # fmt: skip
