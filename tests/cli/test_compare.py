@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -317,12 +316,6 @@ def test_a_kernel_that_cannot_run_is_a_failed_check():
 )
 def test_mistakes(cli, arguments, message):
     assert_refused(cli, message, "compare", *arguments.split())
-
-
-def test_a_matplotlib_that_cannot_be_imported_is_a_mistake(cli, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    flags = "--device cpu --ops builtin --plot c.png"
-    assert_refused(cli, "cannot import matplotlib: Modul", "compare", *flags.split())
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="is about the interpreter")

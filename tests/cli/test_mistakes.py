@@ -110,6 +110,12 @@ def test_out_of_memory_names_flags_that_help_and_that_the_command_takes(
     assert_mistake(cli(*args), f"out of memory{hint}")
 
 
+def test_a_matplotlib_that_cannot_be_imported_is_a_mistake(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = "--device cpu --ops builtin --plot c.png"
+    assert_refused(cli, "cannot import matplotlib: Modul", "compare", *flags.split())
+
+
 def test_a_full_disk_of_another_folder_is_one_line(cli, monkeypatch, run):
     """As when Triton writes to its cache."""
     full = OSError(28, "No space left on device", "/dev/shm/kernel.json")
