@@ -111,7 +111,8 @@ def test_an_overflow_changes_nothing(ops: ModuleType, bad: float) -> None:
 
 
 def test_more_matrices_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parts = (State((5, 40, 60), torch.float16, True) for _ in range(2))
+    assert 2 * grad_norm.BLOCK < 40 * 110 <= 3 * grad_norm.BLOCK
+    whole, parts = (State((5, 40, 110), torch.float16, True) for _ in range(2))
     whole.update(fused, whole.ahead(fused, whole.grads(0)))
     monkeypatch.setattr(grad_norm, "MAX_TENSORS", 2)
     monkeypatch.setattr(kernel, "PARTS", 2)  # for three blocks

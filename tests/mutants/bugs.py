@@ -179,7 +179,7 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "decode_linear": (DECODE_LINEAR, "decode_linear", "linear"),
     "decode_tokens": (DECODE_TOKENS, "decode_tokens", "tokens"),
     "gelu": (GELU, "gelu", "gelu"),
-    "grad_norm": (GRAD_NORM, "adamw", "adamw"),
+    "grad_norm": (GRAD_NORM, "adamw", "adamw or sum_shards"),
     "adamw": (ADAMW, "adamw", "adamw"),
     "muon": (MUON, "muon", "muon"),
     "philox": (PHILOX, "philox attention dropout_add_layer_norm", "with and dropout"),
