@@ -27,8 +27,17 @@ for _file in cache_folder().glob("*.txt"):
 os.environ["IRONGPT_DATA"] = _cache.name
 os.environ["IRONGPT_TUNED"] = "off"  # tests do not use a launch table measured on this GPU
 reserve_workspace()  # runs turn on determinism
-# A shell starts a job in the background with Ctrl-C ignored, and a run keeps a signal ignored.
+# A job in the background ignores Ctrl-C, and nohup SIGHUP; a run keeps a signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if find_spec("hypothesis"):  # the same examples in every run, however slow the machine is
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow]
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, suppress_health_check=slow
+    )
+    settings.load_profile("repeatable")
 
 # A run of half a second: 2 layers, 30 steps, an evaluation every 10.
 TINY = (

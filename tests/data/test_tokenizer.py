@@ -84,7 +84,7 @@ def test_the_format_of_old_checkpoints_is_read() -> None:
     assert from_json({"kind": "char", "chars": "abc"}) == CharTokenizer("abc")
 
 
-@given(TEXTS)
+@given(TEXTS.filter(lambda text: END not in text))  # in which theirs would find the token
 def test_hugging_face_gives_the_ids_of_a_char_tokenizer(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text, documents=True)
     other = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()))

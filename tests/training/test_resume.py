@@ -138,8 +138,6 @@ def test_ten_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterr
 )
 def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, ops, number):
     """Five times in a row, at random moments between two records or evaluations."""
-    if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup, which a training respects
-        pytest.skip("the signal is ignored")
     run, rng = tmp_path / "run", random.Random(int(number))
     steps = []
     for _ in range(5):
