@@ -5,7 +5,7 @@ have
 
     vocab_size    the number of ids
     end           the id between documents; None if the vocabulary has none
-    token_bytes   the bytes that each token stands for; for `end` those of its name
+    token_bytes   the bytes of each token; for `end` those of its name
     encode(text)  (N,) int64, never with `end`; UserError if the vocabulary lacks a character
     decode(ids)   the text of (N,) ids; IndexError on an id outside [0, vocab_size)
     to_json()     tokenizer.json as Hugging Face reads it

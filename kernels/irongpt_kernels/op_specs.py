@@ -31,7 +31,7 @@ class OpSpec:
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that are updated in place, and so results: `params` stands for `rest.params`.
+    changes: inputs that are updated in place, and so results: `params` means `rest.params`.
     functions: those of `Ops` that only this entry describes, by default `name`.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.

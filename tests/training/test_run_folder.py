@@ -254,7 +254,7 @@ def test_a_run_continues_with_another_text(cli, tmp_path, run):
 @pytest.mark.parametrize(
     ("flags", "killed"), [([], 0), ([], 1), (["--iters", 40], 1), (["--patience", 1], 0)], ids=str
 )
-def test_best_is_chosen_anew_on_another_text(cli, tmp_path, run, monkeypatch, flags, killed):
+def test_best_is_chosen_again_on_another_text(cli, tmp_path, run, monkeypatch, flags, killed):
     """Also if the process ends before its first evaluation on that text."""
     (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text()[::-1])
     change(not_better=1, best_val=0.001)(tmp_path / run / "last/state.json")

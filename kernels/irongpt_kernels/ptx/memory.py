@@ -53,7 +53,7 @@ def _same(x: Array, y: Array, infinity: int) -> Array:
 
 class Memory(Threads):
     """Some CTAs with their memory. `wrote` and `read` are bit masks for each granule of shared
-    memory: bit w stands for warp w."""
+    memory: bit w is that of warp w."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
