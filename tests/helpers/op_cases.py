@@ -145,11 +145,11 @@ class Calls(TorchDispatchMode):
             self.found[op] = tree_map_only(
                 Tensor,
                 lambda x: x.detach().clone().requires_grad_(learns and x.requires_grad),
-                args,
+                (args, kwargs),
             )
         return op(*args, **(kwargs or {}))
 
     def check(self, kind: str = "") -> None:
-        for op, args in self.found.items():
+        for op, (args, kwargs) in self.found.items():
             if kind in op._schema.name:
-                torch.library.opcheck(op, args)
+                torch.library.opcheck(op, args, kwargs)

@@ -38,7 +38,7 @@ from irongpt_kernels.fused.grad_norm import (
     load_gradient,
     select_address,
 )  # fmt: skip
-from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime import checks
 from irongpt_kernels.runtime.custom_op import custom_op
 
 
@@ -111,12 +111,14 @@ def _adamw_kernel(
             _store(copy_at, offsets, p, mask & has_copy, low_precision_params[0].dtype.element_ty)
 
 
-def adamw_launch(
+def _adamw(
     params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
-    stats: Tensor, beta1: float, beta2: float, weight_decays: list[float], eps: float,
+    stats: Tensor, *,
+    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
 ) -> None:  # fmt: skip
-    """See `eager.adamw`. params, low_precision_params and both moments are updated in place."""
+    """See `eager.adamw`. Raises TypeError or ValueError for tensors that are not as described under
+    Limits in the module's docstring."""
     device, wide, sizes = lr.device, torch.float32, [p.shape for p in params]
     checks.addresses(wide, sizes, device, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     checks.copies(low_precision_params, sizes[: len(low_precision_params)], device)
@@ -128,31 +130,18 @@ def adamw_launch(
         raise ValueError(f"weight_decays must have {len(params)} values, got {len(weight_decays)}")
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
-    with launch.device_context(lr.device):
-        for a, b, count in chunks(params):
-            if not count:
-                continue
-            lists = (grads, params, low_precision_params, exp_avgs, exp_avg_sqs)
-            _adamw_kernel[(count,)](
-                *(tuple(tensors[a:b]) for tensors in lists), *layout(params[a:b]),
-                tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *betas, eps,
-                N=len(params[a:b]), N_16BIT=count_16bit(grads[a:b]),
-                N_COPIES=len(low_precision_params[a:b]), BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+    for a, b, count in chunks(params):
+        if not count:
+            continue
+        lists = (grads, params, low_precision_params, exp_avgs, exp_avg_sqs)
+        _adamw_kernel[(count,)](
+            *(tuple(tensors[a:b]) for tensors in lists), *layout(params[a:b]),
+            tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *betas, eps,
+            N=len(params[a:b]), N_16BIT=count_16bit(grads[a:b]),
+            N_COPIES=len(low_precision_params[a:b]), BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
-_op = custom_op(
-    "adamw", adamw_launch, mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs")
+adamw = custom_op(
+    "adamw", _adamw, mutates=("params", "low_precision_params", "exp_avgs", "exp_avg_sqs")
 )
-
-
-def adamw(
-    params: list[Tensor], low_precision_params: list[Tensor], grads: list[Tensor],
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], state_steps: Tensor, lr: Tensor,
-    stats: Tensor, *,
-    beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
-) -> None:  # fmt: skip
-    """See `eager.adamw`. Raises TypeError or ValueError for tensors that are not as described under
-    Limits in the module's docstring."""
-    lists = map(list, (params, low_precision_params, grads, exp_avgs, exp_avg_sqs))
-    _op(*lists, state_steps, lr, stats, beta1, beta2, list(weight_decays), eps)

@@ -127,14 +127,13 @@ def causal_attention_fwd(
         return out, stats
     config = attention_tiles.launch_options("forward", q.device, D, q.element_size())
     grid = (B * H * triton.cdiv(T, config["BLOCK_M"]),)
-    with launch.device_context(q.device):
-        _fwd_kernel[grid](
-            q, k, v, out, *stats, seed,
-            q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),
-            H, T, scale * math.log2(math.e),
-            THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
-            enable_fp_fusion=False, **config,
-        )  # fmt: skip
+    _fwd_kernel[grid](
+        q, k, v, out, *stats, seed,
+        q.stride(), k.stride(), v.stride(), out.transpose(1, 2).stride(),
+        H, T, scale * math.log2(math.e),
+        THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
+        enable_fp_fusion=False, **config,
+    )  # fmt: skip
     return out, stats
 
 

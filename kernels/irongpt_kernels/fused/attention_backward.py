@@ -228,20 +228,19 @@ def causal_attention_bwd(
         enable_fp_fusion=False,  # see Precision in `attention`
     )
     config = attention_tiles.launch_options("query", q.device, D, q.element_size())
-    with launch.device_context(q.device):
-        _bwd_dq_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
-            dout, q, k, v, out, m, log_l, seed, dq, delta,
-            dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
-            *sizes, **options, **config,
-        )  # fmt: skip
-        if not with_kv:
-            return packed
-        config = attention_tiles.launch_options("key", q.device, D, q.element_size())
-        _bwd_dkdv_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
-            dout, q, k, v, m, log_l, delta, seed, dk, dv,
-            dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),
-            *sizes, EVEN_M=T % config["BLOCK_M"] == 0, **options, **config,
-        )  # fmt: skip
+    _bwd_dq_kernel[(B * H * triton.cdiv(T, config["BLOCK_M"]),)](
+        dout, q, k, v, out, m, log_l, seed, dq, delta,
+        dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
+        *sizes, **options, **config,
+    )  # fmt: skip
+    if not with_kv:
+        return packed
+    config = attention_tiles.launch_options("key", q.device, D, q.element_size())
+    _bwd_dkdv_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
+        dout, q, k, v, m, log_l, delta, seed, dk, dv,
+        dout.stride(), q.stride(), k.stride(), v.stride(), dk.stride(), dv.stride(),
+        *sizes, EVEN_M=T % config["BLOCK_M"] == 0, **options, **config,
+    )  # fmt: skip
     return packed
 
 

@@ -141,13 +141,12 @@ def head_bwd(
     # With fewer than 16 rows per warp, several warps would compute the same rows.
     least = 16 * options["num_warps"]
     BLOCK_M = max(launch.block(T), least)
-    with launch.device_context(q.device):
-        _bwd_head_kernel[(B * H,)](
-            dout, q, k, v, out, *stats, seed, dq, dk, dv,
-            dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
-            H, T, scale, scale * math.log2(math.e),
-            THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
-            BLOCK_M=BLOCK_M, SPLIT=T > BLOCK_M // 2 >= least,
-            enable_fp_fusion=False,  # see Precision in `attention`
-            **options,
-        )  # fmt: skip
+    _bwd_head_kernel[(B * H,)](
+        dout, q, k, v, out, *stats, seed, dq, dk, dv,
+        dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
+        H, T, scale, scale * math.log2(math.e),
+        THRESHOLD=dropout.threshold(dropout_p), D=D, BLOCK_D=launch.block(D),
+        BLOCK_M=BLOCK_M, SPLIT=T > BLOCK_M // 2 >= least,
+        enable_fp_fusion=False,  # see Precision in `attention`
+        **options,
+    )  # fmt: skip

@@ -136,13 +136,12 @@ def cross_entropy_fwd(
         logits.new_empty(size, dtype=torch.float32) for size in (parts, M, M, ())
     )
     counts, n = (targets.new_empty(size) for size in (parts, ()))
-    with launch.device_context(logits.device):
-        if M:
-            strides = logits.stride(), targets.stride(0)
-            _fwd_kernel[(parts,)](
-                logits, targets, sums, counts, m, rest, M, V, *strides, ignore_index, **options
-            )
-        _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
+    if M:
+        strides = logits.stride(), targets.stride(0)
+        _fwd_kernel[(parts,)](
+            logits, targets, sums, counts, m, rest, M, V, *strides, ignore_index, **options
+        )
+    _fwd_mean_kernel[(1,)](sums, counts, loss, n, parts, PARTS=PARTS, num_warps=4)
     return loss, m, rest, n
 
 
@@ -155,10 +154,9 @@ def cross_entropy_bwd(
     if M:
         options = launch.row_options(V, MAX_BLOCK, TILE)
         grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(V, options["BLOCK_N"]))
-        with launch.device_context(x.device):
-            _bwd_kernel[grid](
-                x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **options
-            )
+        _bwd_kernel[grid](
+            x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **options
+        )
     return dx
 
 

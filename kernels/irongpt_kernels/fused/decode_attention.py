@@ -80,12 +80,11 @@ def decode_attention_fwd(
     out = qkv.new_empty(B, 1, H, D)
     if out.numel() == 0:
         return out
-    with launch.device_context(qkv.device):
-        _fwd_kernel[(B * H,)](
-            qkv, cache_k, cache_v, position, out,
-            qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
-            scale, D=D, **_launch_options(N, D, qkv.element_size()),
-        )  # fmt: skip
+    _fwd_kernel[(B * H,)](
+        qkv, cache_k, cache_v, position, out,
+        qkv.stride(), cache_k.stride(), cache_v.stride(), position.stride(0), H, N,
+        scale, D=D, **_launch_options(N, D, qkv.element_size()),
+    )  # fmt: skip
     return out
 
 

@@ -94,12 +94,11 @@ def decode_linear_fwd(
     x, weight = contiguous_rows(x), contiguous_rows(weight)
     residual = None if residual is None else contiguous_rows(residual)
     options = _launch_options(N, K)
-    with launch.device_context(x.device):
-        _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
-            x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
-            M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-            eps, GELU=gelu, **options,
-        )  # fmt: skip
+    _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
+        x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
+        M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        eps, GELU=gelu, **options,
+    )  # fmt: skip
     return y
 
 

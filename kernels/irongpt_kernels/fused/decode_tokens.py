@@ -195,10 +195,9 @@ def _embed(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     if x.numel():
         BLOCK = min(launch.block(C), 1024)
         strides = (t.stride(0) for t in (tokens, counts, wte, wpe))
-        with launch.device_context(wte.device):
-            _embed_kernel[(B, triton.cdiv(C, BLOCK))](
-                tokens, counts, wte, wpe, x, N, C, len(wte), len(wpe), *strides, BLOCK
-            )
+        _embed_kernel[(B, triton.cdiv(C, BLOCK))](
+            tokens, counts, wte, wpe, x, N, C, len(wte), len(wpe), *strides, BLOCK
+        )
     return x
 
 
@@ -211,16 +210,15 @@ def _sample(
     share = None if top_p is None or top_p >= 1 else top_p
     BLOCK = min(launch.block(V), MAX_BLOCK)
     if B:
-        with launch.device_context(logits.device):
-            _sample_kernel[(B,)](
-                logits, tokens, counts, seed, V, tokens.shape[1],
-                logits.stride(), tokens.stride(0), counts.stride(0),
-                # Not 1: Triton would make it a constexpr, which has no .to().
-                inverse, k, max(2, int((share or 0) * 2**53)),
-                K=counts.shape[1], GREEDY=temperature == 0, TOP_K=k < V,
-                TOP_P=share is not None, BLOCK=BLOCK,
-                BLOCK_K=triton.next_power_of_2(counts.shape[1]), num_warps=launch.warps(BLOCK),
-            )  # fmt: skip
+        _sample_kernel[(B,)](
+            logits, tokens, counts, seed, V, tokens.shape[1],
+            logits.stride(), tokens.stride(0), counts.stride(0),
+            # Not 1: Triton would make it a constexpr, which has no .to().
+            inverse, k, max(2, int((share or 0) * 2**53)),
+            K=counts.shape[1], GREEDY=temperature == 0, TOP_K=k < V,
+            TOP_P=share is not None, BLOCK=BLOCK,
+            BLOCK_K=triton.next_power_of_2(counts.shape[1]), num_warps=launch.warps(BLOCK),
+        )  # fmt: skip
 
 
 _embed_op = custom_op(

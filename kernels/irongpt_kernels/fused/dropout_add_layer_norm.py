@@ -82,10 +82,9 @@ def dropout_add_layer_norm_fwd(
         strides = branch_rows.stride(0), rows.stride(0)
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
         options = forward_options(N, branch.element_size(), branch.device)
-        with launch.device_context(branch.device):
-            _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-                *inputs, *outputs, seed, M, N, *strides, eps, *drop, **options
-            )
+        _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+            *inputs, *outputs, seed, M, N, *strides, eps, *drop, **options
+        )
     return outputs
 
 

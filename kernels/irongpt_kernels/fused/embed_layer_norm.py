@@ -113,10 +113,9 @@ def embed_layer_norm_fwd(
         wte, wpe = contiguous_rows(wte), contiguous_rows(wpe)
         inputs = wte, wpe, idx.contiguous(), one_row(weight), one_row(bias)
         sizes, options = (M, N, T, len(wte)), launch_options(N)
-        with launch.device_context(idx.device):
-            _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-                *inputs, *outputs, *sizes, wte.stride(0), wpe.stride(0), eps, **options
-            )
+        _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+            *inputs, *outputs, *sizes, wte.stride(0), wpe.stride(0), eps, **options
+        )
     return outputs
 
 
@@ -143,11 +142,10 @@ def embedding_bwd(g: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tup
         sums = torch.empty((parts, V, N), dtype=torch.float32, device=g.device)
         grid = V, triton.cdiv(N, BLOCK_N), parts
         if sums.numel():
-            with launch.device_context(g.device):
-                _dwte_kernel[grid](
-                    g, idx.contiguous(), sums, M, N, V, part_rows,
-                    BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
-                )  # fmt: skip
+            _dwte_kernel[grid](
+                g, idx.contiguous(), sums, M, N, V, part_rows,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
+            )  # fmt: skip
         matrices.append(sums.view(parts, V * N))
     if wanted[1]:
         matrices.append(g.view(B, T * N))

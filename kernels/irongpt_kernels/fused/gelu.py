@@ -103,10 +103,9 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
         default = _launch_options()
         options = launch_table.options("gelu forward", N, x.element_size(), x.device, default)
         grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"]))
-        with launch.device_context(x.device):
-            _fwd_kernel[grid](
-                x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **options
-            )
+        _fwd_kernel[grid](
+            x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **options
+        )
     return y
 
 
@@ -123,11 +122,10 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tup
     dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
     dbias = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)
     if dx.numel():
-        with launch.device_context(x.device):
-            _bwd_kernel[(P, col_tiles)](
-                dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), _stride(bias),
-                BIAS=bias is not None, BIAS_GRAD=bias_grad, **options,
-            )  # fmt: skip
+        _bwd_kernel[(P, col_tiles)](
+            dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), _stride(bias),
+            BIAS=bias is not None, BIAS_GRAD=bias_grad, **options,
+        )  # fmt: skip
     return dx, dbias.sum(0).to(x.dtype if bias is None else bias.dtype)
 
 

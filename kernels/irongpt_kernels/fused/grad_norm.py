@@ -168,11 +168,12 @@ def count_16bit(grads: list[Tensor]) -> int:
     return count
 
 
-def grad_norm_launch(
-    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
-    max_norm: float, growth_interval: int,
+def _grad_norm(
+    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
 ) -> Tensor:  # fmt: skip
-    """See `eager.grad_norm`. scale, growth_tracker and state_steps are updated in place."""
+    """See `eager.grad_norm`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     checks.gradients(grads, [g.shape for g in grads], scale.device)
     _check_state(scale, growth_tracker, state_steps)
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
@@ -180,18 +181,17 @@ def grad_norm_launch(
     programs = sum(count for *_, count in launches)
     sums = torch.empty(programs, dtype=torch.float32, device=scale.device)
     done = 0
-    with launch.device_context(scale.device):
-        for a, b, count in launches:
-            some = grads[a:b]
-            options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
-            _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
-            done += count
-        stats = torch.empty(3, dtype=torch.float32, device=scale.device)
-        _stats_kernel[(1,)](
-            sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
-            GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
-            STEPS=launch.block(len(state_steps)), num_warps=4,
-        )  # fmt: skip
+    for a, b, count in launches:
+        some = grads[a:b]
+        options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
+        _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
+        done += count
+    stats = torch.empty(3, dtype=torch.float32, device=scale.device)
+    _stats_kernel[(1,)](
+        sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
+        GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
+        STEPS=launch.block(len(state_steps)), num_warps=4,
+    )  # fmt: skip
     return stats
 
 
@@ -202,11 +202,12 @@ def _check_state(scale: Tensor, growth_tracker: Tensor, state_steps: Tensor) -> 
     checks.memory(torch.float32, (n,), device, state_steps=state_steps)
 
 
-def sum_shards_launch(
-    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
-    max_norm: float, growth_interval: int,
+def _sum_shards(
+    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
+    max_norm: float, growth_interval: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.sum_shards`. scale, growth_tracker and state_steps are updated in place."""
+    """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     checks.rank("shards", shards, 2)
     checks.same_device(scale=scale, shards=shards)
     if not len(shards):
@@ -215,45 +216,20 @@ def sum_shards_launch(
     shards = shards if shards.stride(1) == 1 else shards.contiguous()
     count, size = shards.shape
     total = torch.empty(size, dtype=torch.float32, device=scale.device)
-    with launch.device_context(scale.device):
-        _sum_shards_kernel[(triton.cdiv(size, BLOCK),)](
-            shards, total, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
-        )
-    stats = grad_norm_launch([total], scale, growth_tracker, state_steps, max_norm, growth_interval)
+    _sum_shards_kernel[(triton.cdiv(size, BLOCK),)](
+        shards, total, count, shards.stride(0), size, BLOCK=BLOCK, num_warps=4
+    )
+    state = scale, growth_tracker, state_steps
+    stats = _grad_norm([total], *state, max_norm=max_norm, growth_interval=growth_interval)
     return total, stats
 
 
 MUTATES = ("scale", "growth_tracker", "state_steps")
-_op = custom_op(
-    "grad_norm", grad_norm_launch, lambda grads, scale, *_: scale.new_empty(3, dtype=torch.float32),
+grad_norm = custom_op(
+    "grad_norm", _grad_norm, lambda grads, scale, *_, **__: scale.new_empty(3), mutates=MUTATES
+)
+sum_shards = custom_op(
+    "sum_shards", _sum_shards,
+    lambda shards, scale, *_, **__: (scale.new_empty(shards.shape[1]), scale.new_empty(3)),
     mutates=MUTATES,
 )  # fmt: skip
-_sum_op = custom_op(
-    "sum_shards", sum_shards_launch,
-    lambda shards, scale, *_: (
-        shards.new_empty(shards.shape[1], dtype=torch.float32),
-        scale.new_empty(3, dtype=torch.float32),
-    ),
-    mutates=MUTATES,
-)  # fmt: skip
-
-
-def grad_norm(
-    grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
-    max_norm: float, growth_interval: int = 0,
-) -> Tensor:  # fmt: skip
-    """See `eager.grad_norm`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
-    return _op(list(grads), scale, growth_tracker, state_steps, float(max_norm), growth_interval)
-
-
-def sum_shards(
-    shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
-    max_norm: float, growth_interval: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
-    total, stats = _sum_op(
-        shards, scale, growth_tracker, state_steps, float(max_norm), growth_interval
-    )
-    return total, stats

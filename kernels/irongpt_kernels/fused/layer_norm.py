@@ -28,7 +28,7 @@ from torch import Tensor
 
 from irongpt_kernels.fused.layer_norm_backward import centre, launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import norm_gradients
-from irongpt_kernels.runtime import checks, launch
+from irongpt_kernels.runtime import checks
 from irongpt_kernels.runtime.custom_op import custom_op
 from irongpt_kernels.runtime.launch import contiguous_rows
 
@@ -90,10 +90,9 @@ def layer_norm_fwd(
     if x.numel():
         parameters = one_row(weight), one_row(bias)
         stride = rows.stride(0)
-        with launch.device_context(x.device):
-            _fwd_kernel[(triton.cdiv(M, launch_options(N)["BLOCK_M"]),)](
-                rows, *parameters, y, mean, rstd, M, N, stride, eps, **launch_options(N)
-            )
+        _fwd_kernel[(triton.cdiv(M, launch_options(N)["BLOCK_M"]),)](
+            rows, *parameters, y, mean, rstd, M, N, stride, eps, **launch_options(N)
+        )
     return y, mean, rstd
 
 

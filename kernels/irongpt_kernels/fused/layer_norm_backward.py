@@ -163,11 +163,10 @@ def layer_norm_bwd(
         pointers = (d if want else None for d, want in zip(outputs, wanted, strict=True))
         strides = (0 if d is None else d.stride(0) for d in (dsum_rows, dnorm_rows, rows))
         drop = dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
-        with launch.device_context(total.device):
-            # Limits the registers per thread only so far that `warps` warps fit an SM. By itself,
-            # ptxas would spill some so that more warps fit.
-            options["maxnreg"] = min(255, 65_536 // (32 * warps))
-            _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
+        # Limits the registers per thread only so far that `warps` warps fit an SM. By itself,
+        # ptxas would spill some so that more warps fit.
+        options["maxnreg"] = min(255, 65_536 // (32 * warps))
+        _bwd_kernel[(P,)](*inputs, *pointers, M, N, *strides, *drop, **options)
     else:
         for d in outputs:
             d.zero_()

@@ -154,11 +154,10 @@ def gradient_in_place(
     if M:
         unit = 8 if V % 8 == 0 else 1
         options = launch_options(V)
-        with launch.device_context(z.device):
-            _row_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-                z, t, loss_scale, sums, M, classes, V // unit, float(n),
-                UNIT=unit, GRADIENT=gradient, LONG=options["BLOCK_N"] < V, **options,
-            )  # fmt: skip
+        _row_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
+            z, t, loss_scale, sums, M, classes, V // unit, float(n),
+            UNIT=unit, GRADIENT=gradient, LONG=options["BLOCK_N"] < V, **options,
+        )  # fmt: skip
 
 
 def launch_options(V: int) -> dict[str, int]:
@@ -190,8 +189,7 @@ def linear_cross_entropy_fwd(
             term = z.T @ x[part]
             dw = term if rows >= M else dw.add_(term) if first else term.float()
         del z  # before the next chunk allocates its own
-    with launch.device_context(x.device):
-        _mean_kernel[(1,)](sums, loss, len(sums), float(M), PARTS=PARTS, num_warps=8)
+    _mean_kernel[(1,)](sums, loss, len(sums), float(M), PARTS=PARTS, num_warps=8)
     return loss, dx, dw.to(x.dtype)
 
 

@@ -117,10 +117,11 @@ def _update_kernel(
             tl.store(tl.multiple_of(copy_ptr, 16) + offsets, p.to(dtype), mask=mask)
 
 
-def muon_momentum_launch(
-    grads: list[Tensor], momentum: Tensor, stats: Tensor, beta: float, dtype: torch.dtype
+def _muon_momentum(
+    grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """Returns y, (n, rows, columns) of `dtype`. momentum is updated in place."""
+    """See `eager.muon_momentum`. Raises TypeError or ValueError for tensors that are not as
+    described under Limits in the module's docstring."""
     device, shape = momentum.device, momentum.shape[1:]
     checks.rank("momentum", momentum, 3)
     checks.memory(torch.float32, (len(grads), *shape), device, momentum=momentum)
@@ -134,22 +135,23 @@ def muon_momentum_launch(
     programs = triton.cdiv(size, BLOCK)
     parts = min(programs, PARTS)
     sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
-    with launch.device_context(y.device):
-        for a, b, _ in chunks(grads):
-            some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
-            numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
-            _momentum_kernel[(parts, len(some))](some, m, stats, s, *numbers, **options)
-            _nesterov_kernel[(programs, len(some))](
-                some, m, stats, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
-            )
+    for a, b, _ in chunks(grads):
+        some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
+        numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
+        _momentum_kernel[(parts, len(some))](some, m, stats, s, *numbers, **options)
+        _nesterov_kernel[(programs, len(some))](
+            some, m, stats, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
+        )
     return y
 
 
-def muon_update_launch(
+def _muon_update(
     params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
-    stats: Tensor, scale: float, weight_decay: float,
+    stats: Tensor, *,
+    scale: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """See `eager.muon_update`. params and low_precision_params are updated in place."""
+    """See `eager.muon_update`. Raises TypeError or ValueError for tensors that are not as described
+    under Limits in the module's docstring."""
     device, sizes = lr.device, [update.shape[1:]] * len(update)
     checks.floating(lr=lr, update=update)
     checks.addresses(torch.float32, sizes, device, params=params)
@@ -158,39 +160,17 @@ def muon_update_launch(
     checks.memory(torch.float32, (3,), device, stats=stats)
     update = update.contiguous()
     size = update[0].numel()
-    with launch.device_context(lr.device):
-        for a, b, _ in chunks(params):
-            some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
-            options = dict(N=len(some), COPY=bool(low), BLOCK=BLOCK, num_warps=4)
-            _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
-                some, low, update[a:b], lr, stats, size, scale, weight_decay, **options
-            )
+    for a, b, _ in chunks(params):
+        some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
+        options = dict(N=len(some), COPY=bool(low), BLOCK=BLOCK, num_warps=4)
+        _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
+            some, low, update[a:b], lr, stats, size, scale, weight_decay, **options
+        )
 
 
-_momentum_op = custom_op(
-    "muon_momentum", muon_momentum_launch,
-    lambda grads, momentum, *rest: torch.empty_like(momentum, dtype=rest[-1]),
+muon_momentum = custom_op(
+    "muon_momentum", _muon_momentum,
+    lambda grads, momentum, *_, dtype, **__: torch.empty_like(momentum, dtype=dtype),
     mutates=("momentum",),
 )  # fmt: skip
-_update_op = custom_op(
-    "muon_update", muon_update_launch, mutates=("params", "low_precision_params")
-)
-
-
-def muon_momentum(
-    grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
-) -> Tensor:
-    """See `eager.muon_momentum`. Raises TypeError or ValueError for tensors that are not as
-    described under Limits in the module's docstring."""
-    return _momentum_op(list(grads), momentum, stats, float(beta), dtype)
-
-
-def muon_update(
-    params: list[Tensor], low_precision_params: list[Tensor], update: Tensor, lr: Tensor,
-    stats: Tensor, *,
-    scale: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """See `eager.muon_update`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
-    lists = list(params), list(low_precision_params)
-    _update_op(*lists, update, lr, stats, float(scale), float(weight_decay))
+muon_update = custom_op("muon_update", _muon_update, mutates=("params", "low_precision_params"))

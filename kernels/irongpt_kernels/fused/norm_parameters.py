@@ -28,7 +28,6 @@ from torch import Tensor
 
 from irongpt_kernels.fused.grad_norm import MAX_TENSORS, aligned, load, select_address
 from irongpt_kernels.fused.layer_norm_backward import layer_norm_backward, programs
-from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
 TILE = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4)
@@ -74,11 +73,10 @@ def column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
         if not firsts[-1]:
             continue
         heights, widths = zip(*(m.shape for m in some), strict=True)
-        with launch.device_context(some[0].device):
-            _column_sums_kernel[(firsts[-1],)](
-                tuple(some), tuple(out), tuple(firsts[:-1]), heights, widths,
-                COUNT=len(some), **TILE,
-            )  # fmt: skip
+        _column_sums_kernel[(firsts[-1],)](
+            tuple(some), tuple(out), tuple(firsts[:-1]), heights, widths,
+            COUNT=len(some), **TILE,
+        )  # fmt: skip
     return sums
 
 

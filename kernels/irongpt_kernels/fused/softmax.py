@@ -175,13 +175,12 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    with launch.device_context(x.device):
-        if N <= MAX_BLOCK:
-            options = launch.row_options(N, MAX_BLOCK, TILE)
-            grid = (triton.cdiv(M, options["BLOCK_M"]),)
-            _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **options)
-        else:
-            _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_options())
+    if N <= MAX_BLOCK:
+        options = launch.row_options(N, MAX_BLOCK, TILE)
+        grid = (triton.cdiv(M, options["BLOCK_M"]),)
+        _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **options)
+    else:
+        _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_options())
     return y
 
 
@@ -192,15 +191,12 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     if dx.numel() == 0:
         return dx
     strides = x.stride(), dy.stride()
-    with launch.device_context(x.device):
-        if N <= MAX_BLOCK:
-            options = launch.row_options(N, MAX_BLOCK, TILE)
-            grid = (triton.cdiv(M, options["BLOCK_M"]),)
-            _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **options)
-        else:
-            _bwd_online_kernel[(M,)](
-                x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_options()
-            )
+    if N <= MAX_BLOCK:
+        options = launch.row_options(N, MAX_BLOCK, TILE)
+        grid = (triton.cdiv(M, options["BLOCK_M"]),)
+        _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **options)
+    else:
+        _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_options())
     return dx
 
 

@@ -1,38 +1,51 @@
 """PyTorch custom ops, so that autograd and torch.compile can use functions that launch kernels."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from irongpt_kernels.runtime import launch
+
 Function = Callable[..., Any]
 
 
 def custom_op(
-    name: str, function: Function, fake: Function = lambda *_: None, mutates: Sequence[str] = (),
-    setup_context: Function | None = None, backward: Function | None = None,
+    name: str, function: Function, fake: Function = lambda *_, **__: None,
+    mutates: Sequence[str] = (), setup_context: Function | None = None,
+    backward: Function | None = None,
 ) -> Function:  # fmt: skip
     """Registers the function as the op `irongpt::name` and returns a function that calls it.
 
-    That function raises NotImplementedError if an argument has a forward-mode tangent; PyTorch
-    would silently use a derivative of 0.
+    The function launches its kernels on the device of the first tensor among its arguments. That
+    function raises NotImplementedError if an argument has a forward-mode tangent; PyTorch would
+    silently use a derivative of 0.
 
     fake: returns uninitialized results for the same arguments, which shows torch.compile their
     shapes and dtypes; for an op without a result it can be omitted. mutates: the names of arguments
     that are updated in place. setup_context, backward: the formula of autograd, as in
     `torch.library.register_autograd`.
     """
-    op = torch.library.custom_op(f"irongpt::{name}", function, mutates_args=mutates)
+
+    @functools.wraps(function)
+    def on_device(*args: Any, **options: Any) -> Any:
+        device = next((x.device for x in _tensors(args)), torch.device("cpu"))
+        with launch.device_context(device):
+            return function(*args, **options)
+
+    op = torch.library.custom_op(f"irongpt::{name}", on_device, mutates_args=mutates)
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
 
-    def call(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args))):
             raise NotImplementedError(f"irongpt::{name} has no forward-mode derivative")
-        return op(*args)
+        return op(*args, **options)
 
     return call
 
@@ -46,7 +59,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _has_tangent(arg: Any) -> bool:
-    if isinstance(arg, list | tuple):
-        return any(map(_has_tangent, arg))
-    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments and in lists."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from _tensors(arg)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
