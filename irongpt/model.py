@@ -28,7 +28,7 @@ def padded_vocab(V: int) -> int:
 
     They need rows of 16-bit logits that begin at multiples of 16 bytes, which are 8 logits. If V is
     not a multiple of 8, it is padded to the next one, and from 1,024 on to the next multiple of 64,
-    at a cost of 6 % at most, so that a row is a whole number of cache lines (128 bytes): GPT-2's
+    at a cost of 6.2 % at most, so that a row is a whole number of cache lines (128 bytes): GPT-2's
     50,257 become 50,304.
     """
     multiple = 8 if V < 1024 else 64
@@ -183,8 +183,8 @@ class GPT(nn.Module):
         """Gives each Linear a copy of its weight in `dtype` for its matmul. Returns {weight: copy}.
 
         The copies are leaves and get the gradients, in `dtype`; an optimizer updates the float32
-        weights and their copies. A step then casts no weight, forward or backward. Loading a
-        state_dict updates the copies.
+        weights and their copies. A step then casts none of these weights, forward or
+        backward. Loading a state_dict updates the copies.
         """
         copies: dict[Tensor, Tensor] = {}
         for m in self.modules():
@@ -262,8 +262,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) after idx (B, T), 0-d float32.
 
-        loss_scale: 0-d, the gradient that `backward` will give the loss, by default 1. The fused
-        ops compute the head's gradients with it, so that small ones do not underflow in float16.
+        loss_scale: 0-d, the gradient that `backward` will give the loss. The fused ops compute the
+        head's gradients with it, so that small ones do not underflow in float16. For None see
+        `irongpt_kernels.eager.linear_cross_entropy`.
         """
         V = self.config.vocab_size
         x, weight = self.hidden(idx, seed).flatten(0, 1), self.wte.weight

@@ -46,7 +46,7 @@ def average_decay_at(step: int, config: TrainConfig) -> float:
 class LossScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018).
 
-    Float16 gradients below 6e-8 become zero, so the loss is multiplied by a scale, which is halved
+    Float16 gradients below 3e-8 become zero, so the loss is multiplied by a scale, which is halved
     after a non-finite gradient and doubled after `growth_interval` steps without one. Unless
     `enabled` it stays 1. The op `grad_norm` updates both tensors.
     """
@@ -145,9 +145,9 @@ class Optimizer:
     def step(self, shards: Shards | None = None, summands: Tensor | None = None) -> Tensor:
         """Updates the parameters from the gradients of scale * loss, clipped to a global norm.
 
-        shards, summands: of a step with shards, and the result of `shards.exchange()`. A step whose
-        gradient norm is not finite changes neither parameters nor moments. Returns the norm of the
-        unscaled gradients before clipping, 0-d.
+        shards: None for a step without shards. summands: the result of `shards.exchange()`. A step
+        whose gradient norm is not finite changes neither parameters nor moments. Returns the norm
+        of the unscaled gradients before clipping, 0-d.
         """
         config, scaler, low = self.config, self.scaler, self.low_precision_params
         state = scaler.scale, scaler.growth_tracker, self.steps

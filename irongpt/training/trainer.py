@@ -20,7 +20,7 @@ from irongpt.training import optimizer
 from irongpt.training.distributed import World
 from irongpt.training.shards import Shards
 
-INT32_FROM = 1 << 27  # ids: so many or more are int32 on a GPU, as int64 would take a gigabyte
+INT32_FROM = 1 << 27  # ids: this many or more are int32 on a GPU, as int64 would take a gigabyte
 EVAL_TOKENS = 1 << 13  # per forward pass of an evaluation; more would not be faster
 MARGIN = 0.02  # nats above its limit at which an evaluation stops early
 
@@ -163,8 +163,8 @@ class Trainer:
         if one is kept. Training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process,
-        or if the mean is above the limit. A run of one process stops early once the mean of the
-        first batches is more than MARGIN above it.
+        if the mean is above the limit, or if the mean of the first batches is more than MARGIN
+        above the limit, in which case a run of one process stops early.
         """
         batches = evenly_spaced(
             self.val_ids, self.model.config.context, self.eval_batch, self.config.eval_windows

@@ -11,13 +11,13 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             call for each element would take longer than the attention's memory traffic.
 Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
             GPU thread. In attention the elements of a warp that share a call lie in one
-            thread: the accumulator of a tensor core gives a thread the rows r + 8i and the
-            columns c + 8j, where r and c depend on the thread and i and j count from 0. This holds
-            for a tile of scores and for its transpose, which the backward uses. So a call serves
-            the 4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile. In dropout before a residual add,
-            a call covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of
-            16-bit tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat
-            the call.
+            thread: the accumulator of a tensor core gives a thread the rows r + 8i and the columns
+            c + 8j and c + 1 + 8j, where r and c depend on the thread and i and j count from 0. This
+            holds for a tile of scores and for its transpose, which the backward uses. So a call
+            serves the 4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile, and another call those of
+            column c + 1. In dropout before a residual add, a call covers columns 16j to 16j + 15 of
+            a row. A thread holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it
+            uses 8 or 4 of the 16 bytes; other threads repeat the call.
 Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
             0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are
             scaled by the reciprocal of the rounded keep rate, so that the expectation is exact.
@@ -81,11 +81,11 @@ def attention_keep(
 ) -> Tensor:
     """The keep mask of attention weights: bool, (B, H, T, T), rows are queries."""
     tiles = -(-T // 32)
-    i = torch.arange(8 * tiles, device=device)  # the values of c0 and of c1
+    c = torch.arange(8 * tiles, device=device)  # the values of c0 and of c1
     head = torch.arange(B * H, device=device)
-    words = philox(seed, i[:, None], i[None, :], head[:, None, None], head.new_zeros(()))
+    words = philox(seed, c[:, None], c[None, :], head[:, None, None], head.new_zeros(()))
     random_bytes = _bytes(words)  # (B H, c0, c1, 16)
-    # The row is 32 tile + 8 i + r, and the column likewise.
+    # A row is 32 tile + 8 i + r with i < 4 and r < 8, and a column likewise.
     random_bytes = random_bytes.view(B, H, tiles, 8, tiles, 8, 4, 4)
     random_bytes = random_bytes.permute(0, 1, 2, 6, 3, 4, 7, 5).reshape(
         B, H, 32 * tiles, 32 * tiles

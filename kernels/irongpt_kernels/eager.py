@@ -5,7 +5,7 @@ sums are computed in float32 (float64 for float64 inputs). Results have the dtyp
 argument unless documented otherwise. ValueError: dropout_p is outside [0, 1), or above 0 without a
 seed.
 
-The ops of one decoding step (`decode_attention` and those after it) have no gradient. They never
+The ops of one decoding step (`decode_attention` and those after it) need no gradient. They never
 read a value on the host, and update caches, tokens and counts in place, so that a CUDA graph can
 capture a complete step. Their linear layers run in the dtype of the weight: the normalized input
 and the result of the matmul are rounded to it, as under autocast.
@@ -24,7 +24,7 @@ from irongpt_kernels.runtime import checks
 # The mass of a token is its unnormalized probability as an integer: 2^40 for the most likely token,
 # 0 for one that is more than 2^40 times less likely.
 MASS_BITS = 40
-MAX_V = 1 << 22  # the sum of the masses of so many tokens fits into 63 bits
+MAX_V = 1 << 22  # the sum of the masses of this many tokens fits into 63 bits
 MAX_INVERSE = 3e38  # the largest 1 / temperature: it fits into float32
 
 
@@ -121,7 +121,7 @@ def linear_cross_entropy(
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
     will pass to the loss. It affects only the rounding: `fused` computes the gradients, times
     loss_scale, together with the loss, so that small ones do not underflow in float16. Without it
-    `fused` takes 1,024 in float16, where gradients beyond 64 overflow, and else 1.
+    `fused` takes 1 or, in float16, 1,024, with which gradients beyond 64 overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 

@@ -26,12 +26,12 @@ from irongpt_kernels.op_inputs import RING_SIZE, TOP_K, Input, Shape, Sizes, Ten
 class OpSpec:
     """The description of an op.
 
-    inputs(shape): tensors by argument. size(shape): the shape for a table. outputs: result names.
+    inputs(shape): each `Input` by name. size(shape): the shape for a table. outputs: result names.
     kind: "layer" for an op with a gradient, "optimizer", "token" for an op of a decoding step.
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that are updated in place, and so results: `params` means `rest.params`.
+    changes: inputs that are updated in place, and so results: `params` means all `*.params`.
     functions: those of `Ops` that only this entry describes, by default `name`.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
@@ -296,7 +296,7 @@ def _muon(ops: Any, s: Shape, x: Tensors, growth_interval: int = 0) -> tuple[Ten
     return (stats, *normalized)
 
 
-COUNTED = ("copies", "steps", "growth_tracker")
+STEP_STATE = ("copies", "steps", "growth_tracker")
 OPTIMIZERS = (
     OpSpec(
         "adamw",
@@ -309,7 +309,7 @@ OPTIMIZERS = (
         outputs=("stats",),
         functions=("grad_norm", "adamw"),
         call=_adamw,
-        changes=("params", "moment0", "moment1", *COUNTED),
+        changes=("params", "moment0", "moment1", *STEP_STATE),
         sweeps=(),
     ),
     OpSpec(
@@ -321,7 +321,7 @@ OPTIMIZERS = (
         outputs=("stats", *(f"normalized {name}" for name in ("qkv", "proj", "fc", "fc_proj"))),
         functions=("muon_momentum", "muon_update"),
         call=_muon,
-        changes=("params", "moment0", *COUNTED),
+        changes=("params", "moment0", *STEP_STATE),
         sweeps=(),
     ),
     OpSpec(

@@ -48,7 +48,7 @@ class Errors(NamedTuple):
 
 
 def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
-    """One rounding error of a value of this magnitude, plus the smallest subnormal number.
+    """A unit in the last place of a value of this magnitude, plus the smallest subnormal number.
 
     Eager can be exact by chance (one position, equal rows), but a candidate has to round its result
     at least once. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
@@ -58,7 +58,7 @@ def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
 
 
 def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Errors]:
-    """The errors for each norm, over the elements whose oracle is finite.
+    """The errors for each norm; an element whose oracle is not finite counts as 0.
 
     factor: OUTPUTS or GRADIENTS. The tensors have the same shape and are not empty.
     """

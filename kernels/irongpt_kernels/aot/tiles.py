@@ -43,8 +43,9 @@ KERNELS = {
     "key": "attention_backward._bwd_dkdv_kernel",
     "head": "attention_head_backward._bwd_head_kernel",
 }
-# TILES_PER_PROGRAM: how many tiles a program loads or stores outside its loop. TENSORS: how many
-# (B, H, T, D) tensors the launch reads from or writes to DRAM.
+# TILES_PER_PROGRAM: how many tiles a program loads or stores outside its loop; for "head", whose
+# loop covers all keys, also inside it. TENSORS: how many (B, H, T, D) tensors the launch reads from
+# or writes to DRAM.
 TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
 TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
 MIN_WARPS_PER_SM = 8

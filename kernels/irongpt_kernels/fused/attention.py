@@ -10,8 +10,9 @@ Forward, per row, over the columns up to the diagonal:
 Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2", 2023): a program
             loops over tiles of keys and carries, for each row, the maximum m, the sum l and the
             unnormalized output. When a tile raises m, the carried l and output are rescaled by
-            2^(m_old - m_new). Exponentials have base 2: log2(e) is folded into the scale. m and
-            log2(l) are saved. Dropout acts on the attention weights P and not on l, as in eager.
+            2^(m_old - m_new). Exponentials have base 2: log2(e) is folded into the scale, so S and
+            m carry this factor. This m and log2(l) are saved. Dropout acts on the attention weights
+            P and not on l, as in eager.
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
 Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal crosses are handled by
             a second, masked loop. Tiles right of the diagonal are never read.

@@ -1,6 +1,6 @@
 """Causal self-attention, backward of short contexts: one program computes the gradient of a head.
 
-A program computes the gradient of `attention_backward`, in its notation:
+A program computes the same gradient as `attention_backward`, in its notation:
 
     Z  = P * keep / (1 - p)            dV = Z^T dO         dZ = dO V^T
     dS = Z * dZ - P * delta            dQ = scale dS K     dK = scale dS^T Q

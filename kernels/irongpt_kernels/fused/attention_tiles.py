@@ -85,7 +85,7 @@ def head_options(
 
 def head_entry(T: int) -> str:
     """The key of `attention_head_backward` in `launch_table`. The code depends on the context only
-    through this power of two."""
+    through the power of two `launch.block(T)`."""
     return f"attention head {launch.block(T)}"
 
 
@@ -151,7 +151,7 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
         tile = (64, 32 if BLOCK_D > 64 or kernel == "query" else 64, 4)
     # Below sm_80 there are no asynchronous copies, so a second stage would only take memory. With
     # two accumulators (dK, dV) or float32 operands, D above 64 leaves no registers for the
-    # addresses of a second stage, and D = 64 leaves none with both.
+    # addresses of a second stage; with both, D = 64 leaves none either.
     wide = BLOCK_D > 64 or (BLOCK_D == 64 and itemsize == 4)
     crowded = wide and (kernel == "key" or (itemsize == 4 and BLOCK_D > 64))
     num_stages = 1 if arch < 80 or crowded else 2

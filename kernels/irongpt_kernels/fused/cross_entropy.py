@@ -8,8 +8,8 @@ Forward, per row:   m = max(x)      rest = sum over v != t of exp(x_v - m)
 Backward, per row:  p_v = exp(x_v - m) / (rest + exp(x_t - m))
                     dx_v = p_v dloss / n      dx_t = (p_t - 1) dloss / n = -sum(the other dx)
 
-Traffic     The forward reads x: MV elements. The backward reads x and writes dx: 2MV. Nothing of
-            size MV is saved: p is recomputed from m and rest, 8 bytes per row.
+Traffic     The forward reads x: MV elements. The backward reads x and writes dx: 2MV. p is not
+            saved: it is recomputed from x and from m and rest, 8 bytes per row.
 Parallelism In the forward a program handles BLOCK_M rows and loops over V in blocks of BLOCK_N; the
             sum is rescaled whenever m grows. The program stores the sum of its rows' losses and the
             number of rows that are not ignored; one program of a second kernel then adds these

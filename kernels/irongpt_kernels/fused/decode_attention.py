@@ -7,7 +7,8 @@
 Per head, with p = position:    cache_k[p], cache_v[p] = k, v       S = scale q cache_k[:p+1]^T
                                 out = softmax(S) cache_v[:p+1]
 
-Traffic     reads p rows of both caches, q, k and v; writes k, v and out: 2 p D elements per head.
+Traffic     reads p rows of both caches, q, k and v; writes k, v and out: 2 p D + 6 D elements
+            per head.
 Parallelism one program per head. It starts its online softmax from the new key and value in
             registers, so it never reads a cache row that it has just written. A tile of keys is as
             large as registers allow; in 16 bits one tile has all keys of the default context, so

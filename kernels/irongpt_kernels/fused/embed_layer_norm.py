@@ -13,10 +13,10 @@ Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; th
             with respect to x, 4MC; it reads g twice more, for dwte and dwpe.
 Parallelism The forward is that of `layer_norm`. For dwte a program searches a part of the ids for
             one token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
-            frequent token has several programs. `column_sums` adds their partial sums, and dwpe in
-            the same launch. There are no atomics, so every run gives the same bits. The search
-            compares V M ids, so for a vocabulary larger than MAX_V PyTorch's kernels compute dwte:
-            they sort the ids, in about 8 launches.
+            frequent token has several programs. `column_sums` adds their partial sums and, in the
+            same launch, the rows of g for dwpe. There are no atomics, so every run gives the same
+            bits. The search compares V M ids, so for a vocabulary larger than MAX_V PyTorch's
+            kernels compute both gradients: dwte by sorting the ids, in about 8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would

@@ -4,8 +4,8 @@
 
 Forward     z = x + bias      u = sqrt(2/pi) (z + 0.044715 z^3)
             y = z/2 (1 + tanh u) = z s, where s = 1 / (1 + exp(-2u)) is the logistic function
-Backward    du = sqrt(2/pi) (1 + 3 * 0.044715 z^2)
-            dx = dy (s + 2 z s (1 - s) du)      dbias = dx summed over rows
+Backward    du/dz = sqrt(2/pi) (1 + 3 * 0.044715 z^2)
+            dx = dy (s + 2 z s (1 - s) du/dz)      dbias = dx summed over rows
 
 Traffic     The forward reads x and writes y: 2MN elements. The backward reads x and dy and writes
             dx: 3MN; it recomputes s.
@@ -38,7 +38,7 @@ PROGRAMS_PER_SM = 8  # of a backward with dbias; fewer programs mean fewer parti
 
 @triton.jit
 def logistic(z):
-    """Returns s = logistic(2u), s (1 - s) and 2 du."""
+    """Returns s = logistic(2u), s (1 - s) and 2 du/dz."""
     # For |z| > 30, s is 0 or 1 in float32, and z^3 could overflow. tl.where keeps a NaN.
     z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))
     u2 = 1.5957691216057308 * z * (1.0 + 0.044715 * z * z)  # 2 sqrt(2/pi)

@@ -13,9 +13,10 @@ For `layer_norm`, x takes the place of the sum, dsum is absent, and dresidual is
 
 Traffic     reads dsum, dnorm and the sum, writes dresidual and dbranch: 5MN elements, and 3MN for
             `layer_norm`. xhat is recomputed from mean and rstd, the mask from the seed.
-Parallelism P programs, WARPS_PER_SM warps on each SM, loop over the blocks of rows. Each keeps its
-            own dweight and dbias; `norm_parameters` adds these (P, N) partial sums, of all norms at
-            once. There are no atomics, so every run gives the same bits.
+Parallelism P programs loop over the blocks of rows; each SM has WARPS_PER_SM warps by default, or
+            one program if that has more. Each keeps its own dweight and dbias; `norm_parameters`
+            adds these (P, N) partial sums, of all norms at once. There are no atomics, so every run
+            gives the same bits.
 Precision   float32 between load and store; xhat is centred as in the forward.
 Limits      those of `layer_norm`.
 Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_layer_norm
@@ -127,8 +128,8 @@ def forward_options(N: int, itemsize: int, device: torch.device) -> dict[str, in
 
 
 def backward_options(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and the warps per SM, by default WARPS_PER_SM: these hide the memory latency,
-    and more would only write more partial sums."""
+    """Launch options, and the warps per SM, by default WARPS_PER_SM or those of one program: these
+    hide the memory latency, and more would only write more partial sums."""
     measured = launch_table.options("norm backward", N, itemsize, device, {})
     options = dict(warps_per_sm=WARPS_PER_SM) | launch_options(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])

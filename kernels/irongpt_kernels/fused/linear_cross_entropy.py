@@ -23,7 +23,7 @@ Parallelism A program handles BLOCK_M rows, which stay in registers between the 
             these partial sums in order. There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
             the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
-            it is rounded to the dtype of z; otherwise a float16 dz below 6e-8 would become 0.
+            it is rounded to the dtype of z; otherwise a float16 dz below 3e-8 would become 0.
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
@@ -257,7 +257,7 @@ def linear_cross_entropy(
     checks.same_device(x=x, targets=targets)
     classes = len(weight) if classes is None else classes
     if not 1 <= classes <= len(weight):
-        raise ValueError(f"classes must be in [1, {len(weight)}], rows of weight, got {classes}")
+        raise ValueError(f"classes must be in [1, {len(weight)}] (rows of weight), got {classes}")
     if loss_scale is not None:
         checks.floating(loss_scale=loss_scale)
         checks.shape("loss_scale", loss_scale, ())

@@ -201,8 +201,9 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def _online_options() -> dict[str, int]:
-    """Launch options of the online kernels, without fused multiply-adds: m is the largest rounded
-    scale x, so its scale x - m is exactly 0 only if scale x is rounded before the subtraction."""
+    """Launch options of the online kernels, without fused multiply-adds: m is the largest of the
+    rounded products scale * x, so there scale * x - m is exactly 0 only if the product is rounded
+    before the subtraction."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 

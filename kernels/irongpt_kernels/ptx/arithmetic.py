@@ -72,8 +72,8 @@ def largest_error(name: str, y: Array) -> Array:
 
 
 def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
-    """y, in float64, as float32. Its error is a hash of the seed, at most `noise` times the bound
-    of the PTX ISA. ex2 of an integer is exact, as it is on GPUs."""
+    """The float64 y as float32. Its error is a hash of the seed, at most `noise` times the bound of
+    the PTX ISA. ex2 of an integer is exact, as it is on GPUs."""
     if not noise:
         return y.astype(f4)
     h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)
@@ -149,7 +149,8 @@ def urem(a: Array, b: Array) -> Array:
 
 
 def shift(x: Array, n: Array, left: bool) -> Array:
-    """Shifts by n of each thread. From the width on, all bits are gone (or copies of the sign)."""
+    """x shifted by each thread's n. If n is the width or more, only 0 is left (or copies of the
+    sign)."""
     bits = 8 * x.itemsize
     t = x.dtype.type
     some = np.minimum(n, u4(bits - 1)).astype(t)

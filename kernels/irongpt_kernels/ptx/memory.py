@@ -36,9 +36,9 @@ MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 
 def _same(x: Array, y: Array, infinity: int) -> Array:
-    """Whether words are equal, where every NaN equals every NaN: of float32, or in each half of the
-    16-bit float with this infinity. On a GPU all NaN that arithmetic makes have the same bits; in
-    NumPy those of a sum may depend on the order of the operands."""
+    """Whether words are equal, where any two NaN are equal too. A word can be one float32, or one
+    or two floats of the 16-bit dtype that has this infinity. On a GPU all NaN that arithmetic makes
+    have the same bits; in NumPy those of a sum may depend on the order of the operands."""
     same, size = x == y, x.dtype.itemsize
     if same.all() or size not in (2, 4):
         return same

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from irongpt_kernels.ptx.arithmetic import i4, i8, u4
 
-LARGE = 1 << 26  # bytes of a storage whose pieces are listed instead of mapped byte by byte
+LARGE = 1 << 26  # bytes; of a larger storage, pieces are listed instead of mapped byte by byte
 NO_CTA, SEVERAL = -1, -2
 
 Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, mask of the legal bytes (None: all)

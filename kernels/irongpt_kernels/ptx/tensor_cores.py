@@ -90,10 +90,10 @@ class Batch(Memory):
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
-        k_major: each row has up to 128 contiguous bytes along k. 8 rows are a pattern, and `stride`
-        is the distance in bytes from one pattern to the next. Otherwise 64, 32 or 16 values along m
-        or n are contiguous; `stride` is the distance to the next 8 values of k, and `lead` the
-        distance to the next values of m or n.
+        k_major: each row has 16 to 128 contiguous bytes along k; if only 16, `lead` is the distance
+        to the next 8 values of k. 8 rows are a pattern, and `stride` is the distance in bytes from
+        one pattern to the next. Otherwise 64, 32, 16 or 8 values along m or n are contiguous;
+        `stride` is the distance to the next 8 values of k, and `lead` to the next of m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

@@ -16,7 +16,7 @@ from irongpt_kernels.ptx.regions import Regions
 # Of an instruction: its line number in the PTX, its line in the Python source, its text.
 Location = tuple[int, str, str]
 Site = tuple["Array | None", "Array | None", Location]  # guard, mask, location
-NO_NAN = 0x7FFF  # an infinity above which 16 bits have no NaN
+NO_NAN = 0x7FFF  # as an infinity: no 15 bits are above it, so words of 16 bits are never NaN
 
 
 @dataclass

@@ -118,8 +118,8 @@ def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
-    """Raises ValueError for p outside [0, 1), and for p > 0 without a seed. For others see
-    `seed_of`."""
+    """Raises ValueError for p outside [0, 1), and for p > 0 without a seed. For errors of the seed
+    see `seed_of`."""
     check(p)
     if seed is not None:
         seed_of(seed, **tensor)

@@ -89,8 +89,8 @@ def no_fusion_in_narrow_rows(row: int, num_warps: int) -> dict[str, int]:
 
 
 def row_options(N: int, columns: int, elements: int) -> dict[str, int]:
-    """Launch options for rows of N elements: blocks of at most `columns` columns, and of several
-    rows if that is needed for `elements` elements."""
+    """Launch options for rows of N elements: blocks of at most `columns` columns, and of as many
+    rows as make `elements` elements, at least one."""
     BLOCK_N = min(columns, block(N))
     BLOCK_M = max(1, elements // BLOCK_N)
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(BLOCK_M * BLOCK_N))
