@@ -255,9 +255,10 @@ def linear_cross_entropy(
     checks.shape("weight", weight, (len(weight), x.shape[1]))
     checks.shape("targets", targets, (len(x),))
     checks.same_device(x=x, targets=targets)
-    classes = len(weight) if classes is None else classes
-    if not 1 <= classes <= len(weight):
-        raise ValueError(f"classes must be in [1, {len(weight)}] (rows of weight), got {classes}")
+    V = len(weight)
+    classes = V if classes is None else classes
+    if not 1 <= classes <= V:
+        raise ValueError(f"classes must be in [1, {V}], as weight has {V} rows, got {classes}")
     if loss_scale is not None:
         checks.floating(loss_scale=loss_scale)
         checks.shape("loss_scale", loss_scale, ())
