@@ -3,16 +3,13 @@
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.measure import result_file
 from benchmarks.measure.rows import KernelRow
 from benchmarks.ops import __main__ as kernels
-from benchmarks.ops import cases as workloads
-from benchmarks.ops.cases import Case
+from benchmarks.ops.cases import SWEEPS, Case, cases_of
 from benchmarks.ops.providers import NAMES, computes, missing
 from irongpt import device as devices
 from irongpt.errors import UserError
@@ -20,36 +17,30 @@ from irongpt.errors import UserError
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("irongpt")
-    shown = result_file.HELP
-    group.addoption("--device", metavar="NAME", default="auto", help=shown["--device"])
     group.addoption("--no-sweeps", action="store_true", help="time only the model's shape")
     help = "minutes after which no further case begins [no limit]"
-    group.addoption("--minutes", type=float, help=help)
+    group.addoption("--minutes", type=float, default=math.inf, help=help)
     help = f"time only these implementations, separated by commas: {', '.join(NAMES)} [all]"
     group.addoption("--providers", metavar="NAMES", default=",".join(NAMES), help=help)
-    folder = result_file.FOLDER
-    group.addoption("--out", metavar="FOLDER", type=Path, default=folder, help=shown["--out"])
-    group.addoption("--result", metavar="FILE", type=Path, help=shown["--result"])
-    group.addoption("--commit", metavar="NAME", help=shown["--commit"])
+    result_file.add_options(group.addoption)
 
 
 class Session:
     """Measures a case when the first of its rows is asked for, all providers interleaved."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.device = result_file.pick(config.getoption("device"))
+        self.device = devices.pick(config.getoption("device"))
         self.names = tuple(config.getoption("providers").split(","))
         self.section = result_file.Section("kernels", self.device, config.option)
-        minutes = config.getoption("minutes")
-        self.end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+        self.end = time.perf_counter() + 60 * config.getoption("minutes")
         self.case: Case | None = None
         self.rows: list[KernelRow] = []
 
     def row(self, case: Case, mode: str, provider: str) -> KernelRow:
         """The row of a provider, with a `skipped_reason` if it was not timed."""
-        if case != self.case and time.perf_counter() > self.end:
-            pytest.skip("the --minutes are over: the rows so far are saved")
         if case != self.case:
+            if time.perf_counter() > self.end:
+                pytest.skip("the --minutes are over: the rows so far are saved")
             self.case, self.rows = case, kernels.measure_case(case, self.device, self.names)
             self.section.put(rows=self.section.values["rows"] + self.rows)
         return next(
@@ -62,8 +53,7 @@ class Session:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     made = Session(request.config)
-    types = dict.fromkeys([*kernels.halves(made.device), torch.float32])
-    with kernels.begun(made.section, made.names, list(types)):
+    with kernels.begun(made.section, made.names):
         yield made
         print()  # ends the line of pytest's dots
 
@@ -76,8 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         device = devices.pick(config.getoption("device"))
     except UserError as e:
         pytest.exit(str(e), returncode=2)
-    swept = () if config.getoption("no_sweeps") else workloads.SWEEPS
-    cases = kernels.cases_of(device, swept=swept)
+    cases = cases_of(device, swept=() if config.getoption("no_sweeps") else SWEEPS)
     names = config.getoption("providers").split(",")
     without = missing(device, tuple(names))
     here = [name for name in names if name not in without]

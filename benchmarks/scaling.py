@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds in one measurement [5]")
     help = "steps per round [10, 3 on a CPU]"
     parser.add_argument("--steps", type=int, default=0, help=help)
-    result_file.add_options(parser)
+    result_file.add_options(parser.add_argument)
     args = parser.parse_args(argv)
     try:
         return together(lambda world: run(world, args))

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.vs_nanogpt", __doc__)
     help = "checkout of nanoGPT (required)"
     parser.add_argument("--nanogpt", metavar="FOLDER", type=Path, required=True, help=help)
-    result_file.add_options(parser, device=False)
+    result_file.add_options(parser.add_argument, device=False)
     args = parser.parse_args(argv)
     checkout = args.nanogpt.resolve()
     if not (checkout / "train.py").is_file():

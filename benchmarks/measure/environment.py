@@ -141,16 +141,14 @@ def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any
     gpu, n = device.type == "cuda", COPIED[device.type]
     x = torch.ones(n, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    copied: dict[str, Any] = {
-        "copy_bytes_per_s": 2 * n / median_seconds(lambda i: y.copy_(x), device)
-    }
-    rates = {}
+    copying = median_seconds(lambda i: y.copy_(x), device)
+    flops = {}
     for dtype in dtypes:
         size = 8192 if gpu and dtype != torch.float32 else 4096 if gpu else 512
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = median_seconds(lambda i, a=a, b=b: a @ b, device)  # type: ignore[misc]
-        rates[dtype_name(dtype)] = 2 * size**3 / seconds
-    return copied | {"gemm_flops_per_s": rates}
+        flops[dtype_name(dtype)] = 2 * size**3 / seconds
+    return {"copy_bytes_per_s": 2 * n / copying, "gemm_flops_per_s": flops}
 
 
 def median_seconds(call: timing.Call, device: torch.device, rounds: int = 10) -> float:

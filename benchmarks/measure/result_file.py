@@ -6,11 +6,13 @@ names one.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,6 @@ FOLDER = Path(__file__).resolve().parents[1] / "results"
 Values = dict[str, Any]
 
 
-HELP = {  # of the options that all benchmarks share
-    "--device": "cpu, cuda or cuda:N; auto is a GPU if there is one [auto]",
-    "--out": "folder of all results [benchmarks/results]",
-    "--result": "result file to write [FOLDER/<device>/<date>-<commit>.json]",
-    "--commit": "commit to record as that of this source [git's]",
-}
-
-
 def parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with the docstring of a module, as it is written."""
     return argparse.ArgumentParser(
@@ -46,14 +40,17 @@ def parser(module: str, text: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, device: bool = True, kind: str = "") -> None:
-    """Adds the options that all benchmarks share. kind: as in `path`."""
+def add_options(add: Callable[..., Any], device: bool = True, name: str = "") -> None:
+    """Adds the options that all benchmarks share. add: the `add_argument` of a parser. name: the
+    last part of a file's name."""
     if device:
-        parser.add_argument("--device", metavar="NAME", default="auto", help=HELP["--device"])
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=FOLDER, help=HELP["--out"])
-    help = HELP["--result"].replace(".json", f"-{kind}.json" if kind else ".json")
-    parser.add_argument("--result", metavar="FILE", type=Path, help=help)
-    parser.add_argument("--commit", metavar="NAME", help=HELP["--commit"])
+        help = "cpu, cuda or cuda:N; auto is a GPU if there is one [auto]"
+        add("--device", metavar="NAME", default="auto", help=help)
+    help = "folder of all results [benchmarks/results]"
+    add("--out", metavar="FOLDER", type=Path, default=FOLDER, help=help)
+    help = f"result file to write [FOLDER/<device>/<date>-<commit>{name}.json]"
+    add("--result", metavar="FILE", type=Path, help=help)
+    add("--commit", metavar="NAME", help="commit to record as that of this source [git's]")
 
 
 def pick(name: str) -> torch.device:
@@ -68,34 +65,27 @@ def pick(name: str) -> torch.device:
 
 def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Any, torch.device]:
     """The options of a benchmark, the shared ones included, and its device."""
-    add_options(parser)
+    add_options(parser.add_argument)
     args = parser.parse_args(argv)
     return args, pick(args.device)
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
-
-
-def path(out: Path, device: torch.device, commit: str | None, kind: str = "") -> Path:
-    """kind: a part of the name for other kinds of measurements."""
-    commit = commit or environment.git_commit()
-    how = ""
+def path(args: argparse.Namespace, device: torch.device, *sections: str, name: str = "") -> Path:
+    """The file to write: that of --result, or the first one that holds none of the sections yet.
+    name: as in `add_options`."""
+    if args.result:
+        return Path(args.result)
+    name = f"{date.today()}-{args.commit or environment.git_commit()}{name}"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        how = "interpreted"
+        name += "-interpreted"
     elif device.type == "cuda" and emulate.enabled():
-        how = f"sm_{emulate.ARCH}"
-    name = "-".join(part for part in (str(date.today()), commit, kind, how) if part)
-    return out / slug(environment.name(device)) / f"{name}.json"
-
-
-def fresh(file: Path, *sections: str) -> Path:
-    """The file, or the first one after it that holds none of the sections yet."""
-    free, n = file, 1
-    while free.exists() and not _read(free).keys().isdisjoint(sections):
-        n += 1
-        free = file.with_stem(f"{file.stem}-{n}")
-    return free
+        name += f"-sm_{emulate.ARCH}"
+    folder = re.sub(r"[^A-Za-z0-9]+", "-", environment.name(device)).strip("-")
+    for n in itertools.count(1):
+        file = args.out / folder / f"{name}{f'-{n}' if n > 1 else ''}.json"
+        if not file.exists() or _read(file).keys().isdisjoint(sections):
+            break
+    return Path(file)
 
 
 def load(file: Path) -> Values:
@@ -137,7 +127,7 @@ class Section:
 
     def __init__(self, name: str, device: torch.device, args: argparse.Namespace) -> None:
         self.name, self.device = name, device
-        self.path: Path = args.result or fresh(path(args.out, device, args.commit), name)
+        self.path = path(args, device, name)
         self.values: Values = {"environment": environment.describe(device, args.commit)}
         self.watch = environment.Watch(device)
 

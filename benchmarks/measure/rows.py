@@ -5,7 +5,7 @@ seconds. A row without a time has a `skipped_reason`.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 Point = list[float]  # step, seconds, loss
@@ -55,7 +55,7 @@ class Row:
         return cls(**{k: v for k, v in values.items() if k in names and v is not None})
 
     def to_json(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if x is not None and x == x}
+        return {name: x for name, x in asdict(self).items() if x is not None and x == x}
 
 
 @dataclass(kw_only=True)
@@ -99,9 +99,6 @@ class KernelRow(Row):
         if accuracy := values.get("accuracy"):
             row.accuracy = Accuracy(**{k: v for k, v in accuracy.items() if v is not None})
         return row
-
-    def to_json(self) -> dict[str, Any]:
-        return super().to_json() | ({"accuracy": vars(self.accuracy)} if self.accuracy else {})
 
 
 @dataclass(kw_only=True)

@@ -25,9 +25,8 @@ from torch import Tensor
 from benchmarks import roofline
 from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import Accuracy, KernelRow, short
-from benchmarks.ops import cases as workloads
 from benchmarks.ops.accuracy import AccuracyCheck, passes, tensors_of
-from benchmarks.ops.cases import MODEL_SHAPES, Case, Inputs
+from benchmarks.ops.cases import MODEL_SHAPES, OPS, SWEEPS, Case, Inputs, cases_of, dtypes_of
 from benchmarks.ops.providers import NAMES, Provider, computes, missing, providers
 from irongpt import device as devices
 from irongpt import timing
@@ -78,24 +77,23 @@ def _measure(
     accuracy = AccuracyCheck(case, device)
     accuracies: dict[str, Accuracy] = {}
     refused: dict[str, str] = {}
-    here: dict[str, Provider] = {}
-    if (why := not_compiled(case, device, quick)) and computes("compile", case.op):
-        refused |= {name: why for name in names if name == "compile"}
-        names = tuple(name for name in names if name != "compile")
-    for name, provider in providers(case, device, names).items():
+    here = providers(case, device, names)
+    for name, provider in here.items():
+        if name == "compile" and (why := not_compiled(case, device, quick)):
+            refused[name] = why
+            continue
         try:
             accuracies[name] = found = accuracy(name, provider.own_masks)
         except Exception as e:  # a backend that does not support this case
             refused[name] = reason(e)
             continue
-        if passes(name, found):
-            here[name] = provider
-        else:
+        if not passes(name, found):
             refused[name] = f"wrong: {found.share:.2g} x the error that the tolerance allows"
     del accuracy
     free(device)
     rows = []
     for mode in case.modes:
+        here = {name: p for name, p in here.items() if name not in refused}
         try:
             times = _times(case, device, here, mode, rounds)
         except Exception as e:  # no provider runs, or not even the inputs fit in memory
@@ -103,7 +101,6 @@ def _measure(
         for name, t in times.items():
             if isinstance(t, str):  # no other mode is tried
                 refused[name] = t
-                del here[name]
             else:
                 backend = here[name].backend
                 rows.append(row(case, mode, name, accuracies[name], backend=backend, **t))
@@ -205,30 +202,12 @@ def line(r: KernelRow, peak_rates: dict[str, Any]) -> str:
     return r.line(*notes)
 
 
-def halves(device: torch.device) -> list[torch.dtype]:
-    """The 16-bit dtypes of a GPU, the one that it trains in first; a CPU's float32."""
-    first = devices.precision("auto", device).dtype
-    return [first, torch.float16] if first == torch.bfloat16 else [first]
-
-
-def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
-    """The model's shape in 16 bits and in float32, then the sweeps in 16 bits.
-
-    quick: only the 16-bit dtype that this GPU trains in, and only with iron's dropout.
-    """
-    gpu, in_16_bits = device.type == "cuda", halves(device)[: 1 if quick else None]
-    dtypes = list(dict.fromkeys([*in_16_bits, torch.float32]))
-    cases = workloads.model_cases(gpu, dtypes, dropout_off=not quick)
-    return cases + list(workloads.sweep_cases(gpu, in_16_bits, swept))
-
-
 @contextlib.contextmanager
-def begun(
-    section: result_file.Section, names: tuple[str, ...], dtypes: list[torch.dtype]
-) -> Iterator[None]:
+def begun(section: result_file.Section, names: tuple[str, ...]) -> Iterator[None]:
     """The section that rows are added to. Peak rates are measured before and after the rows,
     because a hot GPU is slower."""
     device = section.device
+    dtypes = dtypes_of(device)
     with section:
         section.put(missing=missing(device, names), rows=[])
         section.put(peak_rates=environment.peak_rates(device, dtypes))
@@ -239,28 +218,25 @@ def begun(
 
 def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.ops", __doc__)
-    every = workloads.SWEEPS
-    help = f"also time these sweeps, or all if none is named: {', '.join(every)} [no sweep]"
-    parser.add_argument("--sweeps", nargs="*", choices=every, metavar="NAME", help=help)
-    help = f"time only these ops: {', '.join(workloads.OPS)} [all]"
-    parser.add_argument(
-        "--ops", nargs="+", choices=workloads.OPS, default=workloads.OPS, metavar="NAME", help=help
-    )
-    help = f"time only these implementations: {', '.join(NAMES)} [all]"
-    parser.add_argument(
-        "--providers", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=help
-    )
+    for option, nargs, names, default, help in (
+        ("--sweeps", "*", SWEEPS, None, "also time these sweeps, or all if none is named"),
+        ("--ops", "+", OPS, OPS, "time only these ops"),
+        ("--providers", "+", NAMES, NAMES, "time only these implementations"),
+    ):
+        help += f": {', '.join(names)} [{'all' if default else 'no sweep'}]"
+        parser.add_argument(
+            option, nargs=nargs, choices=names, default=default, metavar="NAME", help=help
+        )
     help = "samples of each implementation [20, 9 on a CPU]"
     parser.add_argument("--rounds", type=int, help=help)
     help = "time only float32, one 16-bit dtype, iron's dropout; torch.compile only in 16 bits"
     parser.add_argument("--quick", action="store_true", help=help)
     args, device = result_file.parsed(parser, argv)
-    swept = () if args.sweeps is None else tuple(args.sweeps) or workloads.SWEEPS
+    swept = () if args.sweeps is None else tuple(args.sweeps) or SWEEPS
     cases = [case for case in cases_of(device, args.quick, swept) if case.op in args.ops]
-    dtypes = list(dict.fromkeys(case.dtype for case in cases))
     names = tuple(args.providers)
     section = result_file.Section("kernels", device, args)
-    with begun(section, names, dtypes):
+    with begun(section, names):
         for name, why in section.values["missing"].items():
             print(f"no {name}: {why}")
         for case in cases:

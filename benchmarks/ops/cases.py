@@ -15,7 +15,7 @@ from irongpt_kernels.op_inputs import SEED, Shape
 from irongpt_kernels.op_specs import SPECS, TOKEN, OpSpec
 from torch import Tensor
 
-from irongpt.device import dtype_name
+from irongpt import device as devices
 from irongpt.training import muon
 
 MODES = ("forward", "backward", "total")
@@ -60,7 +60,7 @@ class Case:
     @property
     def name(self) -> str:
         dropout = f" p={self.p:g}" if self.spec.dropout else ""
-        return f"{self.op} {self.size} {dtype_name(self.dtype)}{dropout}"
+        return f"{self.op} {self.size} {devices.dtype_name(self.dtype)}{dropout}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -101,19 +101,32 @@ class Case:
         return sum(p.bytes for p in parts), sum(p.flops for p in parts)
 
 
-def model_cases(gpu: bool, dtypes: list[torch.dtype], dropout_off: bool = True) -> list[Case]:
-    """Every op at the model's shape, with iron's dropout and, if `dropout_off`, also without.
+def dtypes_of(device: torch.device) -> list[torch.dtype]:
+    """The 16-bit dtypes of a GPU, the one that it trains in first, then float32."""
+    first = devices.precision("auto", device).dtype
+    second = [torch.float16] if first == torch.bfloat16 else []
+    return list(dict.fromkeys([first, *second, torch.float32]))
 
-    Ops whose tensors are always float32 come once.
+
+def cases_of(device: torch.device, quick: bool = False, swept: tuple[str, ...] = ()) -> list[Case]:
+    """Every op at the model's shape in every dtype, with iron's dropout and without; then the
+    sweeps in 16 bits. Ops whose tensors are always float32 come once.
+
+    quick: only the 16-bit dtype that this GPU trains in, and only with iron's dropout.
     """
+    gpu, dtypes = device.type == "cuda", dtypes_of(device)
+    if quick:
+        dtypes = list(dict.fromkeys([dtypes[0], torch.float32]))
     name, shape = ("iron", IRON) if gpu else ("nano", NANO)
-    return [
+    cases = [
         Case(op, name, replace(shape, B=1) if spec in TOKEN else shape, dtype, p)
         for dtype in dtypes
         for op, spec in SPECS.items()
         if op not in FLOAT32 or dtype == dtypes[0]
-        for p in ((DROPOUT, 0.0) if spec.dropout and dropout_off else (default_p(op),))
+        for p in ((DROPOUT, 0.0) if spec.dropout and not quick else (default_p(op),))
     ]
+    in_16_bits = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    return cases + list(sweep_cases(gpu, in_16_bits or dtypes, swept))
 
 
 def default_p(op: str) -> float:

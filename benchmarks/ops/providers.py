@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from irongpt_kernels import builtin, eager
+from irongpt_kernels import builtin
 from irongpt_kernels.builtin import append_by_indexing
 from irongpt_kernels.op_inputs import RING_SIZE, TOP_K
-from irongpt_kernels.op_specs import SPECS
+from irongpt_kernels.op_specs import LAYERS, TOKEN
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.ops.cases import AS_EAGER, Case, Inputs
+from benchmarks.ops.cases import AS_EAGER, OPS, Case, Inputs
 from irongpt import device as devices
 from irongpt import ops
 from irongpt.errors import UserError
@@ -54,6 +54,15 @@ BACKENDS = {
 }
 NAMES = ("eager", "naive", "builtin", "chunked", *BACKENDS)
 NAMES += ("compile", "fused", "liger", "flash-attn")
+OPS_OF = {  # the ops of a provider that does not have all of them
+    "naive": (*ATTENTION, *(spec.name for spec in TOKEN if spec.name != "norm_linear")),
+    "builtin": tuple(op for op in OPS if op not in AS_EAGER),
+    "chunked": ("linear_cross_entropy",),
+    **dict.fromkeys((*BACKENDS, "flash-attn"), ATTENTION),
+    "compile": tuple(spec.name for spec in (*LAYERS, *TOKEN)),
+    "liger": ("layer_norm", "cross_entropy", "linear_cross_entropy"),
+}
+PACKAGES = {"liger": "liger_kernel", "flash-attn": "flash_attn"}
 COLDEST = 1e-6  # a temperature at which the most likely token is sampled
 
 
@@ -77,10 +86,10 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
             ops.load("fused", device)
         except UserError as e:
             reasons["fused"] = str(e)
-    for name, (package, _) in PEERS.items():
-        if name in names and not importlib.util.find_spec(package):
+    for name, package in PACKAGES.items():
+        if not importlib.util.find_spec(package):
             reasons[name] = f"{package} is not installed"
-        elif name in names and device.type != "cuda":
+        elif device.type != "cuda":
             reasons[name] = "it needs a GPU"
     if not hasattr(F, "linear_cross_entropy"):
         reasons["chunked"] = "torch is older than 2.13"
@@ -91,18 +100,7 @@ def missing(device: torch.device, names: tuple[str, ...] = NAMES) -> dict[str, s
 
 def computes(name: str, op: str) -> bool:
     """Whether a provider has the op at all."""
-    kind = SPECS[op].kind
-    if name in ("flash-attn", *BACKENDS):
-        return op in ATTENTION
-    if name == "liger":
-        return op in ("layer_norm", "cross_entropy", "linear_cross_entropy")
-    if name == "chunked":
-        return op == "linear_cross_entropy"
-    if name == "naive":
-        return op in ATTENTION or (kind == "token" and op != "norm_linear")
-    if name == "compile":
-        return kind != "optimizer"
-    return name != "builtin" or op not in AS_EAGER
+    return op in OPS_OF.get(name, OPS)
 
 
 def providers(
@@ -126,32 +124,31 @@ def providers(
 
 
 def _provider(name: str, case: Case, device: torch.device) -> Provider:
-    if name == "eager":
-        return Provider(by(eager, case, device), own_masks=False)
-    if name == "fused":
-        return Provider(by(ops.load("fused", device), case, device), own_masks=False)
+    if name in ("eager", "fused"):
+        return Provider(by(ops.load(name, device), case, device), own_masks=False)
     if name == "builtin":
         picked = backend(case, device) if case.op in ATTENTION else None
         return Provider(by(builtin, case, device), backend=picked)
-    if name == "compile":
-        plain = _naive(case) if computes("naive", case.op) else by(builtin, case, device)
-        return Provider(compiled(plain))
-    if name == "naive":
-        return Provider(_naive(case))
-    if name == "chunked":
-        return Provider(_chunked)
     if name in BACKENDS:
-        return Provider(_sdpa(case), around=partial(only, BACKENDS[name]))
-    return Provider(PEERS[name][1](case))
+        return Provider(partial(_sdpa, case), around=partial(only, BACKENDS[name]))
+    makers: dict[str, Callable[[Case], Function]] = {
+        "naive": _naive,
+        "chunked": lambda case: _chunked,
+        "compile": partial(_compiled, device=device),
+        "liger": _liger,
+        "flash-attn": _flash_attn,
+    }
+    return Provider(makers[name](case))
 
 
-def compiled(function: Function) -> Function:
+def _compiled(case: Case, device: torch.device) -> Function:
     """torch.compile for static shapes, with a backward that can run again to be timed."""
     from torch._functorch import config
 
     config.donated_buffer = False
     torch._dynamo.reset()
-    result: Function = torch.compile(function, dynamic=False)
+    plain = _naive(case) if computes("naive", case.op) else by(builtin, case, device)
+    result: Function = torch.compile(plain, dynamic=False)
     return result
 
 
@@ -233,20 +230,15 @@ def _sample(x: Inputs, temperature: float) -> tuple[Tensor, ...]:
     return tokens, counts
 
 
-def _sdpa(case: Case) -> Function:
-    def function(x: Inputs) -> Tensor:
-        q, k, v = _unpacked(x)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=case.p, is_causal=True)
-        return _packed_like(case, out)
-
-    return function
+def _sdpa(case: Case, x: Inputs) -> Tensor:
+    out = F.scaled_dot_product_attention(*_unpacked(x), dropout_p=case.p, is_causal=True)
+    return _packed_like(case, out)
 
 
 def _chunked(x: Inputs) -> Tensor:
     # The gradients can be read twice, to be timed.
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-    loss: Tensor = F.linear_cross_entropy(x["x"], x["weight"], x["targets"], options=options)
-    return loss.float()
+    return F.linear_cross_entropy(x["x"], x["weight"], x["targets"], options=options).float()
 
 
 @contextlib.contextmanager
@@ -262,7 +254,7 @@ def backend(case: Case, device: torch.device) -> str:
     small = replace(case, shape=replace(case.shape, B=1))
     q, k, v = _unpacked(small.inputs(device))
     picked = torch._fused_sdp_choice(q, k, v, None, case.p, True)
-    names = {int(value.value): name for name, value in BACKENDS.items()}
+    names = {value.value: name for name, value in BACKENDS.items()}
     return names.get(picked, str(picked))
 
 
@@ -270,12 +262,9 @@ def _liger(case: Case) -> Function:
     if case.op == "layer_norm":
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-        def norm(x: Inputs) -> Tensor:
+        def norm(x: Inputs) -> Outputs:
             weight = x["weight"].to(x["x"].dtype)
-            out: Tensor = LigerLayerNormFunction.apply(
-                x["x"], weight, torch.zeros_like(weight), 1e-5
-            )
-            return out
+            return LigerLayerNormFunction.apply(x["x"], weight, torch.zeros_like(weight), 1e-5)
 
         return norm
     if case.op == "linear_cross_entropy":
@@ -294,15 +283,8 @@ def _flash_attn(case: Case) -> Function:
     if case.op == "causal_attention_packed":
         return lambda x: flash_attn_qkvpacked_func(x["qkv"], dropout_p=case.p, causal=True)
 
-    def function(x: Inputs) -> Tensor:
+    def function(x: Inputs) -> Outputs:
         q, k, v = (t.transpose(1, 2) for t in _unpacked(x))  # (B, T, H, D)
-        out: Tensor = flash_attn_func(q, k, v, dropout_p=case.p, causal=True)
-        return out.transpose(1, 2)
+        return flash_attn_func(q, k, v, dropout_p=case.p, causal=True).transpose(1, 2)
 
     return function
-
-
-PEERS: dict[str, tuple[str, Callable[[Case], Function]]] = {
-    "liger": ("liger_kernel", _liger),
-    "flash-attn": ("flash_attn", _flash_attn),
-}

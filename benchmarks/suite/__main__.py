@@ -161,10 +161,9 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = result_file.pick(args.device)
         self.gpu = self.device.type == "cuda"
-        file = args.result or result_file.fresh(
-            result_file.path(args.out, self.device, args.commit, "gpu"), *(args.only or SHARES)
-        )
-        self.file: Path = file.resolve()
+        self.file = result_file.path(
+            args, self.device, *(args.only or SHARES), name="-gpu"
+        ).resolve()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.file.with_suffix(".log")
         self.data: list[object] = []
@@ -282,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=40, help=help)
     help = "text for stage 'runs' [War and Peace; without a network, python-docs]"
     parser.add_argument("--data", metavar="TEXT", help=help)
-    result_file.add_options(parser, kind="gpu")
+    result_file.add_options(parser.add_argument, name="-gpu")
     args = parser.parse_args(argv)
     # A shell lets its background jobs ignore interrupts; the stages must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -194,7 +194,7 @@ def test_the_model_shape_has_both_16_bit_dtypes_and_dropout_on_and_off(
     """As `iron` and `fast` train. With --quick only as iron trains on this GPU."""
     picked = SimpleNamespace(dtype=torch.bfloat16)
     monkeypatch.setattr(kernels.devices, "precision", lambda name, device: picked)
-    all_cases = kernels.cases_of(CARD)
+    all_cases = cases.cases_of(CARD)
     assert {c.sweep for c in all_cases} == {"iron"}
     wanted = {(d, p) for d in (torch.bfloat16, torch.float16, torch.float32) for p in (0.0, 0.2)}
     for op in cases.WITH_DROPOUT:
@@ -202,9 +202,9 @@ def test_the_model_shape_has_both_16_bit_dtypes_and_dropout_on_and_off(
     once = len(cases.FLOAT32)
     count = 3 * (len(OPS) - once + len(cases.WITH_DROPOUT)) + once
     assert len(all_cases) == len(set(all_cases)) == count
-    both = kernels.cases_of(CARD, quick=True, swept=("V",))
+    both = cases.cases_of(CARD, quick=True, swept=("V",))
     assert {c.dtype for c in both if c.sweep == "V"} == {torch.bfloat16}
-    quick = kernels.cases_of(CARD, quick=True)
+    quick = cases.cases_of(CARD, quick=True)
     wanted = {(torch.bfloat16, 0.2), (torch.float32, 0.2)}
     assert {(c.dtype, c.p) for c in quick if c.op in cases.WITH_DROPOUT} == wanted
     assert not any(kernels.not_compiled(c, CARD) for c in all_cases)

@@ -29,9 +29,10 @@ def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_name_of_a_file_has_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert result_file.path(tmp_path, CPU, "abc", "gpu").name.endswith("-abc-gpu.json")
+    args = options(tmp_path)
+    assert result_file.path(args, CPU, name="-gpu").name.endswith("-abc-gpu.json")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert result_file.path(tmp_path, CPU, "abc").name.endswith("-abc-interpreted.json")
+    assert result_file.path(args, CPU).name.endswith("-abc-interpreted.json")
 
 
 def table_of(text: str, head: str) -> list[list[str]]:

@@ -152,7 +152,7 @@ def test_a_cpu_takes_a_step_of_each_of_the_ops() -> None:
 def test_test_files_share_the_memory_of_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int, cpus: int, processes: int
 ) -> None:
-    args = dict(device="cpu", result=tmp_path / "r.json", data=None, commit=None)
+    args = dict(device="cpu", result=tmp_path / "r.json", data=None, commit=None, only=None)
     one = suite.Suite(argparse.Namespace(**args))
     assert one.at_once() == 1
     one.gpu = True
