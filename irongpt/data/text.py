@@ -6,9 +6,11 @@ character, that character is dropped, and a note reports it.
 """
 
 import codecs
+import gzip
+import io
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from irongpt.errors import UserError
@@ -73,47 +75,41 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
         codec = "utf-8"
     skipped = len(codecs.BOM_UTF8) if is_utf8 and raw.startswith(codecs.BOM_UTF8) else 0
     kept = is_utf8 and errors == "strict"  # the result is the bytes themselves
+    unnamed = is_utf8 and not encoding
     decoder = codecs.getincrementaldecoder(codec)(errors)
     result, notes = bytearray(), []
-    controls = line_feeds = returns = 0
-    only_ascii = True
-    unnamed = is_utf8 and not encoding
-    advice = "its encoding, such as --encoding cp1252" if unnamed else "another --encoding"
 
-    def wrong(position: int, byte: int, before: str) -> NotTextError:
-        line = 1 + max(line_feeds + before.count("\n"), returns + before.count("\r"))
+    def wrong(position: int) -> NotTextError:
+        before = io.TextIOWrapper(io.BytesIO(raw[:position]), codec, "replace")
+        lines = 1 + sum(line.endswith("\n") for line in before)
+        advice = "its encoding, such as --encoding cp1252" if unnamed else "another --encoding"
         return NotTextError(
-            f"{name} is not {codec.upper()} text: byte {position:,} (line {line:,}) is "
-            f"0x{byte:02X}; name {advice}, or use --errors replace",
+            f"{name} is not {codec.upper()} text: byte {position:,} (line {lines:,}) is "
+            f"0x{raw[position]:02X}; name {advice}, or use --errors replace",
             f"not {codec.upper()}",
         )
 
-    for first in range(skipped, len(raw), CHUNK):
-        chunk = raw[first : first + CHUNK]
-        try:
-            text = decoder.decode(chunk)
-            utf8 = chunk if kept else text.encode()
-        except UnicodeDecodeError as e:
-            if not (is_utf8 and b"\0" in chunk):
-                before = e.object[: e.start].decode(codec, "replace")
-                position = first + len(chunk) - len(e.object) + e.start
-                raise wrong(position, e.object[e.start], before) from None
-            utf8 = chunk
-        except UnicodeError as e:  # for one, half of a surrogate pair, which UTF-7 can hold
-            raise NotTextError(f"{name} is not {codec.upper()} text", f"not {codec.upper()}") from e
-        if b"\0" in utf8:
-            controls = len(raw) + 4
-            break
-        controls += len(utf8) - len(utf8.translate(None, _CONTROLS))
-        line_feeds, returns = line_feeds + text.count("\n"), returns + text.count("\r")
-        only_ascii = only_ascii and text.isascii()
-        if not kept:
-            result += utf8
-    if controls > max(len(raw) / 100, 4):
-        hint = ""
-        if unnamed and (guess := _codec_by_nuls(raw)):
-            hint = f" or is {guess[:6].upper()} without a byte order mark (--encoding {guess})"
-        raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
+    def check_controls(utf8: Utf8) -> None:
+        controls = sum(len(part) - len(part.translate(None, _CONTROLS)) for part in _chunks(utf8))
+        if b"\0" in utf8 or controls > max(len(raw) / 100, 4):
+            hint = ""
+            if unnamed and (guess := _codec_by_nuls(raw)):
+                hint = f" or is {guess[:6].upper()} without a byte order mark (--encoding {guess})"
+            raise NotTextError(f"{name} looks binary{hint}: give a text file", "binary")
+
+    if is_utf8:
+        check_controls(raw)
+    try:
+        for first in range(skipped, len(raw), CHUNK):
+            text = decoder.decode(raw[first : first + CHUNK])
+            if not kept:
+                result += text.encode()
+    except UnicodeDecodeError as e:
+        raise wrong(min(first + CHUNK, len(raw)) - len(e.object) + e.start) from None
+    except UnicodeError as e:  # for one, half of a surrogate pair, which UTF-7 can hold
+        raise NotTextError(f"{name} is not {codec.upper()} text", f"not {codec.upper()}") from e
+    if not is_utf8:
+        check_controls(result)
 
     end = len(raw)
     decoder.errors = "strict"
@@ -122,8 +118,9 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
         result += decoder.decode(b"", True).encode()
     except UnicodeError:
         end -= rest
-        if kept and only_ascii and rest == 1 and not skipped:  # it may also be a cp1252 character
-            raise wrong(end, raw[end], "") from None
+        # One byte after ASCII alone may also be a character of cp1252.
+        if kept and rest == 1 and not skipped and raw[:end].isascii():
+            raise wrong(end) from None
         notes.append(
             f"{name} ends in the middle of a character: its last {rest} "
             f"byte{'s are' if rest > 1 else ' is'} left out"
@@ -133,7 +130,6 @@ def decoded(raw: Utf8, name: str, encoding: str | None = None, errors: str = "st
     if count := content.count(_REPLACED) - genuine if errors == "replace" else 0:
         what = f"{count:,} characters" if count > 1 else "1 character"
         notes.append(f"{what} of {name} could not be decoded, and became U+FFFD")
-    del raw, result
     if encoding and not skipped and content.startswith(codecs.BOM_UTF8):  # utf-16-le leaves it
         content = content[len(codecs.BOM_UTF8) :]
     if b"\r" in content:
@@ -153,22 +149,17 @@ def _codec_by_nuls(raw: Utf8) -> str | None:
 
 
 def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
-    """The content of gzip's format, or `raw` if it is anything else. At most limit + 1 bytes."""
+    """The content of gzip's format, or `raw` if it is anything else. Ends early above the limit."""
     if not raw.startswith(GZIP):
         return raw
-    result, at = bytearray(), 0
+    result = bytearray()
     try:
-        while raw.startswith(GZIP, at) and len(result) <= limit:  # it may have several members
-            member = zlib.decompressobj(wbits=31)
-            while not member.eof and len(result) <= limit:
-                chunk = member.unconsumed_tail or raw[at : at + CHUNK]
-                at += 0 if member.unconsumed_tail else len(chunk)
-                if not chunk:
-                    message = f"{name} is compressed (gzip), and its end is missing"
-                    raise NotTextError(message, "damaged")
-                result += member.decompress(chunk, CHUNK * 16)
-            at -= len(member.unused_data)
-    except zlib.error as e:
+        with gzip.open(io.BytesIO(raw)) as file:
+            while len(result) <= limit and (chunk := file.read(CHUNK)):
+                result += chunk
+    except EOFError as e:
+        raise NotTextError(f"{name} is compressed (gzip), and its end is missing", "damaged") from e
+    except (OSError, zlib.error) as e:
         raise NotTextError(f"{name} is compressed (gzip), and damaged: {e}", "damaged") from e
     return result
 
@@ -191,16 +182,18 @@ def without_license(utf8: Utf8) -> Utf8:
 _CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character after its first
 
 
+def _chunks(utf8: Utf8) -> Iterator[Utf8]:
+    return (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
+
+
 def length(utf8: Utf8) -> int:
     """Number of characters."""
-    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
-    return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in chunks)
+    return sum(len(chunk.translate(None, _CONTINUATION)) for chunk in _chunks(utf8))
 
 
 def has_text(utf8: Utf8) -> bool:
     """Whether there is a character that is not white space."""
-    chunks = (utf8[i : i + CHUNK] for i in range(0, len(utf8), CHUNK))
-    return any(chunk.decode("utf-8", "ignore").strip() for chunk in chunks)
+    return any(chunk.decode("utf-8", "ignore").strip() for chunk in _chunks(utf8))
 
 
 _FORMATS = (  # first bytes, and what a file with them is
