@@ -35,12 +35,12 @@ def bench_op(
     benchmark: BenchmarkFixture, session: Session, case: Case, mode: str, provider: str
 ) -> None:
     row = session.row(case, mode, provider)
-    rates = roofline.derive(row, session.section.values["peak_rates"])
-    if rates is None:
+    if not row.timed:
         assert row.accuracy is None or passes(provider, row.accuracy), row.skipped_reason
         pytest.skip(row.skipped_reason or "")
     benchmark.group = f"{case.name}, {mode}"
     benchmark.name = provider + mark(row)
+    rates = roofline.derive(row, session.section.values["peak_rates"])
     benchmark.extra_info.update(row.to_json() | rates._asdict())
     samples = iter(row.sample_seconds)
     rounds = len(row.sample_seconds)

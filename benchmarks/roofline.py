@@ -54,10 +54,8 @@ def op_seconds(row: KernelRow, dtype: str, rates: PeakRates) -> float:
     return float(max(row.least_bytes / rates["copy_bytes_per_s"], by_flops))
 
 
-def derive(row: KernelRow, rates: PeakRates) -> Rates | None:
-    """The rates of a row; None if it has no time."""
-    if not row.timed:
-        return None
+def derive(row: KernelRow, rates: PeakRates) -> Rates:
+    """The rates of a row that has a time."""
     rate = rates["gemm_flops_per_s"].get(row.dtype)
     bytes_per_s, flops_per_s = row.least_bytes / row.seconds, row.least_flops / row.seconds
     least = op_seconds(row, row.dtype, rates)

@@ -193,8 +193,9 @@ def row(
 
 def line(r: KernelRow, peak_rates: dict[str, Any]) -> str:
     """A row for a terminal."""
-    rates = roofline.derive(r, peak_rates)
-    notes = [f"{rates.share_of_peak:6.1%} of the peak rate"] if rates else []
+    if not r.timed:
+        return r.line()
+    notes = [f"{roofline.derive(r, peak_rates).share_of_peak:6.1%} of the peak rate"]
     if r.accuracy and r.exceeds_tolerance:
         notes.append(f"EXCEEDS THE TOLERANCE: {r.accuracy.share:.1f} x")
     if r.no_graph_reason:

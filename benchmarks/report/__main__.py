@@ -9,24 +9,12 @@ follows from numbers in it; a number that was computed and not measured is label
 It needs matplotlib.
 """
 
+import contextlib
 from pathlib import Path
-from typing import Any
 
 from benchmarks.measure import result_file
 from benchmarks.report import diff, plots, tables
 from irongpt.files import replace_file
-
-Values = dict[str, Any]
-
-
-def markdown(values: Values, name: str, pictures: dict[str, bytes]) -> str:
-    """The report, which names the pictures by their files."""
-    parts: list[str] = [f"# {tables.title(values)}", tables.about(values, name)]
-    for heading, text, shown in tables.sections(tables.measured(values)):
-        parts.append(f"## {heading}")
-        parts += [f"![{p}]({p}.png)" for p in shown if p in pictures]
-        parts.append(text)
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write(file: Path, out: Path | None = None) -> Path:
@@ -34,30 +22,27 @@ def write(file: Path, out: Path | None = None) -> Path:
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(tables.measured(values))
-    for name, data in pictures.items():
-        replace_file(folder / f"{name}.png", data)
-    text = markdown(values, file.name, pictures)
-    replace_file(folder / "report.md", text.encode())
+    parts = [f"# {tables.title(values)}", tables.about(values, file.name)]
+    for name, heading, text in tables.parts(tables.measured(values)):
+        parts.append(f"## {heading}")
+        for picture, data in plots.draw(name, values[name]).items():
+            replace_file(folder / f"{picture}.png", data)
+            parts.append(f"![{picture}]({picture}.png)")
+        parts.append(text)
+    replace_file(folder / "report.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
     return folder
 
 
 def newest() -> Path:
-    """The result file with the latest date inside it. Raises SystemExit if there is none."""
-    files = {f: date for f in result_file.FOLDER.glob("*/*.json") if (date := _date(f))}
-    if not files:
+    """The result file whose last section was measured last. Raises SystemExit if there is none."""
+    dates: dict[Path, str] = {}  # ISO 8601, UTC
+    for file in result_file.FOLDER.glob("*/*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            sections = [s for s in result_file.load(file).values() if isinstance(s, dict)]
+            dates[file] = max(s.get("environment", {}).get("date", "") for s in sections)
+    if not dates:
         raise SystemExit(f"there is no result in {result_file.FOLDER}: make bench writes one")
-    return max(files, key=lambda f: files[f])
-
-
-def _date(file: Path) -> str:
-    """When the last section was measured (ISO 8601, UTC); empty if this is not a result file."""
-    try:
-        values = result_file.load(file)
-    except (OSError, ValueError):
-        return ""
-    sections = [s for s in values.values() if isinstance(s, dict)]
-    return max((str(s.get("environment", {}).get("date", "")) for s in sections), default="")
+    return max(dates, key=lambda file: dates[file])
 
 
 def main(argv: list[str] | None = None) -> None:

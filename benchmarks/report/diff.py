@@ -1,20 +1,20 @@
 """The differences between two result files that exceed the noise of both."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.measure import result_file
-from benchmarks.measure.rows import KernelRow, NanoRow, Row, RunRow
+from benchmarks.measure.result_file import loss
+from benchmarks.measure.rows import Row
 from benchmarks.report.tables import environment
+from benchmarks.report.tables_kernels import table
 
 Values = dict[str, Any]
 Name = tuple[str, ...]  # the section of a row, then its key
-Pairs = dict[Name, tuple[Row, Row]]
 
 LEAST = 0.03  # share of the time: smaller changes are not reported
 LEAST_MEMORY = 0.01  # share of the bytes, which an allocator rounds
 SAMPLED = ("kernels", "train", "decode")  # sections whose rows have enough samples for the noise
+MEASURED = ("kernels", "train")  # those whose rows have a peak of the memory
 RUNS = ("target", "runs", "nano")  # sections with one sample in a row
 WORK = (  # keys whose values must be equal in the sections of both files
     *(("train", "preset"), ("train", "batch_size"), ("decode", "preset"), ("decode", "dtype")),
@@ -22,7 +22,7 @@ WORK = (  # keys whose values must be equal in the sections of both files
 )
 
 
-def rows(values: Values, sections: tuple[str, ...]) -> dict[Name, Row]:
+def rows(values: Values, *sections: str) -> dict[Name, Any]:
     """The rows that have a time, by name."""
     return {
         (name, *row.key): row
@@ -32,9 +32,9 @@ def rows(values: Values, sections: tuple[str, ...]) -> dict[Name, Row]:
     }
 
 
-def pairs(a: Values, b: Values, sections: tuple[str, ...]) -> Pairs:
+def pairs(a: Values, b: Values, *sections: str) -> dict[Name, tuple[Any, Any]]:
     """The rows that have a time in both files."""
-    before, after = rows(a, sections), rows(b, sections)
+    before, after = rows(a, *sections), rows(b, *sections)
     return {name: (before[name], after[name]) for name in before if name in after}
 
 
@@ -45,22 +45,9 @@ def differs(x: Row, y: Row) -> bool:
     return change > x.iqr + y.iqr and change > LEAST * x.seconds
 
 
-def memory(found: Pairs) -> Iterator[tuple[int, int, Name]]:
-    """(peak bytes in a, in b, name) if they differ by more than 1 %."""
-    for name, both in found.items():
-        x, y = (getattr(row, "peak_bytes", None) for row in both)
-        if x is not None and y is not None and abs(y - x) > LEAST_MEMORY * x:
-            yield x, y, name
-
-
-def _loss(row: Row) -> str:
-    assert isinstance(row, RunRow | NanoRow)
-    return result_file.loss(row.validation_loss)
-
-
 def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
     """A line for each change, the largest first, and the times that only one file has."""
-    both = pairs(a, b, SAMPLED)
+    both = pairs(a, b, *SAMPLED)
     changed = [(name, x, y) for name, (x, y) in both.items() if differs(x, y)]
     count = f"{len(changed)} of {len(both)} times"
     lines = [f"{name_b} against {name_a}: {count} differ beyond the noise"]
@@ -75,31 +62,36 @@ def text(a: Values, b: Values, name_a: str, name_b: str) -> str:
         one, other = (values.get(section, {}).get(key) for values in (a, b))
         if one != other and None not in (one, other):
             lines.append(f"NOTE: {section}: another {key}, {one} and {other}: not the same work")
-    if changed:
-        lines += ["", "| change | before | after | what |", "|---|---|---|---|"]
-    marked = False
+    times = []
     for name, x, y in sorted(changed, key=lambda c: c[2].seconds / c[1].seconds):
         ratio = y.seconds / x.seconds
         word = f"{1 / ratio:.2f}x faster" if ratio < 1 else f"{ratio:.2f}x slower"
-        exceeds = any(isinstance(r, KernelRow) and r.exceeds_tolerance for r in (x, y))
-        marked |= exceeds
-        what = f"{_shown(name)}{' †' if exceeds else ''}"
-        lines.append(f"| {word} | {_time(x.seconds)} | {_time(y.seconds)} | {what} |")
-    if sizes := sorted(memory(both), key=lambda c: c[1] - c[0]):
-        lines += ["", "| memory | before | after | what |", "|---|---|---|---|"]
-    for p, q, name in sizes:
-        change = f"{q / p - 1:+.0%}" if p else "new"
-        lines.append(f"| {change} | {p / 2**20:,.1f} MiB | {q / 2**20:,.1f} MiB | {_shown(name)} |")
-    if marked:
+        exceeds = any(getattr(row, "exceeds_tolerance", False) for row in (x, y))
+        what = _shown(name) + (" †" if exceeds else "")
+        times.append([word, _time(x.seconds), _time(y.seconds), what])
+    peaks = {}  # bytes in a and in b, by name
+    for name, (x, y) in pairs(a, b, *MEASURED).items():
+        if None not in (x.peak_bytes, y.peak_bytes):
+            peaks[name] = x.peak_bytes, y.peak_bytes
+    memory = []
+    for name, (x, y) in sorted(peaks.items(), key=lambda peak: peak[1][1] - peak[1][0]):
+        if abs(y - x) > LEAST_MEMORY * x:
+            change = f"{y / x - 1:+.0%}" if x else "new"
+            memory.append([change, f"{x / 2**20:,.1f} MiB", f"{y / 2**20:,.1f} MiB", _shown(name)])
+    for what, cells in (("change", times), ("memory", memory)):
+        if cells:
+            lines += ["", table([what, "before", "after", "what"], cells)]
+    if any("†" in cells[-1] for cells in times):
         lines += ["", "†: exceeds the tolerance"]
-    if complete := pairs(a, b, RUNS):
+    if complete := pairs(a, b, *RUNS):
         lines += ["", "Complete training runs, one of each, so their noise is not known:"]
     for name, (x, y) in complete.items():
+        losses = f"{loss(x.validation_loss)} to {loss(y.validation_loss)}"
         seconds = f"{x.seconds:.1f} to {y.seconds:.1f} s"
-        lines.append(f"{_shown(name)}: {seconds}, validation loss {_loss(x)} to {_loss(y)}")
+        lines.append(f"{_shown(name)}: {seconds}, validation loss {losses}")
     for section in (s for s in SAMPLED if s in a and s in b):
         for one, other, word in ((a, b, "gone"), (b, a, "new")):
-            only = sorted(rows(one, (section,)).keys() - rows(other, (section,)).keys())
+            only = sorted(rows(one, section).keys() - rows(other, section).keys())
             if only:
                 shown = "; ".join(", ".join(name[1:]) for name in only[:3])
                 lines.append(f"{word} in {section}: {len(only)} times ({shown}, ...)")

@@ -37,25 +37,6 @@ COLORS = {  # by provider; that of ours is warm, most others are blue or gray
 OTHER = "#f08c00"
 
 
-def draw(values: Values) -> dict[str, bytes]:
-    """PNGs by name, of the sections that the file has."""
-    makers: dict[str, tuple[str, Callable[[Values], Figure | None]]] = {
-        "speedup": ("kernels", lambda s: speedup(s, "total", "forward and backward")),
-        "speedup-calls": ("kernels", lambda s: speedup(s, "call", "ops without a gradient")),
-        "roofline": ("kernels", roofline),
-        "sweep-T": ("kernels", lambda s: sweep(s, "seconds", "microseconds", 1e6)),
-        "memory-T": ("kernels", lambda s: sweep(s, "peak_bytes", "MiB at the peak", 2**-20)),
-        "step": ("train", step),
-        "runs": ("runs", lambda s: losses(s, "curve", "training loss")),
-        "target": ("target", lambda s: losses(s, "evaluated", "validation loss")),
-    }
-    pictures = {}
-    for name, (section, make) in makers.items():
-        if section in values and (figure := make(values[section])):
-            pictures[name] = png(figure)
-    return pictures
-
-
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
@@ -150,18 +131,11 @@ def _shares(axes: Axes, rows: list[KernelRow], peak_rates: Values) -> None:
     names = [_label(r) if r.mode == "call" else f"{_label(r)}, {r.mode}" for r in rows]
     labels = list(dict.fromkeys(names))
     for r, name in zip(rows, names, strict=True):
-        d, color = derive(r, peak_rates), COLORS[r.provider]
-        assert d is not None
-        ours = r.provider == "fused"
-        axes.plot(
-            100 * d.share_of_peak,
-            labels.index(name),
-            "D" if ours else "o",
-            color=color,
-            markerfacecolor="none" if r.exceeds_tolerance else color,
-            markersize=8 if ours else 5,
-            zorder=4 if ours else 3,
-        )
+        share, color = derive(r, peak_rates).share_of_peak, COLORS[r.provider]
+        fill = "none" if r.exceeds_tolerance else color
+        marker, size, zorder = ("D", 8, 4) if r.provider == "fused" else ("o", 5, 3)
+        at = 100 * share, labels.index(name)
+        axes.plot(*at, marker, color=color, mfc=fill, markersize=size, zorder=zorder)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
@@ -207,9 +181,9 @@ def sweep(section: Values, key: str, label: str, factor: float) -> Figure | None
             at = r.shape["T"], getattr(r, key) * factor
             axes.plot(*at, "o", markersize=4, color=COLORS[r.provider], mfc="white")
         if key == "seconds":
-            bounds = [(r.shape["T"], derive(r, section["peak_rates"])) for r in part]
-            points = [(T, d.lower_bound_seconds * factor) for T, d in bounds if d]
-            axes.plot([T for T, _ in points], [y for _, y in points], "k:", linewidth=1.2)
+            bounds = [derive(r, section["peak_rates"]).lower_bound_seconds for r in part]
+            y = [bound * factor for bound in bounds]
+            axes.plot([r.shape["T"] for r in part], y, "k:", linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -288,3 +262,24 @@ def losses(section: Values, key: str, label: str) -> Figure | None:
         _plain(axes)
     figure.axes[0].set_ylabel(f"{label} (nats a token)")
     return figure
+
+
+# The functions that draw a section, by the names of the pictures.
+PLOTS: dict[str, dict[str, Callable[[Values], Figure | None]]] = {
+    "kernels": {
+        "speedup": lambda s: speedup(s, "total", "forward and backward"),
+        "speedup-calls": lambda s: speedup(s, "call", "ops without a gradient"),
+        "roofline": roofline,
+        "sweep-T": lambda s: sweep(s, "seconds", "microseconds", 1e6),
+        "memory-T": lambda s: sweep(s, "peak_bytes", "MiB at the peak", 2**-20),
+    },
+    "train": {"step": step},
+    "runs": {"runs": lambda s: losses(s, "curve", "training loss")},
+    "target": {"target": lambda s: losses(s, "evaluated", "validation loss")},
+}
+
+
+def draw(name: str, section: Values) -> dict[str, bytes]:
+    """PNGs of a section by the names of the pictures."""
+    figures = {picture: make(section) for picture, make in PLOTS.get(name, {}).items()}
+    return {picture: png(figure) for picture, figure in figures.items() if figure}

@@ -1,6 +1,6 @@
 """The text and tables of the report, as Markdown."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import roofline
@@ -14,8 +14,14 @@ from irongpt.config import PRESETS
 
 Values = dict[str, Any]
 
-# Those with an environment each.
-SECTIONS = "kernels train decode runs target nano tokenizers scaling".split()
+NEEDED: dict[str, tuple[str, ...]] = {  # of a section: what it needs to be shown
+    "kernels": ("rows", "peak_rates"),
+    "train": ("rows", "peak_rates", "matmuls"),
+    **dict.fromkeys(("decode", "runs", "target", "nano"), ("rows",)),
+    "tokenizers": (),
+    "scaling": ("sentence",),
+}
+SECTIONS = tuple(NEEDED)  # those with an environment each
 LABELS = {  # how a variant of a training step runs: see benchmarks.training
     "graph": "CUDA graph",
     "as trained": "CUDA graph, deterministic",
@@ -102,37 +108,29 @@ def _state(state: Values) -> str:
 
 def measured(values: Values) -> Values:
     """The values without the sections that broke off before their first result."""
-    needed = {"kernels": ("rows", "peak_rates"), "train": ("rows", "peak_rates", "matmuls")}
-    needed |= {"tokenizers": (), "scaling": ("sentence",)}
     return {
         name: section
         for name, section in values.items()
-        if name not in SECTIONS or all(section.get(key) for key in needed.get(name, ("rows",)))
+        if all(section.get(key) for key in NEEDED.get(name, ()))
     }
 
 
-def sections(values: Values) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(heading, Markdown, names of the pictures that belong there). values: see `measured`."""
-    if "train" in values:
-        yield "A training step", train(values["train"]), ("step",)
-    if "target" in values:
-        yield "Seconds to a validation loss", runs(values["target"]), ("target",)
-    if "decode" in values:
-        yield "Generation", decode(values["decode"]), ()
-    if "kernels" in values:
-        pictured = ("speedup", "speedup-calls", "roofline", "sweep-T", "memory-T")
-        yield "Kernels", kernels(values["kernels"]), pictured
-        yield "A T4", t4(values), ()
-    if "runs" in values:
-        yield "Runs from one seed", runs(values["runs"]), ("runs",)
-    if "nano" in values:
-        yield "On a CPU, against nanoGPT's own recipe", nano(values["nano"]), ()
-    if "tokenizers" in values:
-        yield "Tokenizers", tokenizers(values["tokenizers"]), ()
-    if "scaling" in values:
-        yield "Several GPUs", f"{values['scaling']['sentence']}.", ()
-    if "stages" in values:
-        yield "Stages", stages(values), ()
+def parts(values: Values) -> Iterator[tuple[str, str, str]]:
+    """(name of the section, heading, Markdown). values: see `measured`."""
+    makers: dict[str, tuple[str, Callable[[Values], str]]] = {
+        "train": ("A training step", train),
+        "target": ("Seconds to a validation loss", runs),
+        "decode": ("Generation", decode),
+        "kernels": ("Kernels", lambda section: f"{kernels(section)}\n\n## A T4\n\n{t4(values)}"),
+        "runs": ("Runs from one seed", runs),
+        "nano": ("On a CPU, against nanoGPT's own recipe", nano),
+        "tokenizers": ("Tokenizers", tokenizers),
+        "scaling": ("Several GPUs", lambda section: f"{section['sentence']}."),
+        "stages": ("Stages", stages),
+    }
+    for name, (heading, make) in makers.items():
+        if name in values:
+            yield name, heading, make(values[name])
 
 
 def tokenizers(section: Values) -> str:
@@ -299,11 +297,11 @@ def nano(section: Values) -> str:
     )
 
 
-def stages(values: Values) -> str:
+def stages(section: Values) -> str:
     """How each stage of `make gpu` ended."""
     rows = [
         [name, s["status"], f"{s['seconds']:.0f}", s["says"].replace("|", "/")]
-        for name, s in values["stages"].items()
+        for name, s in section.items()
     ]
     return table(["stage", "", "seconds", ""], rows)
 

@@ -71,9 +71,8 @@ def _op(rows: list[KernelRow], peak_rates: Values) -> str:
     for name, found in timed.items():
         plain = [f"{m} ({r.no_graph_reason})" for m, r in found.items() if r.no_graph_reason]
         if plain:
-            notes.append(
-                f"**{name} in no graph, so these are Python's times too:** " + "; ".join(plain)
-            )
+            why = "; ".join(plain)
+            notes.append(f"**{name} in no graph, so these are Python's times too:** {why}")
         if any(r.group for r in found.values()):
             notes.append(
                 f"{name}: measured after the others, because memory was short, so not interleaved."
@@ -112,22 +111,21 @@ def _times(op: str, timed: Timed) -> str:
         cells = [(f"{name} ({total.backend})" if total.backend else name) + mark(total)]
         for m in order:
             r = found[m]
-            cells += [f"{r.seconds * 1e6:,.1f}{'*' if r.no_graph_reason else ''}"]
-            cells += [spread(r.iqr, 1e6)]
-            cells += [f"{base[m].seconds / r.seconds:.2f}" if base and found is not base else ""]
+            speedup = f"{base[m].seconds / r.seconds:.2f}" if base and found is not base else ""
+            cells += [_microseconds(r), spread(r.iqr, 1e6), speedup]
         host = f"{total.host_seconds * 1e6:,.0f}" if total.host_seconds else ""
         error = f"{total.accuracy.share:.0%}" if total.accuracy else ""
         body.append([*cells, host, error])
     return table(head, body)
 
 
+def _microseconds(r: KernelRow) -> str:
+    return f"{r.seconds * 1e6:,.1f}{'*' if r.no_graph_reason else ''}"
+
+
 def digits(x: float) -> str:
     """Three digits, or all of those before the point."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def _flops(r: KernelRow, d: Rates) -> str:
-    return digits(d.flops_per_s / 1e12) if r.least_flops else ""
 
 
 def _mebibytes(r: KernelRow) -> str:
@@ -136,32 +134,36 @@ def _mebibytes(r: KernelRow) -> str:
 
 RATES: dict[str, Callable[[KernelRow, Rates], str]] = {
     "GB/s": lambda r, d: digits(d.bytes_per_s / 1e9),
-    "TFLOP/s": _flops,
+    "TFLOP/s": lambda r, d: digits(d.flops_per_s / 1e12) if r.least_flops else "",
     "copy": lambda r, d: f"{d.share_of_copy:.1%}",
     "matmul": lambda r, d: f"{d.share_of_gemm:.1%}" if d.share_of_gemm and r.least_flops else "",
     "MiB": lambda r, d: _mebibytes(r),
+    "of the peak rate": lambda r, d: f"{d.share_of_peak:.0%}",
 }
+
+
+def _rate(what: str, r: KernelRow, peak_rates: Values) -> str:
+    """A cell of RATES; empty for a row without a time."""
+    return RATES[what](r, derive(r, peak_rates)) if r.timed else ""
 
 
 def _rates(op: str, timed: Timed, peak_rates: Values) -> str:
     """Rates and memory by mode. A CPU has no peak memory; an op without matmuls has no FLOPs."""
-    order = modes(op)
-    columns: dict[str, list[str]] = {}
-    for what, cell in RATES.items():
-        for m in order:
-            derived = [(r, derive(r, peak_rates)) for r in (found[m] for found in timed.values())]
-            columns[f"{what} {m}"] = [cell(r, d) if d else "" for r, d in derived]
-    columns = {head: cells for head, cells in columns.items() if any(cells)}
-    names = [name + mark(found[order[-1]]) for name, found in timed.items()]
-    body = [[name, *(cells[i] for cells in columns.values())] for i, name in enumerate(names)]
-    return table(["provider", *columns], body) if columns else ""
+    columns = {"provider": [name + mark(found[modes(op)[-1]]) for name, found in timed.items()]}
+    for what in ("GB/s", "TFLOP/s", "copy", "matmul", "MiB"):
+        for m in modes(op):
+            cells = [_rate(what, found[m], peak_rates) for found in timed.values()]
+            if any(cells):
+                columns[f"{what} {m}"] = cells
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return table(list(columns), rows) if len(columns) > 1 else ""
 
 
 def _sweep(rows: list[KernelRow], peak_rates: Values) -> str:
     """A line for each size, a column for each provider."""
     one = rows[0]
-    reference = base_of(one.op)
     names = list(dict.fromkeys(r.provider for r in rows))
+    rates = ["GB/s", "TFLOP/s", "of the peak rate"] if "fused" in names else []
     body, memory = [], []
     notes: dict[str, None] = {}  # in order, each once
     for size in dict.fromkeys(r.size for r in rows):
@@ -173,29 +175,22 @@ def _sweep(rows: list[KernelRow], peak_rates: Values) -> str:
                 cells.append("-")
                 notes[f"{name}: {r.skipped_reason if r else 'not measured'}"] = None
                 continue
-            base = by.get(reference, r)
+            base = by.get(base_of(one.op), r)
             ratio = f" ({base.seconds / r.seconds:.2f})" if base is not r and base.timed else ""
-            star = "*" if r.no_graph_reason else ""
-            cells.append(f"{r.seconds * 1e6:,.1f}{star}{mark(r)}{ratio}")
-        if "fused" in names:
-            d = derive(by["fused"], peak_rates) if "fused" in by else None
-            cells += _ours(by["fused"], d) if d else [""] * 3
+            cells.append(f"{_microseconds(r)}{mark(r)}{ratio}")
+        cells += [_rate(what, by["fused"], peak_rates) if "fused" in by else "" for what in rates]
         body.append([size, *cells])
         memory.append([size, *(_mebibytes(by[n]) or "-" if n in by else "-" for n in names)])
-    head = ["size", *names]
-    head += ["fused: GB/s", "TFLOP/s", "of the peak rate"] if "fused" in names else []
+    head = ["size", *names, *(f"fused: {what}" if what == "GB/s" else what for what in rates)]
     parts = [f"**{one.op} over {one.sweep}, {one.dtype}{dropout(one)}**", table(head, body)]
     if any(r.peak_bytes is not None for r in rows):
         parts.append(table(["MiB at the peak", *names], memory))
-    if any("*" in cell for row in body for cell in row):
+    marks = "".join(cell for row in body for cell in row)
+    if "*" in marks:
         notes["* in no graph: Python's time too"] = None
-    if any("†" in cell for row in body for cell in row):
+    if "†" in marks:
         notes["† exceeds the tolerance"] = None
     if any(r.cold is False for r in rows):
         notes["some inputs are so small that they stay in the cache"] = None
     parts += ["Without a time (-) and other notes: " + "; ".join(notes)] if notes else []
     return "\n\n".join(parts)
-
-
-def _ours(r: KernelRow, d: Rates) -> list[str]:
-    return [digits(d.bytes_per_s / 1e9), _flops(r, d), f"{d.share_of_peak:.0%}"]

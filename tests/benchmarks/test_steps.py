@@ -133,7 +133,7 @@ def test_the_table_of_steps_names_the_baseline_and_the_peak_of_the_mfu() -> None
     pytest.importorskip("matplotlib")
     from benchmarks.report import plots
 
-    assert plots.draw({"train": section})["step"].startswith(b"\x89PNG")
+    assert plots.draw("train", section)["step"].startswith(b"\x89PNG")
 
 
 def test_ours_launched_one_by_one_is_first_compared_with_others_launched_so() -> None:
