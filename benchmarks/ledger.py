@@ -41,7 +41,6 @@ LAUNCHES = {
     "irongpt::embedding_backward": 2,  # rows of each token; their sum, and that of each position
     "irongpt::cross_entropy": 2,  # rows; their mean
     "irongpt::linear_cross_entropy": 5,  # these, and HEAD_MATMULS
-    "irongpt::linear_cross_entropy_backward": 2,  # in float32; a step does not call it
     "aten::embedding_dense_backward": 8,  # sorts the ids by radix, segments, sums
     "aten::_index_put_impl_": 8,
     "aten::native_layer_norm_backward": 2,
@@ -125,8 +124,8 @@ def launches_of(name: str, args: Any, arch: int) -> int:
     if name == "irongpt::causal_attention_backward":
         from irongpt_kernels.fused import attention_tiles
 
-        (*_, T, D), with_kv = args[1].shape, args[-1]
-        if not with_kv or attention_tiles.default_head_options(arch, T, D, args[1].element_size()):
+        *_, T, D = args[1].shape
+        if attention_tiles.default_head_options(arch, T, D, args[1].element_size()):
             return 1
     return LAUNCHES.get(name, 1)
 

@@ -21,7 +21,7 @@ A, B = 4 * 6, 6 * 5
 CHECKS = {"cross_entropy": 6, "linear_cross_entropy": 4, "embed_layer_norm": 4}
 # The custom ops of an op and of its gradients: norms compute those of their parameters, and of
 # embeddings, by separate ops.
-OWN = dict(layer_norm=3, dropout_add_layer_norm=3, embed_layer_norm=4)
+OWN = dict(layer_norm=3, dropout_add_layer_norm=3, embed_layer_norm=4, linear_cross_entropy=1)
 
 
 def test_a_matmul_moves_three_matrices_and_a_view_moves_no_bytes() -> None:

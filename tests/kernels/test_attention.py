@@ -245,7 +245,7 @@ def test_packed_copies_nothing_between_the_projections() -> None:
 @pytest.mark.parametrize(
     ("message", "changed"),
     [
-        (r"qkv must have shape \(2, 8, 3, 4, 16\), got \(2, 8, 2, 4, 16\)",
+        (r"qkv must have shape \(B, T, 3, H, D\), got \(2, 8, 2, 4, 16\)",
          dict(qkv=torch.zeros(2, 8, 2, 4, 16))),
         ("D, the last dimension of qkv, .* got 40", dict(qkv=torch.zeros(2, 8, 3, 4, 40))),
         ("scale must be finite, got nan", dict(scale=float("nan"))),

@@ -122,12 +122,12 @@ def test_a_position_outside_writes_nothing(position: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(qkv=torch.zeros(2, 2, 3, 3, 16)), ValueError, r"qkv must have shape \(2, 1, 3, 3"),
+        (dict(qkv=torch.zeros(2, 2, 3, 3, 16)), ValueError, r"qkv must have shape \(B, 1, 3, H"),
         (dict(cache_v=torch.zeros(2, 3, 9, 16)), ValueError, "cache_v must have shape"),
         (dict(cache_k=torch.zeros(2, 3, 40, 16).half()), ValueError, "cache_k must have the dtype"),
         (dict(position=torch.zeros(3).long()), ValueError, r"position must have shape \(2,\)"),
-        (dict(position=torch.zeros(2).int()), TypeError, "position must be an int64 tensor"),
-        (dict(position=[1, 2]), TypeError, "position must be an int64 tensor, got list"),
+        (dict(position=torch.zeros(2).int()), TypeError, "position must be a tensor of int64"),
+        (dict(position=[1, 2]), TypeError, "position must be a tensor of int64, got list"),
         (dict(qkv=torch.zeros(2, 1, 3, 3, 40)), ValueError, "cache_k must have shape"),
     ],
 )

@@ -127,8 +127,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(x=(3,)), "x must have 2 dimensions"),
-        (dict(weight=(21, 36)), r"weight must have shape \(21, 37\)"),
+        (dict(x=(3,)), r"x must have shape \(M, K\), got \(3,\)"),
+        (dict(weight=(21, 36)), r"weight must have shape \(N, 37\)"),
         (dict(norm_weight=(36,)), r"norm_weight must have shape \(37,\)"),
         (dict(bias=(20,)), r"bias must have shape \(21,\)"),
     ],

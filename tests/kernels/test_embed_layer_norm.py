@@ -99,7 +99,8 @@ def test_the_embedding_has_eagers_bits_and_the_norm_those_of_layer_norm(dtype) -
     assert torch.equal(norm, fused.layer_norm(total, x["weight"], x["bias"]))
 
 
-def test_an_unknown_id_gives_nan_where_it_is_not_checked() -> None:
+def test_an_unknown_id_gives_nan_where_it_is_not_checked(monkeypatch) -> None:
+    monkeypatch.setattr(module.checks, "ids", lambda *_, **__: None)
     wte, wpe, weight = (torch.ones(*size, device=DEVICE) for size in ((5, 16), (4, 16), (16,)))
     idx = torch.tensor([[0, -1, 5, 4]], device=DEVICE)
     x, norm, *_ = module.embed_layer_norm_fwd(wte, wpe, idx, weight, None, 1e-5, torch.float32)

@@ -105,7 +105,7 @@ def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
-        (torch.zeros(3), {"causal": True}, ValueError, r"x must have .* got shape \(3,\)"),
+        (torch.zeros(3), {"causal": True}, ValueError, r"\(..., T, T\), got shape \(3,\)"),
         (torch.zeros(3, 4), {"causal": True}, ValueError, r"\(..., T, T\), got shape \(3, 4\)"),
         (torch.zeros(3), {"scale": "a"}, TypeError, "scale must be a number, got 'a'"),
     ],

@@ -52,13 +52,13 @@ LAYER_NORM_BACKWARD: list[Bug] = [
 
 DROPOUT_ADD_LAYER_NORM: list[Bug] = [
     ("norm of the unrounded sum",
-     "normalize(total.to(tl.float32),", "normalize(residual + branch,"),
+     "store_norm(\n        total.to(tl.float32),", "store_norm(\n        residual + branch,"),
     ("residual at the branch's stride",
      "rows[:, None] * residual_stride", "rows[:, None] * branch_stride"),
     ("rows in int32", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     ("sum rounded twice", "residual + branch).to(", "residual + branch).to(tl.float16).to("),
     ("gradient of dropout's rate",
-     "seed, ctx.dropout_p, dtypes, wanted", "seed, 0.0, dtypes, wanted"),
+     "wanted, seed, ctx.dropout_p)", "wanted, seed, 0.0)"),
 ]  # fmt: skip
 
 NORM_PARAMETERS: list[Bug] = [
@@ -77,10 +77,10 @@ NORM_PARAMETERS: list[Bug] = [
     ("the first matrices again",
      "some, out = matrices[i : i + MAX_TENSORS]", "some, out = matrices[:MAX_TENSORS]"),
     ("sums in the order of the parameters that have none",
-     "*(None if m is None else next(sums) for m in partial)",
-     "*sums, *(None for m in partial if m is None)"),
+     "[None if m is None else next(sums) for m in partial]",
+     "[*sums, *(None for m in partial if m is None)]"),
     ("a program less than there are rows of the view",
-     "if summed else weight.shape[0]", "if summed else max(1, weight.shape[0] - 1)"),
+     "if summed else len(weight)", "if summed else max(1, len(weight) - 1)"),
 ]  # fmt: skip
 
 EMBED_LAYER_NORM: list[Bug] = [
@@ -103,13 +103,13 @@ EMBED_LAYER_NORM: list[Bug] = [
     ("offsets of rows in int32", "rows.to(tl.int64)[:, None] * N", "rows[:, None] * N"),
     ("parts overlap", "begin = part * part_rows", "begin = part * (part_rows - 1)"),
     ("gradient of x itself ignored",
-     "        dx, dnorm, x, weight, mean", "        None, dnorm, x, weight, mean"),
+     "norm_gradients(dx, dnorm,", "norm_gradients(None, dnorm,"),
     ("any layout taken for contiguous rows",
      "contiguous_rows(wte), contiguous", "launch.as_matrix(wte), contiguous"),
     ("ids of any layout read as contiguous", "wte, wpe, idx.contiguous(),", "wte, wpe, idx,"),
     ("ids of any layout read as contiguous in the backward",
      "g, idx.contiguous(), sums", "g, idx, sums"),
-    ("PyTorch's gradient skips a token", "idx, V, -1, False)", "idx, V, 0, False)"),
+    ("PyTorch's gradient skips a token", "idx, ctx.V, -1, False)", "idx, ctx.V, 0, False)"),
 ]  # fmt: skip
 
 SOFTMAX: list[Bug] = [

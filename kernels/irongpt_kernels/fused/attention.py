@@ -152,15 +152,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     """The backward of both ops. The saved tensors begin with q, k and v, or with qkv."""
-    wanted = ctx.needs_input_grad[:-3]
     if dout is None:
-        return *(None for _ in wanted), None, None, None
+        return (None,) * len(ctx.needs_input_grad)
     *qkv, seed, out, stats = ctx.saved_tensors
-    with_kv = len(qkv) == 1 or any(wanted[1:])
     q, k, v = unpack(qkv[0]) if len(qkv) == 1 else qkv
-    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale, with_kv)
-    gradients = [packed] if len(qkv) == 1 else unpack(packed)
-    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
+    packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale)
+    return *([packed] if len(qkv) == 1 else unpack(packed)), None, None, None
 
 
 _op = custom_op(
@@ -200,10 +197,9 @@ def causal_attention(
     16, 32, ..., 128, a dropout_p outside [0, 1) or above 0 without a seed, and a scale that is not
     finite.
     """
-    checks.floating(q=q, k=k, v=v)
-    checks.rank("q", q, 4)
-    for name, x in dict(k=k, v=v).items():
-        checks.shape(name, x, tuple(q.shape))
+    checks.tensors(q=q, k=k, v=v)
+    checks.shape("BHTD", q=q)
+    checks.shape(q.shape, k=k, v=v)
     seed, scale = check_options("q", q, dropout_p, seed, scale)
     q, k, v = autocast(q, k, v)
     checks.same_dtype(q=q, k=k, v=v)
@@ -215,10 +211,8 @@ def causal_attention_packed(
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """See `eager.causal_attention_packed`. Dtypes, autocast, errors: see `causal_attention`."""
-    checks.floating(qkv=qkv)
-    checks.rank("qkv", qkv, 5)
-    B, T, _, H, D = qkv.shape
-    checks.shape("qkv", qkv, (B, T, 3, H, D))
+    checks.tensors(qkv=qkv)
+    checks.shape(("B", "T", 3, "H", "D"), qkv=qkv)
     seed, scale = check_options("qkv", qkv, dropout_p, seed, scale)
     (qkv,) = autocast(qkv)
     return _packed_op(qkv, seed, float(dropout_p), scale)[0]

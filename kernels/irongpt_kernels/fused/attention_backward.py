@@ -202,21 +202,26 @@ def _dkv_of_queries(
     return dk, dv
 
 
+def _empty_gradient(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, 3, H, D)
+
+
 def causal_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, out: Tensor, stats: Tensor,
-    dropout_p: float, scale: float, with_kv: bool,
+    dropout_p: float, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Returns the packed gradient, (B, T, 3, H, D). dK and dV are computed only if `with_kv`.
+    """Returns the packed gradient, (B, T, 3, H, D).
 
     dout, out: (B, T, H, D). q, k, v: (B, H, T, D). stats: (2, B, H, T).
     """
     B, H, T, D = q.shape
-    packed = q.new_empty(B, T, 3, H, D)
+    packed = _empty_gradient(dout, q)
     if packed.numel() == 0:
         return packed
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     single_kernel = attention_tiles.head_options(q.device, T, D, q.element_size())
-    if single_kernel is not None and with_kv:
+    if single_kernel is not None:
         head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, single_kernel)
         return packed
     dq, dk, dv = unpack(packed)
@@ -235,8 +240,6 @@ def causal_attention_bwd(
         dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(),
         *sizes, **options, **config,
     )  # fmt: skip
-    if not with_kv:
-        return packed
     config = attention_tiles.launch_options("key", q.device, D, q.element_size())
     _bwd_dkdv_kernel[(B * H * triton.cdiv(T, config["BLOCK_N"]),)](
         dout, q, k, v, m, log_l, delta, seed, dk, dv,
@@ -246,9 +249,4 @@ def causal_attention_bwd(
     return packed
 
 
-def _fake(dout: Tensor, q: Tensor, *_: Any) -> Tensor:
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, 3, H, D)
-
-
-backward_op = custom_op("causal_attention_backward", causal_attention_bwd, _fake)
+backward_op = custom_op("causal_attention_backward", causal_attention_bwd, _empty_gradient)

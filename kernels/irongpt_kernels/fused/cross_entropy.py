@@ -128,8 +128,7 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Any strides. Returns the loss, 0-d; m and rest, (M,) float32; n, 0-d int64."""
     M, V = logits.shape
-    if targets.device.type == "cpu":  # not in the public function: a traced tensor has no values
-        check_targets(targets, V, ignore_index)
+    checks.ids(V, ignore_index, targets=targets)  # not in the public function, which is traced
     options = launch.row_options(V, MAX_BLOCK, TILE)
     parts = triton.cdiv(M, options["BLOCK_M"])
     sums, m, rest, loss = (
@@ -158,15 +157,6 @@ def cross_entropy_bwd(
             x, t, m, rest, dloss, n, dx, M, V, x.stride(), t.stride(0), ignore_index, **options
         )
     return dx
-
-
-def check_targets(targets: Tensor, V: int, ignore_index: int | None = None) -> None:
-    """Raises ValueError for a target outside [0, V) that is not ignore_index."""
-    bad = (targets < 0) | (targets >= V)
-    found = targets[bad if ignore_index is None else bad & (targets != ignore_index)]
-    if found.numel():
-        ignored = "" if ignore_index is None else f" or {ignore_index}"
-        raise ValueError(f"targets must be in [0, {V}){ignored}, got {int(found[0])}")
 
 
 def _fake_fwd(logits: Tensor, targets: Tensor, _: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,11 +190,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
     targets outside the vocabulary.
     """
-    checks.floating(logits=logits)
-    checks.int64(targets=targets)
-    checks.rank("logits", logits, 2)
-    checks.shape("targets", targets, (logits.shape[0],))
-    checks.same_device(logits=logits, targets=targets)
+    checks.tensors(logits=logits, integers=dict(targets=targets))
+    checks.shape("MV", logits=logits)
+    checks.shape((len(logits),), targets=targets)
     if logits.shape[1] == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     return _op(logits, targets, ignore_index)[0]

@@ -112,16 +112,13 @@ def decode_attention(
     Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a position that
     is not int64; ValueError for shapes, devices and dtypes that do not match.
     """
-    checks.floating(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
-    checks.int64(position=position)
-    checks.same_device(qkv=qkv, position=position)
-    checks.rank("qkv", qkv, 5)
-    checks.rank("cache_k", cache_k, 4)
+    integers = dict(position=position)
+    checks.tensors(qkv=qkv, cache_k=cache_k, cache_v=cache_v, integers=integers)
+    checks.shape(("B", 1, 3, "H", "D"), qkv=qkv)
     B, _, _, H, D = qkv.shape
-    checks.shape("qkv", qkv, (B, 1, 3, H, D))
-    checks.shape("cache_k", cache_k, (B, H, cache_k.shape[2], D))
-    checks.shape("cache_v", cache_v, tuple(cache_k.shape))
-    checks.shape("position", position, (B,))
+    checks.shape((B, H, "N", D), cache_k=cache_k)
+    checks.shape(cache_k.shape, cache_v=cache_v)
+    checks.shape((B,), position=position)
     checks.head_dimension("qkv", qkv)
     checks.same_dtype(qkv=qkv, cache_k=cache_k, cache_v=cache_v)
     return _op(qkv, cache_k, cache_v, position, D**-0.5 if scale is None else float(scale))

@@ -22,6 +22,8 @@ Limits      x has at most MAX_M rows and MAX_K columns; for larger inputs the op
 Spec        irongpt_kernels/eager.py::norm_linear, linear_add
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -83,27 +85,28 @@ def _fwd_kernel(
         tl.store(y_ptr + at * N + n, y, mask=n < N)
 
 
+def _empty_output(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    residual = rest[3]
+    return (weight if residual is None else residual).new_empty(len(x), len(weight))
+
+
 def decode_linear_fwd(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, y: Tensor, gelu: bool, eps: float,
+    bias: Tensor | None, residual: Tensor | None, gelu: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Writes the result to y, (M, N), contiguous, and returns y."""
+    """Returns (M, N) in the dtype of the residual, or without it in that of the weight."""
+    y = _empty_output(x, weight, norm_weight, norm_bias, bias, residual)
     (M, K), N = x.shape, len(weight)
-    if y.numel() == 0:
-        return y
-    x, weight = contiguous_rows(x), contiguous_rows(weight)
-    residual = None if residual is None else contiguous_rows(residual)
-    options = _launch_options(N, K)
-    _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
-        x, weight, *map(_contiguous, (norm_weight, norm_bias, bias)), residual, y,
-        M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-        eps, GELU=gelu, **options,
-    )  # fmt: skip
+    if y.numel():
+        x, weight = contiguous_rows(x), contiguous_rows(weight)
+        residual = None if residual is None else contiguous_rows(residual)
+        options = _launch_options(N, K)
+        _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
+            x, weight, *map(launch.contiguous, (norm_weight, norm_bias, bias)), residual, y,
+            M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+            eps, GELU=gelu, **options,
+        )  # fmt: skip
     return y
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _launch_options(N: int, K: int) -> dict[str, int]:
@@ -117,25 +120,7 @@ def _launch_options(N: int, K: int) -> dict[str, int]:
     return options | launch.no_fusion_in_narrow_rows(BLOCK_K, num_warps)
 
 
-def _norm_linear(
-    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None,
-    gelu: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    y = weight.new_empty(len(x), len(weight))
-    return decode_linear_fwd(x, weight, norm_weight, norm_bias, bias, None, y, gelu, eps)
-
-
-def _linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
-    y = residual.new_empty(residual.shape)
-    return decode_linear_fwd(x, weight, None, None, bias, residual, y, False, 0.0)
-
-
-_norm_linear_op = custom_op(
-    "norm_linear", _norm_linear, lambda x, weight, *_: weight.new_empty(len(x), len(weight))
-)
-_linear_add_op = custom_op(
-    "linear_add", _linear_add, lambda x, weight, residual, _: residual.new_empty(residual.shape)
-)
+_op = custom_op("decode_linear", decode_linear_fwd, _empty_output)
 
 
 def norm_linear(
@@ -146,12 +131,11 @@ def norm_linear(
     """See `eager.norm_linear`. Raises TypeError for an unsupported dtype, ValueError for shapes and
     devices that do not match."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
-    checks.floating(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
+    checks.tensors(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
     M, K, _ = _sizes(x, weight, bias)
-    checks.shape("norm_weight", norm_weight, (K,))
-    checks.shape("norm_bias", norm_bias, (K,))
+    checks.shape((K,), norm_weight=norm_weight, norm_bias=norm_bias)
     if M <= MAX_M and K <= MAX_K:
-        return _norm_linear_op(x, weight, norm_weight, norm_bias, bias, gelu, eps)
+        return _op(x, weight, norm_weight, norm_bias, bias, None, gelu, eps)
     normed = layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype)
     if gelu:
         return gelu_op(F.linear(normed, weight), bias)
@@ -161,20 +145,18 @@ def norm_linear(
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `eager.linear_add`. Raises TypeError for an unsupported dtype, ValueError for shapes,
     devices and dtypes that do not match."""
-    checks.floating(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
+    checks.tensors(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
-    checks.shape("residual", residual, (M, N))
+    checks.shape((M, N), residual=residual)
     checks.same_dtype(weight=weight, x=x)
     if M <= MAX_M and K <= MAX_K:
-        return _linear_add_op(x, weight, residual, bias)
+        return _op(x, weight, None, None, bias, residual, False, 0.0)
     return eager.linear_add(x, weight, residual, bias)
 
 
 def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
     """Returns M, K and N. Raises ValueError unless the shapes match."""
-    checks.rank("x", x, 2)
-    checks.rank("weight", weight, 2)
-    (M, K), N = x.shape, len(weight)
-    checks.shape("weight", weight, (N, K))
-    checks.shape("bias", bias, (N,))
-    return M, K, N
+    checks.shape("MK", x=x)
+    checks.shape(("N", x.shape[1]), weight=weight)
+    checks.shape((len(weight),), bias=bias)
+    return *x.shape, len(weight)

@@ -231,10 +231,9 @@ _sample_op = custom_op("sample_tokens", _sample, mutates=("tokens", "counts"))
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     """See `eager.embed_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
     without contiguous rows, ValueError for shapes, devices and dtypes that do not match."""
-    checks.floating(wte=wte, wpe=wpe)
-    _check(tokens, counts, wte=wte)
-    checks.rank("wte", wte, 2)
-    checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))
+    _check(tokens, counts, wte=wte, wpe=wpe)
+    checks.shape("VC", wte=wte)
+    checks.shape(("context", wte.shape[1]), wpe=wpe)
     checks.same_dtype(wte=wte, wpe=wpe)
     if counts.shape[1] < 2:
         raise ValueError(f"counts must have at least 2 columns, got shape {tuple(counts.shape)}")
@@ -247,21 +246,19 @@ def sample_tokens(
 ) -> None:  # fmt: skip
     """See `eager.sample_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
     without contiguous rows, ValueError also for shapes and devices that do not match."""
-    checks.floating(logits=logits)
-    checks.rank("logits", logits, 2)
     _check(tokens, counts, logits=logits)
-    checks.shape("tokens", tokens, (len(logits), tokens.shape[1]))
+    checks.shape((len(tokens), "V"), logits=logits)
     checks.seed_of(seed, logits=logits)
     _sample_op(
         logits, tokens, counts, launch.seed_tensor(seed, logits.device), temperature, top_k, top_p
     )
 
 
-def _check(tokens: Tensor, counts: Tensor, **tensor: Tensor) -> None:
-    checks.int64(tokens=tokens, counts=counts)
-    checks.same_device(**tensor, tokens=tokens, counts=counts)
-    for name, x in dict(tokens=tokens, counts=counts).items():
-        checks.rank(name, x, 2)
+def _check(tokens: Tensor, counts: Tensor, **floats: Tensor) -> None:
+    integers = dict(tokens=tokens, counts=counts)
+    checks.tensors(integers=integers, **floats)  # type: ignore[arg-type]
+    checks.shape("BN", tokens=tokens)
+    checks.shape((len(tokens), "columns"), counts=counts)
+    for name, x in integers.items():
         if x.stride(1) != 1:
             raise TypeError(f"{name} must have contiguous rows, got strides {x.stride()}")
-    checks.shape("counts", counts, (len(tokens), counts.shape[1]))

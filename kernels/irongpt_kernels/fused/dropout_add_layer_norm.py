@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import dropout
-from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
+from irongpt_kernels.fused.layer_norm import check_shapes, store_norm
 from irongpt_kernels.fused.layer_norm_backward import forward_options, keep_factor, one_row
 from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
@@ -56,10 +56,10 @@ def _fwd_kernel(
     total = (residual + branch).to(sum_ptr.dtype.element_ty)
     offsets = rows[:, None] * N + cols[None, :]
     tl.store(sum_ptr + offsets, total, mask=valid)
-    mean, rstd, xhat = normalize(total.to(tl.float32), valid, N, eps)
-    tl.store(norm_ptr + offsets, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    store_norm(
+        total.to(tl.float32), valid, rows, cols, offsets, weight_ptr, bias_ptr,
+        norm_ptr, mean_ptr, rstd_ptr, M, N, eps,
+    )  # fmt: skip
 
 
 def _empty_outputs(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,28 +89,19 @@ def dropout_add_layer_norm_fwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    branch, _, weight, bias, seed, dropout_p, _ = inputs
+    branch, _, weight, _, seed, ctx.dropout_p, _ = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd, seed)
-    ctx.dropout_p = dropout_p
-    ctx.branch_dtype = branch.dtype
-    ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
+    ctx.dtype = branch.dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, dsum: Tensor | None, dnorm: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if dsum is None and dnorm is None:
-        return (None,) * 7
-    total, weight, mean, rstd, seed = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:4])
-    if dnorm is None:
-        wanted[2:] = [False, False]  # the sum does not depend on the parameters
-    dtypes = ctx.branch_dtype, ctx.bias_dtype
-    gradients = norm_gradients(
-        dsum, dnorm, total, weight, mean, rstd, seed, ctx.dropout_p, dtypes, wanted
-    )
+    *saved, seed = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:4]
+    gradients = norm_gradients(dsum, dnorm, saved, ctx.dtype, wanted, seed, ctx.dropout_p)
     return *gradients, None, None, None
 
 
@@ -126,9 +117,9 @@ def dropout_add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.dropout_add_layer_norm`. Raises as `layer_norm`, and ValueError for dropout_p > 0
     without a seed."""
-    checks.floating(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
-    check_shapes(branch, weight, bias, "branch")
-    checks.shape("residual", residual, tuple(branch.shape))
+    checks.tensors(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
+    check_shapes(weight, bias, branch=branch)
+    checks.shape(branch.shape, residual=residual)
     checks.dropout(dropout_p, seed, branch=branch)
     mask_seed = launch.seed_tensor(seed, branch.device) if dropout_p > 0 else None
     total, norm, _, _ = _op(branch, residual, weight, bias, mask_seed, dropout_p, eps)

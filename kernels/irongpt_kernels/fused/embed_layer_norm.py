@@ -24,7 +24,6 @@ Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a G
 Spec        irongpt_kernels/eager.py::embed_layer_norm
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.layer_norm import affine, check_shapes, normalize
+from irongpt_kernels.fused.layer_norm import check_shapes, store_norm
 from irongpt_kernels.fused.layer_norm_backward import launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import column_sums, norm_gradients
 from irongpt_kernels.runtime import checks, launch
@@ -65,10 +64,10 @@ def _fwd_kernel(
     x = x.to(x_ptr.dtype.element_ty)
     offsets = rows[:, None] * N + cols[None, :]
     tl.store(x_ptr + offsets, x, mask=valid)
-    mean, rstd, xhat = normalize(x.to(tl.float32), valid, N, eps)
-    tl.store(norm_ptr + offsets, affine(xhat, weight_ptr, bias_ptr, cols, N), mask=valid)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    store_norm(
+        x.to(tl.float32), valid, rows, cols, offsets, weight_ptr, bias_ptr,
+        norm_ptr, mean_ptr, rstd_ptr, M, N, eps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -91,22 +90,12 @@ def _dwte_kernel(
     tl.store(sums_ptr + row * N + cols, total, mask=cols < N)
 
 
-def _checked_fwd(
-    wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if idx.device.type == "cpu":  # not in the public function: a traced tensor has no values
-        bad = idx[(idx < 0) | (idx >= len(wte))]
-        if bad.numel():
-            raise ValueError(f"idx must be in [0, {len(wte)}), got {int(bad[0])}")
-    return embed_layer_norm_fwd(wte, wpe, idx, weight, bias, eps, dtype)
-
-
 def embed_layer_norm_fwd(
     wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns x in the dtype of wte, norm in `dtype`, contiguous; mean and rstd, (B, T) float32."""
+    checks.ids(len(wte), idx=idx)  # not in the public function, which is traced
     outputs = _empty_outputs(wte, idx, dtype)
     M, N, T = idx.numel(), wte.shape[1], idx.shape[1]
     if M and N:
@@ -128,91 +117,55 @@ def _empty_outputs(
     return wte.new_empty(size), wte.new_empty(size, dtype=dtype), mean, rstd
 
 
-def embedding_bwd(g: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """dwte, (V, N), and dwpe, (T, N), float32. g: (B, T, N), contiguous. idx: (B, T). wanted:
-    whether to compute dwte and dwpe; one that is not wanted is returned empty."""
+def embedding_bwd(g: Tensor, idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """dwte, (V, N), and dwpe, (T, N), float32. g: (B, T, N), contiguous. idx: (B, T)."""
     B, T, N = g.shape
     M = B * T
-    dwte, dwpe = _empty_gradients(g, idx, V, [False, False])
-    matrices = []
-    if wanted[0]:
-        parts = max(1, min(MAX_PARTS, triton.cdiv(M, PART)))
-        part_rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_M) * BLOCK_M
-        BLOCK_N = min(128, launch.block(N))
-        sums = torch.empty((parts, V, N), dtype=torch.float32, device=g.device)
-        grid = V, triton.cdiv(N, BLOCK_N), parts
-        if sums.numel():
-            _dwte_kernel[grid](
-                g, idx.contiguous(), sums, M, N, V, part_rows,
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
-            )  # fmt: skip
-        matrices.append(sums.view(parts, V * N))
-    if wanted[1]:
-        matrices.append(g.view(B, T * N))
-    totals = iter(column_sums(matrices))
-    if wanted[0]:
-        dwte = next(totals).view(V, N)
-    if wanted[1]:
-        dwpe = next(totals).view(T, N)
+    parts = max(1, min(MAX_PARTS, triton.cdiv(M, PART)))
+    part_rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_M) * BLOCK_M
+    BLOCK_N = min(128, launch.block(N))
+    sums = g.new_empty((parts, V * N), dtype=torch.float32)
+    if sums.numel():
+        _dwte_kernel[(V, triton.cdiv(N, BLOCK_N), parts)](
+            g, idx.contiguous(), sums, M, N, V, part_rows,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
+        )  # fmt: skip
+    dwte, dwpe = column_sums([sums, g.view(B, T * N)])
+    return dwte.view(V, N), dwpe.view(T, N)
+
+
+def _fake_bwd(g: Tensor, idx: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    dwte, dwpe = (g.new_empty((n, g.shape[2]), dtype=torch.float32) for n in (V, g.shape[1]))
     return dwte, dwpe
-
-
-def _empty_gradients(
-    g: Tensor, idx: Tensor, V: int, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """Uninitialized dwte and dwpe."""
-    dwte, dwpe = (
-        g.new_empty((n, g.shape[2]) if want else 0, dtype=torch.float32)
-        for n, want in zip((V, idx.shape[1]), wanted, strict=True)
-    )
-    return dwte, dwpe
-
-
-_embedding_backward = custom_op("embedding_backward", embedding_bwd, _empty_gradients)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    wte, _, idx, weight, bias, _, dtype = inputs
+    wte, _, idx, weight, _, _, ctx.dtype = inputs
     x, _, mean, rstd = output
-    ctx.save_for_backward(x, idx, weight, mean, rstd)
-    ctx.V = wte.shape[0]
-    ctx.dtypes = dtype, weight.dtype if bias is None else bias.dtype
+    ctx.save_for_backward(idx, x, weight, mean, rstd)
+    ctx.V = len(wte)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, dx: Tensor | None, dnorm: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if dx is None and dnorm is None:
-        return (None,) * 7
-    x, idx, weight, mean, rstd = ctx.saved_tensors
-    embeddings, parameters = list(ctx.needs_input_grad[:2]), list(ctx.needs_input_grad[3:5])
-    if dnorm is None:
-        parameters = [False, False]  # x does not depend on them
-    wanted = [False, any(embeddings), *parameters]
-    g, dweight, dbias = norm_gradients(
-        dx, dnorm, x, weight, mean, rstd, None, 0.0, ctx.dtypes, wanted
-    )[1:]
-    dwte, dwpe = (None, None) if g is None else _embedding_gradients(g, idx, ctx.V, embeddings)
+    idx, *saved = ctx.saved_tensors
+    wanted = [False, any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[3:5]]
+    gradients = norm_gradients(dx, dnorm, saved, ctx.dtype, wanted)
+    g, dweight, dbias = gradients[1:]
+    dwte = dwpe = None
+    if g is not None and ctx.V > MAX_V:
+        dwte = torch.ops.aten.embedding_dense_backward(g, idx, ctx.V, -1, False)
+        dwpe = g.sum(0)
+    elif g is not None:
+        dwte, dwpe = _embedding_backward(g, idx, ctx.V)
     return dwte, dwpe, None, dweight, dbias, None, None
 
 
-def _embedding_gradients(
-    g: Tensor, idx: Tensor, V: int, wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of wte and wpe in the dtype of g; None for one that is not wanted."""
-    if V > MAX_V:
-        dwte = torch.ops.aten.embedding_dense_backward(g, idx, V, -1, False) if wanted[0] else None
-        return dwte, g.sum(0) if wanted[1] else None
-    gradients = _embedding_backward(g, idx, V, wanted)
-    dwte, dwpe = (
-        d.to(g.dtype) if want else None for d, want in zip(gradients, wanted, strict=True)
-    )
-    return dwte, dwpe
-
-
+_embedding_backward = custom_op("embedding_backward", embedding_bwd, _fake_bwd)
 _op = custom_op(
-    "embed_layer_norm", _checked_fwd,
+    "embed_layer_norm", embed_layer_norm_fwd,
     lambda wte, wpe, idx, *rest: _empty_outputs(wte, idx, rest[-1]), (), _setup_context, _backward,
 )  # fmt: skip
 
@@ -223,15 +176,12 @@ def embed_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.embed_layer_norm`. Raises as `layer_norm`, TypeError unless idx is int64, and on
     the CPU ValueError for an id outside the vocabulary."""
-    checks.floating(wte=wte, wpe=wpe, weight=weight, optional=dict(bias=bias))
-    checks.rank("wte", wte, 2)
-    checks.int64(idx=idx)
-    check_shapes(wte, weight, bias, "wte")
-    checks.rank("wpe", wpe, 2)
-    checks.shape("wpe", wpe, (wpe.shape[0], wte.shape[1]))
-    checks.rank("idx", idx, 2)
-    checks.shape("idx", idx, (idx.shape[0], wpe.shape[0]))
+    integers, optional = dict(idx=idx), dict(bias=bias)
+    checks.tensors(wte=wte, wpe=wpe, weight=weight, integers=integers, optional=optional)
+    checks.shape("VC", wte=wte)
+    check_shapes(weight, bias, wte=wte)
+    checks.shape(("T", wte.shape[1]), wpe=wpe)
+    checks.shape(("B", len(wpe)), idx=idx)
     checks.same_dtype(wte=wte, wpe=wpe)
-    checks.same_device(wte=wte, idx=idx)
     x, norm, _, _ = _op(wte, wpe, idx, weight, bias, eps, dtype or wte.dtype)
     return x, norm

@@ -51,30 +51,29 @@ def logistic(z):
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, bias_ptr, y_ptr, M, N, x_strides, bias_stride,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x_ptr, bias_ptr, y_ptr, M, N, x_strides, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     row_tile, col_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]  # int64: M N can exceed 2^31
     cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (rows < M) & (cols < N)
     z = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=mask, other=0.0)
     z = z.to(tl.float32)  # (BLOCK_M, BLOCK_N)
-    if BIAS:
-        z += tl.load(bias_ptr + cols * bias_stride, mask=cols < N, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     s, _, _ = logistic(z)
     tl.store(y_ptr + rows * N + cols, z * s, mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, M, N, dy_strides, x_strides, bias_stride,
-    BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, M, N, dy_strides, x_strides,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     part, col_tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    if BIAS:
-        bias = tl.load(bias_ptr + cols * bias_stride, mask=cols < N, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
     for row_tile in range(part, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
@@ -82,7 +81,7 @@ def _bwd_kernel(
         mask = (rows < M) & (cols < N)
         z = tl.load(x_ptr + rows * x_strides[0] + cols * x_strides[1], mask=mask, other=0.0)
         z = z.to(tl.float32)
-        if BIAS:
+        if bias_ptr is not None:
             z += bias
         dy = tl.load(dy_ptr + rows * dy_strides[0] + cols * dy_strides[1], mask=mask, other=0.0)
         s, slope, du2 = logistic(z)
@@ -90,83 +89,62 @@ def _bwd_kernel(
         tl.store(dx_ptr + rows * N + cols, dx, mask=mask)
         dbias += dx
 
-    if BIAS_GRAD:
+    if bias_ptr is not None:
         partial = tl.sum(dbias, axis=0)[None, :]
         tl.store(dbias_ptr + tl.cast(part, tl.int64) * N + cols, partial, mask=cols < N)
 
 
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x: (M, N), bias: (N,), any strides. Returns a contiguous (M, N)."""
-    M, N = x.shape
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    """x: (..., N), bias: (N,), any strides. Returns a contiguous y."""
+    y, x = x.new_empty(x.shape), as_matrix(x)
     if y.numel():
-        default = _launch_options()
-        options = launch_table.options("gelu forward", N, x.element_size(), x.device, default)
+        (M, N), options = x.shape, _launch_options("gelu forward", x)
         grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"]))
-        _fwd_kernel[grid](
-            x, bias, y, M, N, x.stride(), _stride(bias), BIAS=bias is not None, **options
-        )
+        _fwd_kernel[grid](x, launch.contiguous(bias), y, M, N, x.stride(), **options)
     return y
 
 
-def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """dy, x: (M, N), any strides. Returns dx, (M, N), and dbias, (N,), empty without bias_grad."""
-    M, N = x.shape
-    default = _launch_options()
-    options = launch_table.options("gelu backward", N, x.element_size(), x.device, default)
+def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dy, x: (..., N), any strides. Returns a contiguous dx; and dbias, (N,) float32, empty without
+    a bias."""
+    dx, dy, x = x.new_empty(x.shape), as_matrix(dy), as_matrix(x)
+    (M, N), options = x.shape, _launch_options("gelu backward", x)
     col_tiles = triton.cdiv(N, options["BLOCK_N"])
     P = triton.cdiv(M, options["BLOCK_M"])
-    if bias_grad:
+    if bias is not None:
         programs = PROGRAMS_PER_SM * launch.num_sms(x.device)
         P = min(P, triton.cdiv(programs, max(1, col_tiles)))
-    dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    dbias = torch.empty((P, N if bias_grad else 0), dtype=torch.float32, device=x.device)
+    dbias = x.new_empty((P, 0 if bias is None else N), dtype=torch.float32)
     if dx.numel():
+        bias = launch.contiguous(bias)
         _bwd_kernel[(P, col_tiles)](
-            dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), _stride(bias),
-            BIAS=bias is not None, BIAS_GRAD=bias_grad, **options,
-        )  # fmt: skip
-    return dx, dbias.sum(0).to(x.dtype if bias is None else bias.dtype)
+            dy, x, bias, dx, dbias, M, N, dy.stride(), x.stride(), **options
+        )
+    return dx, dbias.sum(0)
 
 
-def _stride(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.stride(0)
+def _launch_options(kernel: str, x: Tensor) -> dict[str, int]:
+    default = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_M * BLOCK_N))
+    return launch_table.options(kernel, x.shape[1], x.element_size(), x.device, default)
 
 
-def _launch_options() -> dict[str, int]:
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_M * BLOCK_N))
-
-
-def _forward(x: Tensor, bias: Tensor | None) -> Tensor:
-    return gelu_fwd(as_matrix(x), bias).view(x.shape)
-
-
-def _gradients(
-    dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool
-) -> tuple[Tensor, Tensor]:
-    dx, dbias = gelu_bwd(as_matrix(dy), as_matrix(x), bias, bias_grad)
-    return dx.view(x.shape), dbias
-
-
-def _fake_gradients(
-    dy: Tensor, x: Tensor, bias: Tensor | None, bias_grad: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if bias is None else bias.dtype
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias_grad else 0, dtype=dtype)
+def _fake_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    N = 0 if bias is None else len(bias)
+    return x.new_empty(x.shape), x.new_empty(N, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    need_x, need_bias = ctx.needs_input_grad
-    dx, dbias = _backward_op(dy, *ctx.saved_tensors, need_bias)
-    return dx if need_x else None, dbias if need_bias else None
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _backward_op(dy, x, bias)
+    return dx, None if bias is None else dbias
 
 
-_op = custom_op("gelu", _forward, lambda x, _: x.new_empty(x.shape), (), _setup_context, _backward)
-_backward_op = custom_op("gelu_backward", _gradients, _fake_gradients)
+_op = custom_op("gelu", gelu_fwd, lambda x, _: x.new_empty(x.shape), (), _setup_context, _backward)
+_backward_op = custom_op("gelu_backward", gelu_bwd, _fake_bwd)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -175,7 +153,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError unless x and bias are float32, float16 or bfloat16; ValueError for a 0-d x, and
     for a bias whose shape or device does not match.
     """
-    checks.floating(x=x, optional=dict(bias=bias))
-    checks.rank("x", x, 1, 64)
-    checks.shape("bias", bias, (x.shape[-1],))
+    checks.tensors(x=x, optional=dict(bias=bias))
+    checks.rows(x=x)
+    checks.shape(x.shape[-1:], bias=bias)
     return _op(x, bias)

@@ -208,7 +208,7 @@ def _sum_shards(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
     under Limits in the module's docstring."""
-    checks.rank("shards", shards, 2)
+    checks.shape(("S", "n"), shards=shards)
     checks.same_device(scale=scale, shards=shards)
     if not len(shards):
         raise ValueError("shards must have at least one row")

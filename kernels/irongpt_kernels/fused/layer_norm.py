@@ -36,24 +36,23 @@ MAX_N = 8192  # the backward holds about five float32 rows; longer ones exceed a
 
 
 @triton.jit
-def normalize(x, valid, N, eps):
-    """Returns mean and rstd, (BLOCK_M,), and xhat, (BLOCK_M, BLOCK_N).
+def store_norm(
+    x, valid, rows, cols, offsets, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N, eps
+):
+    """Stores the layer norm of x at `offsets`, and mean and rstd of its rows.
 
-    x: float32 rows, 0 outside the mask `valid`.
+    x: float32, (BLOCK_M, BLOCK_N), 0 outside the mask `valid`. bias_ptr: None without a bias.
     """
     mean = tl.sum(x, axis=1) / N
     centred = centre(x, valid, mean, N)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    return mean, rstd, centred * rstd[:, None]
-
-
-@triton.jit
-def affine(xhat, weight_ptr, bias_ptr, cols, N):
-    """Returns xhat weight + bias, or xhat weight if bias_ptr is None."""
+    xhat = centred * rstd[:, None]
     y = xhat * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    return y
+    tl.store(y_ptr + offsets, y, mask=valid)
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
@@ -67,11 +66,10 @@ def _fwd_kernel(
     valid = (rows < M)[:, None] & (cols < N)[None, :]
     x_ptrs = x_ptr + rows[:, None] * x_stride + cols[None, :]
     x = tl.load(x_ptrs, mask=valid, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
-    mean, rstd, xhat = normalize(x, valid, N, eps)
-    y = affine(xhat, weight_ptr, bias_ptr, cols, N)
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=valid)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    offsets = rows[:, None] * N + cols[None, :]
+    store_norm(
+        x, valid, rows, cols, offsets, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, M, N, eps
+    )
 
 
 def _empty_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,23 +95,17 @@ def layer_norm_fwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _ = inputs
+    x, weight, *_ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, dy: Tensor | None, _mean: Tensor | None, _rstd: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 5
-    x, weight, mean, rstd = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = [False, *ctx.needs_input_grad[:3]]
-    dtypes = x.dtype, ctx.bias_dtype
-    _, *gradients = norm_gradients(None, dy, x, weight, mean, rstd, None, 0.0, dtypes, wanted)
-    return *gradients, None, None
+    dtype = ctx.saved_tensors[0].dtype
+    gradients = norm_gradients(None, dy, ctx.saved_tensors, dtype, wanted)
+    return *gradients[1:], None, None
 
 
 _op = custom_op(
@@ -122,19 +114,17 @@ _op = custom_op(
 )  # fmt: skip
 
 
-def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
-    """Raises ValueError for shapes that the ops with a layer norm do not support. name: that of x
-    in the op."""
-    checks.rank(name, x, 1, 64)
-    N = x.shape[-1]
+def check_shapes(weight: Tensor, bias: Tensor | None, **tensor: Tensor) -> None:
+    """Raises ValueError for shapes that the ops with a layer norm do not support. tensor: the one
+    whose rows have the norm's length, as name=value."""
+    checks.rows(**tensor)
+    (name, N) = next((name, x.shape[-1]) for name, x in tensor.items())
     if N > MAX_N:
         raise ValueError(f"{name} must have a last dimension of at most {MAX_N}, got {N}")
     given = [t for t in (weight, bias) if t is not None]
     # `norm_parameters` gives each parameter as a view with P equal rows.
     views = all(t.dim() == 2 and (len(t) == 1 or t.stride(0) == 0) for t in given)
-    wanted = (len(weight), N) if views else (N,)
-    checks.shape("weight", weight, wanted)
-    checks.shape("bias", bias, wanted)
+    checks.shape((len(weight), N) if views else (N,), weight=weight, bias=bias)
 
 
 def layer_norm(
@@ -143,6 +133,6 @@ def layer_norm(
 ) -> Tensor:  # fmt: skip
     """See `eager.layer_norm`. Raises TypeError unless x, weight and bias are float32, float16 or
     bfloat16, ValueError for shapes and devices that do not match, and for N above 8192."""
-    checks.floating(x=x, weight=weight, optional=dict(bias=bias))
-    check_shapes(x, weight, bias, "x")
+    checks.tensors(x=x, weight=weight, optional=dict(bias=bias))
+    check_shapes(weight, bias, x=x)
     return _op(x, weight, bias, eps, dtype or x.dtype)[0]

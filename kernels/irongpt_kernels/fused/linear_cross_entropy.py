@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.cross_entropy import check_targets, log1p
+from irongpt_kernels.fused.cross_entropy import log1p
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import autocast, custom_op
 
@@ -170,8 +170,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, C). weight: (V, C). Returns the loss, 0-d; and dx and dweight times `loss_scale`, or
     without `gradient` two empty tensors."""
-    if t.device.type == "cpu":  # not in the public function: a traced tensor has no values
-        check_targets(t, classes)
+    checks.ids(classes, targets=t)  # not in the public function, which is traced
     x, weight, t = x.contiguous(), weight.contiguous(), t.contiguous()
     M, V = len(x), len(weight)
     fit = LOGITS_BYTES // (V * x.itemsize)
@@ -224,17 +223,12 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor
         raise NotImplementedError("linear_cross_entropy has no second derivative")
     loss_scale, dx, dweight = ctx.saved_tensors
     if dloss is not loss_scale:  # the same tensor has the same value; the host need not read it
-        dx, dweight = _backward_op(dloss, loss_scale, dx, dweight)
+        dx, dweight = linear_cross_entropy_bwd(dloss, loss_scale, dx, dweight)
     return dx, dweight, None, None, None, None
 
 
 _op = custom_op(
     "linear_cross_entropy", linear_cross_entropy_fwd, _fake_fwd, (), _setup_context, _backward
-)
-_backward_op = custom_op(
-    "linear_cross_entropy_backward",
-    linear_cross_entropy_bwd,
-    lambda dloss, scale, dx, dweight: (torch.empty_like(dx), torch.empty_like(dweight)),
 )
 
 
@@ -248,21 +242,16 @@ def linear_cross_entropy(
     Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
     targets outside [0, classes).
     """
-    checks.floating(x=x, weight=weight)
-    checks.int64(targets=targets)
-    checks.rank("x", x, 2)
-    checks.rank("weight", weight, 2)
-    checks.shape("weight", weight, (len(weight), x.shape[1]))
-    checks.shape("targets", targets, (len(x),))
-    checks.same_device(x=x, targets=targets)
+    integers, optional = dict(targets=targets), dict(loss_scale=loss_scale)
+    checks.tensors(x=x, weight=weight, integers=integers, optional=optional)
+    checks.shape("MC", x=x)
+    checks.shape(("V", x.shape[1]), weight=weight)
+    checks.shape((len(x),), targets=targets)
+    checks.shape((), loss_scale=loss_scale)
     V = len(weight)
     classes = V if classes is None else classes
     if not 1 <= classes <= V:
         raise ValueError(f"classes must be in [1, {V}], as weight has {V} rows, got {classes}")
-    if loss_scale is not None:
-        checks.floating(loss_scale=loss_scale)
-        checks.shape("loss_scale", loss_scale, ())
-        checks.same_device(x=x, loss_scale=loss_scale)
     x, weight = autocast(x, weight)
     checks.same_dtype(x=x, weight=weight)
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

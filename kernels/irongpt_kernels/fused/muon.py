@@ -123,8 +123,8 @@ def _muon_momentum(
     """See `eager.muon_momentum`. Raises TypeError or ValueError for tensors that are not as
     described under Limits in the module's docstring."""
     device, shape = momentum.device, momentum.shape[1:]
-    checks.rank("momentum", momentum, 3)
-    checks.memory(torch.float32, (len(grads), *shape), device, momentum=momentum)
+    wanted = len(grads), "rows", "columns"
+    checks.memory(torch.float32, wanted, device, momentum=momentum)
     checks.memory(torch.float32, (3,), device, stats=stats)
     if len({g.dtype for g in grads}) > 1:
         raise TypeError("the gradients of a group of matrices must have one dtype")
@@ -153,7 +153,7 @@ def _muon_update(
     """See `eager.muon_update`. Raises TypeError or ValueError for tensors that are not as described
     under Limits in the module's docstring."""
     device, sizes = lr.device, [update.shape[1:]] * len(update)
-    checks.floating(lr=lr, update=update)
+    checks.tensors(lr=lr, update=update)
     checks.addresses(torch.float32, sizes, device, params=params)
     checks.copies(low_precision_params, sizes, device)
     checks.memory(torch.float32, (), device, lr=lr)

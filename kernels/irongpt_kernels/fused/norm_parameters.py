@@ -61,7 +61,7 @@ def _column_sums_kernel(
     tl.store(pointer + cols, tl.sum(total, 0), mask=cols < N)
 
 
-def column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
+def column_sums(matrices: list[Tensor]) -> list[Tensor]:
     """The sum of the rows of each matrix: (M, N) of any sizes -> (N,) float32."""
     matrices = [aligned(m.float()) for m in matrices]
     sums = [m.new_empty(m.shape[1]) for m in matrices]
@@ -80,15 +80,16 @@ def column_sums(matrices: Sequence[Tensor]) -> list[Tensor]:
     return sums
 
 
-def norm_parameters_bwd(partial: list[Tensor]) -> list[Tensor]:
-    """partial: the gradients of the views, (P, N) each -> those of the parameters, float32."""
-    return column_sums(partial)
-
-
 _backward_op = custom_op(
-    "norm_parameters_backward", norm_parameters_bwd,
-    lambda partial: [m.new_empty(m.shape[1], dtype=torch.float32) for m in partial],
+    "norm_parameters_backward", column_sums,
+    lambda matrices: [m.new_empty(m.shape[1], dtype=torch.float32) for m in matrices],
 )  # fmt: skip
+
+
+def _sums(partial: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`column_sums` of the gradients that there are."""
+    sums = iter(_backward_op([m for m in partial if m is not None]))
+    return [None if m is None else next(sums) for m in partial]
 
 
 class _Rows(torch.autograd.Function):
@@ -101,8 +102,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *partial: Tensor | None) -> tuple[Tensor | None, ...]:
-        sums = iter(_backward_op([m for m in partial if m is not None]))
-        return None, *(None if m is None else next(sums) for m in partial)
+        return None, *_sums(partial)
 
 
 def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
@@ -115,27 +115,25 @@ def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list
 
 
 def norm_gradients(
-    dsum: Tensor | None, dnorm: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, seed: Tensor | None, dropout_p: float, dtypes: Sequence[torch.dtype],
-    wanted: Sequence[bool],
+    dsum: Tensor | None, dnorm: Tensor | None, saved: Sequence[Tensor], branch_dtype: torch.dtype,
+    wanted: Sequence[bool], seed: Tensor | None = None, dropout_p: float = 0.0,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients with respect to branch, residual, weight and bias; None for those not wanted.
 
-    The arguments are those of `layer_norm_bwd`. weight: (N,), or a view of `norm_parameters`; the
-    gradients of weight and bias have its shape. dtypes: those of the branch and of the bias.
+    saved: total, weight, mean and rstd. They and the other arguments are those of `layer_norm_bwd`,
+    but weight is (N,), or a view of `norm_parameters`; the gradients of weight and bias have its
+    shape, and are float32.
     """
-    N = weight.shape[-1]
+    total, weight, mean, rstd = saved
+    if dnorm is None:  # the sum does not depend on the parameters
+        wanted = [*([False, False] if dsum is None else wanted[:2]), False, False]
+    if not any(wanted):
+        return [None] * 4
+    N, summed = weight.shape[-1], weight.dim() == 1
     rows = total.numel() // max(1, N)
-    summed = weight.dim() == 1
-    P = programs(rows, N, dtypes[0].itemsize, total.device) if summed else weight.shape[0]
-    gradients: list[Tensor] = list(
-        layer_norm_backward(
-            dsum, dnorm, total, weight, mean, rstd, seed, dropout_p, dtypes[0], P, wanted
-        )
+    P = programs(rows, N, branch_dtype.itemsize, total.device) if summed else len(weight)
+    gradients = layer_norm_backward(
+        dsum, dnorm, total, weight, mean, rstd, seed, dropout_p, branch_dtype, P, wanted
     )
-    if summed and any(wanted[2:]):
-        at = [i for i in (2, 3) if wanted[i]]
-        for i, d in zip(at, _backward_op([gradients[i] for i in at]), strict=True):
-            gradients[i] = d
-    gradients[2:] = gradients[2].to(weight.dtype), gradients[3].to(dtypes[1])
-    return [d if want else None for d, want in zip(gradients, wanted, strict=True)]
+    found = [d if want else None for d, want in zip(gradients, wanted, strict=True)]
+    return found[:2] + _sums(found[2:]) if summed and any(wanted[2:]) else found

@@ -29,7 +29,6 @@ Spec        irongpt_kernels/eager.py::softmax
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -170,33 +169,30 @@ def _bwd_online_kernel(
 
 
 def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
-    """x: (M, N), any strides; and, if causal, M is a multiple of N. Returns a contiguous (M, N)."""
-    M, N = x.shape
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    if N <= MAX_BLOCK:
-        options = launch.row_options(N, MAX_BLOCK, TILE)
-        grid = (triton.cdiv(M, options["BLOCK_M"]),)
-        _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **options)
-    else:
-        _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_options())
+    """x: (..., N), or (..., N, N) if causal, any strides. Returns a contiguous y."""
+    y, x = x.new_empty(x.shape), as_matrix(x)
+    if y.numel():
+        M, N = x.shape
+        if N <= MAX_BLOCK:
+            options = launch.row_options(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, options["BLOCK_M"]),)
+            _fwd_kernel[grid](x, y, M, N, x.stride(), scale, CAUSAL=causal, **options)
+        else:
+            _fwd_online_kernel[(M,)](x, y, N, x.stride(), scale, CAUSAL=causal, **_online_options())
     return y
 
 
 def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    """dy, x: (M, N), any strides, x the input of the forward. Returns a contiguous (M, N)."""
-    M, N = x.shape
-    dx = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if dx.numel() == 0:
-        return dx
-    strides = x.stride(), dy.stride()
-    if N <= MAX_BLOCK:
-        options = launch.row_options(N, MAX_BLOCK, TILE)
-        grid = (triton.cdiv(M, options["BLOCK_M"]),)
-        _bwd_kernel[grid](x, dy, dx, M, N, *strides, scale, CAUSAL=causal, **options)
-    else:
-        _bwd_online_kernel[(M,)](x, dy, dx, N, *strides, scale, CAUSAL=causal, **_online_options())
+    """dy, x: of one shape, any strides; x is the input of the forward. Returns a contiguous dx."""
+    dx, dy, x = x.new_empty(x.shape), as_matrix(dy), as_matrix(x)
+    if dx.numel():
+        (M, N), numbers = x.shape, (x.stride(), dy.stride(), scale)
+        if N <= MAX_BLOCK:
+            options = launch.row_options(N, MAX_BLOCK, TILE)
+            grid = (triton.cdiv(M, options["BLOCK_M"]),)
+            _bwd_kernel[grid](x, dy, dx, M, N, *numbers, CAUSAL=causal, **options)
+        else:
+            _bwd_online_kernel[(M,)](x, dy, dx, N, *numbers, CAUSAL=causal, **_online_options())
     return dx
 
 
@@ -205,14 +201,6 @@ def _online_options() -> dict[str, int]:
     rounded products scale * x, so there scale * x - m is exactly 0 only if the product is rounded
     before the subtraction."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
-
-
-def _forward(x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_fwd(as_matrix(x), scale, causal).view(x.shape)
-
-
-def _gradient(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
-    return softmax_bwd(as_matrix(dy), as_matrix(x), scale, causal).view(x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,9 +214,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
 
 
 _op = custom_op(
-    "softmax", _forward, lambda x, *_: x.new_empty(x.shape), (), _setup_context, _backward
+    "softmax", softmax_fwd, lambda x, *_: x.new_empty(x.shape), (), _setup_context, _backward
 )
-_backward_op = custom_op("softmax_backward", _gradient, lambda dy, x, *_: x.new_empty(x.shape))
+_backward_op = custom_op("softmax_backward", softmax_bwd, lambda dy, x, *_: x.new_empty(x.shape))
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
@@ -237,10 +225,10 @@ def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
     Raises TypeError unless x is float32, float16 or bfloat16 and scale a number; ValueError for a
     0-d x, and for a causal x whose last two dimensions differ.
     """
-    checks.floating(x=x)
+    checks.tensors(x=x)
     if not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    checks.rank("x", x, 2 if causal else 1, 64)
-    if causal and x.shape[-2] != x.shape[-1]:
+    checks.rows(x=x)
+    if causal and x.shape[-2:] != 2 * x.shape[-1:]:
         raise ValueError(f"a causal x must be (..., T, T), got shape {tuple(x.shape)}")
     return _op(x, float(scale), bool(causal))

@@ -10,25 +10,25 @@ from irongpt_kernels.dropout import check
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def floating(*, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
-    """Raises TypeError unless all are tensors in one of FLOATS, ValueError unless all are on the
-    device of the first. optional: tensors that may be None.
-    """
-    tensors |= {name: t for name, t in (optional or {}).items() if t is not None}
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
-    same_device(**tensors)
+def tensors(
+    *, integers: dict[str, Tensor] | None = None, optional: dict[str, Tensor | None] | None = None,
+    **floats: Tensor,
+) -> None:  # fmt: skip
+    """Raises TypeError unless all are tensors in one of FLOATS, and `integers` in int64; ValueError
+    unless all are on the device of the first. optional: floating tensors that may be None."""
+    floats |= {name: t for name, t in (optional or {}).items() if t is not None}
+    dtype(FLOATS, **floats)
+    dtype((torch.int64,), **integers or {})
+    same_device(**floats, **integers or {})
 
 
-def int64(**tensors: Tensor) -> None:
-    """Raises TypeError unless all are int64 tensors."""
+def dtype(wanted: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    """Raises TypeError unless all are tensors of one of these dtypes."""
     for name, t in tensors.items():
-        if not isinstance(t, Tensor) or t.dtype != torch.int64:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be an int64 tensor, got {got}")
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        if got not in wanted:
+            names = " or ".join(str(d).removeprefix("torch.") for d in wanted)
+            raise TypeError(f"{name} must be a tensor of {names}, got {got}")
 
 
 def same_device(**tensors: Tensor) -> None:
@@ -54,29 +54,44 @@ def head_dimension(name: str, t: Tensor) -> None:
         raise ValueError(f"D, the last dimension of {name}, must be 16, 32, ... or 128, got {D}")
 
 
-def shape(name: str, t: Tensor | None, wanted: tuple[int, ...]) -> None:
-    """Raises ValueError unless t is None or has the shape `wanted`."""
-    if t is not None and tuple(t.shape) != wanted:
-        raise ValueError(f"{name} must have shape {wanted}, got {tuple(t.shape)}")
+def shape(wanted: Sequence[int | str], **tensors: Tensor | None) -> None:
+    """Raises ValueError unless each tensor has the shape, or is None. A string is any size."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        pairs = zip(t.shape, wanted, strict=False)
+        if t.dim() != len(wanted) or any(n != size for n, size in pairs if type(size) is not str):
+            named = str(tuple(wanted)).replace("'", "")
+            raise ValueError(f"{name} must have shape {named}, got {tuple(t.shape)}")
 
 
-def rank(name: str, t: Tensor, low: int, high: int | None = None) -> None:
-    """Raises ValueError unless t has `low` to `high` dimensions, or exactly `low` without high."""
-    if not low <= t.dim() <= (high or low):
-        wanted = f"{low} dimensions" if high is None else f"{low} to {high} dimensions"
-        raise ValueError(f"{name} must have {wanted}, got shape {tuple(t.shape)}")
+def ids(below: int, ignored: int | None = None, **tensor: Tensor) -> None:
+    """Raises ValueError for an id outside [0, below) that is not `ignored`, but not on a GPU, where
+    the host would have to wait. tensor: the ids, as name=value."""
+    ((name, t),) = tensor.items()
+    if t.device.type == "cpu":
+        bad, allowed = (t < 0) | (t >= below), f"[0, {below})"
+        if ignored is not None:
+            bad, allowed = bad & (t != ignored), f"{allowed} or {ignored}"
+        if bad.any():
+            raise ValueError(f"{name} must be in {allowed}, got {int(t[bad][0])}")
+
+
+def rows(**tensors: Tensor) -> None:
+    """Raises ValueError for a tensor without dimensions."""
+    for name, t in tensors.items():
+        if t.dim() == 0:
+            raise ValueError(f"{name} must have at least one dimension, got shape ()")
 
 
 def memory(
-    dtype: torch.dtype, size: Sequence[int], device: torch.device, **tensors: Tensor
+    of: torch.dtype, size: Sequence[int | str], device: torch.device, **tensors: Tensor
 ) -> None:
-    """For kernels that use no strides. Raises TypeError unless all are tensors of `dtype`,
+    """For kernels that use no strides. Raises TypeError unless all are tensors of the dtype `of`,
     ValueError unless they are contiguous, of shape `size` and on `device`."""
+    dtype((of,), **tensors)
+    shape(size, **tensors)
     for name, t in tensors.items():
-        if not isinstance(t, Tensor) or t.dtype != dtype:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a tensor of {dtype}, got {got}")
-        shape(name, t, tuple(size))
         if t.device != device:
             raise ValueError(f"{name} is on {t.device}, but must be on {device}")
         if not t.is_contiguous():
@@ -100,7 +115,7 @@ def addresses(
 def copies(found: list[Tensor], sizes: Sequence[Sequence[int]], device: torch.device) -> None:
     """`addresses` for the 16-bit copies of weights, which have one dtype."""
     if found:
-        floating(low_precision_params=found[0])
+        dtype(FLOATS, low_precision_params=found[0])
         addresses(found[0].dtype, sizes, device, low_precision_params=found)
 
 
@@ -108,7 +123,7 @@ def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch
     """Raises TypeError unless gradients are float32 or of one 16-bit dtype, ValueError unless they
     have the shapes `sizes` and are on `device`."""
     for i, g in enumerate(grads):
-        floating(optional=None, **{f"grads[{i}]": g})
+        dtype(FLOATS, **{f"grads[{i}]": g})
         if g.device != device:
             raise ValueError(f"grads[{i}] is on {g.device}, but must be on {device}")
     if len({g.dtype for g in grads} - {torch.float32}) > 1:

@@ -114,6 +114,11 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x itself if it is contiguous, else a copy; None for None."""
+    return None if x is None else x.contiguous()
+
+
 def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
     """Splits (B, T, 3, H, D) into q, k and v, or their gradients, as (B, H, T, D) views."""
     return qkv.permute(2, 0, 3, 1, 4).unbind()
