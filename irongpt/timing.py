@@ -191,18 +191,11 @@ def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timin
     """Warms a call up. Returns its sampler and a timing without samples yet. Raises what the call
     raises."""
     call = work.begin(sets)
-
-    def warm() -> float:
-        start = time.perf_counter()
-        for i in range(WARMUP_CALLS):
-            call(i % sets)
-        return (time.perf_counter() - start) / WARMUP_CALLS
-
-    warm()
+    _repeat(call, sets, WARMUP_CALLS)
     if device.type != "cuda":
-        return Wall(call, sets).sample, Timing([], graph=False)
+        return plain_calls(call, sets, CPU_SAMPLE, host_seconds), Timing([], graph=False)
     torch.cuda.synchronize(device)
-    host = warm()
+    host = host_seconds(lambda: _repeat(call, sets, WARMUP_CALLS)) / WARMUP_CALLS
     why = waits(lambda: call(0), device)
     if why is None:
         del call  # its memory is for the graph
@@ -214,32 +207,25 @@ def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timin
             why = reason(e)
         free(device)
         call = work.begin(sets)
-    return Events(call, sets).sample, Timing([], False, host, why)
+    # If Python is the slower side, the time between the events is Python's.
+    return plain_calls(call, sets, SAMPLE, device_seconds), Timing([], False, host, why)
 
 
-class Wall:
-    """Times plain calls by the host's clock."""
+def plain_calls(
+    call: Call, sets: int, seconds: float, clock: Callable[[Callable[[], None]], float]
+) -> Sampler:
+    """A sampler of as many plain calls as take `seconds`, timed by the clock."""
 
-    def __init__(self, call: Call, sets: int) -> None:
-        self.call, self.sets, self.n = call, sets, 1
-        self.n = max(1, min(MAX_CALLS, round(CPU_SAMPLE / self.sample())))
+    def sample(n: int) -> float:
+        return clock(lambda: _repeat(call, sets, n)) / n
 
-    def sample(self) -> float:
-        start = time.perf_counter()
-        for i in range(self.n):
-            self.call(i % self.sets)
-        return (time.perf_counter() - start) / self.n
+    n = _calls(seconds, sample(sets), sets)
+    return lambda: sample(n)
 
 
-class Events:
-    """Times plain calls by two events. If Python is the slower side, it is Python's time."""
-
-    def __init__(self, call: Call, sets: int) -> None:
-        self.call, self.sets, self.n = call, sets, sets
-        self.n = _calls(SAMPLE, self.sample(), sets)
-
-    def sample(self) -> float:
-        return between(lambda: [self.call(i % self.sets) for i in range(self.n)]) / self.n
+def _repeat(call: Call, sets: int, n: int) -> None:
+    for i in range(n):
+        call(i % sets)
 
 
 class Replay:
@@ -274,11 +260,11 @@ class Replay:
             self.graph.replay()
 
     def sample(self) -> float:
-        return between(self._replays) / (self.n * self.repeats)
+        def replays() -> None:
+            for _ in range(self.repeats):
+                self.graph.replay()
 
-    def _replays(self) -> None:
-        for _ in range(self.repeats):
-            self.graph.replay()
+        return device_seconds(replays) / (self.n * self.repeats)
 
 
 def _calls(seconds: float, of_one: float, sets: int) -> int:
@@ -306,7 +292,14 @@ def peak_bytes(call: Call | Work, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def between(work: Callable[[], object]) -> float:
+def host_seconds(work: Callable[[], object]) -> float:
+    """Seconds by the host's clock."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def device_seconds(work: Callable[[], object]) -> float:
     """Seconds of device time. The device waits a little first, for the host to get ahead."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(HEAD_START_CLOCKS)
