@@ -14,8 +14,12 @@ capture is in the time, as it is for a user; `steady` leaves out the first token
 capture. `nodes` is the number of kernels, copies and fills per token.
 """
 
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from irongpt_kernels.op_inputs import RING_SIZE
@@ -32,7 +36,6 @@ from irongpt.generation import sample
 from irongpt.generation.decode import Decoder
 from irongpt.model import GPT
 
-ROUNDS = 5
 TEMPERATURE = 0.8
 
 Stamps = list[float]  # time of each token, in seconds
@@ -67,29 +70,29 @@ def measure(
     device = model.wte.weight.device
     gpu = device.type == "cuda"
     ways: dict[tuple[str, int], Callable[[], Stamps]] = {
-        ("no cache", 1): lambda: no_cache(model, dtype, tokens),
-        ("cached", 1): lambda: cached(model, dtype, tokens, 1, False),
+        ("no cache", 1): partial(no_cache, model, dtype, tokens),
+        ("cached", 1): partial(cached, model, dtype, tokens, 1, False),
     }
     if gpu:
-        ways["graphed", 1] = lambda: cached(model, dtype, tokens, 1, True)
-    for B in batches:
-        ways["batched", B] = lambda B=B: cached(model, dtype, tokens, B, gpu)  # type: ignore[misc]
+        ways["graphed", 1] = partial(cached, model, dtype, tokens, 1, True)
+    ways |= {("batched", B): partial(cached, model, dtype, tokens, B, gpu) for B in batches}
     rows = {
         (way, B): DecodeRow(ops=ops, way=way, batch=B, tokens=tokens, samples=rounds)
         for way, B in ways
     }
-    samples: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
-    steady: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    samples, steady = defaultdict[Any, list[float]](list), defaultdict[Any, list[float]](list)
     model.eval()
     for i in range(rounds + 1):  # the first round warms up
-        for key in [key for key, row in rows.items() if row.skipped_reason is None]:
+        for key, row in rows.items():
+            if row.skipped_reason is not None:
+                continue
             try:
                 devices.synchronize(device)
                 start = time.perf_counter()
                 stamps = ways[key]()
                 devices.synchronize(device)
             except Exception as e:  # the other ways are still measured
-                rows[key].skipped_reason = timing.reason(e)
+                row.skipped_reason = timing.reason(e)
                 continue
             end = time.perf_counter()
             if i:
@@ -103,7 +106,7 @@ def measure(
         row.seconds, row.iqr = t.median / tokens, t.iqr / tokens
         row.tokens_per_s = B / row.seconds
         if steady[way, B]:
-            row.steady_tokens_per_s = B / timing.Timing(steady[way, B], False).median
+            row.steady_tokens_per_s = B / statistics.median(steady[way, B])
         if gpu and way != "no cache":
             row.nodes = nodes(model, dtype, B)
     return list(rows.values())
@@ -152,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
             except UserError as e:
                 print(f"no {name}: {e}")
                 continue
-            batches = [4, 8, 64] if gpu else [8]
-            rows = measure(name, model, dtype, tokens, batches, ROUNDS if gpu else 2)
+            batches, rounds = ([4, 8, 64], 5) if gpu else ([8], 2)
+            rows = measure(name, model, dtype, tokens, batches, rounds)
             for row in rows:
                 print(line(row), flush=True)
             section.put(rows=section.values["rows"] + rows)

@@ -11,6 +11,7 @@ for this model. The attention of `builtin` counts as PyTorch's memory-efficient 
 T4 runs.
 """
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from irongpt_kernels import Ops, builtin, eager
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import result_file
 from benchmarks.presets import model_of
@@ -162,28 +164,22 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
 
 
 def tensors(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    return [t for item in x for t in tensors(item)] if isinstance(x, list | tuple) else []
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
 def size(t: Tensor) -> int:
-    """Bytes of the stored elements: an expanded dimension counts once."""
-    count = 1
-    for n, stride in zip(t.shape, t.stride(), strict=True):
-        count *= n if stride or n == 0 else 1
-    return count * t.element_size()
+    """Bytes of the stored elements: an expanded dimension, whose stride is 0, counts once."""
+    stored = (n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n == 0)
+    return math.prod(stored) * t.element_size()
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **_: Any) -> Tensor:
+def _efficient(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **_: Any) -> Any:
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    result: Tensor = attention(q, k, v, None, True, dropout_p, True)[0]
-    return result
+    return attention(q, k, v, None, True, dropout_p, True)[0]
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
-    result: Tensor = torch.native_dropout(x, p, True)[0]  # one kernel, as on a GPU
-    return result
+    return torch.native_dropout(x, p, True)[0]  # one kernel, as on a GPU
 
 
 def step(

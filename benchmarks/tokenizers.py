@@ -14,20 +14,21 @@
 speed needs the package tokenizers, and compressors needs pyppmd.
 """
 
-import argparse
 import bz2
 import gzip
 import json
 import lzma
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.measure import result_file
+from benchmarks.measure.rows import shown
 from irongpt import device as devices
 from irongpt import ops
 from irongpt.config import PRESETS, TOKENIZERS, GPTConfig, TrainConfig
@@ -145,22 +146,6 @@ def run(text: Corpus, kind: str, seconds: float, device: torch.device, preset: s
     }
 
 
-def measured(
-    part: str, text: Corpus, args: argparse.Namespace, device: torch.device
-) -> Iterator[Row]:
-    if part == "speed":
-        yield speed(text)
-    elif part == "compressors":
-        yield compressors(text)
-    else:
-        for kind in TOKENIZERS:
-            yield run(text, kind, args.seconds, device, args.preset)
-
-
-def shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.tokenizers", __doc__)
     help = f"measure only these parts: {', '.join(PARTS)} [all]"
@@ -175,12 +160,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=120, help=help)
     args, device = result_file.parsed(parser, argv)
     devices.make_deterministic()
+    options = dict(seconds=args.seconds, device=device, preset=args.preset)
+    calls: dict[str, list[Callable[[Corpus], Row]]] = {
+        "speed": [speed],
+        "compressors": [compressors],
+        "runs": [partial(run, kind=kind, **options) for kind in TOKENIZERS],
+    }
     with result_file.Section("tokenizers", device, args) as section:
         section.put(preset=args.preset, **{part: [] for part in PARTS})
         for name in args.data:
             text = corpus.load(name, say=print)
             for part in args.parts:
-                for row in measured(part, text, args, device):
+                for measure in calls[part]:
+                    row = measure(text)
                     print(part, ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
                     section.put(**{part: [*section.values[part], row]})
 

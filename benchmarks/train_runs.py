@@ -14,6 +14,7 @@ import argparse
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import torch
 
@@ -25,10 +26,8 @@ from irongpt import ops, timing
 from irongpt.config import OPS, PRESETS, GPTConfig, TrainConfig
 from irongpt.cuda_graph import WARMUP
 from irongpt.data import corpus
-from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.tokens import tokenize
-from irongpt.errors import UserError
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
 
@@ -93,16 +92,17 @@ def line(row: RunRow) -> str:
     return text + ("" if row.finite else "; STOPPED: the loss is not finite")
 
 
-def recipe_of(preset: str, seed: int | None, args: argparse.Namespace) -> TrainConfig:
-    """The preset's recipe with the steps and the seed of the command line."""
-    recipe = dict(PRESETS[preset].train)
+def setting_of(preset: str, text: Corpus, args: argparse.Namespace) -> Setting:
+    """The preset with the steps of the command line, and the tokens of the text."""
+    p = PRESETS[preset]
+    recipe = dict(p.train)
     if args.iters or args.section == "runs":
         recipe["iters"] = args.iters or 300
     often = 250 if args.section == "target" else recipe["iters"]
     recipe["eval_every"] = min(recipe["eval_every"], often)
-    if seed is not None:
-        recipe["seed"] = seed
-    return TrainConfig(**recipe)
+    train_config = TrainConfig(**recipe)
+    tokenizer, ids = tokenize(text, train_config.tokenizer, p.vocab_size)
+    return Setting(GPTConfig(vocab_size=tokenizer.vocab_size, **p.model), train_config, ids)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,17 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--target-loss is needed for {', '.join(sorted(without))}")
     if args.iters is not None and args.iters <= (warm := WARM_STEPS[device.type]):
         parser.error(f"--iters must be above {warm}, the warm-up steps, got {args.iters}")
-    chosen = list(itertools.product(presets, args.seeds or [None]))
-    texts: dict[str | tuple[str, ...] | None, Corpus] = {}
-    prepared: dict[str, Tokens] = {}  # by preset
-    sizes: dict[str, int] = {}  # of the vocabulary, by preset
-    for preset in presets:
-        source = args.data or PRESETS[preset].data or None
-        if source not in texts:
-            texts[source] = corpus.load(source, say=print)
-        kind, size = recipe_of(preset, None, args).tokenizer, PRESETS[preset].vocab_size
-        tokenizer, prepared[preset] = tokenize(texts[source], kind, size)
-        sizes[preset] = tokenizer.vocab_size
+    sources = {preset: args.data or PRESETS[preset].data or None for preset in presets}
+    texts = {source: corpus.load(source, say=print) for source in dict.fromkeys(sources.values())}
+    settings = {preset: setting_of(preset, texts[sources[preset]], args) for preset in presets}
     devices.make_deterministic()
     modules = args.ops or ["fused", "builtin", *(["eager"] if gpu or not to_target else [])]
     with result_file.Section(args.section, device, args) as section:
@@ -157,16 +149,17 @@ def main(argv: list[str] | None = None) -> None:
             text_sha256=", ".join(text.sha256 for text in texts.values()),
             rows=[],
         )
-        for (preset, seed), name in itertools.product(chosen, modules):
-            model = GPTConfig(vocab_size=sizes[preset], **PRESETS[preset].model)
-            setting = Setting(model, recipe_of(preset, seed, args), prepared[preset])
-            words = [preset, name, *([] if seed is None else [f"seed {seed}"])]
+        for preset, seed, name in itertools.product(presets, args.seeds or [None], modules):
+            setting, words = settings[preset], [preset, name]
+            if seed is not None:
+                setting = setting._replace(recipe=replace(setting.recipe, seed=seed))
+                words.append(f"seed {seed}")
             row = RunRow(run=", ".join(words), preset=preset, ops=name)
             row.target = (args.target_loss or TARGETS[preset]) if to_target else None
             try:
                 train(row, setting, dtype, device, args.limit or LIMIT[device.type])
             except Exception as e:  # the other runs continue
-                row.skipped_reason = str(e) if isinstance(e, UserError) else timing.reason(e)
+                row.skipped_reason = timing.reason(e)
             print(line(row), flush=True)
             section.put(rows=[*section.values["rows"], row])
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from irongpt.cuda_graph import capture
-from irongpt.errors import one_line
+from irongpt.errors import UserError, one_line
 
 CPU_SAMPLE = 4e-3  # seconds that a sample on a CPU takes at least
 SAMPLE = 5e-3  # the same on a GPU, unless that is too many calls
@@ -71,6 +71,8 @@ def free(device: torch.device) -> None:
 
 def reason(e: Exception) -> str:
     """An exception in one line."""
+    if isinstance(e, UserError):
+        return str(e)
     return "out of memory" if isinstance(e, torch.cuda.OutOfMemoryError) else one_line(e)[:200]
 
 

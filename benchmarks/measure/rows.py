@@ -201,6 +201,11 @@ def spread(iqr: float, unit: float) -> str:
     return "?" if math.isnan(iqr) else f"{iqr * unit:,.2f}"
 
 
+def shown(value: Any) -> str:
+    """A value, four digits of it if it is a float."""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
 def short(text: str | None) -> str:
     """At most 90 characters in one line, for a cell of a table."""
     text = " ".join((text or "").split())

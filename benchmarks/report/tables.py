@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import roofline
 from benchmarks.measure.result_file import loss
-from benchmarks.measure.rows import Row, StepRow, short, spread
+from benchmarks.measure.rows import Row, StepRow, short, shown, spread
 from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.roofline import T4
@@ -138,9 +138,7 @@ def tokenizers(section: Values) -> str:
     parts = []
     for name in ("speed", "compressors", "runs", "trained"):
         if rows := section.get(name):
-            cells = [
-                [f"{v:,.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows
-            ]
+            cells = [[shown(value) for value in r.values()] for r in rows]
             parts.append(f"**{name}**\n\n{table([k.replace('_', ' ') for k in rows[0]], cells)}")
     return "\n\n".join(parts)
 

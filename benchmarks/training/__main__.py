@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from irongpt_kernels import builtin, eager
 
-from benchmarks import roofline
 from benchmarks.measure import environment, result_file
 from benchmarks.ops.providers import NAIVE
 from benchmarks.presets import Setting, random_setting
@@ -81,20 +80,6 @@ def variants(
     return [(name, partial(make, name)) for name in names if only is None or name in only]
 
 
-def _matmuls(
-    section: result_file.Section, setting: Setting, dtype: torch.dtype, device: torch.device
-) -> None:
-    config, recipe, _ = setting
-    times = matmuls.measure(config, recipe, dtype, device)
-    times["least_bytes"] = roofline.step_bytes(config, recipe, dtype.itemsize)
-    times["lower_bound_seconds"] = roofline.step_lower_bound(
-        config, recipe, dtype, section.values["peak_rates"], matmuls.of_step(times)
-    )
-    name = devices.dtype_name(dtype)
-    section.put(matmuls=section.values["matmuls"] | {name: times})
-    print(matmuls.line(name, times), flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.training", __doc__)
     help = "model and batch size [iron on a GPU, else nano]"
@@ -129,11 +114,17 @@ def main(argv: list[str] | None = None) -> None:
         peak_rates: dict[str, Any] = environment.peak_rates(device, dtypes)
         peak_rates |= {"peak": {}, "peak_from": {}}
         for dtype in dtypes:
-            name, (flops, source) = devices.dtype_name(dtype), devices.peak_flops(device, dtype)
-            peak_rates["peak"][name], peak_rates["peak_from"][name] = flops, source
+            name = devices.dtype_name(dtype)
+            peak = devices.peak_flops(device, dtype)
+            peak_rates["peak"][name], peak_rates["peak_from"][name] = peak
         section.put(peak_rates=peak_rates)
         for dtype in dtypes:
-            _matmuls(section, setting, dtype, device)
+            name, times = (
+                devices.dtype_name(dtype),
+                matmuls.measure(setting, dtype, device, peak_rates),
+            )
+            section.put(matmuls=section.values["matmuls"] | {name: times})
+            print(matmuls.line(name, times), flush=True)
         parts = [
             (dtype, [pair for pair in pairs if (SLOW in pair[0]) == slow])
             for slow in (False, True)

@@ -7,19 +7,21 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.measure.environment import median_seconds
-from irongpt.config import GPTConfig, TrainConfig
+from benchmarks.presets import Setting
 from irongpt.training import muon
 
 
 def measure(
-    config: GPTConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device
+    setting: Setting, dtype: torch.dtype, device: torch.device, peak_rates: roofline.PeakRates
 ) -> dict[str, Any]:
-    """Times the matmuls of a step: forward y = x w, dx = dy w^T and dw = x^T dy, all in `dtype`.
+    """Times the matmuls of a step: forward y = x w, dx = dy w^T and dw = x^T dy, all in `dtype`;
+    and computes the lower bound of the step.
 
     Operands stay in the caches if they fit, so in a step the same matmul may be slower. The matmuls
     of attention are missing, because no kernel computes them alone. If the optimizer is Muon,
     `optimizer` is its iteration, which a GPU runs as one graph.
     """
+    config, train, _ = setting
     rounds = 10 if device.type == "cuda" else 3
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"rows": rows}
@@ -35,6 +37,10 @@ def measure(
             rows.append(row | {"seconds": seconds, "flops_per_s": 2 * M * K * N / seconds})
     result["seconds"] = sum(r["count"] * r["seconds"] for r in rows)
     result["flops"] = sum(2 * r["count"] * math.prod(r["size"]) for r in rows)
+    result["least_bytes"] = roofline.step_bytes(config, train, dtype.itemsize)
+    result["lower_bound_seconds"] = roofline.step_lower_bound(
+        config, train, dtype, peak_rates, of_step(result)
+    )
     return result
 
 

@@ -11,7 +11,6 @@ from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from benchmarks.training.variants import Variant, peak_of
 from irongpt import timing
-from irongpt.errors import UserError
 from irongpt.timing import free, reason
 
 STEPS = {"cuda": 10, "cpu": 2}  # steps of a variant per round
@@ -36,12 +35,11 @@ class Steps:
         self.rounds = args.rounds or ROUNDS[self.device.type]
         self.rows: dict[str, StepRow] = {}
         self.samples: dict[str, list[float]] = {}
-        self.others: list[StepRow] = list(section.values["rows"])
 
     def measure(self, waiting: list[tuple[str, Make]], end: float) -> None:
         """end: the time by time.perf_counter() after which no round begins."""
         last = time.perf_counter() + LAST_START * (end - time.perf_counter())
-        group = 1 + max((r.group for r in self.others), default=-1)
+        group = 1 + max((r.group for r in self.section.values["rows"]), default=-1)
         while waiting:
             ready, waiting = self._begin(waiting, last, group)
             for i in range(1, self.rounds):
@@ -57,7 +55,7 @@ class Steps:
             ready.clear()
             free(self.device)
             group += 1
-        self._put()
+        self.section.put()
 
     def _begin(
         self, waiting: list[tuple[str, Make]], last: float, group: int
@@ -67,6 +65,7 @@ class Steps:
         for i, (name, make) in enumerate(waiting):
             row, full = StepRow(variant=name, dtype=self.dtype, group=group), False
             self.rows[name] = row
+            self.section.values["rows"].append(row)
             if time.perf_counter() > last:
                 row.skipped_reason = "the time for this benchmark was over"
                 continue
@@ -80,7 +79,7 @@ class Steps:
                 self._sample(name, ready[name])
             except Exception as e:  # that it cannot run here is a result
                 full = isinstance(e, torch.cuda.OutOfMemoryError)
-                row.skipped_reason = str(e) if isinstance(e, UserError) else reason(e)
+                row.skipped_reason = reason(e)
                 ready.pop(name, None)
                 free(self.device)
             if full and ready:
@@ -99,7 +98,7 @@ class Steps:
             del ready[name]
             free(self.device)
             print(f"{name}: {reason(e)}", flush=True)
-            self._put()
+            self.section.put()
 
     def _sample(self, name: str, variant: Variant) -> None:
         self.samples[name].append(variant.seconds_a_step(self.steps))
@@ -110,14 +109,11 @@ class Steps:
         row.seconds, row.iqr, row.samples = t.median, t.iqr, len(t.samples)
         row.tokens_per_s = tokens / t.median
         row.mfu = row.tokens_per_s * model.flops_per_token() / peak
-        self._put()
+        self.section.put()
 
     def _count(self, name: str, variant: Variant) -> None:
         self.rows[name].kernels, self.rows[name].launches = variant.counts()
-        self._put()
-
-    def _put(self) -> None:
-        self.section.put(rows=self.others + list(self.rows.values()))
+        self.section.put()
 
 
 def line(row: StepRow) -> str:
