@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
@@ -32,25 +32,19 @@ PARALLEL_FROM = 8 * CHUNK  # for less text it takes longer to start the processe
 TAIL = 1 << 12  # characters at the end of a chunk among which a place to cut is looked for first
 MOST_WORDS = 1 << 18  # distinct pre-tokens, the most frequent ones, that merges are trained on
 MOST_INDICES = 1 << 16  # distinct pre-tokens of a part
-END = 0  # the index that precedes each document
-
-Piece = str | None  # None: a document begins
+END = 0  # the index of "", which precedes each document
 
 
 class Group(NamedTuple):
-    """Adjacent pieces of the training or of the validation text."""
+    """Adjacent pieces of the training or of the validation text, of `n_bytes` in all."""
 
     val: bool
     gpt2: bool  # whether the pre-tokens are those of GPT-2
-    pieces: list[Piece]
-
-
-class Indexed(NamedTuple):
-    """A group in parts: (N,) uint16 indices into the part's own distinct pre-tokens."""
-
-    val: bool
+    pieces: list[str]
     n_bytes: int
-    parts: list[tuple[list[str], np.ndarray]]
+
+
+Indexed = tuple[list[str], np.ndarray]  # distinct pre-tokens, and (N,) uint16 indices into them
 
 
 class Part(NamedTuple):
@@ -69,12 +63,12 @@ _SAFE_CUT = regex.compile(r"\n(?=\S)|\p{N}|\p{L}(?=\P{L})")
 _SAFE_CUT_GPT2 = regex.compile(r"(?<=\S)\n(?=\S)")
 
 
-def pieces(documents: Sequence[bytes], marked: bool, gpt2: bool = False) -> Iterator[Piece]:
-    """The documents in pieces of about CHUNK bytes. None comes before each one if `marked`."""
+def pieces(documents: Sequence[bytes], marked: bool, gpt2: bool = False) -> Iterator[str]:
+    """The documents in pieces of about CHUNK bytes. "" comes before each one if `marked`."""
     safe_cut = _SAFE_CUT_GPT2 if gpt2 else _SAFE_CUT
     for utf8 in documents:
         if marked:
-            yield None
+            yield ""
         decoder = codecs.getincrementaldecoder("utf-8")()
         held: list[str] = []  # the text since the last cut
         for first in range(0, len(utf8), CHUNK):
@@ -106,14 +100,14 @@ class PreTokens:
         n_bytes, end = sum(map(len, (*train, *val))), 0
         # Room for an id for every byte; the system gives memory only to what is written.
         self.buffer = np.empty(n_bytes + (len(train) + len(val)) * marked, dtype=np.uint16)
-        groups = chain.from_iterable(
-            _groups(is_val, gpt2, pieces(documents, marked, gpt2))
-            for is_val, documents in ((False, train), (True, val))
+        groups = chain(
+            _groups(False, train, marked, gpt2),
+            _groups(True, val, marked, gpt2),
         )
         bar = tqdm(total=n_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar, closing(_index_all(groups, _cores(n_bytes))) as indexed:
-            for group in indexed:
-                for words, indices in group.parts:
+            for group, parts in indexed:
+                for words, indices in parts:
                     numbers = np.fromiter(map(self.words.__getitem__, words), dtype=np.uint32)
                     first, end = end, end + len(indices)
                     self.buffer[first:end] = indices
@@ -168,40 +162,33 @@ class _Numbers(dict[str, int]):
         return number
 
 
-def _groups(val: bool, gpt2: bool, pieces: Iterable[Piece]) -> Iterator[Group]:
+def _groups(val: bool, documents: Sequence[bytes], marked: bool, gpt2: bool) -> Iterator[Group]:
     """Pieces in groups of at least CHUNK bytes, except the last."""
-    group = Group(val, gpt2, [])
+    group: list[str] = []
     size = 0
-    for piece in pieces:
-        group.pieces.append(piece)
-        size += _n_bytes(piece)
+    for piece in pieces(documents, marked, gpt2):
+        group.append(piece)
+        size += len(piece.encode())
         if size >= CHUNK:
-            yield group
-            group, size = Group(val, gpt2, []), 0
-    if group.pieces:
-        yield group
+            yield Group(val, gpt2, group, size)
+            group, size = [], 0
+    if group:
+        yield Group(val, gpt2, group, size)
 
 
-def _index(group: Group) -> Indexed:
+def _index(group: Group) -> list[Indexed]:
+    """A group in parts of at most MOST_INDICES distinct pre-tokens."""
     numbers = _Numbers({"": END})
-    found = [
-        np.fromiter(map(numbers.__getitem__, bpe.pre_tokens(piece, group.gpt2)), dtype=np.uint32)
-        if piece is not None
-        else np.array([END], dtype=np.uint32)
-        for piece in group.pieces
-    ]
-    words, indices, n_bytes = list(numbers), np.concatenate(found), sum(map(_n_bytes, group.pieces))
+    found = chain.from_iterable(bpe.pre_tokens(p, group.gpt2) or [""] for p in group.pieces)
+    indices = np.fromiter(map(numbers.__getitem__, found), dtype=np.uint32)
+    words = list(numbers)
     if len(words) <= MOST_INDICES:
-        return Indexed(group.val, n_bytes, [(words, indices.astype(np.uint16))])
+        return [(words, indices.astype(np.uint16))]
     parts = []
     for first in range(0, len(indices), MOST_INDICES):
         own, part = np.unique(indices[first : first + MOST_INDICES], return_inverse=True)
         parts.append(([words[i] for i in own], part.astype(np.uint16)))
-    return Indexed(group.val, n_bytes, parts)
-
-
-def _n_bytes(piece: Piece) -> int:
-    return 0 if piece is None else len(piece.encode())
+    return parts
 
 
 def _cores(n_bytes: int) -> int:
@@ -226,32 +213,26 @@ def _begin() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _index_all(groups: Iterable[Group], cores: int) -> Generator[Indexed]:
-    """`_index` of all groups, in order. They are sent to the processes a few at a time."""
-    if cores == 1:
-        yield from map(_index, groups)
-        return
+def _index_all(groups: Iterator[Group], cores: int) -> Generator[tuple[Group, list[Indexed]]]:
+    """Each group with its `_index`, in order. They are sent to the processes a few at a time."""
     try:
-        pool = ProcessPoolExecutor(cores, get_context("spawn"), _begin)
+        pool = ProcessPoolExecutor(cores, get_context("spawn"), _begin) if cores > 1 else None
     except (OSError, ImportError, NotImplementedError):  # no semaphores, for one without /dev/shm
-        yield from map(_index, groups)
-        return
+        pool = None
     sent: deque[Group] = deque()
-    futures: deque[Future[Indexed]] = deque()
-    groups = iter(groups)
+    futures: deque[Future[list[Indexed]]] = deque()
     try:
-        for group in groups:
-            sent.append(group)
-            futures.append(pool.submit(_index, group))
-            if len(sent) > 2 * cores:
-                found = futures.popleft().result()
-                sent.popleft()
-                yield found
-        while futures:
-            found = futures.popleft().result()
-            sent.popleft()
-            yield found
+        while pool:
+            for group in islice(groups, 2 * cores + 1 - len(sent)):
+                sent.append(group)
+                futures.append(pool.submit(_index, group))
+            if not sent:
+                return
+            parts = futures.popleft().result()
+            yield sent.popleft(), parts
     except BrokenProcessPool:  # a process was killed; this one can do without
-        yield from map(_index, (*sent, *groups))
+        pass
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    yield from ((group, _index(group)) for group in chain(sent, groups))

@@ -117,9 +117,9 @@ def _chars(documents: Sequence[bytes], tokenizer: CharTokenizer) -> np.ndarray:
     size = sum(length(utf8) + tokenizer.documents for utf8 in documents)
     ids, at = np.empty(size, dtype=np.uint16), 0
     for piece in pieces(documents, tokenizer.documents):
-        some = np.array([tokenizer.end]) if piece is None else tokenizer.ids(piece)
+        some = tokenizer.ids(piece) if piece else np.array([tokenizer.end])
         if some.min() < 0:
-            tokenizer.encode(piece or "")  # raises UserError
+            tokenizer.encode(piece)  # raises UserError
         ids[at : at + len(some)] = some
         at += len(some)
     return ids
