@@ -121,15 +121,22 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` atomically: a reader sees the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name for a file that replaces `path` atomically, unless an error occurs first."""
     temporary = temporary_path(path)
     try:
-        write(temporary, data)
+        yield temporary
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` atomically: a reader sees the old file or the new one."""
+    with replacing(path) as temporary:
+        write(temporary, data)
 
 
 def check_result(*paths: Path | None) -> None:

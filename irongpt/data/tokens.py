@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,11 +15,11 @@ from irongpt.data import bpe
 from irongpt.data.batches import Tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.download import cache_folder
-from irongpt.data.pre_tokens import CHUNK, PreTokens, pieces
+from irongpt.data.pre_tokens import PreTokens, pieces
 from irongpt.data.text import length
 from irongpt.data.tokenizer import MAX_VOCAB, BPETokenizer, CharTokenizer, Tokenizer
 from irongpt.errors import UserError
-from irongpt.files import temporary_path
+from irongpt.files import replacing
 
 MULTIPLE = 64  # BPE vocabularies are rounded up to it, because the head's matmul is then fastest
 SMALL, LARGE = 4096, 8192  # default vocabularies of BPE
@@ -52,11 +51,7 @@ def tokenize(corpus: Corpus, kind: str, vocab_size: int | None = None) -> tuple[
         chars = CharTokenizer.from_text(filter(None, parts), documents=bool(corpus.files))
         return chars, encode(corpus, chars)
     size = vocab_size or (SMALL if corpus.n_bytes < LARGE_FROM else LARGE)
-    if cached := _Cache(corpus, size).read():
-        return cached
-    pre_tokens = _pre_tokens(corpus)
-    tokenizer = _train_bpe(corpus, size, pre_tokens)
-    return tokenizer, _encode_bpe(corpus, tokenizer, pre_tokens)
+    return _by_bpe(corpus, size)
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
@@ -69,25 +64,28 @@ def encode(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
             "reverse: start a new run",
         )
         train, val = (_chars(documents, tokenizer) for documents in (corpus.train, corpus.val))
-        return _tokens(corpus, tokenizer, train, val)
-    cached = _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).read()
-    if cached and cached[0] == tokenizer:
-        return cached[1]
-    return _encode_bpe(corpus, tokenizer, _pre_tokens(corpus, tokenizer.gpt2))
+        return _tokens(corpus, train, val)
+    return _by_bpe(corpus, tokenizer.vocab_size, tokenizer)[1]
 
 
-def _pre_tokens(corpus: Corpus, gpt2: bool = False) -> PreTokens:
-    return PreTokens(corpus.train, corpus.val, bool(corpus.files), gpt2)
-
-
-def _encode_bpe(corpus: Corpus, tokenizer: BPETokenizer, pre_tokens: PreTokens) -> Tokens:
+def _by_bpe(
+    corpus: Corpus, vocab_size: int, tokenizer: BPETokenizer | None = None
+) -> tuple[BPETokenizer, Tokens]:
+    """The ids of a corpus, from the cache if they are there. tokenizer: None trains one."""
+    gpt2 = tokenizer is not None and tokenizer.gpt2
+    file = _cache_file(corpus, vocab_size, gpt2)
+    cached = _read(file, gpt2)
+    if cached and tokenizer in (None, cached[0]):
+        return cached
+    pre_tokens = PreTokens(corpus.train, corpus.val, bool(corpus.files), gpt2)
+    tokenizer = tokenizer or _train_bpe(vocab_size, pre_tokens)
     ids = chain([[tokenizer.end]], map(tokenizer.encode_word, list(pre_tokens.words)[1:]))
-    tokens = _tokens(corpus, tokenizer, *pre_tokens.replace(ids))
-    _Cache(corpus, tokenizer.vocab_size, tokenizer.gpt2).write(tokenizer, tokens)
-    return tokens
+    tokens = _tokens(corpus, *pre_tokens.replace(ids))
+    _write(file, tokenizer, tokens)
+    return tokenizer, tokens
 
 
-def _train_bpe(corpus: Corpus, size: int, pre_tokens: PreTokens) -> BPETokenizer:
+def _train_bpe(size: int, pre_tokens: PreTokens) -> BPETokenizer:
     merges = bpe.train(pre_tokens.counts(), size - 257)
     most = (len(merges) + 257) // MULTIPLE * MULTIPLE
     check(
@@ -99,17 +97,10 @@ def _train_bpe(corpus: Corpus, size: int, pre_tokens: PreTokens) -> BPETokenizer
     return BPETokenizer(tuple(merges))
 
 
-def _tokens(corpus: Corpus, tokenizer: Tokenizer, train: np.ndarray, val: np.ndarray) -> Tokens:
-    n_bytes = sum(map(len, corpus.val))
-    lengths = np.array([len(b) for b in tokenizer.token_bytes])
-    if tokenizer.end is not None:
-        lengths[tokenizer.end] = 0
-    total = sum(int(lengths[part].sum()) for part in np.array_split(val, 1 + len(val) // CHUNK))
-    if total != n_bytes:
-        raise AssertionError(f"the tokens have {total:,} bytes, and the text has {n_bytes:,}")
+def _tokens(corpus: Corpus, train: np.ndarray, val: np.ndarray) -> Tokens:
     ids, val_ids = torch.from_numpy(train), torch.from_numpy(val)
     before = ids[:0] if corpus.files else ids[-1:].clone()
-    return Tokens(ids, val_ids, before, n_bytes)
+    return Tokens(ids, val_ids, before, sum(map(len, corpus.val)))
 
 
 def _chars(documents: Sequence[bytes], tokenizer: CharTokenizer) -> np.ndarray:
@@ -125,47 +116,42 @@ def _chars(documents: Sequence[bytes], tokenizer: CharTokenizer) -> np.ndarray:
     return ids
 
 
-class _Cache:
-    """A file in the cache folder: the tokenizer and the ids of a corpus at a vocabulary size."""
+def _cache_file(corpus: Corpus, vocab_size: int, gpt2: bool) -> Path | None:
+    """The file with the tokenizer and the ids of a corpus. A small text is not cached."""
+    if corpus.n_bytes < CACHED_FROM:
+        return None
+    kind = " gpt2" * gpt2
+    key = hashlib.sha256(f"3 {corpus.sha256} {vocab_size}{kind}".encode()).hexdigest()
+    try:
+        return cache_folder() / "tokens" / f"{key[:32]}.npz"
+    except UserError:  # no home folder
+        return None
 
-    def __init__(self, corpus: Corpus, vocab_size: int, gpt2: bool = False) -> None:
-        self.worthwhile, self.gpt2 = corpus.n_bytes >= CACHED_FROM, gpt2
-        kind = " gpt2" * gpt2
-        key = hashlib.sha256(f"3 {corpus.sha256} {vocab_size}{kind}".encode()).hexdigest()
-        try:
-            self.path = cache_folder() / "tokens" / f"{key[:32]}.npz"
-        except UserError:  # no home folder
-            self.path, self.worthwhile = Path(os.devnull) / key, False
 
-    def read(self) -> tuple[BPETokenizer, Tokens] | None:
-        """None if there is no such file, or if it is damaged."""
-        try:
-            with np.load(self.path) as file:
-                metadata = json.loads(str(file["metadata"]))
-                arrays = {name: file[name] for name in ARRAYS}
-            tokenizer = BPETokenizer(tuple((a, b) for a, b in metadata["merges"]), self.gpt2)
-            ids = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            return tokenizer, Tokens(**ids, val_bytes=metadata["val_bytes"])
-        except Exception:  # a damaged file: each part of an npz has a checksum
-            return None
+def _read(path: Path | None, gpt2: bool) -> tuple[BPETokenizer, Tokens] | None:
+    """What `_write` stored. None if there is no such file, or if it is damaged."""
+    if path is None:
+        return None
+    try:
+        with np.load(path) as file:
+            metadata = json.loads(str(file["metadata"]))
+            arrays = {name: torch.from_numpy(file[name]) for name in ARRAYS}
+        tokenizer = BPETokenizer(tuple((a, b) for a, b in metadata["merges"]), gpt2)
+        return tokenizer, Tokens(**arrays, val_bytes=metadata["val_bytes"])
+    except Exception:  # a damaged file: each part of an npz has a checksum
+        return None
 
-    def write(self, tokenizer: BPETokenizer, tokens: Tokens) -> None:
-        """A folder that cannot be written to is no error. Only the newest files are kept."""
-        if not self.worthwhile:
-            return
-        arrays = {name: getattr(tokens, name).numpy() for name in ARRAYS}
-        metadata = {"merges": tokenizer.merges, "val_bytes": tokens.val_bytes}
-        temporary = temporary_path(self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.savez(file, metadata=json.dumps(metadata), **arrays)
-            os.replace(temporary, self.path)
-            files = self.path.parent.glob("*.npz")
-            for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
-                old.unlink()
-        except OSError:
-            pass
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+
+def _write(path: Path | None, tokenizer: BPETokenizer, tokens: Tokens) -> None:
+    """A folder that cannot be written to is no error. Only the newest files are kept."""
+    if path is None:
+        return
+    arrays = {name: getattr(tokens, name).numpy() for name in ARRAYS}
+    metadata = {"merges": tokenizer.merges, "val_bytes": tokens.val_bytes}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, metadata=json.dumps(metadata), **arrays)
+        files = path.parent.glob("*.npz")
+        for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-CACHED]:
+            old.unlink()

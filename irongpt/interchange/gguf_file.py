@@ -5,13 +5,12 @@ directly: the architecture gpt2 with the pre-tokenizer qwen2, which is ours, or 
 GPT-2.
 """
 
-import os
 from pathlib import Path
 
 from irongpt.config import check
 from irongpt.data.tokenizer import BPETokenizer
 from irongpt.errors import UserError
-from irongpt.files import check_result, reported, temporary_path
+from irongpt.files import check_result, replacing, reported
 from irongpt.interchange.export import load
 from irongpt.interchange.gpt2_layout import PREFIX, layers
 
@@ -44,7 +43,6 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
     if not isinstance(tokenizer, BPETokenizer):
         raise UserError(f"{path} has one token per character, which GGUF has no tokenizer for")
     vocabulary = tokenizer.to_json()["model"]
-    temporary = temporary_path(file)
     writer = gguf.GGUFWriter(None, "gpt2")
     writer.add_name(path.resolve().name.encode(errors="replace").decode())
     writer.add_context_length(model.context)
@@ -76,12 +74,8 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
             if dtype == "float16" and t.dim() == 2 and name != "wpe":
                 t = t.half()
             writer.add_tensor(f"{called}.{kind}", t.numpy())
-    with reported(f"cannot write {file}", disk=file):
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with reported(f"cannot write {file}", disk=file), replacing(file) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
