@@ -1,16 +1,14 @@
-"""PyTorch's own functions within the tolerance of eager."""
+"""PyTorch's own functions within the tolerance of eager, and in float64 equal to it."""
 
 import math
 
 import pytest
 import torch
 from irongpt_kernels import builtin, eager
-from numerics import assert_exact, assert_op, randn, run, small_inputs
+from numerics import OPS, Inputs, assert_exact, assert_op, randn, run, small_inputs
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OPS = list(small_inputs())
-HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 both = pytest.mark.parametrize("module", [eager, builtin], ids=["eager", "builtin"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -20,31 +18,48 @@ def tensors(dtype: torch.dtype, **sizes: tuple[int, ...]) -> dict[str, Tensor]:
     return {n: randn(*size, dtype=dtype, seed=i) for i, (n, size) in enumerate(sizes.items())}
 
 
+def check(name: str, inputs: Inputs, **options: object) -> None:
+    """In float64 builtin and eager are two formulas of one function."""
+    if next(iter(inputs.values())).dtype != torch.float64:
+        assert_op(builtin, name, inputs, **options)
+        return
+    outputs, _ = run(getattr(eager, name), inputs, **options)
+    upstream = tuple(randn(*x.shape, seed=70 + i) for i, x in enumerate(outputs))
+    results = (run(getattr(ops, name), inputs, upstream, **options) for ops in (builtin, eager))
+    assert_exact(*results)
+
+
 @each_dtype
 @pytest.mark.parametrize(
     ("T", "D", "options"),
     [
+        pytest.param(1, 16, {}, id="one position"),
         pytest.param(17, 32, {}, id="no power of two"),
         pytest.param(33, 64, dict(scale=0.3), id="one over a tile, scale given"),
+        pytest.param(33, 16, dict(scale=0.0), id="scale 0"),
+        pytest.param(255, 16, {}, id="one under the context"),
         pytest.param(256, 64, {}, id="the presets'"),
     ],
 )
 def test_attention(dtype: torch.dtype, T: int, D: int, options: dict) -> None:
-    assert_op(
-        builtin, "causal_attention", tensors(dtype, **dict.fromkeys("qkv", (2, 3, T, D))), **options
-    )
+    if T == 1 and dtype != torch.float64:
+        pytest.skip("the gradients of q and k are 0, to which PyTorch adds rounding errors")
+    check("causal_attention", tensors(dtype, **dict.fromkeys("qkv", (2, 3, T, D))), **options)
 
 
 @each_dtype
-@pytest.mark.parametrize("N", [17, 384])
-def test_layer_norm(dtype: torch.dtype, N: int) -> None:
-    inputs = tensors(dtype, x=(3, 11, N), weight=(N,), bias=(N,))
+@pytest.mark.parametrize("shape", [(3, 11, 17), (2, 3, 384), (5, 1)], ids=str)
+def test_layer_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if shape[-1] == 1 and dtype != torch.float64:
+        pytest.skip("the gradient of x is 0, to which PyTorch adds rounding errors")
+    inputs = tensors(dtype, x=shape, weight=shape[-1:], bias=shape[-1:])
+    check("layer_norm", dict(x=inputs["x"]), weight=inputs["weight"])
     for bias in (inputs.pop("bias"), None):
-        if dtype == torch.float32:
-            assert_op(builtin, "layer_norm", inputs | dict(bias=bias), eps=1e-3)
+        if dtype.itemsize >= 4:
+            check("layer_norm", inputs | dict(bias=bias), eps=1e-3)
         else:  # PyTorch sums the parameters' gradients in 16 bits on a CPU, beyond the tolerance
             x, weight = inputs.values()
-            assert_op(builtin, "layer_norm", dict(x=x), weight=weight, bias=bias, eps=1e-3)
+            check("layer_norm", dict(x=x), weight=weight, bias=bias, eps=1e-3)
 
 
 @each_dtype
@@ -52,24 +67,32 @@ def test_layer_norm(dtype: torch.dtype, N: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.125, 0.37])
 def test_softmax(dtype: torch.dtype, causal: bool, scale: float) -> None:
     x = randn(2, 3, 33, 33, dtype=dtype) * 4
-    assert_op(builtin, "softmax", dict(x=x), scale=scale, causal=causal)
+    check("softmax", dict(x=x), scale=scale, causal=causal)
 
 
 @each_dtype
 def test_cross_entropy(dtype: torch.dtype) -> None:
-    targets = torch.arange(64) % 50
+    targets = torch.arange(65) % 50
     targets[::7] = -100
     for scale in (1, 20):  # of an untrained model, and of a confident one
         logits = randn(64, 50, dtype=dtype) * scale
-        assert_op(builtin, "cross_entropy", dict(logits=logits, targets=targets))
+        for some in (targets[1:], targets[:-1]):  # targets may start anywhere
+            check("cross_entropy", dict(logits=logits, targets=some))
+    few, logits = torch.tensor([0, 3, 9, 3]), randn(4, 10, dtype=dtype)
+    check("cross_entropy", dict(logits=logits, targets=few))
+    check("cross_entropy", dict(logits=logits, targets=few), ignore_index=3)
+    none = dict(logits=logits, targets=torch.full((4,), -100))
+    assert all(ops.cross_entropy(**none).isnan() for ops in (eager, builtin))
+    if dtype == torch.float64:
+        check("cross_entropy", none)
 
 
 @each_dtype
 def test_gelu(dtype: torch.dtype) -> None:
     inputs = tensors(dtype, x=(7, 11, 19), bias=(19,))
     inputs["x"] *= 2
-    assert_op(builtin, "gelu", inputs)
-    assert_op(builtin, "gelu", dict(x=inputs["x"]), bias=None)
+    check("gelu", inputs)
+    check("gelu", dict(x=inputs["x"]), bias=None)
 
 
 @each_dtype
@@ -77,17 +100,14 @@ def test_dropout_add_layer_norm_without_dropout(dtype: torch.dtype) -> None:
     name, N = "dropout_add_layer_norm", 384
     sizes = dict(branch=(3, 11, N), residual=(3, 11, N), weight=(N,), bias=(N,))
     halves = tensors(dtype, **sizes)
-    inputs = tensors(torch.float32, **sizes) | dict(branch=halves["branch"])  # as in training
-    assert_op(builtin, name, inputs)
-    assert_op(builtin, name, {n: x for n, x in inputs.items() if n != "bias"}, bias=None, eps=1e-2)
+    if dtype.itemsize < 4:  # as in training
+        inputs = tensors(torch.float32, **sizes) | dict(branch=halves["branch"])
+    else:
+        inputs = halves
+    check(name, inputs)
+    check(name, {n: x for n, x in inputs.items() if n != "bias"}, bias=None, eps=1e-2)
     rows = {n: halves[n] for n in ("branch", "residual")}
-    assert_op(builtin, name, rows, weight=halves["weight"], bias=halves["bias"])
-
-
-def test_cross_entropy_with_another_ignored_class_and_with_nothing_left() -> None:
-    logits, targets = randn(4, 10, dtype=torch.float32), torch.tensor([3, 3, 1, 2])
-    assert_op(builtin, "cross_entropy", dict(logits=logits, targets=targets), ignore_index=3)
-    assert builtin.cross_entropy(logits, torch.full((4,), -100)).isnan()
+    check(name, rows, weight=halves["weight"], bias=halves["bias"])
 
 
 def test_attention_dropout_keeps_the_mean() -> None:
@@ -143,7 +163,7 @@ def test_cross_entropy_refuses_a_target_outside_the_vocabulary(module, target: i
         module.cross_entropy(randn(2, 10), torch.tensor([1, target]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @both
 @pytest.mark.parametrize("name", OPS)
 def test_results_come_in_the_dtype_of_the_first_argument(name, module, dtype) -> None:
@@ -152,14 +172,11 @@ def test_results_come_in_the_dtype_of_the_first_argument(name, module, dtype) ->
     assert [x.dtype for x in outputs] == [wanted] * len(outputs)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES[2:])
 @both
 def test_a_half_branch_joins_a_float32_stream(module, dtype: torch.dtype) -> None:
     inputs = small_inputs(torch.float32)["dropout_add_layer_norm"]
-    inputs["branch"] = inputs["branch"].to(dtype)
-    total, normed = module.dropout_add_layer_norm(**inputs)
+    total, normed = module.dropout_add_layer_norm(inputs.pop("branch").to(dtype), **inputs)
     assert (total.dtype, normed.dtype) == (torch.float32, dtype)
     norm = small_inputs(torch.float32)["layer_norm"]
-    assert module.layer_norm(norm["x"].to(dtype), norm["weight"], norm["bias"]).dtype == dtype
-    gelu = small_inputs(torch.float32)["gelu"]
-    assert eager.gelu(gelu["x"].to(dtype), gelu["bias"]).dtype == dtype
+    assert module.layer_norm(norm.pop("x").to(dtype), **norm).dtype == dtype
