@@ -12,19 +12,7 @@ from irongpt.data.tokenizer import BPETokenizer
 from irongpt.errors import UserError
 from irongpt.files import check_result, replacing, reported
 from irongpt.interchange.export import load
-from irongpt.interchange.gpt2_layout import PREFIX, layers
-
-LAYERS = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-    "ln_f": "output_norm",
-}
+from irongpt.interchange.gpt2_layout import transposed
 
 
 def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float32") -> None:
@@ -62,18 +50,13 @@ def export_gguf(path: Path, file: Path, which: str = "best", dtype: str = "float
     writer.add_bos_token_id(tokenizer.end)
     writer.add_eos_token_id(tokenizer.end)
     writer.add_add_bos_token(False)
-    for _, name, shape in layers(model):
-        block, _, layer = name.removeprefix("h.").partition(".")
-        called = f"blk.{block}.{LAYERS[layer]}" if name.startswith("h.") else LAYERS[name]
-        for kind in ("weight", "bias"):
-            t = trained.tensors.get(f"{PREFIX}{name}.{kind}")
-            if t is None:
-                continue
-            if len(shape) == 2 and kind == "weight" and name not in LAYERS:
-                t = t.T.contiguous()  # as in our model
-            if dtype == "float16" and t.dim() == 2 and name != "wpe":
-                t = t.half()
-            writer.add_tensor(f"{called}.{kind}", t.numpy())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.n_layer)
+    for name, t in trained.tensors.items():
+        layer, _, kind = name.rpartition(".")
+        t = transposed(name, t)
+        if dtype == "float16" and t.dim() == 2 and not layer.endswith("wpe"):
+            t = t.half()
+        writer.add_tensor(f"{names[layer]}.{kind}", t.numpy())
     with reported(f"cannot write {file}", disk=file), replacing(file) as temporary:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()

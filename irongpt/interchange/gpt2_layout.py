@@ -16,7 +16,6 @@ from irongpt.errors import UserError
 Tensors = dict[str, Tensor]
 
 PREFIX = "transformer."
-EMBEDDINGS = ("wte", "wpe")
 BLOCK = {  # a layer of our block, and of theirs
     "ln_1": "ln_1",
     "attn.qkv": "attn.c_attn",
@@ -76,31 +75,36 @@ def from_config_json(values: dict[str, Any], bias: bool) -> GPTConfig:
     return GPTConfig(**sizes, dropout=0.0, bias=bias)
 
 
-def layers(config: GPTConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Our name of each layer with parameters, theirs, and the shape of our weight."""
+def parameters(config: GPTConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Our name of each parameter of a model with biases, theirs, and our shape."""
     C = config.n_embd
-    shapes = iter(config.matrices())
-    block = {name: (C,) if name.startswith("ln_") else next(shapes) for name in BLOCK}
-    yield "wte", "wte", (config.vocab_size, C)
-    yield "wpe", "wpe", (config.context, C)
-    for i in range(config.n_layer):
-        for ours, theirs in BLOCK.items():
-            yield f"blocks.{i}.{ours}", f"h.{i}.{theirs}", block[ours]
-    yield "ln_f", "ln_f", (C,)
+    yield "wte.weight", f"{PREFIX}wte.weight", (config.vocab_size, C)
+    yield "wpe.weight", f"{PREFIX}wpe.weight", (config.context, C)
+    matrices = iter(config.matrices())
+    shapes = {ours: (C,) if ours.startswith("ln_") else next(matrices) for ours in BLOCK}
+    layers = [
+        (f"blocks.{i}.{ours}", f"h.{i}.{theirs}", shapes[ours])
+        for i in range(config.n_layer)
+        for ours, theirs in BLOCK.items()
+    ]
+    for ours, theirs, shape in [*layers, ("ln_f", "ln_f", (C,))]:
+        yield f"{ours}.weight", f"{PREFIX}{theirs}.weight", shape
+        yield f"{ours}.bias", f"{PREFIX}{theirs}.bias", shape[:1]
+
+
+def transposed(name: str, t: Tensor) -> Tensor:
+    """A parameter, whose name is ours or theirs, in the layout of the other side."""
+    linear = t.dim() == 2 and name.startswith(("blocks.", f"{PREFIX}h."))
+    return t.T.contiguous() if linear else t
 
 
 def to_gpt2(weights: Tensors, config: GPTConfig, dtype: torch.dtype) -> Tensors:
     """Their tensors for the state_dict of a model. Where it has no bias, theirs is zero."""
-    tensors: Tensors = {}
-    for ours, theirs, shape in layers(config):
-        weight = weights[f"{ours}.weight"].to(dtype)
-        if ours in EMBEDDINGS:
-            tensors[f"{PREFIX}{theirs}.weight"] = weight
-            continue
-        bias = weights.get(f"{ours}.bias", torch.zeros(shape[0])).to(dtype)
-        tensors[f"{PREFIX}{theirs}.weight"] = weight.T.contiguous() if len(shape) == 2 else weight
-        tensors[f"{PREFIX}{theirs}.bias"] = bias
-    return tensors
+    if not config.bias:
+        shapes = {ours: shape for ours, _, shape in parameters(config) if ours.endswith(".bias")}
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items()} | weights
+    names = ((ours, theirs) for ours, theirs, _ in parameters(config))
+    return {theirs: transposed(ours, weights[ours].to(dtype)) for ours, theirs in names}
 
 
 def from_gpt2(tensors: Tensors, config: GPTConfig) -> Tensors:
@@ -109,31 +113,22 @@ def from_gpt2(tensors: Tensors, config: GPTConfig) -> Tensors:
     Names may lack the prefix, and the buffers with the causal mask and a head that is equal to the
     token embedding may be there, as in OpenAI's own GPT-2.
     """
-    left = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    left = {k.removeprefix(PREFIX): t for k, t in tensors.items() if not k.endswith(masks)}
     head = left.pop("lm_head.weight", None)
     check(
         head is None or ("wte.weight" in left and torch.equal(head, left["wte.weight"])),
         "its head is not the token embedding, and our model needs tied embeddings",
     )
-    left = {k: t for k, t in left.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
     weights: Tensors = {}
-
-    def take(theirs: str, ours: str, shape: tuple[int, ...], transposed: bool = False) -> None:
-        t = left.pop(theirs, None)
-        if t is None:
-            raise UserError(f"it has no tensor {theirs}")
-        t = t.T if transposed and t.dim() == 2 else t
-        check(t.shape == shape, f"the shape of its {theirs} does not fit its config.json")
-        weights[ours] = t.float().contiguous()
-
-    for ours, theirs, shape in layers(config):
-        linear = len(shape) == 2 and ours not in EMBEDDINGS
-        take(f"{theirs}.weight", f"{ours}.weight", shape, transposed=linear)
-        if ours in EMBEDDINGS:
+    for ours, theirs, shape in parameters(config):
+        name = theirs.removeprefix(PREFIX)
+        t = left.pop(name, None)
+        if ours.endswith(".bias") and not config.bias:  # zeros
             continue
-        if config.bias:
-            take(f"{theirs}.bias", f"{ours}.bias", shape[:1])
-        else:
-            left.pop(f"{theirs}.bias", None)  # zeros
+        if t is None:
+            raise UserError(f"it has no tensor {name}")
+        weights[ours] = transposed(ours, t).float().contiguous()
+        check(weights[ours].shape == shape, f"the shape of its {name} does not fit its config.json")
     check(not left, f"it has tensors that our model lacks, such as {min(left, default='')}")
     return weights
