@@ -1,12 +1,14 @@
 """Causal attention by Triton kernels, within the tolerance of eager. Also the packed op."""
 
+import contextlib
+
 import pytest
 import torch
 from extremes import each_extreme, extreme_attention
 from irongpt_kernels import builtin, dropout
 from irongpt_kernels.fused import attention, attention_tiles
 from irongpt_kernels.runtime import launch
-from numerics import DEVICE, assert_op, each_dtype, randn, run
+from numerics import DEVICE, DTYPES, HALVES, LAYOUTS, assert_op, each_dtype, randn, run
 from torch import Tensor
 
 # Queries and keys of a tile: forward, dQ, dK and dV.
@@ -16,6 +18,20 @@ TILINGS = {
     "three more": [(16, 64), (64, 32), (16, 32)],
 }
 LARGE = {"large, for the interpreter": [(128, 256), (256, 128), (128, 256)]}
+# Keys of a tile of the single kernel, and whether it splits the queries into halves.
+HEAD_TILINGS = {
+    "16 keys, split": dict(BLOCK_N=16, num_warps=1, num_stages=1),
+    "16 keys, whole": dict(BLOCK_N=16, num_warps=8, num_stages=1),
+    "32 keys, split": dict(BLOCK_N=32, num_warps=2, num_stages=1),
+}
+each_half = pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d).removeprefix("torch."))
+# The backward by a pair of kernels, and by a single one in 16 bits.
+each_backward = pytest.mark.parametrize(
+    ("backward", "dtype"),
+    [*(("pair", d) for d in DTYPES), *(("head", d) for d in HALVES)],
+    ids=lambda x: str(x).removeprefix("torch."),
+    indirect=["backward"],
+)
 
 
 @pytest.fixture
@@ -34,15 +50,47 @@ def tiling(monkeypatch: pytest.MonkeyPatch):
     return set_tiles
 
 
+@pytest.fixture
+def select_head(monkeypatch: pytest.MonkeyPatch):
+    """Selects the single kernel, and its tiles. A T4 has the pair of kernels."""
+
+    def select(options: dict[str, int]) -> None:
+        if not launch.INTERPRETED and launch.architecture(torch.device(DEVICE)) < 80:
+            pytest.skip("needs compute capability 8.0")
+        monkeypatch.setattr(attention_tiles, "head_options", lambda *_: options)
+
+    return select
+
+
+@pytest.fixture
+def backward(request, monkeypatch: pytest.MonkeyPatch, select_head) -> str:
+    if request.param == "head":
+        select_head(HEAD_TILINGS["16 keys, split"])
+    else:
+        monkeypatch.setattr(attention_tiles, "MAX_HEAD_CONTEXT", 0)
+    return request.param
+
+
 def inputs(B: int, H: int, T: int, D: int, dtype=torch.float32, factor: float = 1) -> dict:
     q, k, v = ((factor * randn(B, H, T, D, seed=i)).to(DEVICE, dtype) for i in range(3))
     return dict(q=q, k=k, v=v)
 
 
 def check(x: dict[str, Tensor], dout: Tensor | None = None, **options) -> None:
+    """In the interpreter the single kernel runs under the sanitizer, as the pair does in
+    `test_sanitizer`: no access outside of a tensor."""
+    q = x["q"]
     if dout is None:
-        dout = randn(*x["q"].shape, seed=90).to(x["q"])
-    assert_op(attention, "causal_attention", x, (dout,), **options)
+        dout = randn(*q.shape, seed=90).to(q)
+    clean: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if launch.INTERPRETED and attention_tiles.head_options(q.device, *q.shape[2:], q.itemsize):
+        from sanitizer import sanitize
+
+        clean = sanitize()
+    with clean as report:
+        assert_op(attention, "causal_attention", x, (dout,), **options)
+    if report is not None:
+        assert report.kernels == ["_fwd_kernel", "_bwd_head_kernel"]
 
 
 @each_dtype
@@ -59,6 +107,37 @@ def test_every_end_of_a_sequence_in_a_tile(tiling, tiles: str, T: int, dtype) ->
     tiling(tiles)
     options = dict(dropout_p=0.3, seed=5) if dtype == torch.float32 and T > 64 else {}
     check(inputs(1, 1, T, 16, dtype), **options)
+
+
+@each_half
+@pytest.mark.parametrize(
+    ("name", "T"),
+    [
+        *(("16 keys, split", T) for T in (1, 2, 15, 16, 17, 31, 32, 33, 64)),
+        *(("16 keys, whole", T) for T in (1, 17, 65)),
+        *(("32 keys, split", T) for T in (33, 40, 63, 65)),
+    ],
+)
+def test_every_end_of_a_sequence_in_a_tile_of_the_single_kernel(
+    select_head, name: str, T: int, dtype
+) -> None:
+    select_head(HEAD_TILINGS[name])
+    check(inputs(1, 2, T, 16, dtype), **(dict(dropout_p=0.3, seed=5) if T % 2 else {}))
+
+
+@each_half
+def test_the_longest_context_of_the_single_kernel(select_head, dtype) -> None:
+    keys = 32 if launch.architecture(torch.device(DEVICE)) >= 90 else 16  # fit the shared memory
+    select_head(dict(BLOCK_N=keys, num_warps=8, num_stages=2))
+    for T in (250, 256):
+        check(inputs(1, 1, T, 64, dtype), dropout_p=0.2, seed=2**33 + 7)
+
+
+@each_backward
+@pytest.mark.parametrize("layout", ["transposed", "every second value", "slice of a wider tensor"])
+def test_layouts(backward, layout: str, dtype) -> None:
+    x = {n: LAYOUTS[layout](x) for n, x in inputs(2, 3, 20, 16, dtype).items()}
+    check(x, LAYOUTS["first row expanded"](randn(2, 3, 20, 16, seed=9).to(x["q"])), seed=2**40 + 3)
 
 
 @pytest.mark.parametrize(
@@ -101,20 +180,22 @@ def test_the_heads_of_the_presets_at_every_length(T: int, dtype) -> None:
     check(inputs(B, H, T, 64, dtype), dropout_p=0.2, seed=1)
 
 
-@each_dtype
-@pytest.mark.parametrize("D", [48, 64, 80, 96, 112, 128])
-def test_head_dimensions(D: int, dtype) -> None:
-    check(inputs(1, 1, 37, D, dtype))
+@each_backward
+@pytest.mark.parametrize("D", [32, 48, 64, 80, 96, 112, 128])
+def test_head_dimensions(backward, D: int, dtype) -> None:
+    """In the single kernel a head of 64 columns computes the transposes of dK and dV."""
+    if D <= 64 or backward == "pair":
+        check(inputs(1, 2, 37, D, dtype), dropout_p=0.2, seed=1)
 
 
-@each_dtype
+@each_backward
 @pytest.mark.parametrize("scale", [0.3, 1.0, 0.0, -0.5])
-def test_scale(scale: float, dtype) -> None:
-    check(inputs(1, 1, 17, 16, dtype), scale=scale)
+def test_scale(backward, scale: float, dtype) -> None:
+    check(inputs(1, 1, 20, 32, dtype), scale=scale)
 
 
-@each_dtype
-def test_a_packed_projection_in_and_one_packed_gradient_out(dtype) -> None:
+@each_backward
+def test_a_packed_projection_in_and_one_packed_gradient_out(backward, dtype) -> None:
     """Of several heads and sequences, which do not mix."""
     B, H, T, D = 2, 3, 37, 16
     packed = randn(B, T, 3, H, D).to(DEVICE, dtype)
@@ -132,9 +213,9 @@ def run_op(x: dict[str, Tensor], dout: Tensor, **options) -> list[Tensor]:
     return [out, *gradients]
 
 
-@each_dtype
+@each_backward
 @each_extreme
-def test_extreme_values(kind: str, dtype) -> None:
+def test_extreme_values(backward, kind: str, dtype) -> None:
     check(extreme_attention(kind, inputs(1, 2, 40, 16, dtype)))
 
 
@@ -145,23 +226,23 @@ def test_float32_scores_of_any_size() -> None:
     check(x)
 
 
-@each_dtype
-def test_the_only_score_of_the_first_row_has_no_gradient(dtype) -> None:
+@each_backward
+def test_the_only_score_of_the_first_row_has_no_gradient(backward, dtype) -> None:
     """Its weight is 1, whatever the score, although delta and dP are rounded differently."""
     dout = 50 * randn(2, 3, 40, 64, seed=9).to(DEVICE, dtype)
     dout[:, :, 1:] = 0
-    _, dq, dk, _ = run_op(inputs(2, 3, 40, 64, dtype), dout)
+    _, dq, dk, dv = run_op(inputs(2, 3, 40, 64, dtype), dout)
     assert not dq.any()
     assert not dk.any()
+    assert torch.equal(dv[:, :, 0], dout[:, :, 0])
 
 
-@each_dtype
-@pytest.mark.parametrize("factor", [1e3, 1e-3], ids=str)
-def test_large_and_small_upstream_gradients(factor: float, dtype) -> None:
+@each_backward
+@pytest.mark.parametrize(("factor", "p"), [(1e3, 0.2), (1e-3, 0.2), (1e-3, 0.9), (1e3, 0.0)])
+def test_large_and_small_upstream_gradients(backward, factor: float, p: float, dtype) -> None:
     """A loss scale of 65536 makes them large: neither dP nor dS may leave float16's range."""
-    dout = (factor * randn(1, 1, 40, 64, seed=9)).to(DEVICE, dtype)
-    check(inputs(1, 1, 40, 64, dtype), dout)
-    check(inputs(1, 1, 40, 64, dtype), dout, dropout_p=0.2, seed=3)
+    dout = (factor * randn(1, 2, 40, 64, seed=9)).to(DEVICE, dtype)
+    check(inputs(1, 2, 40, 64, dtype), dout, dropout_p=p, seed=3)
 
 
 @each_dtype
@@ -193,36 +274,29 @@ def test_bad_arguments_are_named(message: str, changed: dict) -> None:
         attention.causal_attention(**dict(q=GOOD, k=GOOD, v=GOOD) | changed)
 
 
-def kept(B: int, H: int, T: int, p: float, seed: int | Tensor, D: int = 48) -> Tensor:
-    """The mask as the kernels use it: (2, B, H, T, T) bool, in the forward and in dV.
-
-    Equal scores make a row's weights equal, and v the identity shows them; so does dout for dV.
-    T is at most D.
-    """
-    zero = torch.zeros(B, H, T, D, device=DEVICE)
-    one = torch.eye(T, D, device=DEVICE).expand(B, H, T, D)
+@each_backward
+@pytest.mark.parametrize(("p", "seed"), [(0.001, 0), (0.2, 2**33 + 7), (0.2, -5), (0.5, -5)])
+def test_dropout_has_the_bits_of_eager(backward, p: float, seed: int, dtype) -> None:
+    """In the forward and in dV: equal scores make a row's weights equal, and v the identity shows
+    them; so does dout for dV."""
+    B, H, T, D = 2, 2, 40, 48
+    zero = torch.zeros(B, H, T, D, device=DEVICE, dtype=dtype)
+    one = torch.eye(T, D, device=DEVICE, dtype=dtype).expand(B, H, T, D)
     (out,), (_, _, dv) = run(
         attention.causal_attention, dict(q=zero, k=zero, v=one), (one,), dropout_p=p, seed=seed
     )
-    return torch.stack([out[..., :T] != 0, dv[..., :T].transpose(-2, -1) != 0])
-
-
-@pytest.mark.parametrize(("p", "seed"), [(0.001, 0), (0.2, 2**33 + 7), (0.2, -5)])
-def test_dropout_has_the_bits_of_eager(p: float, seed: int) -> None:
-    B, H, T = 2, 2, 40
     wanted = dropout.attention_keep(seed, B, H, T, p, DEVICE).tril()
-    forward, backward = kept(B, H, T, p, seed)
-    assert torch.equal(forward, wanted)
-    assert torch.equal(backward, wanted)
+    assert torch.equal(out[..., :T] != 0, wanted)
+    assert torch.equal(dv[..., :T].transpose(-2, -1) != 0, wanted)
 
 
 def projection(B: int, T: int, H: int, D: int, dtype=torch.float32) -> Tensor:
     return randn(B, T, 3, H, D, seed=3).to(DEVICE, dtype)
 
 
-@each_dtype
+@each_backward
 @pytest.mark.parametrize(("T", "D"), [(1, 16), (17, 48), (33, 64)])
-def test_packed(T: int, D: int, dtype) -> None:
+def test_packed(backward, T: int, D: int, dtype) -> None:
     qkv, dout = projection(2, T, 3, D, dtype), randn(2, T, 3, D, seed=5).to(DEVICE, dtype)
     options = dict(dropout_p=0.3, seed=2) if T == 17 else dict(scale=0.2)
     assert_op(attention, "causal_attention_packed", dict(qkv=qkv), (dout,), **options)

@@ -148,7 +148,7 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "attention_backward": (ATTENTION_BACKWARD, "attention", "causal_attention"),
     "attention_head_backward": (
         ATTENTION_HEAD_BACKWARD,
-        "attention_head",
+        "attention",
         "causal_attention",
     ),
     "layer_norm": (LAYER_NORM, "layer_norm", "layer_norm"),
