@@ -1,8 +1,8 @@
 """A user's mistake gives one line on stderr and exit code 2, and no file is written or lost."""
 
-import gzip
 import os
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -14,18 +14,13 @@ from irongpt.runs import checkpoint
 
 BAD_FLAGS = [
     ("--n-layer -1", "--n-layer must be at least 1"),
-    ("--n-embd 0", "--n-embd must be at least 1"),
     ("--n-head 3", "--n-embd (16) must be divisible by --n-head (3)"),
-    ("--dropout 1", "--dropout must be in [0, 1)"),
     ("--iters many", "--iters"),
     ("--patience 0", "--patience must be at least 1"),
     ("--tokenizer bpe --vocab-size 100", "--vocab-size must be from 257 to 65,536, got 100"),
     ("--tokenizer bpe --vocab-size 65537", "--vocab-size must be from 257"),
     ("--tokenizer bpe --vocab-size 4096", "pairs to merge"),
     ("--vocab-size 512", "--vocab-size is for --tokenizer bpe"),
-    ("--lr -1", "--lr must be above 0"),
-    ("--seed -1", "--seed must be in"),
-    (f"--n-embd {2**40} --n-head 1", "--n-embd must be at most 10^9"),
     (f"--n-embd {2**28}", "is too large"),
     ("--context 5000", "use a longer text (--val or --data) or a shorter --context"),
     ("--device tpu", "--device must be"),
@@ -37,20 +32,13 @@ BAD_FLAGS = [
     ("--frobnicate", "--frobnicate"),
     ("--ite 5", "--ite"),
     ("--data nowhere.txt", "nowhere.txt"),
-    ("--data empty.txt", "empty.txt"),
-    ("--data binary.bin", "binary.bin"),
     ("--data short.txt", "the corpus has"),
     ("--data .", "'.' contains the run's own folder"),
-    ("--data other", "'other' has no file *.py: --include '*.js' finds 1"),
     ("--data other --include *.c", "no file *.c"),
-    ("--data text.txt --include *.c", "--include is for folders"),
     ("--data other --include *.js --out other/run", "contains the run's own folder"),
-    ("--data text.txt.gz", "its end is missing"),
-    ("--data text.zip", "'text.zip' is an archive (zip)"),
     ("--data latin.txt", "'latin.txt' is not UTF-8 text: byte 5,003 (line 1,001) is 0xE9"),
     ("--data latin.txt --encoding nonsense", "--encoding 'nonsense'"),
     ("--data latin.txt --errors ignore", "--errors"),
-    ("--data ~/nowhere.txt", "no file '~/nowhere.txt'"),
     ("--data -", "the standard input is closed"),
     ("--out text.txt", "--out text.txt exists"),
     ("--out full", "--out full exists"),
@@ -68,12 +56,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, tmp_path, monkeypatch, fl
     monkeypatch.setattr(sys, "stdin", None)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.js").write_text("text")
-    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"text")[:-1])
-    (tmp_path / "text.zip").write_bytes(b"PK\x03\x04")
     (tmp_path / "latin.txt").write_bytes(b"abcd\n" * 1000 + b"caf\xe9\n")
-    (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("to be or not")
-    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     base = [x for x in TINY if "--data" not in flags or x not in ("--data", "text.txt")]
@@ -127,10 +111,6 @@ def write(data: str):
     return lambda path: path.write_bytes(data.encode("latin-1"))
 
 
-def unlink(path) -> None:
-    path.unlink()
-
-
 def pipe(path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -138,17 +118,15 @@ def pipe(path) -> None:
 
 RECORD = '{"step": "1", "train_loss": 1.0, "val_loss": null}\n'
 DAMAGES = [
-    ("config.json", unlink, "it has no config.json"),
+    ("config.json", Path.unlink, "it has no config.json"),
     ("config.json", write("{}"), "config.json is damaged"),
     ("config.json", change(format=2), "config.json does not describe a run"),
     ("config.json", change(model={"n_layer": -2}), "--n-layer must be at least 1"),
     ("config.json", change(model={"n_embd": 10**4}), "has another model"),
     ("config.json", change(model={"n_layer": "2"}), "n_layer of a GPTConfig cannot be '2'"),
     ("config.json", change(model={"vocab_size": 9}), "has another vocabulary"),
-    ("last/model.safetensors", unlink, "cannot read"),
     ("last/model.safetensors", write("\xff" * 8 + "{}"), "model.safetensors is damaged"),
     ("last/tokenizer.json", write('{"kind": "char", "chars": "ab"}'), "tokenizer.json is damaged"),
-    ("last/state.json", write("{"), "state.json is damaged"),
     ("last/state.json", change(best_val=REMOVED), "last is damaged"),
     ("last/state.json", change(step="9"), "last is damaged"),
     ("last/state.json", change(step=-1, evaluated_at=-1), "last is damaged"),
@@ -160,7 +138,7 @@ DAMAGES = [
     ("metrics.jsonl", write(RECORD), "metrics.jsonl has a line that is not a record"),
     ("config.json", change(format="x" * 1000), "config.json does not describe a run"),
     ("../text.txt", write("another text\n" * 500), "is not the text"),
-    ("../text.txt", unlink, "text.txt"),
+    ("../text.txt", Path.unlink, "text.txt"),
 ]
 
 
@@ -202,13 +180,9 @@ def test_flags_that_a_resumed_run_cannot_change(cli, run, flags):
         ("--prompt-file nowhere", "cannot read the prompt file nowhere"),
         ("--prompt-file .", "cannot read the prompt file"),
         ("--prompt-file latin", "latin is not UTF-8"),
-        ("--prompt-file latin --encoding nonsense", "--encoding 'nonsense'"),
         ("--prompt a --encoding latin-1", "are for --prompt-file"),
-        ("--prompt-file text.gz", "the prompt file text.gz is compressed (gzip), and its end is"),
         ("--prompt a --prompt-file text.txt", "not allowed with"),
         ("--temperature nan", "--temperature"),
-        ("--top-k 0", "--top-k must be at least 1"),
-        ("--top-p 1.1", "--top-p must be in (0, 1]"),
         ("--checkpoint first", "--checkpoint"),
         ("--fused --device cpu", "--fused"),
     ],
@@ -217,7 +191,6 @@ def test_flags_that_a_resumed_run_cannot_change(cli, run, flags):
 def test_a_mistake_in_generate(cli, tmp_path, monkeypatch, run, flags, message):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    (tmp_path / "text.gz").write_bytes(gzip.compress(b"text")[:-1])
     assert_mistake(cli("generate", run, *flags.split(" ")), message)
 
 
