@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain, takewhile
 from pathlib import Path
 
@@ -45,31 +45,24 @@ def generate(
     dtype = devices.precision("auto", target).dtype
     start = time.perf_counter()
     prompts, skip = heal(model, tokenizer, ids, config, dtype, first if prompt else ())
-    steps = generate_batch(model, prompts, config, dtype)
-
-    def pieces(last_of_prompt: int, rest: Iterable[int]) -> Iterator[str]:
-        """The text after the prompt, piece by piece."""
+    steps: Iterable[list[int]] = generate_batch(model, prompts, config, dtype)
+    if config.samples > 1:  # a single text is printed token by token
+        steps = list(steps)
+    total, text = 0, ""
+    for sample, ids in enumerate(prompts):
+        text = prompt if sample == 0 else f"\n---\n{prompt}"
+        sys.stdout.write(show(text))
+        row: Iterable[int] = (step[sample] for step in steps)
         if stop_at_end:
-            rest = takewhile(lambda token: token != tokenizer.end, rest)
-        return stream(tokenizer, chain([last_of_prompt], rest), skip)
-
-    count, piece = 0, prompt
-    if config.samples == 1:
-        sys.stdout.write(show(prompt))
-        for count, text in enumerate(  # noqa: B007
-            pieces(prompts[0][-1], (step[0] for step in steps))
-        ):
-            piece = text or piece
-            sys.stdout.write(show(text))
+            row = takewhile(lambda token: token != tokenizer.end, row)
+        count = -1  # without the last token of the prompt
+        for piece in stream(tokenizer, chain(ids[-1:], row), skip):
+            text = piece or text
+            sys.stdout.write(show(piece))
             sys.stdout.flush()
-    else:
-        rows = zip(*steps, strict=True) if config.tokens else [()] * config.samples
-        texts = ["".join(pieces(p[-1], row)) for p, row in zip(prompts, rows, strict=True)]
-        count = config.tokens * config.samples
-        piece = "\n---\n".join(show(prompt + text) for text in texts)
-        sys.stdout.write(piece)
-    if terminal and not piece.endswith("\n"):
+            count += 1
+        total += min(count, config.tokens)  # one more piece may end a character
+    if terminal and not text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
-    count = min(count, config.tokens * config.samples)  # one more piece may end a character
-    say_on_stderr(f"{count:,} tokens, {count / (time.perf_counter() - start):,.0f} tokens/s")
+    say_on_stderr(f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")

@@ -22,6 +22,13 @@ WARMUP = 2  # tokens before the capture, so that kernels are compiled and worksp
 PREFILL_MULTIPLE = 16  # the prefill is padded to a multiple, so that Triton compiles fewer kernels
 
 
+def matmuls_in(dtype: torch.dtype | None, model: GPT) -> torch.autocast:
+    """Matmuls in `dtype`, by default that of the weights, also where autocast is on already."""
+    weight = model.wte.weight
+    lower = dtype not in (None, weight.dtype)
+    return torch.autocast(weight.device.type, dtype if lower else None, enabled=lower)
+
+
 class Affine(NamedTuple):
     """The parameters of a linear layer or a norm."""
 
@@ -87,22 +94,20 @@ class Decoder:
         All but the last token of a prompt, which the next step reads, go through the model at once.
         Prompts are padded at their ends; these positions are overwritten before they are used.
         """
-        device, config = self.tokens.device, self.model.config
+        device = self.tokens.device
         for sequence, prompt in prompts.items():
             self.positions[sequence] = len(prompt) - 1
-        counts = [[self.sampled, position] for position in self.positions]
-        self.counts.copy_(torch.tensor(counts))
+        self.counts.copy_(torch.tensor([[self.sampled, position] for position in self.positions]))
         if self.sampled == 0:
             self.tokens[:, -1] = torch.tensor([p[-1] for p in prompts.values()], device=device)
         longest = max(len(prompt) - 1 for prompt in prompts.values())
         if longest == 0:
             return
-        T = min(config.context, -(-longest // PREFILL_MULTIPLE) * PREFILL_MULTIPLE)
+        T = min(self.model.config.context, -(-longest // PREFILL_MULTIPLE) * PREFILL_MULTIPLE)
         idx = torch.tensor([p[:-1] + [0] * (T + 1 - len(p)) for p in prompts.values()])
-        rows = slice(None) if len(prompts) == len(counts) else torch.tensor(list(prompts))
-        self.cache.rows = rows if isinstance(rows, slice) else rows.to(device)
-        lower = self.dtype != self.model.wte.weight.dtype
-        with torch.autocast(device.type, self.dtype if lower else None, enabled=lower):
+        everyone = len(prompts) == len(self.positions)
+        self.cache.rows = slice(None) if everyone else torch.tensor([*prompts], device=device)
+        with matmuls_in(self.dtype, self.model):
             self.model.hidden(idx.to(device), cache=self.cache)  # no logits are needed
 
     def step(self) -> None:

@@ -20,7 +20,7 @@ from irongpt.config import SampleConfig
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.errors import UserError
 from irongpt.files import damaged
-from irongpt.generation.decode import Decoder
+from irongpt.generation.decode import Decoder, matmuls_in
 from irongpt.model import GPT
 
 HEALED = 2**31 - 1  # the number by which a healed token is sampled; no generated token has it
@@ -32,7 +32,7 @@ _SHOWN |= {*map(chr, (*range(0x600, 0x606), 0x110BD, 0x110CD, *range(0xE0020, 0x
 
 
 def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT, Tokenizer]:
-    """The model of a run's checkpoint `best` or `last`, on the device, and its tokenizer."""
+    """The model of a run's checkpoint `best` or `last`, in evaluation mode, and its tokenizer."""
     from irongpt.runs.run_folder import load_checkpoint, open_run  # needs safetensors
 
     run = open_run(path)
@@ -44,7 +44,7 @@ def trained_model(path: Path, which: str, op_set: str, device: str) -> tuple[GPT
         model.load_state_dict(weights)
     except RuntimeError as e:
         raise damaged(path / which) from e
-    return model.to(target), tokenizer
+    return model.to(target).eval(), tokenizer
 
 
 @torch.inference_mode()
@@ -126,14 +126,10 @@ def heal(
     longer = [i for i, b in tokens if b.startswith(last) and i != tokenizer.end]
     if not (kept or before) or not config.tokens or len(longer) == 1 or prompt[-1] == tokenizer.end:
         return [list(prompt)] * config.samples, len(last)
-    was_training = model.training
-    model.eval()
     device = model.wte.weight.device
-    lower = dtype is not None and dtype != model.wte.weight.dtype
-    with torch.autocast(device.type, dtype if lower else None, enabled=lower):
-        seen = torch.tensor([(kept or [*before])[-model.config.context :]], device=device)
+    seen = torch.tensor([(kept or [*before])[-model.config.context :]], device=device)
+    with matmuls_in(dtype, model):
         logits = model(seen)[:, -1, longer]
-    model.train(was_training)
     sampled = torch.zeros(config.samples, 1, dtype=torch.int64, device=device)
     counts = torch.full_like(sampled, HEALED)
     eager.sample_tokens(

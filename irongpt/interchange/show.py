@@ -33,10 +33,9 @@ _CHUNK = 256  # rows of logits that are sorted at a time
 def show(run: Path, text: str, out: Path, which: str = "best", device: str = "auto") -> str:
     """Writes the page about a text to the file `out`. Returns a line about it. Raises UserError."""
     check(bool(text), "the text is empty: give another one with --text or --file")
-    open_run(run)  # a mistake in the run's name is reported as such
-    check_result(out)
     model, tokenizer = trained_model(run, which, "builtin", device)
-    data = analysis(model.eval(), tokenizer, text, documents=(run / "files.json").exists())
+    check_result(out)
+    data = analysis(model, tokenizer, text, documents=(run / "files.json").exists())
     page = Path(__file__).with_name("show.html").read_text(encoding="utf-8")
     title = html.escape(run.resolve().name.encode(errors="replace").decode())
     values = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
