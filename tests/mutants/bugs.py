@@ -172,7 +172,7 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "cross_entropy": (CROSS_ENTROPY, "cross_entropy", "cross_entropy"),
     "linear_cross_entropy": (
         LINEAR_CROSS_ENTROPY,
-        "linear_cross_entropy",
+        "cross_entropy",
         "linear_cross_entropy",
     ),
     "decode_attention": (DECODE_ATTENTION, "decode_attention", "decode_attention"),
