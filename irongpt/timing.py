@@ -18,8 +18,9 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +40,7 @@ WARMUP_CALLS = 3
 
 Call = Callable[[int], object]  # its argument: the number of a copy of the inputs
 Sampler = Callable[[], float]  # seconds per call
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,24 +141,22 @@ def measure(
     """Timings by provider; the reason for one that cannot run. sets: copies of the inputs."""
     works = {name: _work(call) for name, call in calls.items()}
     results: dict[str, Timing | str] = {}
-    waiting, group = list(works), 0
-    while waiting:
-        ready, waiting = _together(works, waiting, sets, device, results)
-        names = list(ready)
-        for r in range(rounds):
-            first = r % max(1, len(names))
-            for name in names[first:] + names[:first]:
-                sampler, timing = ready[name]
-                try:
-                    with works[name].around():
-                        timing.samples.append(sampler())
-                except Exception as e:  # the others continue
-                    results[name] = reason(e)
-                    names.remove(name)
-        results |= {name: replace(ready[name][1], group=group) for name in names}
-        ready.clear()
-        free(device)
-        group += 1
+
+    def start(name: str) -> tuple[Sampler, Timing]:
+        with works[name].around():
+            return prepare(works[name], sets, device)
+
+    def sample(name: str, started: tuple[Sampler, Timing]) -> None:
+        sampler, timing = started
+        with works[name].around():
+            timing.samples.append(sampler())
+
+    def failed(name: str, e: Exception) -> None:
+        results[name] = reason(e)
+
+    groups = interleaved(works, start, sample, failed, rounds, device)
+    for number, ready in enumerate(groups):
+        results |= {name: replace(timing, group=number) for name, (_, timing) in ready.items()}
     return {name: results[name] for name in calls}
 
 
@@ -164,29 +164,43 @@ def _work(call: Call | Work) -> Work:
     return call if isinstance(call, Work) else Work(call)
 
 
-def _together(
-    works: dict[str, Work],
-    waiting: list[str],
-    sets: int,
+def interleaved(
+    names: Iterable[str],
+    start: Callable[[str], T],
+    sample: Callable[[str, T], None],
+    failed: Callable[[str, Exception], None],
+    rounds: int,
     device: torch.device,
-    results: dict[str, Timing | str],
-) -> tuple[dict[str, tuple[Sampler, Timing]], list[str]]:
-    """As many as fit in memory together, and the names of the others. For a provider that cannot
-    run, the reason is added to the results."""
-    ready: dict[str, tuple[Sampler, Timing]] = {}
-    for i, name in enumerate(waiting):
-        try:
-            with works[name].around():
-                ready[name] = prepare(works[name], sets, device)
-            continue
-        except Exception as e:
-            full = bool(ready) and isinstance(e, torch.cuda.OutOfMemoryError)
-            if not full:
-                results[name] = reason(e)
-        free(device)  # the exception, which refers to the call's tensors, is gone by now
-        if full:
-            return ready, waiting[i:]
-    return ready, []
+) -> Iterator[dict[str, T]]:
+    """Starts as many as fit in memory together, samples each of them once in every round, and
+    yields those that did not fail; then the others in the same way."""
+    waiting = list(names)
+    while waiting:
+        ready: dict[str, T] = {}
+        for name in list(waiting):
+            full = False
+            try:
+                ready[name] = start(name)
+            except Exception as e:  # the others continue
+                full = bool(ready) and isinstance(e, torch.cuda.OutOfMemoryError)
+                if not full:
+                    failed(name, e)
+            free(device)  # the exception, which refers to the call's tensors, is gone by now
+            if full:
+                break
+            waiting.remove(name)
+        for r in range(rounds):
+            order = list(ready)
+            first = r % max(1, len(order))
+            for name in order[first:] + order[:first]:
+                try:
+                    sample(name, ready[name])
+                except Exception as e:
+                    del ready[name]
+                    failed(name, e)
+        yield ready
+        ready.clear()
+        free(device)
 
 
 def prepare(work: Work, sets: int, device: torch.device) -> tuple[Sampler, Timing]:

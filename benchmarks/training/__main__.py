@@ -33,7 +33,7 @@ from benchmarks.measure import environment, result_file
 from benchmarks.ops.providers import NAIVE
 from benchmarks.presets import Setting, random_setting
 from benchmarks.training import matmuls
-from benchmarks.training.steps import Make, Steps
+from benchmarks.training.steps import Steps
 from benchmarks.training.variants import Variant, nanogpt, trained
 from irongpt import device as devices
 from irongpt import ops
@@ -53,31 +53,33 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of `trained`, by the words after the n
 }
 
 
-def variants(
-    dtype: torch.dtype, device: torch.device, only: list[str] | None, checkout: Path | None
-) -> list[tuple[str, Make]]:
-    """The variants to time in one dtype."""
-    modules = {"fused": None, "builtin": builtin, "naive": NAIVE, "eager": eager}
-    theirs = [] if checkout is None else ["nanoGPT", "builtin AdamW"]
-    names = ["builtin", "naive", "eager", *theirs, "builtin compiled"]
-    if device.type == "cuda":
-        names = ["fused", *names, *(f"{name} graph" for name in modules)]
-        names += ["fused as trained", "builtin as trained", "builtin compiled graph"]
-        names += ["naive compiled", "fused compiled", "eager compiled", "fused compiled graph"]
-        names += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
+MODULES = {"fused": None, "builtin": builtin, "naive": NAIVE, "eager": eager}
+
+
+def names(gpu: bool, nanogpt: bool, only: list[str] | None = None) -> list[str]:
+    """The variants to time in each dtype, in their order. only: those that the user wants."""
+    theirs = ["nanoGPT", "builtin AdamW"] if nanogpt else []
+    every = ["builtin", "naive", "eager", *theirs, "builtin compiled"]
+    if gpu:
+        every = ["fused", *every, *(f"{name} graph" for name in MODULES)]
+        every += ["fused as trained", "builtin as trained", "builtin compiled graph"]
+        every += ["naive compiled", "fused compiled", "eager compiled", "fused compiled graph"]
+        every += [f"{name} {SLOW}" for name in ("builtin", "naive", "eager")]
     elif "fused" in (only or []):
-        names.insert(0, "fused")
-    names += [f"{name} compiled" for name in theirs]
+        every.insert(0, "fused")
+    every += [f"{name} compiled" for name in theirs]
+    return every if only is None else [name for name in every if name in only]
 
-    def make(name: str, setting: Setting) -> Variant:
-        base, _, how = name.partition(" ")
-        if base == "nanoGPT":
-            assert checkout is not None
-            return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
-        module = modules[base] or ops.load("fused", device, setting.model)
-        return trained(setting, module, dtype, device, **OPTIONS[how])
 
-    return [(name, partial(make, name)) for name in names if only is None or name in only]
+def make(
+    name: str, setting: Setting, dtype: torch.dtype, device: torch.device, checkout: Path | None
+) -> Variant:
+    base, _, how = name.partition(" ")
+    if base == "nanoGPT":
+        assert checkout is not None
+        return nanogpt(setting, checkout, dtype, device, compiled=how == "compiled")
+    module = MODULES[base] or ops.load("fused", device, setting.model)
+    return trained(setting, module, dtype, device, **OPTIONS[how])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,10 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
     setting = random_setting(preset)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
-    every = [(d, variants(d, device, args.variants, args.nanogpt)) for d in dtypes]
-    if unknown := set(args.variants or ()) - {name for name, _ in every[0][1]}:
-        known = ", ".join(name for name, _ in variants(dtypes[0], device, None, args.nanogpt))
-        parser.error(f"no variant here is {', '.join(sorted(unknown))}; there are {known}")
+    here = device.type == "cuda", args.nanogpt is not None
+    wanted = names(*here, args.variants)
+    if unknown := ", ".join(sorted({*(args.variants or ())} - {*wanted})):
+        parser.error(f"no variant here is {unknown}; there are {', '.join(names(*here))}")
     end = time.perf_counter() + (args.budget or BUDGET[device.type])
     with result_file.Section("train", device, args) as section:
         section.put(
@@ -117,25 +119,19 @@ def main(argv: list[str] | None = None) -> None:
             name = devices.dtype_name(dtype)
             peak = devices.peak_flops(device, dtype)
             peak_rates["peak"][name], peak_rates["peak_from"][name] = peak
-        section.put(peak_rates=peak_rates)
-        for dtype in dtypes:
-            name, times = (
-                devices.dtype_name(dtype),
-                matmuls.measure(setting, dtype, device, peak_rates),
-            )
-            section.put(matmuls=section.values["matmuls"] | {name: times})
+            times = matmuls.measure(setting, dtype, device, peak_rates)
+            section.put(peak_rates=peak_rates, matmuls=section.values["matmuls"] | {name: times})
             print(matmuls.line(name, times), flush=True)
-        parts = [
-            (dtype, [pair for pair in pairs if (SLOW in pair[0]) == slow])
-            for slow in (False, True)
-            for dtype, pairs in every
-        ]
-        parts = [(dtype, pairs) for dtype, pairs in parts if pairs]
-        for i, (dtype, waiting) in enumerate(parts, start=1):
+        groups = [[name for name in wanted if (SLOW in name) == slow] for slow in (False, True)]
+        parts = [(group, dtype) for group in groups if group for dtype in dtypes]
+        for i, (group, dtype) in enumerate(parts, start=1):
             share = 1.0 if i == len(parts) else 0.5  # of the time that is left
             now = time.perf_counter()
             steps = Steps(section, setting, devices.dtype_name(dtype), args)
-            steps.measure(waiting, now + share * (end - now))
+            makers = {
+                name: partial(make, name, setting, dtype, device, args.nanogpt) for name in group
+            }
+            steps.measure(makers, now + share * (end - now))
 
 
 if __name__ == "__main__":

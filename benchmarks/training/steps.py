@@ -2,22 +2,18 @@
 
 import argparse
 import time
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Mapping
 
 from benchmarks.measure import result_file
 from benchmarks.measure.rows import StepRow
 from benchmarks.presets import Setting
 from benchmarks.training.variants import Variant, peak_of
 from irongpt import timing
-from irongpt.timing import free, reason
+from irongpt.errors import UserError
 
 STEPS = {"cuda": 10, "cpu": 2}  # steps of a variant per round
 ROUNDS = {"cuda": 8, "cpu": 4}
 LAST_START = 0.7  # share of the time after which no further variant starts
-
-Make = Callable[[Setting], Variant]
 
 
 class Steps:
@@ -35,85 +31,72 @@ class Steps:
         self.rounds = args.rounds or ROUNDS[self.device.type]
         self.rows: dict[str, StepRow] = {}
         self.samples: dict[str, list[float]] = {}
+        self.others: list[StepRow] = list(section.values["rows"])
 
-    def measure(self, waiting: list[tuple[str, Make]], end: float) -> None:
+    def measure(self, makers: Mapping[str, Callable[[], Variant]], end: float) -> None:
         """end: the time by time.perf_counter() after which no round begins."""
-        last = time.perf_counter() + LAST_START * (end - time.perf_counter())
-        group = 1 + max((r.group for r in self.section.values["rows"]), default=-1)
-        while waiting:
-            ready, waiting = self._begin(waiting, last, group)
-            for i in range(1, self.rounds):
-                names = list(ready)
-                first = i % max(1, len(names))
-                for name in names[first:] + names[:first]:
-                    if time.perf_counter() < end:
-                        self._attempt(name, ready, self._sample)
-            for name in list(ready):  # last, because a profiler changes what runs after it
-                if time.perf_counter() < end:
-                    self._attempt(name, ready, self._count)
-                print(line(self.rows[name]), flush=True)
-            ready.clear()
-            free(self.device)
-            group += 1
-        self.section.put()
+        self.makers, self.end = makers, end
+        self.last = time.perf_counter() + LAST_START * (end - time.perf_counter())
+        self.group = 1 + max((r.group for r in self.others), default=-1)
+        for ready in timing.interleaved(
+            makers, self._start, self._sample, self._failed, self.rounds - 1, self.device
+        ):
+            self._count(ready)
+            self.group += 1
 
-    def _begin(
-        self, waiting: list[tuple[str, Make]], last: float, group: int
-    ) -> tuple[dict[str, Variant], list[tuple[str, Make]]]:
-        """The variants that fit in memory, each with a first sample, and those that must wait."""
-        ready: dict[str, Variant] = {}
-        for i, (name, make) in enumerate(waiting):
-            row, full = StepRow(variant=name, dtype=self.dtype, group=group), False
-            self.rows[name] = row
-            self.section.values["rows"].append(row)
-            if time.perf_counter() > last:
-                row.skipped_reason = "the time for this benchmark was over"
-                continue
-            start = time.perf_counter()
-            try:
-                with peak_of(self.device, row):
-                    ready[name] = make(self.setting)
-                    ready[name].warm_up()
-                row.first_seconds = time.perf_counter() - start
-                self.samples[name] = []
-                self._sample(name, ready[name])
-            except Exception as e:  # that it cannot run here is a result
-                full = isinstance(e, torch.cuda.OutOfMemoryError)
-                row.skipped_reason = reason(e)
-                ready.pop(name, None)
-                free(self.device)
-            if full and ready:
-                return ready, waiting[i:]
-            print(line(row), flush=True)
-        return ready, []
-
-    def _attempt(
-        self, name: str, ready: dict[str, Variant], do: Callable[[str, Variant], None]
-    ) -> None:
-        """A variant that fails keeps the samples that it already has."""
-        try:
-            do(name, ready[name])
-        except Exception as e:
-            self.rows[name].stop_reason = reason(e)
-            del ready[name]
-            free(self.device)
-            print(f"{name}: {reason(e)}", flush=True)
-            self.section.put()
+    def _start(self, name: str) -> Variant:
+        """Makes a variant and takes its first sample."""
+        row = self.rows[name] = StepRow(variant=name, dtype=self.dtype, group=self.group)
+        start = time.perf_counter()
+        if start > self.last:
+            raise UserError("the time for this benchmark was over")
+        with peak_of(self.device, row):
+            variant = self.makers[name]()
+            variant.warm_up()
+        row.first_seconds = time.perf_counter() - start
+        self.samples[name] = []
+        self._sample(name, variant)
+        print(line(row), flush=True)
+        return variant
 
     def _sample(self, name: str, variant: Variant) -> None:
-        self.samples[name].append(variant.seconds_a_step(self.steps))
-        t, row = timing.Timing(self.samples[name], False), self.rows[name]
-        model = self.setting.model
+        row, samples = self.rows[name], self.samples[name]
+        if samples and time.perf_counter() > self.end:
+            return
+        samples.append(variant.seconds_a_step(self.steps))
+        t, model = timing.Timing(samples, False), self.setting.model
         tokens = self.setting.recipe.batch_size * model.context
         peak = self.section.values["peak_rates"]["peak"][self.dtype]
-        row.seconds, row.iqr, row.samples = t.median, t.iqr, len(t.samples)
+        row.seconds, row.iqr, row.samples = t.median, t.iqr, len(samples)
         row.tokens_per_s = tokens / t.median
         row.mfu = row.tokens_per_s * model.flops_per_token() / peak
-        self.section.put()
+        self._put()
 
-    def _count(self, name: str, variant: Variant) -> None:
-        self.rows[name].kernels, self.rows[name].launches = variant.counts()
-        self.section.put()
+    def _count(self, ready: dict[str, Variant]) -> None:
+        """Counts kernels and launches, last, because a profiler changes what runs after it."""
+        for name, variant in ready.items():
+            row = self.rows[name]
+            try:
+                if time.perf_counter() < self.end:
+                    row.kernels, row.launches = variant.counts()
+            except Exception as e:
+                self._failed(name, e)
+            print(line(row), flush=True)
+        self._put()
+
+    def _failed(self, name: str, e: Exception) -> None:
+        """That it cannot run here is a result. One that fails later keeps its samples."""
+        row = self.rows[name]
+        if row.timed:
+            row.stop_reason = timing.reason(e)
+            print(f"{name}: {row.stop_reason}", flush=True)
+        else:
+            row.skipped_reason = timing.reason(e)
+            print(line(row), flush=True)
+        self._put()
+
+    def _put(self) -> None:
+        self.section.put(rows=[*self.others, *self.rows.values()])
 
 
 def line(row: StepRow) -> str:

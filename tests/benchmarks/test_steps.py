@@ -4,6 +4,7 @@ the roofline model of a step."""
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,11 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
     with result_file.Section("train", CPU, args) as section:
         section.put(rows=[], peak_rates={"peak": {"float32": 1e12}})
         run = steps.Steps(section, SETTING, "float32", args)
-        waiting = [(name, lambda s, o=options: Fake(**o)) for name, options in made.items()]
-        run.measure(waiting, time.perf_counter() + seconds)
-    return {r.variant: r for r in result_file.load(section.path)["train"]["rows"]}
+        makers = {name: partial(Fake, **options) for name, options in made.items()}
+        run.measure(makers, time.perf_counter() + seconds)
+    rows = result_file.load(section.path)["train"]["rows"]
+    assert [r.variant for r in rows] == list(made)  # each once
+    return {r.variant: r for r in rows}
 
 
 def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path) -> None:
@@ -103,8 +106,7 @@ def test_a_variant_is_compared_with_builtin_launched_in_the_same_way(
     variant: str, builtin: str
 ) -> None:
     assert tables.baseline_of(variant) == builtin
-    names = [name for name, _ in train.variants(torch.float16, torch.device("cuda"), None, Path())]
-    assert {variant, builtin} <= set(names)
+    assert {variant, builtin} <= set(train.names(gpu=True, nanogpt=True))
 
 
 def section_of(**seconds: float) -> dict[str, Any]:
