@@ -1,19 +1,10 @@
 """
-Checks of `turing`, `aot`, `launch_table` and `doctor` by compiling. test_turing.py runs them in
-another process, where Triton compiles and does not interpret.
-
-    python tests/helpers/turing_checks.py       prints JSON: by check, "" or what went wrong
+Tests of `turing`, `aot`, `launch_table` and `doctor` by compiling. test_turing.py runs pytest on
+this file in another process, where Triton compiles and does not interpret.
 """
 
 import contextlib
-import io
-import json
-import os
-import re
-import sys
-import tempfile
 import threading
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +37,14 @@ from irongpt import doctor
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 
-def check_stock_triton_has_no_tensor_cores() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _new_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is in a cache compiles no more, and warns no more."""
+    knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    turing.install()
+
+
+def test_stock_triton_has_no_tensor_cores() -> None:
     with without():
         kernel = made()
     assert "mma" not in kernel.asm["ptx"]
@@ -55,7 +53,7 @@ def check_stock_triton_has_no_tensor_cores() -> None:
     assert n["FFMA"] > 500, n
 
 
-def check_fp16_runs_on_tensor_cores() -> None:
+def test_fp16_runs_on_tensor_cores() -> None:
     kernel = made()
     assert kernel.asm["ptx"].count(MMA) == kernel.asm["ptx"].count("mma.sync") == 32
     names = [x.name for x in sass.read(kernel.asm["cubin"]).instructions]
@@ -63,18 +61,18 @@ def check_fp16_runs_on_tensor_cores() -> None:
     assert not any(x.startswith("FFMA") for x in names)
 
 
-def check_fp16_accumulators_too() -> None:
+def test_fp16_accumulators_too() -> None:
     kernel = made(half_kernel, "fp16 fp16 fp16")
     names = [x.name for x in sass.read(kernel.asm["cubin"]).instructions]
     assert names.count("HMMA.1688.F16") == 32
 
 
-def check_stages_of_an_option_are_one() -> None:
+def test_stages_of_an_option_are_one() -> None:
     with saying():
         assert MMA in ptx(loop_kernel, num_stages=3)
 
 
-def check_other_kernels_and_gpus_are_unchanged() -> None:
+def test_other_kernels_and_gpus_are_unchanged() -> None:
     plans: list[dict[str, Any]] = [
         *(dict(types="fp32 fp32 fp32", precision=precision) for precision in ("ieee", "tf32")),
         *(dict(kernel=add_kernel, types=f"{x} {x} {x}") for x in ("fp16", "fp32")),
@@ -86,7 +84,7 @@ def check_other_kernels_and_gpus_are_unchanged() -> None:
             assert ptx(**plan, N=16) == stock(**plan, N=16), plan
 
 
-def check_float32_is_unchanged_next_to_fp16() -> None:
+def test_float32_is_unchanged_next_to_fp16() -> None:
     with saying():
         text = ptx(two_dots_kernel)
     assert MMA in text
@@ -94,7 +92,7 @@ def check_float32_is_unchanged_next_to_fp16() -> None:
     assert text.count("fma.rn.f32") >= 32 * 32
 
 
-def check_unsupported_kernels_are_unchanged_with_one_warning() -> None:
+def test_unsupported_kernels_are_unchanged_with_one_warning() -> None:
     other = two_dots_kernel, "fp16 fp16 bf16"
     with saying("two_dots_kernel runs slowly, without", "staged_kernel runs slowly, without"):
         for num_warps in (1, 2):
@@ -103,7 +101,7 @@ def check_unsupported_kernels_are_unchanged_with_one_warning() -> None:
             assert ptx(staged_kernel, **same) == stock(staged_kernel, **same)
 
 
-def check_unknown_ptx_falls_back() -> None:
+def test_unknown_ptx_falls_back() -> None:
     with (
         saying("m16n8k16"),
         patch.object(turing, "split_mma", lambda text: text),
@@ -112,7 +110,7 @@ def check_unknown_ptx_falls_back() -> None:
         assert ptx(N=16) == stock(N=16)
 
 
-def check_a_lowering_that_fails_falls_back() -> None:
+def test_a_lowering_that_fails_falls_back() -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no such pass")
 
@@ -124,64 +122,61 @@ def check_a_lowering_that_fails_falls_back() -> None:
         assert ptx(N=16) == stock(N=16)
 
 
-def check_hooks_compose() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_hooks_compose(first: bool) -> None:
     """One that watches TTGIR, installed before ours, or after it and calling it."""
-    for first in (True, False):
-        seen: list[str] = []
+    seen: list[str] = []
+    ours: Any = None
 
-        def watch(*args: Any, before: Any = None, seen: list[str] = seen) -> Any:
-            if not args:
-                key, hashed = before() if before else ("", "")
-                return f"watch{key}", f"watch{hashed}"
-            if before:
-                before(*args)
-            stages = args[1]
-            ttgir = stages["ttgir"]
+    def watch(*args: Any) -> Any:
+        if not args:
+            key, hashed = ours() if ours else ("", "")
+            return f"watch{key}", f"watch{hashed}"
+        if ours:
+            ours(*args)
+        stages = args[1]
+        ttgir = stages["ttgir"]
 
-            def watched(module: Any, metadata: Any) -> Any:
-                module = ttgir(module, metadata)
-                seen.append(str(module))
-                return module
+        def watched(module: Any, metadata: Any) -> Any:
+            module = ttgir(module, metadata)
+            seen.append(str(module))
+            return module
 
-            stages["ttgir"] = watched
-            return None
+        stages["ttgir"] = watched
+        return None
 
-        with without():
-            if first:
-                knobs.runtime.add_stages_inspection_hook = watch
-            else:
-                turing.install()
-                ours = knobs.runtime.add_stages_inspection_hook
-                knobs.runtime.add_stages_inspection_hook = lambda *args, ours=ours, watch=watch: (
-                    watch(*args, before=ours)
-                )
+    with without():
+        if not first:
             turing.install()
-            keys = knobs.runtime.add_stages_inspection_hook()
-            assert all("watch" in key and turing.KEY in key for key in keys), keys
-            with patch.object(turing, "KEY", f"first {first}"):
-                assert ptx(N=16).count("mma.sync") == ptx(N=16).count(MMA) == 4
-            assert ["nvidia_mma" in text for text in seen] == [True]
+            ours = knobs.runtime.add_stages_inspection_hook
+        knobs.runtime.add_stages_inspection_hook = watch
+        turing.install()
+        keys = knobs.runtime.add_stages_inspection_hook()
+        assert all("watch" in key and turing.KEY in key for key in keys), keys
+        with patch.object(turing, "KEY", f"first {first}"):
+            assert ptx(N=16).count("mma.sync") == ptx(N=16).count(MMA) == 4
+    assert ["nvidia_mma" in text for text in seen] == [True]
 
 
-def check_install_again_is_the_same() -> None:
+def test_install_again_is_the_same() -> None:
     hook = knobs.runtime.add_stages_inspection_hook
     turing.install()
     assert knobs.runtime.add_stages_inspection_hook is hook
 
 
-def check_the_cache_keeps_both_kinds_apart() -> None:
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_the_cache_keeps_both_kinds_apart(tmp_path: Path, hooked_first: bool) -> None:
     """One folder, with and without the hook, in either order, and for other GPUs the same entry."""
-    for hooked_first in (True, False):
-        with tempfile.TemporaryDirectory() as folder, patch.object(knobs.cache, "dir", folder):
-            kernels = {}
-            for hooked in (hooked_first, not hooked_first, hooked_first):
-                with contextlib.nullcontext() if hooked else without():
-                    kernels[hooked] = made()
-                assert (MMA in kernels[hooked].asm["ptx"]) == hooked
-            assert kernels[True].hash != kernels[False].hash
+    kernels = {}
+    with patch.object(knobs.cache, "dir", str(tmp_path)):
+        for hooked in (hooked_first, not hooked_first, hooked_first):
+            with contextlib.nullcontext() if hooked else without():
+                kernels[hooked] = made()
+            assert (MMA in kernels[hooked].asm["ptx"]) == hooked
+    assert kernels[True].hash != kernels[False].hash
 
 
-def check_threads() -> None:
+def test_threads(tmp_path: Path) -> None:
     """GPUs of two kinds, kernels that are served and others, all at a time."""
     plans = [
         dict(arch=arch, N=N, types=types)
@@ -190,11 +185,7 @@ def check_threads() -> None:
         for types in ("fp16 fp16 fp32", "fp32 fp32 fp32")
     ]
     alone = [ptx(**plan) for plan in plans]
-    with (
-        without(),
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(knobs.cache, "dir", folder),
-    ):
+    with without(), patch.object(knobs.cache, "dir", str(tmp_path)):
         together: dict[int, str] = {}
 
         def work(i: int) -> None:
@@ -210,13 +201,13 @@ def check_threads() -> None:
         assert not isinstance(knobs.runtime.add_stages_inspection_hook.before, turing.Hook)
 
 
-def check_a_triton_without_the_hook_is_reported() -> None:
+def test_a_triton_without_the_hook_is_reported() -> None:
     bare = SimpleNamespace(runtime=SimpleNamespace())
     with patch.object(turing, "knobs", bare), patch.object(turing, "_tensor_cores_checked", False):
         _assert_refused("no hook")
 
 
-def check_a_triton_with_other_ptx_is_reported() -> None:
+def test_a_triton_with_other_ptx_is_reported() -> None:
     with (
         without(),
         patch.object(turing, "split_mma", lambda text: text),
@@ -235,7 +226,7 @@ def _assert_refused(why: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def check_a_launch_on_sm_75_installs_it_and_no_other() -> None:
+def test_a_launch_on_sm_75_installs_it_and_no_other() -> None:
     for arch in (90, 75):
         with (
             without(),
@@ -247,7 +238,7 @@ def check_a_launch_on_sm_75_installs_it_and_no_other() -> None:
             assert isinstance(hook, turing.Hook) == (arch == 75)
 
 
-def check_a_launch_compiles_with_it() -> None:
+def test_a_launch_compiles_with_it() -> None:
     """The path of `kernel[grid](...)`, for GPUs of two kinds in one process."""
     x = randn(32, 32, dtype=torch.float16)
     z = x.float()
@@ -262,7 +253,7 @@ def _raise(function: Any, e: Exception) -> None:
     raise e
 
 
-def check_spills_are_seen() -> None:
+def test_spills_are_seen() -> None:
     """So what test_compile.py requires of the kernels can fail."""
     kernel = made(N=64, maxnreg=64)  # for 128 accumulators a thread
     registers, stack = sass.usage(kernel.asm["cubin"])
@@ -275,24 +266,23 @@ def check_spills_are_seen() -> None:
     called.assert_not_called()  # the text is kept
 
 
-def check_compiled_kernels_are_printed_and_written() -> None:
-    options, out = ["--only", "embed_tokens C=384"], io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(out):
-            assert aot.main([*options, "--dump", folder]) == 0
-        files = {file.suffix: file.read_bytes() for file in Path(folder).iterdir()}
-        count = len(os.listdir(folder))
-    title, _, heading, *rows = out.getvalue().splitlines()
+def test_compiled_kernels_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert aot.main(["--only", "embed_tokens C=384", "--dump", str(tmp_path)]) == 0
+    files = [*tmp_path.iterdir()]
+    title, _, heading, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("sm_75, Triton ")
     assert heading.split() == list(aot.COLUMNS)
     assert {row.split()[0] for row in rows} == {"decode_tokens._embed_kernel"}
-    assert b".target sm_75" in files[".ptx"]
-    assert b"EXIT" in files[".sass"]
-    assert files[".cubin"].startswith(b"\x7fELF")
-    assert count == 3 * len(rows)
+    assert len(files) == 3 * len(rows)
+    contents = {file.suffix: file.read_bytes() for file in files}
+    assert b".target sm_75" in contents[".ptx"]
+    assert b"EXIT" in contents[".sass"]
+    assert contents[".cubin"].startswith(b"\x7fELF")
 
 
-def check_a_launch_compiles_with_measured_options() -> None:
+def test_a_launch_compiles_with_measured_options() -> None:
     cases = [c for c in aot.shapes.every(90) if c.shape == "N=1536 no bias float16"]
     tile = dict(BLOCK_M=2, BLOCK_N=1024, num_warps=4)
     table = {(f"gelu {name}", 1536, 2): tile for name in ("forward", "backward")}
@@ -300,37 +290,17 @@ def check_a_launch_compiles_with_measured_options() -> None:
     assert [row["warps"] for row in aot.report(90, cases, quick=True)["kernels"]] == [4, 4]
 
 
-def check_doctor_compiles_matmuls_to_find_tensor_cores() -> None:
+def test_doctor_compiles_matmuls_to_find_tensor_cores() -> None:
     report = doctor.Report()
     doctor._matmuls(report, torch.device("cpu"))
     line = " ".join(str(report).split())
     assert "float32 uses scalar FMA, float16 uses tensor cores (sm_75)" in line, line
 
 
-def check_stock_attention_has_no_tensor_cores() -> None:
+def test_stock_attention_has_no_tensor_cores() -> None:
     case = next(c for c in aot.shapes.every(75) if c.shape == "D=16 p=0.0 T=256 float16")
     tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1)  # scalar, it unrolls far
     with patch.object(attention_tiles, "default_tiles", lambda *args: tile):
         rows = aot.report(75, [case], stock=True)["kernels"]
     assert len(rows) == 3
     assert all(r["kernel_HMMA"] == 0 and r["kernel_FFMA"] > 300 for r in rows), aot.table(rows)
-
-
-def main() -> dict[str, str]:
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        knobs.cache.dir = folder  # what is in a cache compiles no more, and warns no more
-        turing.install()
-        every = re.findall(r"^def (check_\w+)", Path(__file__).read_text(), re.MULTILINE)
-        for name in sys.argv[1:] or every:
-            try:
-                globals()[name]()
-            except Exception:
-                found[name] = traceback.format_exc()[-2000:]
-            else:
-                found[name] = ""
-    return found
-
-
-if __name__ == "__main__":
-    json.dump(main(), sys.stdout)
