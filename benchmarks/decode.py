@@ -117,7 +117,7 @@ def nodes(model: GPT, dtype: torch.dtype, batch: int) -> int | str | None:
     """The number of kernels, copies and fills per token, or the error message."""
     try:
         decoder = Decoder(model, batch, SampleConfig(temperature=TEMPERATURE), dtype, graph=False)
-        decoder.prefill({i: [0] for i in range(batch)})
+        decoder.prefill([[0]] * batch, range(batch))
         decoder.step()
         return profiler.counts(decoder.step, decoder.tokens.device)[0]
     except Exception as e:  # the times are valid without the count

@@ -59,7 +59,7 @@ class Decoder:
         # Per sequence: the number of sampled tokens, and the position of the last one.
         self.counts = torch.zeros(B, 2, dtype=torch.int64, device=device)
         self.seed = torch.full((), config.seed, dtype=torch.int64, device=device)
-        self.sampled, self.positions = 0, [0] * B  # the host's copy of the counts
+        self.sampled = 0  # the host's copy of the first count
         self.blocks = [self._block_parameters(b) for b in cast(Sequence[Block], model.blocks)]
         self.last_norm = Affine(model.ln_f.weight, model.ln_f.bias)
         self.head = model.wte.weight.to(self.dtype)
@@ -88,27 +88,26 @@ class Decoder:
         bias = cast(Tensor | None, linear.bias)
         return Affine(linear.weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def prefill(self, prompts: dict[int, list[int]]) -> None:
-        """Fills the cache. prompts: for each sequence, the tokens that precede its next token.
+    def prefill(self, windows: Sequence[list[int]], rows: Sequence[int]) -> None:
+        """Fills the cache. windows: for each sequence, the tokens that precede its next token.
 
-        All but the last token of a prompt, which the next step reads, go through the model at once.
-        Prompts are padded at their ends; these positions are overwritten before they are used.
+        rows: the sequences whose tokens are not in the cache. All but the last token, which the
+        next step reads, go through the model at once. They are padded at their ends; these
+        positions are overwritten before they are used.
         """
-        device = self.tokens.device
-        for sequence, prompt in prompts.items():
-            self.positions[sequence] = len(prompt) - 1
-        self.counts.copy_(torch.tensor([[self.sampled, position] for position in self.positions]))
+        device, prompts = self.tokens.device, [windows[i][:-1] for i in rows]
+        self.counts.copy_(torch.tensor([[self.sampled, len(window) - 1] for window in windows]))
         if self.sampled == 0:
-            self.tokens[:, -1] = torch.tensor([p[-1] for p in prompts.values()], device=device)
-        longest = max(len(prompt) - 1 for prompt in prompts.values())
+            self.tokens[:, -1] = torch.tensor([window[-1] for window in windows], device=device)
+        longest = max(map(len, prompts))
         if longest == 0:
             return
         T = min(self.model.config.context, -(-longest // PREFILL_MULTIPLE) * PREFILL_MULTIPLE)
-        idx = torch.tensor([p[:-1] + [0] * (T + 1 - len(p)) for p in prompts.values()])
-        everyone = len(prompts) == len(self.positions)
-        self.cache.rows = slice(None) if everyone else torch.tensor([*prompts], device=device)
+        idx = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=device)
+        everyone = len(rows) == len(windows)
+        self.cache.rows = slice(None) if everyone else torch.tensor(rows, device=device)
         with matmuls_in(self.dtype, self.model):
-            self.model.hidden(idx.to(device), cache=self.cache)  # no logits are needed
+            self.model.hidden(idx, cache=self.cache)  # no logits are needed
 
     def step(self) -> None:
         """Samples the next token of each sequence into `tokens`, without the host waiting."""
@@ -142,7 +141,6 @@ class Decoder:
             self.run()
         ring = self.tokens.tolist()  # here the host waits for the device
         first, self.sampled = self.sampled, self.sampled + n
-        self.positions = [position + n for position in self.positions]
         for number in range(first, self.sampled):
             tokens = [row[number % RING_SIZE] for row in ring]
             if min(tokens) < 0:

@@ -23,6 +23,7 @@ from irongpt.files import damaged
 from irongpt.generation.decode import Decoder, matmuls_in
 from irongpt.model import GPT
 
+READ_EVERY = {"cuda": RING_SIZE}  # tokens that a device generates before the host reads them; or 1
 HEALED = 2**31 - 1  # the number by which a healed token is sampled; no generated token has it
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Formats that are shown: joiners, direction marks and tags, which Persian, Mongolian, Indic scripts
@@ -54,7 +55,6 @@ def generate_batch(
     config: SampleConfig,
     dtype: torch.dtype | None = None,
     graph: bool = True,
-    read_every: int | None = None,
 ) -> Iterator[list[int]]:
     """Yields, `config.tokens` times, the next token of every prompt's continuation.
 
@@ -62,29 +62,28 @@ def generate_batch(
     is a pure function of the seed, the prompt's index and the token's number: the same seed gives
     the same tokens, and no random generator is used.
 
-    dtype, graph: see `Decoder`. read_every: how many tokens a device generates before the host
-    reads them, by default 32 on a GPU and 1 on a CPU; at most 32.
+    dtype, graph: see `Decoder`.
     """
     context, device = model.config.context, model.wte.weight.device
-    read_every = min(read_every or (RING_SIZE if device.type == "cuda" else 1), RING_SIZE)
     windows = [list(prompt[-context:]) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
         decoder = Decoder(model, len(prompts), config, dtype, graph)
-        unread, left = dict(enumerate(windows)), config.tokens
+        unread, left = [*range(len(windows))], config.tokens
         while left:
             if unread:
-                decoder.prefill(unread)
-            n = min(read_every, left, *(context + 1 - len(window) for window in windows))
+                decoder.prefill(windows, unread)
+            room = context + 1 - max(map(len, windows))
+            n = min(READ_EVERY.get(device.type, 1), left, room)
             for tokens in decoder.generate(n):
                 yield tokens
                 for window, token in zip(windows, tokens, strict=True):
                     window.append(token)
             left -= n
-            unread = {i: window for i, window in enumerate(windows) if len(window) > context}
-            for window in unread.values():
-                del window[: -max(1, context // 2)]
+            unread = [i for i, window in enumerate(windows) if len(window) > context]
+            for i in unread:
+                del windows[i][: -max(1, context // 2)]
     finally:
         model.train(was_training)
 

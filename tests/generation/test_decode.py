@@ -30,7 +30,7 @@ class Given(Decoder):
     def start(self, idx: Tensor, prompt: int) -> Tensor:
         """Logits of all but the first `prompt` - 1 positions of idx (B, T)."""
         self.idx, self.logits = idx, []
-        self.prefill({b: row[:prompt].tolist() for b, row in enumerate(idx)})
+        self.prefill(idx[:, :prompt].tolist(), range(len(idx)))
         for _ in range(prompt, idx.shape[1] + 1):
             self.step()
         return torch.stack(self.logits, 1)
@@ -70,7 +70,7 @@ def test_fused_logits_are_within_tolerance(dtype: torch.dtype, B: int) -> None:
 
 
 class Double(Graph):
-    """A graph without a GPU: a replay runs the step while the host's counts are hidden."""
+    """A graph without a GPU: a replay runs the step while the host's count is hidden."""
 
     replays = 0
 
@@ -83,11 +83,10 @@ class Double(Graph):
     def _replay(self) -> None:
         Double.replays += 1
         decoder: Any = self._step().__self__
-        counts = decoder.sampled, decoder.positions
-        decoder.sampled = decoder.positions = None
+        sampled, decoder.sampled = decoder.sampled, None
         with nothing_waits():
             self.step()
-        decoder.sampled, decoder.positions = counts
+        decoder.sampled = sampled
 
 
 @both_ops
@@ -106,7 +105,8 @@ def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypat
 
             patch.setattr(sample, "Decoder", Graphed)
             Double.replays = 0
-            graphed = list(sample.generate_batch(model, prompts, config, dtype, read_every=32))
+            patch.setitem(sample.READ_EVERY, "cpu", 32)
+            graphed = list(sample.generate_batch(model, prompts, config, dtype))
         assert Double.replays == config.tokens - decode.WARMUP
         assert graphed == plain
 
@@ -115,7 +115,7 @@ def test_a_graph_without_a_result_gives_none() -> None:
     model = build()
     with torch.inference_mode():
         decoder = Decoder(model, 1, GREEDY)
-        decoder.prefill({0: [1]})
+        decoder.prefill([[1]], [0])
         run = Double(decoder.step, decoder.tokens.device, 1)
         assert [run() for _ in range(3)] == [None] * 3
     assert decoder.counts.tolist() == [[3, 3]]
@@ -142,7 +142,7 @@ def test_a_token_of_six_layers_is_33_kernels() -> None:
     config = replace(CONFIG, n_layer=6, bias=False)
     with torch.inference_mode():
         decoder = Decoder(build(config, fused).eval(), 1, SampleConfig(), torch.float16)
-        decoder.prefill({0: [1]})
+        decoder.prefill([[1]], [0])
         with sanitize() as report, _Kernels() as pytorch:
             decoder.step()
     assert pytorch.calls == []
@@ -170,7 +170,7 @@ def test_a_graph_generates_the_tokens_of_its_steps(ops, B: int, dtype: torch.dty
 def test_the_host_never_waits_in_a_decoding_step() -> None:
     with torch.inference_mode():
         decoder = Decoder(build(ops=fused).to(DEVICE).eval(), 2, SampleConfig(), torch.float16)
-        decoder.prefill({0: [1], 1: [2]})
+        decoder.prefill([[1], [2]], [0, 1])
         for _ in range(4):
             decoder.run()
         with nothing_waits():
