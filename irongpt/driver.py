@@ -52,30 +52,26 @@ def why_gpu_not_found(torch: str, cuda: str | None, reason: str) -> str | None:
     driver = version()
     if driver is None and not DEVICE_FILE.exists():
         return None
-    on_cpu = "or use the CPU: --device cpu"
+    number = int(driver.split(".")[0]) if driver else 0
+    fits = [PACKAGES[major] for major, oldest in OLDEST.items() if number >= oldest]
+    installs = [f"run `pip install --force-reinstall {packages}`" for packages in fits[:1]]
+    ways = ["update the driver", *installs]
+    needed = OLDEST.get(int((cuda or "0").split(".")[0]), 0)
     if driver is None:
-        return (
-            f"torch {torch} finds no GPU, and nvidia-smi fails: repair the NVIDIA driver, {on_cpu}"
+        why = "finds no GPU, and nvidia-smi fails: repair the NVIDIA driver"
+    elif cuda is None:
+        why = f"is built without CUDA, and NVIDIA driver {driver} is here: {ways[-1]}"
+    elif number < needed:
+        why = (
+            f"is built for CUDA {cuda}, which needs NVIDIA driver {needed} or newer, and this is "
+            f"{driver}: {', or '.join(ways)}"
         )
-    number = int(driver.split(".")[0])
-    fits = next((major for major, oldest in OLDEST.items() if number >= oldest), None)
-    install = "update the driver" + (
-        f", or run `pip install --force-reinstall {PACKAGES[fits]}`" if fits else ""
-    )
-    if cuda is None:
-        return f"torch {torch} is built without CUDA, and NVIDIA driver {driver} is here: " + (
-            f"{install.removeprefix('update the driver, or ')}, {on_cpu}"
+    else:
+        why = (
+            f"finds no GPU, though NVIDIA driver {driver} is here ({reason}): check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES"
         )
-    oldest = OLDEST.get(int(cuda.split(".")[0]), 0)
-    if number < oldest:
-        return (
-            f"torch {torch} is built for CUDA {cuda}, which needs NVIDIA driver {oldest} or newer, "
-            f"and this is {driver}: {install}, {on_cpu}"
-        )
-    return (
-        f"torch {torch} finds no GPU, though NVIDIA driver {driver} is here ({reason}): check "
-        f"nvidia-smi and CUDA_VISIBLE_DEVICES, {on_cpu}"
-    )
+    return f"torch {torch} {why}, or use the CPU: --device cpu"
 
 
 def too_old_for(ptx: str) -> str | None:

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 def png(figure: "Figure") -> bytes:
     """The figure as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

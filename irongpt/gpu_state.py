@@ -27,34 +27,24 @@ QUERIES: dict[str, tuple[Any, ...]] = {  # a function of NVML and its argument, 
 def query(device: torch.device) -> dict[str, Any] | None:
     """The state of a CUDA device now, by the names of QUERIES, each None if the GPU does not
     report it; None without nvidia-ml-py or an NVIDIA driver."""
-    nvml = _nvml()
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except Exception:  # NVML has its own
+        return None
 
     def get(name: str, *args: Any) -> Any:
         try:
-            return getattr(nvml, f"nvmlDeviceGet{name}")(*args)
+            return getattr(nvml, f"nvmlDeviceGet{name}")(gpu, *args)
         except nvml.NVMLError:
             return None
 
-    gpu = nvml and get("HandleByUUID", f"GPU-{uuid}")
-    if gpu is None:
-        return None
-    now = {name: get(function, gpu, *of) for name, (function, *of) in QUERIES.items()}
+    now = {name: get(*of) for name, of in QUERIES.items()}
     known = {name: value for name, value in now.items() if value is not None}
     now |= {name: value / 1e3 for name, value in known.items() if name.endswith("watt")}
     if (reasons := now["throttled_by"]) is not None:
         now["throttled_by"] = [x for bit, x in THROTTLE.items() if reasons & bit]
     return now
-
-
-def _nvml() -> Any:
-    """The module pynvml of nvidia-ml-py, initialised; None if that fails."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        return pynvml
-    except pynvml.NVMLError:
-        return None
