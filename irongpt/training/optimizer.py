@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from irongpt_kernels import Ops, builtin
 from irongpt_kernels.eager import GradStats
-from torch import Tensor, nn
+from torch import Tensor
 
 from irongpt.config import TrainConfig
+from irongpt.model import GPT
 from irongpt.training.distributed import World
 from irongpt.training.muon import Muon, matmul_dtype
 from irongpt.training.shards import Shards
+
+GROWTH_INTERVAL = 2000  # steps
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -43,22 +46,6 @@ def average_decay_at(step: int, config: TrainConfig) -> float:
     return min(config.ema, (1 + step) / (10 + step))
 
 
-class LossScaler:
-    """Dynamic loss scaling (Micikevicius et al. 2018).
-
-    Float16 gradients below 3e-8 become zero, so the loss is multiplied by a scale, which is halved
-    after a non-finite gradient and doubled after `growth_interval` steps without one. Unless
-    `enabled` it stays 1. The op `grad_norm` updates both tensors.
-    """
-
-    growth_interval = 2000
-
-    def __init__(self, enabled: bool, device: torch.device) -> None:
-        self.enabled = enabled
-        self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
-        self.growth_tracker = torch.tensor(0, device=device)
-
-
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
@@ -66,25 +53,30 @@ class Optimizer:
     every step updates the copy too. With config.ema it also keeps an exponential moving average of
     the parameters (Polyak and Juditsky 1992), which is better than each step's parameters while the
     learning rate is high.
+
+    Float16 gradients below 3e-8 become zero, so the loss is multiplied by `scale`, which is halved
+    after a non-finite gradient and doubled after GROWTH_INTERVAL steps without one (Micikevicius et
+    al. 2018). In other dtypes it stays 1. The op `grad_norm` updates it.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GPT,
         config: TrainConfig,
-        scaler: LossScaler,
-        lr: Tensor,
-        ops: Ops = builtin,
-        low_precision_params: dict[Tensor, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        ops: Ops = builtin,
         world: World | None = None,
     ) -> None:
-        """lr: the learning rate, 0-d float32 on the parameters' device, read by every step.
-
-        low_precision_params: parameter -> its 16-bit copy. dtype: that of the step's matmuls.
-        """
-        self.config, self.scaler, self.lr, self.ops = config, scaler, lr, ops
-        self.low_precision_params = low_precision_params or {}
+        """model: on the device that trains. dtype: that of the step's matmuls."""
+        self.config, self.ops = config, ops
+        device = next(model.parameters()).device
+        self.lr = torch.zeros((), device=device)  # read by every step
+        self.scaled = dtype == torch.float16
+        self.scale = torch.tensor(65536.0 if self.scaled else 1.0, device=device)
+        self.growth_tracker = torch.tensor(0, device=device)
+        self.low_precision_params = (  # parameter -> its 16-bit copy
+            model.make_low_precision_params(dtype) if dtype.itemsize == 2 else {}
+        )
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         matrices = [
             p for p, name in self.names.items() if name.startswith("blocks.") and p.dim() == 2
@@ -93,7 +85,7 @@ class Optimizer:
             matrices if config.optimizer == "muon" else [],
             config.momentum,
             config.weight_decay,
-            matmul_dtype(dtype, lr.device),
+            matmul_dtype(dtype, device),
             ops,
             config.shards,
             world,
@@ -105,9 +97,9 @@ class Optimizer:
             {p: torch.zeros_like(p, requires_grad=False) for p in self.adamw_params}
             for _ in range(2)
         )
-        self.steps = torch.zeros(len(self.adamw_params), device=lr.device)
+        self.steps = torch.zeros(len(self.adamw_params), device=device)
         self.average = {p: p.detach().clone() for p in self.names} if config.ema else {}
-        self.new_share = torch.zeros((), device=lr.device)  # 1 - the average's decay at this step
+        self.new_share = torch.zeros((), device=device)  # 1 - the average's decay at this step
 
     def zero_grad(self) -> None:
         for p in (*self.names, *self.low_precision_params.values()):
@@ -149,12 +141,10 @@ class Optimizer:
         whose gradient norm is not finite changes neither parameters nor moments. Returns the norm
         of the unscaled gradients before clipping, 0-d.
         """
-        config, scaler, low = self.config, self.scaler, self.low_precision_params
-        state = scaler.scale, scaler.growth_tracker, self.steps
-        options: dict[str, Any] = dict(
-            max_norm=config.grad_clip,
-            growth_interval=scaler.growth_interval if scaler.enabled else 0,
-        )
+        config, low = self.config, self.low_precision_params
+        state = self.scale, self.growth_tracker, self.steps
+        growth_interval = GROWTH_INTERVAL if self.scaled else 0
+        options: dict[str, Any] = dict(max_norm=config.grad_clip, growth_interval=growth_interval)
         if shards is None or summands is None:
             gradients = self.gradients()
             stats = self.ops.grad_norm(gradients, *state, **options)
@@ -204,20 +194,25 @@ class Optimizer:
     def _state(self) -> dict[str, Tensor]:
         state = {f"momentum.{self.names[p]}": m for p, m in self.muon.momentum.items()}
         for i, p in enumerate(self.adamw_params):
-            moments = self.steps[i], self.exp_avg[p], self.exp_avg_sq[p]
-            for key, t in zip(("step", "exp_avg", "exp_avg_sq"), moments, strict=True):
-                state[f"{key}.{self.names[p]}"] = t
+            name = self.names[p]
+            state[f"step.{name}"] = self.steps[i]
+            state[f"exp_avg.{name}"] = self.exp_avg[p]
+            state[f"exp_avg_sq.{name}"] = self.exp_avg_sq[p]
         return state | {f"average.{self.names[p]}": a for p, a in self.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Step counts, moments and average, named `<kind>.<parameter>`.
+        """Step counts, moments and average, named `<kind>.<parameter>`, and the loss scale.
 
         Views are cloned, as safetensors requires.
         """
-        return {
+        state = {
             name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t
             for name, t in self._state().items()
         }
+        if self.scaled:
+            state["scaler.scale"] = self.scale
+            state["scaler.good_steps"] = self.growth_tracker
+        return state
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restores the result of `tensors`. Raises KeyError or ValueError if it does not fit."""
@@ -227,3 +222,6 @@ class Optimizer:
                 raise ValueError(f"{name} has another shape")
         for name, t in state.items():
             t.copy_(tensors[name])
+        if self.scaled and "scaler.scale" in tensors:  # not if the run had another dtype
+            self.scale.copy_(tensors["scaler.scale"])
+            self.growth_tracker.copy_(tensors["scaler.good_steps"])

@@ -16,8 +16,8 @@ from irongpt.config import TrainConfig
 from irongpt.cuda_graph import Graph
 from irongpt.data.batches import Tokens, TrainBatches, evenly_spaced, every_target
 from irongpt.model import DROPOUTS_PER_BLOCK, GPT
-from irongpt.training import optimizer
 from irongpt.training.distributed import World
+from irongpt.training.optimizer import Optimizer, average_decay_at, lr_at
 from irongpt.training.shards import Shards
 
 INT32_FROM = 1 << 27  # ids: this many or more are int32 on a GPU, as int64 would take a gigabyte
@@ -49,19 +49,9 @@ class Trainer:
         train_ids, self.val_ids = (self._on_device(t) for t in (self.tokens.train, self.tokens.val))
         self.train_batches = TrainBatches(train_ids, context, config.batch_size, config.seed)
         self.eval_batch = max(1, EVAL_TOKENS // context)
-        self.scaler = optimizer.LossScaler(dtype == torch.float16, device)
-        self.lr = torch.zeros((), device=device)
-        self.optimizer = optimizer.Optimizer(
-            model,
-            config,
-            self.scaler,
-            self.lr,
-            # Eager's optimizer loops over tensors, a thousand kernels: too slow to train with.
-            builtin if model.ops is eager else model.ops,
-            model.make_low_precision_params(dtype) if dtype.itemsize == 2 else None,
-            dtype,
-            world,
-        )
+        # Eager's optimizer loops over tensors, a thousand kernels: too slow to train with.
+        ops = builtin if model.ops is eager else model.ops
+        self.optimizer = Optimizer(model, config, dtype, ops, world)
         params, count = list(self.optimizer.names), config.shards
         self.shards = Shards(params, count, dtype, world) if count > 1 else None
         # Inputs of a step, one row per forward pass, which the host fills in place.
@@ -110,9 +100,9 @@ class Trainer:
                 dropouts = number * DROPOUTS_PER_BLOCK * self.model.config.n_layer
                 self.seeds[row].fill_((config.seed << 32) + dropouts)
                 row += 1
-        self.lr.fill_(optimizer.lr_at(self.step, config))
+        self.optimizer.lr.fill_(lr_at(self.step, config))
         if config.ema:
-            self.optimizer.new_share.fill_(1 - optimizer.average_decay_at(self.step, config))
+            self.optimizer.new_share.fill_(1 - average_decay_at(self.step, config))
 
     def _run_step(self) -> Tensor:
         """The step on the inputs that are filled in, entirely on the device (see `cuda_graph`)."""
@@ -120,7 +110,7 @@ class Trainer:
             return self._run_shards(self.shards)
         n = self.config.grad_accum
         self.optimizer.zero_grad()
-        scale = self.scaler.scale.clone()
+        scale = self.optimizer.scale.clone()
         losses = [self._backward(i) for i in range(n)]
         loss = torch.stack(losses).sum() / n if n > 1 else losses[0]
         norm = self.optimizer.step()
@@ -129,7 +119,7 @@ class Trainer:
     def _run_shards(self, shards: Shards) -> Tensor:
         """A step whose gradients are the sum of those of all processes' shards."""
         n = self.config.grad_accum
-        scale = self.scaler.scale.clone()
+        scale = self.optimizer.scale.clone()
         for k in range(len(shards.own)):
             self.optimizer.zero_grad()
             losses = [self._backward(k * n + i) for i in range(n)]
@@ -143,7 +133,7 @@ class Trainer:
     def _backward(self, i: int) -> Tensor:
         """Adds the scaled gradients of forward pass i to those before. Returns its loss."""
         n = self.config.grad_accum * self.config.shards
-        scale = self.scaler.scale / n if n > 1 else self.scaler.scale
+        scale = self.optimizer.scale / n if n > 1 else self.optimizer.scale
         loss = self._loss(i, scale)
         loss.backward(scale)
         if self.config.grad_accum > 1:
@@ -223,12 +213,8 @@ class Trainer:
         return ids.to(self.device, torch.int64 if ids.numel() < INT32_FROM else torch.int32)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's moments, the loss scale and the global generators' states."""
-        tensors = self.optimizer.tensors()
-        if self.scaler.enabled:
-            tensors["scaler.scale"] = self.scaler.scale
-            tensors["scaler.good_steps"] = self.scaler.growth_tracker
-        tensors["rng.cpu"] = torch.get_rng_state()
+        """The optimizer's state, and the global generators' states."""
+        tensors = {**self.optimizer.tensors(), "rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
@@ -241,12 +227,9 @@ class Trainer:
         self.step = step
         if step:
             self.optimizer.restore(tensors)
-        elif self.optimizer.average:
+        else:  # an imported model has no state of an optimizer
             for p, average in self.optimizer.average.items():
                 average.copy_(p.detach())
-        if self.scaler.enabled and "scaler.scale" in tensors:
-            self.scaler.scale.copy_(tensors["scaler.scale"])
-            self.scaler.growth_tracker.copy_(tensors["scaler.good_steps"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -275,11 +258,11 @@ class Trainer:
 
         with register_module_forward_hook(record):
             self._fill_inputs()
-            loss = self._loss(0, self.scaler.scale)
+            loss = self._loss(0, self.optimizer.scale)
         check("the loss", loss)
         if not found:
             self.optimizer.zero_grad()
-            loss.backward(self.scaler.scale)
+            loss.backward(self.optimizer.scale)
             for name, p in reversed(list(self.model.named_parameters())):
                 check(f"the gradient of {name}", self.optimizer.gradient(p))
         return found[0] if found else "none in the next step: only the gradients' norm overflows"

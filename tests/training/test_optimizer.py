@@ -30,9 +30,11 @@ def optimizer_of(
     net: nn.Module, loss_scale: float | None = None, name: str = "adamw", lr: float = CONFIG.lr
 ) -> optim.Optimizer:
     """Without a loss scale, or with one as in float16, from the given value on."""
-    scaler = optim.LossScaler(loss_scale is not None, CPU)
-    scaler.scale.fill_(loss_scale or 1.0)
-    return optim.Optimizer(net, replace(CONFIG, optimizer=name), scaler, torch.tensor(lr))
+    optimizer = optim.Optimizer(net, replace(CONFIG, optimizer=name))
+    optimizer.lr.fill_(lr)
+    optimizer.scaled = loss_scale is not None
+    optimizer.scale.fill_(loss_scale or 1.0)
+    return optimizer
 
 
 def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
@@ -42,7 +44,7 @@ def give_gradients(net: nn.Module, step: int, scale: float = 1.0) -> None:
 
 
 def snapshot(net: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
-    return [t.detach().clone() for t in [*net.parameters(), *optimizer.tensors().values()]]
+    return [t.detach().clone() for t in [*net.parameters(), *optimizer._state().values()]]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, n
     assert not norm.isfinite()
     after = snapshot(net, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert optimizer.scaler.scale == (32768 if scale else 1)
+    assert optimizer.scale == (32768 if scale else 1)
     give_gradients(net, 3)
     optimizer.step()
     after = snapshot(net, optimizer)
@@ -220,8 +222,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad, scale, n
 
 def test_the_average_of_the_weights_follows_them() -> None:
     config, net = replace(CONFIG, ema=0.5), Net()
-    scaler = optim.LossScaler(False, CPU)
-    optimizer = optim.Optimizer(net, config, scaler, torch.tensor(config.lr))
+    optimizer = optim.Optimizer(net, config)
+    optimizer.lr.fill_(config.lr)
     expected = [p.detach().clone() for p in net.parameters()]
     decays = [optim.average_decay_at(step, config) for step in range(12)]
     assert decays[:3] == [0.1, 2 / 11, 3 / 12]

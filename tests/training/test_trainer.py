@@ -211,10 +211,10 @@ def test_a_run_can_change_its_dtype():
     train(t, 3)
     other = trainer()
     other.restore(3, t.optimizer_tensors())
-    assert other.scaler.scale == 1
+    assert other.optimizer.scale == 1
     back = trainer(dtype=torch.float16)
     back.restore(3, other.optimizer_tensors())
-    assert back.scaler.scale == 65536
+    assert back.optimizer.scale == 65536
 
 
 def test_training_survives_many_overflows():
