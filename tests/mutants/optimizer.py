@@ -38,7 +38,7 @@ ADAMW: list[Bug] = [
     ("copies are those of every weight", "p, mask & has_copy,", "p, mask,"),
     ("no copy is written", "        if N_COPIES > 0:\n            _store(",
      "        if N_COPIES < 0:\n            _store("),
-    ("later launches read the first steps", "steps[a:]", "steps"),
+    ("later launches read the first steps", "state_steps[part]", "state_steps"),
 ]  # fmt: skip
 
 MUON: list[Bug] = [
@@ -80,9 +80,9 @@ MUON: list[Bug] = [
     ("no copy is written", "if COPY:", "if not COPY:"),
     ("the copy is what was before",
      "p.to(dtype), mask=mask)", "(p + lr * scale * u).to(dtype), mask=mask)"),
-    ("later launches read the first momentum", "momentum[a:b], sums[a:b]", "momentum, sums[a:b]"),
-    ("later launches write the first result", "y[a:b], parts, *numbers", "y, parts, *numbers"),
-    ("later launches read the first updates", "some, low, update[a:b]", "some, low, update"),
+    ("later launches read the first momentum", "momentum[part], sums[part]", "momentum, sums[part]"),
+    ("later launches write the first result", "y[part], parts, *numbers", "y, parts, *numbers"),
+    ("later launches read the first updates", "some, low, update[part]", "some, low, update"),
     ("updates of another layout as they are", "update = update.contiguous()", "update = update"),
     ("gradients of another layout as they are", "[aligned(g) for g in grads]", "list(grads)"),
 ]  # fmt: skip

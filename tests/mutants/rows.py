@@ -75,7 +75,7 @@ NORM_PARAMETERS: list[Bug] = [
      "first = tl.where(mine, firsts[i], first)", "first = tl.where(mine, 0, first)"),
     ("a transposed matrix is read as it lies", "aligned(m.float())", "m.float()"),
     ("the first matrices again",
-     "some, out = matrices[i : i + MAX_TENSORS]", "some, out = matrices[:MAX_TENSORS]"),
+     "some, out = tuple(matrices[part])", "some, out = tuple(matrices[: part.stop - part.start])"),
     ("sums in the order of the parameters that have none",
      "[None if m is None else next(sums) for m in partial]",
      "[*sums, *(None for m in partial if m is None)]"),

@@ -31,11 +31,11 @@ from torch import Tensor
 from irongpt_kernels.fused.grad_norm import (
     BLOCK,
     aligned,
-    chunks,
     count_16bit,
-    layout,
+    launches,
     load,
     load_gradient,
+    programs,
     select_address,
 )  # fmt: skip
 from irongpt_kernels.runtime import checks
@@ -130,16 +130,16 @@ def _adamw(
         raise ValueError(f"weight_decays must have {len(params)} values, got {len(weight_decays)}")
     grads = [aligned(g) for g in grads]
     betas = [x for beta in (beta1, beta2) for x in (beta, 1 - beta, math.log(beta or 5e-324))]
-    for a, b, count in chunks(params):
-        if not count:
-            continue
-        lists = (grads, params, low_precision_params, exp_avgs, exp_avg_sqs)
-        _adamw_kernel[(count,)](
-            *(tuple(tensors[a:b]) for tensors in lists), *layout(params[a:b]),
-            tuple(weight_decays[a:b]), state_steps[a:], lr, stats, *betas, eps,
-            N=len(params[a:b]), N_16BIT=count_16bit(grads[a:b]),
-            N_COPIES=len(low_precision_params[a:b]), BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    lists = grads, params, low_precision_params, exp_avgs, exp_avg_sqs
+    for part, firsts, count in launches(programs(params)):
+        if count:
+            some = [tuple(tensors[part]) for tensors in lists]
+            numels = tuple(p.numel() for p in params[part])
+            _adamw_kernel[(count,)](
+                *some, firsts, numels, tuple(weight_decays[part]), state_steps[part], lr, stats,
+                *betas, eps, N=len(numels), N_16BIT=count_16bit(some[0]), N_COPIES=len(some[2]),
+                BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
 
 
 adamw = custom_op(

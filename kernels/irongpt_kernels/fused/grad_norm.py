@@ -23,6 +23,9 @@ Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless
 Spec        irongpt_kernels/eager.py::grad_norm, sum_shards
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -133,25 +136,18 @@ def _stats_kernel(
         tl.store(growth_tracker_ptr, tl.where(grow, 0, count))
 
 
-Chunk = tuple[int, int, int]  # first tensor, one past the last, number of programs
+def programs(tensors: list[Tensor]) -> list[int]:
+    """The number of programs of each tensor."""
+    return [triton.cdiv(t.numel(), BLOCK) for t in tensors]
 
 
-def chunks(tensors: list[Tensor]) -> list[Chunk]:
-    """Splits the tensors into launches of at most MAX_TENSORS."""
-    ranges = [(i, i + MAX_TENSORS) for i in range(0, len(tensors), MAX_TENSORS)]
-    return [(a, b, sum(map(_programs, tensors[a:b]))) for a, b in ranges]
-
-
-def _programs(t: Tensor) -> int:
-    return triton.cdiv(t.numel(), BLOCK)
-
-
-def layout(tensors: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The first program of each tensor, and its number of elements."""
-    firsts = [0]
-    for t in tensors:
-        firsts.append(firsts[-1] + _programs(t))
-    return tuple(firsts[:-1]), tuple(t.numel() for t in tensors)
+def launches(counts: list[int]) -> Iterator[tuple[slice, tuple[int, ...], int]]:
+    """Splits tensors into launches of at most MAX_TENSORS. Yields, for each launch, its tensors,
+    the first program of each tensor, and the number of programs. counts: that of each tensor."""
+    for i in range(0, len(counts), MAX_TENSORS):
+        part = slice(i, i + MAX_TENSORS)
+        *firsts, count = itertools.accumulate(counts[part], initial=0)
+        yield part, tuple(firsts), count
 
 
 def aligned(g: Tensor) -> Tensor:
@@ -160,7 +156,7 @@ def aligned(g: Tensor) -> Tensor:
     return g if fits else g.clone(memory_format=torch.contiguous_format)
 
 
-def count_16bit(grads: list[Tensor]) -> int:
+def count_16bit(grads: Sequence[Tensor]) -> int:
     """The number of 16-bit gradients. Raises TypeError unless they come first."""
     count = sum(g.dtype != torch.float32 for g in grads)
     if any(g.dtype != torch.float32 for g in grads[count:]):
@@ -177,18 +173,18 @@ def _grad_norm(
     checks.gradients(grads, [g.shape for g in grads], scale.device)
     _check_state(scale, growth_tracker, state_steps)
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
-    launches = chunks(grads)
-    programs = sum(count for *_, count in launches)
-    sums = torch.empty(programs, dtype=torch.float32, device=scale.device)
+    counts = programs(grads)
+    sums = torch.empty(sum(counts), dtype=torch.float32, device=scale.device)
     done = 0
-    for a, b, count in launches:
-        some = grads[a:b]
+    for part, firsts, count in launches(counts):
+        some = tuple(grads[part])
+        sizes = tuple(g.numel() for g in some)
         options = dict(N=len(some), N_16BIT=count_16bit(some), BLOCK=BLOCK, num_warps=4)
-        _sum_squares_kernel[(count,)](tuple(some), *layout(some), sums[done:], **options)
+        _sum_squares_kernel[(count,)](some, firsts, sizes, sums[done:], **options)
         done += count
     stats = torch.empty(3, dtype=torch.float32, device=scale.device)
     _stats_kernel[(1,)](
-        sums, scale, growth_tracker, state_steps, stats, programs, len(state_steps), max_norm,
+        sums, scale, growth_tracker, state_steps, stats, len(sums), len(state_steps), max_norm,
         GROWTH_INTERVAL=growth_interval, SUMS=SUMS,
         STEPS=launch.block(len(state_steps)), num_warps=4,
     )  # fmt: skip

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.grad_norm import BLOCK, aligned, chunks, load
+from irongpt_kernels.fused.grad_norm import BLOCK, aligned, launches, load, programs
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
@@ -132,15 +132,15 @@ def _muon_momentum(
     grads = [aligned(g) for g in grads]
     y = torch.empty_like(momentum, dtype=dtype)
     size = momentum[0].numel()
-    programs = triton.cdiv(size, BLOCK)
-    parts = min(programs, PARTS)
+    blocks = triton.cdiv(size, BLOCK)
+    parts = min(blocks, PARTS)
     sums = torch.empty(len(grads), parts, dtype=torch.float32, device=y.device)
-    for a, b, _ in chunks(grads):
-        some, m, s = tuple(grads[a:b]), momentum[a:b], sums[a:b]
+    for part, *_ in launches(programs(grads)):
+        some, m, s = tuple(grads[part]), momentum[part], sums[part]
         numbers, options = (size, beta, 1 - beta), dict(N=len(some), BLOCK=BLOCK, num_warps=4)
         _momentum_kernel[(parts, len(some))](some, m, stats, s, *numbers, **options)
-        _nesterov_kernel[(programs, len(some))](
-            some, m, stats, s, y[a:b], parts, *numbers, **options, PARTS=launch.block(parts)
+        _nesterov_kernel[(blocks, len(some))](
+            some, m, stats, s, y[part], parts, *numbers, **options, PARTS=launch.block(parts)
         )
     return y
 
@@ -160,11 +160,11 @@ def _muon_update(
     checks.memory(torch.float32, (3,), device, stats=stats)
     update = update.contiguous()
     size = update[0].numel()
-    for a, b, _ in chunks(params):
-        some, low = tuple(params[a:b]), tuple(low_precision_params[a:b])
+    for part, *_ in launches(programs(params)):
+        some, low = tuple(params[part]), tuple(low_precision_params[part])
         options = dict(N=len(some), COPY=bool(low), BLOCK=BLOCK, num_warps=4)
         _update_kernel[(triton.cdiv(size, BLOCK), len(some))](
-            some, low, update[a:b], lr, stats, size, scale, weight_decay, **options
+            some, low, update[part], lr, stats, size, scale, weight_decay, **options
         )
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.grad_norm import MAX_TENSORS, aligned, load, select_address
+from irongpt_kernels.fused.grad_norm import aligned, launches, load, select_address
 from irongpt_kernels.fused.layer_norm_backward import layer_norm_backward, programs
 from irongpt_kernels.runtime.custom_op import custom_op
 
@@ -65,18 +65,14 @@ def column_sums(matrices: list[Tensor]) -> list[Tensor]:
     """The sum of the rows of each matrix: (M, N) of any sizes -> (N,) float32."""
     matrices = [aligned(m.float()) for m in matrices]
     sums = [m.new_empty(m.shape[1]) for m in matrices]
-    for i in range(0, len(matrices), MAX_TENSORS):
-        some, out = matrices[i : i + MAX_TENSORS], sums[i : i + MAX_TENSORS]
-        firsts = [0]
-        for m in some:
-            firsts.append(firsts[-1] + triton.cdiv(m.shape[1], TILE["BLOCK_N"]))
-        if not firsts[-1]:
-            continue
-        heights, widths = zip(*(m.shape for m in some), strict=True)
-        _column_sums_kernel[(firsts[-1],)](
-            tuple(some), tuple(out), tuple(firsts[:-1]), heights, widths,
-            COUNT=len(some), **TILE,
-        )  # fmt: skip
+    blocks = [triton.cdiv(m.shape[1], TILE["BLOCK_N"]) for m in matrices]
+    for part, firsts, count in launches(blocks):
+        if count:
+            some, out = tuple(matrices[part]), tuple(sums[part])
+            heights, widths = zip(*(m.shape for m in some), strict=True)
+            _column_sums_kernel[(count,)](
+                some, out, firsts, heights, widths, COUNT=len(some), **TILE
+            )
     return sums
 
 
