@@ -117,8 +117,7 @@ def _adamw(
     stats: Tensor, *,
     beta1: float, beta2: float, weight_decays: list[float], eps: float = 1e-8,
 ) -> None:  # fmt: skip
-    """See `eager.adamw`. Raises TypeError or ValueError for tensors that are not as described under
-    Limits in the module's docstring."""
+    """See `eager.adamw`."""
     device, wide, sizes = lr.device, torch.float32, [p.shape for p in params]
     checks.addresses(wide, sizes, device, params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     checks.copies(low_precision_params, sizes[: len(low_precision_params)], device)

@@ -174,10 +174,7 @@ def check_options(
     name: str, q: Tensor, dropout_p: float, seed: "int | Tensor | None", scale: float | None
 ) -> tuple[Tensor, float]:
     """Returns the seed as a tensor and the scale as a float, after checking the arguments that both
-    ops share. q: the tensor argument called `name`, of shape (..., D).
-
-    Raises ValueError for an unsupported D and for options out of range, TypeError for a bad seed.
-    """
+    ops share. q: the tensor argument called `name`, of shape (..., D)."""
     checks.dropout(dropout_p, seed, **{name: q})
     checks.head_dimension(name, q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -190,13 +187,7 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *,
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.causal_attention`. Autocast casts the inputs, as it does for PyTorch's attention.
-
-    Raises TypeError for dtypes other than float32, float16 and bfloat16, and for a seed that is no
-    int or int64 tensor; ValueError for tensors that differ in shape, dtype or device, a D not in
-    16, 32, ..., 128, a dropout_p outside [0, 1) or above 0 without a seed, and a scale that is not
-    finite.
-    """
+    """See `eager.causal_attention`. Autocast casts the inputs, as for PyTorch's attention."""
     checks.tensors(q=q, k=k, v=v)
     checks.shape("BHTD", q=q)
     checks.shape(q.shape, k=k, v=v)
@@ -210,7 +201,7 @@ def causal_attention_packed(
     qkv: Tensor, *,
     dropout_p: float = 0.0, seed: int | Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.causal_attention_packed`. Dtypes, autocast, errors: see `causal_attention`."""
+    """See `eager.causal_attention_packed`. Autocast: see `causal_attention`."""
     checks.tensors(qkv=qkv)
     checks.shape(("B", "T", 3, "H", "D"), qkv=qkv)
     seed, scale = check_options("qkv", qkv, dropout_p, seed, scale)

@@ -185,11 +185,7 @@ _backward_op = custom_op(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """See `eager.cross_entropy`.
-
-    Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
-    targets outside the vocabulary.
-    """
+    """See `eager.cross_entropy`."""
     checks.tensors(logits=logits, integers=dict(targets=targets))
     checks.shape("MV", logits=logits)
     checks.shape((len(logits),), targets=targets)

@@ -107,11 +107,7 @@ _op = custom_op(
 def decode_attention(
     qkv: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """See `eager.decode_attention`.
-
-    Raises TypeError for a dtype other than float32, float16 and bfloat16, and for a position that
-    is not int64; ValueError for shapes, devices and dtypes that do not match.
-    """
+    """See `eager.decode_attention`."""
     integers = dict(position=position)
     checks.tensors(qkv=qkv, cache_k=cache_k, cache_v=cache_v, integers=integers)
     checks.shape(("B", 1, 3, "H", "D"), qkv=qkv)

@@ -128,8 +128,7 @@ def norm_linear(
     bias: Tensor | None = None, *,
     gelu: bool = False, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    """See `eager.norm_linear`. Raises TypeError for an unsupported dtype, ValueError for shapes and
-    devices that do not match."""
+    """See `eager.norm_linear`."""
     vectors = dict(norm_bias=norm_bias, bias=bias)
     checks.tensors(x=x, weight=weight, norm_weight=norm_weight, optional=vectors)
     M, K, _ = _sizes(x, weight, bias)
@@ -143,8 +142,7 @@ def norm_linear(
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `eager.linear_add`. Raises TypeError for an unsupported dtype, ValueError for shapes,
-    devices and dtypes that do not match."""
+    """See `eager.linear_add`."""
     checks.tensors(x=x, weight=weight, residual=residual, optional=dict(bias=bias))
     M, K, N = _sizes(x, weight, bias)
     checks.shape((M, N), residual=residual)

@@ -229,8 +229,7 @@ _sample_op = custom_op("sample_tokens", _sample, mutates=("tokens", "counts"))
 
 
 def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    """See `eager.embed_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
-    without contiguous rows, ValueError for shapes, devices and dtypes that do not match."""
+    """See `eager.embed_tokens`. tokens and counts need contiguous rows."""
     _check(tokens, counts, wte=wte, wpe=wpe)
     checks.shape("VC", wte=wte)
     checks.shape(("context", wte.shape[1]), wpe=wpe)
@@ -244,8 +243,7 @@ def sample_tokens(
     logits: Tensor, tokens: Tensor, counts: Tensor, seed: int | Tensor, *,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
 ) -> None:  # fmt: skip
-    """See `eager.sample_tokens`. Raises TypeError for an unsupported dtype and for tokens or counts
-    without contiguous rows, ValueError also for shapes and devices that do not match."""
+    """See `eager.sample_tokens`. tokens and counts need contiguous rows."""
     _check(tokens, counts, logits=logits)
     checks.shape((len(tokens), "V"), logits=logits)
     checks.seed_of(seed, logits=logits)

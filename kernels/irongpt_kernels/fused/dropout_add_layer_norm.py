@@ -115,8 +115,7 @@ def dropout_add_layer_norm(
     branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     dropout_p: float = 0.0, seed: int | Tensor | None = None, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.dropout_add_layer_norm`. Raises as `layer_norm`, and ValueError for dropout_p > 0
-    without a seed."""
+    """See `eager.dropout_add_layer_norm`."""
     checks.tensors(branch=branch, residual=residual, weight=weight, optional=dict(bias=bias))
     check_shapes(weight, bias, branch=branch)
     checks.shape(branch.shape, residual=residual)

@@ -174,8 +174,7 @@ def embed_layer_norm(
     wte: Tensor, wpe: Tensor, idx: Tensor, weight: Tensor, bias: Tensor | None = None,
     eps: float = 1e-5, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.embed_layer_norm`. Raises as `layer_norm`, TypeError unless idx is int64, and on
-    the CPU ValueError for an id outside the vocabulary."""
+    """See `eager.embed_layer_norm`."""
     integers, optional = dict(idx=idx), dict(bias=bias)
     checks.tensors(wte=wte, wpe=wpe, weight=weight, integers=integers, optional=optional)
     checks.shape("VC", wte=wte)

@@ -148,11 +148,7 @@ _backward_op = custom_op("gelu_backward", gelu_bwd, _fake_bwd)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `eager.gelu`.
-
-    Raises TypeError unless x and bias are float32, float16 or bfloat16; ValueError for a 0-d x, and
-    for a bias whose shape or device does not match.
-    """
+    """See `eager.gelu`."""
     checks.tensors(x=x, optional=dict(bias=bias))
     checks.rows(x=x)
     checks.shape(x.shape[-1:], bias=bias)

@@ -168,8 +168,7 @@ def _grad_norm(
     grads: list[Tensor], scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> Tensor:  # fmt: skip
-    """See `eager.grad_norm`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
+    """See `eager.grad_norm`."""
     checks.gradients(grads, [g.shape for g in grads], scale.device)
     _check_state(scale, growth_tracker, state_steps)
     grads = sorted(map(aligned, grads), key=lambda g: g.dtype == torch.float32)
@@ -202,8 +201,7 @@ def _sum_shards(
     shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `eager.sum_shards`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
+    """See `eager.sum_shards`."""
     checks.shape(("S", "n"), shards=shards)
     checks.same_device(scale=scale, shards=shards)
     if not len(shards):

@@ -131,8 +131,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `eager.layer_norm`. Raises TypeError unless x, weight and bias are float32, float16 or
-    bfloat16, ValueError for shapes and devices that do not match, and for N above 8192."""
+    """See `eager.layer_norm`."""
     checks.tensors(x=x, weight=weight, optional=dict(bias=bias))
     check_shapes(weight, bias, x=x)
     return _op(x, weight, bias, eps, dtype or x.dtype)[0]

@@ -237,11 +237,7 @@ def linear_cross_entropy(
     classes: int | None = None, loss_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `eager.linear_cross_entropy`. If `backward` gets the tensor `loss_scale` itself, it
-    launches nothing. Any other gradient of the loss costs a pass over the gradients.
-
-    Raises TypeError for wrong dtypes, ValueError for wrong shapes and devices and, on the CPU, for
-    targets outside [0, classes).
-    """
+    launches nothing. Any other gradient of the loss costs a pass over the gradients."""
     integers, optional = dict(targets=targets), dict(loss_scale=loss_scale)
     checks.tensors(x=x, weight=weight, integers=integers, optional=optional)
     checks.shape("MC", x=x)

@@ -120,8 +120,7 @@ def _update_kernel(
 def _muon_momentum(
     grads: list[Tensor], momentum: Tensor, stats: Tensor, *, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    """See `eager.muon_momentum`. Raises TypeError or ValueError for tensors that are not as
-    described under Limits in the module's docstring."""
+    """See `eager.muon_momentum`."""
     device, shape = momentum.device, momentum.shape[1:]
     wanted = len(grads), "rows", "columns"
     checks.memory(torch.float32, wanted, device, momentum=momentum)
@@ -150,8 +149,7 @@ def _muon_update(
     stats: Tensor, *,
     scale: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """See `eager.muon_update`. Raises TypeError or ValueError for tensors that are not as described
-    under Limits in the module's docstring."""
+    """See `eager.muon_update`."""
     device, sizes = lr.device, [update.shape[1:]] * len(update)
     checks.tensors(lr=lr, update=update)
     checks.addresses(torch.float32, sizes, device, params=params)

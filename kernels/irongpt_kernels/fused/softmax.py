@@ -220,11 +220,7 @@ _backward_op = custom_op("softmax_backward", softmax_bwd, lambda dy, x, *_: x.ne
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """See `eager.softmax`.
-
-    Raises TypeError unless x is float32, float16 or bfloat16 and scale a number; ValueError for a
-    0-d x, and for a causal x whose last two dimensions differ.
-    """
+    """See `eager.softmax`."""
     checks.tensors(x=x)
     if not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number, got {scale!r}")
