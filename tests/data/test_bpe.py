@@ -71,17 +71,6 @@ def test_order_of_the_counts_does_not_matter() -> None:
     assert bpe.train(dict(words), 200) == bpe.train(counts(CODE), 200)
 
 
-def test_training_on_lines_gives_other_merges() -> None:
-    """No pre-token would reach across a line break, so "\\n\\n" could not become a token."""
-    text = "one\n\ntwo\n\nthree\n\n" * 3
-    whole = bpe.token_bytes(bpe.train(counts(text), 20))
-    lines: Counter[bytes] = Counter()
-    for line in text.splitlines(keepends=True):
-        lines.update(counts(line))
-    assert b"\n\n" in whole
-    assert b"\n\n" not in bpe.token_bytes(bpe.train(lines, 20))
-
-
 def test_a_text_without_enough_pairs_gives_fewer_merges() -> None:
     assert len(bpe.train(counts("ab ab"), 100)) == 2
     assert bpe.train({}, 100) == []
@@ -121,13 +110,6 @@ def test_a_long_pre_token_is_encoded_in_time() -> None:
     ids = own.encode(text)
     assert own.decode(ids) == text
     assert len(bpe.train(counts(text), 50)) == 50
-
-
-def test_every_token_encodes_to_itself() -> None:
-    own = tokenizer("book")
-    ranks = own.ranks
-    for i, token in enumerate(own.token_bytes[:-1]):
-        assert bpe.encode_word(token, ranks) == [i]
 
 
 @given(st.text(st.characters(codec="ascii"), max_size=30))

@@ -2,12 +2,8 @@
 
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,7 +97,7 @@ def test_a_killed_process_is_replaced_by_this_one(monkeypatch):
     expected = PreTokens(ONE.train, ONE.val, marked=False)
     monkeypatch.setattr(pre_tokens, "CHUNK", 500)
     monkeypatch.setattr(pre_tokens, "_cores", lambda n_bytes: 2)
-    monkeypatch.setattr(pre_tokens, "_index", _Killing(pre_tokens._index))
+    monkeypatch.setattr(pre_tokens, "_begin", partial(os._exit, 1))
     found = PreTokens(ONE.train, ONE.val, marked=False)
     assert list(found.words) == list(expected.words)
     assert indices(found) == indices(expected)
@@ -120,39 +116,6 @@ def test_one_process_cuts_up_the_text_where_no_pool_can_start(monkeypatch, error
     assert indices(found) == indices(expected)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs kill")
-def test_the_processes_end_with_their_parent(tmp_path):
-    """Also if it is killed, when it cannot end them itself."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, signal\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from multiprocessing import get_context\n"
-        "from irongpt.data.pre_tokens import _begin\n"
-        "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _begin)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    result = subprocess.run([sys.executable, program], stdout=subprocess.PIPE, timeout=60)
-    pid = int(result.stdout)
-    for _ in range(500):
-        if not alive(pid):
-            return
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    raise AssertionError("the process is alive")
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().split()[2] != "Z"
-
-
 @pytest.mark.parametrize(
     ("text", "chunk"),
     [
@@ -168,24 +131,6 @@ def test_a_cut_is_at_the_border_of_a_pre_token(monkeypatch, text, chunk):
     assert len(parts) > 5
     assert "".join(parts) == text
     assert list(chain(*map(bpe.pre_tokens, parts))) == bpe.pre_tokens(text)
-
-
-class _Killing:
-    """`_index` that ends the process that it was sent to, and works in this one."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, group):
-        return self.function(group)
-
-    def __reduce__(self):
-        return _Exit, ()
-
-
-class _Exit:
-    def __call__(self, group):
-        os._exit(1)
 
 
 def test_the_cache_gives_the_same_ids_and_a_damaged_file_is_ignored(tmp_path, monkeypatch):
