@@ -98,16 +98,6 @@ def test_huge_scores_are_rescaled() -> None:
         assert_rule(OUTPUTS, *results, call(eager, wide)[0])
 
 
-def test_positions_may_be_a_column() -> None:
-    given = {n: x.nan_to_num(3) for n, x in inputs([5, 0, 9]).items()}
-    position = given["position"]
-    column = torch.stack([position + 1, position], 1)[:, 1]
-    wanted = call(fused, given)
-    own = {n: x.clone() for n, x in given.items()} | dict(position=column)  # not contiguous
-    out = fused.decode_attention(**own)
-    assert all(map(torch.equal, wanted, (out, own["cache_k"], own["cache_v"])))
-
-
 @pytest.mark.parametrize("position", [-1, 40, 2**40])
 def test_a_position_outside_writes_nothing(position: int) -> None:
     given = inputs([5, 5])

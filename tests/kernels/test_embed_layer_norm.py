@@ -81,15 +81,6 @@ def test_an_id_outside_the_vocabulary_is_rejected(bad: int) -> None:
         fused.embed_layer_norm(**x)
 
 
-@pytest.mark.parametrize("sizes", [dict(B=0), dict(T=0)], ids=str)
-def test_no_tokens(sizes: dict[str, int]) -> None:
-    x = inputs(**sizes)
-    upstream = tuple(torch.zeros(*x["idx"].shape, 19, device=DEVICE) for _ in range(2))
-    outputs, gradients = run(fused.embed_layer_norm, x, upstream)
-    assert [y.shape for y in outputs] == [y.shape for y in upstream]
-    assert all(not g.any() for g in gradients)
-
-
 @each_dtype
 def test_the_embedding_has_eagers_bits_and_the_norm_those_of_layer_norm(dtype) -> None:
     """It is the norm of the embedding after it is rounded to its dtype."""

@@ -8,7 +8,6 @@ import torch
 from irongpt_kernels import eager
 from numerics import GRADIENTS, OUTPUTS, assert_rule
 
-from irongpt import device as devices
 from irongpt.config import GPTConfig, TrainConfig
 from irongpt.model import GPT
 from irongpt.training.trainer import Trainer
@@ -19,9 +18,9 @@ V, T = 29, 32
 CLOSE = 2e-5  # Liger-Kernel's, for the relative gap of a float32 loss
 
 
-def model(ops, dropout: float = 0.2, bias: bool = True, n_layer: int = 2) -> GPT:
+def model(ops, dropout: float, bias: bool) -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(V, n_layer, n_head=2, n_embd=32, context=T, dropout=dropout, bias=bias)
+    config = GPTConfig(V, n_layer=2, n_head=2, n_embd=32, context=T, dropout=dropout, bias=bias)
     return GPT(config, ops).to(DEVICE)
 
 
@@ -49,14 +48,6 @@ def test_a_model_computes_what_it_computes_on_eager(bias: bool, dropout: float) 
         assert_rule(GRADIENTS, *gradients)
 
 
-def test_the_seed_decides_what_is_dropped() -> None:
-    ours, theirs = (model(ops, n_layer=1) for ops in (fused, eager))
-    losses = [[float(loss_and_gradients(m, seed)[0]) for m in (ours, theirs)] for seed in (3, 4)]
-    for a, b in losses:
-        assert abs(a - b) <= CLOSE * b
-    assert abs(losses[0][0] - losses[1][0]) > 5 * CLOSE * losses[0][0]
-
-
 def test_32_steps_of_training_match_eager(monkeypatch) -> None:
     grad_norm = importlib.import_module("irongpt_kernels.fused.grad_norm")
     monkeypatch.setattr(grad_norm, "MAX_TENSORS", 4)  # selecting one of many is slow here
@@ -73,22 +64,3 @@ def test_32_steps_of_training_match_eager(monkeypatch) -> None:
     assert losses[1][-1] < losses[1][0] - 0.1  # it learns
     for step, (a, b) in enumerate(zip(*losses, strict=True)):
         assert abs(a - b) <= CLOSE * b, f"step {step}: {a} fused, {b} eager"
-
-
-def test_autocast_gives_the_dtypes_of_eager() -> None:
-    dtypes = []
-    for ops in (fused, eager):
-        gpt = model(ops)
-        found = []
-        for module in gpt.modules():
-            module.register_forward_hook(
-                lambda _, args, out, found=found: found.extend(
-                    x.dtype for x in (out if isinstance(out, tuple) else (out,))
-                )
-            )
-        with devices.autocast(DEVICE, torch.float16):
-            x = tokens(1, 9)
-            loss = gpt.loss(x[:, :-1], x[:, 1:], seed=1)
-        loss.backward()
-        dtypes.append((loss.dtype, found, [p.grad.dtype for p in gpt.parameters()]))
-    assert dtypes[0] == dtypes[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
 from irongpt_kernels.fused import muon as kernel
-from numerics import DEVICE, HALVES, OUTPUTS, assert_rule, values
+from numerics import DEVICE, HALVES, LAYOUTS, OUTPUTS, assert_rule, values
 from torch import Tensor
 
 grad_norm = importlib.import_module("irongpt_kernels.fused.grad_norm")
@@ -121,22 +121,13 @@ def test_more_matrices_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "shifted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_and_updates_of_any_layout(layout: str) -> None:
-    def laid(x: Tensor) -> Tensor:
-        if layout == "transposed":
-            return x.mT.contiguous().mT
-        if layout == "sliced":
-            return torch.stack((x, x + 1), -1)[..., 0]
-        if layout == "expanded":
-            return x[..., :1].expand(x.shape)
-        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
-
     straight, other = (State((2, 40, 24), torch.float16, True) for _ in range(2))
-    grads = [laid(g) for g in straight.grads(0)]
-    ahead = straight.ahead(fused, [g.clone(memory_format=torch.contiguous_format) for g in grads])
-    update = laid(ahead)
-    straight.update(fused, update.clone(memory_format=torch.contiguous_format))
+    grads = [LAYOUTS[layout](g) for g in straight.grads(0)]
+    ahead = straight.ahead(fused, [g.contiguous() for g in grads])
+    update = LAYOUTS[layout](ahead)
+    straight.update(fused, update.contiguous())
     assert torch.equal(ahead, other.ahead(fused, grads))
     other.update(fused, update)
     assert all(map(torch.equal, straight.tensors(), other.tensors()))
@@ -148,10 +139,3 @@ def test_kernels_read_from_a_multiple_of_16_bytes() -> None:
     moved = grad_norm.aligned(x[3:])
     assert moved.data_ptr() % 16 == 0
     assert torch.equal(moved, x[3:])
-
-
-def test_gradients_of_two_dtypes_are_refused() -> None:
-    state = State((2, 3, 5), torch.float32, False)
-    grads = state.grads(0)
-    with pytest.raises(TypeError, match="must have one dtype"):
-        state.ahead(fused, [grads[0], grads[1].half()])

@@ -260,6 +260,7 @@ EMPTY = [
     ("causal softmax", dict(B=0), ()), ("causal softmax", dict(T=0), ()),
     ("online causal softmax", dict(B=0), ()), ("linear_cross_entropy", dict(N=0), ()),
     *((name, dict(M=0), ()) for name in ("cross_entropy", "linear_cross_entropy")),
+    *(("embed_layer_norm", {size: 0}, ()) for size in "BT"),
 ]  # fmt: skip
 
 

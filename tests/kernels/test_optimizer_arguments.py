@@ -100,6 +100,7 @@ CASES: list[tuple[Callable[[], Arguments], str, Any, type[Exception], str]] = [
     (sum_shards, "shards", zeros(0, 8), ValueError, "shards must have at least one row"),
     (muon_momentum, "grads", weights()[:1], ValueError, "momentum must have shape .1, rows, "),
     (muon_momentum, "grads", [zeros(4, 6), zeros(6, 4)], ValueError, "grads must have the shapes"),
+    (muon_momentum, "grads", [zeros(4, 6), HALF], TypeError, "must have one dtype"),
     (muon_momentum, "momentum", zeros(2, 6, 4).mT, ValueError, "momentum must be contiguous"),
     (muon_momentum, "momentum", zeros(2, 4, 6).half(), TypeError, "momentum must be a tensor of"),
     (muon_update, "params", [zeros(4, 6), TURNED], ValueError, "params.1. must be contiguous"),
