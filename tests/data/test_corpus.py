@@ -107,10 +107,6 @@ def test_a_file_over_2_gb_is_rejected_before_it_is_read() -> None:
     refused("file.txt", "'file.txt' is larger than 2 GB")
 
 
-def test_the_text_keeps_its_white_space() -> None:
-    assert text_of(b"\n\n  a \t\n\n b  \n\n") == "\n\n  a \t\n\n b  \n\n"
-
-
 @pytest.mark.parametrize("word", ["THE", "THIS"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_gutenbergs_licence_is_removed(word: str, line_end: str) -> None:
@@ -123,8 +119,13 @@ def test_all_books_of_a_file_are_kept() -> None:
     assert text_of(books.encode(), "licence") == "one\n\n\ntwo\n"
 
 
-@pytest.mark.parametrize("text", [f"a\n{START}b\n", f"a\n{END}b\n", f"a\n{END}b\n{START}c\n"])
-def test_a_single_marker_cuts_nothing(text: str) -> None:
+WHITE = "\n\n  a \t\n\n b  \n\n"
+
+
+@pytest.mark.parametrize(
+    "text", [WHITE, f"a\n{START}b\n", f"a\n{END}b\n", f"a\n{END}b\n{START}c\n"]
+)
+def test_a_text_keeps_its_white_space_and_a_single_marker_cuts_nothing(text: str) -> None:
     assert text_of(text.encode()) == text
 
 
@@ -167,22 +168,18 @@ def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch: pytest.Mo
 
 
 def test_python_code_is_large_and_split_by_file() -> None:
-    code = load("python-code", say=Lines())
-    assert code.name == "python-code"
-    assert 5e6 < code.n_bytes < 15e6
-    assert len(code.files) == len(code.train) + len(code.val) > 300
-    assert 0.05 < len(code.val) / len(code.files) < 0.15
-
-
-def test_a_run_on_python_code_of_an_earlier_version_gets_its_text() -> None:
     """Earlier versions joined the ASCII files to one text, which old runs know by its digest."""
+    new = load("python-code", say=Lines())
+    assert new.name == "python-code"
+    assert 5e6 < new.n_bytes < 15e6
+    assert len(new.files) == len(new.train) + len(new.val) > 300
+    assert 0.05 < len(new.val) / len(new.files) < 0.15
     old = corpus._python_code_as_one_text()
     assert set(old.text) <= {*string.printable}
     assert 5e6 < len(old.text) < 12e6
-    lines = Lines()
-    assert load(["python-code"], say=lines, sha256=old.sha256) == old
     assert len(b"".join(old.train)) == int(0.9 * len(old.text))
-    new = load("python-code", say=Lines())
+    for data in ("python-code", ["python-code"]):
+        assert load(data, say=Lines(), sha256=old.sha256) == old
     assert load("python-code", say=Lines(), sha256=new.sha256) == new != old
 
 
@@ -207,9 +204,7 @@ def test_python_code_is_the_standard_library_alone(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(raw)
     monkeypatch.setattr(os, "__file__", str(folder / "os.py"))
-    old = corpus._python_code_as_one_text()
-    assert old.text == "ast\n\njson\n\ntool\n"
-    assert load("python-code", say=Lines(), sha256=old.sha256) == old
+    assert corpus._python_code_as_one_text().text == "ast\n\njson\n\ntool\n"
     lines = Lines()
     code = load("python-code", say=lines)
     assert sorted(code.train + code.val) == [b"ast\n", b"json\n", b"tool\n", "é\n".encode()]
@@ -217,13 +212,3 @@ def test_python_code_is_the_standard_library_alone(
     assert lines == ["files     python-code: 4 files, 0.0 MB; left out: 1 not UTF-8"]
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
     refused("python-code", "has no source of the standard library", "--data FILE")
-
-
-def test_the_parts_of_a_text_are_cut_between_characters(tmp_path: Path) -> None:
-    text = "def f(x):\n    return 'é😀'\n\n\n" * 40
-    (tmp_path / "a.py").write_text(text, encoding="utf-8")
-    found = load(str(tmp_path / "a.py"), say=Lines())
-    cut = int(0.9 * len(text))
-    assert [part.decode() for part in found.train + found.val] == [text[:cut], text[cut:]]
-    assert found.text == text
-    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()

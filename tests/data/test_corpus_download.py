@@ -55,7 +55,10 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
 
 
-def test_the_book_is_downloaded_once_and_stored(server: str, cache: Path, sources) -> None:
+def test_the_book_is_downloaded_once_and_stored(
+    server: str, cache: Path, sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # it needs no such folder
     sources(pinned(f"{server}/good"))
     lines = Lines()
     first = load("war-and-peace", say=lines)
@@ -171,14 +174,6 @@ def test_a_server_name_that_is_never_resolved_ends_at_the_deadline(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
     sources(pinned("http://nowhere.invalid/good"))
     refused("war-and-peace", "not complete after 0.1 seconds")
-
-
-def test_no_temporary_folder_is_needed(
-    server: str, sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    sources(pinned(f"{server}/good"))
-    assert load("war-and-peace", say=Lines()).text == TEXT
 
 
 @pytest.mark.parametrize("name", ["urllib.request.urlopen", "os.fsync"])
