@@ -211,21 +211,13 @@ class TrainingLoop:
         return target is not None and step % TARGET_EVERY == 0 and logged
 
     def _check_target(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates if the mean training loss is low enough for a validation loss at the target.
-
-        Adds the evaluation if the validation loss is at most the target too, else a record without
-        one. A signal stops the evaluation; with several processes it is handled at the next step.
-        """
-        trainer, target = self.trainer, self.trainer.config.target_loss
+        """Evaluates if the mean training loss is low enough for a validation loss at the target."""
+        target = self.trainer.config.target_loss
         assert target is not None
-        alone, val_loss = trainer.world.size == 1, None
-        gain = AVERAGE_GAIN if trainer.config.ema else 0.0
+        gain = AVERAGE_GAIN if self.trainer.config.ema else 0.0
         if statistics.fmean(row[0] for row in self.rows) <= target + gain:
-            with self.clock("evaluation"):
-                val_loss = trainer.evaluate(lambda: not alone or interrupt.signal is None, target)
-        if val_loss is not None:
-            self._add_evaluation(val_loss, progress)
-        elif not (alone and interrupt.signal):  # else the resumed run checks again
+            self._evaluate(interrupt, progress, target)
+        else:
             self._record(progress)
 
     def _evaluation_is_due(self) -> bool:
@@ -280,14 +272,19 @@ class TrainingLoop:
             progress.show(record)
         return record
 
-    def _evaluate(self, interrupt: Interrupt, progress: Progress) -> None:
-        """Evaluates, unless a signal interrupts it."""
+    def _evaluate(self, interrupt: Interrupt, progress: Progress, limit: float = math.inf) -> None:
+        """Adds an evaluation, or if the validation loss is above the limit, a record without one.
+
+        A signal interrupts it; the resumed run then evaluates again.
+        """
         with self.clock("evaluation"):
-            val_loss = self.trainer.evaluate(lambda: interrupt.signal is None)
+            val_loss = self.trainer.evaluate(lambda: interrupt.signal is None, limit)
         if val_loss is None:
             self.signal = interrupt.signal or signal.SIGTERM
-        else:
+        elif limit == math.inf or val_loss <= limit:
             self._add_evaluation(val_loss, progress)
+        else:
+            self._record(progress)
 
     def _add_evaluation(self, val_loss: float, progress: Progress) -> None:
         """Saves a checkpoint, generates a sample, and saves again with the new record.

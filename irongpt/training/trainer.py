@@ -153,15 +153,13 @@ class Trainer:
         if one is kept. Training is not affected.
 
         Returns None if `should_continue`, called before each batch, returns False in any process,
-        if the mean is above the limit, or if the mean of the first batches is more than MARGIN
-        above the limit, in which case a run of one process stops early.
+        and infinity once the mean of the first batches is more than MARGIN above the limit.
         """
         batches = evenly_spaced(
             self.val_ids, self.model.config.context, self.eval_batch, self.config.eval_windows
         )
         with self.optimizer.averaged():
-            loss = self._mean_loss(batches, should_continue, limit + MARGIN)
-        return loss if loss is None or limit == math.inf or loss <= limit else None
+            return self._mean_loss(batches, should_continue, limit + MARGIN)
 
     def evaluate_all(self, should_continue: Callable[[], bool] = lambda: True) -> float | None:
         """Mean loss of the model over the entire validation text: every token is a target once."""
@@ -175,8 +173,8 @@ class Trainer:
         should_continue: Callable[[], bool],
         limit: float = math.inf,
     ) -> float | None:
-        """Mean loss of the tokens of all batches, without dropout. None if it was stopped, or once
-        the mean of the first batches is above the limit."""
+        """Mean loss of the tokens of all batches, without dropout. None if it was stopped; infinity
+        once the mean of the first batches is above the limit."""
         self.model.eval()
         context, world = self.model.config.context, self.world
         losses, weights, stopped = [], [], False
@@ -191,7 +189,7 @@ class Trainer:
                     mine = i % world.size == world.rank and not stopped
                     losses.append(zero + self.model.loss(x, y) * weights[-1] if mine else zero)
                     if limit < math.inf and world.size == 1 and sum(losses) > limit * sum(weights):
-                        return None
+                        return math.inf
         finally:
             self.model.train()
         sums = torch.stack([*losses, zero + stopped])
@@ -203,7 +201,7 @@ class Trainer:
         for i, value in enumerate(values):  # in the order of the batches
             total += value
             if total > limit * sum(weights[: i + 1]):
-                return None
+                return math.inf
         return total / sum(weights)
 
     def _on_device(self, ids: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_patience_counts_evaluations_also_after_a_resume_between_two(
     cli: Cli, code: Path, monkeypatch
 ):
     """The best evaluation is at step 15, and the three after it are at 20, 30 and 40."""
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: abs(15.0 - self.step))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, *_: abs(15.0 - self.step))
     flags = ["--patience", 3, "--iters", 15, "--out", "new"]
     assert cli("train", *BPE, "--data", "code", *flags).code == 0
     assert cli("train", "--resume", "new", "--iters", 500).code == 0

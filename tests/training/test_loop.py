@@ -59,7 +59,7 @@ def test_best_is_the_best_and_last_the_last_finite_checkpoint(
     training, monkeypatch, losses, saved, outcome
 ):
     evaluations = iter(losses)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, should_continue: next(evaluations))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(evaluations))
     assert training.fit() is None
     assert training.outcome() == f"finished at step 30: {outcome}"
     run = training.run
@@ -204,10 +204,9 @@ def test_the_target_loss_is_looked_for_between_evaluations(
     training = start("--eval-every", 30, "--out", "other", "--target-loss", 2.0)
     limits = []
 
-    def evaluate(self: Trainer, should_continue: object, limit: float = math.inf) -> float | None:
-        loss = losses.get(self.step, 2.5)
+    def evaluate(self: Trainer, should_continue: object, limit: float) -> float:
         limits.append((self.step, limit))
-        return loss if loss <= limit else None
+        return losses.get(self.step, 2.5)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     monkeypatch.setattr(
