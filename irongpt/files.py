@@ -167,9 +167,10 @@ def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
     """Makes the folder `path`, which may exist if it is empty, with what `fill` writes into it.
 
     A new folder is complete as soon as it exists; one that exists gets its config.json last. Raises
-    UserError if it cannot be written.
+    UserError, and leaves nothing, if it cannot be written.
     kind: what the message calls it.
     """
+    moved: list[Path] = []
     missing = [p for p in path.parents if not p.exists()]
     inside = path.is_dir()  # the working directory or a mount point cannot be replaced
     temporary = temporary_path(path.absolute() / "new" if inside else path.absolute())
@@ -181,16 +182,25 @@ def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
             if inside:
                 for file in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
                     os.rename(file, path / file.name)
+                    moved.append(path / file.name)
                 temporary.rmdir()
             else:
                 os.rename(temporary, path)
             sync_folder(path if inside else path.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary, *moved)
             for folder in missing:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
+
+
+def remove(*paths: Path) -> None:
+    """Deletes files and folders, as far as they exist and can be deleted."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

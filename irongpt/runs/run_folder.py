@@ -9,8 +9,6 @@ import contextlib
 import json
 import os
 import reprlib
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +19,18 @@ from irongpt.config import DataConfig, GPTConfig, TrainConfig, check, from_json
 from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
-from irongpt.files import damaged, finite, read, replace_file, reported, sealed, unsealed
+from irongpt.files import (
+    damaged,
+    finite,
+    new_folder,
+    read,
+    remove,
+    replace_file,
+    reported,
+    sealed,
+    unsealed,
+    write,
+)
 from irongpt.runs import checkpoint
 from irongpt.runs.lock import NAME, Lock
 
@@ -92,32 +101,22 @@ class RunFolder:
         files: the digests of the text's files, which files.json keeps if there are any.
         Raises UserError, and leaves nothing, if the folder cannot be written.
         """
+
+        def fill(folder: Path) -> None:
+            if files:
+                write(folder / "files.json", sealed({"files": files}))
+            write(folder / "config.json", _encode(self.config))
+            save_first(folder / "last")
+
         if self.lock is None:
             self.claim()
-        with reported(f"cannot write a run at {self.path}", disk=self.path):
-            try:
-                for unfinished in [*self.path.glob(UNFINISHED)]:
-                    shutil.rmtree(self.last, ignore_errors=True)
-                    (self.path / "files.json").unlink(missing_ok=True)
-                    shutil.rmtree(unfinished)
-                temporary = self.path / UNFINISHED.replace("*", uuid.uuid4().hex[:8])
-                temporary.mkdir()
-                try:
-                    if files:
-                        replace_file(temporary / "files.json", sealed({"files": files}))
-                    replace_file(temporary / "config.json", _encode(self.config))
-                    save_first(temporary / "last")
-                    for name in ("last", "files.json", "config.json"):
-                        if (temporary / name).exists():
-                            os.rename(temporary / name, self.path / name)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
-            except BaseException:
-                shutil.rmtree(self.last, ignore_errors=True)
-                with contextlib.suppress(OSError):  # a read-only folder does not even look for it
-                    (self.path / "files.json").unlink()
-                self.release()
-                raise
+        try:
+            for unfinished in [*self.path.glob(UNFINISHED)]:  # of a killed start
+                remove(self.path / "last", self.path / "files.json", unfinished)
+            new_folder(self.path, "run", fill)
+        except BaseException:
+            self.release()
+            raise
 
     def resume(
         self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
@@ -145,7 +144,7 @@ class RunFolder:
         replace_file(self.path / "config.json", _encode(config))
         for name in WRITTEN:
             for temporary in self.path.glob(f".{name}-????????"):
-                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+                remove(temporary)
 
     def check_text(self, sha256: str, files: dict[str, str], given: str) -> None:
         """Raises UserError unless this is the text of the run, and names the files that differ.
@@ -184,12 +183,11 @@ class RunFolder:
         step."""
         path = self.path / "result.json"
         try:
-            values = unsealed(read(path), path) if path.exists() else {}
+            values = unsealed(read(path), path)
         except UserError:  # it is computed again
             return None
-        complete = values.get("step") == step and values.keys() >= {"val_loss", "bits_per_byte"}
-        losses = [values[name] for name in ("val_loss", "bits_per_byte")] if complete else []
-        return values if losses and all(map(_is_number, losses)) else None
+        losses = (values.get(name, "missing") for name in ("val_loss", "bits_per_byte"))
+        return values if values.get("step") == step and all(map(_is_number, losses)) else None
 
     def write_result(self, values: dict[str, Any]) -> None:
         replace_file(self.path / "result.json", sealed(finite(values)))

@@ -53,12 +53,7 @@ def _report(training: TrainingLoop, clock: Clock) -> int:
     if stopped_by is not None:
         say(f"stopped at step {trainer.step:,}, saved; continue: irongpt train --resume {path}")
     elif idle:
-        longer = "a larger --iters"
-        if training.reached_target():
-            longer = "a lower --target-loss"
-        elif training.out_of_patience():
-            longer = "a larger --patience"
-        say(f"nothing to do: the run is finished; {longer} continues it")
+        say(f"nothing to do: the run is finished; {training.ending()[1]} continues it")
     else:
         say(f"{training.outcome()}; generate text: irongpt generate {path}")
     loss, bits = ((training.result or {}).get(name) for name in ("val_loss", "bits_per_byte"))

@@ -131,16 +131,20 @@ class TrainingLoop:
         that evaluating the entire validation text adds nothing to its time."""
         return self.best_val is not None and not self.reached_target()
 
-    def outcome(self) -> str:
-        ended = "finished"
+    def ending(self) -> tuple[str, str]:
+        """Why a finished run has ended, and what continues it."""
         if self.reached_target():
-            ended = "target loss reached"
-        elif self.out_of_patience():
-            ended = f"no improvement in {self.trainer.config.patience} evaluations: stopped"
+            return "target loss reached", "a lower --target-loss"
+        if self.out_of_patience():
+            patience = self.trainer.config.patience
+            return f"no improvement in {patience} evaluations: stopped", "a larger --patience"
+        return "finished", "a larger --iters"
+
+    def outcome(self) -> str:
         best = "no validation loss was finite"
         if self.best_val is not None:
             best = f"best validation loss {self.best_val:.4f} at step {self.best_step:,}"
-        return f"{ended} at step {self.trainer.step:,}: {best}"
+        return f"{self.ending()[0]} at step {self.trainer.step:,}: {best}"
 
     def fit(self) -> int | None:
         """Trains until the last step, the target loss, `patience` evaluations without improvement,

@@ -16,6 +16,7 @@ from conftest import TINY, assert_refused, make_quick
 from run_helpers import change
 from safetensors import safe_open
 
+from irongpt import files
 from irongpt.cli import main
 from irongpt.data import corpus
 from irongpt.generation.sample import trained_model
@@ -195,6 +196,13 @@ def test_a_full_disk_leaves_nothing(cli, run, monkeypatch) -> None:
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("irongpt.interchange.export.write", full)
     assert_refused(cli, "No space left on device", "export", run, "deep/new")
+
+
+def test_an_empty_folder_stays_empty_if_its_files_cannot_be_moved(cli, tmp_path, run, monkeypatch):
+    (tmp_path / "new").mkdir()
+    moves = [os.rename, Mock(side_effect=OSError(28, "No space left on device"))]
+    monkeypatch.setattr(files.os, "rename", lambda *names: moves.pop(0)(*names))
+    assert_refused(cli, "No space left on device", "export", run, "new")
 
 
 def test_names_that_are_not_utf_8_get_question_marks(cli, tmp_path, run) -> None:
