@@ -166,11 +166,7 @@ def build_parser() -> Parser:
     quick = "measure a third of the candidates, with fewer samples each"
     tune.add_argument("--quick", action="store_true", help=quick)
     for added in (compare, doctor, tune):
-        added.add_argument(
-            "--device",
-            metavar="NAME",
-            help="cpu, cuda or cuda:N; auto is a GPU if there is one [auto]",
-        )
+        _flags_of_train(added, "device")
     return parser
 
 
@@ -237,10 +233,15 @@ def _generate_flags(generate: Parser) -> None:
     help = "stop at the end of a document, <|endoftext|>"
     generate.add_argument("--stop-at-end", action="store_true", help=help)
     _checkpoint_flag(generate)
-    for f in fields(TrainConfig):
-        if f.name in ("ops", "device"):
-            _config_flag(generate, f, [f.default])
+    _flags_of_train(generate, "ops", "device")
     generate.add_argument("--fused", **FUSED)
+
+
+def _flags_of_train(parser: Parser, *names: str) -> None:
+    """Flags of `irongpt train` that another command has too."""
+    for f in fields(TrainConfig):
+        if f.name in names:
+            _config_flag(parser, f, [f.default])
 
 
 def _checkpoint_flag(parser: Parser) -> None:
@@ -267,9 +268,7 @@ def _show_flags(show: Parser) -> None:
     help = "file to write [RUN/show.html]"
     show.add_argument("--out", metavar="PAGE", type=user_path, help=help)
     _checkpoint_flag(show)
-    show.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda or cuda:N; auto is a GPU if there is one [auto]"
-    )
+    _flags_of_train(show, "device")
 
 
 def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list[Any]) -> None:

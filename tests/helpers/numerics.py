@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import eager, tolerance
-from irongpt_kernels.op_inputs import Input, RowShape, Shape, indices
+from irongpt_kernels.op_inputs import Input, RowShape, Shape, indices, normal, widened
+from irongpt_kernels.op_inputs import Tensors as Inputs
 from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, SPECS, TOKEN
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
@@ -61,7 +62,6 @@ def assert_exact(x: Any, y: Any) -> None:
     torch.testing.assert_close(x, y, rtol=EXACT, atol=EXACT, equal_nan=True)
 
 
-Inputs = dict[str, Tensor | None]
 Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
@@ -72,7 +72,6 @@ def run(
     leaves = {
         name: x.detach().requires_grad_(bool(upstream) and x.is_floating_point())
         for name, x in inputs.items()
-        if x is not None
     }
     out = op(**leaves, **options)
     outputs = out if isinstance(out, tuple) else (out,)
@@ -88,10 +87,8 @@ def references(
     name: str, inputs: Inputs, upstream: tuple[Tensor, ...], **options: Any
 ) -> tuple[Results, Results]:
     """Outputs and gradients of eager in the inputs' dtype and in float64."""
-    op = getattr(eager, name)
-    wide = {n: x.double() if _is_float(x) else x for n, x in inputs.items()}
-    oracle = run(op, wide, tuple(g.double() for g in upstream), **options)
-    return run(op, inputs, upstream, **options), oracle
+    op, wide = getattr(eager, name), tuple(g.double() for g in upstream)
+    return run(op, inputs, upstream, **options), run(op, widened(inputs), wide, **options)
 
 
 def assert_op(
@@ -117,13 +114,8 @@ def assert_op(
         assert_rule(GRADIENTS, *tensors)
 
 
-def _is_float(x: Tensor | None) -> bool:
-    return x is not None and x.is_floating_point()
-
-
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    return normal(shape, seed).to(dtype)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -78,7 +78,7 @@ class Case:
         retain: bool = False,
     ) -> tuple[Tensor, ...]:
         """Those of the floating inputs. retain: the graph, for another backward."""
-        wanted = [x for x in leaves.values() if x is not None and x.requires_grad]
+        wanted = [x for x in leaves.values() if x.requires_grad]
         return torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain)
 
 
@@ -103,10 +103,7 @@ OP_CASES = {case.op: case for case in CASES.values() if not case.constants}
 
 
 def leaves_of(inputs: Inputs) -> Inputs:
-    return {
-        n: x if x is None else x.detach().requires_grad_(x.is_floating_point())
-        for n, x in inputs.items()
-    }
+    return {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
 
 
 def spec_run(
