@@ -5,8 +5,6 @@ The matmuls are those of `irongpt_kernels.runtime.interpreter`. The rest changes
 - The interpreter patches all of triton.language again at every call of a device function (a jitted
   function that a kernel calls). The launch has patched it already, except `triton.language.core`,
   whose patches stay until the process ends.
-- It computes every sum and product of integers once more in 64 bits, for a check that it makes only
-  in debug mode, which `sanitizer` turns on.
 - The attributes of a type, and of a tensor those that follow from its type, are computed once.
 - What becomes of the two operands of an operation follows from their dtypes and is computed once.
   Then NumPy broadcasts them, and the interpreter need not.
@@ -14,7 +12,6 @@ The matmuls are those of `irongpt_kernels.runtime.interpreter`. The rest changes
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -107,11 +104,9 @@ def _scalar(x: Any) -> Any:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    builder = interpreter.interpreter_builder
     with repeatable_matmuls(), ExitStack() as stack:
         for owner, name, new in (
             (InterpretedFunction, "__call__", _call),
-            (builder, "options", replace(builder.options, sanitize_overflow=False)),
             (tl.block_type, "__init__", _make_block),
             (tl.tensor, "__init__", _make_tensor),
             (TritonSemantic, "binary_op_type_checking_impl", _check_operands),
