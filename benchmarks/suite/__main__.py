@@ -177,50 +177,42 @@ class Suite:
         self.env["PYTHONUNBUFFERED"] = "1"
         self.env.pop("TRITON_INTERPRET", None)  # times of the interpreter mean nothing
 
+    def saved(self) -> dict[str, Any]:
+        """The sections that the result file has by now."""
+        return result_file.load(self.file) if self.file.exists() else {}
+
     def stage(self, name: str, limit: float) -> Done:
         """Runs a stage. The summary of one that is cut off lists the results that it saved."""
-        if name in ("gpu", "tests", "emulated"):
+        if name not in COMMANDS:
             return self.tests(name, limit)
-        done = self.command(name, limit)
-        if done.status == "timed out":
-            known = result_file.load(self.file) if self.file.exists() else {}
-            section = known.get(name, {})
-            saved = f"{len(section.get('rows', []))} rows"
-            if "groups" in section:
-                saved = f"{section['groups']} of {section['of_groups']} groups"
-            done.summary = "; ".join(filter(None, (f"saved {saved}", done.summary)))
-        return done
-
-    def command(self, name: str, limit: float) -> Done:
         plots = importlib.util.find_spec("matplotlib") is not None
         if name == "report" and not plots:
-            return Done(
-                "skipped", summary="matplotlib is not installed: make the report from the file"
-            )
+            why = "matplotlib is not installed: make the report from the file"
+            return Done("skipped", summary=why)
         command, on_cpu = COMMANDS[name]
-        words: list[object] = [*command.split(), *("" if self.gpu else on_cpu).split()]
-        if name in ("doctor", "compare"):
-            if name == "compare" and plots:
-                words += ["--plot", self.file.with_name(f"{self.file.stem}-compare.png")]
-            return self.with_json(name, limit, *words)
-        words += [self.file] if name == "report" else self.options
-        if name == "train":
-            words += ["--budget", 0.85 * limit]
-        if name == "runs":
-            words += ["--limit", limit / 3, *self.data]
-        return run(words, self.env, limit, self.log)
-
-    def with_json(self, name: str, limit: float, *words: object) -> Done:
-        """Runs a command of irongpt, and saves the JSON that it writes as a section."""
-        file = self.file.with_suffix(f".{name}.json")
-        command = [*words, "--device", self.device, "--json", file]
-        done = run(command, self.env, limit, self.log)
+        file = self.file.with_suffix(f".{name}.json")  # which a command of irongpt writes
+        common = ["--device", self.device, "--json", file] if "irongpt" in command else self.options
+        picture = ["--plot", self.file.with_name(f"{self.file.stem}-compare.png")]
+        words: list[object] = {
+            "compare": [*common, *(picture if plots else [])],
+            "train": [*common, "--budget", 0.85 * limit],
+            "runs": [*common, "--limit", limit / 3, *self.data],
+            "report": [self.file],
+        }.get(name, common)
+        given = [*command.split(), *("" if self.gpu else on_cpu).split()]
+        done = run([*given, *words], self.env, limit, self.log)
         if file.exists():
             values = json.loads(file.read_bytes())
             file.unlink()
             result_file.save(self.file, name, values)
             if name == "doctor":  # its last line is the end of an advice
                 done.summary = "; ".join(values["problems"])[:150] or "no problems"
+        if done.status == "timed out":
+            section = self.saved().get(name, {})
+            saved = f"{len(section.get('rows', []))} rows"
+            if "groups" in section:
+                saved = f"{section['groups']} of {section['of_groups']} groups"
+            done.summary = "; ".join(filter(None, (f"saved {saved}", done.summary)))
         return done
 
     def at_once(self) -> int:
@@ -302,8 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as e:  # the next stage runs in any case
             done = Done("failed", summary=f"{type(e).__name__}: {e}"[:200])
         table[name] = dict(status=done.status, seconds=round(done.seconds, 1), says=done.summary)
-        known = result_file.load(suite.file) if suite.file.exists() else {}
-        result_file.save(suite.file, "stages", known.get("stages", {}) | table)
+        result_file.save(suite.file, "stages", suite.saved().get("stages", {}) | table)
     print(f"\n{'stage':9} {'':9} {'seconds':>7}")
     for name, row in table.items():
         print(f"{name:9} {row['status']:9} {row['seconds']:7.1f}  {row['says']}")
