@@ -181,16 +181,3 @@ def test_the_notebook_is_stored_without_output() -> None:
     for cell in code_cells():
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
-
-
-@pytest.mark.parametrize(
-    ("line", "becomes"),
-    [
-        ("!python -m a {b}", "command(f'python -m a {b}')"),
-        ("    !python -m a", "    command(f'python -m a')"),
-        ("%pip install .", "pass"),
-        ("x = 5 % 3", "x = 5 % 3"),
-    ],
-)
-def test_a_line_for_jupyter_becomes_python(line: str, becomes: str) -> None:
-    assert python({"source": [line]}) == becomes

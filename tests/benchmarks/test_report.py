@@ -57,10 +57,12 @@ def rows_of(providers: dict[str, float], sweep: str = "iron", **more: object) ->
 PEAK_RATES = dict(copy_bytes_per_s=16e9, gemm_flops_per_s={"float16": 64e12})
 
 
+def kernels(rows: list[KernelRow]) -> str:
+    return tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
+
+
 def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
-    text = tables.kernels(
-        {"rows": rows_of({"fused": 1.0, "builtin": 2.0}), "peak_rates": PEAK_RATES}
-    )
+    text = kernels(rows_of({"fused": 1.0, "builtin": 2.0}))
     head, _, ours, theirs = table_of(text, "provider | forward")
     assert ours[head.index("total") + 2] == "2.00"  # times as fast as builtin
     head, _, ours, theirs = table_of(text, "provider | GB/s")
@@ -75,12 +77,10 @@ def test_every_mode_has_its_rates_its_shares_and_its_memory() -> None:
 
 def test_a_sweep_has_rates_of_fused_and_memory_of_all() -> None:
     rows = rows_of({"fused": 1.0, "builtin": 2.0}, "T")
-    text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
-    cells = table_of(text, "size")[2]
-    assert cells == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
+    text = kernels(rows)
+    assert table_of(text, "size")[2] == ["s", "1,000,000.0 (2.00)", "2,000,000.0", "8", "16", "50%"]
     assert table_of(text, "MiB at the peak")[2] == ["s", "3", "3"]
-    without = [replace(r, peak_bytes=None) for r in rows if r.provider == "builtin"]
-    text = tables.kernels({"rows": without, "peak_rates": PEAK_RATES})
+    text = kernels([replace(r, peak_bytes=None) for r in rows if r.provider == "builtin"])
     assert "MiB at the peak" not in text
     assert "fused: GB/s" not in text
 
@@ -102,20 +102,28 @@ def options(folder: Path, **more: object) -> argparse.Namespace:
     return argparse.Namespace(out=folder, result=None, commit="abc", **more)
 
 
-def test_a_file_is_filled_by_several_commands(tmp_path: Path, capsys) -> None:
-    for name in ("kernels", "train"):
-        with result_file.Section(name, CPU, options(tmp_path)) as section:
-            section.put(x=math.inf, y=[1.0, 2.0])
-    (file,) = tmp_path.glob("*/*.json")
-    assert file.name.endswith("-abc.json")
-    assert capsys.readouterr().out == f"written to {file}\n" * 2
-    values = result_file.load(file)
-    assert set(values) == {"format", "kernels", "train"}
-    e = values["kernels"]["environment"]
-    assert e["commit"] == "abc"
-    assert e["torch"] == torch.__version__
-    assert (values["train"]["x"], values["train"]["y"]) == (None, [1.0, 2.0])
-    assert '"y": [1.0, 2.0]' in file.read_text()
+def test_several_commands_fill_a_file_and_repeated_ones_another(tmp_path: Path, capsys) -> None:
+    files = []
+    for i, end in enumerate((".json", "-2.json", "-3.json")):
+        for name in ("kernels", "train"):
+            with result_file.Section(name, CPU, options(tmp_path)) as section:
+                section.put(x=math.inf, y=[1.0, float(i)])
+        assert capsys.readouterr().out == f"written to {section.path}\n" * 2
+        assert section.path.name.endswith(f"-abc{end}")
+        files.append(section.path)
+    for i, file in enumerate(files):
+        values = result_file.load(file)
+        assert set(values) == {"format", "kernels", "train"}
+        e = values["kernels"]["environment"]
+        assert (e["commit"], e["torch"]) == ("abc", torch.__version__)
+        assert (values["train"]["x"], values["train"]["y"]) == (None, [1.0, i])
+        assert f'"y": [1.0, {i}.0]' in file.read_text()
+    named = options(tmp_path)
+    named.result = tmp_path / "mine.json"
+    for i in range(2):
+        with result_file.Section("train", CPU, named) as section:
+            section.put(x=i)
+    assert result_file.load(named.result)["train"]["x"] == 1
 
 
 def test_results_before_an_error_are_kept(tmp_path: Path, capsys) -> None:
@@ -141,34 +149,33 @@ def test_another_file_is_no_result(tmp_path: Path) -> None:
             result_file.load(tmp_path / "a.json")
 
 
-def file_of(seconds: float, iqr: float, name: str = "T4") -> dict:
+def file_of(seconds: float = 1.0, iqr: float = 0.01, name: str = "T4", preset: str = "") -> dict:
     row = StepRow(variant="fused", dtype="float16", seconds=seconds, iqr=iqr)
     tests = {"environment": {"IRONGPT_EMULATE": "sm_75"}}  # says nothing of the device
-    return {"format": 2, "tests": tests, "train": {"environment": {"name": name}, "rows": [row]}}
+    train = {"environment": {"name": name}, "preset": preset, "rows": [row]}
+    return {"format": 2, "tests": tests, "train": train}
 
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ((1.0, 0.01), (0.5, 0.01), "2.00x faster"),
-        ((1.0, 0.01), (1.5, 0.01), "1.50x slower"),
-        ((1.0, 0.01), (1.02, 0.0), "0 of 1 times differ"),  # less than 3 %
-        ((1.0, 0.3), (1.5, 0.3), "0 of 1 times differ"),  # within both spreads
+        ({}, dict(seconds=0.5), "| 2.00x faster |"),
+        ({}, dict(seconds=1.5), "| 1.50x slower |"),
+        ({}, dict(seconds=1.02, iqr=0.0), "0 of 1 times differ"),  # less than 3 %
+        (dict(iqr=0.3), dict(seconds=1.5, iqr=0.3), "0 of 1 times differ"),  # within both spreads
+        (
+            dict(iqr=math.nan),
+            dict(seconds=9.0),
+            "0 of 1 times differ beyond the noise\nNOTE: of 1 times the noise is not known",
+        ),
+        ({}, dict(name="H200"), "NOTE: another device: T4 and H200"),
+        (dict(preset="iron"), dict(preset="fast"), "NOTE: train: another preset, iron and fast"),
     ],
 )
-def test_changes_beyond_the_noise(before: tuple, after: tuple, said: str) -> None:
-    assert said in diff.text(file_of(*before), file_of(*after), "a", "b")
-
-
-def test_a_difference_without_a_known_noise_is_not_reported() -> None:
-    text = diff.text(file_of(1.0, math.nan), file_of(9.0, 0.01), "a", "b")
-    assert "0 of 1 times differ" in text
-    assert "of 1 times the noise is not known" in text
-
-
-def test_another_device_is_noted() -> None:
-    text = diff.text(file_of(1, 0), file_of(1, 0, "H200"), "a", "b")
-    assert "NOTE: another device: T4 and H200" in text
+def test_changes_beyond_the_noise_and_other_work(before: dict, after: dict, said: str) -> None:
+    a, b = file_of(**before), file_of(**after)
+    assert said in diff.text(a, b, "a", "b")
+    assert "NOTE" not in diff.text(b, b, "a", "b")
 
 
 def test_memory_and_whole_trainings_are_compared() -> None:
@@ -200,27 +207,18 @@ def test_the_newest_file_is_that_of_the_latest_date_inside(
 
 
 @pytest.mark.parametrize("section", tables.SECTIONS)
-def test_a_card_that_was_held_back_is_named_in_every_section(section: str) -> None:
-    state = dict(seconds=1.0, before={}, throttled_by=["power cap"])
-    values = {section: dict(environment={}, state=state)}
-    assert f"> {section}: at times the driver limited the clocks: power cap." in tables.about(
-        values, "x"
-    )
-
-
-def test_the_state_of_a_card_is_named_and_rounded() -> None:
+def test_the_state_of_the_card_is_shown_for_every_section(section: str) -> None:
     before, after = (dict(sm_mhz=345, watt=w, celsius=None) for w in (73.036, 162.853))
     state = dict(seconds=41.2, before=before, after=after, sm_mhz_from_to=[1965, 1980])
-    text = tables.about({"train": dict(environment={}, state=state)}, "x")
-    assert (
-        "- train: 41 s, SM clock 1965 to 1980 MHz (345 before, 345 after), power 73 to 163 W (73 "
-        "before, 163 after), temperature ? to ? °C (? before, ? after)"
-    ) in text
-
-
-def test_an_interrupted_section_has_no_error() -> None:
-    values = {"runs": dict(environment={}, ended_by="KeyboardInterrupt: ")}
-    assert "> runs: interrupted; its results up to then were saved." in tables.about(values, "x")
+    state |= dict(throttled_by=["power cap"])
+    values = dict(environment={}, state=state, ended_by="KeyboardInterrupt: ")
+    lines = tables.about({section: values}, "x").split("\n\n")
+    assert lines[1:] == [
+        f"> {section}: interrupted; its results up to then were saved.",
+        f"> {section}: at times the driver limited the clocks: power cap.",
+        f"- {section}: 41 s, SM clock 1965 to 1980 MHz (345 before, 345 after), power 73 to 163 W "
+        "(73 before, 163 after), temperature ? to ? °C (? before, ? after)",
+    ]
 
 
 def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
@@ -238,22 +236,6 @@ def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
         assert f"> {name}: stopped by RuntimeError: a/b; its results up to then were saved." in text
     assert "| fast, fused | 20 | 1.0 | 1 | nan | nan | STOPPED: the loss is not finite |" in text
     assert "![runs](runs.png)" in text
-
-
-def test_a_repeated_measurement_goes_to_another_file(tmp_path: Path) -> None:
-    for i in range(3):
-        for name in ("kernels", "train"):
-            with result_file.Section(name, CPU, options(tmp_path)) as section:
-                section.put(x=i)
-    found = {f.name.split("-abc")[1]: result_file.load(f) for f in tmp_path.glob("*/*.json")}
-    assert sorted(found) == ["-2.json", "-3.json", ".json"]
-    assert [found[end]["train"]["x"] for end in (".json", "-2.json", "-3.json")] == [0, 1, 2]
-    named = options(tmp_path)
-    named.result = tmp_path / "mine.json"
-    for i in range(2):
-        with result_file.Section("train", CPU, named) as section:
-            section.put(x=i)
-    assert result_file.load(named.result)["train"]["x"] == 1
 
 
 def test_a_time_of_a_provider_that_exceeds_the_tolerance_is_marked() -> None:
@@ -278,13 +260,6 @@ def test_a_file_that_is_no_result_ends_the_report_with_one_line(
     with pytest.raises(SystemExit, match="2"):
         report.main(options)
     assert "report: error: [Errno 2] No such file" in capsys.readouterr().err
-
-
-def test_other_work_is_noted() -> None:
-    a, b = file_of(1.0, 0.01), file_of(2.0, 0.01)
-    a["train"]["preset"], b["train"]["preset"] = "iron", "fast"
-    assert "NOTE: train: another preset, iron and fast" in diff.text(a, b, "a", "b")
-    assert "NOTE: train" not in diff.text(a, a, "a", "b")
 
 
 def test_three_digits() -> None:

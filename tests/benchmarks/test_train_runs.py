@@ -48,8 +48,14 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_every_section_is_complete(result: Path) -> None:
+def test_every_section_is_complete_and_in_the_report(result: Path) -> None:
     values = result_file.load(result)
+    text = (report.write(result) / "report.md").read_text()
+    assert "commit `abc`" in text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {"speedup.png", "step.png", "runs.png", "target.png"} <= set(pictures)
+    for picture in pictures:
+        assert (result.with_suffix("") / picture).read_bytes().startswith(b"\x89PNG")
     for name in ("kernels", "train", "decode", "runs", "target"):
         assert values[name]["environment"]["commit"] == "abc"
         assert values[name]["state"]["seconds"] >= 0
@@ -80,27 +86,33 @@ def test_generation_is_measured(result: Path) -> None:
     assert all(r.tokens == 16 for r in rows)
 
 
-def test_generation_whose_graph_failed_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_model() -> GPT:
+    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
+    return GPT(shape, builtin)
+
+
+def test_generation_whose_graph_failed_has_no_time(
+    small_model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def launched_one_by_one(*args: object) -> Iterator[list[int]]:
         monkeypatch.setattr(Graph, "failures", Graph.failures + 1)
         yield [0]
 
     monkeypatch.setattr(decode.sample, "generate_batch", launched_one_by_one)
-    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=4, dropout=0.0)
-    _, cached, batched = decode.measure("builtin", GPT(shape, builtin), torch.float32, 1, [3], 1)
+    _, cached, batched = decode.measure("builtin", small_model, torch.float32, 1, [3], 1)
     why = "RuntimeError: the CUDA graph could not be captured"
     assert cached.skipped_reason == batched.skipped_reason == why
 
 
 def test_the_other_ways_to_generate_are_measured_when_one_fails(
-    monkeypatch: pytest.MonkeyPatch,
+    small_model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(decode, "no_cache", broken)
-    shape = GPTConfig(vocab_size=7, n_layer=1, n_head=1, n_embd=16, context=40, dropout=0.0)
-    rows = decode.measure("builtin", GPT(shape, builtin), torch.float32, 40, [3], 2)
+    rows = decode.measure("builtin", small_model, torch.float32, 40, [3], 2)
     assert rows[0].skipped_reason == "RuntimeError: no such kernel"
     assert [(r.way, r.batch, r.timed) for r in rows[1:]] == [
         ("cached", 1, True), ("batched", 3, True)
@@ -127,34 +139,24 @@ def test_complete_trainings(result: Path) -> None:
         assert r.reached
         assert r.steps == r.evaluated[0][0]
         assert r.run in tables.runs(values["target"])
-    losses = [r.evaluated[-1][2] for r in rows]
-    assert losses[0] != losses[2]  # the seed changes the training
+    assert rows[0].validation_loss != rows[2].validation_loss  # the seed changes the training
 
 
-def test_a_preset_without_a_known_target_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train_runs.main(["--section", "target", "--preset", "nano", "code", "--device", "cpu"])
-    assert "--target-loss is needed for code" in capsys.readouterr().err
-
-
-def test_iters_must_exceed_the_warm_up_steps(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--section target --preset nano code", "--target-loss is needed for code"),
+        ("--iters 1", "--iters must be above 1, the warm-up steps, got 1"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "result.json"
-    with pytest.raises(SystemExit) as ended:
-        train_runs.main(["--iters", "1", "--device", "cpu", "--result", str(file)])
-    assert ended.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        train_runs.main([*options.split(), "--device", "cpu", "--result", str(file)])
     assert not file.exists()
-    assert "--iters must be above 1, the warm-up steps, got 1" in capsys.readouterr().err
-
-
-def test_the_report(result: Path, tmp_path: Path) -> None:
-    folder = report.write(result, tmp_path / "page")
-    text = (folder / "report.md").read_text()
-    assert "commit `abc`" in text
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert {p.stem for p in folder.glob("*.png")} >= {"speedup", "step", "runs", "target"}
+    assert message in capsys.readouterr().err
 
 
 def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
