@@ -111,16 +111,6 @@ def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypat
         assert graphed == plain
 
 
-def test_a_graph_without_a_result_gives_none() -> None:
-    model = build()
-    with torch.inference_mode():
-        decoder = Decoder(model, 1, GREEDY)
-        decoder.prefill([[1]], [0])
-        run = Double(decoder.step, decoder.tokens.device, 1)
-        assert [run() for _ in range(3)] == [None] * 3
-    assert decoder.counts.tolist() == [[3, 3]]
-
-
 class _Kernels(TorchDispatchMode):
     """Counts the calls that launch a kernel, except those of our own ops."""
 

@@ -76,11 +76,6 @@ def test_every_sequence_of_a_batch_is_the_one_it_is_alone(model):
     assert [row[0] for row in columns] == continuation(model, prompts[0], CONFIG)
 
 
-def test_equal_prompts_give_different_sequences(model):
-    rows = list(zip(*generate_batch(model, [[1], [1], [1]], CONFIG), strict=True))
-    assert len(set(rows)) == 3
-
-
 @pytest.mark.parametrize("read_every", [3, 7, 32])
 def test_how_often_the_host_reads_changes_nothing(model, monkeypatch, read_every):
     prompts, config = [[1], [2, 3, 4]], replace(CONFIG, tokens=70)
