@@ -14,7 +14,6 @@ graph. So the collectives need no timeout, and rank 0 may save or sample for as 
 import contextlib
 import datetime
 import gc
-import json
 import os
 import signal
 import sys
@@ -31,7 +30,6 @@ from irongpt.errors import DivergenceError, UserError, out_of_memory
 HEARTBEAT = 1.0  # seconds between two heartbeats of a process
 HEARTBEAT_TIMEOUT = 20.0  # seconds without one, after which a process is considered dead
 START_TIMEOUT = 600.0  # seconds in which all processes must have started
-REDUCE_SCATTER_FROM = 5  # with so many processes or more, each sums a slice of the gradients
 ENDED, FAILED = "ended", "failed "  # what a process that exits writes in place of its counter
 
 
@@ -45,9 +43,6 @@ class World:
     def own_range(self, count: int) -> range:
         """The adjacent indices, out of `count`, that belong to this process."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
-
-    def uses_reduce_scatter(self) -> bool:
-        return self.size >= REDUCE_SCATTER_FROM
 
     def all_gather(self, rows: Tensor) -> None:
         """Gives every process all rows. Each has written its own before: see `own_range`."""
@@ -63,23 +58,29 @@ class World:
         """Adds up float64 values over all processes, in place. Each sum must be exact in any order,
         for example because only one of its summands is not 0."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank. Waits until all have called it."""
+        return [value]
+
     def all_true(self, value: bool) -> bool:
         """Whether the value is true in all processes."""
-        return value
+        return all(self.gather(value))
 
     def check_equal(self, facts: dict[str, Any]) -> None:
         """Raises UserError in every process unless all have the same facts."""
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, start=1):
+            for name in {**first, **other}:
+                values = [known.get(name, "not given") for known in (first, other)]
+                if values[0] != values[1]:
+                    shown = " and ".join(str(value)[:40] for value in values)
+                    raise UserError(
+                        f"processes 0 and {rank} differ in {name}: {shown}; use the same for all"
+                    )
 
     def local_first(self) -> contextlib.AbstractContextManager[None]:
         """A context that the first process of a machine leaves before the others enter it."""
         return contextlib.nullcontext()
-
-    def broadcast(self, value: str) -> str:
-        """Returns the value that process 0 has given."""
-        return value
-
-    def barrier(self) -> None:
-        """Waits until all processes have called it."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises UserError unless every process of this machine has its own GPU."""
@@ -112,7 +113,6 @@ class Torchrun(World):
         store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
-        self.exchanges = 0  # through the store: every one has its own keys
         self.last, self.ended = ENDED, threading.Event()
         self.timeout = HEARTBEAT_TIMEOUT
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -155,25 +155,10 @@ class Torchrun(World):
     def all_reduce(self, values: Tensor) -> None:
         self.dist.all_reduce(values)
 
-    def all_true(self, value: bool) -> bool:
-        least = torch.tensor(float(value))
-        self.dist.all_reduce(least, self.dist.ReduceOp.MIN)
-        return bool(least)
-
-    def check_equal(self, facts: dict[str, Any]) -> None:
-        """Exchanges the facts as JSON in the store: a process may lack some of them."""
-        self.exchanges += 1
-        keys = [f"facts-{self.exchanges}-{rank}" for rank in range(self.size)]
-        self.store.set(keys[self.rank], json.dumps(facts, default=str))
-        first, *others = (json.loads(self.store.get(key)) for key in keys)
-        for rank, other in enumerate(others, start=1):
-            for name in {**first, **other}:
-                values = [known.get(name, "not given") for known in (first, other)]
-                if values[0] != values[1]:
-                    shown = " and ".join(str(value)[:40] for value in values)
-                    raise UserError(
-                        f"processes 0 and {rank} differ in {name}: {shown}; use the same for all"
-                    )
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.size
+        self.dist.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
@@ -186,20 +171,10 @@ class Torchrun(World):
             if not self.local_rank:
                 self.store.set(key, "done")
 
-    def broadcast(self, value: str) -> str:
-        self.exchanges += 1
-        key = f"shared-{self.exchanges}"
-        if not self.rank:
-            self.store.set(key, value)
-        return str(self.store.get(key).decode())
-
-    def barrier(self) -> None:
-        self.dist.all_reduce(torch.zeros(1))
-
     def check_device(self, device: torch.device) -> None:
-        count = _variable("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
         if device.type != "cuda":
             return
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if count > (gpus := torch.cuda.device_count()):
             raise UserError(
                 f"{count} processes, but {gpus} GPUs: two processes cannot share one; "
@@ -215,7 +190,7 @@ class Torchrun(World):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.barrier()
+        self.gather(None)
         self._leave(ENDED)
         self.dist.destroy_process_group()
 

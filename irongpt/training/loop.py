@@ -334,7 +334,7 @@ class TrainingLoop:
         If the target loss was reached, it only deletes the result.json of an earlier `best`.
         """
         trainer, run = self.trainer, self.run
-        trainer.world.barrier()  # until `best` is written
+        trainer.world.gather(None)  # waits until `best` is written
         self.result = run.result(self.best_step)
         if self.result is not None:  # an earlier process has computed it
             return

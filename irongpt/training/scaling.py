@@ -113,12 +113,12 @@ def measure(
     try:
         for turn in range(rounds + 1):
             count = steps if turn else warm
-            world.barrier()
+            world.gather(None)
             if alone is not None:
                 torch.set_num_threads(threads * (world.size if device.type == "cpu" else 1))
                 times.one.append(_seconds(alone.train_step, count, device))
                 torch.set_num_threads(threads)
-            world.barrier()
+            world.gather(None)
             times.all.append(_seconds(together.train_step, count, device))
             times.exchange.append(_seconds(shards.exchange, count, device))
     finally:

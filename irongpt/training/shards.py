@@ -13,6 +13,7 @@ from torch import Tensor
 
 from irongpt.training.distributed import World
 
+REDUCE_SCATTER_FROM = 5  # with so many processes or more, each sums a slice of the gradients
 ALIGNED = 8  # elements: every gradient begins at a multiple of 16 bytes
 NUMBERS = 4  # float32 values after the gradients of a shard: its loss, a signal's number, 0, 0
 
@@ -51,7 +52,7 @@ class Shards:
         With many processes it returns their sum, (1, n): a reduce-scatter and an all-gather give
         the same bits and move fewer bytes.
         """
-        if not self.world.uses_reduce_scatter():
+        if self.world.size < REDUCE_SCATTER_FROM:
             self.world.all_gather(self.rows)
             return self.gradients
         numbers = self.numbers.contiguous()

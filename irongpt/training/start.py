@@ -150,7 +150,7 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         run.config = config
         if not ("out" in flags or world.rank):
             run = claim_default(f"{text.name}-{setup.preset}", config)
-        path = Path(world.broadcast(str(run.path)))
+        path = world.gather(run.path)[0]
         if world.rank:
             run = ReadOnlyRunFolder(path, config)
         training = _training(run, setup, text, tokenizer, tokens, clock, world)

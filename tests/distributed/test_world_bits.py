@@ -15,7 +15,7 @@ from processes import launch
 from irongpt.config import TrainConfig
 from irongpt.errors import UserError
 from irongpt.model import GPT
-from irongpt.training import distributed
+from irongpt.training import shards
 from irongpt.training.distributed import Torchrun, World
 from irongpt.training.muon import Muon
 from irongpt.training.trainer import Trainer
@@ -100,7 +100,7 @@ def compute(rank: int, folder: Path) -> None:
             except UserError as e:
                 found[str(e)] = True
         found["all"] = [world.all_true(True), world.all_true(rank == 0), world.all_true(False)]
-    distributed.REDUCE_SCATTER_FROM = 2  # as a large world
+    shards.REDUCE_SCATTER_FROM = 2  # as a large world
     found["by parts"] = results(world, names)
     torch.save(found, folder / f"{rank}.pt")
     world.close()

@@ -114,7 +114,7 @@ def test_a_world_parts_after_all_are_done(monkeypatch: pytest.MonkeyPatch) -> No
     events: list[str] = []
     world = Torchrun.__new__(Torchrun)
     monkeypatch.setattr(gc, "collect", lambda: events.append("collect"))
-    monkeypatch.setattr(world, "barrier", lambda: events.append("wait"))
+    monkeypatch.setattr(world, "gather", lambda value: events.append("wait"))
     monkeypatch.setattr(world, "_leave", lambda last: events.append(last))
     world.dist = SimpleNamespace(destroy_process_group=lambda: events.append("destroy"))
     world.close()

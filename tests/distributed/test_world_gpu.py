@@ -15,7 +15,7 @@ from irongpt import device as devices
 from irongpt.config import TrainConfig
 from irongpt.cuda_graph import WARMUP, Graph
 from irongpt.model import GPT
-from irongpt.training import distributed
+from irongpt.training import shards
 from irongpt.training.distributed import Torchrun, World
 from irongpt.training.trainer import Trainer
 
@@ -51,7 +51,7 @@ def compute(rank: int, folder: Path) -> None:
     found = [
         train(world, optimizer, graph) for optimizer in ("adamw", "muon") for graph in (True, False)
     ]
-    distributed.REDUCE_SCATTER_FROM = 1  # as a large world
+    shards.REDUCE_SCATTER_FROM = 1  # as a large world
     found.append(train(world, "muon", True))
     torch.save(found, folder / f"{rank}.pt")
     world.close()  # with NCCL it would not return while a graph lives

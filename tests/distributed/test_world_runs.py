@@ -112,15 +112,6 @@ def test_the_others_have_the_exit_code_of_the_one_that_failed(watch: Torchrun, c
     assert capsys.readouterr().err == ""
 
 
-def test_two_broadcasts_give_two_values() -> None:
-    """Also to a process that reads the first value after the second was given."""
-    store, worlds = dist.HashStore(), [Torchrun.__new__(Torchrun) for _ in range(2)]
-    for rank, world in enumerate(worlds):
-        world.rank, world.store, world.exchanges = rank, store, 0
-    assert [worlds[0].broadcast(value) for value in ("first", "second")] == ["first", "second"]
-    assert [worlds[1].broadcast("") for _ in range(2)] == ["first", "second"]
-
-
 def restarted(folder: Path) -> None:
     """A process of torchrun, the second of which kills itself in the first attempt."""
     distributed.HEARTBEAT = 0.1
