@@ -154,12 +154,12 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "layer_norm": (LAYER_NORM, "layer_norm", "layer_norm"),
     "layer_norm_backward": (
         LAYER_NORM_BACKWARD,
-        "layer_norm dropout_add_layer_norm",
+        "layer_norm",
         "layer_norm",
     ),
     "dropout_add_layer_norm": (
         DROPOUT_ADD_LAYER_NORM,
-        "dropout_add_layer_norm",
+        "layer_norm",
         "dropout_add_layer_norm",
     ),
     "norm_parameters": (
@@ -182,5 +182,5 @@ BUGS: dict[str, tuple[list[Bug], str, str]] = {
     "grad_norm": (GRAD_NORM, "adamw", "adamw or sum_shards"),
     "adamw": (ADAMW, "adamw", "adamw"),
     "muon": (MUON, "muon", "muon"),
-    "philox": (PHILOX, "philox attention dropout_add_layer_norm", "with and dropout"),
+    "philox": (PHILOX, "philox attention layer_norm", "with and dropout"),
 }
