@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,13 @@ from irongpt import device as devices
 from irongpt.compare import table as report
 from irongpt.compare.execution import Faults, execution
 from irongpt.compare.model import Curve, compare_model, setting
-from irongpt.compare.ops import (
-    FULL,
-    FULL_ROWS,
-    SMALL,
-    SMALL_ROWS,
-    Check,
-    Row,
-    cases,
-    compare_case,
-    vocabulary_cases,
-)
+from irongpt.compare.ops import Check, Row, all_cases, compare_case
 from irongpt.config import DTYPES, check
 from irongpt.console import duration, say
 from irongpt.figures import default_style
 from irongpt.files import check_result, finite, write_result
+
+Group = tuple[str, list[Row], list[Check], list[Curve]]  # a title, and what was found under it
 
 
 def compare(
@@ -85,9 +77,7 @@ def _compare(
     say(f"\n{report.heading(candidate)}")
     rows: list[Row] = []
     checks: list[Check] = []
-    by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
-    by_class.append(vocabulary_cases(FULL_ROWS if full else SMALL_ROWS))
-    all_cases = [*chain.from_iterable(by_class)]  # the model's shape first
+    cases = all_cases(full, with_dropout)
     environment = {
         "irongpt": __version__,
         "torch": torch.__version__,
@@ -102,33 +92,30 @@ def _compare(
         """groups: how many are complete. A comparison that is stopped keeps their numbers."""
         if json_file is not None:
             seconds = round(time.perf_counter() - start, 1)
-            progress = dict(groups=groups, of_groups=len(all_cases) + 1, seconds=seconds)
+            progress = dict(groups=groups, of_groups=len(cases) + 1, seconds=seconds)
             write_result(json_file, to_json(environment | progress, rows, checks, curves))
 
-    for number, case in enumerate(all_cases, 1):
-        new_rows: list[Row] = []
-        new_checks: list[Check] = []
-        for dtype in chosen:
-            found = compare_case(case, module, dtype, target, with_dropout)
-            new_rows += found[0]
-            new_checks += found[1]
-        say(report.group(f"{case.op}, {case.shape}: {case.sizes}", new_rows, new_checks))
+    def groups() -> Iterator[Group]:
+        for case in cases:
+            found = [compare_case(case, module, dtype, target, with_dropout) for dtype in chosen]
+            new_rows, new_checks = ([*chain(*lists)] for lists in zip(*found, strict=True))
+            yield f"{case.op}, {case.shape}: {case.sizes}", new_rows, new_checks, []
+        new_rows, new_checks, curves = compare_model(training, module, chosen, target)
+        if faults is not None:
+            wrong = "; ".join(faults())
+            new_checks.append(Check("kernels", "all", "all", "memory access", not wrong, wrong))
+        yield f"model, one step: {training.sizes}", new_rows, new_checks, curves
+
+    for number, (title, new_rows, new_checks, curves) in enumerate(groups(), 1):
+        say(report.group(title, new_rows, new_checks))
+        for curve in curves:
+            say(report.training(curve))
         rows += new_rows
         checks += new_checks
-        save(number, [])
-    new_rows, curves, new_checks = compare_model(training, module, chosen, target)
-    rows += new_rows
-    checks += new_checks
-    say(report.group(f"model, one step: {training.sizes}", new_rows, []))
-    for curve in curves:
-        say(report.training(curve))
-    if faults is not None:
-        wrong = faults()
-        checks.append(Check("kernels", "all", "all", "memory access", not wrong, "; ".join(wrong)))
+        save(number, curves)
 
     seconds = time.perf_counter() - start
     failures = report.failures(rows, checks, candidate)
-    save(len(all_cases) + 1, curves)
     if plot is not None:
         title = f"{candidate} against eager on {devices.describe(target)}"
         with default_style():

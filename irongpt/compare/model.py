@@ -80,9 +80,9 @@ def setting(full: bool, with_dropout: bool) -> Setting:
 
 def compare_model(
     s: Setting, candidate: Ops, dtypes: Iterable[torch.dtype], device: torch.device
-) -> tuple[list[Row], list[Curve], list[Check]]:
+) -> tuple[list[Row], list[Check], list[Curve]]:
     """One step and a training run in each dtype."""
-    rows, curves, checks = [], [], []
+    rows, checks, curves = [], [], []
     for dtype in dtypes:
         try:
             rows += compare_step(s, candidate, dtype, device)
@@ -91,7 +91,7 @@ def compare_model(
         except Exception as e:  # as in compare_case, this is reported and the others continue
             name = devices.dtype_name(dtype)
             checks.append(Check("model", "one step", name, "runs", False, one_line(e)))
-    return rows, curves, checks
+    return rows, checks, curves
 
 
 def compare_step(s: Setting, candidate: Ops, dtype: torch.dtype, device: torch.device) -> list[Row]:

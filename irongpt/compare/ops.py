@@ -14,6 +14,7 @@ The optimizers and the other ops of a decoding step have cases of the first clas
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -166,6 +167,12 @@ def vocabulary_cases(at: RowShape) -> Iterator[Case]:
         if chosen := spec.for_sweep("V"):
             p = TEMPERATURE if chosen.kind == "token" else 0.0
             yield from (Case(chosen, f"V={V:,}", replace(at, V=V), p) for V in VOCABULARIES)
+
+
+def all_cases(full: bool, with_dropout: bool) -> list[Case]:
+    """The cases of a GPU (full) or of the interpreter, those of the model's shape first."""
+    by_class = [cases(k, at, with_dropout) for k, at in (FULL if full else SMALL).items()]
+    return [*chain(*by_class), *vocabulary_cases(FULL_ROWS if full else SMALL_ROWS)]
 
 
 def compare_case(

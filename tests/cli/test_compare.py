@@ -27,6 +27,7 @@ from irongpt.compare.ops import (
     SMALL,
     SMALL_ROWS,
     VOCABULARIES,
+    all_cases,
     cases,
     compare_case,
     make_row,
@@ -96,11 +97,8 @@ RAISING = scaled("softmax", Mock(side_effect=RuntimeError("out of registers\nand
 def compare_injected(monkeypatch, capsys, module, only: str = "", **files) -> tuple[int, str]:
     """Runs the command, with all ops or one, without the comparison of models, which has its own
     tests."""
-    for name, made in (("cases", cases), ("vocabulary_cases", vocabulary_cases)):
-        monkeypatch.setattr(
-            f"irongpt.compare.command.{name}",
-            lambda *args, made=made: (case for case in made(*args) if only in ("", case.op)),
-        )
+    chosen = [case for case in all_cases(False, True) if only in ("", case.op)]
+    monkeypatch.setattr("irongpt.compare.command.all_cases", lambda *args: chosen)
     monkeypatch.setattr(ops, "load", lambda name, device: module)
     monkeypatch.setattr("irongpt.compare.command.compare_model", lambda *_: ([], [], []))
     capsys.readouterr()
@@ -183,9 +181,8 @@ def test_a_comparison_that_is_stopped_keeps_the_groups_before(monkeypatch, capsy
     values = json.loads(json_file.read_text())
     assert {(r["op"], r["shape"]) for r in values["rows"]} == set(seen[:3])
     assert {shape for _, shape in seen} == {"model"}  # which comes first
-    all_cases = [*vocabulary_cases(SMALL_ROWS), *(c for k in SMALL for c in cases(k, TINY, True))]
-    every = len(all_cases) + 1  # and the model
-    assert (values["groups"], values["of_groups"]) == (3, every)
+    groups = len(all_cases(False, True)) + 1  # and the model
+    assert (values["groups"], values["of_groups"]) == (3, groups)
 
 
 def test_builtin_passes_and_its_files_are_complete(cli):
