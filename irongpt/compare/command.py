@@ -140,13 +140,8 @@ def to_json(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    of_worst = ("index", "candidate", "eager", "float64")
-    return {
-        **{k: v for k, v in vars(row).items() if k not in ("errors", *of_worst)},
-        "ok": row.ok,
-        "errors": {norm: {**e._asdict(), "ratio": e.ratio} for norm, e in row.errors.items()},
-        "worst": {k: getattr(row, k) for k in of_worst},
-    }
+    errors = {norm: {**e._asdict(), "ratio": e.ratio} for norm, e in row.errors.items()}
+    return {**vars(row), "errors": errors, "ok": row.ok}
 
 
 def _dtypes(names: Sequence[str], device: torch.device, arch: str | None) -> list[torch.dtype]:

@@ -40,10 +40,7 @@ class Row:
     dtype: str
     tensor: str  # an output's name, or d and an input's
     errors: dict[str, tolerance.Errors]  # by norm
-    index: list[int]  # of the worst element
-    candidate: float  # its three values
-    eager: float
-    float64: float
+    worst: dict[str, Any]  # the index of the worst element, and its three values
 
     @property
     def ok(self) -> bool:
@@ -223,9 +220,10 @@ def make_row(
     """The result of the candidate, of eager in the same dtype, and of eager in float64."""
     distance = (candidate.double() - oracle).abs().nan_to_num(nan=float("inf"))
     index = [int(i) for i in torch.unravel_index(distance.argmax(), candidate.shape)]
-    values = (float(t[tuple(index)]) for t in (candidate, baseline, oracle))
+    values = dict(candidate=candidate, eager=baseline, float64=oracle)
+    worst = dict(index=index) | {name: float(t[tuple(index)]) for name, t in values.items()}
     errors = tolerance.errors(factor(tensor), candidate, baseline, oracle)
-    return Row(op, shape, sizes, dtype, tensor, errors, index, *values)
+    return Row(op, shape, sizes, dtype, tensor, errors, worst)
 
 
 def factor(tensor: str) -> int:

@@ -72,9 +72,10 @@ def failures(rows: list[Row], checks: list[Check], candidate: str) -> list[str]:
             for norm, e in r.errors.items()
             if not e.ok
         ]
+        at, of_eager, exact = r.worst["candidate"], r.worst["eager"], r.worst["float64"]
         found.append(
-            f"     worst at {_index(r.index)}: {candidate} {r.candidate:.8g}, eager {r.eager:.8g}, "
-            f"float64 {r.float64:.8g}"
+            f"     worst at {_index(r)}: {candidate} {at:.8g}, eager {of_eager:.8g}, "
+            f"float64 {exact:.8g}"
         )
     for c in checks:
         if not c.ok:
@@ -100,12 +101,12 @@ def _line(row: Row) -> str:
     return (
         f"  {row.dtype:8} {row.tensor:28} {largest.candidate:8.1e} {largest.eager:8.1e}  "
         f"{_ratio(largest.ratio):>6} {_ratio(rms.ratio):>6} {used}  "
-        f"{_index(row.index)}{'' if row.ok else '  FAIL'}"
+        f"{_index(row)}{'' if row.ok else '  FAIL'}"
     )
 
 
-def _index(index: list[int]) -> str:
-    return "[" + ",".join(map(str, index)) + "]"
+def _index(row: Row) -> str:
+    return "[" + ",".join(map(str, row.worst["index"])) + "]"
 
 
 def _ratio(ratio: float) -> str:

@@ -333,7 +333,7 @@ def test_the_worst_element_and_the_factor_of_a_tensor(tensor):
     baseline, x = want.float(), want.float()
     baseline[0, 0], x[0, 0], x[2, 1] = 0.5, 0.25, -1.25
     row = make_row("gelu", "model", "", "float32", tensor, x, baseline, want)
-    assert (row.index, row.candidate, row.eager, row.float64) == ([2, 1], -1.25, 0, 0)
+    assert row.worst == dict(index=[2, 1], candidate=-1.25, eager=0, float64=0)
     assert row.errors["max"].ok is (tensor == "d x")  # 2.5 times eager's
 
 
