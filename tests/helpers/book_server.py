@@ -26,7 +26,6 @@ ANSWERS = {
     "/truncated": (200, BOOK[:-500]),  # with the Content-Length of the full book
     "/wrong": (200, BOOK.replace(b"Prince", b"Prints")),
     "/stall": (200, BOOK[:1000]),
-    "/trickle": (200, BOOK[:1000]),
     "/endless": (200, BOOK[:1000]),
 }
 
@@ -65,8 +64,6 @@ def book_server() -> Iterator[str]:
             if self.path == "/stall":
                 closing.wait(20)
             with contextlib.suppress(OSError):  # the client has left
-                while self.path == "/trickle" and not closing.wait(0.05):
-                    self.wfile.write(b"a")
                 while self.path == "/endless" and not closing.is_set():
                     self.wfile.write(BOOK)
 
