@@ -21,6 +21,7 @@ JUPYTER = """
 import contextlib, io, os, runpy, shlex, subprocess, sys, types
 
 from pydoc_data import topics
+from unittest import mock
 
 from irongpt import doctor
 from irongpt.config import PRESETS
@@ -31,25 +32,23 @@ PRESETS["nano"].model.update(n_layer=1, n_head=2, n_embd=32, context=16)
 topics.topics = dict(sorted(topics.topics.items())[:10])  # of python-docs
 popen = subprocess.Popen
 
+def run(words):
+    with mock.patch.object(sys, "argv", words):
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            return e.code or 0
+    return 0
+
 class Stage:
     pid = 2**30  # of no process
 
     def __init__(self, words, cwd, env, **options):
-        output, before = io.StringIO(), [os.getcwd(), sys.argv, dict(os.environ)]
-        os.chdir(cwd)
-        os.environ.update(env)
-        sys.argv = words[2:]
-        self.returncode = 0
-        try:
+        self.stdout = output = io.StringIO()
+        with contextlib.chdir(cwd), mock.patch.dict(os.environ, env):
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-        except SystemExit as e:
-            self.returncode = e.code or 0
-        folder, sys.argv, environment = before
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        self.stdout = io.StringIO(output.getvalue())
+                self.returncode = run(words[2:])
+        output.seek(0)
 
     def wait(self):
         return self.returncode
@@ -61,29 +60,17 @@ def start(words, **options):
 subprocess.Popen = start
 
 def command(line):
-    python, m, module, *arguments = shlex.split(line)
+    python, m, *words = shlex.split(line)
     assert (python, m) == ("python", "-m"), line
-    sys.argv = [module, *arguments]
     print("$", line, flush=True)
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as e:
-        assert not e.code, f"{line}: exit code {e.code}"
+    assert run(words) == 0, line
 
-class Shown:
-    def __init__(self, path):
-        self.path = path
+def display(path):
+    print("shown:", os.path.getsize(path), "bytes", flush=True)
 
-def display(shown):
-    with open(shown.path, "rb") as f:
-        print("shown:", len(f.read()), "bytes", flush=True)
-
-display_module = types.ModuleType("IPython.display")
-display_module.Markdown = display_module.Image = Shown
-display_module.display = display
-sys.modules["IPython"] = types.ModuleType("IPython")
-sys.modules["IPython"].version_info = (9, 0)  # matplotlib asks
-sys.modules["IPython.display"] = display_module
+shows = types.SimpleNamespace(Markdown=str, Image=str, display=display)
+sys.modules["IPython"] = types.SimpleNamespace(version_info=(9, 0))  # matplotlib asks
+sys.modules["IPython.display"] = shows
 """
 
 

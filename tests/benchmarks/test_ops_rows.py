@@ -32,7 +32,6 @@ TOKEN = {spec.name for spec in op_specs.TOKEN}
 NO_GRADIENT = [op for op in OPS if op in OPTIMIZERS | TOKEN]
 LAYERS = [op for op in OPS if op not in NO_GRADIENT]
 TINY = Shape(B=2, H=2, T=16, D=16, V=13, L=1)
-each_no_gradient = pytest.mark.parametrize("op", NO_GRADIENT)
 
 
 def case(op: str, dtype: torch.dtype = torch.float32, p: float | None = None) -> Case:
@@ -45,9 +44,15 @@ def measured(op: str, names: tuple[str, ...], rounds: int = 1, **options: Any) -
     return kernels.measure_case(case(op, **options), CPU, names, rounds)
 
 
+def page(rows: list[KernelRow]) -> str:
+    return tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
+
+
 @pytest.mark.parametrize(
     ("op", "dtype"),
-    [(op, torch.float32) for op in OPS] + [(op, torch.bfloat16) for op in NO_GRADIENT],
+    [(op, torch.float32) for op in OPS]
+    + [(op, torch.bfloat16) for op in (*NO_GRADIENT, "causal_attention_packed")]
+    + [("causal_attention_packed", torch.float16)],
 )
 def test_every_provider_that_has_an_op_is_timed_in_every_mode(op: str, dtype: torch.dtype) -> None:
     p = 0.2 if op in cases.WITH_DROPOUT else None
@@ -111,35 +116,23 @@ def test_a_baseline_with_a_small_error_has_its_time_and_its_error(
     assert not accuracy.ok
     assert 1 < accuracy.share < BASELINE_FACTOR
     assert not passes("fused", accuracy)
-    text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
-    assert f"| {accuracy.share:.0%} |" in text
-    assert "| builtin † |" in text
+    assert f"| {accuracy.share:.0%} |" in page(rows)
+    assert "| builtin † |" in page(rows)
     assert "EXCEEDS THE TOLERANCE" in kernels.line(rows[-1], PEAK_RATES)
-    swept = tables.kernels(
-        {"rows": [replace(r, sweep="T") for r in rows], "peak_rates": PEAK_RATES}
-    )
-    assert " † |" in swept
+    assert " † |" in page([replace(r, sweep="T") for r in rows])
 
 
-def test_attention_is_timed_in_16_bits() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        rows = measured("causal_attention_packed", PYTORCH, dtype=dtype)
-        assert {r.provider for r in rows if r.timed} == set(PYTORCH)
-
-
-def test_the_kernels_are_checked_with_their_dropout() -> None:
-    """On a CPU in Triton's interpreter, which the tests turn on."""
-    rows = kernels.measure_case(case("dropout_add_layer_norm", p=0.2), DEVICE, ("fused",), 1)
-    assert [r.accuracy.dropout for r in rows] == [0.2] * 3
-    assert all(r.accuracy.ok for r in rows)
-
-
-@each_no_gradient
+@pytest.mark.parametrize("op", [*NO_GRADIENT, "dropout_add_layer_norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_kernels_are_within_tolerance(op: str, dtype: torch.dtype) -> None:
-    (row,) = kernels.measure_case(case(op, dtype), DEVICE, ("fused",), 1)
-    assert row.accuracy.ok, row
-    assert row.seconds > 0
+def test_the_kernels_are_within_tolerance_with_their_dropout(op: str, dtype: torch.dtype) -> None:
+    """On a CPU in Triton's interpreter, which the tests turn on."""
+    one = case(op, dtype, default_p(op))
+    rows = kernels.measure_case(one, DEVICE, ("fused",), 1)
+    assert [r.mode for r in rows] == list(one.modes)
+    for row in rows:
+        assert row.accuracy.ok, row
+        assert row.accuracy.dropout == one.p
+        assert row.seconds > 0
 
 
 def test_a_provider_that_fails_has_a_reason_and_the_others_have_times(
@@ -168,17 +161,15 @@ def test_a_provider_that_fails_only_with_dropout_has_no_time() -> None:
 def test_the_backend_that_pytorch_picks_is_named() -> None:
     rows = measured("causal_attention_packed", ("builtin", "math"))
     assert {r.provider: r.backend for r in rows} == {"builtin": "flash", "math": None}
-    text = tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
-    assert "| builtin (flash) |" in text
+    assert "| builtin (flash) |" in page(rows)
 
 
 def test_a_row_without_a_graph_is_marked() -> None:
     row = replace(measured("gelu", ("builtin",))[-1], no_graph_reason="it waits for the device")
     rows = [replace(row, mode=mode) for mode in MODES]
     assert "NO GRAPH" in kernels.line(row, PEAK_RATES)
-    assert "it waits for the device" in tables.kernels({"rows": rows, "peak_rates": PEAK_RATES})
-    swept = [replace(r, sweep="batch") for r in rows]
-    assert "* in no graph" in tables.kernels({"rows": swept, "peak_rates": PEAK_RATES})
+    assert "it waits for the device" in page(rows)
+    assert "* in no graph" in page([replace(r, sweep="batch") for r in rows])
 
 
 def test_a_sweep_that_is_not_compiled_has_the_reason() -> None:
@@ -268,7 +259,7 @@ def changed_by_eager(one: Case) -> list[str]:
     return [name for name, t in x.items() if not torch.equal(t, before[name])]
 
 
-@each_no_gradient
+@pytest.mark.parametrize("op", NO_GRADIENT)
 def test_an_output_that_is_not_written_exceeds_the_tolerance(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
