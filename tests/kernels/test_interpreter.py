@@ -4,8 +4,6 @@ If one of these tests fails after an update of Triton, the suite can test more: 
 kernel tests, NaN among the extreme values, and so on.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import triton
@@ -26,16 +24,10 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _double_kernel(x_ptr, y_ptr, N: tl.constexpr):
+def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr, DOUBLE: tl.constexpr):
     at = tl.arange(0, N)
     x = tl.load(x_ptr + at)
-    tl.store(y_ptr + at, x + x)
-
-
-@triton.jit
-def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(y_ptr + at, tl.load(x_ptr + at).to(y_ptr.dtype.element_ty))
+    tl.store(y_ptr + at, (x + x if DOUBLE else x).to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -43,15 +35,13 @@ def _max_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr, tl.max(tl.load(x_ptr + tl.arange(0, N)), axis=0))
 
 
-def _dot_error(dtype: torch.dtype) -> float:
-    a, b, out = randn(16, 16, dtype=dtype), randn(16, 16, dtype=dtype, seed=1), torch.zeros(16, 16)
-    _dot_kernel[(1,)](a, b, out, 16)
-    return (out.double() - a.double() @ b.double()).abs().max().item()
-
-
-def test_dot_is_right_in_float32_and_float16() -> None:
-    assert _dot_error(torch.float32) < 1e-5
-    assert _dot_error(torch.float16) < 1e-5
+def test_dot_is_right_in_float32_and_float16_and_wrong_in_bfloat16() -> None:
+    for dtype, right in [(torch.float32, True), (torch.float16, True), (torch.bfloat16, False)]:
+        a, b = (randn(16, 16, dtype=dtype, seed=i) for i in range(2))
+        out = torch.zeros(16, 16)
+        _dot_kernel[(1,)](a, b, out, 16)
+        error = (out.double() - a.double() @ b.double()).abs().max()
+        assert error < 1e-5 if right else not error < 1
 
 
 @pytest.mark.parametrize("n", [16, 64])
@@ -63,30 +53,22 @@ def test_a_matmul_and_its_transpose_have_the_same_bits(n: int) -> None:
     assert torch.equal(found[0], found[1].t())
 
 
-def test_dot_is_wrong_in_bfloat16() -> None:
-    assert not _dot_error(torch.bfloat16) < 1
+def _elementwise(x: Tensor, dtype: torch.dtype, double: bool = False) -> Tensor:
+    y = torch.zeros(x.shape, dtype=dtype)
+    _cast_kernel[(1,)](x, y, len(x), double)
+    return y
+
+
+def test_casts_of_float16_are_right_and_to_bfloat16_round_differently() -> None:
+    x = randn(4096, dtype=torch.float32)
+    assert torch.equal(_elementwise(x, torch.float16), x.half())
+    assert torch.equal(_elementwise(x.half(), torch.float32), x.half().float())
+    assert not torch.equal(_elementwise(x, torch.bfloat16), x.bfloat16())
 
 
 def test_arithmetic_is_wrong_in_bfloat16() -> None:
     x = randn(64, dtype=torch.bfloat16)
-    assert not torch.equal(_elementwise(_double_kernel, x, torch.bfloat16), x + x)
-
-
-def test_casts_of_float16_are_right() -> None:
-    x = randn(4096, dtype=torch.float32)
-    assert torch.equal(_elementwise(_cast_kernel, x, torch.float16), x.half())
-    assert torch.equal(_elementwise(_cast_kernel, x.half(), torch.float32), x.half().float())
-
-
-def test_a_cast_to_bfloat16_rounds_differently() -> None:
-    x = randn(4096, dtype=torch.float32)
-    assert not torch.equal(_elementwise(_cast_kernel, x, torch.bfloat16), x.bfloat16())
-
-
-def _elementwise(kernel: Callable, x: Tensor, dtype: torch.dtype) -> Tensor:
-    y = torch.zeros(x.shape, dtype=dtype)
-    kernel[(1,)](x, y, len(x))
-    return y
+    assert not torch.equal(_elementwise(x, torch.bfloat16, double=True), x + x)
 
 
 def test_max_drops_a_nan() -> None:
@@ -98,16 +80,16 @@ def test_max_drops_a_nan() -> None:
 def test_autotune_with_several_configurations_does_not_run() -> None:
     tuned = triton.autotune([triton.Config({"N": 4}), triton.Config({"N": 8})], key=[])
     with pytest.raises(RuntimeError, match="0 active drivers"):
-        tuned(_double_kernel)[(1,)](torch.ones(8), torch.ones(8))
+        tuned(_cast_kernel)[(1,)](torch.ones(8), torch.ones(8), DOUBLE=True)
 
 
 def test_an_access_out_of_bounds_goes_unnoticed() -> None:
     """The sanitizer catches it."""
     x = torch.zeros(16)
-    _double_kernel[(1,)](torch.ones(16), x[:8], 16)
+    _cast_kernel[(1,)](torch.ones(16), x[:8], 16, True)
     assert x.tolist() == [2] * 16
 
 
 def test_int32_arithmetic_overflows_unnoticed() -> None:
     x = torch.tensor([2**31 - 1, 1, 1, 1], dtype=torch.int32)
-    assert _elementwise(_double_kernel, x, torch.int32)[0] == -2
+    assert _elementwise(x, torch.int32, double=True)[0] == -2
