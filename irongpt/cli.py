@@ -27,7 +27,7 @@ from irongpt.config import (
 )  # fmt: skip
 from irongpt.console import output, read_standard_input, say_on_stderr
 from irongpt.data.folder import Reader
-from irongpt.data.text import ERRORS, check_encoding, without_license
+from irongpt.data.text import ERRORS, without_license
 from irongpt.errors import DivergenceError, UserError, out_of_memory, short_reason, shortened
 from irongpt.files import FULL, write_error_reason
 
@@ -395,14 +395,12 @@ def read_file(flags: Flags, option: str) -> str | None:
     check(file is not None or not reading, f"--encoding and --errors are for {option}")
     if file is None:
         return None
-    if "encoding" in reading:
-        check_encoding(reading["encoding"])
+    reader = Reader(say_on_stderr, **reading)
     named = f"the {flag.removeprefix('--').replace('-', ' ')} {file}"
     try:
         data = read_standard_input() if file == "-" else Path(file).expanduser().read_bytes()
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"cannot read {named}: {short_reason(e)}") from e
-    reader = Reader(say_on_stderr, **reading)
     text = reader.decode(data, "the standard input" if file == "-" else named)
     for note in text.notes:
         say_on_stderr(note)

@@ -31,12 +31,10 @@ from irongpt.data.folder import (
 )
 from irongpt.data.text import (
     CHUNK,
-    ERRORS,
     NotTextError,
     Say,
     Text,
     Utf8,
-    check_encoding,
     has_text,
     length,
     without_license,
@@ -106,10 +104,6 @@ def load(
     read that way again if the digest matches.
     val: the validation text, given like one of `data`. All of `data` is then for training.
     """
-    if errors not in ERRORS:
-        raise UserError(f"--errors must be one of {', '.join(ERRORS)}, got {errors!r}")
-    if encoding is not None:
-        check_encoding(encoding)
     reader = Reader(say, encoding, errors)
     if data is None:
         try:
@@ -242,15 +236,13 @@ def _joined(parts: Sequence[Corpus], say: Say, val: Corpus | None = None) -> Cor
         raise UserError("all text of --data is in --val too: give another text to validate on")
     if len(parts) == 1 and val is None:
         return parts[0]
+    names = labels = [part.name for part in parts]
+    if len({*names}) < len(names):
+        labels = [f"{name}-{i}" for i, name in enumerate(names, 1)]
     files: dict[str, str] = {}
-    names = [part.name for part in parts]
-    unique = len({*names}) == len(names)
-    for i, part in enumerate(parts, 1):
-        label = part.name if unique else f"{part.name}-{i}"
-        if part.files:
-            files |= {f"{label}/{path}": digest for path, digest in part.files.items()}
-        else:
-            files[label] = part.sha256
+    for label, part in zip(labels, parts, strict=True):
+        by_path = {f"{label}/{path}": digest for path, digest in part.files.items()}
+        files |= by_path or {label: part.sha256}
     train = tuple(utf8 for part in parts for utf8 in (part.train if val is None else _all(part)))
     if val is not None:
         digests = val.files or {val.name: val.sha256}
@@ -298,4 +290,4 @@ def _python_code_as_one_text() -> Corpus:
     files = (path.read_bytes() for _, path in standard_library())
     ascii_files = (raw.replace(b"\r\n", b"\n") for raw in files if raw.isascii())
     text = b"\n".join(raw.replace(b"\r", b"\n") for raw in ascii_files)
-    return _one_text("python-code", text, Reader(print))
+    return _split("python-code", text)

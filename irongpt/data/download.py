@@ -79,7 +79,13 @@ def war_and_peace(say: Say) -> Utf8:
             reasons.append(f"{source.url.split('/')[2]}: {short_reason(error)}")
             say(f"the download failed: {reasons[-1]}")
             continue
-        _keep(folder / source.filename, raw, say)
+        path = folder / source.filename
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, raw)
+        except OSError as error:
+            reason = short_reason(error)
+            say(f"cannot store War and Peace as {str(path)!r} for the next run: {reason}")
         return book
     raise UserError(
         f"cannot download War and Peace ({'; '.join(reasons)}): save it as "
@@ -126,12 +132,3 @@ def _download(url: str) -> bytes:
     if not result.done():
         raise TimeoutError(f"not complete after {DEADLINE_S:g} seconds")
     return result.result()
-
-
-def _keep(path: Path, raw: bytes, say: Say) -> None:
-    """Stores the file. A folder that cannot be written to is not an error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, raw)
-    except OSError as error:
-        say(f"cannot store War and Peace as {str(path)!r} for the next run: {short_reason(error)}")

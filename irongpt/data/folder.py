@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from irongpt.data.text import Say, Text, Utf8, decoded, unpacked
+from irongpt.data.text import Say, Text, Utf8, check_encoding, decoded, unpacked
 from irongpt.errors import UserError, short_reason
 
 VAL_SHARE = 0.1
@@ -46,12 +46,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the texts of one corpus, all in the same encoding."""
+    """Reads the texts of one corpus, all in one encoding. Raises UserError if that is unknown."""
 
     say: Say
     encoding: str | None = None
     errors: str = "strict"
     kept: Kept = field(default_factory=Kept)
+
+    def __post_init__(self) -> None:
+        if self.encoding is not None:
+            check_encoding(self.encoding)
 
     def read(self, path: str | Path, name: str) -> Text:
         """The text of a regular file. Raises UserError, and OSError."""

@@ -47,12 +47,12 @@ class Text(NamedTuple):
     notes: list[str]
 
 
-def check_encoding(name: str) -> str:
-    """The name, if it is that of a text encoding. Raises UserError."""
+def check_encoding(name: str) -> None:
+    """Raises UserError unless the name is that of a text encoding."""
     try:
         text = "a\n".encode(name).decode(name, "replace")
         if text == "a\n" and codecs.getincrementaldecoder(name) and name != "punycode":
-            return name  # punycode cannot be decoded in chunks
+            return  # punycode cannot be decoded in chunks
     except (LookupError, UnicodeError, ValueError):
         pass
     raise UserError(
