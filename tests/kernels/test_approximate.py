@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_inputs import RowShape, widened
 from irongpt_kernels.op_specs import SPECS
 from irongpt_kernels.ptx.arithmetic import approximate
 from irongpt_kernels.runtime import launch
@@ -82,9 +82,8 @@ def share(name: str, at: RowShape) -> float:
     inputs = case.inputs()
     with gpu_errors():
         found = case.results(fused, inputs)
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-    result = cases.Result(case, 75)
-    cases.compare(result, found, case.results(eager, inputs), case.results(eager, wide))
+    result, oracle = cases.Result(case, 75), case.results(eager, widened(inputs))
+    cases.compare(result, found, case.results(eager, inputs), oracle)
     assert not result.problems
     return result.share
 

@@ -19,8 +19,6 @@ from numerics import (
 )
 from torch import Tensor
 
-HALVES = [torch.float16, torch.bfloat16]
-
 
 def assert_same_op(mine: Callable, torchs: Callable, *inputs: Tensor) -> None:
     """Values and gradients of both."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from irongpt_kernels import builtin, eager, fused
-from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_inputs import RowShape, widened
 from irongpt_kernels.op_specs import OPTIMIZERS, SPECS, TOKEN
 from irongpt_kernels.runtime import launch
 from numerics import (
@@ -225,7 +225,7 @@ def test_the_layout_of_one_input_changes_no_bit(name: str, layout: str) -> None:
             else:
                 given[chosen] = place(given[chosen])
             results.append([call(**given, **options), *(given[n] for n in SPECS[name].changes)])
-        wide = {n: x.double() if x.is_floating_point() else x.clone() for n, x in inputs.items()}
+        wide = widened(inputs)
         oracle = [getattr(eager, name)(**wide, **options), *(wide[n] for n in SPECS[name].changes)]
         for a, b, c in zip(*results, oracle, strict=True):
             if a is None or launch.INTERPRETED or not a.is_floating_point():
