@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 import shutil
@@ -69,29 +70,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _determinism() -> Iterator[None]:
-    """Resets what a run turns on for the whole process."""
-    yield
+def _settings() -> Iterator[None]:
+    """Memory that was never written, such as a kernel's output, is NaN. The interpreter is faster,
+    and the bits of its matmuls are independent of the layout. Resets what a run turns on for the
+    process."""
+    interpreter = contextlib.nullcontext
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        from interpreter_matmul import repeatable as interpreter  # imports Triton
+    with poison(), interpreter():
+        yield
     torch.set_deterministic_debug_mode("default")
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Memory that was never written is NaN in every test, e.g. a kernel's output or a KV cache."""
-    with poison():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _interpreter() -> Iterator[None]:
-    """Makes Triton's interpreter faster, and the bits of its matmuls independent of layout."""
-    if not (os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")):
-        yield
-        return
-    from interpreter_matmul import repeatable  # imports Triton
-
-    with repeatable():
-        yield
 
 
 def make_quick(patch: pytest.MonkeyPatch, plots: bool = False) -> None:

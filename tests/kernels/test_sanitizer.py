@@ -9,14 +9,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from addresses import addresses_only
 from irongpt_kernels.op_inputs import RowShape, Shape
 from irongpt_kernels.op_specs import SPECS, TOKEN
 from irongpt_kernels.runtime import launch
 from numerics import LAYOUTS, Inputs, randn
 from op_cases import CASES, ROWS, Case, leaves_of, spec_inputs, spec_run
 from poison import poison
-from sanitizer import Violation, sanitize
+from sanitizer import Violation, addresses_only, sanitize
 from torch import Tensor
 
 if not launch.INTERPRETED:
