@@ -1,7 +1,7 @@
 """
 A sanitizer for Triton kernels in Triton's interpreter, for bugs that a GPU does not report.
 
-    with sanitize() as report:
+    with sanitize():
         fused.layer_norm(x, weight)
 
 runs every launch inside on copies of its tensors with guard bands between them, and raises
@@ -50,13 +50,6 @@ NONE, SEVERAL = -1, -2
 
 class Violation(AssertionError):  # noqa: N818
     pass
-
-
-@dataclasses.dataclass
-class Report:
-    """What a block of `sanitize` has seen: kernel names in launch order."""
-
-    kernels: list[str] = dataclasses.field(default_factory=list)
 
 
 class Arena:
@@ -108,7 +101,7 @@ class _Launch:
     def __init__(self, order: int | None) -> None:
         self.shuffle = None if order is None else random.Random(order)
         self.arena: Arena | None = None
-        self.kernel = ""
+        self.kernels: list[str] = []  # names, in launch order
         self.programs: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.violation: Violation | None = None
 
@@ -121,7 +114,7 @@ class _Launch:
 
     def fail(self, what: str) -> NoReturn:
         at = getattr(interpreter.interpreter_builder, "grid_idx", None)
-        self.violation = Violation(f"{self.kernel}, program {at}: {what}")
+        self.violation = Violation(f"{self.kernels[-1]}, program {at}: {what}")
         raise self.violation
 
     def access(self, kind: str, ptrs: Any, mask: Any) -> None:
@@ -156,9 +149,9 @@ class _Launch:
 
 
 @contextlib.contextmanager
-def sanitize(order: int | None = None) -> Iterator[Report]:
-    """See the module. Only launches that the interpreter runs are seen."""
-    launch, report = _Launch(order), Report()
+def sanitize(order: int | None = None) -> Iterator[list[str]]:
+    """See the module. Yields the names of the kernels that the interpreter runs, in order."""
+    launch = _Launch(order)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store = builder.create_masked_load, builder.create_masked_store
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
@@ -186,25 +179,25 @@ def sanitize(order: int | None = None) -> Iterator[Report]:
         set_dim(self, *grid)
         launch.set_grid(grid)
 
-    with _hooks(launch, report) as hook:
+    with _hooks(launch) as hook:
         hook(executor, "_init_args_hst", to_arena)
         hook(executor, "_restore_args_dev", from_arena)
         hook(builder, "create_masked_load", checked_load)
         hook(builder, "create_masked_store", checked_store)
         hook(builder, "set_grid_dim", dim)
         hook(builder, "set_grid_idx", lambda self, *at: set_idx(self, *launch.programs[at]))
-        yield report
+        yield launch.kernels
 
 
 @contextlib.contextmanager
-def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any], Any]]:
+def _hooks(launch: _Launch) -> Iterator[Callable[[Any, str, Any], Any]]:
     """The code of both kinds of run. Yields a function that replaces an attribute until the end."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     shared, call = interpreter.interpreter_builder, executor.__call__
 
     def checked_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        launch.kernel, launch.violation = self.fn.__name__, None
-        report.kernels.append(launch.kernel)
+        launch.violation = None
+        launch.kernels.append(self.fn.__name__)
         try:
             call(self, *args, **kwargs)
         except InterpreterError:
@@ -236,9 +229,9 @@ def _hooks(launch: _Launch, report: Report) -> Iterator[Callable[[Any, str, Any]
 
 
 @contextlib.contextmanager
-def addresses_only() -> Iterator[Report]:
+def addresses_only() -> Iterator[list[str]]:
     """See the module. Ops of irongpt_kernels run as they are, and not their fakes."""
-    launch, report = _Launch(None), Report()
+    launch = _Launch(None)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
     ends: dict[int, int] = {}  # of each storage, whose addresses start at a multiple of 2^48
@@ -283,14 +276,14 @@ def addresses_only() -> Iterator[Report]:
     def idx(self: Any, x: int, *_: int) -> None:
         set_idx(self, *((0, 0, 0) if x == 0 else (n - 1 for n in grid)))
 
-    with _hooks(launch, report) as hook, _OpsThemselves():
+    with _hooks(launch) as hook, _OpsThemselves():
         hook(executor, "_init_args_hst", two_programs)
         hook(executor, "_restore_args_dev", lambda *_: None)
         hook(builder, "create_masked_load", load)
         hook(builder, "create_masked_store", store)
         hook(builder, "set_grid_dim", lambda self, *_: set_dim(self, *grid))
         hook(builder, "set_grid_idx", idx)
-        yield report
+        yield launch.kernels
 
 
 class _Address(MockTensor):

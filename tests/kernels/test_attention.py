@@ -86,10 +86,10 @@ def check(x: dict[str, Tensor], dout: Tensor | None = None, **options) -> None:
         from sanitizer import sanitize
 
         clean = sanitize()
-    with clean as report:
+    with clean as launched:
         assert_op(attention, "causal_attention", x, (dout,), **options)
-    if report is not None:
-        assert report.kernels == ["_fwd_kernel", "_bwd_head_kernel"]
+    if launched is not None:
+        assert launched == ["_fwd_kernel", "_bwd_head_kernel"]
 
 
 @each_dtype

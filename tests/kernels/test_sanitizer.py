@@ -63,10 +63,10 @@ def _one_address_kernel(x_ptr):
 
 def test_a_clean_kernel_passes_and_writes_its_result() -> None:
     x, y = randn(19, dtype=F32), torch.zeros(19)
-    with sanitize(order=1) as report:
+    with sanitize(order=1) as launched:
         _copy(x, y, 19)
     assert torch.equal(x, y)
-    assert report.kernels == ["_copy_kernel"]
+    assert launched == ["_copy_kernel"]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_an_int32_offset_is_caught_without_memory() -> None:
         _copy_kernel[(2**28 + 1,)](x, x, len(x), 1, 8, 8, True)
     with addresses_only(), pytest.raises(Violation, match="load out of bounds"):
         _copy(x[:19], x, 19, stride=-1)
-    with addresses_only() as report:
+    with addresses_only() as launched:
         _copy(x, x, 19, stride=80_000_000)
-    assert report.kernels == ["_copy_kernel"]
+    assert launched == ["_copy_kernel"]
 
 
 def test_a_read_before_another_programs_write_is_caught_as_well() -> None:
@@ -174,10 +174,10 @@ def test_an_op_runs_clean_in_any_order(
     plain = case.results(fused, inputs, upstream)
     assert all(x.isfinite().all() for x in plain)
     for order in orders:
-        with sanitize(order) as report:
+        with sanitize(order) as launched:
             results = case.results(fused, inputs, upstream)
         assert all(map(torch.equal, plain, results))
-        assert len(report.kernels) >= 2, "forward and backward are kernels"
+        assert len(launched) >= 2, "forward and backward are kernels"
 
 
 @each_case
@@ -213,9 +213,9 @@ def test_an_op_without_a_gradient_runs_clean_in_any_order(name: str, dtype, orde
     place = LAYOUTS["slice of a wider tensor"]  # what lies between is not to be read
     wanted = spec_run(SPECS[op], fused, shape, inputs, **options)
     assert all(x.isfinite().all() for x in wanted if x.is_floating_point())
-    with sanitize(order) as report:
+    with sanitize(order) as launched:
         results = spec_run(SPECS[op], fused, shape, inputs, place, **options)
-    assert len(report.kernels) == kernels
+    assert len(launched) == kernels
     assert all(map(torch.equal, wanted, results))
 
 
@@ -259,10 +259,10 @@ def _addresses(case: Case, inputs: Inputs, spread: Callable[[Tensor], Tensor]) -
     inputs = {n: spread(x) for n, x in inputs.items()}
     upstream = tuple(map(spread, case.outputs(fused, inputs)))  # by the fake: for the shapes
     leaves = leaves_of(inputs)
-    with addresses_only() as report:
+    with addresses_only() as launched:
         outputs = case.outputs(fused, leaves)
         torch.autograd.grad(outputs, [x for x in leaves.values() if x.requires_grad], upstream)
-    assert len(report.kernels) >= 2, "forward and backward are kernels"
+    assert len(launched) >= 2, "forward and backward are kernels"
 
 
 @of_no_values
@@ -309,6 +309,6 @@ def test_an_op_without_a_gradient_addresses_rows_that_an_int32_cannot_count(
     options = dict(SPECS[op].options(shape, 0.8, 3)) | options
     if "seed" in options:
         options["seed"] = torch.empty((), dtype=torch.int64, device="meta")
-    with addresses_only() as report:
+    with addresses_only() as launched:
         getattr(fused, op)(**{n: spread(n, x) for n, x in inputs.items()}, **options)
-    assert len(report.kernels) == kernels
+    assert len(launched) == kernels
