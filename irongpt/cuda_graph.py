@@ -15,18 +15,17 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from irongpt.errors import one_line, out_of_memory
 
-Result = TypeVar("Result", Tensor, None)
 WARMUP = 3  # real steps in which kernels are compiled and libraries allocate workspaces
 
 
-class Graph(Generic[Result]):
+class Graph:
     """Calls `step`, which takes no arguments, and replays a graph of it after `warmup` calls.
 
     Captured or not, the results are the same, to the bit: the same kernels run on the same values.
@@ -37,7 +36,7 @@ class Graph(Generic[Result]):
 
     def __init__(
         self,
-        step: Callable[[], Result],
+        step: Callable[[], Tensor | None],
         device: torch.device,
         warmup: int = WARMUP,
         agree: Callable[[bool], bool] = bool,
@@ -56,11 +55,11 @@ class Graph(Generic[Result]):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
 
-    def step(self) -> Result:
-        result: Any = self._step()()
-        return result
+    def step(self) -> Any:
+        return self._step()()
 
-    def __call__(self) -> Result:
+    def __call__(self) -> Any:
+        """The result of the step."""
         self.calls += 1
         if self.calls <= self.warmup:
             return self._run_on_side_stream()
@@ -80,8 +79,7 @@ class Graph(Generic[Result]):
         if self.graph is None:
             return self.step()
         self.graph.replay()
-        result: Any = None if self.result is None else self.result.clone()
-        return result
+        return None if self.result is None else self.result.clone()
 
     def close(self) -> None:
         """Destroys the graph. Later calls launch the step."""
@@ -89,7 +87,7 @@ class Graph(Generic[Result]):
             self.graph.reset()
         self.graph, self.result, self.failed = None, None, True
 
-    def _run_on_side_stream(self) -> Result:
+    def _run_on_side_stream(self) -> Any:
         """PyTorch requires another stream than the caller's for warmup before a capture."""
         stream = side_stream(self.device)
         current = torch.cuda.current_stream(self.device)

@@ -1,6 +1,7 @@
 """Plots the losses of a run (loss.png) and collects its samples (sample.txt)."""
 
 import math
+from typing import Any
 
 from irongpt.figures import default_style, png
 from irongpt.files import replace_file
@@ -28,18 +29,12 @@ def loss_png(records: list[Record], title: str) -> bytes:
     val = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*_columns(train), color="tab:blue", linewidth=1, alpha=0.6, label="training")
+    axes.plot(*_columns(train), color="C0", linewidth=1, alpha=0.6, label="training")
     if val:
-        axes.plot(*_columns(val), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.plot(*_columns(val), "o-", color="C1", markersize=4, label="validation")
         step, best = min(val, key=lambda point: point[1])
-        axes.annotate(
-            f"{best:.3f}",
-            (step, best),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            color="tab:orange",
-        )
+        above: dict[str, Any] = dict(xytext=(0, 8), textcoords="offset points", ha="center")
+        axes.annotate(f"{best:.3f}", (step, best), color="C1", **above)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("loss (nats per token)")

@@ -206,12 +206,8 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
         training.trainer.model.load_state_dict(weights)
         training.trainer.restore(state["step"], optimizer)
         training.restore(state)
-        changes: dict[str, Any] = {
-            "model": setup.model,
-            "train": setup.train,
-            "data": _stored(data),
-        }
-        config = replace(run.config, data_sha256=text.sha256, **changes)
+        model, train = setup.model, setup.train
+        config = RunConfig(setup.preset, _stored(data), text.sha256, model, train)
         with reported(f"cannot write to {run.path}", disk=run.path):
             if other_text:  # before config.json names this text, so that a kill in between is safe
                 training.save(run.last)
