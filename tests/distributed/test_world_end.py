@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, Cli
+from cpu_graph import CpuGraph
 
-from irongpt import cuda_graph
 from irongpt.cuda_graph import WARMUP
 from irongpt.errors import DivergenceError
 from irongpt.training import distributed
@@ -43,25 +43,6 @@ class Recorded(World):
         return True
 
 
-class Double(cuda_graph.Graph):
-    """Captures what `step` does then as a graph, and replays it, on a CPU."""
-
-    def __init__(self, trainer: Trainer, events: list[str], broken: bool) -> None:
-        super().__init__(trainer._run_step, torch.device("cpu"), agree=trainer.world.all_true)
-        self.events, self.broken = events, broken
-
-    def _run_on_side_stream(self) -> torch.Tensor:
-        return self.step()
-
-    def _capture(self) -> None:
-        self.events.append("capture")
-        if self.broken:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        reset = lambda: self.events.append("the graph is gone")  # noqa: E731
-        self.result = torch.zeros(4)
-        self.graph = SimpleNamespace(replay=lambda: self.result.copy_(self.step()), reset=reset)
-
-
 WAYS = {  # exit code, and the last events
     "end": (0, ["the graph is gone", "destroy_process_group"]),
     "signal": (128 + signal.SIGTERM, ["the graph is gone", "destroy_process_group"]),
@@ -82,7 +63,8 @@ def test_the_graph_is_gone_before_the_processes_part(
     fit, fill = TrainingLoop.fit, Trainer._fill_inputs
 
     def captured(self: TrainingLoop) -> int | None:
-        self.trainer.run_step = Double(self.trainer, world.events, way == "broken capture")
+        error = RuntimeError("not permitted") if way == "broken capture" else None
+        self.trainer.run_step = CpuGraph(self.trainer, error, world.events)
         return fit(self)
 
     def filled(self: Trainer) -> None:

@@ -62,18 +62,6 @@ def test_the_schedule(decay, middle):
     assert rates == pytest.approx([0.25, 1.0, 1.0, *middle, last, last])
 
 
-def test_only_matrices_decay():
-    net = Net()
-    before = [p.detach().clone() for p in net.parameters()]
-    optimizer = optimizer_of(net)
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for old, p in zip(before, net.parameters(), strict=True):
-        decay = CONFIG.lr * CONFIG.weight_decay if p.dim() == 2 else 0.0
-        torch.testing.assert_close(p.detach(), old * (1 - decay))
-
-
 def reference_step(params, moments, grads, t: int) -> None:
     """AdamW with clipping, in float64, from the paper."""
     norm = torch.sqrt(sum((g**2).sum() for g in grads))

@@ -20,6 +20,7 @@ from run_helpers import assert_same, history, state
 
 from irongpt.cli import main
 from irongpt.config import PRESETS
+from irongpt.runs.run_folder import open_run
 from irongpt.training.trainer import Trainer
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -168,12 +169,21 @@ def test_a_second_signal_does_not_wait(tmp_path):
     assert state(tmp_path / "run")["step"] == 0
 
 
-def test_ops_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
+def test_ops_and_graph_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
     """Without dropout builtin and eager differ by rounding alone."""
+
+    def settings() -> tuple[str, bool]:
+        recipe = open_run(tmp_path / "changed").config.train
+        return recipe.ops, recipe.graph
+
     constant = [*SHORT, "--decay", "constant"]
-    assert cli("train", *constant, "--iters", "6", "--out", "changed").code == 0
     assert cli("train", *constant, "--out", "same").code == 0
-    assert cli("train", "--resume", "changed", "--ops", "eager", "--iters", "12").code == 0
+    assert cli("train", *constant, "--iters", 4, "--out", "changed").code == 0
+    assert settings() == ("builtin", True)
+    change = "--ops eager --no-graph --iters 8".split()
+    assert cli("train", "--resume", "changed", *change).code == 0
+    assert cli("train", "--resume", "changed", "--iters", 12).code == 0
+    assert settings() == ("eager", False)
     changed, same = (history(tmp_path / name)[-1] for name in ("changed", "same"))
     assert changed["step"] == same["step"] == 12
     assert changed["val_loss"] == pytest.approx(same["val_loss"], rel=1e-5)
