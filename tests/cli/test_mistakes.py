@@ -42,6 +42,8 @@ BAD_FLAGS = [
     ("--data -", "the standard input is closed"),
     ("--out text.txt", "--out text.txt exists"),
     ("--out full", "--out full exists"),
+    ("--out=", "the name is empty"),
+    ("--out dangling", "is a link to a folder that does not exist"),
     ("--out text.txt/run", "cannot write a run at text.txt/run"),
     (f"--out new/{'x' * 300}", "cannot write a run at"),
     ("--out a\0b", "a name cannot have the character U+0000"),
@@ -60,6 +62,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, tmp_path, monkeypatch, fl
     (tmp_path / "short.txt").write_text("to be or not")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
     base = [x for x in TINY if "--data" not in flags or x not in ("--data", "text.txt")]
     assert_refused(cli, message, "train", *base, *flags.split())
 

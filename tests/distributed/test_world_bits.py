@@ -41,6 +41,15 @@ CASES: dict[str, tuple[Ops, str, torch.dtype, float, int, int]] = {
     "fused muon float16": (fused, "muon", F16, 0.2, 1, 2),
 }
 OF_FOUR = "accumulated, 4 shards"
+WAYS = {
+    "gathered": list(CASES),
+    "by parts": [
+        name for name in CASES if "fused" not in name
+    ],  # each process sums a part of the gradients
+    "replicated": [
+        name for name in CASES if "builtin muon" in name
+    ],  # all compute Muon's iteration
+}
 
 
 class Bad(Trainer):
@@ -85,11 +94,11 @@ def compute(rank: int, folder: Path) -> None:
         names = [OF_FOUR]
         found: dict[str, Any] = {"gathered": results(world, names)}
     else:
-        names = [name for name in CASES if "fused" not in name]
-        found = {"gathered": results(world, CASES)}
+        names = WAYS["by parts"]
+        found = {"gathered": results(world, WAYS["gathered"])}
         found["overflow"] = train("eager adamw float16", world, Bad)
         with patch.object(Muon, "_worth_sharing", lambda *_: False):
-            found["replicated"] = results(world, [name for name in names if "builtin muon" in name])
+            found["replicated"] = results(world, WAYS["replicated"])
         for facts in (
             {"text": "ab"[rank]},
             {"version of irongpt": rank},
@@ -136,26 +145,10 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert [k for k in unequal if k != "rng.cpu"] == []
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_have_the_bits_of_one(case: str, alone, two) -> None:
+@pytest.mark.parametrize(("how", "case"), [(how, case) for how in WAYS for case in WAYS[how]])
+def test_two_processes_have_the_bits_of_one(how: str, case: str, alone, two) -> None:
     for found in two:
-        assert_same(found["gathered"][case], alone[case])
-
-
-@pytest.mark.parametrize("case", [name for name in CASES if "fused" not in name])
-def test_gradients_that_are_added_by_parts_have_the_same_bits(case: str, alone, two) -> None:
-    for found in two:
-        assert_same(found["by parts"][case], alone[case])
-
-
-@pytest.mark.parametrize("case", [name for name in CASES if "builtin muon" in name])
-def test_muons_iteration_has_the_same_bits_shared_or_not(case: str, alone, two) -> None:
-    """On a CPU the processes share it; where that saves no time, each computes all."""
-    with patch.object(Muon, "_worth_sharing", lambda *_: False):
-        wanted = train(case, None)
-    for found in two:
-        assert_same(found["replicated"][case], wanted)
-    assert_same(wanted, alone[case])
+        assert_same(found[how][case], alone[case])
 
 
 @pytest.mark.parametrize("how", ["gathered", "by parts"])

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -153,27 +152,16 @@ def test_torchrun_restarts_a_run_that_has_died(folder: Path, uninterrupted: Path
     assert_same(folder / "run", uninterrupted)
 
 
-def one_line(folder: Path, size: int, *given: Any, **options: Any) -> str:
-    """What is printed in all processes; all have the exit code of a mistake."""
-    assert launch(size, command, folder, *given, **options) == [2] * size
-    (line,) = "".join(shown(folder, rank) for rank in range(size)).splitlines()
-    assert not (folder / "run").exists()
-    return line
-
-
-def test_other_flags_in_one_process_are_one_line(folder: Path) -> None:
-    own = {1: ["--iters", "7"]}
-    line = one_line(folder, 2, ["train", *FLAGS], None, own)
-    assert line == (
-        "irongpt: error: processes 0 and 1 differ in --iters: 36 and 7; use the same for all"
-    )
-
-
-def test_another_text_on_one_machine_is_one_line(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "differ"),
+    [("--iters 7", "--iters: 36 and 7; use the same for all"), ("--data other.txt", "text: ")],
+)
+def test_what_differs_between_processes_is_one_line(folder: Path, own: str, differ: str) -> None:
     (folder / "other.txt").write_text((folder / "text.txt").read_text()[::-1])
-    own = {1: ["--data", "other.txt"]}
-    line = one_line(folder, 2, ["train", *FLAGS], None, own)
-    assert line.startswith("irongpt: error: processes 0 and 1 differ in text: ")
+    assert launch(2, command, folder, ["train", *FLAGS], None, {1: own.split()}) == [2, 2]
+    (line,) = (shown(folder, 0) + shown(folder, 1)).splitlines()
+    assert line.startswith(f"irongpt: error: processes 0 and 1 differ in {differ}")
+    assert not (folder / "run").exists()
 
 
 class Two(World):

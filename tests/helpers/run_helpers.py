@@ -44,13 +44,18 @@ def state(run: Path) -> dict:
 def assert_same(a: Path, b: Path) -> None:
     assert history(a) == history(b)
     for name in ("last", "best"):
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            x, y = (safetensors.torch.load_file(run / name / file) for run in (a, b))
-            assert x.keys() == y.keys()
-            assert [k for k in x if not x[k].equal(y[k])] == []
+        assert_same_tensors(a / name, b / name)
     assert state(a) == state(b)
     samples, others = ([p.read_text() for p in run.glob("sample.txt")] for run in (a, b))
     assert samples == others
+
+
+def assert_same_tensors(*checkpoints: Path) -> None:
+    """Of two checkpoints."""
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        x, y = (safetensors.torch.load_file(folder / file) for folder in checkpoints)
+        assert x.keys() == y.keys()
+        assert [k for k in x if not x[k].equal(y[k])] == []
 
 
 def compiling(

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Cli, copy_run, train_in
-from run_helpers import assert_same
-from safetensors.torch import load_file
+from run_helpers import assert_same, assert_same_tensors, history
 
 from irongpt.cli import main
 from irongpt.config import PRESETS, SampleConfig
@@ -59,10 +58,6 @@ def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli: Cli, code: Path):
     out = cli("train", *BPE, "--data", "code", "--out", "other").out
     assert "tokenizer 320 BPE tokens" in out
@@ -89,8 +84,8 @@ def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
     assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     decoded = tokenizer.decode(ids).replace(END, "")
     assert len(decoded.encode()) == n_bytes
-    best = min(r["val_loss"] for r in records(run) if r["val_loss"])
-    assert values["step"] == next(r["step"] for r in records(run) if r["val_loss"] == best)
+    best = min(r["val_loss"] for r in history(run) if r["val_loss"])
+    assert values["step"] == next(r["step"] for r in history(run) if r["val_loss"] == best)
 
 
 def validation_ids(run: Path, code: Path):
@@ -107,16 +102,11 @@ def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
     assert cli(*train, "--out", "whole").code == 0
     assert cli(*train, "--iters", 17, "--out", "cut").code == 0
     assert cli("train", "--resume", "cut", "--iters", 30).code == 0
-    whole, cut = records(code / "whole"), records(code / "cut")
-    assert [r["train_loss"] for r in whole][-1] == [r["train_loss"] for r in cut][-1]
-    for name in ("whole/last", "whole/best"):
-        x, y = (
-            load_file(code / n / "model.safetensors") for n in (name, name.replace("whole", "cut"))
-        )
-        assert x.keys() == y.keys()
-        assert all(x[k].equal(y[k]) for k in x)
-    result = [json.loads((code / n / "result.json").read_text()) for n in ("whole", "cut")]
-    assert result[0] == result[1]
+    assert history(code / "whole")[-1] == history(code / "cut")[-1]
+    for name in ("last", "best"):
+        assert_same_tensors(code / "whole" / name, code / "cut" / name)
+    results = [(code / run / "result.json").read_bytes() for run in ("whole", "cut")]
+    assert results[0] == results[1]
 
 
 def test_a_run_on_documents_by_characters(cli: Cli, code: Path):
@@ -147,14 +137,14 @@ def test_patience_ends_a_run_for_good(cli: Cli, code: Path):
     flags = ["--iters", 500, "--lr", 0.3, "--patience", 2, "--out", "new"]
     out = cli("train", *BPE, "--data", "code", *flags).out
     assert "no improvement in 2 evaluations: stopped at step" in out
-    run = records(code / "new")
+    run = history(code / "new")
     losses = [r["val_loss"] for r in run if r["val_loss"]]
     assert losses.index(min(losses)) == len(losses) - 3
     assert run[-1]["step"] < 500
     result = cli("train", "--resume", "new")
     assert result.code == 0
     assert "a larger --patience continues it" in result.out
-    assert records(code / "new") == run
+    assert history(code / "new") == run
 
 
 def test_patience_counts_evaluations_also_after_a_resume_between_two(
@@ -165,7 +155,7 @@ def test_patience_counts_evaluations_also_after_a_resume_between_two(
     flags = ["--patience", 3, "--iters", 15, "--out", "new"]
     assert cli("train", *BPE, "--data", "code", *flags).code == 0
     assert cli("train", "--resume", "new", "--iters", 500).code == 0
-    assert [r["step"] for r in records(code / "new") if r["val_loss"] is not None] == [
+    assert [r["step"] for r in history(code / "new") if r["val_loss"] is not None] == [
         10, 15, 20, 30, 40
     ]  # fmt: skip
 

@@ -223,18 +223,6 @@ def test_the_target_loss_is_looked_for_between_evaluations(
     assert (training.run.path / "result.json").exists() == (steps[-1] == 30)
 
 
-def test_a_run_killed_while_it_looked_for_the_target_looks_again(cli: Cli, monkeypatch):
-    training = start("--eval-every", 30, "--target-loss", 9.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainingLoop, "_sample", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            training.fit()
-    assert step_of(training.run.last) == 20
-    resumed = resume(training)
-    assert resumed.fit() is None
-    assert resumed.outcome().startswith("target loss reached at step 20")
-
-
 def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli: Cli, monkeypatch):
     training = start("--eval-every", 30, "--target-loss", 9.0)
 

@@ -45,14 +45,6 @@ def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize(
-    ("out", "message"), [("", "the name is empty"), ("dangling", "does not exist")]
-)
-def test_folders_that_a_run_may_not_have(cli, tmp_path, out, message):
-    os.symlink("nowhere", tmp_path / "dangling")
-    assert_mistake(cli("train", *QUICK, "--out", out), message)
-
-
 @pytest.mark.parametrize("runs", ["file", "read-only", "cannot be made"])
 def test_the_default_folder_is_checked_before_the_text_is_read(cli, tmp_path, monkeypatch, runs):
     monkeypatch.setattr(corpus, "load", Mock(side_effect=AssertionError))

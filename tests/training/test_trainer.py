@@ -114,18 +114,6 @@ def test_the_average_of_the_weights_is_evaluated_in_16_bits_too() -> None:
     assert t.evaluate() == other._mean_loss(batches, lambda: True)
 
 
-@pytest.mark.parametrize("ops", [eager, builtin])
-def test_evaluation_does_not_change_the_training(ops):
-    """Dropout masks come from PyTorch's generator in builtin, from the step's seed in eager."""
-    plain = trainer(ops, dropout=0.2)
-    rows = train(plain, 12)
-    evaluated = trainer(ops, dropout=0.2)
-    for row in rows:
-        assert torch.equal(evaluated.train_step(), row)
-        evaluated.evaluate()
-    assert_same_params(plain, evaluated)
-
-
 def test_evaluation_is_the_mean_over_all_sequences_without_dropout():
     t = trainer(dropout=0.9)
     loss = t.evaluate()
@@ -219,22 +207,14 @@ def test_a_run_can_change_its_dtype():
 
 
 def test_training_survives_many_overflows():
-    """One, five and twenty steps in a row that overflow in float16 change the scale alone."""
+    """Twenty steps in a row whose gradients overflow change the loss scale alone."""
     t = trainer(dtype=torch.float16)
-    clean = train(trainer(dtype=torch.float16), 40)[-1, 0]
-    poison = {2: 1, 7: 5, 15: 20}
-    for at, length in poison.items():
-        while t.step < at:
-            t.train_step()
-        before = [p.detach().clone() for p in t.model.parameters()]
-        hook = t.model.ln_f.weight.register_hook(lambda g: g * float("inf"))
-        rows = train(t, length)
-        hook.remove()
-        assert not rows[:, 1].isfinite().any()
-        assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
-    t.step = 14
-    train(t, 26)
-    assert float(t.train_step()[0]) == pytest.approx(float(clean), rel=0.05)
+    hook = t.model.ln_f.weight.register_hook(lambda g: g * float("inf"))
+    assert not train(t, 20)[:, 1].isfinite().any()
+    hook.remove()
+    t.step = 0
+    losses, clean = (train(x, 40)[:, 0] for x in (t, trainer(dtype=torch.float16)))
+    torch.testing.assert_close(losses, clean, rtol=2**-7, atol=0)
 
 
 @torch.no_grad()
