@@ -14,7 +14,6 @@ Parallelism In the forward a program handles BLOCK_M rows and loops over V in bl
             sum is rescaled whenever m grows. The program stores the sum of its rows' losses and the
             number of rows that are not ignored; one program of a second kernel then adds these
             partial results in order. The backward needs no reduction and has one program per tile.
-            There are no atomics, so every run gives the same bits.
 Precision   float32 between load and store. m and rest are stored separately, because a float32
             m + log(sum) would limit the precision of p to the last digit of m. For a confident row
             (p_t near 1) a sum without the true class gives the loss as log1p(rest) and p_t - 1 as

@@ -12,7 +12,7 @@ Traffic     The forward reads branch and residual and writes sum and norm: 4MN e
             was used, it does not read dsum: 4MN. If only sum was, it reads dsum alone: 3MN.
             The mask is not stored but recomputed: it is a function of the seed, the column and the
             row, where rows are counted over all leading dimensions.
-Parallelism as in `layer_norm`: complete rows in registers, and no atomics.
+Parallelism as in `layer_norm`: complete rows in registers.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and norm in a
             16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is
             computed from the sum after it is rounded to its dtype, because the backward reads that.
@@ -22,13 +22,12 @@ Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from irongpt_kernels import dropout
-from irongpt_kernels.fused.layer_norm import check_shapes, store_norm
+from irongpt_kernels.fused.layer_norm import check_shapes, empty_outputs, store_norm
 from irongpt_kernels.fused.layer_norm_backward import forward_options, keep_factor, one_row
 from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
@@ -64,8 +63,7 @@ def _fwd_kernel(
 
 def _empty_outputs(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialized sum, norm, mean and rstd."""
-    mean, rstd = (residual.new_empty(branch.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return residual.new_empty(branch.shape), branch.new_empty(branch.shape), mean, rstd
+    return residual.new_empty(branch.shape), *empty_outputs(branch, branch.dtype)
 
 
 def dropout_add_layer_norm_fwd(

@@ -14,9 +14,9 @@ Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; th
 Parallelism The forward is that of `layer_norm`. For dwte a program searches a part of the ids for
             one token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
             frequent token has several programs. `column_sums` adds their partial sums and, in the
-            same launch, the rows of g for dwpe. There are no atomics, so every run gives the same
-            bits. The search compares V M ids, so for a vocabulary larger than MAX_V PyTorch's
-            kernels compute both gradients: dwte by sorting the ids, in about 8 launches.
+            same launch, the rows of g for dwpe. The search compares V M ids, so for a vocabulary
+            larger than MAX_V PyTorch's kernels compute both gradients: dwte by sorting the ids, in
+            about 8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from irongpt_kernels.fused.layer_norm import check_shapes, store_norm
+from irongpt_kernels.fused.layer_norm import check_shapes, empty_outputs, store_norm
 from irongpt_kernels.fused.layer_norm_backward import launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import column_sums, norm_gradients
 from irongpt_kernels.runtime import checks, launch
@@ -112,9 +112,8 @@ def _empty_outputs(
     wte: Tensor, idx: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialized x, norm, mean and rstd."""
-    size = *idx.shape, wte.shape[1]
-    mean, rstd = (wte.new_empty(idx.shape, dtype=torch.float32) for _ in range(2))
-    return wte.new_empty(size), wte.new_empty(size, dtype=dtype), mean, rstd
+    x = wte.new_empty(*idx.shape, wte.shape[1])
+    return x, *empty_outputs(x, dtype)
 
 
 def embedding_bwd(g: Tensor, idx: Tensor, V: int) -> tuple[Tensor, Tensor]:

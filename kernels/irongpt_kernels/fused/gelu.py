@@ -11,7 +11,7 @@ Traffic     The forward reads x and writes y: 2MN elements. The backward reads x
             dx: 3MN; it recomputes s.
 Parallelism One program per tile, except in a backward with dbias: there P programs share the rows
             of each block of columns, each accumulates dbias in registers, and the (P, N) partial
-            sums are added afterwards. There are no atomics, so every run gives the same bits.
+            sums are added afterwards.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
             and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
             where 1 + tanh u loses them.

@@ -14,7 +14,7 @@ Parallelism A program handles BLOCK elements of one tensor. The addresses of all
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
             one program of a second kernel adds those in order. This takes two launches for up to 48
-            tensors, and one more for shards. Without atomics every run gives the same bits.
+            tensors, and one more for shards.
 Precision   float32. The square of a gradient above 1.8e19 overflows to infinity and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are

@@ -72,7 +72,7 @@ def _fwd_kernel(
     )
 
 
-def _empty_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized y, of `dtype`, mean and rstd."""
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), mean, rstd
@@ -84,7 +84,7 @@ def layer_norm_fwd(
     """Returns y in `dtype`, contiguous; mean and rstd, float32, in the leading shape of x."""
     rows = contiguous_rows(x)
     M, N = rows.shape
-    y, mean, rstd = _empty_outputs(x, dtype)
+    y, mean, rstd = empty_outputs(x, dtype)
     if x.numel():
         parameters = one_row(weight), one_row(bias)
         stride = rows.stride(0)
@@ -109,7 +109,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
 
 
 _op = custom_op(
-    "layer_norm", layer_norm_fwd, lambda x, *rest: _empty_outputs(x, rest[-1]),
+    "layer_norm", layer_norm_fwd, lambda x, *rest: empty_outputs(x, rest[-1]),
     (), _setup_context, _backward,
 )  # fmt: skip
 

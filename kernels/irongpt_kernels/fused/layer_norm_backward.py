@@ -15,8 +15,7 @@ Traffic     reads dsum, dnorm and the sum, writes dresidual and dbranch: 5MN ele
             `layer_norm`. xhat is recomputed from mean and rstd, the mask from the seed.
 Parallelism P programs loop over the blocks of rows; each SM has WARPS_PER_SM warps by default, or
             one program if that has more. Each keeps its own dweight and dbias; `norm_parameters`
-            adds these (P, N) partial sums, of all norms at once. There are no atomics, so every run
-            gives the same bits.
+            adds these (P, N) partial sums, of all norms at once.
 Precision   float32 between load and store; xhat is centred as in the forward.
 Limits      those of `layer_norm`.
 Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_layer_norm

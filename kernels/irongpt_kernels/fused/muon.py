@@ -14,7 +14,6 @@ Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. 
             its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
             the first kernel loop over several blocks, so that each matrix has at most PARTS partial
             sums of squares. Every program of the second kernel adds those of its matrix in order.
-            There are no atomics, so every run gives the same bits.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Parameters are contiguous float32, copies contiguous and of one dtype, at addresses
             that are multiples of 16, as PyTorch allocates them. momentum is contiguous float32.

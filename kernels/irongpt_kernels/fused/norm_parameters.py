@@ -11,8 +11,7 @@ norm that is called with the parameter itself, (N,), adds its own partial sums.
 
 Traffic     reads the partial sums, 4PN bytes per parameter, and writes 4N.
 Parallelism A program adds BLOCK_N columns of one matrix, BLOCK_M rows at a time. One launch handles
-            up to 48 matrices, whose addresses are kernel arguments, as in `grad_norm`. There are no
-            atomics, so every run gives the same bits.
+            up to 48 matrices, whose addresses are kernel arguments, as in `grad_norm`.
 Precision   float32.
 Limits      Matrices that are not float32 or not contiguous are copied.
 Spec        irongpt_kernels/eager.py::norm_parameters
