@@ -22,7 +22,8 @@ def write(file: Path, out: Path | None = None) -> Path:
     values = result_file.load(file)
     folder = out or file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {tables.title(values)}", tables.about(values, file.name)]
+    name = tables.environment(values).get("name", "an unknown device")
+    parts = [f"# IronGPT on {name}", tables.about(values, file.name)]
     for name, heading, text in tables.parts(tables.measured(values)):
         parts.append(f"## {heading}")
         for picture, data in plots.draw(name, values[name]).items():

@@ -40,21 +40,14 @@ def environment(values: Values) -> Values:
     return {}
 
 
-def title(values: Values) -> str:
-    """The heading of the page."""
-    return f"IronGPT on {environment(values).get('name', 'an unknown device')}"
-
-
 def about(values: Values, name: str) -> str:
     """The machine and the software, and whether the driver limited the clocks."""
     e = environment(values)
-    software = ", ".join(f"{k} {e[k]}" for k in ("torch", "triton", "python") if e.get(k))
-    card = "".join(
-        f", {k} {e[key]}" for k, key in (("driver", "driver"), ("CUDA", "cuda")) if e.get(key)
-    )
+    software = ("torch", "triton", "python", "driver", "cuda")
+    versions = [f"{key} {e[key]}".replace("cuda", "CUDA") for key in software if e.get(key)]
     lines = [
-        f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; {software}{card}; "
-        f"{e.get('cpu')}, {e.get('threads')} threads."
+        f"From `{name}`: commit `{e.get('commit')}`, {str(e.get('date'))[:10]}; "
+        f"{', '.join(versions)}; {e.get('cpu')}, {e.get('threads')} threads."
     ]
     here = {section: values[section] for section in SECTIONS if section in values}
     every = [section.get("environment", {}) for section in here.values()]
@@ -85,12 +78,10 @@ def about(values: Values, name: str) -> str:
         ("train", "peak_rates", "before the training steps"),
     ):
         if rates := here.get(name, {}).get(key):
+            copy = f"{rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written)"
             flops = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in rates["gemm_flops_per_s"].items())
-            lines.append(
-                f"- Measured peak rates of this device, {when}: copy "
-                f"{rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s (read and written); large "
-                f"matmul, TFLOP/s: {flops}."
-            )
+            text = f"copy {copy}; large matmul, TFLOP/s: {flops}."
+            lines.append(f"- Measured peak rates of this device, {when}: {text}")
     return "\n\n".join(lines)
 
 
@@ -202,13 +193,14 @@ def _step_cells(r: StepRow, times: dict[str, float], alone: Values) -> list[str]
     note = [f"first call {r.first_seconds:.0f} s"]
     note += ["not interleaved with the first"] if r.group else []
     note += [f"stopped: {short(r.stop_reason)}"] if r.stop_reason else []
+    ratio = ""
+    if other in times and other != r.variant:
+        ratio = f"{times[other] / r.seconds:.2f} {variant_label(other)}"
     return [
         variant_label(r.variant),
         f"{r.seconds * 1e3:.2f}",
         spread(r.iqr, 1e3),
-        f"{times[other] / r.seconds:.2f} {variant_label(other)}"
-        if other in times and other != r.variant
-        else "",
+        ratio,
         f"{r.tokens_per_s:,.0f}",
         f"{r.mfu:.1%}",
         f"{matmuls.of_step(alone, r.variant) / r.seconds:.0%}",
@@ -225,25 +217,24 @@ def headline(times: dict[str, float], alone: Values) -> str:
     Those that are launched like ours, in a CUDA graph or one by one, come first, then the best of
     torch.compile, then nanoGPT.
     """
-    ours = [name for name in times if name.startswith("fused")]
-    if not ours:
+    labels = {name: variant_label(name) for name in sorted(times, key=lambda name: times[name])}
+    best = next((name for name in labels if name.startswith("fused")), None)
+    if best is None:
         return ""
-    best = min(ours, key=lambda name: times[name])
-    theirs = [name for name in times if name not in ours and not name.startswith("nanoGPT")]
     graph = [["builtin graph", "builtin as trained"], ["naive graph", "eager graph"]]
     launched = [["builtin"], ["naive", "eager"]]
-    others = graph + launched if "graph" in variant_label(best) else launched + graph
-    others += [[name for name in theirs if "torch.compile" in variant_label(name)]]
+    others = graph + launched if "graph" in labels[best] else launched + graph
+    compiled = [name for name, label in labels.items() if "torch.compile" in label]
+    others += [[name for name in compiled if not name.startswith(("fused", "nanoGPT"))]]
     others += [["nanoGPT", "nanoGPT compiled"]]
     said = []
     for names in others:
-        if known := [name for name in names if name in times]:
-            fastest = min(known, key=lambda name: times[name])
+        if fastest := next((name for name in labels if name in names), None):
             ratio = times[fastest] / times[best]
-            said.append(f"{ratio:.2f} times as fast as {variant_label(fastest)}")
+            said.append(f"{ratio:.2f} times as fast as {labels[fastest]}")
     over = times[best] / alone["lower_bound_seconds"]
     said.append(f"and takes {over:.2f} times the computed lower bound")
-    return f"Ours at its fastest, {variant_label(best)}, is " + ", ".join(said) + "."
+    return f"Ours at its fastest, {labels[best]}, is {', '.join(said)}."
 
 
 def decode(section: Values) -> str:
@@ -321,12 +312,9 @@ def _t4_step(values: Values, preset: str) -> float | None:
 def t4(values: Values) -> str:
     """Lower bounds of a T4, and next to them the times if they were measured on one."""
     section = values["kernels"]
-    here = "T4" in section["environment"]["name"].split()
-    bounds: dict[str, float] = {}
-    times: dict[str, float | None] = {}
-    for preset in ("iron", "fast"):
-        bounds[f"a training step, {preset}"] = roofline.t4_step(preset)
-        times[f"a training step, {preset}"] = _t4_step(values, preset)
+    steps = {f"a training step, {preset}": preset for preset in ("iron", "fast")}
+    bounds = {name: roofline.t4_step(preset) for name, preset in steps.items()}
+    times = {name: _t4_step(values, preset) for name, preset in steps.items()}
     for r in section["rows"]:
         if r.sweep == "iron" and r.dtype != "float32" and r.mode in TOTAL:
             name = f"{r.op}, {r.size}{dropout(r)}"
@@ -334,11 +322,10 @@ def t4(values: Values) -> str:
             if r.provider == "fused" and r.timed:
                 times[name] = r.seconds
 
-    def microseconds(x: float | None) -> str:
-        return "" if x is None else f"{x * 1e6:,.0f}"
-
+    if "T4" not in section["environment"]["name"].split():
+        times.clear()
     rows = [
-        [name, microseconds(times.get(name) if here else None), microseconds(bound)]
+        [name, *("" if x is None else f"{x * 1e6:,.0f}" for x in (times.get(name), bound))]
         for name, bound in bounds.items()
     ]
     text = (
