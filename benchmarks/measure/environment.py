@@ -96,30 +96,25 @@ class Watch:
     """The GPU's state before, during and after a measurement."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.began, self.before = device, time.perf_counter(), state(device)
         self.seen: list[State] = []
-        self.stop = threading.Event()
+        self.ended = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        self.began = time.perf_counter()
-        self.before = state(self.device)
         if self.before is not None:
             self.thread.start()
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.stop.set()
-        if exc[1] is None and self.before is not None:  # after an error the time may be short
+    def end(self) -> None:
+        """Looks once more."""
+        self.ended.set()
+        if self.thread.is_alive():
             self.thread.join()
-            self._query()
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> State:
         """The states up to now; `after` is the last one."""
         seconds = round(time.perf_counter() - self.began, 1)
         seen = list(self.seen)
         after = seen[-1] if seen else self.before
-        states: dict[str, Any] = {"seconds": seconds, "before": self.before, "after": after}
+        states: State = {"seconds": seconds, "before": self.before, "after": after}
         for key in ("sm_mhz", "watt", "celsius"):
             if values := [s[key] for s in seen if s[key] is not None]:
                 states[f"{key}_from_to"] = [min(values), max(values)]
@@ -127,13 +122,12 @@ class Watch:
         states["throttled_by"] = sorted(set().union(*known)) if known else None
         return states
 
-    def _query(self) -> None:
-        if (now := state(self.device)) is not None:
-            self.seen.append(now)
-
     def _look(self) -> None:
-        while not self.stop.wait(PERIOD):
-            self._query()
+        ended = False
+        while not ended:
+            ended = self.ended.wait(PERIOD)
+            if (now := state(self.device)) is not None:
+                self.seen.append(now)
 
 
 def peak_rates(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:

@@ -132,7 +132,6 @@ class Section:
         self.watch = environment.Watch(device)
 
     def __enter__(self) -> "Section":
-        self.watch.__enter__()
         return self
 
     def put(self, **values: Any) -> None:
@@ -141,8 +140,9 @@ class Section:
         save(self.path, self.name, self.values)
 
     def __exit__(self, *exc: object) -> None:
-        self.watch.__exit__(*exc)
-        if (e := exc[1]) is not None:
+        if (e := exc[1]) is None:
+            self.watch.end()
+        else:  # the time may be short
             self.values["ended_by"] = f"{type(e).__name__}: {e}"[:300]
         self.put()
         if e is None:

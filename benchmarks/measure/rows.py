@@ -11,6 +11,11 @@ from typing import Any, ClassVar, Self
 Point = list[float]  # step, seconds, loss
 
 
+def known(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are neither None nor NaN."""
+    return {name: x for name, x in values.items() if x is not None and x == x}
+
+
 @dataclass
 class Accuracy:
     """share: the largest error divided by its tolerance. size, dropout: those of the case
@@ -52,10 +57,10 @@ class Row:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """A row of a file. Unknown fields are ignored; those that are missing have defaults."""
         names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names and v is not None})
+        return cls(**{k: v for k, v in known(values).items() if k in names})
 
     def to_json(self) -> dict[str, Any]:
-        return {name: x for name, x in asdict(self).items() if x is not None and x == x}
+        return known(asdict(self))
 
 
 @dataclass(kw_only=True)
@@ -97,7 +102,7 @@ class KernelRow(Row):
     def from_json(cls, values: dict[str, Any]) -> Self:
         row = super().from_json(values)
         if accuracy := values.get("accuracy"):
-            row.accuracy = Accuracy(**{k: v for k, v in accuracy.items() if v is not None})
+            row.accuracy = Accuracy(**known(accuracy))
         return row
 
 
