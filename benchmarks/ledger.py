@@ -139,10 +139,10 @@ def group_of(name: str) -> str:
 
 def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     """Bytes that an operation moves, each operand once; 0 for a view or an allocation."""
-    arguments = func._schema.arguments
-    named = {a.name: a for a in arguments}
-    given = [*zip(arguments, args, strict=False), *((named[n], x) for n, x in kwargs.items())]
-    short = func._schema.name.split("::")[1]
+    schema = func._schema
+    named = {a.name: a for a in schema.arguments}
+    given = [*zip(named.values(), args, strict=False), *((named[n], x) for n, x in kwargs.items())]
+    short = schema.name.split("::")[1]
     if short.startswith(("empty", "new_empty", "detach", "lift")):
         return 0
     overwrites = short in ("copy_", "fill_", "zero_", "_foreach_copy_")  # their output is not read
@@ -154,11 +154,10 @@ def traffic(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
             inputs.add(t.untyped_storage()._cdata)
             only_written = overwrites or a.name == "low_precision_params"
             times = 2 if written and not only_written else 1
-            times += a.name in READ_TWICE.get(func._schema.name, ())
+            times += a.name in READ_TWICE.get(schema.name, ())
             total += times * size(t)
     outputs = [t for t in tensors(out) if t.untyped_storage()._cdata not in inputs]
-    mutates = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
-    if not mutates and not outputs:
+    if not schema.is_mutable and not outputs:
         return 0  # a view
     return total + sum(size(t) for t in outputs)
 
