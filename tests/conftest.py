@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from poison import poison
 
 from irongpt import files
@@ -140,6 +142,14 @@ def run(cli: Cli, trained_run: Path, tmp_path: Path) -> str:
     """A copy of the trained run, in the folder of `cli`."""
     copy_run(trained_run, tmp_path / "run", str(tmp_path / "text.txt"))
     return "run"
+
+
+@pytest.fixture
+def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Fakes an H200, and an empty folder for measured options, which are used."""
+    monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
+    monkeypatch.delenv("IRONGPT_TUNED")
+    return fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
 
 
 def assert_mistake(result: Result, message: str) -> None:

@@ -138,17 +138,13 @@ def test_emulation_needs_a_driver_that_compiles_the_ptx(card, cli, monkeypatch, 
     assert line not in " ".join(cli("doctor").out.split())
 
 
-def test_a_state_that_the_card_does_not_report_is_none(card) -> None:
+def test_the_state_of_a_card(card) -> None:
+    """Throttle reasons are named, and what the card does not report is None."""
+    state = gpu_state.query(torch.device("cuda", 0))
+    assert state["throttled_by"] == ["power cap", "temperature (software)"]
     card(**NOT_REPORTED, DeviceGetCurrentClocksThrottleReasons=NVMLError)
     state = gpu_state.query(torch.device("cuda", 0))
-    assert state is not None
     assert state["throttled_by"] is state["watt"] is None
-
-
-def test_throttle_reasons_are_named(card) -> None:
-    state = gpu_state.query(torch.device("cuda", 0))
-    assert state is not None
-    assert state["throttled_by"] == ["power cap", "temperature (software)"]
 
 
 def test_an_old_or_missing_package(monkeypatch) -> None:

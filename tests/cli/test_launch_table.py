@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Cli, assert_mistake
-from fake_gpu import fake_gpu, reset_launch_tables  # noqa: F401
+from fake_gpu import reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
 from irongpt_kernels.fused import attention_tiles, layer_norm_backward
 from irongpt_kernels.runtime import emulate, launch, launch_table
@@ -24,13 +23,10 @@ TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=255)
 ENTRY: dict[str, Any] = dict(kernel="attention forward", size=64, itemsize=2, options=TILE)
 
 
-@pytest.fixture
-def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """Fakes an H200, for which kernels are compiled, and an empty cache folder."""
-    monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
-    monkeypatch.delenv(cache.VARIABLE, raising=False)
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options as for compiled kernels: the interpreter has smaller tiles."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    return fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
 
 
 def forward_tile() -> dict[str, int]:
@@ -245,5 +241,3 @@ def test_mistakes(cli: Cli, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_mistake(cli("tune"), "irongpt tune needs an NVIDIA GPU")
     assert_mistake(cli("tune", "--device", "cuda"), "--device cuda: torch finds no NVIDIA GPU")
-    assert_mistake(cli("tune", "--preset", "huge"), "--preset")
-    assert_mistake(cli("tune", "--dtype", "int8"), "--dtype")
