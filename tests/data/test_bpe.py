@@ -71,11 +71,6 @@ def test_order_of_the_counts_does_not_matter() -> None:
     assert bpe.train(dict(words), 200) == bpe.train(counts(CODE), 200)
 
 
-def test_a_text_without_enough_pairs_gives_fewer_merges() -> None:
-    assert len(bpe.train(counts("ab ab"), 100)) == 2
-    assert bpe.train({}, 100) == []
-
-
 def test_no_two_tokens_have_the_same_bytes() -> None:
     """With "ab" "c" merged, "a" "bc" would be a second "abc"."""
     words = {b"ab": 50, b"abc": 40, b"xbc": 30, b"bc": 60, b"abcabc": 7, b"aabcc": 9}

@@ -208,19 +208,20 @@ def test_a_damaged_or_huge_gzip_file_is_refused_or_cut_early() -> None:
     assert 10**6 < len(unpacked(bomb, "'file'", 10**6)) < 2e7  # of 67 MB
 
 
-@pytest.mark.parametrize("kind", ["file", "standard input"])
+@pytest.mark.parametrize("kind", ["prompt.txt", "-"])
 def test_a_prompt_is_read_like_a_training_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, kind: str
 ) -> None:
     def prompt(raw: bytes, **options: str) -> str:
-        if kind == "file":
-            (file := tmp_path / "prompt.txt").write_bytes(raw)
-            return cli.read_file({"prompt_file": str(file), **options}, "--prompt-file FILE")
+        Path("prompt.txt").write_bytes(raw)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        return cli.read_file({"prompt_file": "-", **options}, "--prompt-file FILE")
+        return cli.read_file({"prompt_file": kind, **options}, "--prompt-file FILE")
 
+    monkeypatch.chdir(tmp_path)
     assert prompt("the “quick”\r\n".encode("utf-16")) == "the “quick”"
     assert prompt(b"one\rtwo\r\r") == "one\ntwo\n"
+    assert prompt(b"") == ""
+    assert prompt("all".encode("utf-8-sig")) == "all"
     assert prompt("“cut”".encode()[:-1]) == "“cut"
     assert "ends in the middle of a character" in capsys.readouterr().err
     assert prompt(b"M\xfcnchen", encoding="latin-1") == "München"

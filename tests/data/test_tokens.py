@@ -12,7 +12,7 @@ import torch
 from irongpt.data import bpe, pre_tokens, tokens
 from irongpt.data.corpus import Corpus
 from irongpt.data.pre_tokens import PreTokens, pieces
-from irongpt.data.tokenizer import BPETokenizer, CharTokenizer
+from irongpt.data.tokenizer import BPETokenizer
 from irongpt.data.tokens import check_vocab_size, encode, tokenize
 from irongpt.errors import UserError
 
@@ -32,13 +32,14 @@ def _cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_ids_of_one_text_decode_to_its_two_parts(kind):
+def test_ids_of_one_text_decode_to_its_two_parts(tmp_path, kind):
     tokenizer, ids = tokenize(ONE, kind, 320 if kind == "bpe" else None)
     assert ids.train.dtype == ids.val.dtype == torch.uint16
     assert tokenizer.decode(ids.train).encode() == ONE.train[0]
     assert tokenizer.decode(ids.val).encode() == ONE.val[0]
     assert torch.equal(ids.before_val, ids.train[-1:])
     assert ids.val_bytes == len(ONE.val[0])
+    assert not (tmp_path / "tokens").exists()  # the text is too small for the cache
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -166,11 +167,6 @@ def test_only_the_newest_corpora_stay_in_the_cache(tmp_path, monkeypatch):
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
-def test_a_small_text_is_not_cached(tmp_path):
-    tokenize(ONE, "bpe", 320)
-    assert not (tmp_path / "tokens").exists()
-
-
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "CACHED_FROM", 1)
     (tmp_path / "tokens").write_text("a file")
@@ -204,11 +200,6 @@ def test_a_text_with_too_few_pairs_is_refused_with_their_number():
     text = " ".join(chr(97 + i % 26) * (2 + i // 26) for i in range(120))
     with pytest.raises(UserError, match=r"has 146 pairs .*--vocab-size 384"):
         tokenize(Corpus("x", (text.encode(),), (b"ab",)), "bpe", 4096)
-
-
-def test_an_unknown_character_is_named():
-    with pytest.raises(UserError, match="'é'"):
-        encode(Corpus("x", (b"abc",), ("é".encode(),)), CharTokenizer("abc"))
 
 
 def test_counts_are_those_of_the_most_frequent_pre_tokens(monkeypatch):

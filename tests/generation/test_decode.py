@@ -14,6 +14,7 @@ from test_gpu import nothing_waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.ledger import traffic
 from irongpt import device as devices
 from irongpt.config import SampleConfig
 from irongpt.cuda_graph import Graph
@@ -112,18 +113,16 @@ def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypat
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts the calls that launch a kernel, except those of our own ops."""
+    """Lists the calls that launch a kernel, except those of our own ops."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        makes = ("empty", "view", "select", "detach", "slice", "alias", "unbind", "permute", "as_")
-        name, out = func.name(), func(*args, **kwargs or {})
-        copies = "reshape" not in name or out.data_ptr() != args[0].data_ptr()
-        if not name.startswith("irongpt") and not any(m in name for m in makes) and copies:
-            self.calls.append(name)
+        out = func(*args, **kwargs or {})
+        if not func.name().startswith("irongpt") and traffic(func, args, kwargs or {}, out):
+            self.calls.append(func.name())
         return out
 
 
