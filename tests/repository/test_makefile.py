@@ -138,17 +138,13 @@ def test_the_driver_decides_which_torch_is_installed(
     assert "regex==2026.11.15" in lines
 
 
-def test_a_python_without_ensurepip_is_one_line(
+def test_a_python_without_ensurepip_needs_its_own_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Then its pip is used, too."""
     code, words = venv_made(tmp_path, monkeypatch, hidden="ensurepip")
     assert re.fullmatch(r"error: this Python has no ensurepip: apt install python3.*-venv.*", code)
     assert words == []
-
-
-def test_a_python_without_ensurepip_uses_its_own_pip_with_its_own_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     code, words = venv_made(tmp_path, monkeypatch, own=True, hidden="ensurepip")
     assert code == 0
     assert words[3:5] == ["--system-site-packages", "--without-pip"]
