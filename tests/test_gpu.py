@@ -16,7 +16,6 @@ from conftest import TINY, Cli
 from irongpt_kernels import Ops, builtin, eager, fused
 from numerics import DEVICE, HALVES, each_dtype
 from op_cases import OP_CASES, Case
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from irongpt import device as devices
@@ -47,21 +46,14 @@ class _Waited(Exception):  # noqa: N818
     pass
 
 
-class _NoValueIsRead(TorchDispatchMode):
-    """Raises where the host reads values of a tensor, for which it would wait on a GPU."""
+class _NothingWaits(TorchDispatchMode):
+    """Raises where the host reads values of a tensor or makes one of its numbers (lift_fresh), for
+    which it would wait on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
-        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal):
-            raise _Waited(func)
-        return func(*args, **kwargs or {})
-
-
-class _NoTensorIsMade(TorchFunctionMode):
-    """Raises where a tensor is made of the host's numbers: the copy to a GPU would wait."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.tensor:
+        waiting = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.lift_fresh)
+        if func.overloadpacket in waiting:
             raise _Waited(func)
         return func(*args, **kwargs or {})
 
@@ -69,7 +61,7 @@ class _NoTensorIsMade(TorchFunctionMode):
 @contextlib.contextmanager
 def nothing_waits() -> Iterator[None]:
     if DEVICE == "cpu":
-        with _NoValueIsRead(), _NoTensorIsMade():
+        with _NothingWaits():
             yield
         return
     torch.cuda.set_sync_debug_mode("error")

@@ -1,26 +1,22 @@
 """Makes uninitialised memory visible: inside `poison()`, torch.empty returns NaN."""
 
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-_OWNERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (torch, ("empty", "empty_like", "empty_strided")),
-    (Tensor, ("new_empty", "new_empty_strided")),
-)
 
-
-@contextlib.contextmanager
+@contextmanager
 def poison() -> Iterator[None]:
     """Floats are filled with NaN, integers with their largest value."""
-    with contextlib.ExitStack() as stack:
-        for owner, names in _OWNERS:
-            for name in names:
-                stack.enter_context(patch.object(owner, name, _filled(getattr(owner, name))))
+    made = {
+        name: _filled(getattr(torch, name)) for name in ("empty", "empty_like", "empty_strided")
+    }
+    new = {name: _filled(getattr(Tensor, name)) for name in ("new_empty", "new_empty_strided")}
+    with patch.multiple(torch, **made), patch.multiple(Tensor, **new):
         yield
 
 
