@@ -86,19 +86,12 @@ def train(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
     heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []
-    tokens = token_bytes(())
-    known = set(tokens)
     while heap and len(merges) < n_merges:
         n, pair = heapq.heappop(heap)
         if -n != pairs[pair]:
             if pairs[pair] > 0:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged in known:  # "ab" "c" is a token, so "a" "bc" does not become a second one
-            continue
-        tokens.append(merged)
-        known.add(merged)
         token = 256 + len(merges)
         merges.append(pair)
         created: set[Pair] = set()

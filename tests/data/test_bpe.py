@@ -71,13 +71,6 @@ def test_order_of_the_counts_does_not_matter() -> None:
     assert bpe.train(dict(words), 200) == bpe.train(counts(CODE), 200)
 
 
-def test_no_two_tokens_have_the_same_bytes() -> None:
-    """With "ab" "c" merged, "a" "bc" would be a second "abc"."""
-    words = {b"ab": 50, b"abc": 40, b"xbc": 30, b"bc": 60, b"abcabc": 7, b"aabcc": 9}
-    tokens = bpe.token_bytes(bpe.train(words, 100))
-    assert len(set(tokens)) == len(tokens)
-
-
 def reference(word: bytes, merges: list[bpe.Pair]) -> list[int]:
     """The definition: each merge in order, at every place from the left."""
     ids = list(word)
