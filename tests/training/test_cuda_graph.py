@@ -67,15 +67,17 @@ class _Cuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, end: Exception | None = None) -> None:
         self.current, self.end, self.made, self.used = "default", end, [], []
         self.graphs: list[weakref.ref] = []  # that were made
-        names = "Stream stream graph device current_stream graph_pool_handle get_rng_state"
-        for name in (*names.split(), "CUDAGraph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        fakes = dict(Stream=self.new_stream, stream=self.stream, current_stream=self.current_stream)
+        fakes |= dict(CUDAGraph=self.new_graph, graph=self.graph)
+        fakes |= dict(device=contextlib.nullcontext, graph_pool_handle=lambda: "pool")
+        fakes |= dict(get_rng_state=lambda: "state")
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(cuda_graph, "recover", lambda *given: self.used.append(given))
-        monkeypatch.setattr(
-            cuda_graph, "side_stream", functools.cache(cuda_graph.side_stream.__wrapped__)
-        )
+        side_stream = functools.cache(cuda_graph.side_stream.__wrapped__)
+        monkeypatch.setattr(cuda_graph, "side_stream", side_stream)
 
-    def Stream(self, device: torch.device) -> SimpleNamespace:  # noqa: N802
+    def new_stream(self, device: torch.device) -> SimpleNamespace:
         self.made.append(device)
         return SimpleNamespace(device=device, wait_stream=lambda other: None)
 
@@ -95,19 +97,10 @@ class _Cuda:
         if self.end:
             raise self.end
 
-    def device(self, device: torch.device) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
     def current_stream(self, device: object = None) -> object:
         return SimpleNamespace(wait_stream=lambda s: None) if device else self.current
 
-    def graph_pool_handle(self) -> str:
-        return "pool"
-
-    def get_rng_state(self) -> str:
-        return "state"
-
-    def CUDAGraph(self) -> "_Recorded":  # noqa: N802
+    def new_graph(self) -> "_Recorded":
         graph = _Recorded()
         self.graphs.append(weakref.ref(graph))
         return graph
@@ -131,12 +124,17 @@ class _Owner:
             raise self.error
 
 
+def replaying(index: int = 0) -> _Owner:
+    owner = _Owner(index)
+    for _ in range(3):
+        owner.graph()
+    return owner
+
+
 def test_a_capture_is_on_the_one_side_stream_of_its_device(monkeypatch) -> None:
     cuda = _Cuda(monkeypatch)
-    owners = [_Owner(0), _Owner(0), _Owner(1)]
-    for owner in owners:
-        for _ in range(3):
-            owner.graph()
+    for index in (0, 0, 1):
+        replaying(index)
     assert cuda.made == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert [stream.device.index for stream in cuda.used] == [0, 0, 1]
     assert gc.isenabled()
@@ -163,9 +161,7 @@ def test_a_broken_capture_is_recovered_from_and_its_first_error_shown(
 
 def test_a_closed_graph_is_launched(monkeypatch) -> None:
     cuda = _Cuda(monkeypatch)
-    owner = _Owner()
-    for _ in range(3):
-        owner.graph()
+    owner = replaying()
     owner.graph.close()
     assert [graph() for graph in cuda.graphs] == [None]
     before = owner.calls
@@ -176,9 +172,7 @@ def test_a_closed_graph_is_launched(monkeypatch) -> None:
 
 def test_the_graph_of_an_object_dies_with_it(monkeypatch) -> None:
     _Cuda(monkeypatch)
-    owner = _Owner()
-    for _ in range(3):
-        owner.graph()
+    owner = replaying()
     gone = weakref.ref(owner.graph)
     gc.disable()
     try:
