@@ -46,7 +46,6 @@ from irongpt_kernels.fused.attention_backward import backward_op
 from irongpt_kernels.fused.attention_tiles import load_tile, store_tile
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import autocast, custom_op
-from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def causal_attention_fwd(
 
 
 def _packed_fwd(qkv: Tensor, seed: Tensor, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = unpack(qkv)
+    q, k, v = launch.unpack(qkv)
     return causal_attention_fwd(q, k, v, seed, dropout_p, scale)
 
 
@@ -155,9 +154,9 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
     *qkv, seed, out, stats = ctx.saved_tensors
-    q, k, v = unpack(qkv[0]) if len(qkv) == 1 else qkv
+    q, k, v = launch.unpack(qkv[0]) if len(qkv) == 1 else qkv
     packed = backward_op(dout, q, k, v, seed, out, stats, ctx.dropout_p, ctx.scale)
-    return *([packed] if len(qkv) == 1 else unpack(packed)), None, None, None
+    return *([packed] if len(qkv) == 1 else launch.unpack(packed)), None, None, None
 
 
 _op = custom_op(
@@ -165,7 +164,7 @@ _op = custom_op(
     (), _setup_context, _backward,
 )  # fmt: skip
 _packed_op = custom_op(
-    "causal_attention_packed", _packed_fwd, lambda qkv, *_: _empty_outputs(unpack(qkv)[0]),
+    "causal_attention_packed", _packed_fwd, lambda qkv, *_: _empty_outputs(launch.unpack(qkv)[0]),
     (), _setup_context, _backward,
 )  # fmt: skip
 

@@ -51,7 +51,6 @@ from irongpt_kernels.fused.attention_head_backward import head_bwd
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile
 from irongpt_kernels.runtime import launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit
@@ -224,7 +223,7 @@ def causal_attention_bwd(
     if single_kernel is not None:
         head_bwd(dout, q, k, v, seed, out, stats, packed, dropout_p, scale, single_kernel)
         return packed
-    dq, dk, dv = unpack(packed)
+    dq, dk, dv = launch.unpack(packed)
     m, log_l = stats
     delta = torch.empty_like(m)
     sizes = H, T, scale, scale * math.log2(math.e)

@@ -33,7 +33,6 @@ from irongpt_kernels import dropout
 from irongpt_kernels.fused import philox
 from irongpt_kernels.fused.attention_tiles import load_stats, load_tile, store_tile
 from irongpt_kernels.runtime import launch
-from irongpt_kernels.runtime.launch import unpack
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def head_bwd(
     """Writes the packed gradient. Shapes: see `attention_backward.causal_attention_bwd`, except
     that dout and out are (B, H, T, D). options: those of `attention_tiles.head_options`."""
     B, H, T, D = q.shape
-    dq, dk, dv = unpack(packed)
+    dq, dk, dv = launch.unpack(packed)
     # With fewer than 16 rows per warp, several warps would compute the same rows.
     least = 16 * options["num_warps"]
     BLOCK_M = max(launch.block(T), least)

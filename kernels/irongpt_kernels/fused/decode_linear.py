@@ -35,7 +35,6 @@ from irongpt_kernels.fused.gelu import logistic
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_M, MAX_K = 4, 4096
 
@@ -98,8 +97,8 @@ def decode_linear_fwd(
     y = _empty_output(x, weight, norm_weight, norm_bias, bias, residual)
     (M, K), N = x.shape, len(weight)
     if y.numel():
-        x, weight = contiguous_rows(x), contiguous_rows(weight)
-        residual = None if residual is None else contiguous_rows(residual)
+        x, weight = launch.contiguous_rows(x), launch.contiguous_rows(weight)
+        residual = None if residual is None else launch.contiguous_rows(residual)
         options = _launch_options(N, K)
         _fwd_kernel[(triton.cdiv(N, options["BLOCK_N"]),)](
             x, weight, *map(launch.contiguous, (norm_weight, norm_bias, bias)), residual, y,

@@ -32,7 +32,6 @@ from irongpt_kernels.fused.layer_norm_backward import forward_options, keep_fact
 from irongpt_kernels.fused.norm_parameters import norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import contiguous_rows
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def dropout_add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns sum in the dtype of residual, norm in that of branch, contiguous; mean and rstd,
     float32, one per row. seed: None if dropout_p is 0."""
-    branch_rows, rows = contiguous_rows(branch), contiguous_rows(residual)
+    branch_rows, rows = launch.contiguous_rows(branch), launch.contiguous_rows(residual)
     M, N = rows.shape
     outputs = _empty_outputs(branch, residual)
     if branch.numel():

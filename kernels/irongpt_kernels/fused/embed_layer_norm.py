@@ -36,7 +36,6 @@ from irongpt_kernels.fused.layer_norm_backward import launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import column_sums, norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
 PART = 1024  # ids that a program of the backward searches; more if the parts would exceed MAX_PARTS
@@ -99,7 +98,7 @@ def embed_layer_norm_fwd(
     outputs = _empty_outputs(wte, idx, dtype)
     M, N, T = idx.numel(), wte.shape[1], idx.shape[1]
     if M and N:
-        wte, wpe = contiguous_rows(wte), contiguous_rows(wpe)
+        wte, wpe = launch.contiguous_rows(wte), launch.contiguous_rows(wpe)
         inputs = wte, wpe, idx.contiguous(), one_row(weight), one_row(bias)
         sizes, options = (M, N, T, len(wte)), launch_options(N)
         _fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from irongpt_kernels.runtime import checks, launch, launch_table
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import as_matrix
 
 BLOCK_N = 256
 BLOCK_M = 4
@@ -96,7 +95,7 @@ def _bwd_kernel(
 
 def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     """x: (..., N), bias: (N,), any strides. Returns a contiguous y."""
-    y, x = x.new_empty(x.shape), as_matrix(x)
+    y, x = x.new_empty(x.shape), launch.as_matrix(x)
     if y.numel():
         (M, N), options = x.shape, _launch_options("gelu forward", x)
         grid = (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"]))
@@ -107,7 +106,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """dy, x: (..., N), any strides. Returns a contiguous dx; and dbias, (N,) float32, empty without
     a bias."""
-    dx, dy, x = x.new_empty(x.shape), as_matrix(dy), as_matrix(x)
+    dx, dy, x = x.new_empty(x.shape), launch.as_matrix(dy), launch.as_matrix(x)
     (M, N), options = x.shape, _launch_options("gelu backward", x)
     col_tiles = triton.cdiv(N, options["BLOCK_N"])
     P = triton.cdiv(M, options["BLOCK_M"])

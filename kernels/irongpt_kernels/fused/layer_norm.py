@@ -28,9 +28,8 @@ from torch import Tensor
 
 from irongpt_kernels.fused.layer_norm_backward import centre, launch_options, one_row
 from irongpt_kernels.fused.norm_parameters import norm_gradients
-from irongpt_kernels.runtime import checks
+from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import contiguous_rows
 
 MAX_N = 8192  # the backward holds about five float32 rows; longer ones exceed an SM's registers
 
@@ -82,7 +81,7 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y in `dtype`, contiguous; mean and rstd, float32, in the leading shape of x."""
-    rows = contiguous_rows(x)
+    rows = launch.contiguous_rows(x)
     M, N = rows.shape
     y, mean, rstd = empty_outputs(x, dtype)
     if x.numel():

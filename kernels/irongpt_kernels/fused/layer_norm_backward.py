@@ -32,7 +32,6 @@ from irongpt_kernels import dropout
 from irongpt_kernels.fused import philox
 from irongpt_kernels.runtime import launch, launch_table
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import contiguous_rows
 
 WARPS_PER_SM = 8  # of all programs on an SM together
 WIDE = tl.constexpr(4096)  # wider blocks reload the weight for each block of rows
@@ -153,8 +152,10 @@ def layer_norm_bwd(
     for a gradient of 0. P: the number of programs. wanted: whether to compute dbranch, dresidual,
     dweight and dbias; one that is not wanted is returned empty.
     """
-    dsum_rows, dnorm_rows = (None if d is None else contiguous_rows(d) for d in (dsum, dnorm))
-    rows = contiguous_rows(total)
+    dsum_rows, dnorm_rows = (
+        None if d is None else launch.contiguous_rows(d) for d in (dsum, dnorm)
+    )
+    rows = launch.contiguous_rows(total)
     M, N = rows.shape
     options, warps = backward_options(N, branch_dtype.itemsize, total.device)
     outputs = _empty_outputs(total, branch_dtype, P, wanted)

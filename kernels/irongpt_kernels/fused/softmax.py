@@ -36,7 +36,6 @@ from torch import Tensor
 from irongpt_kernels.fused.exponential import exp
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
-from irongpt_kernels.runtime.launch import as_matrix
 
 MAX_BLOCK = 16384  # the longest row held in registers: 16 warps, 32 values a thread
 ONLINE_BLOCK = 4096
@@ -170,7 +169,7 @@ def _bwd_online_kernel(
 
 def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
     """x: (..., N), or (..., N, N) if causal, any strides. Returns a contiguous y."""
-    y, x = x.new_empty(x.shape), as_matrix(x)
+    y, x = x.new_empty(x.shape), launch.as_matrix(x)
     if y.numel():
         M, N = x.shape
         if N <= MAX_BLOCK:
@@ -184,7 +183,7 @@ def softmax_fwd(x: Tensor, scale: float, causal: bool) -> Tensor:
 
 def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
     """dy, x: of one shape, any strides; x is the input of the forward. Returns a contiguous dx."""
-    dx, dy, x = x.new_empty(x.shape), as_matrix(dy), as_matrix(x)
+    dx, dy, x = x.new_empty(x.shape), launch.as_matrix(dy), launch.as_matrix(x)
     if dx.numel():
         (M, N), numbers = x.shape, (x.stride(), dy.stride(), scale)
         if N <= MAX_BLOCK:
