@@ -54,10 +54,6 @@ class World:
         """
         raise NotImplementedError
 
-    def all_reduce(self, values: Tensor) -> None:
-        """Adds up float64 values over all processes, in place. Each sum must be exact in any order,
-        for example because only one of its summands is not 0."""
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank. Waits until all have called it."""
         return [value]
@@ -78,9 +74,14 @@ class World:
                         f"processes 0 and {rank} differ in {name}: {shown}; use the same for all"
                     )
 
-    def local_first(self) -> contextlib.AbstractContextManager[None]:
-        """A context that the first process of a machine leaves before the others enter it."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def local_first(self) -> Iterator[None]:
+        """A context that the first process of each machine leaves before the others enter it."""
+        if self.local_rank:
+            self.gather(None)
+        yield
+        if not self.local_rank:
+            self.gather(None)
 
     def check_device(self, device: torch.device) -> None:
         """Raises UserError unless every process of this machine has its own GPU."""
@@ -152,24 +153,10 @@ class Torchrun(World):
         self.all_gather(total)
         return total.view(-1)[:n]
 
-    def all_reduce(self, values: Tensor) -> None:
-        self.dist.all_reduce(values)
-
     def gather(self, value: Any) -> list[Any]:
         values = [None] * self.size
         self.dist.all_gather_object(values, value)
         return values
-
-    @contextlib.contextmanager
-    def local_first(self) -> Iterator[None]:
-        key = f"first-{os.environ.get('GROUP_RANK', '0')}"
-        if self.local_rank:
-            self.store.wait([key], datetime.timedelta(days=7))
-        try:
-            yield
-        finally:
-            if not self.local_rank:
-                self.store.set(key, "done")
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cuda":

@@ -192,9 +192,8 @@ class Trainer:
                         return math.inf
         finally:
             self.model.train()
-        sums = torch.stack([*losses, zero + stopped])
-        world.all_reduce(sums)  # a loss is 0 in all processes but one
-        *values, stops = sums.tolist()
+        gathered = world.gather(torch.stack([*losses, zero + stopped]).tolist())
+        *values, stops = map(sum, zip(*gathered, strict=True))  # one summand of a loss is not 0
         if stops:
             return None
         total = 0.0
