@@ -239,7 +239,7 @@ def show(name: str, ledger: Ledger, least: dict[str, int]) -> None:
     print(f"{'total':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.ledger", __doc__)
     help = "model and recipe [iron]"
     parser.add_argument("--preset", choices=list(PRESETS), default="iron", help=help)
@@ -263,13 +263,11 @@ def main(argv: list[str] | None = None) -> int:
         arch = int(args.arch.removeprefix("sm_"))
         ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, arch, **recipe)
         own = replace(trainer.config, batch_size=trainer.config.batch_size // args.gpus, shards=1)
-        show(
-            f"{name}, {args.dtype}", ledger, group_bytes(trainer.model.config, own, dtype.itemsize)
-        )
+        least = group_bytes(trainer.model.config, own, dtype.itemsize)
+        show(f"{name}, {args.dtype}", ledger, least)
         if world:
             print(f"exchange: {world.bytes / 1e6:.1f} MB from the other GPUs, and as much to them")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -45,11 +45,9 @@ def train(
     torch.manual_seed(recipe.seed)
     model = GPT(setting.model, module).to(device)
     trainer = Trainer(model, setting.tokens, recipe, device, dtype)
-    recent: list[torch.Tensor] = []  # losses since the last entry of the curve
     row.warm_steps = WARM_STEPS[device.type]
     start = time.perf_counter()
-    for _ in range(row.warm_steps):
-        recent.append(trainer.train_step())
+    recent = [trainer.train_step() for _ in range(row.warm_steps)]  # since the last curve's entry
     devices.synchronize(device)
     row.warm_seconds = time.perf_counter() - start
     seconds = 0.0
@@ -61,8 +59,7 @@ def train(
     ):
         start = time.perf_counter()
         until = min(recipe.iters, (trainer.step // recipe.log_every + 1) * recipe.log_every)
-        while trainer.step < until:
-            recent.append(trainer.train_step())
+        recent += [trainer.train_step() for _ in range(trainer.step, until)]
         losses = torch.stack(recent)[:, 0].tolist()
         seconds += time.perf_counter() - start
         row.curve.append([trainer.step, seconds, sum(losses) / len(losses)])

@@ -36,7 +36,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -232,7 +231,6 @@ class Suite:
         files, select = test_files(name, self.gpu)
         start, lock = time.perf_counter(), threading.Lock()
         results: dict[str, Any] = {"files": {}, "environment": env, "failures": []}
-        total: Counter[str] = Counter()
 
         def one(file: Path) -> str:
             left = limit - GRACE - (time.perf_counter() - start)
@@ -246,7 +244,6 @@ class Suite:
             }
             bad = [line[:200] for line in done.lines if line.startswith(("FAILED", "ERROR"))]
             with lock:
-                total.update(counts)
                 row = counts | {"status": done.status, "seconds": round(done.seconds, 1)}
                 results["files"][file.name] = row
                 results["failures"] += bad
@@ -256,7 +253,9 @@ class Suite:
 
         with ThreadPoolExecutor(self.at_once()) as pool:
             statuses = list(pool.map(one, files))
-        summary = ", ".join(f"{total[w]} {w}" for w in COUNTS if total[w]) or "no test ended"
+        rows = results["files"].values()
+        total = {w: sum(row.get(w, 0) for row in rows) for w in COUNTS}
+        summary = ", ".join(f"{n} {w}" for w, n in total.items() if n) or "no test ended"
         late = [f for f, row in results["files"].items() if row["status"] == "timed out"]
         if late:
             ended = len(files) - len(late)
