@@ -14,7 +14,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = Path(".venv")
-NEEDED = "torch|triton|numpy"
 
 
 def own_torch():
@@ -41,7 +40,7 @@ def constraints(own):
     from irongpt import driver
 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    rest = [line for line in lines if not re.match(rf"({NEEDED})==", line)]
+    rest = [line for line in lines if not re.match("(torch|triton|numpy)==", line)]
     if own:
         return rest
     installed = driver.version()

@@ -16,10 +16,8 @@ capture. `nodes` is the number of kernels, copies and fills per token.
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from irongpt_kernels.op_inputs import RING_SIZE
@@ -80,9 +78,9 @@ def measure(
         (way, B): DecodeRow(ops=ops, way=way, batch=B, tokens=tokens, samples=rounds)
         for way, B in ways
     }
-    samples, steady = defaultdict[Any, list[float]](list), defaultdict[Any, list[float]](list)
+    calls: dict[tuple[str, int], list[Stamps]] = {key: [] for key in ways}
     model.eval()
-    for i in range(rounds + 1):  # the first round warms up
+    for _ in range(rounds + 1):
         for key, row in rows.items():
             if row.skipped_reason is not None:
                 continue
@@ -91,22 +89,19 @@ def measure(
                 start = time.perf_counter()
                 stamps = ways[key]()
                 devices.synchronize(device)
+                calls[key].append([start, *stamps, time.perf_counter()])
             except Exception as e:  # the other ways are still measured
                 row.skipped_reason = timing.reason(e)
-                continue
-            end = time.perf_counter()
-            if i:
-                samples[key].append(end - start)
-            if i and len(stamps) > RING_SIZE:
-                steady[key].append((end - stamps[RING_SIZE - 1]) / (len(stamps) - RING_SIZE))
     for (way, B), row in rows.items():
         if row.skipped_reason is not None:
             continue
-        t = timing.Timing(samples[way, B], False)
+        timed = calls[way, B][1:]  # the first call warmed up
+        t = timing.Timing([stamps[-1] - stamps[0] for stamps in timed], False)
         row.seconds, row.iqr = t.median / tokens, t.iqr / tokens
         row.tokens_per_s = B / row.seconds
-        if steady[way, B]:
-            row.steady_tokens_per_s = B / statistics.median(steady[way, B])
+        if tokens > RING_SIZE:
+            later = statistics.median(stamps[-1] - stamps[RING_SIZE] for stamps in timed)
+            row.steady_tokens_per_s = B * (tokens - RING_SIZE) / later
         if gpu and way != "no cache":
             row.nodes = nodes(model, dtype, B)
     return list(rows.values())

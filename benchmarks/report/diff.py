@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-from benchmarks.measure.result_file import loss
+from benchmarks.measure.result_file import Values, loss
 from benchmarks.measure.rows import Row
 from benchmarks.report.tables import environment
 from benchmarks.report.tables_kernels import table
 
-Values = dict[str, Any]
 Name = tuple[str, ...]  # the section of a row, then its key
 
 LEAST = 0.03  # share of the time: smaller changes are not reported

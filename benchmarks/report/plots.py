@@ -1,7 +1,6 @@
 """The plots of the report, from nothing but a result file."""
 
 from collections.abc import Callable
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,6 +8,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.measure.result_file import Values
 from benchmarks.measure.rows import KernelRow
 from benchmarks.ops.cases import MODEL_SHAPES, WITH_DROPOUT
 from benchmarks.report.tables import variant_label
@@ -16,8 +16,6 @@ from benchmarks.report.tables_kernels import base_of, mark
 from benchmarks.roofline import derive
 from benchmarks.training import matmuls
 from irongpt.figures import png
-
-Values = dict[str, Any]
 
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # below a text that a line crosses
 COLORS = {  # by provider; that of ours is warm, most others are blue or gray

@@ -1,18 +1,15 @@
 """The text and tables of the report, as Markdown."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from benchmarks import roofline
-from benchmarks.measure.result_file import loss
+from benchmarks.measure.result_file import Values, loss
 from benchmarks.measure.rows import Row, StepRow, short, shown, spread
 from benchmarks.ops.cases import TOTAL
 from benchmarks.report.tables_kernels import dropout, kernels, table
 from benchmarks.roofline import T4
 from benchmarks.training import matmuls
 from irongpt.config import PRESETS
-
-Values = dict[str, Any]
 
 NEEDED: dict[str, tuple[str, ...]] = {  # of a section: what it needs to be shown
     "kernels": ("rows", "peak_rates"),

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.measure.result_file import Values
 from benchmarks.measure.rows import KernelRow, spread
 from benchmarks.ops.cases import AS_EAGER, MODEL_SHAPES, TOTAL, WITH_DROPOUT, modes
 from benchmarks.roofline import Rates, derive
 
-Values = dict[str, Any]
 Timed = dict[str, dict[str, KernelRow]]  # rows by provider and mode
 
 NOTES = {
