@@ -14,6 +14,7 @@ No interpreter and no compiler's test shows whether each arrives in the place th
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import struct
@@ -64,17 +65,20 @@ def as_bytes(value: Any, size: int) -> bytes:
 class Check:
     """Compares what the launcher passes to CUDA with the entry of the PTX and with the arguments.
 
-    exchange: whether the first two pointers of a launch are exchanged on their way.
+    compiling: `aot.compiling`.
     """
 
     def __init__(self, compiling: Any) -> None:
-        """compiling: `aot.compiling`."""
         self.compiling = compiling
         self.kernel: Any = None  # the kernel that is launched, and its arguments
         self.args: tuple[Any, ...] = ()
+        self.begin()
+
+    def begin(self, exchange: bool = False) -> None:
+        """exchange: whether the first two pointers of a launch are exchanged on their way."""
+        self.exchange = exchange
         self.launches = self.parameters = 0
         self.mismatches: list[str] = []
-        self.exchange = False
 
     def launched(self, name: bytes, grid_y: int, grid_z: int, params: Any) -> int:
         """The stub calls this for each launch. params: an array of addresses."""
@@ -145,27 +149,22 @@ def main() -> None:
         from irongpt_kernels.aot import __main__ as aot
         from irongpt_kernels.aot import shapes
 
-        check, make_report = Check(aot.compiling), aot.report
         kind = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint] * 2, ctypes.POINTER(ctypes.c_void_p)
         )
+        check = Check(aot.compiling)
         callback = kind(check.launched)
         library.stub_on_launch(callback)
-
-        def report(arch: int, *args: Any) -> dict[str, Any]:
-            check.launches = check.parameters = 0
-            check.mismatches, check.exchange = [], False
-            found = make_report(arch, *args)
-            found |= dict(launches=check.launches, parameters=check.parameters)
-            found["mismatches"], check.mismatches = check.mismatches, []
-            check.exchange = True
-            case = next(c for c in shapes.every(arch) if c.shape == "N=1536 float16")
-            make_report(arch, [case])
-            return found | dict(injected=check.mismatches)
-
-        with patch.object(aot, "compiling", check.launching), patch.object(aot, "report", report):
-            for arch in sys.argv[1:]:
-                aot.main(["--arch", arch, "--quick", "--json"])
+        with patch.object(aot, "compiling", check.launching):
+            for arch in (int(name.removeprefix("sm_")) for name in sys.argv[1:]):
+                check.begin()
+                report = aot.report(arch, list(shapes.representative(arch)), quick=True)
+                report |= dict(launches=check.launches, parameters=check.parameters)
+                report |= dict(mismatches=check.mismatches)
+                check.begin(exchange=True)
+                case = next(c for c in shapes.every(arch) if c.shape == "N=1536 float16")
+                aot.report(arch, [case])
+                print(json.dumps(report | dict(injected=check.mismatches), indent=1))
 
 
 if __name__ == "__main__":
