@@ -4,7 +4,6 @@ A field made by `option` is a flag of the command line. The other fields are set
 stored in config.json. Every value is checked when the object is made.
 """
 
-import dataclasses
 import math
 import reprlib
 import sys
@@ -307,12 +306,8 @@ def check_choices(config: Any) -> None:
 ADDED_LATER = {"patience", "tokenizer", "shards", "tensorboard", "branch_std", "val"}
 
 
-def to_json(config: "GPTConfig | TrainConfig") -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
 def from_json(cls: type[Config], values: Any) -> Config:
-    """Inverse of `to_json`. Raises UserError on a missing or unknown field or a wrong type.
+    """The config of its `vars`. Raises UserError on a missing or unknown field or a wrong type.
 
     A field in ADDED_LATER may be missing, as in older runs: it then has its default.
     """

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from irongpt_kernels.runtime import launch_table as tiles
 from irongpt import __version__, driver, ops
 from irongpt import device as devices
 from irongpt.compare import table as report
-from irongpt.compare.execution import Faults, execution
 from irongpt.compare.model import Curve, compare_model, setting
 from irongpt.compare.ops import Check, Row, all_cases, compare_case
 from irongpt.config import DTYPES, check
 from irongpt.console import duration, say
+from irongpt.errors import UserError
 from irongpt.figures import default_style
 from irongpt.files import check_result, finite, write_result
 
+Faults = Callable[[], list[str]]
+ARCHS = ("sm_75", "sm_80", "sm_90")
 Group = tuple[str, list[Row], list[Check], list[Curve]]  # a title, and what was found under it
 
 
@@ -156,3 +159,33 @@ def _dtypes(names: Sequence[str], device: torch.device, arch: str | None) -> lis
     if not names:
         names = DTYPES if native else DTYPES[:2]
     return [devices.precision(name, device).dtype for name in dict.fromkeys(names)]
+
+
+@contextmanager
+def execution(arch: str | None, device: str, candidate: str) -> Iterator[Faults | None]:
+    """In this context kernels are compiled for `arch` and executed on the CPU, and it yields a
+    function that lists the wrong memory accesses so far.
+
+    If arch is None they run on the device, or in Triton's interpreter with matmuls whose bits do
+    not depend on NumPy's BLAS. Raises UserError for flags that contradict each other.
+    """
+    if arch is None:
+        matmuls: AbstractContextManager[None] = nullcontext()
+        with suppress(ImportError):  # without Triton there is no interpreter
+            from irongpt_kernels.runtime import interpreter, launch
+
+            matmuls = interpreter.repeatable_matmuls() if launch.INTERPRETED else matmuls
+        with matmuls:
+            yield None
+        return
+    check(arch in ARCHS, f"--arch must be {', '.join(ARCHS)}, got {arch!r}")
+    check(candidate == "fused", f"--arch is for the kernels, and --ops {candidate} has none")
+    check(device in ("auto", "cpu"), f"--arch runs on the CPU, not on --device {device}")
+    try:
+        from irongpt_kernels.ptx.driver import emulating
+        from irongpt_kernels.runtime import launch
+    except ImportError as e:
+        raise UserError(f"--arch needs Triton, which cannot be imported ({e})") from e
+    check(not launch.INTERPRETED, "--arch needs compiled kernels: unset TRITON_INTERPRET")
+    with emulating(int(arch.removeprefix("sm_"))) as report:
+        yield report.lines

@@ -21,7 +21,6 @@ from irongpt.config import (
     TrainConfig,
     check,
     flag,
-    to_json,
 )
 from irongpt.console import Clock, say
 from irongpt.data import corpus
@@ -98,7 +97,7 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
     first: whether the run was imported and not trained yet, so that its recipe may still change.
     """
     config = run.config
-    stored = {**to_json(config.model), **to_json(config.train), "preset": config.preset}
+    stored = {**vars(config.model), **vars(config.train), "preset": config.preset}
     recipe = {f.name for f in dataclasses.fields(TrainConfig)} - {"tokenizer"}
     changeable = recipe | {"dropout"} if first else {*CHANGEABLE}
     for name, value in flags.items():
@@ -251,7 +250,7 @@ def _training(
             "text": text.sha256,
             "step": step,
             "dtype": devices.dtype_name(precision.dtype),
-            **{flag(name): x for name, x in {**to_json(m), **to_json(train)}.items()},
+            **{flag(name): x for name, x in {**vars(m), **vars(train)}.items()},
         }
     )
     peak, source = devices.peak_flops(device, precision.dtype)

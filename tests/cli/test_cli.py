@@ -87,11 +87,6 @@ def test_a_target_loss_ends_the_run(cli, tmp_path):
     assert "finished at step 30" in cli("train", "--resume", "run", "--target-loss", 0.001).out
 
 
-def test_a_finished_run_continues_with_more_iterations(cli, run):
-    assert "nothing to do" in cli("train", "--resume", run).out
-    assert "finished at step 40" in cli("train", "--resume", run, "--iters", 40).out
-
-
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["generate", "--help"]])
 def test_help_shows_defaults_and_groups(capsys, args):
     with pytest.raises(SystemExit) as stop:

@@ -20,8 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from irongpt import ops
 from irongpt.compare import model, table
-from irongpt.compare.command import compare
-from irongpt.compare.execution import execution
+from irongpt.compare.command import compare, execution
 from irongpt.compare.model import CHECKED_STEPS, Curve
 from irongpt.compare.ops import (
     SMALL,

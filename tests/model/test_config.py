@@ -16,7 +16,6 @@ from irongpt.config import (
     TrainConfig,
     flag,
     from_json,
-    to_json,
 )
 from irongpt.errors import UserError
 from irongpt.model import GPT
@@ -83,7 +82,7 @@ def test_the_last_valid_value_is_accepted(config, name: str, value) -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_presets_are_valid_and_survive_json(preset: Preset) -> None:
     for config in (GPTConfig(vocab_size=112, **preset.model), TrainConfig(**preset.train)):
-        text = json.dumps(to_json(config), allow_nan=False)
+        text = json.dumps(vars(config), allow_nan=False)
         assert from_json(type(config), json.loads(text)) == config
 
 
@@ -107,8 +106,8 @@ def test_the_best_preset_trains_on_at_most_ten_million_tokens() -> None:
 
 
 def test_an_int_is_accepted_for_a_float() -> None:
-    assert from_json(GPTConfig, to_json(MODEL) | {"dropout": 0}).dropout == 0
-    assert from_json(TrainConfig, to_json(TRAIN) | {"target_loss": 2}).target_loss == 2
+    assert from_json(GPTConfig, vars(MODEL) | {"dropout": 0}).dropout == 0
+    assert from_json(TrainConfig, vars(TRAIN) | {"target_loss": 2}).target_loss == 2
 
 
 @pytest.mark.parametrize(
@@ -124,13 +123,13 @@ def test_an_int_is_accepted_for_a_float() -> None:
 )
 def test_json_with_a_wrong_field_is_rejected(config, change: dict) -> None:
     with pytest.raises(UserError) as error:
-        from_json(type(config), to_json(config) | change)
+        from_json(type(config), vars(config) | change)
     assert len(str(error.value)) <= 300
 
 
 @pytest.mark.parametrize("config", [MODEL, TRAIN], ids=["model", "train"])
 def test_json_without_a_field_or_of_another_type_is_rejected(config) -> None:
-    values = to_json(config)
+    values = vars(config)
     needed = values.keys() - ADDED_LATER
     lacking = [{k: v for k, v in values.items() if k != name} for name in needed]
     for bad in lacking:
@@ -142,9 +141,9 @@ def test_json_without_a_field_or_of_another_type_is_rejected(config) -> None:
 
 
 def test_fields_that_old_runs_do_not_have_get_their_defaults() -> None:
-    values = {k: v for k, v in to_json(TRAIN).items() if k not in ADDED_LATER}
+    values = {k: v for k, v in vars(TRAIN).items() if k not in ADDED_LATER}
     assert from_json(TrainConfig, values) == TRAIN
-    values = {k: v for k, v in to_json(MODEL).items() if k not in ADDED_LATER}
+    values = {k: v for k, v in vars(MODEL).items() if k not in ADDED_LATER}
     assert from_json(GPTConfig, values) == MODEL
 
 
