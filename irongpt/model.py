@@ -114,7 +114,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
-        self.ops, self.layer = ops, layer
+        self.ops = ops
         self.ln_1 = LayerNorm(config)
         self.attn = Attention(config, ops, layer)
         self.ln_2 = LayerNorm(config)

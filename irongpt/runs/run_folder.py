@@ -39,7 +39,6 @@ IMPORTED = "imported"  # the preset of a run that `irongpt import` has made
 RUNS = Path("runs")  # the parent of the runs for which no folder is given
 UNFINISHED = ".new-*"  # of a run that is being created
 WRITTEN = "last best config.json metrics.jsonl loss.png sample.txt result.json".split()
-RECORD_KEYS = {"step", "train_loss", "val_loss"}  # required in a record, which has more
 
 Record = dict[str, Any]
 
@@ -249,9 +248,7 @@ def open_run(path: Path) -> RunFolder:
     try:
         if values["format"] != FORMAT:
             raise UserError(f"its format is {reprlib.repr(values['format'])}")
-        texts = {name: values[name] for name in ("preset", "data_sha256")}
-        if not all(isinstance(text, str) for text in texts.values()):
-            raise UserError(f"{', '.join(texts)} must be strings")
+        preset, data_sha256 = values["preset"], values["data_sha256"]
         data = _data_config(values["data"])
         model = from_json(GPTConfig, values["model"])
         train = from_json(TrainConfig, values["train"])
@@ -261,7 +258,7 @@ def open_run(path: Path) -> RunFolder:
             f" (it is of IronGPT {other}, this is {__version__})" if other != __version__ else ""
         )
         raise UserError(f"{path / 'config.json'} does not describe a run: {e}{versions}") from e
-    return RunFolder(path, RunConfig(data=data, model=model, train=train, **texts))
+    return RunFolder(path, RunConfig(preset, data, data_sha256, model, train))
 
 
 def load_checkpoint(
@@ -304,10 +301,11 @@ def check_run_is_new(path: Path) -> None:
 
 def _is_record(values: Any) -> bool:
     """Whether it is a line of metrics.jsonl."""
-    if not isinstance(values, dict) or not values.keys() >= RECORD_KEYS:
-        return False
-    losses = values["train_loss"], values["val_loss"]
-    return type(values["step"]) is int and all(map(_is_number, losses))
+    return (
+        isinstance(values, dict)
+        and type(values.get("step")) is int
+        and all(_is_number(values.get(name, "missing")) for name in ("train_loss", "val_loss"))
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
-from irongpt_kernels import Ops, builtin
+from irongpt_kernels import Ops
 from torch import Tensor
 
+from irongpt.config import TrainConfig
 from irongpt.training.distributed import World
 
 SHARE_FROM_SIDE = 512  # the least side for which GPUs share the iteration; computed for a T4
@@ -24,17 +25,13 @@ class Muon:
     def __init__(
         self,
         params: Iterable[Tensor],
-        beta: float,
-        weight_decay: float,
-        dtype: torch.dtype = torch.float32,
-        ops: Ops = builtin,
-        shards: int = 1,
-        world: World | None = None,
+        config: TrainConfig,
+        dtype: torch.dtype,
+        ops: Ops,
+        world: World,
     ) -> None:
-        """beta: the decay of the momentum. dtype: that of the iteration's matmuls, see
-        `matmul_dtype`. shards: the number of shards in a step."""
-        self.shards, self.world = shards, world or World()
-        self.beta, self.weight_decay, self.dtype, self.ops = beta, weight_decay, dtype, ops
+        """dtype: that of the iteration's matmuls, see `matmul_dtype`."""
+        self.config, self.dtype, self.ops, self.world = config, dtype, ops, world
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
@@ -55,9 +52,10 @@ class Muon:
     ) -> None:
         """Updates the matrices and their 16-bit copies in place. lr: 0-d. stats: the result of
         `grad_norm`. gradients, low_precision_params: by parameter."""
+        beta = self.config.momentum
         directions = [
             self.ops.muon_momentum(
-                [gradients[p] for p in params], momentum, stats, beta=self.beta, dtype=self.dtype
+                [gradients[p] for p in params], momentum, stats, beta=beta, dtype=self.dtype
             )
             for params, momentum in self.groups
         ]
@@ -70,7 +68,7 @@ class Muon:
                 stats,
                 # An orthogonal matrix has a mean square of 1 / its longer side.
                 scale=RMS * max(momentum.shape[1:]) ** 0.5,
-                weight_decay=self.weight_decay,
+                weight_decay=self.config.weight_decay,
             )
 
     def _updates(self, directions: list[Tensor]) -> list[Tensor]:
@@ -79,7 +77,7 @@ class Muon:
         If sharing is worth it, each process computes some parts and the results are gathered; else
         each computes all. Neither this decision nor the bits depend on the number of processes.
         """
-        S = self.shards
+        S = self.config.shards
         if S == 1 or not directions or not self._worth_sharing(directions):
             return orthogonal(directions)
         cuts = [[len(d) * s // S for s in range(S + 1)] for d in directions]

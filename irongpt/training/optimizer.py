@@ -81,15 +81,8 @@ class Optimizer:
         matrices = [
             p for p, name in self.names.items() if name.startswith("blocks.") and p.dim() == 2
         ]
-        self.muon = Muon(
-            matrices if config.optimizer == "muon" else [],
-            config.momentum,
-            config.weight_decay,
-            matmul_dtype(dtype, device),
-            ops,
-            config.shards,
-            world,
-        )
+        params = matrices if config.optimizer == "muon" else []
+        self.muon = Muon(params, config, matmul_dtype(dtype, device), ops, world or World())
         low = self.low_precision_params
         rest = [p for p in self.names if p not in self.muon.momentum]
         self.adamw_params = sorted(rest, key=lambda p: p not in low)  # those with a copy first
