@@ -114,8 +114,6 @@ class BPETokenizer:
     gpt2: bool = False
 
     def __post_init__(self) -> None:
-        if any(not 0 <= i < 256 + n for n, pair in enumerate(self.merges) for i in pair):
-            raise UserError("a merge must be of two earlier tokens")
         if len(set(self.token_bytes)) < self.vocab_size or self.vocab_size > MAX_VOCAB:
             raise UserError(f"tokens must be distinct, and at most {MAX_VOCAB:,}")
 
