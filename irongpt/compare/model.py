@@ -8,7 +8,7 @@ from irongpt_kernels import Ops, eager
 from torch import Tensor
 
 from irongpt import device as devices
-from irongpt.compare.ops import SEED, Check, Row, make_row
+from irongpt.compare.ops import SEED, Check, Row, make_rows
 from irongpt.config import PRESETS, GPTConfig, TrainConfig
 from irongpt.console import say
 from irongpt.data import corpus
@@ -96,13 +96,9 @@ def compare_model(
 
 def compare_step(s: Setting, candidate: Ops, dtype: torch.dtype, device: torch.device) -> list[Row]:
     """Logits and every parameter's gradient, from the same weights and batch."""
-    results, baseline = (_step(s, ops, dtype, device) for ops in (candidate, eager))
-    oracle = _step(s, eager, torch.float64, device)
-    name = devices.dtype_name(dtype)
-    return [
-        make_row("model", "one step", s.sizes, name, t, results[t], baseline[t], oracle[t])
-        for t in results
-    ]
+    computed = ((candidate, dtype), (eager, dtype), (eager, torch.float64))
+    results = [_step(s, ops, each, device) for ops, each in computed]
+    return make_rows("model", "one step", s.sizes, devices.dtype_name(dtype), *results)
 
 
 def _step(s: Setting, ops: Ops, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -189,11 +189,7 @@ def compare_case(
         wrong = _wrongly_dropped(case, candidate, inputs) if with_dropout else None
     except Exception as e:  # a kernel that fails to run is reported like a wrong result
         return [], [check("runs", False, one_line(e))]
-    rows = [
-        make_row(case.op, case.shape, case.sizes, name, t, results[t], baseline[t], oracle[t])
-        for t in results
-        if results[t].is_floating_point()
-    ]
+    rows = make_rows(case.op, case.shape, case.sizes, name, results, baseline, oracle)
     differing = [t for t in results if not torch.equal(results[t], again[t])]
     checks = [check("repeatable", not differing, "two runs differ in " + ", ".join(differing))]
     whole = [t for t in results if not results[t].is_floating_point()]
@@ -207,23 +203,21 @@ def compare_case(
     return rows, checks
 
 
-def make_row(
-    op: str,
-    shape: str,
-    sizes: str,
-    dtype: str,
-    tensor: str,
-    candidate: Tensor,
-    baseline: Tensor,
-    oracle: Tensor,
-) -> Row:
-    """The result of the candidate, of eager in the same dtype, and of eager in float64."""
-    distance = (candidate.double() - oracle).abs().nan_to_num(nan=float("inf"))
-    index = [int(i) for i in torch.unravel_index(distance.argmax(), candidate.shape)]
-    values = dict(candidate=candidate, eager=baseline, float64=oracle)
-    worst = dict(index=index) | {name: float(t[tuple(index)]) for name, t in values.items()}
-    errors = tolerance.errors(factor(tensor), candidate, baseline, oracle)
-    return Row(op, shape, sizes, dtype, tensor, errors, worst)
+def make_rows(op: str, shape: str, sizes: str, dtype: str, *results: Tensors) -> list[Row]:
+    """A row for each floating tensor.
+
+    results: those of the candidate, of eager in the same dtype, and of eager in float64.
+    """
+    rows = []
+    for name in (name for name, x in results[0].items() if x.is_floating_point()):
+        candidate, baseline, oracle = (x[name] for x in results)
+        distance = (candidate.double() - oracle).abs().nan_to_num(nan=float("inf"))
+        index = [int(i) for i in torch.unravel_index(distance.argmax(), candidate.shape)]
+        values = dict(candidate=candidate, eager=baseline, float64=oracle)
+        worst = dict(index=index) | {kind: float(x[tuple(index)]) for kind, x in values.items()}
+        errors = tolerance.errors(factor(name), candidate, baseline, oracle)
+        rows.append(Row(op, shape, sizes, dtype, name, errors, worst))
+    return rows
 
 
 def factor(tensor: str) -> int:

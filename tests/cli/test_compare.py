@@ -26,10 +26,11 @@ from irongpt.compare.ops import (
     SMALL,
     SMALL_ROWS,
     VOCABULARIES,
+    Row,
     all_cases,
     cases,
     compare_case,
-    make_row,
+    make_rows,
     vocabulary_cases,
 )
 from irongpt.errors import UserError
@@ -314,13 +315,18 @@ def test_the_tolerance_is_that_of_the_design():
     assert (tolerance.OUTPUTS, tolerance.GRADIENTS) == (2, 3)
 
 
+def row_of(name, *results) -> Row:
+    (row,) = make_rows("op", "model", "", "float32", *({name: x} for x in results))
+    return row
+
+
 def test_one_norm_that_exceeds_the_tolerance_is_enough():
     """Each element has the error of eager's worst one: only the root mean square exceeds it."""
     want = torch.ones(100, dtype=torch.float64)
     baseline = want.float()
     baseline[0] += 2.0**-10
     x = (want + 2.0**-10).float()
-    row = make_row("gelu", "model", "", "float32", "out", x, baseline, want)
+    row = row_of("out", x, baseline, want)
     assert row.errors["max"].ok
     assert not row.ok
     assert row.errors["rms"].ratio == pytest.approx(10)
@@ -331,7 +337,7 @@ def test_the_worst_element_and_the_factor_of_a_tensor(tensor):
     want = torch.zeros(3, 4, dtype=torch.float64)
     baseline, x = want.float(), want.float()
     baseline[0, 0], x[0, 0], x[2, 1] = 0.5, 0.25, -1.25
-    row = make_row("gelu", "model", "", "float32", tensor, x, baseline, want)
+    row = row_of(tensor, x, baseline, want)
     assert row.worst == dict(index=[2, 1], candidate=-1.25, eager=0, float64=0)
     assert row.errors["max"].ok is (tensor == "d x")  # 2.5 times eager's
 
@@ -341,8 +347,7 @@ def test_the_table_shows_the_block_nearest_to_its_tolerance():
 
     def row(block, steps):
         x, base = ((want + n * 2.0**-22).float() for n in (steps, 1))
-        name = f"d blocks.{block}.ln_1.weight"
-        return make_row("model", "one step", "", "float32", name, x, base, want)
+        return row_of(f"d blocks.{block}.ln_1.weight", x, base, want)
 
     text = table.group("model", [row(0, 1), row(1, 3), row(2, 2)], [])
     assert "blocks.1." in text
