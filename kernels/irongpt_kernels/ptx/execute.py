@@ -1,6 +1,7 @@
 """Executes a kernel's PTX: all CTAs of a grid, on the memory of CPU tensors."""
 
 import functools
+import itertools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from irongpt_kernels.ptx.arithmetic import Array, accumulate_exact, accumulate_like_hardware
 from irongpt_kernels.ptx.blocks import Code
-from irongpt_kernels.ptx.parse import Program, parse
+from irongpt_kernels.ptx.parse import SIZES, Program, parse
 from irongpt_kernels.ptx.regions import Regions
 from irongpt_kernels.ptx.tensor_cores import Batch
 from irongpt_kernels.ptx.threads import NO_NAN, Launch, Report
@@ -21,11 +22,6 @@ PARAMETER_LIMIT = 4096  # bytes
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 # Of the tensor cores: products that are added at a time, and extra bits of the accumulator.
 TENSOR_CORES = {75: (4, 0), 80: (8, 1), 90: (16, 2)}
-_PACK = {"f32": "<f", "f64": "<d"} | {
-    f"{kind}{8 * size}": f"<{letter.upper() if kind != 's' else letter}"
-    for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
-    for kind in "bus"
-}
 
 Grid = tuple[int, int, int]
 Argument = tuple[str, Any]  # its type for Triton (*fp16, i32, fp32), and a tensor or a number
@@ -61,8 +57,8 @@ class Options:
 
 
 @functools.lru_cache(maxsize=512)
-def _code(ptx: str, split: bool) -> Code:
-    return Code(parse(ptx), split)
+def _code(ptx: str) -> Code:
+    return Code(parse(ptx))
 
 
 def execute(
@@ -73,21 +69,19 @@ def execute(
     options: Options,
     report: Report,
 ) -> None:
-    """shared_bytes: of dynamic memory. Raises `Unsupported` for an unknown instruction."""
-    ordered = options.order != "lockstep" and "bar.sync" in ptx
-    code = _code(ptx, ordered)
+    """Raises `Unsupported` for an unknown instruction."""
+    code = _code(ptx)
     program = code.program
     tensors = [x for _, x in arguments if isinstance(x, torch.Tensor)]
-    widths = _access_widths(program)
-    granule = min([8, *widths["global"], *(t.itemsize for t in tensors)])
+    granule = min([code.granule["global"], *(t.itemsize for t in tensors)])
     if program.param_bytes > PARAMETER_LIMIT:
         report.add("too many parameters", 1, program.name)
     launch = Launch(
         name=program.name,
         grid=grid,
         threads=program.threads,
-        shared_bytes=shared_bytes + program.static_shared,
-        shared_granule=min([4, *widths["shared"]]),
+        shared_bytes=shared_bytes,
+        shared_granule=code.granule["shared"],
         regions=Regions(tensors, granule),
         infinity=min((INFINITY[t.dtype] for t in tensors if t.dtype in INFINITY), default=NO_NAN),
         params=_pack(program, arguments),
@@ -104,7 +98,7 @@ def execute(
             registers: list[Any] = [None] * len(program.regs)
             for r, dtype in code.dtypes.items():
                 registers[r] = np.zeros(batch.n, dtype=dtype)
-            if ordered:
+            if code.barriers and options.order != "lockstep":
                 _run_warps(code, batch, registers, options.order == "descending")
             else:
                 _run_together(code, batch, registers)
@@ -113,36 +107,21 @@ def execute(
 
 def _pack(program: Program, arguments: list[Argument]) -> bytes:
     """The parameters as a driver lays them out. The last two are pointers to scratch memory."""
-    out = bytearray(program.param_bytes)
+    out = bytearray(-(-program.param_bytes // 8) * 8)
     params = list(program.params.values())[:-2]
     if len(arguments) != len(params):
         raise TypeError(f"{program.name}: {len(arguments)} arguments, {len(params)} parameters")
     for (kind, x), (offset, dtype) in zip(arguments, params, strict=True):
         if isinstance(x, torch.Tensor) != kind.startswith("*"):
             raise TypeError(f"{program.name}: {type(x)} for {kind}")
-        number = x.data_ptr() if isinstance(x, torch.Tensor) else x
-        form = _PACK[dtype]
-        if dtype[0] == "f":
-            struct.pack_into(form, out, offset, float(number))
-            continue
-        if kind[0] == "i" and kind != "i1":  # the PTX declares it as unsigned
-            form = form.lower()
-        struct.pack_into(form, out, offset, int(number))  # raises struct.error if it is too large
+        size = SIZES[dtype]
+        if dtype in ("f32", "f64"):
+            raw = struct.pack("<f" if size == 4 else "<d", x)
+        else:
+            number = int(x.data_ptr() if isinstance(x, torch.Tensor) else x)
+            raw = number.to_bytes(size, "little", signed=number < 0)
+        out[offset : offset + size] = raw
     return bytes(out)
-
-
-def _access_widths(program: Program) -> dict[str, set[int]]:
-    """Bytes of the elements of loads and stores, by space."""
-    found: dict[str, set[int]] = {"global": set(), "shared": set()}
-    for ins in program.instructions():
-        _, *mods = ins.op.split(".")
-        if ins.name in ("ld", "st"):
-            space = next((s for s in found if s in ins.op), None)
-            if space:
-                found[space].add(int("".join(filter(str.isdigit, mods[-1]))) // 8)
-        elif ins.name in ("ldmatrix", "stmatrix", "wgmma"):
-            found["shared"].add(2)
-    return found
 
 
 def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
@@ -153,6 +132,8 @@ def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
     while block >= 0:
         follows = code.functions[block](batch, registers, mask)
         _count(code, batch, block, mask)
+        if block in code.barriers:
+            batch.bar((None, mask, code.barriers[block]))
         if mask is None and isinstance(follows, tuple) and (p := follows[0]).all() == p.any():
             follows = follows[1] if p.all() else follows[2]
         if isinstance(follows, tuple):
@@ -172,7 +153,8 @@ def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
 def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool) -> None:
     """Runs the warps of a CTA one after another, each up to the next barrier. The four warps of a
     wgmma run together."""
-    together = 128 if any(i.name == "wgmma" for i in code.program.instructions()) else 32
+    instructions = itertools.chain.from_iterable(code.program.blocks)
+    together = 128 if any(i.name == "wgmma" for i in instructions) else 32
     unit = batch.tid // together
     units = sorted(set(unit.tolist()), reverse=descending)
     position: Any = np.zeros(batch.n, dtype=np.int64)
@@ -184,10 +166,9 @@ def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool)
                 mask = ready & (position == block)
                 follows = code.functions[block](batch, registers, mask)
                 _count(code, batch, block, mask)
-                if isinstance(follows, tuple) and follows[0] is None:  # at a barrier
+                if block in code.barriers:
                     waiting = waiting | mask
-                    follows = follows[1]
-                elif isinstance(follows, tuple):
+                if isinstance(follows, tuple):
                     follows = np.where(*follows)
                 position = np.where(mask, follows, position)
         batch.alive = position >= 0

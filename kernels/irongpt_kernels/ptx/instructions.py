@@ -17,6 +17,8 @@ class Instructions(Arithmetic):
     def emit(self, ins: Instruction) -> None:
         name, *mods = ins.op.split(".")
         self.require(not {"sat", "cc"} & {*mods}, ins)
+        if name in ("ldmatrix", "stmatrix", "wgmma"):
+            self.granule["shared"] = min(self.granule["shared"], 2)
         if not self.by_rule(ins, mods, ins.args):
             handler = getattr(self, f"op_{name}", None)
             if handler is None:
@@ -58,15 +60,8 @@ class Instructions(Arithmetic):
         form, bits = self.typed(mods[-1])
         parts, size = self.vector(a[0]), bits // 8
         form = "s" if form == "s" else "u"
-        if mods[0] == "param":
-            base, offset = self.address(a[1])
-            array = f"{base}.astype(i8) + " if base else ""  # 32 or 64 bits
-            for i, part in enumerate(parts):
-                x = self.temporary(f"S.ldp({array}{offset + i * size}, {size})")
-                self.widen(part, self._as(x, form, bits), form, bits, ins)
-            return
         vec, at = len(parts), self.at(ins)
-        x = self.temporary(f"S.ld({self._space(ins, mods, a[1])}, {size}, {vec}, {at})")
+        x = self.temporary(f"S.ld({self._space(ins, mods, a[1], size)}, {size}, {vec}, {at})")
         for i, part in enumerate(parts):
             self.widen(part, self._as(f"{x}[{i}]", form, bits), form, bits, ins)
 
@@ -75,12 +70,15 @@ class Instructions(Arithmetic):
         words = ", ".join(self.array(x, "u", max(16, bits)) for x in self.vector(a[1]))
         float32 = bits == 32 and all("f" in self.forms.get(x, "") for x in self.vector(a[1]))
         tail = f"{bits // 8}, {float32}, {self.at(ins)}"
-        self.put(f"S.st({self._space(ins, mods, a[0])}, [{words}], {tail})")
+        self.require(mods[0] != "param", ins)
+        self.put(f"S.st({self._space(ins, mods, a[0], bits // 8)}, [{words}], {tail})")
 
-    def _space(self, ins: Instruction, mods: Mods, a: str) -> str:
-        """A space of memory and an address in it, as arguments of a call."""
+    def _space(self, ins: Instruction, mods: Mods, a: str, size: int) -> str:
+        """A space of memory and an address in it, as arguments of a call. size: bytes of an
+        element."""
         space = mods[0].removesuffix("::cta")
-        self.require(space in ("global", "shared"), ins)
+        self.require(space in self.granule, ins)
+        self.granule[space] = min(self.granule[space], size)
         return f"{space!r}, {self.pointer(a, 'u8' if space == 'global' else 'u4')}"
 
     def op_ldmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
@@ -113,8 +111,8 @@ class Instructions(Arithmetic):
     def op_bar(self, ins: Instruction, mods: Mods, a: Args) -> None:
         if mods[0] == "warp":
             return self.put(f"S.whole_warps({self.at(ins)})")
-        self.require(mods[0] == "sync" and a == ["0"] and ins.pred is None, ins)
-        return self.put(f"S.bar({self.at(ins)})")
+        # A barrier ends its block, see `blocks`.
+        return self.require(mods[0] == "sync" and a == ["0"] and ins.pred is None, ins)
 
     # Warps --------------------------------------------------------------------------------------
 

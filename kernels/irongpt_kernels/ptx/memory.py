@@ -10,8 +10,6 @@ Global memory is the memory of the process, at absolute addresses. These errors 
 - lanes of one instruction that store different values to one address
 """
 
-from typing import Any
-
 import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import UINT, Array, i2, i8, u1, u2, u4
@@ -57,7 +55,9 @@ class Memory(Threads):
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)
-        self.regions, self.params = launch.regions, np.frombuffer(launch.params, dtype=u1)
+        self.regions = launch.regions
+        params = np.frombuffer(launch.params, dtype=u1)
+        self.params = {size: params.view(t) for size, t in UINT.items()}
         self.shared_size, self.granule = launch.shared_bytes, launch.shared_granule
         pitch = -(-self.shared_size // 128) * 128 + 128
         raw = np.full(pitch * self.n_cta, 0xA5, dtype=u1)
@@ -70,12 +70,6 @@ class Memory(Threads):
         self.known = np.zeros(cells, dtype=bool)
         self.copies, self.wgmma_reads = np.zeros(cells, dtype=i2), np.zeros(cells, dtype=i2)
         self.pending_copies = Pending(self.n // 32)  # by warp
-
-    def ldp(self, address: Any, size: int) -> Array:
-        """A parameter at an offset: a number, or an array."""
-        at = np.broadcast_to(np.asarray(address, dtype=i8), (self.n,))
-        found = self.params[at[:, None] + np.arange(size)]
-        return np.ascontiguousarray(found).view(UINT[size])[:, 0]
 
     # Global memory ------------------------------------------------------------------------------
 
@@ -194,9 +188,11 @@ class Memory(Threads):
             if space == "global":
                 threads, address = self._global(address, size * vec, threads, at, False)
                 words, index = MEMORY[size], (address - _BASE) // size
-            else:
+            elif space == "shared":
                 threads, address = self._shared(address, size * vec, threads, at, False)
                 words, index = self.shared[size], address // size
+            else:
+                words, index = self.params[size], address // size
             for v in range(vec):
                 out[v, threads] = words[index + v]
         return list(out)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from irongpt_kernels.ptx import arithmetic
 from irongpt_kernels.ptx.parse import Instruction, Program
 
 WIDTH = {"b16": 16, "b32": 32, "b64": 64}
@@ -29,10 +30,23 @@ class Unsupported(NotImplementedError):  # noqa: N818
 
 
 class Operands:
-    """Generates the Python lines of one block. names: the global names that the lines may use."""
+    """Generates the Python lines of a program, block by block.
 
-    def __init__(self, program: Program, ids: dict[str, int], names: dict[str, Any]) -> None:
-        self.program, self.ids, self.names = program, ids, names
+    names: the global names that the lines may use: functions of `arithmetic`, constants, locations.
+    loaded: registers that a block reads before it writes them. granule: by space, a number of bytes
+    that divides every access.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ids = {reg: i for i, reg in enumerate(program.regs)}
+        self.names: dict[str, Any] = {k: v for k, v in vars(arithmetic).items() if k[0] != "_"}
+        self.loaded: set[str] = set()
+        self.granule = {"param": 8, "global": 8, "shared": 4}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a block."""
         self.lines: list[str] = []
         self.forms: dict[str, set[str]] = {}  # register: the forms that exist as local variables
         self.written: dict[str, None] = {}
@@ -55,7 +69,7 @@ class Operands:
     def at(self, ins: Instruction) -> str:
         """The guard, the mask, and the name of the instruction's `Location`, for reports."""
         place = f"place{len(self.names)}"
-        self.names[place] = (ins.line, ins.where, str(ins)[:90])
+        self.names[place] = ins.location
         return f"({self.guard(ins)}, m, {place})"
 
     def guard(self, ins: Instruction) -> str:
@@ -80,6 +94,7 @@ class Operands:
         """A register in its declared width."""
         kind = self.program.regs[reg]
         if reg not in self.forms:
+            self.loaded.add(reg)
             home = "b" if kind == "pred" else "u"
             self.put(f"{self.local(reg, home)} = R[{self.ids[reg]}]")
             self.forms[reg] = {home}
@@ -123,8 +138,8 @@ class Operands:
             n = int(a[2:], 16)
         elif a in self.program.params:
             n = self.program.params[a][0]
-        elif a in self.program.shared:
-            n = self.program.shared[a]
+        elif a == "global_smem":  # all of a CTA's shared memory
+            n = 0
         else:
             n = int(a.rstrip("U"), 0)
         return n & ((1 << bits) - 1)
@@ -157,6 +172,14 @@ class Operands:
         return f"{base or f'S.const(0, {dtype})'}, {offset}"
 
     # Writing ------------------------------------------------------------------------------------
+
+    def home(self, reg: str) -> str:
+        """The array of a register that the block has written, as R holds it."""
+        have, kind = self.forms[reg], self.program.regs[reg]
+        form = "b" if kind == "pred" else "u"
+        if form in have:
+            return self.local(reg, form)
+        return f"{self.local(reg, max(have))}.view({NUMPY['u'][WIDTH[kind]]})"
 
     def set(self, reg: str, expression: str, form: str, ins: Instruction) -> None:
         """Assigns a value of the register's width, where the instruction's guard is true."""

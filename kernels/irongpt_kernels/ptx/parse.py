@@ -15,11 +15,10 @@ _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?"
     r"(\w+)(?:\[(\d+)\])?"
 )
-_SHARED = re.compile(
-    r"^\s*(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\];", re.M
-)
 _LABEL = re.compile(r"^(\$?[A-Za-z_$][\w$]*):")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+# Of an instruction: its line number in the PTX, its line in the Python source, its text.
+Location = tuple[int, str, str]
 
 
 @dataclass
@@ -35,6 +34,14 @@ class Instruction:
     def name(self) -> str:
         return self.op.split(".")[0]
 
+    @property
+    def is_barrier(self) -> bool:
+        return self.op.startswith("bar.sync")
+
+    @property
+    def location(self) -> Location:
+        return self.line, self.where, str(self)[:90]
+
     def __str__(self) -> str:
         guard = f"@{'!' if self.negated else ''}{self.pred} " if self.pred else ""
         return f"{guard}{self.op} {', '.join(self.args)}"
@@ -48,15 +55,9 @@ class Program:
     threads: int = 0  # those of a CTA
     params: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset, type
     param_bytes: int = 0
-    shared: dict[str, int] = field(default_factory=dict)  # symbol: address
-    static_shared: int = 0
     regs: dict[str, str] = field(default_factory=dict)
     blocks: list[list[Instruction]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # label: index of a block
-
-    def instructions(self) -> Iterator[Instruction]:
-        for block in self.blocks:
-            yield from block
 
     def close_block(self) -> None:
         if not self.blocks or self.blocks[-1]:
@@ -78,9 +79,6 @@ def parse(ptx: str) -> Program:
         offset = _round_up(p.param_bytes, max(SIZES[kind], int(align or 1)))
         p.params[name] = (offset, kind)
         p.param_bytes = offset + SIZES[kind] * int(count or 1)
-    for align, name, size in _SHARED.findall(ptx):
-        p.shared[name] = _round_up(p.static_shared, int(align))
-        p.static_shared = p.shared[name] + int(size or 0)
     start = ptx.index("{", head_end)
     if threads := re.search(r"\.reqntid\s+(\d+)", ptx[head_end:start]):
         p.threads = int(threads.group(1))
@@ -138,8 +136,9 @@ def _add(p: Program, text: str, line: int, where: str) -> None:
             negated, pred, text = bool(guard.group(1)), guard.group(2), guard.group(3)
         op, _, rest = text.replace("\t", " ").partition(" ")
         args = [a.strip() for a in _OPERANDS.findall(rest.strip())]
-        p.blocks[-1].append(Instruction(op, args, pred, negated, line, where))
-        if p.blocks[-1][-1].name in ("bra", "ret"):
+        ins = Instruction(op, args, pred, negated, line, where)
+        p.blocks[-1].append(ins)
+        if ins.name in ("bra", "ret") or ins.is_barrier:
             p.close_block()
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from irongpt_kernels.ptx.arithmetic import Array, i4, i8, u4
+from irongpt_kernels.ptx.parse import Location
 from irongpt_kernels.ptx.regions import Regions
 
-# Of an instruction: its line number in the PTX, its line in the Python source, its text.
-Location = tuple[int, str, str]
 Site = tuple["Array | None", "Array | None", Location]  # guard, mask, location
 NO_NAN = 0x7FFF  # as an infinity: no 15 bits are above it, so words of 16 bits are never NaN
 
