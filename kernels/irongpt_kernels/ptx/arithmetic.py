@@ -59,16 +59,8 @@ def ftz(x: Array) -> Array:
     return np.where(np.abs(x) < f4(2.0**-126), np.copysign(f4(0), x), x)
 
 
-_RELATIVE = {"sqrt": 2.0**-23, "rsqrt": 2.0**-22.9}
-_ULPS = {"ex2": 2, "div": 2}
-
-
-def largest_error(name: str, y: Array) -> Array:
-    """The bound in the PTX ISA on the error of an approximate instruction with the exact result y,
-    in float64."""
-    if name in _ULPS:
-        return _ULPS[name] * np.spacing(np.abs(y).astype(f4)).astype(f8)
-    return _RELATIVE[name] * np.abs(y)
+# The bounds in the PTX ISA on the errors of approximate instructions: in ulps, and relative.
+_ERRORS = {"ex2": (2, 0.0), "div": (2, 0.0), "sqrt": (0, 2.0**-23), "rsqrt": (0, 2.0**-22.9)}
 
 
 def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
@@ -79,8 +71,10 @@ def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Arr
     h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)
     h = (h ^ (h >> u8(29))) * u8(0xBF58476D1CE4E5B9)
     direction = (h >> u8(40)).astype(f8) / 2**23 - 1  # -1 to 1
-    rounding = np.spacing(np.abs(y).astype(f4)).astype(f8) / 2
-    error = noise * direction * np.maximum(largest_error(name, y) - rounding, 0)
+    ulp = np.spacing(np.abs(y).astype(f4)).astype(f8)
+    ulps, relative = _ERRORS[name]
+    largest = ulps * ulp + relative * np.abs(y)
+    error = noise * direction * np.maximum(largest - ulp / 2, 0)
     exact = ~np.isfinite(error) | ((name == "ex2") & (x == np.rint(x)))
     return np.where(exact, y, y + error).astype(f4)
 
@@ -104,12 +98,10 @@ def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -
     return np.where(zero, pick(a.view(t), b.view(t)).view(found.dtype), found)
 
 
-def to_int(x: Array, dtype: Any, rounding: str) -> Array:
-    """Float to integer, clamped. NaN becomes 0; if the source or the result has 64 bits, it becomes
-    the number with only the top bit set."""
-    info = np.iinfo(dtype)
-    whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    y = whole(x.astype(f8))
+def to_int(x: Array, dtype: Any) -> Array:
+    """Whole float to integer, clamped. NaN becomes 0; if the source or the result has 64 bits, it
+    becomes the number with only the top bit set."""
+    info, y = np.iinfo(dtype), x.astype(f8)
     nan, big, small = np.isnan(y), y >= float(info.max), y <= float(info.min)
     out = np.where(nan | big | small, 0, y).astype(dtype)
     out = np.where(big, info.max, np.where(small, info.min, out))
@@ -121,31 +113,17 @@ def to_int(x: Array, dtype: Any, rounding: str) -> Array:
 # Integers -----------------------------------------------------------------------------------------
 
 
-def sdiv(a: Array, b: Array) -> Array:
-    """Rounds towards zero. Division by zero gives -1 as on GPUs; PTX does not specify it."""
+def div(a: Array, b: Array) -> Array:
+    """Rounds towards zero. Division by zero sets all bits, as on GPUs; PTX does not specify it."""
     zero = b == 0
-    safe = np.where(zero, 1, b)
-    q = a // safe
-    q = q + ((a != q * safe) & ((a < 0) != (safe < 0)))
-    return np.where(zero, -1, q).astype(a.dtype)
+    quotient = (a - rem(a, b)) // np.where(zero, 1, b)
+    return np.where(zero, ~np.zeros_like(a), quotient).astype(a.dtype)
 
 
-def srem(a: Array, b: Array) -> Array:
-    """The remainder, with the sign of a."""
+def rem(a: Array, b: Array) -> Array:
+    """The remainder, with the sign of a. It is a for a division by zero."""
     zero = b == 0
     return np.where(zero, a, np.fmod(a, np.where(zero, 1, b))).astype(a.dtype)
-
-
-def udiv(a: Array, b: Array) -> Array:
-    """Division by zero gives the largest number."""
-    zero = b == 0
-    return np.where(zero, ~np.zeros_like(a), a // np.where(zero, 1, b)).astype(a.dtype)
-
-
-def urem(a: Array, b: Array) -> Array:
-    """The remainder, which is a for a division by zero."""
-    zero = b == 0
-    return np.where(zero, a, a % np.where(zero, 1, b)).astype(a.dtype)
 
 
 def shift(x: Array, n: Array, left: bool) -> Array:
@@ -157,18 +135,6 @@ def shift(x: Array, n: Array, left: bool) -> Array:
     if left:
         return np.where(n < bits, x << some, t(0))
     return x >> some if np.issubdtype(t, np.signedinteger) else np.where(n < bits, x >> some, t(0))
-
-
-def bfe(a: Array, position: int, length: int, signed: bool) -> Array:
-    """The bit field of `length` bits from `position` on, with its sign if signed."""
-    bits = 8 * a.itemsize
-    t, s = UINT[a.itemsize], {4: i4, 8: i8}[a.itemsize]
-    length = min(length & 0xFF, bits - position)
-    if length <= 0:
-        return np.zeros_like(a)
-    top = a << t(bits - position - length)
-    kept = bits - length
-    return (top.view(s) >> s(kept)).view(t) if signed else top >> t(kept)
 
 
 def prmt(a: Array, b: Array, selector: Any) -> Array:

@@ -11,14 +11,14 @@ from irongpt_kernels.ptx.parse import Instruction
 # By the name of an instruction: the kinds of operands that it takes, and its expression for each.
 # The kinds are f for float32 and float64, h for 16-bit floats (computed in float64 and rounded
 # once), u for integers taken as unsigned, s for integers taken as signed, i for integers of the
-# type that the instruction names (`form` is u or s), and p for predicates.
+# type that the instruction names, and p for predicates.
 _RULES = {
     "add": dict.fromkeys("fhu", "{x} + {y}"),
     "sub": dict.fromkeys("fhu", "{x} - {y}"),
     "mul": dict.fromkeys("fh", "{x} * {y}"),
     "fma": {"f": "fma32({x}, {y}, {z})", "h": "{x} * {y} + {z}"},
-    "div": {"i": "{form}div({x}, {y})"},
-    "rem": {"i": "{form}rem({x}, {y})"},
+    "div": {"i": "div({x}, {y})"},
+    "rem": {"i": "rem({x}, {y})"},
     "abs": dict.fromkeys("fhs", "np.abs({x})"),
     "neg": dict.fromkeys("fhs", "np.negative({x})"),
     "max": {"f": "maxf({x}, {y})", "h": "maxf({x}, {y})", "i": "np.maximum({x}, {y})"},
@@ -48,11 +48,11 @@ _COMPARE_FLOATS = _COMPARE | {  # ne is false for NaN, and what ends in u is tru
 _ROUND = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 _FUNCTIONS = {"ex2": "np.exp2({x})", "sqrt": "np.sqrt({x})", "rsqrt": "1 / np.sqrt({x})"}
 _FUNCTIONS |= {"div": "{x} / {y}"}
-_HALVES = {  # dtype: to float64, from float64, the places of its values in a word
-    "f16": ("half_to_f8", "half_of_f8", (0,)),
-    "bf16": ("bf16_to_f8", "bf16_of_f8", (0,)),
-    "f16x2": ("half_to_f8", "half_of_f8", (0, 16)),
-    "bf16x2": ("bf16_to_f8", "bf16_of_f8", (0, 16)),
+_HALVES = {  # dtype: to float64, from float64, how many values a register has
+    "f16": ("half_to_f8", "half_of_f8", 1),
+    "bf16": ("bf16_to_f8", "bf16_of_f8", 1),
+    "f16x2": ("half_to_f8", "half_of_f8", 2),
+    "bf16x2": ("bf16_to_f8", "bf16_of_f8", 2),
 }
 _KINDS = {"pred": ("p", 1), **dict.fromkeys(_HALVES, ("h", 16))}
 Mods = list[str]
@@ -79,16 +79,15 @@ class Arithmetic(Operands):
         if kind not in rule:
             return False
         self.require(ins.name != "fma" or bits < 64, ins)
-        expression = rule[kind].replace("{form}", form)
         if kind == "h":
-            self.halves(ins, mods, a, expression)
+            self.halves(ins, mods, a, rule[kind])
             return True
         if kind == "p":
             operands = [self.predicate(x) for x in a[1:]]
         else:
             operands = self.operands(mods, a[1:], form, bits)
         names = dict(zip("xyz", operands, strict=False))
-        self.set_value(ins, mods, a[0], expression.format(**names), form)
+        self.set_value(ins, mods, a[0], rule[kind].format(**names), form)
         return True
 
     def operands(self, mods: Mods, args: Args, form: str, bits: int) -> list[str]:
@@ -105,21 +104,18 @@ class Arithmetic(Operands):
     def halves(self, ins: Instruction, mods: Mods, a: Args, expression: str) -> None:
         """16-bit floats, one or two in a register: in float64, rounded once."""
         self.require(not {*mods[:-1]} - {"rn", "NaN"}, ins)
-        _, narrow, shifts = _HALVES[mods[-1]]
-        t = NUMPY["u"][16 * len(shifts)]
-        operands = zip(*(self.widened(x, mods[-1]) for x in a[1:]), strict=True)
+        _, narrow, count = _HALVES[mods[-1]]
         parts = []
-        for at, values in zip(shifts, operands, strict=True):
+        for values in zip(*(self.widened(x, mods[-1]) for x in a[1:]), strict=True):
             found = expression.format(**dict(zip("xyz", values, strict=False)))
-            parts.append(self.temporary(f"{narrow}({found}).astype({t}) << {t}({at})"))
-        self.set(a[0], " | ".join(parts), "u", ins)
+            parts.append(f"{narrow}({found})")
+        self.set(a[0], self.packed(parts, 16 * count), "u", ins)
 
     def widened(self, x: str, dtype: str) -> list[str]:
         """The 16-bit floats in a register, in float64."""
-        widen, _, shifts = _HALVES[dtype]
-        bits = 16 * len(shifts)
-        word, t = self.array(x, "u", bits), NUMPY["u"][bits]
-        return [self.temporary(f"{widen}(({word} >> {t}({at})).astype(u2))") for at in shifts]
+        widen, _, count = _HALVES[dtype]
+        words = self.unpacked(self.array(x, "u", 16 * count), 16 * count, count)
+        return [self.temporary(f"{widen}({word})") for word in words]
 
     # Arithmetic ---------------------------------------------------------------------------------
 
@@ -178,8 +174,12 @@ class Arithmetic(Operands):
 
     def op_bfe(self, ins: Instruction, mods: Mods, a: Args) -> None:
         form, bits = self.typed(mods[-1])
-        x, at, length = self.array(a[1], "u", bits), self.immediate(a[2]), self.immediate(a[3])
-        self.set(a[0], f"bfe({x}, {at}, {length}, {form == 's'})", "u", ins)
+        at, length = self.immediate(a[2]), self.immediate(a[3])
+        length = min(length & 0xFF, bits - at)
+        self.require(length > 0, ins)
+        u, t = NUMPY["u"][bits], NUMPY[form][bits]
+        top = f"({self.array(a[1], 'u', bits)} << {u}({bits - at - length})).view({t})"
+        self.set(a[0], f"{top} >> {t}({bits - length})", form, ins)
 
     # Comparison and conversion --------------------------------------------------------------------
 
@@ -204,15 +204,11 @@ class Arithmetic(Operands):
         *mods, to, source = mods
         rounding = next((x for x in mods if x[0] == "r" and x != "relu"), "")
         self.require("relu" not in mods, ins)
-        if to in ("f16x2", "bf16x2"):
+        if to in ("bf16", "f16x2", "bf16x2"):
             self.require(rounding == "rn" and source == "f32", ins)
-            high, low = self.array(a[1], "f", 32), self.array(a[2], "f", 32)
-            narrow = "half_of_f8({})" if to == "f16x2" else "bf16_of({})"
-            word = f"({narrow}.astype(u4) << u4(16)) | {narrow}.astype(u4)"
-            return self.set(a[0], word.format(high, low), "u", ins)
-        if to == "bf16":
-            self.require(rounding == "rn" and source == "f32", ins)
-            return self.set(a[0], f"bf16_of({self.array(a[1], 'f', 32)})", "u", ins)
+            narrow = "half_of_f8" if to == "f16x2" else "bf16_of"
+            words = [f"{narrow}({self.array(x, 'f', 32)})" for x in reversed(a[1:])]
+            return self.set(a[0], self.packed(words, 16 * len(words)), "u", ins)
         if source == "bf16":
             self.require(to == "f32", ins)
             return self.set(a[0], f"{self.array(a[1], 'u', 16)}.astype(u4) << u4(16)", "u", ins)
@@ -220,7 +216,7 @@ class Arithmetic(Operands):
         if from_form == "f":
             x = self.operands(mods if from_bits == 32 else [], a[1:2], "f", from_bits)[0]
             if form != "f":
-                call = f"to_int({x}, {NUMPY[form][bits]}, {rounding!r})"
+                call = f"to_int({_ROUND[rounding]}({x}), {NUMPY[form][bits]})"
                 return self.widen(a[0], call, form, bits, ins)
             if bits == from_bits:
                 return self.set(a[0], f"{_ROUND[rounding]}({x})" if rounding else x, "f", ins)

@@ -7,7 +7,7 @@ immediately. Every other instruction is executed.
 import re
 
 from irongpt_kernels.ptx.compute import Args, Arithmetic, Mods
-from irongpt_kernels.ptx.operands import NUMPY, Unsupported
+from irongpt_kernels.ptx.operands import Unsupported
 from irongpt_kernels.ptx.parse import Instruction
 
 
@@ -31,19 +31,15 @@ class Instructions(Arithmetic):
         if mods[0] == "pred":
             return self.set(a[0], self.predicate(a[1]), "b", ins)
         bits = self.typed(mods[-1])[1]
-        t = NUMPY["u"][bits]
         if a[0].startswith("{"):  # unpack
             parts = self.vector(a[0])
-            each = bits // len(parts)
-            x = self.array(a[1], "u", bits)
-            for i, part in enumerate(parts):
-                self.set(part, f"({x} >> {t}({i * each})).astype({NUMPY['u'][each]})", "u", ins)
+            words = self.unpacked(self.array(a[1], "u", bits), bits, len(parts))
+            for part, word in zip(parts, words, strict=True):
+                self.set(part, word, "u", ins)
         elif a[1].startswith("{"):  # pack
             parts = self.vector(a[1])
-            each = bits // len(parts)
-            words = (f"{self.array(part, 'u', each)}.astype({t})" for part in parts)
-            terms = [f"({x} << {t}({i * each}))" for i, x in enumerate(words)]
-            self.set(a[0], " | ".join(terms), "u", ins)
+            words = [self.array(part, "u", bits // len(parts)) for part in parts]
+            self.set(a[0], self.packed(words, bits), "u", ins)
         elif self.is_register(a[1]) and a[0] != a[1] and ins.pred is None:
             self.read(a[1], next(iter(self.forms.get(a[1], "u"))))
             for form in sorted(self.forms[a[1]]):  # its views stay views of the copy
@@ -79,15 +75,15 @@ class Instructions(Arithmetic):
         space = mods[0].removesuffix("::cta")
         self.require(space in self.granule, ins)
         self.granule[space] = min(self.granule[space], size)
-        return f"{space!r}, {self.pointer(a, 'u8' if space == 'global' else 'u4')}"
+        return f"{space!r}, {self.address(a)}"
 
     def op_ldmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        parts, address = self.vector(a[0]), self.pointer(a[1], "u4")
+        parts, address = self.vector(a[0]), self.address(a[1])
         tail = f"{'trans' in mods}, {self.at(ins)}"
         self.set_all(a[0], f"S.ldmatrix({address}, {len(parts)}, {tail})", "u", ins)
 
     def op_stmatrix(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        address = self.pointer(a[0], "u4")
+        address = self.address(a[0])
         words = ", ".join(self.array(x, "u", 32) for x in self.vector(a[1]))
         tail = f"{'trans' in mods}, {self.at(ins)}"
         self.put(f"S.stmatrix({address}, [{words}], {tail})")
@@ -100,7 +96,7 @@ class Instructions(Arithmetic):
             self.put(f"S.cp_wait({int(a[0], 0)}, m)")
         else:
             self.require(mods[1] in ("ca", "cg"), ins)
-            to, source = self.pointer(a[0], "u4"), self.pointer(a[1], "u8")
+            to, source = self.address(a[0]), self.address(a[1])
             count = self.array(a[3], "u", 32) if len(a) > 3 else "None"
             tail = f"{count}, {self.at(ins)}"
             self.put(f"S.cp_async({to}, {source}, {int(a[2], 0)}, {tail})")

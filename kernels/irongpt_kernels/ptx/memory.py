@@ -57,11 +57,15 @@ class Memory(Threads):
         super().__init__(launch, ctas)
         self.regions = launch.regions
         params = np.frombuffer(launch.params, dtype=u1)
-        self.params = {size: params.view(t) for size, t in UINT.items()}
         self.shared_size, self.granule = launch.shared_bytes, launch.shared_granule
         pitch = -(-self.shared_size // 128) * 128 + 128
         raw = np.full(pitch * self.n_cta, 0xA5, dtype=u1)
         self.shared = {size: raw.view(t) for size, t in UINT.items()}
+        self.words = dict(
+            param={size: params.view(t) for size, t in UINT.items()},
+            shared=self.shared,
+            **{"global": MEMORY},
+        )
         self.shared_base = (self.cta * pitch).astype(i8)
         cells = pitch * self.n_cta // self.granule
         # Of each granule of shared memory: the warps that wrote and read it since the last barrier,
@@ -76,21 +80,26 @@ class Memory(Threads):
     def _global(
         self, address: Array, width: int, threads: Array, at: Site, store: bool
     ) -> tuple[Array, Array]:
-        """Checks an access. Returns the threads that may go on, and their addresses."""
+        """Checks an access. Returns the threads that may go on, and their places in MEMORY."""
         inside, cells = self.regions.locate(address, width)
-        self.report_error("out of bounds", ~inside, threads, at)
-        if not inside.all():
-            address, cells, threads = address[inside], cells[inside], threads[inside]
-        odd = address % width != 0
-        if odd.any():
-            self.report_error("misaligned", odd, threads, at, f"{width} bytes")
-            address, cells, threads = address[~odd], cells[~odd], threads[~odd]
+        good = self._good(inside, address, width, threads, at, "global memory")
+        if not good.all():
+            address, cells, threads = address[good], cells[good], threads[good]
         gap = ~self.regions.legal[cells].all(1)
         self.report_error("out of bounds", gap, threads, at, "between the elements of a view")
         if len(threads):
             self._cta_races(cells, threads, at, store)
             self._warp_races(cells, threads, at, store)
-        return threads, address
+        return threads, address - _BASE
+
+    def _good(
+        self, inside: Array, address: Array, width: int, threads: Array, at: Site, where: str
+    ) -> Array:
+        """Which addresses are inside and aligned; reports the others."""
+        odd = inside & (address % width != 0)
+        self.report_error("out of bounds", ~inside, threads, at, f"in {where}")
+        self.report_error("misaligned", odd, threads, at, f"{width} bytes of {where}")
+        return inside & ~odd
 
     def _cta_races(self, cells: Array, threads: Array, at: Site, store: bool) -> None:
         r = self.regions
@@ -140,16 +149,13 @@ class Memory(Threads):
         infinity: int = NO_NAN,
     ) -> tuple[Array, Array]:
         """Checks an access to addresses within a CTA's memory. Returns the threads that may go on,
-        and their addresses in `self.shared`.
+        and their places in `self.shared`.
 
         data: the words of a store, (threads, words). Warps that hold the same value may all store
         it to the same address, which is not reported as a race. infinity: see `_same`.
         """
         inside = (address >= 0) & (address + width <= self.shared_size)
-        self.report_error("out of bounds", ~inside, threads, at, "in shared memory")
-        odd = inside & (address % width != 0)
-        self.report_error("misaligned", odd, threads, at, f"{width} bytes of shared memory")
-        good = inside & ~odd
+        good = self._good(inside, address, width, threads, at, "shared memory")
         if not good.all():
             threads, address = threads[good], address[good]
             data = None if data is None else data[good]
@@ -179,29 +185,23 @@ class Memory(Threads):
 
     # Loads and stores ---------------------------------------------------------------------------
 
-    def ld(self, space: str, a: Array, offset: int, size: int, vec: int, at: Site) -> list[Array]:
+    def ld(self, space: str, address: Array, size: int, vec: int, at: Site) -> list[Array]:
         """vec registers of `size` bytes; 0 in threads that do not load."""
         threads = self.active(at)
         out = np.zeros((vec, self.n), dtype=UINT[size])
         if len(threads):
-            address = a[threads].astype(i8) + offset
-            if space == "global":
-                threads, address = self._global(address, size * vec, threads, at, False)
-                words, index = MEMORY[size], (address - _BASE) // size
-            elif space == "shared":
-                threads, address = self._shared(address, size * vec, threads, at, False)
-                words, index = self.shared[size], address // size
-            else:
-                words, index = self.params[size], address // size
+            place = address[threads]
+            if space != "param":
+                check = self._global if space == "global" else self._shared
+                threads, place = check(place, size * vec, threads, at, False)
             for v in range(vec):
-                out[v, threads] = words[index + v]
+                out[v, threads] = self.words[space][size][place // size + v]
         return list(out)
 
     def st(
         self,
         space: str,
-        a: Array,
-        offset: int,
+        address: Array,
         values: list[Array],
         size: int,
         float32: bool,
@@ -212,16 +212,15 @@ class Memory(Threads):
         threads, width = self.active(at), size * len(values)
         if not len(threads):
             return
-        address = a[threads].astype(i8) + offset
+        place = address[threads]
         if space == "global":
-            threads, address = self._global(address, width, threads, at, True)
-            words, index = MEMORY[size], (address - _BASE) // size
+            threads, place = self._global(place, width, threads, at, True)
         else:
             stored = np.stack([x[threads].astype(UINT[size], copy=False) for x in values], 1)
             data = stored.view(u4) if size > 4 else stored
-            threads, address = self._shared(address, width, threads, at, True, data, infinity)
-            words, index = self.shared[size], address // size
-        self._write(words, index, [x[threads] for x in values], threads, at, infinity)
+            threads, place = self._shared(place, width, threads, at, True, data, infinity)
+        words = self.words[space][size]
+        self._write(words, place // size, [x[threads] for x in values], threads, at, infinity)
 
     def _write(
         self,
@@ -238,16 +237,21 @@ class Memory(Threads):
             differ = ~_same(words[index + v], x, infinity)
             self.report_error("lanes store different values", differ, threads, at)
 
-    def bar(self, at: Site) -> Array:
-        ctas = super().bar(at)
+    def bar(self, at: Site) -> None:
+        """A barrier. All threads of a CTA that have not exited must be at it."""
+        there, live = (
+            x.reshape(self.n_cta, -1) for x in (self.alive if at[1] is None else at[1], self.alive)
+        )
+        ctas = there.any(1)
+        bad = np.repeat(ctas & (there != live).any(1), self.cta_threads)
+        self.report_error("incomplete CTA", bad, self.thread, at, "at a barrier")
+        self.barriers[ctas] += 1
         for warps in (self.wrote, self.read):
             warps.reshape(self.n_cta, -1)[ctas] = 0
-        return ctas
 
     def _matrices(
         self,
-        a: Array,
-        offset: int,
+        address: Array,
         count: int,
         threads: Array,
         at: Site,
@@ -258,48 +262,36 @@ class Memory(Threads):
 
         rows: (addresses, 8) words to store there; None for a load.
         """
-        address = a[threads].astype(i8) + offset
-        users, address = (x.reshape(-1, 32)[:, : 8 * count].ravel() for x in (threads, address))
+        users = threads.reshape(-1, 32)[:, : 8 * count].ravel()
         infinity = self.launch.infinity
-        good, flat = self._shared(address, 16, users, at, rows is not None, rows, infinity)
+        good, flat = self._shared(address[users], 16, users, at, rows is not None, rows, infinity)
         if len(good) < len(users):
             return None  # it was reported
         if rows is not None:
             self._write(self.shared[2], flat // 2, list(rows.T), users, at, infinity)
         return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
 
-    def ldmatrix(
-        self, a: Array, offset: int, count: int, transposed: bool, at: Site
-    ) -> list[Array]:
+    def ldmatrix(self, address: Array, count: int, transposed: bool, at: Site) -> list[Array]:
         """Lane t gets elements 2 (t % 4) and the next of row t // 4 of each matrix."""
         threads = self.whole_warps(at)
-        index = self._matrices(a, offset, count, threads, at)
+        index = self._matrices(address, count, threads, at)
         if index is None:
             return [self.const(0, u4)] * count
         words = self.shared[2][index]
         words = np.ascontiguousarray(words.swapaxes(2, 3) if transposed else words).view(u4)
         return [self.spread(words[:, i].reshape(-1), threads) for i in range(count)]
 
-    def stmatrix(
-        self, a: Array, offset: int, values: list[Array], transposed: bool, at: Site
-    ) -> None:
+    def stmatrix(self, address: Array, values: list[Array], transposed: bool, at: Site) -> None:
         threads = self.whole_warps(at)
         words = [np.ascontiguousarray(x[threads]).view(u2).reshape(-1, 8, 8) for x in values]
         matrices = np.stack(words, 1).swapaxes(2, 3 if transposed else 2)
         rows = np.ascontiguousarray(matrices).reshape(-1, 8)
-        self._matrices(a, offset, len(values), threads, at, rows)
+        self._matrices(address, len(values), threads, at, rows)
 
     # Asynchronous copies ------------------------------------------------------------------------
 
     def cp_async(
-        self,
-        s: Array,
-        s_offset: int,
-        a: Array,
-        offset: int,
-        size: int,
-        source_bytes: Array | None,
-        at: Site,
+        self, to: Array, source: Array, size: int, source_bytes: Array | None, at: Site
     ) -> None:
         """From global to shared memory. The bytes arrive when the group is waited for."""
         threads = self.active(at)
@@ -313,12 +305,9 @@ class Memory(Threads):
                 raise NotImplementedError("cp.async of a part of its bytes")
             reads = count > 0
         some = threads[reads]
-        kept, address = self._global(a[some].view(i8) + offset, size, some, at, False)
-        data[np.searchsorted(threads, kept)] = MEMORY[1][
-            (address - _BASE)[:, None] + np.arange(size)
-        ]
-        to = s[threads].astype(i8) + s_offset
-        good, flat = self._shared(to, size, threads, at, True)
+        kept, place = self._global(source[some], size, some, at, False)
+        data[np.searchsorted(threads, kept)] = MEMORY[1][place[:, None] + np.arange(size)]
+        good, flat = self._shared(to[threads], size, threads, at, True)
         if len(good) < len(threads):
             return  # it was reported
         np.add.at(self.copies, self.cells(flat, size).ravel(), 1)

@@ -88,6 +88,20 @@ class Operands:
     def vector(self, a: str) -> list[str]:
         return [x.strip() for x in a[1:-1].split(",")] if a.startswith("{") else [a]
 
+    def packed(self, words: list[str], bits: int) -> str:
+        """Words in one of `bits` bits, the first one in the lowest."""
+        if len(words) == 1:
+            return words[0]
+        each, t = bits // len(words), NUMPY["u"][bits]
+        return " | ".join(f"({x}.astype({t}) << {t}({i * each}))" for i, x in enumerate(words))
+
+    def unpacked(self, word: str, bits: int, count: int) -> list[str]:
+        """The `count` parts of a word of `bits` bits, the lowest first."""
+        if count == 1:
+            return [word]
+        each, t = bits // count, NUMPY["u"][bits]
+        return [f"({word} >> {t}({i * each})).astype({NUMPY['u'][each]})" for i in range(count)]
+
     # Reading ------------------------------------------------------------------------------------
 
     def read(self, reg: str, form: str) -> str:
@@ -157,19 +171,16 @@ class Operands:
             return self.read(a, "b")
         return f"S.const({bool(int(a, 0))}, np.bool_)"
 
-    def address(self, a: str) -> tuple[str | None, int]:
-        """[register + n] or [symbol + n]: an array or None, and a number."""
+    def address(self, a: str) -> str:
+        """[register + n] or [symbol + n] as an int64 array."""
         found = re.fullmatch(r"([^+-]+)\+?(-?\w+)?", a[1:-1].replace(" ", ""))
         assert found, a
         base, offset = found.group(1), int(found.group(2) or "0", 0)
-        if self.is_register(base):
-            return self.read(base, "u"), offset
-        return None, self.number(base, 64) + offset
-
-    def pointer(self, a: str, dtype: str) -> str:
-        """An address as two arguments of a call."""
-        base, offset = self.address(a)
-        return f"{base or f'S.const(0, {dtype})'}, {offset}"
+        if not self.is_register(base):
+            return f"S.const({self.number(base, 64) + offset}, i8)"
+        wide = self.program.regs[base] == "b64"
+        x = self.read(base, "s") if wide else f"{self.read(base, 'u')}.astype(i8)"
+        return f"{x} + {offset}" if offset else x
 
     # Writing ------------------------------------------------------------------------------------
 

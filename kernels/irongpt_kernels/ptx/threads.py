@@ -149,27 +149,9 @@ class Threads:
         self.report_error("incomplete warp", np.repeat(broken, 32), self.thread, at)
         return np.flatnonzero(np.repeat(warps.all(1), 32))
 
-    def whole_ctas(self, at: Site) -> Array:
-        """The CTAs that are at a barrier. All of their threads that have not exited must be at
-        it."""
-        m = at[1]
-        if m is None:
-            return np.arange(self.n_cta)
-        there, live = (x.reshape(self.n_cta, -1) for x in (m, self.alive))
-        broken = there.any(1) & (there != live).any(1)
-        bad = np.repeat(broken, self.cta_threads)
-        self.report_error("incomplete CTA", bad, self.thread, at, "at a barrier")
-        return np.flatnonzero(there.any(1))
-
     def warps(self, m: Array | None) -> Array:
         """The warps that are at an instruction."""
         return np.arange(self.n // 32) if m is None else np.flatnonzero(m.reshape(-1, 32).any(1))
-
-    def bar(self, at: Site) -> Array:
-        """A barrier. Returns the CTAs that pass it."""
-        ctas = self.whole_ctas(at)
-        self.barriers[ctas] += 1
-        return ctas
 
     def shfl(self, mode: str, a: Array, b: Any, c: int, at: Site) -> tuple[Array, Array]:
         """Values of other lanes, and whether the lane that each asks for is in its segment."""
