@@ -48,7 +48,7 @@ def test_stock_triton_has_no_tensor_cores() -> None:
     with without():
         kernel = made()
     assert "mma" not in kernel.asm["ptx"]
-    n = sass.count(sass.read(kernel.asm["cubin"]).instructions)
+    n = sass.count(sass.read(kernel.asm["cubin"]))
     assert n["HMMA"] == 0
     assert n["FFMA"] > 500, n
 
@@ -56,14 +56,14 @@ def test_stock_triton_has_no_tensor_cores() -> None:
 def test_fp16_runs_on_tensor_cores() -> None:
     kernel = made()
     assert kernel.asm["ptx"].count(MMA) == kernel.asm["ptx"].count("mma.sync") == 32
-    names = [x.name for x in sass.read(kernel.asm["cubin"]).instructions]
+    names = [x.name for x in sass.read(kernel.asm["cubin"])]
     assert names.count("HMMA.1688.F32") == 32
     assert not any(x.startswith("FFMA") for x in names)
 
 
 def test_fp16_accumulators_too() -> None:
     kernel = made(half_kernel, "fp16 fp16 fp16")
-    names = [x.name for x in sass.read(kernel.asm["cubin"]).instructions]
+    names = [x.name for x in sass.read(kernel.asm["cubin"])]
     assert names.count("HMMA.1688.F16") == 32
 
 
@@ -258,11 +258,11 @@ def test_spills_are_seen() -> None:
     kernel = made(N=64, maxnreg=64)  # for 128 accumulators a thread
     registers, stack = sass.usage(kernel.asm["cubin"])
     assert stack > 0
-    binary = sass.read(kernel.asm["cubin"])
-    assert sass.count(binary.instructions)["LOCAL"] > 0
+    found = sass.read(kernel.asm["cubin"])
+    assert sass.count(found)["LOCAL"] > 0
     assert sass.warps_per_sm(75, registers, kernel.metadata.shared, 1) < 8
     with patch.object(sass, "_cuobjdump") as called:
-        assert sass.read(kernel.asm["cubin"]) == binary
+        assert sass.read(kernel.asm["cubin"]) == found
     called.assert_not_called()  # the text is kept
 
 

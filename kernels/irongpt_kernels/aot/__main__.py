@@ -36,10 +36,12 @@ from unittest.mock import patch
 import triton
 from triton.runtime.jit import JITFunction
 
+from irongpt_kernels import fused
 from irongpt_kernels.aot import sass, shapes
 from irongpt_kernels.runtime import fake_driver, launch
 
-COLUMNS = {  # heading: key, width
+Columns = dict[str, tuple[str, int]]  # heading: key of a row, width
+COLUMNS: Columns = {
     "kernel": ("kernel", 36), "shape": ("shape", 30), "warps": ("warps", 5),
     "regs": ("registers", 5), "spill": ("stack", 6), "shared": ("shared", 7),
     "w/SM": ("warps_per_sm", 5), "HMMA": ("HMMA", 5), "FFMA": ("FFMA", 5), "MUFU": ("MUFU", 5),
@@ -94,7 +96,8 @@ def report(
             return
         seconds = time.perf_counter() - clock
         row = dict(kernel=name, op=case.op, shape=case.shape, dtype=case.dtype, seconds=seconds)
-        rows[name, kernel.hash] = row | _facts(arch, kernel, case.cost(_pass(name)), quick)
+        cost = case.cost(backward="fwd" not in name)
+        rows[name, kernel.hash] = row | _facts(arch, kernel, cost, quick)
         if dump:
             _dump(dump / f"{name}-{case.shape.replace(' ', '-')}", kernel)
         clock = time.perf_counter()
@@ -107,16 +110,12 @@ def report(
         for case in cases:  # the functions above read it
             clock = time.perf_counter()
             try:
-                case.run()
+                case.results(fused, case.inputs())
             except Exception:
                 failed[f"{case.op} {case.shape}: {traceback.format_exc()[-500:]}"] = None
     warned = sorted({str(w.message) for w in caught if "tensor cores" in str(w.message)})
     found = dict(kernels=list(rows.values()), failed=list(failed), warnings=warned)
     return dict(arch=arch, triton=triton.__version__, **found)
-
-
-def _pass(kernel: str) -> str:
-    return "fwd" if "fwd" in kernel else "bwd"
 
 
 def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> dict[str, Any]:
@@ -137,31 +136,26 @@ def _facts(arch: int, kernel: Any, cost: tuple[float, float], quick: bool) -> di
     )
     if quick and not dot and not stack:
         return facts
-    binary = sass.read(kernel.asm["cubin"])
-    loops, whole = sass.hot_loops(binary.instructions), sass.count(binary.instructions)
+    instructions = sass.read(kernel.asm["cubin"])
+    loops, whole = sass.hot_loops(instructions), sass.count(instructions)
     shortest = min(loops, key=len)
     inner = sass.count(shortest)
     facts |= {x: inner[x] for x in ("HMMA", "FFMA", "MUFU")}
     facts["LOCAL"] = max(sass.count(loop)["LOCAL"] for loop in loops)
     facts |= {f"kernel_{x}": whole[x] for x in ("HMMA", "FFMA", "LOCAL")}
     if dot:
-        inner_loops = sass.inner_loops(binary.instructions)  # in order of address
+        inner_loops = sass.inner_loops(instructions)  # in order of address
         matmul_loops = [x for x in inner_loops if sass.count(x)["HMMA"]] or loops
         every = [sass.clocks(loop, warps, arch) for loop in matmul_loops]
         units = sass.clocks(shortest, warps, arch)
         bound = max(units, key=lambda unit: units[unit])
         facts |= dict(clocks=units[bound], bound=bound, units=units, loops=every)
-        constants = _constants(kernel)
+        names = kernel.src.fn.arg_names
+        constants = {names[at[0]]: x for at, x in kernel.src.constants.items() if len(at) == 1}
         if constants.get("THRESHOLD"):  # with SPLIT `loops` has only that over all BLOCK_M rows
             elements = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * warps)
             facts["per_call"] = min(sass.elements_per_call(x, elements) for x in loops)
     return facts
-
-
-def _constants(kernel: Any) -> dict[str, Any]:
-    """The constexpr arguments of a compiled kernel."""
-    names = kernel.src.fn.arg_names
-    return {names[at[0]]: x for at, x in kernel.src.constants.items() if len(at) == 1}
 
 
 def _dump(stem: Path, kernel: Any) -> None:
@@ -169,14 +163,14 @@ def _dump(stem: Path, kernel: Any) -> None:
     cubin = kernel.asm["cubin"]
     stem.with_name(stem.name + ".cubin").write_bytes(cubin)
     stem.with_name(stem.name + ".ptx").write_text(kernel.asm["ptx"])
-    stem.with_name(stem.name + ".sass").write_text(sass.read(cubin).text)
+    stem.with_name(stem.name + ".sass").write_text(sass.disassembled(cubin))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, a line each under COLUMNS."""
-    lines = [" ".join(_cell(name, width) for name, (_, width) in COLUMNS.items())]
+def table(rows: list[dict[str, Any]], columns: Columns = COLUMNS) -> str:
+    """The rows as text, a line each under the headings."""
+    lines = [" ".join(_cell(name, width) for name, (_, width) in columns.items())]
     for row in rows:
-        cells = (_cell(row.get(key, ""), width) for key, width in COLUMNS.values())
+        cells = (_cell(row.get(key, ""), width) for key, width in columns.values())
         lines.append(" ".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 

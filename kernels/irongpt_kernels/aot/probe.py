@@ -14,10 +14,9 @@ def matmuls(arch: int) -> dict[str, str]:
     """
     if arch == turing.ARCH:
         turing.install()
-    dtypes = dict(float32="fp32", float16="fp16", **(dict(bfloat16="bf16") if arch >= 80 else {}))
-    return {name: _matmul(arch, dtype) for name, dtype in dtypes.items()}
-
-
-def _matmul(arch: int, dtype: str) -> str:
-    made = turing.compile_small_dot(arch, dtype, num_warps=4)
-    return TENSOR_CORES if sass.count(sass.read(made["cubin"]).instructions)["HMMA"] else SCALAR
+    found = {}
+    for name, dtype in dict(float32="fp32", float16="fp16", bfloat16="bf16").items():
+        if dtype != "bf16" or arch >= 80:
+            cubin = turing.compile_small_dot(arch, dtype, num_warps=4)["cubin"]
+            found[name] = TENSOR_CORES if sass.count(sass.read(cubin))["HMMA"] else SCALAR
+    return found

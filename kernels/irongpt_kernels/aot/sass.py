@@ -32,41 +32,24 @@ class Instruction(NamedTuple):
     target: int | None
 
 
-class Binary(NamedTuple):
-    """A disassembled kernel."""
-
-    instructions: list[Instruction]
-    text: str
-
-
 class SM(NamedTuple):
-    """Limits of one multiprocessor. shared: bytes of shared memory, of which each program takes
-    `reserved` more than it requests."""
+    """Limits and rates of one multiprocessor. Each program takes `reserved` bytes of shared memory
+    more than it requests."""
 
     warps: int
     programs: int
-    shared: int
+    shared: int  # bytes
     reserved: int
-
-
-class Rates(NamedTuple):
-    """Rates of an SM. flops: FLOPs of its tensor cores per clock. shared: bytes of shared memory
-    per clock. float: clocks that a warp's float32 instruction takes."""
-
-    flops: int
-    shared: int
-    float: float
+    flops: int  # of the tensor cores per clock
+    bandwidth: int  # bytes of shared memory per clock
+    float: float  # clocks that a warp's float32 instruction takes
 
 
 SMS = {
-    75: SM(32, 16, 65_536, 0),
-    80: SM(64, 32, 167_936, 1024),
-    90: SM(64, 32, 233_472, 1024),
-}
-RATES = {
-    75: Rates(1024, 64, 0.5),
-    80: Rates(2048, 128, 0.5),
-    90: Rates(4096, 128, 0.25),  # of HGMMA; HMMA is slower, by an unpublished factor
+    75: SM(32, 16, 65_536, 0, 1024, 64, 0.5),
+    80: SM(64, 32, 167_936, 1024, 2048, 128, 0.5),
+    # The FLOPs are those of HGMMA; HMMA is slower, by an unpublished factor.
+    90: SM(64, 32, 233_472, 1024, 4096, 128, 0.25),
 }
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _SPILLS = ("LDL", "STL")
@@ -74,20 +57,23 @@ _NO_ALU = {"LDG", "STG", "BRA", "BAR", "NOP", "EXIT", "WARPSYNC", *_SPILLS}
 _NO_ALU |= {"LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "SYNCS", "FENCE"}
 
 
-def read(cubin: bytes) -> Binary:
-    """Disassembles a cubin of one kernel, once: the text is kept in Triton's cache. Raises
-    RuntimeError if the tool fails."""
+def disassembled(cubin: bytes) -> str:
+    """The SASS of a cubin. It is kept in Triton's cache. Raises RuntimeError if the tool fails."""
     cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
     if kept := cache.get_file("kernel.sass"):
-        text = Path(kept).read_text()
-    else:
-        text = _cuobjdump("--dump-sass", cubin)
-        cache.put(text, "kernel.sass", binary=False)
+        return Path(kept).read_text()
+    text = _cuobjdump("--dump-sass", cubin)
+    cache.put(text, "kernel.sass", binary=False)
+    return text
+
+
+def read(cubin: bytes) -> list[Instruction]:
+    """The instructions of a cubin of one kernel."""
     found = []
-    for address, name, rest in _LINE.findall(text):
+    for address, name, rest in _LINE.findall(disassembled(cubin)):
         jump = re.search(r"0x([0-9a-f]+)", rest) if name.split(".")[0] in ("BRA", "BRX") else None
         found.append(Instruction(int(address, 16), name, int(jump[1], 16) if jump else None))
-    return Binary(found, text)
+    return found
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -166,21 +152,21 @@ def clocks(loop: Iterable[Instruction], warps: int, arch: int = 75) -> dict[str,
     The units work in parallel, so the busiest one gives a lower bound. Latency, bank conflicts and
     dependences are ignored, and an access to global memory costs only its issue.
     """
-    rates = RATES[arch]
+    sm = SMS[arch]
     busy = dict(tensor=0.0, shared=0.0, special=0.0, alu=0.0, fma=0.0, issue=0.0)
     for x in loop:
         name = x.name.split(".")[0]
         busy["issue"] += 1 / 4
         if name in ("HMMA", "HGMMA"):
-            busy["tensor"] += _flops(x.name) / rates.flops
+            busy["tensor"] += _flops(x.name) / sm.flops
         elif name.startswith("HFMA2") or name in ("HADD2", "HMUL2", "HSET2", "HSETP2"):
             busy["tensor"] += 0.5
         elif name in ("LDS", "STS", "LDSM", "STSM"):
-            busy["shared"] += _shared_bytes(x.name) / rates.shared
+            busy["shared"] += _shared_bytes(x.name) / sm.bandwidth
         elif name in ("SHFL", "MUFU", "F2F", "F2I", "I2F"):
             busy["special" if name != "SHFL" else "shared"] += 2
         elif name in ("FFMA", "FADD", "FMUL"):
-            busy["fma"] += rates.float
+            busy["fma"] += sm.float
         elif name == "IMAD":
             busy["fma"] += 0.5
         elif name not in _NO_ALU:

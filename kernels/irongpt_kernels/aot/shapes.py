@@ -4,7 +4,8 @@ An op without shapes in this file is compiled at those of the iron model.
 """
 
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,20 +41,21 @@ def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
 class Case:
     """A call of an op, forward and backward.
 
-    label: how a report names the shape. at: the shape that is compiled. costs: the shape whose cost
-    is reported. omitted: names of optional inputs that are left out. sizes: sizes of inputs that
-    differ from those of the shape. bytes: the least bytes, if they do not follow from the shape.
+    label: how a report names the shape. p: dropout, or the temperature of sample_tokens. omitted:
+    names of optional inputs that are left out. sizes: sizes of inputs that differ from those of the
+    shape. costs: the shape whose cost is reported, if it is another one. bytes: the least bytes, if
+    they do not follow from the shape.
     """
 
     spec: OpSpec
     label: str
     dtype: str
-    at: Shape
-    costs: Shape
+    at: Shape = IRON
     p: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    costs: Shape | None = None
     bytes: int | None = None
 
     @property
@@ -64,39 +66,47 @@ class Case:
     def shape(self) -> str:
         return f"{self.label} {self.dtype}"
 
+    def wanted(self) -> dict[str, op_inputs.Input]:
+        """The inputs, with the optional ones."""
+        return {
+            n: replace(x, size=self.sizes.get(n, x.size), optional=False)
+            for n, x in self.spec.inputs(self.at).items()
+            if n not in self.omitted and not (x.copy_of and self.dtype == "float32")
+        }
+
     def inputs(self) -> Tensors:
         """Tensors of zeros."""
         kinds, made = dtypes(self.spec, self.dtype), dict[str, Tensor]()
-        for name, one in self.spec.inputs(self.at).items():
-            if name in self.omitted or (one.copy_of and self.dtype == "float32"):
-                continue
-            size = self.sizes.get(name, one.size)
-            made[name] = torch.zeros(size, dtype=kinds[one.role])
+        for name, one in self.wanted().items():
+            made[name] = torch.zeros(one.size, dtype=kinds[one.role])
             if one.below:
                 made[name] = op_inputs.indices(one)
             elif one.role == "integer" and one.values:
                 made[name] = one.values(made[name])
         return made
 
-    def run(self) -> None:
-        """Calls the fused op on CPU tensors, and its gradient for every input that has one."""
-        from irongpt_kernels import fused
-
-        options = self.spec.options(self.at, self.p, 1) | self.options
+    def results(
+        self,
+        ops: Any,
+        inputs: Tensors,
+        upstream: Callable[[int, Tensor], Tensor] = lambda i, x: torch.ones_like(x),
+        seed: int = 1,
+    ) -> Tensors:
+        """Outputs by name or number, and the gradients of the inputs as `d x`."""
+        options = self.spec.options(self.at, self.p, seed) | self.options
 
         def call(x: Tensors) -> tuple[Tensor, ...]:
-            return self.spec.run(fused, self.at, x, **options)
+            return self.spec.run(ops, self.at, x, **options)
 
         if self.spec.differentiable:
-            names = self.spec.outputs
-            op_inputs.results(call, self.inputs(), names, lambda i, x: torch.ones_like(x))
-        else:
-            call(self.inputs())
+            return op_inputs.results(call, inputs, self.spec.outputs, upstream)
+        return {str(i): x for i, x in enumerate(call(inputs))}
 
-    def cost(self, mode: str) -> tuple[int, int]:
-        """Least bytes and FLOPs. mode: fwd or bwd."""
-        stream = DTYPES[self.dtype].itemsize if self.op == "layer_norm" else 4
-        cost = self.spec.cost(self.costs, DTYPES[self.dtype].itemsize, stream, mode == "bwd")
+    def cost(self, backward: bool) -> tuple[int, int]:
+        """Least bytes and FLOPs."""
+        itemsize = DTYPES[self.dtype].itemsize
+        stream = itemsize if self.op == "layer_norm" else 4
+        cost = self.spec.cost(self.costs or self.at, itemsize, stream, backward)
         return cost if self.bytes is None else (self.bytes, 0)
 
 
@@ -110,33 +120,28 @@ def representative(arch: int) -> list[Case]:
     """The cases that a test can afford: each kernel in one dtype at least, attention at several
     head dimensions. On sm_75 padded heads too, and float32 attention at D = 16 and 128 only,
     because LLVM takes long to compile scalar dots."""
-    T, heads = CONTEXT, (32, 48, 64, 80, 96, 128) if arch == 75 else (64, 128)
-    attention = [f"D={D} p=0.2 T={T} float16" for D in heads] + [f"D=64 p=0.2 T={T} bfloat16"]
-    attention += [f"D=64 p=0.2 T={2 * T} float16"]
-    if arch == 75:
-        attention += [f"D={D} p=0.0 T={T} float16" for D in (32, 64)] + ["D=64 p=0.2 T=250 float16"]
-        attention += [f"D={D} p=0.2 T={T} float32" for D in (16, 128)]
-    else:  # sm_80 and sm_90 have the same float32 tiles: each compiles another head dimension
-        attention += [
-            "D=32 p=0.0 T=256 float16",
-            f"D={80 if arch == 80 else 32} p=0.2 T=256 float32",
-        ]
-    norms = [f"N=384 p=0.2 {dtype}" for dtype in DTYPES] + ["N=384 float16"]
-    norms += [f"N={N} p=0.2 float16" for N in (4096, 8192)]
-    rows = [f"N={N} float16" for N in (384, 1536, 20_000)] + ["N=256 causal float16"]
-    rows += [f"N=384 {what} {dtype}" for dtype in DTYPES for what in ("gradients", "matrices")]
-    chosen = attention + norms + rows + [f"V={V} float16" for V in (104, 4096, 16384, 50257)]
-    chosen += ["D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16"]
-    chosen += ["K=1536 N=384 float16", "V=104 all tokens float16"]
-    chosen += ["V=104 top-k, top-p float16", "C=384 float32", "iron float16"]
-    return [case for case in every(arch) if case.shape in chosen]
+    attention = {  # sm_80 and sm_90 have the same float32 tiles: each compiles another D
+        75: ["D=(32|48|80|96) p=0.2 T=256 float16", "D=(32|64) p=0.0 T=256 float16",
+             "D=64 p=0.2 T=250 float16", "D=(16|128) p=0.2 T=256 float32"],
+        80: ["D=32 p=0.0 T=256 float16", "D=80 p=0.2 T=256 float32"],
+        90: ["D=32 p=0.0 T=256 float16", "D=32 p=0.2 T=256 float32"],
+    }  # fmt: skip
+    chosen = [
+        *attention[arch], "D=(64|128) p=0.2 T=256 float16", "D=64 p=0.2 T=512 float16",
+        "D=64 p=0.2 T=256 bfloat16", "N=384 p=0.2 .*", "N=(4096|8192) p=0.2 float16",
+        "N=(384|1536|20000|256 causal) float16", "N=384 (gradients|matrices) .*",
+        "V=(104|4096|16384|50257) float16", "V=104 (all tokens|top-k, top-p) float16",
+        "D=64 N=256 float16", "D=128 N=256 float32", "K=384 N=1152 gelu float16",
+        "K=1536 N=384 float16", "C=384 float32", "iron float16",
+    ]  # fmt: skip
+    return [case for case in every(arch) if re.fullmatch("|".join(chosen), case.shape)]
 
 
 def _cases(dtype: str) -> Iterator[Case]:
     for spec in SPECS.values():
         for more in _shapes(spec.name, dtype):
-            chosen, at = more.pop("spec", spec), more.pop("at", IRON)
-            yield Case(chosen, more.pop("label"), dtype, at, more.pop("costs", at), **more)
+            fields: dict[str, Any] = dict(spec=spec, dtype=dtype) | more
+            yield Case(**fields)
 
 
 def _rows(N: int) -> dict[str, Shape]:

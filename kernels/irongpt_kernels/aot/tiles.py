@@ -48,6 +48,12 @@ KERNELS = {
 # or writes to DRAM.
 TILES_PER_PROGRAM = {"forward": 2, "query": 4, "key": 4, "head": 9}
 TENSORS = {"forward": 4, "query": 6, "key": 6, "head": 8}
+COLUMNS = {
+    "kernel": ("kernel", 41), "D": ("D", 3), "BM x BN": ("tile", 9), "warps": ("warps", 5),
+    "st": ("stages", 2), "regs": ("registers", 4), "spill": ("stack", 5), "shared": ("shared", 6),
+    "w/SM": ("warps_per_sm", 4), "clk/1k": ("per_1000", 6), "head": ("slowest", 6),
+    "by": ("bound", 9),
+}  # fmt: skip
 MIN_WARPS_PER_SM = 8
 OTHER_REGISTERS = 64  # registers per thread, at least, for everything but the tiles
 # Bytes per clock and SM. L2: 5,120 as in an A100, over the SMs of an A100 and of an H100.
@@ -191,9 +197,11 @@ def rank(arch: int, D: int, p: float, dtype: str) -> list[dict[str, Any]]:
                 row, tile = made[name], tried[kernel]
                 row |= dict(D=D, tile=str(tile), stages=tile.num_stages, limit=tile.maxnreg)
                 row["per_pair"] = row["clocks"] / (tile.BLOCK_M * tile.BLOCK_N)
+                row["per_1000"] = round(1000 * row["per_pair"])
                 if arch >= 80:
                     row["head"] = clocks_per_head(kernel, tile, row["loops"], arch, D, size)
                     row["bound"] = max(row["head"], key=row["head"].__getitem__)
+                    row["slowest"] = round(row["head"][row["bound"]])
                 rows.append(row)
     return sorted(rows, key=_order)
 
@@ -232,17 +240,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    heading = (
-        "kernel                            D   BM x BN  warps st regs spill shared w/SM clk/1k"
-    )
-    print(heading + (" by" if arch < 80 else "   head by"))
-    for r in rows:
-        head = f" {max(r['head'].values()):6.0f}" if "head" in r else ""
-        print(
-            f"{r['kernel']:33} {r['D']:3} {r['tile']:>9} {r['warps']:5} {r['stages']:2}"
-            f" {r['registers']:5} {r['stack']:5} {r['shared']:6} {r['warps_per_sm']:4}"
-            f" {1000 * r['per_pair']:6.0f}{head} {r['bound']}"
-        )
+    print(aot.table(rows, {k: x for k, x in COLUMNS.items() if arch >= 80 or k != "head"}))
     return 0
 
 
