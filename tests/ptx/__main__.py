@@ -78,7 +78,7 @@ def main() -> int:
                     key |= dict(triton=triton.__version__)
                     row = next((r for r in known if r.items() >= key.items()), None)
                     if row is None:
-                        row = key | cases.execute(case, arch, **options).facts()
+                        row = key | vars(cases.execute(case, arch, **options))
                         if args.rows:
                             with args.rows.open("a") as file:
                                 file.write(json.dumps(row) + "\n")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from irongpt_kernels import eager, op_inputs, tolerance
 from irongpt_kernels.aot import shapes, tiles
-from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
-from irongpt_kernels.op_specs import LAYERS, SPECS, OpSpec
+from irongpt_kernels.op_inputs import RowShape, Tensors
+from irongpt_kernels.op_specs import LAYERS, SPECS
 from irongpt_kernels.ptx.driver import emulating
 from irongpt_kernels.runtime import launch_table
 from torch import Tensor
@@ -30,21 +30,10 @@ DROPOUT_P = 0.2
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of an op, forward and backward. p: dropout, or the temperature of sample_tokens.
+class Case(shapes.Case):
+    """One call of an op. scale: a factor of the inputs. table: launch options in place of the
+    default ones."""
 
-    sizes: sizes of inputs that are not those of the shape. omitted: inputs that are not given.
-    scale: a factor of the inputs. table: launch options in place of the default ones.
-    """
-
-    spec: OpSpec
-    label: str
-    dtype: str
-    at: Shape
-    p: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
-    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    omitted: tuple[str, ...] = ()
     layout: str = "contiguous"
     scale: float = 1.0
     table: launch_table.Table = field(default_factory=dict)
@@ -55,13 +44,8 @@ class Case:
         return f"{self.spec.name} {self.label}{layout}"
 
     def inputs(self) -> Tensors:
-        kinds = shapes.dtypes(self.spec, self.dtype)
-        wanted = {
-            n: replace(x, size=self.sizes.get(n, x.size), optional=False)
-            for n, x in self.spec.inputs(self.at).items()
-            if n not in self.omitted
-        }
-        made = op_inputs.random_inputs(wanted, kinds, CPU)
+        wanted = self.wanted()
+        made = op_inputs.random_inputs(wanted, shapes.dtypes(self.spec, self.dtype), CPU)
         for name, one in wanted.items():
             if one.below:
                 made[name] = op_inputs.indices(one, ignored=one.size[0] > 4)
@@ -74,58 +58,44 @@ class Case:
     def laid_out(self, x: Tensor) -> Tensor:
         return (LAYOUTS | FAR).get(self.layout, lambda x: x)(x)
 
-    def results(self, ops: Any, inputs: Tensors) -> Tensors:
-        """Outputs and what was changed in place, by name or number; gradients as `d x`."""
-        options = self.spec.options(self.at, self.p, SEED) | self.options
+    def upstream(self, i: int, x: Tensor) -> Tensor:
+        g = op_inputs.normal(tuple(x.shape), 90 + i).to(x.dtype)
+        return self.laid_out(g) if self.layout in LAYOUTS and x.dim() > 1 else g
 
-        def call(x: Tensors) -> tuple[Tensor, ...]:
-            return self.spec.run(ops, self.at, x, **options)
-
-        def upstream(i: int, x: Tensor) -> Tensor:
-            g = op_inputs.normal(tuple(x.shape), 90 + i).to(x.dtype)
-            return self.laid_out(g) if self.layout in LAYOUTS and x.dim() > 1 else g
-
-        if self.spec.differentiable:
-            return op_inputs.results(call, inputs, self.spec.outputs, upstream)
-        return {str(i): x for i, x in enumerate(call({n: x.clone() for n, x in inputs.items()}))}
+    def run(self, ops: Any, inputs: Tensors) -> Tensors:
+        """The results of `ops`. The inputs stay as they are."""
+        copies = {n: x if self.spec.differentiable else x.clone() for n, x in inputs.items()}
+        return self.results(ops, copies, self.upstream, SEED)
 
 
 @dataclass
 class Result:
-    """What the execution of a case found. share: the largest error over the tolerance."""
+    """What the execution of a case found. share: the largest error over the tolerance. seconds: of
+    the CPU, compilers included."""
 
-    case: Case
-    arch: int
     share: float = 0.0
     problems: list[str] = field(default_factory=list)
     launches: int = 0
     instructions: int = 0  # of warps
     seconds: float = 0.0
 
-    def facts(self) -> dict[str, Any]:
-        """What a row says, for a file. seconds: of the CPU, compilers included."""
-        names = ("share", "problems", "launches", "instructions", "seconds")
-        return {name: getattr(self, name) for name in names}
-
 
 def execute(case: Case, arch: int, **options: Any) -> Result:
     """Runs a case's kernels from their PTX for sm_{arch}; options: see `ptx.execute.Options`."""
     from irongpt_kernels import fused
 
-    start, result, inputs = time.process_time(), Result(case, arch), case.inputs()
+    start, result, inputs = time.process_time(), Result(), case.inputs()
     launch_table.use(CPU, case.table)
     try:
         with emulating(arch, **options) as report, poison():
-            found = case.results(fused, inputs)
+            found = case.run(fused, inputs)
     except OutOfResources as e:
         if not case.table:  # `irongpt tune` leaves out tiles that do not fit into shared memory
             result.problems.append(str(e))
     except Exception as e:
         result.problems.append(f"{type(e).__name__}: {' '.join(str(e).split())[:400]}")
     else:
-        base = case.results(eager, inputs)
-        wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-        compare(result, found, base, case.results(eager, wide))
+        compare(case, result, found, inputs)
         result.problems += report.lines()
         result.launches, result.instructions = report.launches, report.instructions
     finally:
@@ -134,8 +104,9 @@ def execute(case: Case, arch: int, **options: Any) -> Result:
     return result
 
 
-def compare(result: Result, found: Tensors, base: Tensors, oracle: Tensors) -> None:
-    """By the tolerance; integers have to be equal."""
+def compare(case: Case, result: Result, found: Tensors, inputs: Tensors) -> None:
+    """With eager, by the tolerance; integers have to be equal."""
+    base, oracle = (case.run(eager, x) for x in (inputs, op_inputs.widened(inputs)))
     for name, x in found.items():
         if x.dtype != base[name].dtype or x.shape != base[name].shape:
             result.problems.append(f"{name} is {x.dtype} {tuple(x.shape)}")
@@ -203,8 +174,8 @@ ATTENTION = {
 def table(dtype: str, arch: int) -> Iterator[Case]:
     """Shapes of `aot` that exercise all code of the kernels."""
     for case in every(dtype, arch):
-        labels = TABLE.get(case.spec.name, ".*")
-        if case.spec.name == "causal_attention":
+        labels = TABLE.get(case.op, ".*")
+        if case.op == "causal_attention":
             labels = ATTENTION.get(dtype, labels)
             labels += "|D=64 p=0.2 T=512" if arch == 90 else ""
         if re.fullmatch(labels, case.label):
@@ -227,7 +198,7 @@ def every(dtype: str, arch: int) -> Iterator[Case]:
             at = replace(at, H=1, L=1, T=32)
         elif isinstance(at, RowShape):
             at = replace(at, M=max(2, min(16, 20_000 // at.N)))
-        yield Case(c.spec, c.label, c.dtype, at, c.p, c.options, c.sizes, c.omitted)
+        yield Case(**vars(c) | dict(at=at))
 
 
 EDGES = {  # sizes that no tile divides, and the smallest ones
