@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Cli, assert_mistake
+from conftest import TINY, Cli
 from fake_gpu import reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
 from irongpt_kernels.fused import attention_tiles, layer_norm_backward
@@ -235,9 +235,3 @@ def test_a_resume_with_other_tiles_warns(cli: Cli, monkeypatch) -> None:
     assert changed in " ".join(out.split())
     now["tiles"] = None  # other ops than fused
     assert "saved with" not in cli("train", "--resume", "run", "--iters", "10").out
-
-
-def test_mistakes(cli: Cli, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_mistake(cli("tune"), "irongpt tune needs an NVIDIA GPU")
-    assert_mistake(cli("tune", "--device", "cuda"), "--device cuda: torch finds no NVIDIA GPU")

@@ -203,11 +203,13 @@ def test_the_command_measures_prints_and_keeps(h200, cli, monkeypatch) -> None:
     assert not cache.path(torch.device("cuda", 0)).exists()
 
 
-def test_mistakes_on_a_gpu(h200, cli, monkeypatch) -> None:
+def test_mistakes(h200, cli, monkeypatch) -> None:
     monkeypatch.setenv(cache.VARIABLE, "off")
     assert_mistake(cli("tune"), "IRONGPT_TUNED=off is set")
     monkeypatch.setenv(emulate.VARIABLE, "sm_75")
     assert_mistake(cli("tune"), "IRONGPT_EMULATE is set")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_mistake(cli("tune"), "irongpt tune needs an NVIDIA GPU")
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from irongpt_kernels import eager, tolerance
 from irongpt_kernels.op_inputs import Input, RowShape, Shape, indices, normal, widened
 from irongpt_kernels.op_inputs import Tensors as Inputs
-from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, SPECS, TOKEN
+from irongpt_kernels.op_specs import LAYERS, OPTIMIZERS, SPECS
 from irongpt_kernels.runtime import emulate
 from irongpt_kernels.tolerance import GRADIENTS, OUTPUTS
 from torch import Tensor
@@ -159,18 +159,13 @@ def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
 OPS = [spec.name for spec in LAYERS]
 FUNCTIONS = [name for spec in SPECS.values() for name in spec.names]  # all of `Ops`
 UPDATES = [name for spec in OPTIMIZERS for name in spec.names]  # they have no gradient
-DECODING = [spec.name for spec in TOKEN]  # one token; no gradient, some write into arguments
-
-
-def _between_nans(x: Tensor) -> Tensor:
-    return F.pad(x, (3, 5), value=float("nan")).narrow(-1, 3, x.shape[-1])
 
 
 # Layouts of a tensor. Memory between its elements is NaN.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "every second value": lambda x: torch.stack([x, x * float("nan")], -1)[..., 0],
-    "slice of a wider tensor": _between_nans,
+    "slice of a wider tensor": lambda x: F.pad(x, (3, 5), value=float("nan"))[..., 3:-5],
     "one value expanded": lambda x: x.flatten()[0].expand(x.shape),  # the gradient of a sum
     "first row expanded": lambda x: x[:1].expand_as(x),
 }
