@@ -37,6 +37,7 @@ def check(name: str, inputs: Inputs, **options: object) -> None:
         pytest.param(17, 32, {}, id="no power of two"),
         pytest.param(33, 64, dict(scale=0.3), id="one over a tile, scale given"),
         pytest.param(33, 16, dict(scale=0.0), id="scale 0"),
+        pytest.param(33, 16, dict(scale=-1.0), id="a negative scale"),
         pytest.param(255, 16, {}, id="one under the context"),
         pytest.param(256, 64, {}, id="the presets'"),
     ],
@@ -180,3 +181,11 @@ def test_a_half_branch_joins_a_float32_stream(module, dtype: torch.dtype) -> Non
     assert (total.dtype, normed.dtype) == (torch.float32, dtype)
     norm = small_inputs(torch.float32)["layer_norm"]
     assert module.layer_norm(norm.pop("x").to(dtype), **norm).dtype == dtype
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_decode_attention_takes_any_scale(scale):
+    row, position = torch.randn(1, 1, 3, 2, 16), torch.tensor([0])
+    cache = torch.zeros(2, 1, 2, 8, 16)
+    results = [ops.decode_attention(row, *cache, position, scale=scale) for ops in (builtin, eager)]
+    torch.testing.assert_close(*results)

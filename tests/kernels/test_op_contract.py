@@ -251,8 +251,8 @@ def test_any_rank_gives_the_bits_of_its_rows(case: Case, lead: tuple[int, ...]) 
 
 
 EMPTY = [
-    *((name, {size: 0}, ()) for name in ("causal_attention", "causal_attention_packed")
-      for size in "BHT"),
+    *((name, {size: 0}, ()) for name in ("causal_attention", "causal_attention_packed",
+      "causal_attention with dropout") for size in "BHT"),
     *((name, dict(M=0), lead) for name in ("layer_norm", "gelu", "dropout_add_layer_norm",
       "dropout_add_layer_norm with dropout") for lead in ((0,), (3, 0))),
     *((name, dict(N=0), (4, 5)) for name in ("layer_norm", "gelu", "dropout_add_layer_norm")),

@@ -1,4 +1,4 @@
-"""A model as a Python object, derivatives that are refused, and edges of eager and builtin ops."""
+"""A model as a Python object, and derivatives that are refused."""
 
 import copy
 import io
@@ -73,28 +73,3 @@ def test_a_forward_mode_derivative_is_refused():
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda w: fused.layer_norm(x, w), (weight,), (weight,))
     torch.func.jvp(lambda y: fused.gelu(x) + y, (x,), (x,))  # not of the op
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0])
-def test_builtin_attention_takes_any_scale(scale):
-    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
-    results = [ops.causal_attention(q, k, v, scale=scale) for ops in (builtin, eager)]
-    torch.testing.assert_close(*results)
-    row, position = torch.randn(1, 1, 3, 2, 16), torch.tensor([0])
-    results = [
-        ops.decode_attention(row, *torch.zeros(2, 1, 2, 8, 16), position, scale=scale)
-        for ops in (builtin, eager)
-    ]
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0), (0, 0)])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_eager_without_sequences_or_positions(B, T, p):
-    q = torch.randn(B, 2, T, 16, requires_grad=True)
-    x, weight = torch.randn(B, T, 16, requires_grad=True), torch.ones(16)
-    out = eager.causal_attention(q, q, q, dropout_p=p, seed=1)
-    total, normed = eager.dropout_add_layer_norm(x, x, weight, dropout_p=p, seed=1)
-    softmax = eager.softmax(x @ x.transpose(1, 2), causal=True)
-    (out.sum() + total.sum() + normed.sum() + softmax.sum()).backward()
-    assert (out.shape, normed.shape, x.grad.shape) == (q.shape, x.shape, x.shape)
