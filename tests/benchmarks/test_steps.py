@@ -170,8 +170,6 @@ def test_an_unknown_variant_is_a_mistake(name: str, capsys: pytest.CaptureFixtur
 def test_kernels_and_launches_of_a_step_are_counted() -> None:
     """A CUDA graph has as many kernels as a plain step, and fewer launches."""
     device = torch.device("cuda")
-    from irongpt_kernels import builtin
-
     plain, graph = (
         variants.trained(SETTING, builtin, torch.float32, device, graph=g) for g in (False, True)
     )
@@ -199,9 +197,7 @@ def test_matmuls_of_a_step_have_the_flops_that_the_model_counts() -> None:
     flops = sum(3 * n * 2 * M * K * N for _, n, M, K, N in roofline.matmul_shapes(config, 64))
     C, T, tokens = config.n_embd, config.context, 64 * config.context
     attention = 12 * config.n_layer * C * T * tokens
-    norms = (
-        6 * (2 * config.n_layer + 1) * C * tokens
-    )  # flops_per_token counts them as weights of matmuls
+    norms = 6 * (2 * config.n_layer + 1) * C * tokens  # counted as weights of matmuls
     assert flops == tokens * config.flops_per_token() - attention - norms
 
 
@@ -226,9 +222,8 @@ def test_flops_and_bytes_of_muon_by_hand() -> None:
 
 def test_matmuls_of_a_step_without_muon_are_those_of_the_model() -> None:
     found = dict(seconds=2.0, optimizer=dict(seconds=1.0))
-    assert matmuls.of_step(found, "fused graph") == 3.0
-    assert matmuls.of_step(found, "nanoGPT compiled") == 2.0
-    assert matmuls.of_step(found, "builtin AdamW") == 2.0
+    wanted = {"fused graph": 3.0, "nanoGPT compiled": 2.0, "builtin AdamW": 2.0}
+    assert {name: matmuls.of_step(found, name) for name in wanted} == wanted
     assert matmuls.of_step(dict(seconds=2.0), "builtin") == 2.0
 
 
