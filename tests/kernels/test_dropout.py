@@ -118,6 +118,21 @@ def step_seed(run_seed: int, microstep: int, n_layer: int) -> int:
     return (run_seed << 32) + microstep * 3 * n_layer
 
 
+def test_all_masks_of_a_run_differ() -> None:
+    """Layers x heads x batch x 100 steps: the first 32 x 32 bits of each, and of every branch."""
+    n_layer, B, H = 6, 4, 6
+    attention, branch = set(), set()
+    for step in range(100):
+        for layer in range(n_layer):
+            seed = step_seed(1337, step, n_layer) + 3 * layer
+            bits = dropout.attention_keep(seed, B, H, 32, 0.2).view(B * H, -1)
+            attention.update(row.tobytes() for row in bits.numpy())
+            branch.update(dropout.row_keep(seed + i, 8, 128, 0.2).numpy().tobytes() for i in (1, 2))
+    assert len(attention) == 100 * n_layer * B * H
+    assert len(branch) == 100 * n_layer * 2
+    assert not attention & branch
+
+
 def test_the_keep_rate_of_every_mask_is_within_5_sigma() -> None:
     p, T = 0.2, 128
     rate = 1 - 51 / 256

@@ -1,9 +1,11 @@
 """The masks in Triton against the table of `dropout`'s docstring, far beyond an op's sizes."""
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from irongpt_kernels import dropout
 from irongpt_kernels.fused import philox
 from numerics import DEVICE
 from test_dropout import attention_byte, row_byte
@@ -29,6 +31,25 @@ def _attention_kernel(
     tl.store(keep_ptr + i[:, None] * N + j[None, :], keep)
     keep = philox.attention_keep(seed, head, row, col, M, N, threshold, TRANSPOSED=True)
     tl.store(keep_ptr + M * N + i[None, :] * N + j[:, None], keep)
+
+
+@triton.jit
+def _words_kernel(counters_ptr, words_ptr, seed, N: tl.constexpr):
+    at = tl.arange(0, N)
+    c = counters_ptr + at
+    words = tl.philox(seed, tl.load(c), tl.load(c + N), tl.load(c + 2 * N), tl.load(c + 3 * N), 7)
+    for i in tl.static_range(4):
+        tl.store(words_ptr + i * N + at, words[i].to(tl.uint32, bitcast=True).to(tl.int64))
+
+
+def test_philox_is_tritons() -> None:
+    """A kernel may call tl.philox: the same 7 rounds, the same key from a seed."""
+    seed, N = (77 << 32) + 5, 256
+    counters = np.random.default_rng(0).integers(0, 2**32, (4, N), dtype=np.uint32)
+    words = torch.empty(4, N, dtype=torch.int64, device=DEVICE)
+    _words_kernel[(1,)](torch.from_numpy(counters.view(np.int32)).to(DEVICE), words, seed, N)
+    wanted = dropout.philox(seed, *torch.from_numpy(counters.astype(np.int64)))
+    assert torch.equal(words.cpu(), torch.stack(wanted))
 
 
 @pytest.mark.parametrize("first", [0, 2**31 - 3, 2**32 - 3, 2**40 - 3])
