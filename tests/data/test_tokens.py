@@ -181,17 +181,12 @@ def test_default_vocabulary_grows_with_the_text(monkeypatch):
     assert tokenize(ONE, "bpe")[0].vocab_size == 384
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, None), (257, 320), (4096, 4096), (65536,) * 2])
-def test_a_vocabulary_is_a_multiple_of_64(asked, given):
-    assert check_vocab_size("bpe", asked) == given
-
-
-@pytest.mark.parametrize(
-    ("kind", "size"), [("bpe", 256), ("bpe", -1), ("bpe", 65537), ("char", 99)]
-)
-def test_other_vocabularies_are_refused(kind, size):
-    with pytest.raises(UserError, match="--vocab-size"):
-        check_vocab_size(kind, size)
+def test_a_vocabulary_is_a_multiple_of_64():
+    for asked, given in ((None, None), (257, 320), (4096, 4096), (65536, 65536)):
+        assert check_vocab_size("bpe", asked) == given
+    for kind, size in (("bpe", 256), ("bpe", -1), ("bpe", 65537), ("char", 99)):
+        with pytest.raises(UserError, match="--vocab-size"):
+            check_vocab_size(kind, size)
 
 
 def test_a_text_with_too_few_pairs_is_refused_with_their_number():
