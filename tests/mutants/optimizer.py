@@ -1,4 +1,4 @@
-"""The bugs of the optimizer's ops; see `bugs`."""
+"""The bugs of the optimizer's ops; see `run`."""
 
 from tests.mutants.rows import Bug
 

@@ -1,6 +1,6 @@
-"""The bugs of the ops that work row by row; see `bugs`."""
+"""The bugs of the ops that work row by row; see `run`."""
 
-Bug = tuple[str, str, str]
+Bug = tuple[str, str, str]  # name, old text, new text
 
 LAYER_NORM: list[Bug] = [
     ("variance as a difference of squares", "tl.sum(centred * centred, axis=1) / N + eps",

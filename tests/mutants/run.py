@@ -1,13 +1,15 @@
-"""Injects each bug of `bugs` into a copy of the kernels, and runs the tests of that kernel on it.
+"""Injects bugs into a copy of the kernels, one at a time, and runs the tests of that kernel on it.
 
     python -m tests.mutants.run                          all bugs, in an hour and a half
     python -m tests.mutants.run --only gelu              bugs whose module or name contains the text
     python -m tests.mutants.run --check                  only checks that every bug can be injected
 
-A bug is caught if a test fails, or if Python crashes after memory was corrupted. The kernel's own
-test files run first; if they pass, the op's tests in test_op_contract.py and test_sanitizer.py
-follow. A module whose tests fail without a bug is reported as RED, and skipped. The
-command prints a row per bug and how many were caught; the exit code is 1 if fewer than 95 % were.
+The bugs are of kinds that other kernels have had: one-line changes of a text that occurs exactly
+once in its file. A bug is caught if a test fails, or if Python crashes after memory was corrupted.
+The kernel's own test files run first; if they pass, the op's tests in test_op_contract.py and
+test_sanitizer.py follow. A module whose tests fail without a bug is reported as RED, and skipped.
+The command prints a row per bug and how many were caught. Its exit code is 1 if fewer than 95 %
+were.
 """
 
 import argparse
@@ -20,8 +22,30 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.mutants.bugs import BUGS
+from tests.mutants import attention, optimizer, rows, tokens
+from tests.mutants.rows import Bug
 
+# A list of bugs is named after the module of `fused` into which they are injected.
+BUGS: dict[str, list[Bug]] = {
+    name.lower(): bugs
+    for file in (attention, rows, tokens, optimizer)
+    for name, bugs in vars(file).items()
+    if isinstance(bugs, list)
+}
+# The test files of a module's ops alone, and what pytest -k selects in those of all ops. By default
+# both are the module's name.
+TESTS = {
+    "attention": ("attention", "causal_attention"),
+    "attention_tiles": ("attention", "causal_attention"),
+    "attention_backward": ("attention", "causal_attention"),
+    "attention_head_backward": ("attention_head", "causal_attention"),
+    "layer_norm_backward": ("layer_norm dropout_add_layer_norm", "layer_norm"),
+    "norm_parameters": ("norm_parameters embed_layer_norm", "layer_norm"),
+    "decode_linear": ("decode_linear", "linear"),
+    "decode_tokens": ("decode_tokens", "tokens"),
+    "grad_norm": ("adamw", "adamw or sum_shards"),
+    "philox": ("philox attention dropout_add_layer_norm", "with and dropout"),
+}
 REPOSITORY = Path(__file__).parents[2]
 GOAL = 0.95
 PASSED, FAILED = 0, 1  # pytest's exit codes; with others the tests did not run
@@ -42,20 +66,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.check:
         stale = _stale()
-        count = sum(len(bugs) for bugs, *_ in BUGS.values())
-        print("\n".join(stale) or f"all {count} bugs can be injected")
+        print("\n".join(stale) or f"all {sum(map(len, BUGS.values()))} bugs can be injected")
         return 1 if stale else 0
     caught = total = 0
-    for module, (bugs, files, ops) in BUGS.items():
+    for module, bugs in BUGS.items():
         wanted = [bug for bug in bugs if args.only in f"{module}: {bug[0]}"]
-        if wanted and (red := _verdict(module, "", "", files, ops, args.seconds)) != "MISSED":
+        if wanted and (red := _verdict(module, "", "", args.seconds)) != "MISSED":
             print(f"{module}: RED without a bug: {red}", flush=True)
             total += len(wanted)
             continue
         for bug in wanted:
             name = f"{module}: {bug[0]}"
             start = time.perf_counter()
-            verdict = _verdict(module, bug[1], bug[2], files, ops, args.seconds)
+            verdict = _verdict(module, bug[1], bug[2], args.seconds)
             caught += verdict.startswith("caught")
             total += 1
             print(f"{name:68} {time.perf_counter() - start:4.0f} s  {verdict}", flush=True)
@@ -66,14 +89,15 @@ def main() -> int:
 def _stale() -> list[str]:
     """Bugs whose old text does not occur exactly once, or that change nothing."""
     found = []
-    for module, (bugs, *_) in BUGS.items():
+    for module, bugs in BUGS.items():
         text = (REPOSITORY / f"kernels/irongpt_kernels/fused/{module}.py").read_text()
         found += [f"{module}: {n}" for n, old, new in bugs if text.count(old) != 1 or old == new]
     return found
 
 
-def _verdict(module: str, old: str, new: str, files: str, ops: str, seconds: float) -> str:
+def _verdict(module: str, old: str, new: str, seconds: float) -> str:
     """The result of the tests with `old` replaced by `new`. An empty `old` injects no bug."""
+    files, ops = TESTS.get(module, (module, module))
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "irongpt_kernels")
         shutil.copytree(REPOSITORY / "kernels" / "irongpt_kernels", package)

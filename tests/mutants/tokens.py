@@ -1,4 +1,4 @@
-"""The bugs of the ops of one decoding step; see `bugs`."""
+"""The bugs of the ops of one decoding step; see `run`."""
 
 from tests.mutants.rows import Bug
 

@@ -1,22 +1,6 @@
-"""Kinds of bugs that other kernels have had, each as a one-line change of ours.
+"""The bugs of attention and its dropout masks; see `run`."""
 
-A bug is (name, old text, new text); the old text occurs exactly once in its file.
-"""
-
-from tests.mutants.optimizer import ADAMW, GRAD_NORM, MUON
-from tests.mutants.rows import (
-    CROSS_ENTROPY,
-    DROPOUT_ADD_LAYER_NORM,
-    EMBED_LAYER_NORM,
-    GELU,
-    LAYER_NORM,
-    LAYER_NORM_BACKWARD,
-    LINEAR_CROSS_ENTROPY,
-    NORM_PARAMETERS,
-    SOFTMAX,
-    Bug,
-)
-from tests.mutants.tokens import DECODE_ATTENTION, DECODE_LINEAR, DECODE_TOKENS
+from tests.mutants.rows import Bug
 
 ATTENTION: list[Bug] = [
     ("a row sees the next column", "cols <= rows, s,", "cols <= rows + 1, s,"),
@@ -139,48 +123,3 @@ PHILOX: list[Bug] = [
     ("short tiles start again", "group += start // 8 % 4", "group += 0"),
     ("words are exchanged", "tl.where(word < 2, w0, w2)", "tl.where(word < 2, w2, w0)"),
 ]  # fmt: skip
-
-# For each module: its bugs, the test files of its ops alone, and what pytest -k selects in those of
-# all ops, test_op_contract.py and test_sanitizer.py.
-BUGS: dict[str, tuple[list[Bug], str, str]] = {
-    "attention": (ATTENTION, "attention", "causal_attention"),
-    "attention_tiles": (ATTENTION_TILES, "attention", "causal_attention"),
-    "attention_backward": (ATTENTION_BACKWARD, "attention", "causal_attention"),
-    "attention_head_backward": (
-        ATTENTION_HEAD_BACKWARD,
-        "attention",
-        "causal_attention",
-    ),
-    "layer_norm": (LAYER_NORM, "layer_norm", "layer_norm"),
-    "layer_norm_backward": (
-        LAYER_NORM_BACKWARD,
-        "layer_norm",
-        "layer_norm",
-    ),
-    "dropout_add_layer_norm": (
-        DROPOUT_ADD_LAYER_NORM,
-        "layer_norm",
-        "dropout_add_layer_norm",
-    ),
-    "norm_parameters": (
-        NORM_PARAMETERS,
-        "norm_parameters embed_layer_norm",
-        "layer_norm",
-    ),
-    "embed_layer_norm": (EMBED_LAYER_NORM, "embed_layer_norm", "embed_layer_norm"),
-    "softmax": (SOFTMAX, "softmax", "softmax"),
-    "cross_entropy": (CROSS_ENTROPY, "cross_entropy", "cross_entropy"),
-    "linear_cross_entropy": (
-        LINEAR_CROSS_ENTROPY,
-        "cross_entropy",
-        "linear_cross_entropy",
-    ),
-    "decode_attention": (DECODE_ATTENTION, "decode_attention", "decode_attention"),
-    "decode_linear": (DECODE_LINEAR, "decode_linear", "linear"),
-    "decode_tokens": (DECODE_TOKENS, "decode_tokens", "tokens"),
-    "gelu": (GELU, "gelu", "gelu"),
-    "grad_norm": (GRAD_NORM, "adamw", "adamw or sum_shards"),
-    "adamw": (ADAMW, "adamw", "adamw"),
-    "muon": (MUON, "muon", "muon"),
-    "philox": (PHILOX, "philox attention layer_norm", "with and dropout"),
-}
