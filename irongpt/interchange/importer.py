@@ -63,8 +63,11 @@ def import_model(folder: Path, path: Path) -> GPTConfig:
         checkpoint.save(last, weights, {"rng.cpu": random}, tokenizer.to_json(), state)
 
     run = RunFolder(path, RunConfig(IMPORTED, source, "", model, train))
-    run.create(save_first)
-    run.release()
+    try:
+        run.claim()
+        run.create(save_first)
+    finally:
+        run.release()
     return model
 
 

@@ -68,20 +68,16 @@ class RunFolder:
         self.made: list[Path] = []  # folders that did not exist, the deepest first
 
     def claim(self) -> None:
-        """Makes the folder if it does not exist, and takes its lock. `release` frees the lock.
+        """Makes the folder if it does not exist, and takes its lock. The caller releases both.
 
         Raises UserError if it is not empty, cannot be written, or another process has it.
         """
         check_run_is_new(self.path)
         self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         with reported(f"cannot write a run at {self.path}", disk=self.path):
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.lock = Lock(self.path)
-                check_run_is_new(self.path)  # again: another process may have been faster
-            except (OSError, UserError):
-                self.release()
-                raise
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.path)
+            check_run_is_new(self.path)  # again: another process may have been faster
 
     def release(self) -> None:
         """Frees the lock. Folders that `claim` made are removed if there is no run in them."""
@@ -94,7 +90,7 @@ class RunFolder:
     def create(
         self, save_first: Callable[[Path], None], files: dict[str, str] | None = None
     ) -> None:
-        """Fills the folder with a first checkpoint and config.json, which makes it a run.
+        """Fills the claimed folder with a first checkpoint and config.json, which makes it a run.
 
         save_first: writes the checkpoint of step 0 into the folder it is given.
         files: the digests of the text's files, which files.json keeps if there are any.
@@ -107,15 +103,9 @@ class RunFolder:
             write(folder / "config.json", _encode(self.config))
             save_first(folder / "last")
 
-        if self.lock is None:
-            self.claim()
-        try:
-            for unfinished in [*self.path.glob(UNFINISHED)]:  # of a killed start
-                remove(self.path / "last", self.path / "files.json", unfinished)
-            new_folder(self.path, "run", fill)
-        except BaseException:
-            self.release()
-            raise
+        for unfinished in [*self.path.glob(UNFINISHED)]:  # of a killed start
+            remove(self.path / "last", self.path / "files.json", unfinished)
+        new_folder(self.path, "run", fill)
 
     def resume(
         self, config: RunConfig, step: int, files: dict[str, str], evaluated_at: int
@@ -226,6 +216,7 @@ def claim_default(name: str, config: RunConfig) -> RunFolder:
                 run.claim()
                 return run
         except UserError:
+            run.release()
             if not run.path.exists():  # else another process was faster
                 raise
         n += 1
