@@ -26,11 +26,7 @@ def png(rows: list[Row], curves: list[Curve], candidate: str, title: str) -> byt
     _draw_ratios(figure.add_subplot(grid[:, 0]), rows, labels, candidate)
     losses = figure.add_subplot(grid[0, 1])
     below = grid[1, 1].subgridspec(1, max(1, len(curves)))
-    difference_axes: list[Axes] = []
-    for i in range(len(curves)):
-        difference_axes.append(
-            figure.add_subplot(below[0, i], sharey=difference_axes[0] if difference_axes else None)
-        )
+    difference_axes = [*below.subplots(sharey=True, squeeze=False)[0]] if curves else []
     _draw_curves(losses, difference_axes, curves, candidate)
     return figures.png(figure)
 
@@ -89,7 +85,6 @@ def _draw_curves(
         axes.set_yscale("symlog", linthresh=1e-8)  # logarithmic with a zero: losses may be equal
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
-        axes.tick_params(labelleft=axes is difference_axes[0])
     losses.set_ylabel("training loss (nats per token)")
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     if difference_axes:
