@@ -1,13 +1,12 @@
 """The command line. Most flags are the fields of the dataclasses in `config`."""
 
 import argparse
-import contextlib
 import gc
 import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from types import UnionType
@@ -142,7 +141,7 @@ def build_parser() -> Parser:
 
     more = "The exit code is 1 if a check fails. "
     more += "On a CPU it takes about 5 minutes with --arch, and up to 20 in Triton's interpreter."
-    run = _call("irongpt.compare.command", "compare")
+    run = _call("compare.command", "compare")
     help = "compare the kernels with eager PyTorch in float64"
     compare = command("compare", run, help, more)
     dtypes = "dtype to check; repeat the flag for several [all that the device supports]"
@@ -156,11 +155,11 @@ def build_parser() -> Parser:
     compare.add_argument("--plot", help="plot errors and losses to FILE", **file)
 
     help = "show which device, dtype and kernels will be used here, and why"
-    doctor = command("doctor", _call("irongpt.doctor", "doctor"), help)
+    doctor = command("doctor", _call("doctor", "doctor"), help)
     doctor.add_argument("--json", dest="json_file", help="also write the report to FILE", **file)
 
     help = "measure tiles, warps and stages of the kernels on this GPU; later runs use the fastest"
-    tune = command("tune", _call("irongpt.tuning", "tune"), help)
+    tune = command("tune", _call("tuning", "tune"), help)
     tune.add_argument("--preset", choices=list(PRESETS), help="model and batch size [iron]")
     tune.add_argument("--dtype", choices=("auto", *DTYPES), help="dtype of the matmuls [auto]")
     quick = "measure a third of the candidates, with fewer samples each"
@@ -286,45 +285,31 @@ def _config_flag(parser: argparse._ActionsContainer, f: Field[Any], values: list
     )
 
 
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
+def _imported(module: str) -> Any:
     """Imports PyTorch without passes of the garbage collector over its objects, which would take
     0.7 of 2.5 seconds (measured on an AMD EPYC), partly at the exit."""
     first = "torch" not in sys.modules and gc.isenabled()
     if first:
         gc.disable()
     try:
-        yield
-        if first:
-            gc.freeze()
+        return importlib.import_module(f"irongpt.{module}")
     finally:
         if first:
+            gc.freeze()
             gc.enable()
 
 
 def _call(module: str, function: str) -> Callable[[Flags], int]:
     """A command that is one function of its flags. Its module is imported when it runs."""
-
-    def run(flags: Flags) -> int:
-        with _importing():
-            imported = importlib.import_module(module)
-        return int(getattr(imported, function)(**flags))
-
-    return run
+    return lambda flags: int(getattr(_imported(module), function)(**flags))
 
 
 def train_command(flags: Flags) -> int:
     start = time.perf_counter()  # importing torch takes seconds, which count as set-up
-    with _importing():
-        from irongpt.training.command import train
-
-    return train(flags, start)
+    return int(_imported("training.command").train(flags, start))
 
 
 def generate_command(flags: Flags) -> int:
-    with _importing():
-        from irongpt.generation.command import generate
-
     checkpoint, run = _checkpoint(flags), flags.pop("run")
     op_set, device = flags.pop("ops", "builtin"), flags.pop("device", "auto")
     names = flags.keys() & {f.name for f in fields(SampleConfig)}
@@ -333,29 +318,25 @@ def generate_command(flags: Flags) -> int:
         run, checkpoint = run.resolve().parent, run.name  # a checkpoint, of the run above it
     text = read_file(flags, "--prompt-file FILE")
     prompt = flags.get("prompt", "") if text is None else text
-    stop_at_end = "stop_at_end" in flags
-    generate(run, checkpoint, prompt, config, stop_at_end, op_set, device)
+    generate = _imported("generation.command").generate
+    generate(run, checkpoint, prompt, config, "stop_at_end" in flags, op_set, device)
     return 0
 
 
 def export_command(flags: Flags) -> int:
-    with _importing():
-        from irongpt.interchange.export import export
-        from irongpt.interchange.gguf_file import export_gguf
-
-    is_file = flags["folder"].suffix == ".gguf"
-    write = export_gguf if is_file else export
-    write(flags["run"], flags["folder"], _checkpoint(flags), flags.get("dtype", "float32"))
-    hint = "" if is_file else "; its README.md shows how transformers loads it"
-    print(f"{flags['folder']} is written{hint}")
+    folder, which, dtype = flags["folder"], _checkpoint(flags), flags.get("dtype", "float32")
+    if folder.suffix == ".gguf":
+        _imported("interchange.gguf_file").export_gguf(flags["run"], folder, which, dtype)
+        print(f"{folder} is written")
+    else:
+        _imported("interchange.export").export(flags["run"], folder, which, dtype)
+        print(f"{folder} is written; its README.md shows how transformers loads it")
     return 0
 
 
 def import_command(flags: Flags) -> int:
-    with _importing():
-        from irongpt.interchange.importer import import_model
-
-    model, run = import_model(flags["folder"], flags["run"]), flags["run"]
+    run = flags["run"]
+    model = _imported("interchange.importer").import_model(flags["folder"], run)
     print(
         f"{model.n_params():,} parameters, {model.vocab_size:,} tokens, context {model.context:,}"
     )
@@ -364,15 +345,12 @@ def import_command(flags: Flags) -> int:
 
 
 def show_command(flags: Flags) -> int:
-    with _importing():
-        from irongpt.interchange.show import newest_sample, show
-
     checkpoint, run = _checkpoint(flags), flags["run"]
-    text = read_file(flags, "--file FILE")
+    text, module = read_file(flags, "--file FILE"), _imported("interchange.show")
     if text is None:
-        text = flags["text"] if "text" in flags else newest_sample(run)
+        text = flags["text"] if "text" in flags else module.newest_sample(run)
     out = flags.get("out", run / "show.html")
-    print(show(run, text, out, checkpoint, flags.get("device", "auto")))
+    print(module.show(run, text, out, checkpoint, flags.get("device", "auto")))
     print(f"open {out} in a browser")
     return 0
 
