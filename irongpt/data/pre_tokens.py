@@ -100,10 +100,7 @@ class PreTokens:
         n_bytes, end = sum(map(len, (*train, *val))), 0
         # Room for an id for every byte; the system gives memory only to what is written.
         self.buffer = np.empty(n_bytes + (len(train) + len(val)) * marked, dtype=np.uint16)
-        groups = chain(
-            _groups(False, train, marked, gpt2),
-            _groups(True, val, marked, gpt2),
-        )
+        groups = chain(_groups(False, train, marked, gpt2), _groups(True, val, marked, gpt2))
         bar = tqdm(total=n_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
         with bar, closing(_index_all(groups, _cores(n_bytes))) as indexed:
             for group, parts in indexed:
