@@ -87,12 +87,14 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
     return world
 
 
-def test_a_process_that_hangs_is_named_within_a_minute(watch: Torchrun, capsys) -> None:
-    watch.watch.set("1", "7")
+@pytest.mark.parametrize(("last", "code", "line"), [("7", 1, f"{DIED}\n"), (f"{FAILED}2", 2, "")])
+def test_a_process_that_hangs_or_has_failed_ends_the_others_within_a_minute(
+    watch: Torchrun, capsys, last: str, code: int, line: str
+) -> None:
+    watch.watch.set("1", last)
     with pytest.raises(SystemExit) as ended:
         watch._watch()
-    assert ended.value.code == 1
-    assert capsys.readouterr().err == f"{DIED}\n"
+    assert (ended.value.code, capsys.readouterr().err) == (code, line)
     assert HEARTBEAT_TIMEOUT + 10 * HEARTBEAT < 60
 
 
@@ -101,14 +103,6 @@ def test_a_process_that_has_ended_well_is_not_dead(watch: Torchrun) -> None:
     threading.Timer(0.3, watch.ended.set).start()
     watch._watch()
     assert watch.watch.get("0") == ENDED.encode()
-
-
-def test_the_others_have_the_exit_code_of_the_one_that_failed(watch: Torchrun, capsys) -> None:
-    watch.watch.set("1", f"{FAILED}2")
-    with pytest.raises(SystemExit) as ended:
-        watch._watch()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == ""
 
 
 def restarted(folder: Path) -> None:
