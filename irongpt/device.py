@@ -60,17 +60,14 @@ def pick(name: str) -> torch.device:
         emulate.enabled()
     except ValueError as e:
         raise UserError(str(e)) from e
-    if name == "auto":
-        if why := why_gpu_not_found():
-            raise UserError(why)
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if name == "cpu":
+    if name != "cpu" and (why := why_gpu_not_found()):
+        raise UserError(why)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        why = why_gpu_not_found()
-        raise UserError(why or "--device cuda: torch finds no NVIDIA GPU; use --device cpu")
+        raise UserError("--device cuda: torch finds no NVIDIA GPU; use --device cpu")
     count, index = torch.cuda.device_count(), name.partition(":")[2]
     if int(index or 0) >= count:
         raise UserError(f"--device {name}: there are {count} GPUs, and the first is cuda:0")
