@@ -399,7 +399,7 @@ def sample_tokens(
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ordered, index = x.nan_to_num().sort(dim=-1, descending=True, stable=True)
     mass = ((ordered - ordered[:, :1]) * inverse).exp().mul(2.0**MASS_BITS).long()
-    mass[:, k:] = 0
+    mass[:, k:].zero_()
     if top_p is not None and top_p < 1:
         wanted = (mass.sum(-1, keepdim=True).double() * top_p).ceil()
         mass *= mass.cumsum(-1) - mass < wanted
