@@ -35,7 +35,7 @@ doctor: .venv/run ## print which device, dtype and kernels will be used, and why
 test: .venv/dev ## run the tests; ARGS="-k gelu" for some of them
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-tritons: $(TRITONS:%=test-triton-%) ## compile the kernels for a T4 with every supported version of Triton
+test-tritons: $(TRITONS:%=test-triton-%) ## compile the kernels with every supported version of Triton
 
 test-triton-%: .venv-triton-%/ready
 	.venv-triton-$*/bin/python -m pytest -p no:cacheprovider tests/aot/test_turing.py \

@@ -143,7 +143,7 @@ def tune(
 ) -> int:
     """Measures every kernel with launch options, prints the results, saves the fastest options."""
     target = devices.pick(device)
-    check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU: default tiles need no tuning")
+    check(target.type == "cuda", "irongpt tune needs an NVIDIA GPU, whose kernels it measures")
     useless = f"{emulate.VARIABLE} is set: timings of this GPU do not apply to a T4, unset it"
     check(not emulate.enabled(), useless)
     ignored = f"{cache.VARIABLE}=off is set: the measured tiles would not be used, unset it"
