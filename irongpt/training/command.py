@@ -30,17 +30,16 @@ def _train(flags: Flags, start: float, world: World) -> int:
             **{flag(name): value for name, value in flags.items() if name not in LOCAL_FLAGS},
         }
     )
-    # torchrun's processes may be waiting for each other, where no exception reaches them.
-    with EarlyStop() if world.size == 1 else contextlib.nullcontext():
-        if "resume" in flags:
-            training = resumed_run(flags.pop("resume"), flags, clock, world)
-        else:
-            training = new_run(flags, clock, world)
-    try:
+    with contextlib.ExitStack() as cleanup:
+        # torchrun's processes may be waiting for each other, where no exception reaches them.
+        with EarlyStop() if world.size == 1 else contextlib.nullcontext():
+            if "resume" in flags:
+                path = flags.pop("resume")
+                training = resumed_run(path, flags, clock, world, cleanup)
+            else:
+                training = new_run(flags, clock, world, cleanup)
+        cleanup.callback(training.trainer.close)
         return _report(training, clock)
-    finally:
-        training.trainer.close()
-        training.run.release()
 
 
 def _report(training: TrainingLoop, clock: Clock) -> int:

@@ -1,9 +1,9 @@
 """Builds the `TrainingLoop` of a new or a resumed run from the flags of `irongpt train`."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,8 @@ def resumed_setup(run: RunFolder, flags: Flags, first: bool = False) -> Setup:
     return Setup(config.preset, data, model, train, device, precision, module)
 
 
-def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
-    """Creates the run's folder, with a first checkpoint. The caller releases the run at the end."""
-    world = world or World()
+def new_run(flags: Flags, clock: Clock, world: World, cleanup: ExitStack) -> TrainingLoop:
+    """Creates the run's folder, with a first checkpoint. `cleanup` releases it at the end."""
     if not world.rank:
         check_run_is_new(flags["out"]) if "out" in flags else check_runs_can_be_written()
     setup = new_setup({"shards": world.size} | flags if world.size > 1 else flags)
@@ -136,48 +135,41 @@ def new_run(flags: Flags, clock: Clock, world: World | None = None) -> TrainingL
         say(f"preset    {setup.preset}, the default on a {kind}; --preset selects another")
     config = RunConfig(setup.preset, DataConfig(()), "", setup.model, setup.train)
     run = (ReadOnlyRunFolder if world.rank else RunFolder)(flags.get("out", RUNS), config)
-    try:
-        if "out" in flags:
-            run.claim()
-        with world.local_first(), _report_out_of_memory(TEXT):
-            text = _load(setup.data, run.path)
-            tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
-        model = replace(setup.model, vocab_size=tokenizer.vocab_size)
-        setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
-        data = _stored(setup.data) if setup.data else DataConfig((text.name,))
-        config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
-        run.config = config
-        if not ("out" in flags or world.rank):
-            run = claim_default(f"{text.name}-{setup.preset}", config)
-        path = world.gather(run.path)[0]
-        if world.rank:
-            run = ReadOnlyRunFolder(path, config)
-        training = _training(run, setup, text, tokenizer, tokens, clock, world)
-        run.create(training.save, text.files)
-    except BaseException:
-        run.release()
-        raise
+    cleanup.callback(run.release)
+    if "out" in flags:
+        run.claim()
+    with world.local_first(), _report_out_of_memory(TEXT):
+        text = _load(setup.data, run.path)
+        tokenizer, tokens = tokenized.tokenize(text, setup.train.tokenizer, setup.vocab_size)
+    model = replace(setup.model, vocab_size=tokenizer.vocab_size)
+    setup = replace(setup, model=model, train=_recipe(setup, len(tokens.train), flags))
+    data = _stored(setup.data) if setup.data else DataConfig((text.name,))
+    config = RunConfig(setup.preset, data, text.sha256, setup.model, setup.train)
+    run.config = config
+    if not ("out" in flags or world.rank):
+        run = claim_default(f"{text.name}-{setup.preset}", config)
+        cleanup.callback(run.release)
+    path = world.gather(run.path)[0]
+    if world.rank:
+        run = ReadOnlyRunFolder(path, config)
+    training = _training(run, setup, text, tokenizer, tokens, clock, world)
+    run.create(training.save, text.files)
     return training
 
 
-def resumed_run(path: Path, flags: Flags, clock: Clock, world: World | None = None) -> TrainingLoop:
+def resumed_run(
+    path: Path, flags: Flags, clock: Clock, world: World, cleanup: ExitStack
+) -> TrainingLoop:
     """Continues a run from its last checkpoint. For the flags allowed see `resumed_setup`.
 
-    The caller releases the run at the end.
+    `cleanup` releases the run at the end.
     """
-    world, run = world or World(), open_run(path)
+    run = open_run(path)
     if world.rank:
         run = ReadOnlyRunFolder(path, run.config)
     else:
         run.lock = Lock(path)
-    try:
-        return _resumed(run, flags, clock, world)
-    except BaseException:
-        run.release()
-        raise
-
-
-def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> TrainingLoop:
+    cleanup.callback(run.release)
     weights, optimizer, tokenizer, state = load_checkpoint(run, "last")
     first = run.config.preset == IMPORTED and state.get("step") == 0
     setup = resumed_setup(run, flags, first)
@@ -216,7 +208,7 @@ def _resumed(run: RunFolder, flags: Flags, clock: Clock, world: World) -> Traini
     return training
 
 
-@contextlib.contextmanager
+@contextmanager
 def _report_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -21,6 +22,7 @@ from irongpt.generation.sample import generate_batch
 from irongpt.runs import checkpoint
 from irongpt.runs.run_folder import open_run
 from irongpt.training import loop, optimizer
+from irongpt.training.distributed import World
 from irongpt.training.start import new_run, resumed_run
 from irongpt.training.trainer import Trainer
 
@@ -34,12 +36,13 @@ def training(cli: Cli) -> loop.TrainingLoop:
 def start(*flags: object) -> loop.TrainingLoop:
     given = vars(build_parser().parse_args(["train", *TINY, "--out", "run", *map(str, flags)]))
     given.pop("run_command")
-    return new_run(given, Clock(0.0))
+    return new_run(given, Clock(0.0), World(), ExitStack())
 
 
 def resume(training: loop.TrainingLoop, **flags: object) -> loop.TrainingLoop:
     training.run.release()
-    return resumed_run(training.run.path, flags, Clock(time.perf_counter()))
+    clock = Clock(time.perf_counter())
+    return resumed_run(training.run.path, flags, clock, World(), ExitStack())
 
 
 def step_of(folder) -> int:
