@@ -13,17 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_quick
+from conftest import TINY, make_quick
 
 from irongpt.cli import main
 from irongpt.config import PRESETS
 from irongpt.training import distributed
 from irongpt.training.trainer import Trainer
 
-FLAGS = (
-    "--preset nano --n-layer 2 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --iters 36 "
-    "--eval-every 6 --warmup 2 --lr 0.01 --device cpu --data text.txt --out run"
-).split()
+FLAGS = [*TINY, *"--iters 36 --eval-every 6 --out run".split()]
 PRELOADED = "processes irongpt.training.start matplotlib.figure tqdm".split()
 
 
