@@ -1,23 +1,25 @@
 """Tensor cores for sm_75: how an instruction is split. turing_checks.py compiles kernels."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from irongpt_kernels.runtime import turing
 from run_helpers import compiling
-from torch import Tensor
+
+from tests.ptx.text import run
 
 CHECKS = Path(__file__).parents[1] / "helpers" / "turing_checks.py"
-D, A, B, C = (
-    [f"%{name}{i}" for i in range(n)] for name, n in (("d", 4), ("a", 4), ("b", 2), ("c", 4))
-)
+D, A, B, C = ([f"%r{at + i}" for i in range(n)] for at, n in ((20, 4), (30, 4), (40, 2), (50, 4)))
+
+
+def braced(registers: list[str]) -> str:
+    return "{" + ", ".join(registers) + "}"
 
 
 def instruction(d: list[str], a: list[str], b: list[str], c: list[str], acc: str = "f32") -> str:
-    braced = ", ".join("{" + ", ".join(registers) + "}" for registers in (d, a, b, c))
-    return f"\tmma.sync.aligned.m16n8k16.row.col.{acc}.f16.f16.{acc} {braced};\n"
+    operands = ", ".join(map(braced, (d, a, b, c)))
+    return f"\tmma.sync.aligned.m16n8k16.row.col.{acc}.f16.f16.{acc} {operands};\n"
 
 
 def test_compiled() -> None:
@@ -27,69 +29,40 @@ def test_compiled() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-# The fragment tables of the PTX ISA: (row, column) of the element in half e of a lane's register r.
-def a_at(r: int, e: int, lane: int) -> tuple[int, int]:
-    return lane // 4 + 8 * (r % 2), lane % 4 * 2 + e + 8 * (r // 2)
-
-
-def b_at(r: int, e: int, lane: int) -> tuple[int, int]:
-    return lane % 4 * 2 + e + 8 * r, lane // 4
-
-
-def d_at(r: int, lane: int) -> tuple[int, int]:
-    return lane // 4 + 8 * (r // 2), lane % 4 * 2 + r % 2
-
-
-def mma(K: int, a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
-    """mma.m16n8kK of one warp: registers in, a and b (32 lanes, 2 halves) each, c (32,) each."""
-    left, right, out = torch.zeros(16, K), torch.zeros(K, 8), torch.zeros(16, 8)
-    for lane in range(32):
-        for r, register in enumerate(a):
-            for e in range(2):
-                left[a_at(r, e, lane)] = register[lane, e]
-        for r, register in enumerate(b):
-            for e in range(2):
-                right[b_at(r, e, lane)] = register[lane, e]
-        for r, register in enumerate(c):
-            out[d_at(r, lane)] = register[lane]
-    out += left @ right
-    return [torch.stack([out[d_at(r, lane)] for lane in range(32)]) for r in range(4)]
-
-
-def run(ptx: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The registers after the mma instructions of a text."""
-    registers = dict(registers)
-    for K, operands in re.findall(r"mma\.sync\.aligned\.m16n8k(\d+)\S+ (.*);", ptx):
-        d, a, b, c = (re.findall(r"%\w+", group) for group in re.findall(r"\{(.*?)\}", operands))
-        assert (len(a), len(b)) == (int(K) // 4, int(K) // 8)
-        out = mma(int(K), *([registers[x] for x in group] for group in (a, b, c)))
-        registers |= dict(zip(d, out, strict=True))
-    return registers
-
-
 @pytest.mark.parametrize("d", [D, C], ids=["own registers", "in place"])
 def test_two_m16n8k8_equal_one_m16n8k16(d: list[str]) -> None:
+    """As the emulator executes them, which test_ptx_matrices.py compares with the fragment tables
+    of the PTX ISA."""
     generator = torch.Generator().manual_seed(0)
+    a, b, c = (  # whole numbers, whose sums are exact in any order
+        torch.randint(-8, 9, (32, n), generator=generator).to(dtype)
+        for n, dtype in ((8, torch.float16), (4, torch.float16), (4, torch.float32))
+    )
+    load, store = "ld.global.v{n}.b32 {regs}, [%rd{at}];", "st.global.v{n}.b32 [%rd{at}], {regs};"
 
-    def integers(*shape: int) -> Tensor:  # their sums are exact in any order
-        return torch.randint(-8, 9, shape, generator=generator).float()
+    def moved(op: str, at: int, registers: list[str]) -> str:
+        n, regs = len(registers), braced(registers)
+        step = f"mul.wide.u32 %rd30, %r0, {4 * n}; add.s64 %rd{20 + at}, %rd{at}, %rd30;"
+        return step + op.format(n=n, regs=regs, at=20 + at)
 
-    registers = {x: integers(32, 2) for x in A + B} | {x: integers(32) for x in C}
     text = instruction(d, A, B, C)
     split = turing.split_mma(text)
     assert split.count("m16n8k8") == 2
     assert "m16n8k16" not in split
-    before, after = run(text, registers), run(split, registers)
-    assert all(torch.equal(before[x], after[x]) for x in before)
-    assert any(before[x].abs().max() > 0 for x in d)
+    before, after = torch.zeros(32, 4), torch.zeros(32, 4)
+    for mma, out in ((text, before), (split, after)):
+        loads = "".join(moved(load, i, x) for i, x in enumerate((A, B, C)))
+        assert run(f"{loads} {mma} {moved(store, 3, d)}", a, b, c, out, arch="80").counts == {}
+    assert before.abs().max() > 0
+    assert torch.equal(before, after)
 
 
 def test_fp16_accumulators_are_split_too() -> None:
     split = turing.split_mma(instruction(D[:2], A, B, C[:2], "f16"))
     op = "\tmma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16"
     assert split == (
-        f"{op} {{%d0, %d1}}, {{%a0, %a1}}, {{%b0}}, {{%c0, %c1}};\n"
-        f"{op} {{%d0, %d1}}, {{%a2, %a3}}, {{%b1}}, {{%d0, %d1}};\n"
+        f"{op} {{%r20, %r21}}, {{%r30, %r31}}, {{%r40}}, {{%r50, %r51}};\n"
+        f"{op} {{%r20, %r21}}, {{%r32, %r33}}, {{%r41}}, {{%r20, %r21}};\n"
     )
 
 
