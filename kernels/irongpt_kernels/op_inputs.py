@@ -1,7 +1,7 @@
 """The inputs of an op: the sizes of a model, a description of each tensor, and random values."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,16 +137,22 @@ def indices(one: Input, ignored: bool = False) -> Tensor:
 
 def results(
     call: Callable[[Tensors], Any], inputs: Tensors, outputs: tuple[str, ...],
-    upstream: Callable[[int, Tensor], Tensor],
+    upstream: Callable[[int, Tensor], Tensor], learned: Collection[str] | None = None,
 ) -> Tensors:  # fmt: skip
     """Outputs by name, and the gradient of each floating input as `d name`. outputs: the names.
-    upstream(i, x) returns the gradient of the loss with respect to x, which is output i."""
-    leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
+    upstream(i, x) returns the gradient of the loss with respect to x, which is output i. learned:
+    the inputs that have a gradient, if not all."""
+    leaves = {
+        n: x.detach().requires_grad_(x.is_floating_point() if learned is None else n in learned)
+        for n, x in inputs.items()
+    }
     out = call(leaves)
     found = out if isinstance(out, tuple) else (out,)
     wanted = {n: x for n, x in leaves.items() if x.requires_grad}
-    above = [upstream(i, x) for i, x in enumerate(found)]
-    gradients = torch.autograd.grad(found, list(wanted.values()), above)
+    above = [(x, upstream(i, x)) for i, x in enumerate(found) if x.requires_grad]
+    gradients = torch.autograd.grad(
+        [x for x, _ in above], list(wanted.values()), [g for _, g in above]
+    )
     named = {n: x.detach() for n, x in zip(outputs, found, strict=True)}
     return named | {f"d {n}": g for n, g in zip(wanted, gradients, strict=True)}
 

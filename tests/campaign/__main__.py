@@ -42,7 +42,8 @@ def cases(
     numbers: None for those from `first` on of a campaign that has an end. A case that fails raises.
     """
     module = importlib.import_module(f"tests.campaign.{name}")
-    with module.campaign(folder) as case:
+    with contextlib.ExitStack() as stack:
+        case = module.Case(folder, stack)
         for number in range(first, case.count) if numbers is None else numbers:
             yield number, case(random.Random(f"{seed} {number}"), number)
 

@@ -11,16 +11,16 @@ import random
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from conftest import write_text
+from torch import Tensor
 
 from irongpt import files
-from tests.campaign.process import TINY, Ended, Worker, assert_mistake, contents, fill
+from tests.campaign.process import TINY, Commands, Ended, Worker, assert_mistake, contents, fill
 
 GENERATE = ("generate", "run", "--tokens", "8", "--device", "cpu")
 PLAIN, LONGER = ("train", "--resume", "run"), ("train", "--resume", "run", "--iters", "10")
@@ -164,28 +164,22 @@ def tensors(rng: random.Random, run: Files) -> None:
     names = [f"{which}/{file}" for which in ("last", "best")]
     made = safetensors.torch.load(run[names[0]])
     name = rng.choice(list(made))
-    x = made[name]
-    kind = rng.randrange(9)
-    if kind == 0:
-        del made[name]
-    elif kind == 1:
-        made[rng.choice(("x", "", name + ".x"))] = made.pop(name)
-    elif kind == 2:
-        made["more"] = torch.zeros(rng.choice((0, 1, 10**5)))
-    elif kind == 3:
-        made[name] = x.flatten()
-    elif kind == 4:
-        made[name] = torch.zeros(rng.choice([(), (0,), (1,), (7, 3), (*x.shape, 2), (1, *x.shape)]))
-    elif kind == 5:
-        made[name] = x.to(rng.choice((torch.int64, torch.float16, torch.float64, torch.bool)))
-    elif kind == 6:
-        made[name] = torch.full(x.shape, rng.choice((float("nan"), float("inf"), -1e38, 255.0))).to(
-            x.dtype
-        )
-    elif kind == 7:
-        made[name] = x.t().contiguous() if x.dim() == 2 else x.flatten()[:-1].clone()
-    else:
-        made[name] = x.flatten()[torch.randperm(x.numel())].view(x.shape)
+    x = made.pop(name)
+    sizes = [(), (0,), (1,), (7, 3), (*x.shape, 2), (1, *x.shape)]
+    kinds = (torch.int64, torch.float16, torch.float64, torch.bool)
+    values = (float("nan"), float("inf"), -1e38, 255.0)
+    changes: list[Callable[[], dict[str, Tensor]]] = [
+        dict,
+        lambda: {rng.choice(("x", "", name + ".x")): x},
+        lambda: {name: x, "more": torch.zeros(rng.choice((0, 1, 10**5)))},
+        lambda: {name: x.flatten()},
+        lambda: {name: torch.zeros(rng.choice(sizes))},
+        lambda: {name: x.to(rng.choice(kinds))},
+        lambda: {name: torch.full(x.shape, rng.choice(values)).to(x.dtype)},
+        lambda: {name: x.t().contiguous() if x.dim() == 2 else x.flatten()[:-1].clone()},
+        lambda: {name: x.flatten()[torch.randperm(x.numel())].view(x.shape)},
+    ]
+    made |= changes[rng.randrange(9)]()
     for n in names:
         run[n] = safetensors.torch.save(made)
     digests(run)
@@ -233,14 +227,12 @@ EDITS = (sealed_json, sealed_json, sealed_json, tokenizer, tensors, tensors, hea
 EDITS += (metrics,)
 
 
-class Case:
+class Case(Commands):
     """Mutates a run, generates from it and resumes it, in a process that a crash would end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "work"
-        self.folder.mkdir()
-        write_text(self.folder / "text.txt")
-        self.worker = Worker(self.folder, before=no_code)
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        super().__init__(folder, stack)
+        self.worker = stack.enter_context(Worker(self.folder, before=no_code))
         done = self.worker("train", *TINY, "--out", "run")
         assert done.code == 0, done.err
         self.run = contents(self.folder / "run")
@@ -259,7 +251,7 @@ class Case:
     def __call__(self, rng: random.Random, number: int) -> str:
         if number % 200 == 199 or not self.worker.process.is_alive():
             self.worker.__exit__()
-            self.worker = Worker(self.folder, before=no_code)
+            self.worker = self.stack.enter_context(Worker(self.folder, before=no_code))
         run = dict(self.run)
         accident = rng.random() < 0.5
         if accident:
@@ -282,12 +274,3 @@ class Case:
                 assert_mistake(ended)
                 outcomes.append("rejected")
         return f"{mutate.__name__}: {', '.join(outcomes)}"
-
-
-@contextmanager
-def campaign(folder: Path) -> Iterator[Case]:
-    case = Case(folder)
-    try:
-        yield case
-    finally:
-        case.worker.__exit__()

@@ -15,12 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from conftest import write_text
 from run_helpers import assert_same, state
 
 from irongpt import files
@@ -28,6 +26,7 @@ from irongpt.runs import lock, run_folder
 from tests.campaign.process import (
     FORK,
     TINY,
+    Commands,
     Ended,
     Worker,
     assert_mistake,
@@ -103,13 +102,11 @@ class Disk:
             raise OSError(FAULTS[self.fault], os.strerror(FAULTS[self.fault]), path)
 
 
-class Case:
+class Case(Commands):
     """Trains on a faulty disk, and again when it works."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "work"
-        self.folder.mkdir()
-        write_text(self.folder / "text.txt")
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        super().__init__(folder, stack)
         self.run = self.folder / "run"
         self.cases: list[tuple[tuple[str, ...], str, int]] = []
         self.half: dict[str, Any] = {}
@@ -203,8 +200,3 @@ class Case:
         if saved:
             assert state(self.run)["step"] >= saved[-1], f"step {saved[-1]} is lost"
         return "no harm" if ended.code == 0 else "stopped"
-
-
-@contextmanager
-def campaign(folder: Path) -> Iterator[Case]:
-    yield Case(folder)

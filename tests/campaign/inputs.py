@@ -8,18 +8,17 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from conftest import write_text
 
 from irongpt.config import GPTConfig, SampleConfig, TrainConfig, flag
 from irongpt.data import text as texts
-from tests.campaign.process import TINY, Worker, assert_mistake, contents, fill
+from tests.campaign.process import TINY, Commands, Worker, assert_mistake, contents, fill
 
 Make = Callable[[random.Random], bytes | None]
 NEW = [*TINY, "--out", "new"]
@@ -170,14 +169,12 @@ def imports(gpt2: dict[str, Any]) -> Iterator[tuple[str, Callable[[random.Random
             yield f"{key} of the tokenizer is {value}", change("tokenizer.json", key, value)
 
 
-class Case:
+class Case(Commands):
     """Runs one wrong command in a folder that it must not change."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "work"
-        self.folder.mkdir()
-        write_text(self.folder / "text.txt")
-        self.worker = Worker(self.folder)
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        super().__init__(folder, stack)
+        self.worker = stack.enter_context(Worker(self.folder))
         for args in (["train", *TINY, "--out", "run"], ["export", "run", "gpt2"]):
             done = self.worker(*args)
             assert done.code == 0, done.err
@@ -222,10 +219,3 @@ class Case:
             bad.unlink(missing_ok=True)
             (self.folder / "garbage/config.json").unlink(missing_ok=True)
         return (what.split(":")[0] if place else args[0] if args else "no command")[:20]
-
-
-@contextmanager
-def campaign(folder: Path) -> Iterator[Case]:
-    case = Case(folder)
-    with case.worker:
-        yield case

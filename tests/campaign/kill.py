@@ -16,7 +16,7 @@ import torch.distributed as dist
 from run_helpers import assert_same, state
 
 from irongpt.training import distributed
-from tests.campaign.process import TINY, Worker
+from tests.campaign.process import TINY, Commands, Worker
 
 LONG, SHORT = "--iters 40 --eval-every 5", "--iters 6 --eval-every 2"
 BPE = "--tokenizer bpe --vocab-size 320"
@@ -37,12 +37,11 @@ def quick() -> None:
     distributed.HEARTBEAT, distributed.HEARTBEAT_TIMEOUT = 0.2, 10.0
 
 
-class Case:
+class Case(Commands):
     """Kills one process of a run, or all of them, and resumes it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "work"
-        self.folder.mkdir()
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        super().__init__(folder, stack)
         rng = random.Random(0)
         words = ["".join(rng.choices("etaoinshr", k=rng.randint(2, 7))) for _ in range(200)]
         (self.folder / "text.txt").write_text(" ".join(rng.choices(words, k=1200)))
@@ -111,8 +110,3 @@ class Case:
         except AssertionError as e:
             raise AssertionError(f"killed after {where} was saved, {RUNS[kind]}: {e}") from e
         return f"{RUNS[kind][0]}, {size}: {'killed before' if not begun else 'killed after'} step 0"
-
-
-@contextmanager
-def campaign(folder: Path) -> Iterator[Case]:
-    yield Case(folder)

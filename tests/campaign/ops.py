@@ -9,8 +9,8 @@ of their values together, as one larger tensor, exceed it too.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,28 +117,20 @@ class Call:
         """Outputs and what was changed in place, by name or number; gradients as `d x`."""
         x = {n: t.to(dtype) if dtype and t.is_floating_point() else t
              for n, t in self.inputs.items()}  # fmt: skip
-        if self.spec.kind != "layer":
-            x = {n: t.clone() if n in self.spec.changes or t.dim() < 2 else t for n, t in x.items()}
-            outputs = self.spec.run(ops, self.at, x, **self.options)
-            return {str(i): y for i, y in enumerate(outputs)}
-        leaves = {n: t.detach().requires_grad_(n in self.learned) for n, t in x.items()}
-        outputs = self.spec.run(ops, self.at, leaves, **self.options)
-        wanted = [leaves[n] for n in self.learned]
-        pairs = [(y, g) for y, g in zip(outputs, self.gradients(outputs), strict=True)
-                 if y.requires_grad]  # fmt: skip
-        found = torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs],
-                                    allow_unused=True)  # fmt: skip
-        named = {n: y.detach() for n, y in zip(self.spec.outputs, outputs, strict=True)}
-        return named | {f"d {n}": g for n, g in zip(self.learned, found, strict=True)
-                        if g is not None}  # fmt: skip
 
-    def gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        made = []
-        for y, (factor, layout, seed) in zip(outputs, self.upstream, strict=False):
-            kind = self.kinds["compute"] if y.dtype == torch.float64 else y.dtype
-            g = (op_inputs.normal(tuple(y.shape), seed) * factor).to(kind).to(y.dtype)
-            made.append(LAYOUTS[layout](g) if layout in LAYOUTS and g.dim() > 1 else g)
-        return made
+        def call(x: Tensors) -> tuple[Tensor, ...]:
+            return self.spec.run(ops, self.at, x, **self.options)
+
+        if self.spec.differentiable:
+            return op_inputs.results(call, x, self.spec.outputs, self.gradient, self.learned)
+        x = {n: t.clone() if n in self.spec.changes or t.dim() < 2 else t for n, t in x.items()}
+        return {str(i): y for i, y in enumerate(call(x))}
+
+    def gradient(self, i: int, y: Tensor) -> Tensor:
+        factor, layout, seed = self.upstream[i]
+        kind = self.kinds["compute"] if y.dtype == torch.float64 else y.dtype
+        g = (op_inputs.normal(tuple(y.shape), seed) * factor).to(kind).to(y.dtype)
+        return LAYOUTS[layout](g) if layout in LAYOUTS and g.dim() > 1 else g
 
 
 class ExceededError(AssertionError):
@@ -166,10 +158,15 @@ def compare(found: Tensors, base: Tensors, oracle: Tensors) -> None:
 
 
 class Case:
-    """Runs a call by eager, by eager in float64, and by the fused ops, in `place`."""
+    """Runs a call by eager, by eager in float64, and by the fused ops in the context `place`."""
 
-    def __init__(self, place: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.place = place
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        torch.set_num_threads(1)
+
+    def place(self) -> AbstractContextManager[Any]:
+        from interpreter_matmul import repeatable
+
+        return repeatable()
 
     def __call__(self, rng: random.Random, number: int) -> str:
         state, exceeded, results = rng.getstate(), 0, []
@@ -205,12 +202,3 @@ class Case:
             found = call.results(fused)
         assert report is None or not report.lines(), report.lines()
         return found, call.results(eager), call.results(eager, torch.float64)
-
-
-@contextmanager
-def campaign(folder: Path) -> Iterator[Case]:
-    from interpreter_matmul import repeatable
-
-    torch.set_num_threads(1)
-    with repeatable():
-        yield Case()

@@ -10,12 +10,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import make_quick
+from conftest import make_quick, write_text
 
 from irongpt.cli import main
 from irongpt.config import PRESETS
@@ -137,6 +138,15 @@ def assert_mistake(ended: Ended) -> None:
     assert len(lines) == 1, ended.err[-2000:]
     assert lines[0].startswith("irongpt: error: "), lines
     assert len(lines[0]) <= 400, lines
+
+
+class Commands:
+    """A campaign of commands in a folder with a text. stack: ends what it starts."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self.stack = folder / "work", stack
+        self.folder.mkdir()
+        write_text(self.folder / "text.txt")
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
