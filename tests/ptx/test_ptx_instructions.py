@@ -15,6 +15,14 @@ F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 NAN, INF = math.nan, math.inf
 TINY = 2.0**-130  # subnormal in float32
 
+
+def halves(low: float, high: float, dtype: torch.dtype = F16) -> int:
+    """A register with two 16-bit floats."""
+    return int(torch.tensor([low, high], dtype=dtype).view(I32))
+
+
+PAIR, OTHER = halves(1.0, 2.0), halves(0.5, -4.0)
+
 Row = tuple[str, torch.dtype, list[Any], torch.dtype, list[list[Any]]]
 ROWS: list[Row] = [  # instruction, dtype and values of the result, dtype and values of operands
     # Integers wrap around; hi and wide are the upper half and all of a product.
@@ -78,6 +86,13 @@ ROWS: list[Row] = [  # instruction, dtype and values of the result, dtype and va
     ("fma.rn.f16 $d, $a, $b, $c;", F16, [7.0], F16, [[1.5], [2.0], [4.0]]),
     ("fma.rn.bf16 $d, $a, $b, $c;", BF16, [7.0], BF16, [[1.5], [2.0], [4.0]]),
     ("max.f16 $d, $a, $b;", F16, [2.25], F16, [[1.5], [2.25]]),
+    # Two of them in a register.
+    ("add.rn.f16x2 $d, $a, $b;", I32, [halves(1.5, -2.0)], I32, [[PAIR], [OTHER]]),
+    ("mul.rn.f16x2 $d, $a, $b;", I32, [halves(0.5, -8.0)], I32, [[PAIR], [OTHER]]),
+    ("fma.rn.f16x2 $d, $a, $b, $a;", I32, [halves(1.5, -6.0)], I32, [[PAIR], [OTHER]]),
+    ("setp.gt.f16x2 %p20|%p21, $a, $b; selp.b32 $d, 1, 0, %p21;", I32, [1], I32, [[PAIR], [OTHER]]),
+    ("cvt.rn.f16x2.f32 $d, $a, $b;", I32, [halves(-2.0, 1.5)], F32, [[1.5], [-2.0]]),
+    ("cvt.rn.bf16x2.f32 $d, $a, $b;", I32, [halves(-2.0, 1.5, BF16)], F32, [[1.5], [-2.0]]),
     # Conversions.
     ("cvt.f32.f16 $d, $a;", F32, [1.5], F16, [[1.5]]),
     ("cvt.rn.f16.f32 $d, $a;", F16, [1.0, INF], F32, [[1 + 2.0**-12, 1e6]]),
@@ -116,6 +131,26 @@ ROWS: list[Row] = [  # instruction, dtype and values of the result, dtype and va
     ("mov.b32 $d, 4; setp.gt.s32 %p20, $a, 0; @%p20 mov.b32 $d, 5;", I32, [5, 4], I32, [[1, -1]]),
     ("mov.b32 $d, 4; setp.gt.s32 %p20, $a, 0; @!%p20 mov.b32 $d, 5;", I32, [4, 5], I32, [[1, -1]]),
     ("selp.f32 $d, $a, $b, 1;", F32, [1.0], F32, [[1.0], [2.0]]),
+    # Other lanes. The third operand of a shuffle gives its segments and the last lane.
+    *(
+        (f"shfl.sync.{how}, -1;", I32, [10 + i for i in found], I32, [[10 + i for i in range(32)]])
+        for how, found in [
+            ("bfly.b32 $d, $a, 3, 31", [i ^ 3 for i in range(32)]),
+            ("up.b32 $d, $a, 2, 0", [0, 1, *range(30)]),
+            ("down.b32 $d, $a, 2, 31", [*range(2, 32), 30, 31]),
+            ("idx.b32 $d, $a, 5, 31", [5]),
+            ("idx.b32 $d, $a, 1, 0x181F", [i // 8 * 8 + 1 for i in range(32)]),  # segments of 8
+            ("down.b32 $d, $a, 6, 0x181F", [i + 6 if i % 8 < 2 else i for i in range(32)]),
+        ]
+    ),
+    ("shfl.sync.down.b32 %r40|%p20, $a, 2, 31, -1; selp.b32 $d, 1, 0, %p20;", I32,
+     [1] * 30 + [0] * 2, I32, [[7]]),
+    *(
+        (f"redux.sync.{how} $d, $a, -1;", I32, [found], I32, [[*range(32)]])
+        for how, found in [
+            ("add.u32", 496), ("max.s32", 31), ("min.s32", 0), ("or.b32", 31), ("xor.b32", 0)
+        ]
+    ),
 ]  # fmt: skip
 
 
@@ -132,25 +167,6 @@ def test_an_instruction_computes_the_value(row: Row) -> None:
         assert torch.equal(found.isnan(), want.isnan())
         found, want = (torch.where(x.isnan(), torch.zeros_like(x), x) for x in (found, want))
     assert torch.equal(bits(found), bits(want)), (found, want)
-
-
-def packed(*pairs: tuple[float, float], dtype: torch.dtype = F16) -> Tensor:
-    """Words with two 16-bit values, the first in the low half."""
-    return torch.tensor([pairs[i % len(pairs)] for i in range(32)], dtype=dtype).view(I32)[:, 0]
-
-
-def test_packed_halves() -> None:
-    a, b = packed((1.0, 2.0)), packed((0.5, -4.0))
-    assert torch.equal(compute("add.rn.f16x2 $d, $a, $b;", I32, a, b), packed((1.5, -2.0)))
-    assert torch.equal(compute("mul.rn.f16x2 $d, $a, $b;", I32, a, b), packed((0.5, -8.0)))
-    want = packed((1.5, -6.0))
-    assert torch.equal(compute("fma.rn.f16x2 $d, $a, $b, $a;", I32, a, b), want)
-    op = "setp.gt.f16x2 %p20|%p21, $a, $b; selp.b32 $d, 1, 0, %p21;"
-    assert (compute(op, I32, a, b) == 1).all()
-    x, y = lanes([1.5], F32), lanes([-2.0], F32)
-    assert torch.equal(compute("cvt.rn.f16x2.f32 $d, $a, $b;", I32, x, y), packed((-2.0, 1.5)))
-    want = packed((-2.0, 1.5), dtype=BF16)
-    assert torch.equal(compute("cvt.rn.bf16x2.f32 $d, $a, $b;", I32, x, y), want)
 
 
 def ulp(y: Tensor) -> Tensor:
@@ -184,37 +200,6 @@ def test_what_is_rounded_correctly_has_no_noise() -> None:
     assert torch.equal(compute("sqrt.rn.f32 $d, $a;", F32, x, noise=1.0), root)
     whole = torch.arange(-16.0, 16.0)
     assert torch.equal(compute("ex2.approx.f32 $d, $a;", F32, whole, noise=1.0), whole.exp2())
-
-
-@pytest.mark.parametrize(
-    ("op", "source"),
-    [
-        ("bfly.b32 $d, $a, 3, 31, -1;", [i ^ 3 for i in range(32)]),
-        ("up.b32 $d, $a, 2, 0, -1;", [max(i - 2, i if i < 2 else 0) for i in range(32)]),
-        ("down.b32 $d, $a, 2, 31, -1;", [i + 2 if i < 30 else i for i in range(32)]),
-        ("idx.b32 $d, $a, 5, 31, -1;", [5] * 32),
-        ("idx.b32 $d, $a, 1, 0x181F, -1;", [i // 8 * 8 + 1 for i in range(32)]),  # segments of 8
-        ("down.b32 $d, $a, 6, 0x181F, -1;", [i + 6 if i % 8 < 2 else i for i in range(32)]),
-    ],
-)
-def test_shuffles(op: str, source: list[int]) -> None:
-    a = torch.arange(100, 132, dtype=I32)
-    assert compute(f"shfl.sync.{op}", I32, a).tolist() == [100 + i for i in source]
-
-
-def test_a_shuffle_says_which_lanes_asked_inside() -> None:
-    a = torch.arange(32, dtype=I32)
-    op = "shfl.sync.down.b32 %r40|%p20, $a, 2, 31, -1; selp.b32 $d, 1, 0, %p20;"
-    assert compute(op, I32, a).tolist() == [1] * 30 + [0] * 2
-
-
-@pytest.mark.parametrize(
-    ("op", "found"),
-    [("add.u32", 496), ("max.s32", 31), ("min.s32", 0), ("or.b32", 31), ("xor.b32", 0)],
-)
-def test_reductions_of_a_warp(op: str, found: int) -> None:
-    a = torch.arange(32, dtype=I32)
-    assert (compute(f"redux.sync.{op} $d, $a, -1;", I32, a) == found).all()
 
 
 @pytest.mark.parametrize("order", ["lockstep", "ascending", "descending"])
