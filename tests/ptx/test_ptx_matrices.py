@@ -1,7 +1,5 @@
 """Matrix instructions of the emulator against the fragment tables of the PTX ISA, lane by lane."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from irongpt_kernels.ptx.arithmetic import accumulate_exact, accumulate_like_hardware
@@ -23,52 +21,42 @@ def numbers(*size: int, dtype: torch.dtype = F16, seed: int = 0) -> Tensor:
     return torch.randint(-8, 9, size, generator=generator).to(dtype)
 
 
-def words(
-    pick: Callable[[int, int], tuple[float, float]], count: int, dtype: torch.dtype
-) -> Tensor:
-    """(32, count) words: of lane and register, the two 16-bit values that it holds."""
-    rows = [[pick(lane, i) for i in range(count)] for lane in range(32)]
-    return torch.tensor(rows, dtype=dtype).view(I32)[..., 0]
+def fragment(*blocks: Tensor) -> Tensor:
+    """(32, 2 n) values: lane 4 g + t has of each 8 x 8 block columns 2 t and 2 t + 1 of row g."""
+    return torch.cat([x.reshape(32, 2) for x in blocks], 1)
+
+
+def fragment_of_a(A: Tensor) -> Tensor:
+    """Of a matrix of 16 rows: register 0 has the rows g, register 1 the rows g + 8; the next two
+    have the columns from 8 on."""
+    return fragment(*(x for half in A.split(8, 1) for x in half.split(8)))
+
+
+def listed(first: int, count: int) -> str:
+    """The names of registers in braces."""
+    return "{" + ", ".join(f"%r{i}" for i in range(first, first + count)) + "}"
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("k", [8, 16])
 def test_mma(k: int, dtype: torch.dtype) -> None:
-    A, B, C = (
-        numbers(16, k, dtype=dtype),
-        numbers(k, 8, dtype=dtype, seed=1),
-        numbers(16, 8, seed=2),
-    )
-
-    def a(lane: int, i: int) -> tuple[float, float]:  # row = g or g + 8, column = 2 t (+ 1, + 8)
-        row, column = lane // 4 + 8 * (i % 2), lane % 4 * 2 + 8 * (i // 2)
-        return float(A[row, column]), float(A[row, column + 1])
-
-    def b(lane: int, i: int) -> tuple[float, float]:  # row = 2 t (+ 1, + 8), column = g
-        row, column = lane % 4 * 2 + 8 * i, lane // 4
-        return float(B[row, column]), float(B[row + 1, column])
-
-    at = [
-        [(lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2) for i in range(4)] for lane in range(32)
+    A, B = numbers(16, k, dtype=dtype), numbers(8, k, dtype=dtype, seed=1)
+    C = numbers(16, 8, seed=2).float()
+    parts = [
+        x.view(I32) for x in (fragment_of_a(A), fragment(*B.split(8, 1)), fragment(*C.split(8)))
     ]
-    c = torch.tensor([[float(C[where]) for where in row] for row in at])
-    na, nb = k // 4, k // 8
-    x = torch.zeros(32, 12, dtype=I32)
-    x[:, :na], x[:, 4 : 4 + nb] = words(a, na, dtype), words(b, nb, dtype)
-    x[:, 8:] = c.view(I32)
-    loads = "".join(f"ld.global.b32 %r{20 + i}, [%rd11+{4 * i}];" for i in range(12))
-    A_regs = ", ".join(f"%r{20 + i}" for i in range(na))
-    B_regs = ", ".join(f"%r{24 + i}" for i in range(nb))
+    x, out = torch.cat(parts, 1), torch.zeros(32, 4)
+    na, nb, n = k // 4, k // 8, x.shape[1]
+    loads = "".join(f"ld.global.b32 %r{20 + i}, [%rd11+{4 * i}];" for i in range(n))
+    operands = f"{listed(20, na)}, {listed(20 + na, nb)}, {listed(20 + na + nb, 4)}"
     name = "f16" if dtype == F16 else "bf16"
-    body = f"""mul.wide.u32 %rd10, %r0, 48; add.s64 %rd11, %rd0, %rd10; {loads}
-    mma.sync.aligned.m16n8k{k}.row.col.f32.{name}.{name}.f32
-        {{%r40, %r41, %r42, %r43}}, {{{A_regs}}}, {{{B_regs}}}, {{%r28, %r29, %r30, %r31}};
+    body = f"""mul.wide.u32 %rd10, %r0, {4 * n}; add.s64 %rd11, %rd0, %rd10; {loads}
+    mma.sync.aligned.m16n8k{k}.row.col.f32.{name}.{name}.f32 {listed(40, 4)}, {operands};
     mul.wide.u32 %rd10, %r0, 16; add.s64 %rd12, %rd1, %rd10;
-    st.global.v4.b32 [%rd12], {{%r40, %r41, %r42, %r43}};"""
-    out = torch.zeros(32, 4)
+    st.global.v4.b32 [%rd12], {listed(40, 4)};"""
     assert run(body, x, out, arch="80").counts == {}
-    want = A.float() @ B.float() + C.float()
-    assert torch.equal(out, torch.tensor([[float(want[where]) for where in row] for row in at]))
+    want = A.float() @ B.float().T + C
+    assert torch.equal(out, fragment(*want.split(8)))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -76,16 +64,13 @@ def test_mma(k: int, dtype: torch.dtype) -> None:
 def test_ldmatrix(count: int, transposed: bool) -> None:
     """Lane 8 i + r has the address of row r of matrix i; lane 4 g + t gets row g, columns 2 t."""
     memory, out = numbers(32, 8), torch.full((32, 8), -9.0, dtype=F16)
-    regs = ", ".join(f"%r{20 + i}" for i in range(count))
     trans = ".trans" if transposed else ""
     body = f"""{START} {FILL}
-    ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{regs}}}, [%r3];"""
+    ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {listed(20, count)}, [%r3];"""
     body += "".join(f"st.global.b32 [%rd12+{4 * i}], %r{20 + i};" for i in range(count))
     assert run(body, memory, out, shared=512).counts == {}
-    for i in range(count):
-        matrix = memory[8 * i : 8 * i + 8]
-        matrix = matrix.T if transposed else matrix
-        assert torch.equal(out[:, 2 * i : 2 * i + 2], matrix.reshape(32, 2))
+    matrices = [x.T if transposed else x for x in memory.split(8)][:count]
+    assert torch.equal(out[:, : 2 * count], fragment(*matrices))
     assert (out[:, 2 * count :] == -9).all()
 
 
@@ -93,14 +78,12 @@ def test_ldmatrix(count: int, transposed: bool) -> None:
 def test_stmatrix(transposed: bool) -> None:
     values, out = numbers(32, 8), torch.zeros(32, 8, dtype=F16)
     trans = ".trans" if transposed else ""
-    body = f"""{START} ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd11];
-    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3], {{%r20, %r21, %r22, %r23}};
-    bar.sync 0; ld.shared.v4.b32 {{%r24, %r25, %r26, %r27}}, [%r3];
-    st.global.v4.b32 [%rd12], {{%r24, %r25, %r26, %r27}};"""
+    body = f"""{START} ld.global.v4.b32 {listed(20, 4)}, [%rd11];
+    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3], {listed(20, 4)};
+    bar.sync 0; ld.shared.v4.b32 {listed(24, 4)}, [%r3];
+    st.global.v4.b32 [%rd12], {listed(24, 4)};"""
     assert run(body, values, out, shared=512, arch="90").counts == {}
-    for i in range(4):
-        matrix = values[:, 2 * i : 2 * i + 2].reshape(8, 8)
-        assert torch.equal(out[8 * i : 8 * i + 8], matrix.T if transposed else matrix)
+    assert torch.equal(fragment(*(x.T if transposed else x for x in out.split(8))), values)
 
 
 def test_warps_may_store_copies_of_one_matrix() -> None:
@@ -155,11 +138,9 @@ def test_wgmma(swizzle: int, registers: bool) -> None:
         lead = 128 * len(x) // 8
         for r, row in enumerate(x):
             for c in range(2):
-                byte = start + r // 8 * 8 * width + r % 8 * width + 16 * c
+                byte = start + r * width + c * (16 if swizzle else lead)
                 if swizzle:
                     byte ^= ((byte >> 7) & (swizzle // 16 - 1)) << 4
-                else:
-                    byte = start + r // 8 * 128 + r % 8 * 16 + c * lead
                 memory[byte // 2 : byte // 2 + 8] = row[8 * c : 8 * c + 8]
         return start, lead, 8 * width
 
@@ -170,32 +151,23 @@ def test_wgmma(swizzle: int, registers: bool) -> None:
         f"st.shared.v4.b32 [%r3+{2048 * i}], {{%r4, %r5, %r6, %r7}};"
         for i in range(16)
     )
-    fragment = torch.zeros(128, 8, dtype=F16)
-    for thread in range(128):
-        for i in range(4):
-            row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i % 2)
-            column = thread % 4 * 2 + 8 * (i // 2)
-            fragment[thread, 2 * i : 2 * i + 2] = A[row, column : column + 2]
-    operand = "{%r50, %r51, %r52, %r53}" if registers else "%rd20"
+    of_warps = torch.cat([fragment_of_a(x) for x in A.split(16)])
+    operand = listed(50, 4) if registers else "%rd20"
     tail = "1, 1, 1, 0" if registers else "1, 1, 1, 0, 0"
     body = f"""{START} {copies} add.s64 %rd13, %rd2, %rd10;
-    ld.global.v4.b32 {{%r50, %r51, %r52, %r53}}, [%rd13];
+    ld.global.v4.b32 {listed(50, 4)}, [%rd13];
     mov.b32 %r40, 0f3F800000; mov.b32 %r41, 0f3F800000; mov.b32 %r42, 0; mov.b32 %r43, 0;
     mov.b64 %rd20, {a}; mov.b64 %rd21, {b}; fence.proxy.async.shared::cta; bar.sync 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
-        {{%r40, %r41, %r42, %r43}}, {operand}, %rd21, {tail};
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {listed(40, 4)}, {operand}, %rd21, {tail};
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
-    st.global.v4.b32 [%rd12], {{%r40, %r41, %r42, %r43}};"""
+    st.global.v4.b32 [%rd12], {listed(40, 4)};"""
     out = torch.zeros(128, 4)
-    report = run(body, memory, out, fragment, threads=128, shared=32768, arch="90a")
+    report = run(body, memory, out, of_warps, threads=128, shared=32768, arch="90a")
     assert report.counts == {}
     want = A.float() @ B.float().T
-    for thread in range(128):
-        for i in range(4):
-            row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i // 2)
-            column = thread % 4 * 2 + i % 2
-            assert out[thread, i] == want[row, column] + (1 if i < 2 else 0)
+    wanted = torch.cat([fragment(*x.split(8)) for x in want.split(16)])
+    assert torch.equal(out, wanted + torch.tensor([1.0, 1.0, 0.0, 0.0]))
 
 
 def test_sums_of_tensor_cores() -> None:
