@@ -25,19 +25,20 @@ PRELOADED = "processes irongpt.training.start matplotlib.figure tqdm".split()
 
 
 @cache
-def server() -> Any:
-    """The context of the fork server, which starts in a folder that stays, with this path.
-
-    A process that was forked cannot use CUDA, so with a GPU every process is a new interpreter.
-    """
-    if torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
+def forks() -> Any:
+    """The context of the fork server, which starts in a folder that stays, with this path."""
     context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
     context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     forkserver.ensure_running()
     os.environ["PYTHONPATH"] = before or ""
     return context
+
+
+def server() -> Any:
+    """A process that was forked cannot use CUDA, so with a GPU every process is a new
+    interpreter."""
+    return multiprocessing.get_context("spawn") if torch.cuda.is_available() else forks()
 
 
 def launch(size: int, task: Callable[..., int | None], *args: Any) -> list[Any]:

@@ -1,56 +1,43 @@
 """A run that is stopped and resumed is bitwise the run that was never interrupted."""
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Cli, make_quick, write_text
+from conftest import TINY, Cli, write_text
+from processes import command, forks
 from run_helpers import assert_same, assert_same_tensors, history, state
 
-from irongpt.cli import main
-from irongpt.config import PRESETS
 from irongpt.runs.run_folder import open_run
 from irongpt.training.trainer import Trainer
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    "irongpt.training.start irongpt.cli matplotlib.figure pytest tqdm".split()
-)
 
 # With dropout, batches of several epochs, and evaluations between two log lines.
 FLAGS = [*TINY, *"--dropout 0.1 --batch-size 8 --iters 160 --eval-every 4".split()]
 SHORT = [*TINY, "--iters", "12", "--eval-every", "12"]
 
 
-def start(folder: Path, *args: object, stuck: bool = False) -> ForkServerProcess:
+def start(folder: Path, *args: object, stuck: bool = False) -> BaseProcess:
     """The command in a separate process, forked from one that has only imported torch.
 
     stuck: its first step never ends.
     """
-    process = SERVER.Process(target=command, args=(folder, [str(arg) for arg in args], stuck))
+    process = forks().Process(target=run_command, args=(folder, [str(arg) for arg in args], stuck))
     process.start()
     return process
 
 
-def command(folder: Path, args: list[str], stuck: bool) -> None:
+def run_command(folder: Path, args: list[str], stuck: bool) -> None:
     torch.set_num_threads(1)
-    os.chdir(folder)
-    make_quick(pytest.MonkeyPatch())
-    PRESETS["nano"].train["sample_tokens"] = 4  # the samples took most of the time
     if stuck:
         Trainer.train_step = endless_step
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    os._exit(main(args))
+    os._exit(command(0, folder, args))
 
 
 def endless_step(self: Trainer) -> None:
@@ -62,7 +49,7 @@ def endless_step(self: Trainer) -> None:
             Path("noted").touch()
 
 
-def wait_until(condition: Callable[[], bool], process: ForkServerProcess) -> None:
+def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
     while process.is_alive() and not condition():
         time.sleep(0.002)
 
@@ -70,12 +57,6 @@ def wait_until(condition: Callable[[], bool], process: ForkServerProcess) -> Non
 def lines(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fork_server() -> None:
-    """Starts it in the repository's folder, before a test changes to another."""
-    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
