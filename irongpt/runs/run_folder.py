@@ -20,7 +20,6 @@ from irongpt.data.tokenizer import Tokenizer
 from irongpt.data.tokenizer import from_json as tokenizer_from_json
 from irongpt.errors import UserError
 from irongpt.files import (
-    damaged,
     finite,
     new_folder,
     read,
@@ -143,9 +142,7 @@ class RunFolder:
         if sha256 == self.config.data_sha256:
             return
         changes, path = [], self.path / "files.json"
-        before = unsealed(read(path), path).get("files") if path.is_file() else {}
-        if not isinstance(before, dict):
-            raise damaged(path)
+        before = unsealed(read(path), path)["files"] if path.is_file() else {}
         for what, names in (
             ("new", files.keys() - before.keys()),
             ("removed", before.keys() - files.keys()),

@@ -1,6 +1,5 @@
 """The training step, the evaluation, and the state that they depend on."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -71,9 +70,6 @@ class Trainer:
         if isinstance(self.run_step, Graph):
             self.run_step.close()
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        return devices.autocast(self.device, self.dtype)
-
     def tokens_per_step(self) -> int:
         config = self.config
         return config.batch_size * config.grad_accum * self.model.config.context
@@ -143,7 +139,7 @@ class Trainer:
     def _loss(self, i: int, scale: Tensor) -> Tensor:
         """Loss of the step's forward pass i, with its dropout seed, for a backward from `scale`."""
         x, y = self.train_batches.sequences_from(self.positions[i])
-        with self.autocast():
+        with devices.autocast(self.device, self.dtype):
             return self.model.loss(x, y, seed=self.seeds[i], loss_scale=scale)
 
     def evaluate(
@@ -180,7 +176,7 @@ class Trainer:
         losses, weights, stopped = [], [], False
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         try:
-            with torch.inference_mode(), self.autocast():
+            with torch.inference_mode(), devices.autocast(self.device, self.dtype):
                 for i, (x, y) in enumerate(batches):
                     stopped = stopped or not should_continue()
                     if stopped and world.size == 1:

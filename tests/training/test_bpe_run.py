@@ -17,6 +17,7 @@ from run_helpers import assert_same, assert_same_tensors, history
 
 from irongpt.cli import main
 from irongpt.config import PRESETS, SampleConfig
+from irongpt.data import corpus, tokens
 from irongpt.data.batches import every_target
 from irongpt.data.tokenizer import END
 from irongpt.generation.sample import heal, start_ids, trained_model
@@ -24,6 +25,7 @@ from irongpt.training.start import new_setup
 from irongpt.training.trainer import Trainer
 
 BPE = [*TINY[: TINY.index("--data")], "--tokenizer", "bpe", "--vocab-size", "320"]
+BPE += ["--data", "code"]
 
 
 def write_code(folder: Path) -> None:
@@ -44,7 +46,7 @@ def trained(tmp_path_factory) -> Path:
     """A folder with the code and a finished run, at 30 steps."""
     folder = tmp_path_factory.mktemp("bpe")
     write_code(folder / "code")
-    train_in(folder, *BPE, "--data", "code")
+    train_in(folder, *BPE)
     return folder
 
 
@@ -59,7 +61,7 @@ def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
 
 
 def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli: Cli, code: Path):
-    out = cli("train", *BPE, "--data", "code", "--out", "other").out
+    out = cli("train", *BPE, "--out", "other").out
     assert "tokenizer 320 BPE tokens" in out
     assert "bytes per token" in out
     assert "bits per byte" in out
@@ -71,11 +73,9 @@ def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
     run = code / "run"
     values = json.loads((run / "result.json").read_text())
     model, tokenizer = trained_model(run, "best", "builtin", "cpu")
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (code / "code").iterdir()}
-    names = json.loads((run / "files.json").read_text())["files"]
-    assert set(names) == set(texts)
     nats, n_bytes, n_tokens = 0.0, values["val_bytes"], 0
-    ids = validation_ids(run, code)
+    text = corpus.load([str(code / "code")], say=lambda line: None)
+    ids = tokens.encode(text, tokenizer).val
     for x, y in every_target(ids, model.config.context, batch_size=4):
         nats += model.loss(x, y).item() * y.numel()
         n_tokens += y.numel()
@@ -84,21 +84,13 @@ def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
     assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     decoded = tokenizer.decode(ids).replace(END, "")
     assert len(decoded.encode()) == n_bytes
-    best = min(r["val_loss"] for r in history(run) if r["val_loss"])
-    assert values["step"] == next(r["step"] for r in history(run) if r["val_loss"] == best)
-
-
-def validation_ids(run: Path, code: Path):
-    from irongpt.data import corpus, tokens
-    from irongpt.runs.run_folder import load_checkpoint, open_run
-
-    text = corpus.load([str(code / "code")], say=lambda line: None)
-    return tokens.encode(text, load_checkpoint(open_run(run), "last")[2]).val
+    best = min((r for r in history(run) if r["val_loss"]), key=lambda r: r["val_loss"])
+    assert values["step"] == best["step"]
 
 
 @pytest.mark.parametrize("ops", ["builtin", "eager"])
 def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
-    train = ["train", *BPE, "--data", "code", "--ops", ops, "--decay", "constant"]
+    train = ["train", *BPE, "--ops", ops, "--decay", "constant"]
     assert cli(*train, "--out", "whole").code == 0
     assert cli(*train, "--iters", 17, "--out", "cut").code == 0
     assert cli("train", "--resume", "cut", "--iters", 30).code == 0
@@ -111,7 +103,7 @@ def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
 
 def test_a_run_on_documents_by_characters(cli: Cli, code: Path):
     flags = [flag for flag in BPE if flag not in ("--tokenizer", "bpe", "--vocab-size", "320")]
-    assert cli("train", *flags, "--data", "code", "--out", "chars").code == 0
+    assert cli("train", *flags, "--out", "chars").code == 0
     values = json.loads((code / "chars/result.json").read_text())
     bpe = json.loads((code / "run/result.json").read_text())
     assert values["val_bytes"] == bpe["val_bytes"]
@@ -123,13 +115,11 @@ def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
     """BPE shortens a text, so the preset's steps would be too many epochs."""
     without = [f for i, f in enumerate(BPE) if f != "--iters" and BPE[i - 1] != "--iters"]
     monkeypatch.setitem(PRESETS["nano"].train, "iters", 10**6)
-    out = cli("train", *without, "--data", "code", "--batch-size", 64, "--out", "new").out
+    out = cli("train", *without, "--batch-size", 64, "--out", "new").out
     [epochs] = re.findall(r"([\d.]+) epochs", out)
     assert 19 < float(epochs) <= 20
     assert "warning" not in out
-    out = cli(
-        "train", *BPE, "--data", "code", "--iters", 45, "--batch-size", 64, "--out", "many"
-    ).out
+    out = cli("train", *BPE, "--iters", 45, "--batch-size", 64, "--out", "many").out
     assert "warning   the model sees the text" in out
 
 
@@ -139,7 +129,7 @@ def test_patience_ends_a_run_for_good_also_after_a_resume_between_two_evaluation
     """The best evaluation is at step 15, and the three after it are at 20, 30 and 40."""
     monkeypatch.setattr(Trainer, "evaluate", lambda self, *_: abs(15.0 - self.step))
     flags = ["--patience", 3, "--iters", 15, "--out", "new"]
-    assert cli("train", *BPE, "--data", "code", *flags).code == 0
+    assert cli("train", *BPE, *flags).code == 0
     resumed = cli("train", "--resume", "new", "--iters", 500)
     assert "no improvement in 3 evaluations: stopped at step 40" in resumed.out
     run = history(code / "new")
