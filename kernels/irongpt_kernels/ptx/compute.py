@@ -16,6 +16,8 @@ _RULES = {
     "add": dict.fromkeys("fhu", "{x} + {y}"),
     "sub": dict.fromkeys("fhu", "{x} - {y}"),
     "mul": dict.fromkeys("fh", "{x} * {y}"),
+    "mul.lo": {"u": "{x} * {y}"},
+    "mad.lo": {"u": "{x} * {y} + {z}"},
     "fma": {"f": "fma32({x}, {y}, {z})", "h": "{x} * {y} + {z}"},
     "div": {"i": "div({x}, {y})"},
     "rem": {"i": "rem({x}, {y})"},
@@ -68,7 +70,8 @@ class Arithmetic(Operands):
 
     def by_rule(self, ins: Instruction, mods: Mods, a: Args) -> bool:
         """Emits an instruction of `_RULES`; returns False for any other."""
-        rule = _RULES.get(f"{ins.name}.NaN" if "NaN" in mods else ins.name)
+        kept = "".join(f".{x}" for x in mods if x in ("NaN", "lo"))
+        rule = _RULES.get(ins.name + kept)
         if rule is None:
             return False
         kind, bits = _KINDS.get(mods[-1]) or self.typed(mods[-1])
@@ -120,24 +123,16 @@ class Arithmetic(Operands):
     # Arithmetic ---------------------------------------------------------------------------------
 
     def op_mul(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """A product of integers: its lower half, its upper half or all of it, plus a[3] if
-        given."""
+        """A product of integers: all of it or its upper half, plus a[3] if given."""
         form, bits = self.typed(mods[-1])
-
-        def added(form: str, bits: int) -> str:
-            return f" + {self.value(a[3], form, bits)}" if len(a) > 3 else ""
-
-        if mods[0] == "lo":
-            x, y = self.operands([], a[1:3], "u", bits)
-            return self.set(a[0], f"{x} * {y}{added('u', bits)}", "u", ins)
-        self.require(bits < 64, ins)
+        self.require(bits < 64 and mods[0] in ("wide", "hi"), ins)
         t = NUMPY[form][2 * bits]
         x, y = self.operands([], a[1:3], form, bits)
-        product = f"({x}.astype({t}) * {y}.astype({t}))"
-        if mods[0] == "wide":
-            return self.set(a[0], f"{product}{added(form, 2 * bits)}", form, ins)
-        upper = f"({product} >> {t}({bits})).astype({NUMPY[form][bits]})"
-        return self.set(a[0], f"{upper}{added(form, bits)}", form, ins)
+        found, width = f"({x}.astype({t}) * {y}.astype({t}))", 2 * bits
+        if mods[0] == "hi":
+            found, width = f"({found} >> {t}({bits})).astype({NUMPY[form][bits]})", bits
+        added = f" + {self.value(a[3], form, width)}" if len(a) > 3 else ""
+        self.set(a[0], f"{found}{added}", form, ins)
 
     op_mad = op_mul
 
