@@ -1,9 +1,8 @@
 """IRONGPT_EMULATE=sm_75: the target that Triton sees and the code that its loader gets, without a
 GPU."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
@@ -93,18 +92,13 @@ def test_the_package_treats_the_gpu_as_a_t4(h200, monkeypatch: pytest.MonkeyPatc
 def test_launches_query_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(emulate.VARIABLE)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    asked: list[torch.device] = []
-
-    def capability(device: torch.device) -> tuple[int, int]:
-        asked.append(device)
-        return 9, 0
-
+    capability = Mock(return_value=(9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     for _ in range(3):
         launch.prepare(GPU)
         assert launch.architecture(GPU) == 90
     assert launch.architecture(torch.device("cuda", 1)) == 90
-    assert asked == [GPU, torch.device("cuda", 1)]
+    assert capability.call_args_list == [call(GPU), call(torch.device("cuda", 1))]
 
 
 def test_no_other_gpu_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +108,9 @@ def test_no_other_gpu_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered = []
-
-    @contextlib.contextmanager
-    def device(d: torch.device) -> Iterator[None]:
-        entered.append(d)
-        yield
-
+    device = MagicMock()
     monkeypatch.setattr(torch.cuda, "device", device)
     with launch.device_context(torch.device("cuda", 1)), launch.device_context(torch.device("cpu")):
         pass
-    assert entered == [torch.device("cuda", 1)]
+    device.assert_called_once_with(torch.device("cuda", 1))
+    device.return_value.__enter__.assert_called_once_with()

@@ -6,6 +6,7 @@ Every case is another kind of mistake. Where a file has random bytes, the seed d
 import gzip
 import json
 import random
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from irongpt.config import GPTConfig, SampleConfig, TrainConfig, flag
 from irongpt.data import text as texts
 from tests.campaign.process import TINY, Commands, Worker, assert_mistake, contents, fill
 
-Make = Callable[[random.Random], bytes | None]
+Make = Callable[[random.Random], bytes]
 NEW = [*TINY, "--out", "new"]
 RESUMED = ("iters", "eval_every", "target_loss", "patience", "ops", "device", "dtype",
            "sample_tokens")  # fmt: skip
@@ -99,7 +100,7 @@ def commands() -> Iterator[list[str]]:
 
 
 def malformed() -> Iterator[tuple[str, Make]]:
-    """Contents that are not text, or not enough of it. None: no file."""
+    """Contents that are not text, or not enough of it."""
     for magic, what in texts._FORMATS + texts._FORMATS_IF_BINARY:
         yield what.split(":")[0], lambda rng, magic=magic: magic + rng.randbytes(3000)
     lines = b"the quick brown fox\n" * 400
@@ -190,21 +191,21 @@ class Case(Commands):
             if what not in ("white space", "too short", "nothing", "a gzip of nothing"):
                 read = ["generate", "run", "--prompt-file", "bad"]
                 entries.append((f"--prompt-file: {what}", read, "bad", make))
-            entries.append((f"config.json: {what}", ["generate", "garbage"], "garbage", make))
+            config = "garbage/config.json"
+            entries.append((f"config.json: {what}", ["generate", "garbage"], config, make))
         for what, folder_of in imports(gpt2):
-            entries.append((f"import: {what}", ["import", "bad", "new"], "folder", folder_of))
+            entries.append((f"import: {what}", ["import", "bad", "new"], "bad", folder_of))
         self.entries = entries
         self.count = len(entries)
         assert len({what for what, *_ in entries}) == self.count >= 150
 
     def __call__(self, rng: random.Random, number: int) -> str:
         what, args, place, make = self.entries[number]
-        if place == "bad":
-            (self.folder / "bad").write_bytes(make(rng))
-        elif place == "garbage":
-            (self.folder / "garbage/config.json").write_bytes(make(rng))
-        elif place:
-            fill(self.folder / "bad", make(rng))
+        path, made = self.folder / place, make(rng) if place else None
+        if isinstance(made, bytes):
+            path.write_bytes(made)
+        elif made:
+            fill(path, made)
         before = contents(self.folder)
         try:
             assert_mistake(self.worker(*args))
@@ -212,10 +213,8 @@ class Case(Commands):
         except AssertionError as e:
             raise AssertionError(f"{what}: {args}: {e}") from e
         finally:
-            bad = self.folder / "bad"
-            if bad.is_dir():
-                fill(bad, {})
-                bad.rmdir()
-            bad.unlink(missing_ok=True)
-            (self.folder / "garbage/config.json").unlink(missing_ok=True)
+            if isinstance(made, bytes):
+                path.unlink()
+            elif made:
+                shutil.rmtree(path)
         return (what.split(":")[0] if place else args[0] if args else "no command")[:20]

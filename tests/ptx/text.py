@@ -50,21 +50,14 @@ def compute(
 
     op: with $d for the result's register and $a, $b, $c for those of the operands.
     """
-    names = {2: "%rs", 4: "%r", 8: "%rd"}
-    lines, registers = ["cvt.u64.u32 %rd10, %r0;", setup], {}
-    for i, x in enumerate(operands):
-        size = x.itemsize
-        register = f"{names[size]}{20 + i}"
-        registers["abc"[i]] = register
-        lines += [f"mul.lo.s64 %rd11, %rd10, {size};", f"add.s64 %rd11, %rd{i}, %rd11;"]
-        lines += [f"ld.global.b{8 * size} {register}, [%rd11];"]
     out = torch.zeros(32, dtype=result)
-    registers["d"] = f"{names[out.itemsize]}30"
-    for name, register in registers.items():
-        op = op.replace(f"${name}", register)
-    lines += [op, f"mul.lo.s64 %rd11, %rd10, {out.itemsize};"]
-    lines += [f"add.s64 %rd11, %rd{len(operands)}, %rd11;"]
-    lines += [f"st.global.b{8 * out.itemsize} [%rd11], {registers['d']};"]
+    registers, lines = {2: "%rs", 4: "%r", 8: "%rd"}, [setup]
+    for i, x in enumerate([*operands, out]):
+        register, place = f"{registers[x.itemsize]}{20 + i}", f"[%rd{10 + i}]"
+        lines.append(f"mul.wide.u32 %rd9, %r0, {x.itemsize}; add.s64 %rd{10 + i}, %rd{i}, %rd9;")
+        lines.append(f"ld.global.b{8 * x.itemsize} {register}, {place};")
+        op = op.replace("$d" if x is out else f"${'abc'[i]}", register)
+    lines += [op, f"st.global.b{8 * out.itemsize} {place}, {register};"]
     report = run("\n".join(lines), *operands, out, noise=noise)
     assert report.counts == {}
     return out
