@@ -29,18 +29,14 @@ MAX_BAD_STEPS = 30  # consecutive steps with non-finite gradients before a run g
 PLOT_EVERY = 30.0  # seconds
 AVERAGE_GAIN = 0.1  # nats by which averaged weights may be better than the training loss shows
 TARGET_EVERY = 20  # steps between two checks of the target loss; only multiples of log_every count
-STATE = (  # saved attributes
+STATE = (  # attributes of the loop that a checkpoint has
     "evaluated_at", "best_val", "best_step", "not_better", "bad_steps", "rows"
 )  # fmt: skip
 COUNTS = ("step", "evaluated_at", "best_step", "bad_steps")  # every checkpoint has these integers
 
 
 class TrainingLoop:
-    """Trains in a run's folder, which gets the records, checkpoints and plots.
-
-    The state of the loop is part of a checkpoint: the losses since the last record, the best
-    validation loss, the last step that was evaluated.
-    """
+    """Trains in a run's folder, which gets the records, checkpoints and plots."""
 
     def __init__(
         self,
@@ -167,7 +163,7 @@ class TrainingLoop:
                     elif self._target_check_is_due():
                         self._check_target(interrupt, progress)
                     else:
-                        trainer.signal.fill_(0 if alone else interrupt.signal or 0)
+                        trainer.signal.fill_(interrupt.signal or 0)
                         self._step(progress)
                     if alone:
                         self.signal = interrupt.signal
