@@ -62,6 +62,9 @@ class TrainingLoop:
         self.attempt = Attempt()
         self.events: Events | None = None  # for TensorBoard
         self.primary = trainer.world.rank == 0  # the process that writes, samples and prints
+        self.alone = trainer.world.size == 1
+        self.interrupt = Interrupt(twice=self.alone)
+        self.progress = Progress(trainer.config.iters, trainer.step, bar=False)  # until `fit`
         self.signal: int | None = None  # received by some process, and known to all of them
 
     def save(self, folder: Path) -> None:
@@ -150,33 +153,32 @@ class TrainingLoop:
         written; the last good checkpoint stays.
         """
         trainer = self.trainer
-        progress = Progress(trainer.config.iters, trainer.step, bar=self.primary)
-        alone = trainer.world.size == 1
+        self.progress = Progress(trainer.config.iters, trainer.step, bar=self.primary)
         if trainer.config.tensorboard and self.primary:
             with self.attempt("TensorBoard's event file"):
                 self.events = Events(self.run)
         try:
-            with Interrupt(twice=alone) as interrupt:
+            with self.interrupt:
                 while not self.finished() and self.signal is None:
                     if self._evaluation_is_due():
-                        self._evaluate(interrupt, progress)
+                        self._evaluate()
                     elif self._target_check_is_due():
-                        self._check_target(interrupt, progress)
+                        self._check_target()
                     else:
-                        trainer.signal.fill_(interrupt.signal or 0)
-                        self._step(progress)
-                    if alone:
-                        self.signal = interrupt.signal
+                        trainer.signal.fill_(self.interrupt.signal or 0)
+                        self._step()
+                    if self.alone:
+                        self.signal = self.interrupt.signal
                 if not self.finished():
                     with self.clock("saving"):
                         self.save(self.run.last)
                 elif self.best_val is not None:
-                    self._evaluate_best(interrupt)
+                    self._evaluate_best()
             self._plot()
         except OSError as e:
             raise UserError(self._failed_write(e)) from e
         finally:
-            progress.close()
+            self.progress.close()
             if self.events:
                 with self.attempt("TensorBoard's event file"):
                     self.events.writer.close()
@@ -192,7 +194,7 @@ class TrainingLoop:
             f"is intact, continue with --resume {path}"
         )
 
-    def _step(self, progress: Progress) -> None:
+    def _step(self) -> None:
         """Takes a step, and adds a record every `log_every` steps unless an evaluation will."""
         with self.clock("training"):
             self.recent.append(self.trainer.train_step())
@@ -200,9 +202,9 @@ class TrainingLoop:
             evaluation = self._evaluation_is_due()
             if log or evaluation:
                 self._collect()
-        progress.advance(self.trainer.step)
+        self.progress.advance(self.trainer.step)
         if log and not evaluation and not self._target_check_is_due():
-            self._record(progress)
+            self._record()
 
     def _target_check_is_due(self) -> bool:
         """Whether to check the target loss now: every TARGET_EVERY steps, if a record is due."""
@@ -210,15 +212,15 @@ class TrainingLoop:
         logged = step % self.trainer.config.log_every == 0 and len(self.rows) > 0
         return target is not None and step % TARGET_EVERY == 0 and logged
 
-    def _check_target(self, interrupt: Interrupt, progress: Progress) -> None:
+    def _check_target(self) -> None:
         """Evaluates if the mean training loss is low enough for a validation loss at the target."""
         target = self.trainer.config.target_loss
         assert target is not None
         gain = AVERAGE_GAIN if self.trainer.config.ema else 0.0
         if statistics.fmean(row[0] for row in self.rows) <= target + gain:
-            self._evaluate(interrupt, progress, target)
+            self._evaluate(target)
         else:
-            self._record(progress)
+            self._record()
 
     def _evaluation_is_due(self) -> bool:
         step, config = self.trainer.step, self.trainer.config
@@ -234,7 +236,7 @@ class TrainingLoop:
         self.rows += [row[:3] for row in rows]
         self.recent = []
 
-    def _record(self, progress: Progress, **evaluation: Any) -> Record:
+    def _record(self, **evaluation: Any) -> Record:
         """Adds a line to the metrics that covers the steps since the previous line.
 
         If a resumed run evaluates a step that already has a line, the new line covers no steps.
@@ -269,24 +271,24 @@ class TrainingLoop:
                 self.events.add([record])
         self.rows, self.last_record = [], (trainer.step, seconds)
         if losses:
-            progress.show(record)
+            self.progress.show(record)
         return record
 
-    def _evaluate(self, interrupt: Interrupt, progress: Progress, limit: float = math.inf) -> None:
+    def _evaluate(self, limit: float = math.inf) -> None:
         """Adds an evaluation, or if the validation loss is above the limit, a record without one.
 
         A signal interrupts it; the resumed run then evaluates again.
         """
         with self.clock("evaluation"):
-            val_loss = self.trainer.evaluate(lambda: interrupt.signal is None, limit)
+            val_loss = self.trainer.evaluate(lambda: self.interrupt.signal is None, limit)
         if val_loss is None:
-            self.signal = interrupt.signal or signal.SIGTERM
+            self.signal = self.interrupt.signal or signal.SIGTERM
         elif limit == math.inf or val_loss <= limit:
-            self._add_evaluation(val_loss, progress)
+            self._add_evaluation(val_loss)
         else:
-            self._record(progress)
+            self._record()
 
-    def _add_evaluation(self, val_loss: float, progress: Progress) -> None:
+    def _add_evaluation(self, val_loss: float) -> None:
         """Saves a checkpoint, generates a sample, and saves again with the new record.
 
         The first save comes before the sample, which uses the GPU in another way than training. If
@@ -300,9 +302,7 @@ class TrainingLoop:
         sample = self._sample() if finite and trainer.config.sample_tokens else ""
         bits_per_byte = trainer.tokens.bits_per_byte(val_loss)
         steps = len(self.rows)
-        record = self._record(
-            progress, val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample
-        )
+        record = self._record(val_loss=val_loss, bits_per_byte=bits_per_byte, sample=sample)
         self.evaluated_at = trainer.step
         improved = finite and (self.best_val is None or val_loss < self.best_val)
         self.not_better = 0 if improved else self.not_better + 1
@@ -324,7 +324,7 @@ class TrainingLoop:
         if time.monotonic() - self.plotted > PLOT_EVERY:
             self._plot()
 
-    def _evaluate_best(self, interrupt: Interrupt) -> None:
+    def _evaluate_best(self) -> None:
         """Evaluates `best` over the entire validation text, and writes result.json.
 
         If the target loss was reached, it only deletes the result.json of an earlier `best`.
@@ -341,10 +341,10 @@ class TrainingLoop:
         weights = {name: w.clone() for name, w in trainer.model.state_dict().items()}
         with self.clock("evaluation"):
             trainer.model.load_state_dict(checkpoint.load(run.best)[0])
-            loss = trainer.evaluate_all(lambda: interrupt.signal is None)
+            loss = trainer.evaluate_all(lambda: self.interrupt.signal is None)
             trainer.model.load_state_dict(weights)
         if loss is None:
-            self.signal = interrupt.signal or signal.SIGTERM
+            self.signal = self.interrupt.signal or signal.SIGTERM
             return
         self.result = {
             "step": self.best_step,

@@ -109,7 +109,7 @@ def test_a_resumed_run_continues_the_count_of_seconds(training):
 def test_a_resumed_run_evaluates_a_step_that_has_a_record(cli, changes):
     training = start("--eval-every", 25)
     while training.trainer.step < 10:
-        training._step(loop.Progress(30, 0))
+        training._step()
     training.save(training.run.last)
     resumed = resume(training, **changes)
     assert resumed.fit() is None
@@ -125,7 +125,7 @@ def test_only_consecutive_steps_without_finite_gradients_end_a_run(training):
     def record(rows: list[torch.Tensor]) -> None:
         training.recent = rows
         training._collect()
-        training._record(loop.Progress(30, 0))
+        training._record()
 
     for _ in range(5):
         record([bad] * (loop.MAX_BAD_STEPS - 1) + [good])

@@ -87,7 +87,7 @@ def test_standard_output_that_fails_ends_no_training(cli, tmp_path, monkeypatch,
 
 
 def test_a_stopped_training_keeps_its_exit_code_without_a_reader(cli, run, monkeypatch):
-    stop = Mock(side_effect=lambda loop: signal.raise_signal(signal.SIGTERM))
+    stop = Mock(side_effect=lambda: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(loop.TrainingLoop, "_step", stop)
     monkeypatch.setattr(sys, "stdout", Broken(PIPE))
     assert cli("train", "--resume", run, "--iters", 40).code == 128 + signal.SIGTERM
