@@ -14,6 +14,7 @@ graph. So the collectives need no timeout, and rank 0 may save or sample for as 
 import contextlib
 import datetime
 import gc
+import json
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ class World:
         raise NotImplementedError
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank. Waits until all have called it."""
+        """The values (of JSON) of all processes, by rank. Waits until all have called it."""
         return [value]
 
     def all_true(self, value: bool) -> bool:
@@ -154,9 +155,14 @@ class Torchrun(World):
         return total.view(-1)[:n]
 
     def gather(self, value: Any) -> list[Any]:
-        values = [None] * self.size
-        self.dist.all_gather_object(values, value)
-        return values
+        text = json.dumps(value, default=str).encode()  # PyTorch would pickle and unpickle it
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(text)
+        self.all_gather(lengths)
+        texts = torch.full((self.size, int(lengths.max())), ord(" "), dtype=torch.uint8)
+        texts[self.rank, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        self.all_gather(texts)
+        return [json.loads(bytes(row.tolist())) for row in texts]
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cuda":

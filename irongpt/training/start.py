@@ -149,7 +149,7 @@ def new_run(flags: Flags, clock: Clock, world: World, cleanup: ExitStack) -> Tra
     if not ("out" in flags or world.rank):
         run = claim_default(f"{text.name}-{setup.preset}", config)
         cleanup.callback(run.release)
-    path = world.gather(run.path)[0]
+    path = Path(world.gather(str(run.path))[0])
     if world.rank:
         run = ReadOnlyRunFolder(path, config)
     training = _training(run, setup, text, tokenizer, tokens, clock, world)

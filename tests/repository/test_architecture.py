@@ -31,6 +31,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / 
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 BANNED_METHODS = {"torch.load", "os.system", "os.popen"}
+UNPACKING = {"extractall", "unpack_archive", "all_gather_object", "broadcast_object_list"}
 PERSONAL_PATH = re.compile(r"/(?:home|Users|root|work|tmp/\w+)/\w|[A-Z]:\\+Users")
 
 
@@ -88,7 +89,7 @@ def dangers(source: ast.AST) -> list[str]:
         elif isinstance(node, ast.Attribute):
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             method = f"{owner}.{node.attr}"
-            if method in BANNED_METHODS or node.attr in ("extractall", "unpack_archive"):
+            if method in BANNED_METHODS or node.attr in UNPACKING:
                 found.append(method)
         elif isinstance(node, ast.keyword):
             value = getattr(node.value, "value", True)  # an expression may be true
@@ -200,7 +201,8 @@ def test_the_packages_do_not_run_what_they_read() -> None:
 
 BANNED = """import pickle / from pickle import loads / eval(x) / run = exec / os.system(x)
 import torch; torch.load(f) / from torch import load / np.load(f, allow_pickle=True)
-subprocess.run(x, shell=True) / subprocess.run(x, shell=flag) / archive.extractall(p)"""
+subprocess.run(x, shell=True) / subprocess.run(x, shell=flag) / archive.extractall(p)
+dist.all_gather_object(values, x)"""
 ALLOWED = "model.eval() / torch.compile(f) / json.load(f) / re.compile"
 
 
