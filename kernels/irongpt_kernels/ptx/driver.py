@@ -48,14 +48,13 @@ def _flatten(kind: Any, x: Any) -> list[Argument]:
     return [] if kind == "constexpr" else [(kind, x)]
 
 
-def _launch(kernel: Any, grid: Any, values: Any, options: Options, report: Report) -> None:
-    arch, name, ptx = kernel.metadata.target.arch, kernel.metadata.name, kernel.asm["ptx"]
-    assert arch == options.arch, f"{name} was compiled for sm_{arch}"
+def _launch(kernel: Any, grid: Any, values: Any) -> None:
+    options, report = _active[-1]
+    ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
     if options.change is not None:
-        ptx = options.change(name, ptx)
-    shared = kernel.metadata.shared
-    if shared > emulate.SHARED[arch]:
-        raise OutOfResources(shared, emulate.SHARED[arch], "shared memory")
+        ptx = options.change(kernel.metadata.name, ptx)
+    if shared > emulate.SHARED[options.arch]:
+        raise OutOfResources(shared, emulate.SHARED[options.arch], "shared memory")
     arguments = _flatten(tuple(kernel.src.signature.values()), values)
     execute(ptx, grid, arguments, shared, options, report)
 
@@ -76,8 +75,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
 
     def init(kernel: Any) -> None:
         def run(gx: int, gy: int, gz: int, stream: Any, function: Any, *rest: Any) -> None:
-            values = rest[-len(kernel.src.signature) :]  # after metadata and hooks
-            _launch(kernel, (gx, gy, gz), values, *_active[-1])
+            _launch(kernel, (gx, gy, gz), rest[-len(kernel.src.signature) :])  # without hooks
 
         if kernel._run is None:
             kernel._run, kernel.module, kernel.function = run, object(), object()

@@ -15,7 +15,6 @@ _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?"
     r"(\w+)(?:\[(\d+)\])?"
 )
-_LABEL = re.compile(r"^(\$?[A-Za-z_$][\w$]*):")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 # Of an instruction: its line number in the PTX, its line in the Python source, its text.
 Location = tuple[int, str, str]
@@ -101,16 +100,15 @@ def _statements(body: str, first_line: int) -> Iterator[tuple[str, int, str]]:
             where = found.group(1) if found else raw.strip()
             continue
         text = raw.split("//", 1)[0].strip()
-        if not text or text.startswith((".file", ".pragma")):
+        if text.startswith((".file", ".pragma")):
             continue
-        while not pending and (label := _LABEL.match(text)):
-            yield label.group(), n, where
-            text = text[label.end() :].strip()
         if not pending:
             start = n
-        pending = f"{pending} {text}".strip()
-        while ";" in pending:
-            one, pending = (part.strip() for part in pending.split(";", 1))
+            if text.endswith(":"):
+                yield text, n, where
+                continue
+        *ended, pending = (part.strip() for part in f"{pending} {text}".split(";"))
+        for one in ended:
             yield one, start, where
             start = n
     if pending:
