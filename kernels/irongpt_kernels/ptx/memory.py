@@ -61,11 +61,8 @@ class Memory(Threads):
         pitch = -(-self.shared_size // 128) * 128 + 128
         raw = np.full(pitch * self.n_cta, 0xA5, dtype=u1)
         self.shared = {size: raw.view(t) for size, t in UINT.items()}
-        self.words = dict(
-            param={size: params.view(t) for size, t in UINT.items()},
-            shared=self.shared,
-            **{"global": MEMORY},
-        )
+        viewed = {size: params.view(t) for size, t in UINT.items()}
+        self.words = {"param": viewed, "global": MEMORY, "shared": self.shared}
         self.shared_base = (self.cta * pitch).astype(i8)
         cells = pitch * self.n_cta // self.granule
         # Of each granule of shared memory: the warps that wrote and read it since the last barrier,
