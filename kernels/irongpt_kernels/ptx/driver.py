@@ -10,17 +10,9 @@ of it (`blocks`, `instructions`, `compute`), and runs the CTAs of the grid, some
 (`threads`, `memory`, `tensor_cores`), on the memory of the tensors. A CTA is a block of threads in
 CUDA's terms, and runs one Triton program.
 
-Modelled    every instruction in our kernels, on registers of the right width; all threads of a CTA,
-            with masks where they diverge; parameters at their byte offsets; shared memory of as
-            many bytes as the kernel requests; cp.async and wgmma with their groups. `memory` lists
-            the errors that are reported.
-Not done    ptxas and SASS (registers, spills, scheduling, and the fusing of mul and add that PTX
-            permits); the memory model, except for barriers (fences do nothing); timing. Between
-            barriers warps run in lockstep, or in one of two orders.
-Arithmetic  follows IEEE 754, as PTX specifies, but about one fma in 2^29 is off by an ulp. The
-            approximate instructions (ex2, rsqrt, div.full) give the exact value rounded, or
-            with noise=1 errors up to the bounds of the PTX ISA. For sums of tensor cores see
-            `Options`.
+kernels/README.md says what is executed and checked, how the arithmetic follows PTX, and what is not
+covered. ptxas may also fuse a mul and an add, which PTX permits, and about one fma in 2^29 of the
+emulator is off by an ulp.
 """
 
 import contextlib
