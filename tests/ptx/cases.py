@@ -4,6 +4,7 @@ The ops, their inputs and their calls come from `irongpt_kernels.op_specs`, most
 `irongpt_kernels.aot.shapes`, the layouts of inputs from `numerics`.
 """
 
+import math
 import mmap
 import re
 import time
@@ -105,24 +106,30 @@ def execute(case: Case, arch: int, **options: Any) -> Result:
 
 
 def compare(case: Case, result: Result, found: Tensors, inputs: Tensors) -> None:
-    """With eager, by the tolerance; integers have to be equal."""
+    """With eager, by the tolerance."""
     base, oracle = (case.run(eager, x) for x in (inputs, op_inputs.widened(inputs)))
+    for message, share in differences(found, base, oracle):
+        result.share = max(result.share, share)
+        result.problems += [message] * (share > 1)
+
+
+def differences(found: Tensors, base: Tensors, oracle: Tensors) -> Iterator[tuple[str, float]]:
+    """Each error in words, and its share of the tolerance. It is infinite for another dtype or
+    shape, for integers that are not equal, and for other places of infinities and NaN."""
     for name, x in found.items():
-        if x.dtype != base[name].dtype or x.shape != base[name].shape:
-            result.problems.append(f"{name} is {x.dtype} {tuple(x.shape)}")
+        y, z = base[name], oracle[name]
+        if x.dtype != y.dtype or x.shape != y.shape:
+            yield f"{name} is {x.dtype} {tuple(x.shape)}", math.inf
         elif not x.is_floating_point():
-            differ = int((x != base[name]).sum())
-            result.problems += [f"{differ} elements of {name} differ from eager's"] * (differ > 0)
+            if differ := int((x != y).sum()):
+                yield f"{differ} elements of {name} differ from eager's", math.inf
         elif x.numel():
-            if not torch.equal(x.isfinite(), oracle[name].isfinite()):
-                result.problems.append(f"{name} is not finite in the same places as eager's")
+            if not torch.equal(x.isfinite(), z.isfinite()):
+                yield f"{name} is not finite in the same places as eager's", math.inf
             factor = tolerance.GRADIENTS if name.startswith("d ") else tolerance.OUTPUTS
-            for norm, e in tolerance.errors(factor, x, base[name], oracle[name]).items():
-                share = e.candidate / e.bound if e.candidate else 0.0
-                result.share = max(result.share, share)
-                if not e.ok:
-                    message = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
-                    result.problems.append(message)
+            for norm, e in tolerance.errors(factor, x, y, z).items():
+                message = f"{name}: {norm} error {e.candidate:.3g}, tolerance {e.bound:.3g}"
+                yield f"{message}, eager's {e.eager:.3g}", e.share
 
 
 # The sets of cases -------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from irongpt_kernels.ptx import regions
+from irongpt_kernels.ptx.execute import Options, execute
 from irongpt_kernels.ptx.threads import Report
 from torch import Tensor
 
-from tests.ptx.text import run
+from tests.ptx.text import program, run
 
 I32 = torch.int32
 # %rd20 is the address of word i of the first parameter in thread i, %r1 that in shared memory.
@@ -136,28 +137,19 @@ def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
 
 
 def test_memory_that_is_stored_over_while_wgmma_reads_it() -> None:
-    body = """mov.b32 %r40, 0; mov.b64 %rd30, 0x4000000000080; add.s32 %r3, %r1, 0;
-    st.shared.b32 [%r3], 0; st.shared.b32 [%r3+512], 0; st.shared.b32 [%r3+1024], 0;
-    st.shared.b32 [%r3+1536], 0; bar.sync 0;
+    store = "".join(f"st.shared.b32 [%r1+{512 * i}], VALUE;" for i in range(4))
+    descriptor = 8 << 16 | 8 << 32  # 128 bytes from piece to piece
+    body = f"""{START} mov.b64 %rd30, {descriptor}; {store.replace("VALUE", "0")} bar.sync 0;
     wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
-        {%r40, %r41, %r42, %r43}, {%r50, %r51, %r52, %r53}, %rd30, 0, 1, 1, 0;
-    wgmma.commit_group.sync.aligned; WAIT bar.sync 0; st.shared.b32 [%r3], 1;
-    st.shared.b32 [%r3+512], 1; st.shared.b32 [%r3+1024], 1; st.shared.b32 [%r3+1536], 1;"""
-    wait = "wgmma.wait_group.sync.aligned 0;"
-    descriptor = f"mov.b64 %rd30, {0 | 8 << 16 | 8 << 32};"  # 128 bytes from piece to piece
-    body = body.replace("mov.b64 %rd30, 0x4000000000080;", descriptor)
-    x = torch.zeros(128, dtype=I32)
+        {{%r40, %r41, %r42, %r43}}, {{%r50, %r51, %r52, %r53}}, %rd30, 0, 1, 1, 0;
+    wgmma.commit_group.sync.aligned; WAIT bar.sync 0; {store.replace("VALUE", "1")}"""
+    wait, x = "wgmma.wait_group.sync.aligned 0;", torch.zeros(128, dtype=I32)
     options = dict(threads=128, shared=2048, arch="90a")
-    assert run(f"{START} {body.replace('WAIT', wait)}", x, **options).counts == {}
-    found = run(f"{START} {body.replace('WAIT', '')}", x, **options)
-    assert set(found.counts) == {"wgmma in flight"}
+    assert run(body.replace("WAIT", wait), x, **options).counts == {}
+    assert set(run(body.replace("WAIT", ""), x, **options).counts) == {"wgmma in flight"}
 
 
 def test_arguments_have_to_fit_the_parameters() -> None:
-    from irongpt_kernels.ptx.execute import Options, execute
-
-    from tests.ptx.text import program
-
     with pytest.raises(TypeError, match="arguments"):
         execute(program("", 2), (1, 1, 1), [("i32", 1)], 0, Options(), Report())
     with pytest.raises(TypeError, match="for i32"):
