@@ -80,22 +80,14 @@ def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Arr
 
 
 def maxf(a: Array, b: Array) -> Array:
-    """The larger number, or the one that is not NaN."""
-    return _signed_zero(np.fmax(a, b), a, b, np.bitwise_and)
+    """The larger number, or the one that is not NaN. -0 is less than +0; NumPy leaves that open."""
+    found, zero = np.fmax(a, b), (a == 0) & (b == 0)
+    return np.where(zero, a + b, found) if zero.any() else found
 
 
 def minf(a: Array, b: Array) -> Array:
     """The smaller number, or the one that is not NaN."""
-    return _signed_zero(np.fmin(a, b), a, b, np.bitwise_or)
-
-
-def _signed_zero(found: Array, a: Array, b: Array, pick: Callable[..., Array]) -> Array:
-    """Makes -0 less than +0, as in PTX; NumPy does not specify it."""
-    zero = (a == 0) & (b == 0)
-    if not zero.any():
-        return found
-    t = UINT[found.itemsize]
-    return np.where(zero, pick(a.view(t), b.view(t)).view(found.dtype), found)
+    return -maxf(-a, -b)
 
 
 def to_int(x: Array, dtype: Any) -> Array:

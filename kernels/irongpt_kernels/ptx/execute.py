@@ -130,8 +130,7 @@ def _run_together(code: Code, batch: Batch, registers: list[Any]) -> None:
     block, mask = 0, None
     position: Any = np.zeros(batch.n, dtype=np.int64)
     while block >= 0:
-        follows = code.functions[block](batch, registers, mask)
-        _count(code, batch, block, mask)
+        follows = _run_block(code, batch, registers, block, mask)
         if block in code.barriers:
             batch.bar((None, mask, code.barriers[block]))
         if mask is None and isinstance(follows, tuple) and (p := follows[0]).all() == p.any():
@@ -164,8 +163,7 @@ def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool)
             while (ready := (position >= 0) & ~waiting).any():
                 block = int(position[ready].min())
                 mask = ready & (position == block)
-                follows = code.functions[block](batch, registers, mask)
-                _count(code, batch, block, mask)
+                follows = _run_block(code, batch, registers, block, mask)
                 if block in code.barriers:
                     waiting = waiting | mask
                 if isinstance(follows, tuple):
@@ -176,5 +174,6 @@ def _run_warps(code: Code, batch: Batch, registers: list[Any], descending: bool)
             batch.bar((None, batch.alive, (0, "", "bar.sync")))
 
 
-def _count(code: Code, batch: Batch, block: int, mask: Array | None) -> None:
+def _run_block(code: Code, batch: Batch, registers: list[Any], block: int, mask: Any) -> Any:
     batch.report.instructions += code.sizes[block] * len(batch.warps(mask))
+    return code.functions[block](batch, registers, mask)

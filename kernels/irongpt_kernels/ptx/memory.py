@@ -196,13 +196,7 @@ class Memory(Threads):
         return list(out)
 
     def st(
-        self,
-        space: str,
-        address: Array,
-        values: list[Array],
-        size: int,
-        float32: bool,
-        at: Site,
+        self, space: str, address: Array, values: list[Array], size: int, float32: bool, at: Site
     ) -> None:
         """float32: whether the values are known to be float32."""
         infinity = NO_NAN if float32 else self.launch.infinity
@@ -247,12 +241,7 @@ class Memory(Threads):
             warps.reshape(self.n_cta, -1)[ctas] = 0
 
     def _matrices(
-        self,
-        address: Array,
-        count: int,
-        threads: Array,
-        at: Site,
-        rows: Array | None = None,
+        self, address: Array, count: int, threads: Array, at: Site, rows: Array | None = None
     ) -> Array | None:
         """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
         8 i + 7 have the addresses of the rows of matrix i.

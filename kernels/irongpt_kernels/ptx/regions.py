@@ -9,7 +9,7 @@ from irongpt_kernels.ptx.arithmetic import i4, i8, u4
 LARGE = 1 << 26  # bytes; of a larger storage, pieces are listed instead of mapped byte by byte
 NO_CTA, SEVERAL = -1, -2
 
-Span = tuple[int, int, "np.ndarray | None"]  # address, bytes, mask of the legal bytes (None: all)
+Span = tuple[int, np.ndarray]  # an address, and which bytes from there on are legal
 
 
 class Regions:
@@ -21,15 +21,14 @@ class Regions:
     def __init__(self, tensors: list[Tensor], granule: int) -> None:
         self.granule = granule
         spans = _spans(tensors)
-        self.starts = np.array([start for start, _, _ in spans], dtype=i8)
-        self.sizes = np.array([size for _, size, _ in spans], dtype=i8)
+        self.starts = np.array([start for start, _ in spans], dtype=i8)
+        self.sizes = np.array([len(legal) for _, legal in spans], dtype=i8)
         cells = -(-self.sizes // granule) + 16
         self.first_cell = np.concatenate([[0], np.cumsum(cells)[:-1]]).astype(i8)
         end = int(cells.sum())
         self.legal = np.zeros(end, dtype=bool)
-        for at, (_, size, some) in zip(self.first_cell, spans, strict=True):
-            legal = np.ones(size, dtype=bool) if some is None else some
-            padded = np.pad(legal, (0, -size % granule)).reshape(-1, granule)
+        for at, (_, legal) in zip(self.first_cell, spans, strict=True):
+            padded = np.pad(legal, (0, -len(legal) % granule)).reshape(-1, granule)
             self.legal[at : at + len(padded)] = padded.any(1)
         self.writer = np.full(end, NO_CTA, dtype=i4)  # a CTA
         self.reader = np.full(end, NO_CTA, dtype=i4)  # a CTA, or SEVERAL
@@ -62,9 +61,8 @@ def _spans(tensors: list[Tensor]) -> list[Span]:
             cells.as_strided(t.size(), t.stride(), t.storage_offset()).fill_(True)
             some = np.repeat(cells.numpy(), t.itemsize)
             legal[: len(some)] |= some
-    spans: list[Span] = [(start, size, None) for start, size in _union(pieces)]
-    spans += [(start, len(legal), legal) for start, legal in found.items()]
-    return sorted(spans, key=lambda span: span[0]) or [(4096, 0, None)]
+    found |= {start: np.ones(size, dtype=bool) for start, size in _union(pieces)}
+    return sorted(found.items()) or [(4096, np.zeros(0, dtype=bool))]
 
 
 def _union(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
