@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,15 @@ COUNTS = dict(ops=10_000, ptx=1_000, checkpoints=10_000, inputs=0, kill=200, dis
 EVERY_CASES, EVERY_SECONDS = 1000, 60.0  # between two lines
 
 
-def cases(
-    name: str, seed: int, numbers: Any, folder: Path, first: int = 0
-) -> Iterator[tuple[int, str]]:
-    """Runs the cases with these numbers, and yields the number and the kind of each that passed.
-
-    numbers: None for those from `first` on of a campaign that has an end. A case that fails raises.
-    """
+def cases(name: str, seed: int, numbers: Iterable[int], folder: Path) -> Iterator[tuple[int, str]]:
+    """Runs the cases with these numbers, up to the last one of a campaign that has an end, and
+    yields the number and the kind of each that passed. A case that fails raises."""
     module = importlib.import_module(f"tests.campaign.{name}")
     with contextlib.ExitStack() as stack:
         case = module.Case(folder, stack)
-        for number in range(first, case.count) if numbers is None else numbers:
+        for number in numbers:
+            if number == getattr(case, "count", None):
+                return
             yield number, case(random.Random(f"{seed} {number}"), number)
 
 
@@ -71,34 +69,31 @@ def main(argv: list[str] | None = None) -> int:
         if (state["name"], state["seed"]) != (args.name, args.seed):
             parser.error(f"{args.resume} is of campaign {state['name']}, seed {state['seed']}")
     n = COUNTS[args.name] if args.n is None else args.n
-    numbers = None if n == 0 else range(state["done"], n)
-    if args.only is not None:
-        numbers = [args.only]
+    numbers = range(state["done"], n or sys.maxsize) if args.only is None else [args.only]
     return run(args, state, numbers)
 
 
-def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
+def run(args: argparse.Namespace, state: dict[str, Any], numbers: Iterable[int]) -> int:
     """Runs the cases, prints the progress and saves it in args.resume."""
     kinds = collections.Counter(state["kinds"])
-    start, reported, before = time.perf_counter(), time.monotonic(), state["seconds"]
-    code, at = 0, state["done"]
+    start = reported = time.monotonic()
+    code, at, before = 0, state["done"], state["seconds"]
 
-    def tell(what: str) -> None:
-        state.update(done=at, seconds=before + time.perf_counter() - start, kinds=kinds)
-        print(f"{args.name}, seed {args.seed}: {at:,} cases {what}, {state['seconds']:,.0f} s")
-        sys.stdout.flush()
+    def tell() -> None:
+        state.update(done=at, seconds=before + time.monotonic() - start, kinds=kinds)
+        text = f"{args.name}, seed {args.seed}: {at:,} cases passed, {state['seconds']:,.0f} s"
+        print(text, flush=True)
         if args.resume:
             args.resume.write_text(json.dumps(state))
 
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            for number, kind in cases(args.name, args.seed, numbers, folder, first=at):
+            for number, kind in cases(args.name, args.seed, numbers, Path(folder)):
                 kinds[kind] += 1
                 at = number + 1
                 late = time.monotonic() - reported > EVERY_SECONDS
                 if late or at % EVERY_CASES == 0:
-                    tell("passed")
+                    tell()
                     reported = time.monotonic()
         except KeyboardInterrupt:
             code = 130
@@ -108,7 +103,7 @@ def run(args: argparse.Namespace, state: dict[str, Any], numbers: Any) -> int:
             print(f"FAULT in case {at}; again: python -m tests.campaign {args.name} "
                   f"--seed {args.seed} --only {at}")  # fmt: skip
             code = 1
-    tell("passed")
+    tell()
     for kind, count in sorted(kinds.items()):
         print(f"    {count:6,}  {kind}")
     return code

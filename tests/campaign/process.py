@@ -19,7 +19,6 @@ import torch
 from conftest import make_quick, write_text
 
 from irongpt.cli import main
-from irongpt.config import PRESETS
 
 FORK = multiprocessing.get_context("fork")
 SECONDS = 1200.0  # of a command: a hang, also on a machine that is busy with other work
@@ -110,7 +109,6 @@ def _serve(pipe: Any, folder: Path, before: Any, memory: int, streams: Any, more
     faulthandler.enable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the campaign has a handler
     make_quick(pytest.MonkeyPatch())
-    PRESETS["nano"].train["eval_windows"] = 8
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
