@@ -20,6 +20,7 @@ from irongpt_kernels import Ops
 from numerics import FUNCTIONS
 
 from benchmarks.measure import result_file
+from tests.mutants import run as mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 IRONGPT = sorted(ROOT.glob("irongpt/**/*.py"))
@@ -271,3 +272,7 @@ def test_a_wheel_has_every_folder_with_sources() -> None:
 
 def test_results_are_in_the_folder_that_the_pages_name() -> None:
     assert result_file.FOLDER == ROOT / "benchmarks" / "results"
+
+
+def test_every_injected_bug_and_its_tests_exist() -> None:
+    assert mutants.problems() == []
