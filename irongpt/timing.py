@@ -185,7 +185,8 @@ def interleaved(
                 full = bool(ready) and isinstance(e, torch.cuda.OutOfMemoryError)
                 if not full:
                     failed(name, e)
-            free(device)  # the exception, which refers to the call's tensors, is gone by now
+            if name not in ready:
+                free(device)  # the exception, which refers to the call's tensors, is gone by now
             if full:
                 break
             waiting.remove(name)

@@ -7,6 +7,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_providers_that_do_not_fit_together_are_measured_in_groups() -> None:
     assert found.pop("huge") == "out of memory"
     assert {name: t.group for name, t in found.items()} == dict(a=0, b=0, c=1, d=2)
     assert all(len(t.samples) == 2 for t in found.values())
+
+
+def test_memory_is_freed_after_a_failure_and_a_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take memory from those that are ready, which they would allocate again in a sample,
+    and the time of a garbage collection for each of hundreds of candidates."""
+    free = Mock()
+    monkeypatch.setattr(timing, "free", free)
+    good = {"a": lambda i: None, "b": lambda i: None}
+    timing.measure(good, 1, CPU, rounds=1)
+    assert free.call_count == 1
+    timing.measure(good | {"c": Mock(side_effect=RuntimeError)}, 1, CPU, rounds=1)
+    assert free.call_count == 3
 
 
 def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
