@@ -103,10 +103,10 @@ class Watch:
         if self.before is not None:
             self.thread.start()
 
-    def end(self) -> None:
-        """Looks once more."""
+    def end(self, wait: bool) -> None:
+        """Ends the thread, which looks once more. wait: until it has done so."""
         self.ended.set()
-        if self.thread.is_alive():
+        if wait and self.thread.is_alive():
             self.thread.join()
 
     def report(self) -> State:

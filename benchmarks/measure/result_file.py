@@ -140,9 +140,9 @@ class Section:
         save(self.path, self.name, self.values)
 
     def __exit__(self, *exc: object) -> None:
-        if (e := exc[1]) is None:
-            self.watch.end()
-        else:  # the time may be short
+        e = exc[1]
+        self.watch.end(wait=e is None)  # after an error the time may be short
+        if e is not None:
             self.values["ended_by"] = f"{type(e).__name__}: {e}"[:300]
         self.put()
         if e is None:

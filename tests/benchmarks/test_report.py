@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.measure import result_file
+from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import Accuracy, DecodeRow, KernelRow, NanoRow, RunRow, StepRow, short
 from benchmarks.ops.cases import MODES
 from benchmarks.ops.providers import NAMES
@@ -126,7 +126,11 @@ def test_several_commands_fill_a_file_and_repeated_ones_another(tmp_path: Path, 
     assert result_file.load(named.result)["train"]["x"] == 1
 
 
-def test_results_before_an_error_are_kept(tmp_path: Path, capsys) -> None:
+def test_results_before_an_error_are_kept_and_the_gpu_is_no_longer_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    state = dict(sm_mhz=345, watt=73.0, celsius=None, throttled_by=None)
+    monkeypatch.setattr(environment, "state", lambda device: state)
     section = result_file.Section("runs", CPU, options(tmp_path))
 
     def measured() -> None:
@@ -136,7 +140,10 @@ def test_results_before_an_error_are_kept(tmp_path: Path, capsys) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         measured()
+    section.watch.thread.join(timeout=10)
+    assert not section.watch.thread.is_alive()
     values = result_file.load(section.path)["runs"]
+    assert values["state"]["before"] == state
     assert values["rows"] == [RunRow(run="fast")]
     assert values["ended_by"].startswith("KeyboardInterrupt")
     assert capsys.readouterr().out == ""
