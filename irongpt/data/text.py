@@ -149,18 +149,20 @@ def _codec_by_nuls(raw: Utf8) -> str | None:
 
 
 def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
-    """The content of gzip's format, or `raw` if it is anything else. Ends early above the limit."""
+    """The content of gzip's format, or `raw` if it is anything else. Ends early above the limit.
+    Bytes after the last member are left out, as by gzip."""
     if not raw.startswith(GZIP):
         return raw
     result = bytearray()
     try:
         with gzip.open(io.BytesIO(raw)) as file:
-            while len(result) <= limit and (chunk := file.read(CHUNK)):
+            while len(result) <= limit and (chunk := file.read1(CHUNK)):
                 result += chunk
     except EOFError as e:
         raise NotTextError(f"{name} is compressed (gzip), and its end is missing", "damaged") from e
     except (OSError, zlib.error) as e:
-        raise NotTextError(f"{name} is compressed (gzip), and damaged: {e}", "damaged") from e
+        if not str(e).startswith("Not a gzipped file"):  # as `raw` starts: a later member is none
+            raise NotTextError(f"{name} is compressed (gzip), and damaged: {e}", "damaged") from e
     return result
 
 

@@ -187,6 +187,8 @@ def test_gzip_is_unpacked(content: bytes, chunk: int, members: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_module, "CHUNK", chunk)
         assert unpacked(raw, "'file'", 10**6) == content * members
+        for rest in (bytes(9), b"\x1f", b"garbage"):
+            assert unpacked(raw + rest, "'file'", 10**6) == content * members
         for cut in (len(raw) - 1, len(raw) - 9):
             with pytest.raises(UserError, match="its end is missing"):
                 unpacked(raw[:cut], "'file'", 10**6)
