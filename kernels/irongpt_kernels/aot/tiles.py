@@ -17,12 +17,8 @@ may be masked. There the time of the units of an SM is compared with the time of
 traffic (keys and values are read once per query tile) and of the DRAM traffic (which is the same
 for all tiles).
 
-`attention_tiles.default_tiles` has a tile from the top of these lists that does not spill at any
-head dimension, with dropout or without.
-
-The model is a lower bound for units that work in parallel. It ignores latency, bank conflicts
-and dependences. The rates of L2, and of HMMA on sm_90, are guesses. Tiles within a
-fifth of each other may be in another order on a GPU, which `irongpt tune` measures.
+The model ignores what `sass.clocks` does. The rates of L2, and of HMMA on sm_90, are guesses. Tiles
+within a fifth of each other may be in another order on a GPU, which `irongpt tune` measures.
 """
 
 import argparse

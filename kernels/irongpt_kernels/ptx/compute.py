@@ -180,19 +180,19 @@ class Arithmetic(Operands):
 
     def op_setp(self, ins: Instruction, mods: Mods, a: Args) -> None:
         """With f16x2 there is a result for each half; else a second result is the negated first."""
-        (compare, *more, dtype), results = mods, a[0].split("|")
-        self.require(not {*more} - {"ftz"}, ins)
+        compare, *more, dtype = mods
         if dtype in _HALVES:
             self.require(not more, ins)
             pairs = zip(*(self.widened(x, dtype) for x in a[1:3]), strict=True)
-            for reg, (x, y) in zip(results, pairs, strict=True):
-                self.set(reg, _COMPARE_FLOATS[compare].format(x=x, y=y), "b", ins)
-            return
-        form, bits = self.typed(dtype)
-        x, y = self.operands(more, a[1:3], form, bits)
-        table = _COMPARE_FLOATS if form == "f" else _COMPARE
-        result = self.temporary(table[compare].format(x=x, y=y))
-        for reg, expression in zip(results, (result, f"~{result}"), strict=False):
+            found = [_COMPARE_FLOATS[compare].format(x=x, y=y) for x, y in pairs]
+        else:
+            self.require(not {*more} - {"ftz"}, ins)
+            form, bits = self.typed(dtype)
+            x, y = self.operands(more, a[1:3], form, bits)
+            table = _COMPARE_FLOATS if form == "f" else _COMPARE
+            found = [self.temporary(table[compare].format(x=x, y=y))]
+            found.append(f"~{found[0]}")
+        for reg, expression in zip(a[0].split("|"), found, strict=False):
             self.set(reg, expression, "b", ins)
 
     def op_cvt(self, ins: Instruction, mods: Mods, a: Args) -> None:

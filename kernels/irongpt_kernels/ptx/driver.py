@@ -30,6 +30,7 @@ from irongpt_kernels.ptx.execute import Argument, Options, execute
 from irongpt_kernels.ptx.threads import Report
 from irongpt_kernels.runtime import emulate, fake_driver, launch
 
+_SMS = 2  # that the launchers see, which decides how many programs share the rows
 _DEVICES = 1000  # from this device number on, kernels are compiled to PTX only
 
 
@@ -55,10 +56,9 @@ _active: list[tuple[Options, Report]] = []  # the `emulating` blocks that are ac
 
 
 @contextlib.contextmanager
-def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
+def emulating(arch: int, **options: Any) -> Iterator[Report]:
     """A context in which launches on CPU tensors execute the PTX of the kernel.
 
-    sms: the number of SMs that the launchers see, which decides how many programs share the rows.
     options: see `Options`. Raises RuntimeError in a process with TRITON_INTERPRET=1.
     """
     if launch.INTERPRETED:
@@ -81,7 +81,7 @@ def emulating(arch: int, sms: int = 2, **options: Any) -> Iterator[Report]:
             patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),
             patch.object(launch, "EXECUTED_PTX_ARCH", arch),
-            patch.object(launch, "num_sms", lambda device: sms),
+            patch.object(launch, "num_sms", lambda device: _SMS),
         ):
             yield report
     finally:
