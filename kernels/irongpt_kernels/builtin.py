@@ -1,4 +1,4 @@
-"""Every op with PyTorch's own functions, if there are any: the model's default, and our baseline.
+"""Every op with PyTorch's own functions where it has them: the model's default, and our baseline.
 
 The contract is that of `eager`, unless a docstring says otherwise, except for dropout: PyTorch's
 global generator decides which elements are dropped, and the seed is ignored.
@@ -161,7 +161,7 @@ def muon_momentum(
 ) -> Tensor:
     """See `eager.muon_momentum`."""
     _, grad_scale, found_inf = GradStats(*stats)
-    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # a 0-d float32 would not promote 16 bits
+    g = torch.stack(grads) / grad_scale.view(1, 1, 1)  # 0-d would not promote 16-bit ones
     g.masked_fill_(found_inf > 0, 0)
     momentum.lerp_(g, (1 - beta) * (1 - found_inf))
     nesterov = g.lerp_(momentum, beta)

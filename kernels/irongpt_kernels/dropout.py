@@ -10,13 +10,13 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             serve 16 elements, or 8 in attention if a warp holds only 16 rows of a tile. On a T4 a
             call for each element would take longer than the attention's memory traffic.
 Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
-            GPU thread. In attention the elements of a warp that share a call lie in one
-            thread: the accumulator of a tensor core gives a thread the rows r + 8i and the columns
-            c + 8j and c + 1 + 8j, where r and c depend on the thread and i and j count from 0. This
-            holds for a tile of scores and for its transpose, which the backward uses. So a call
-            serves the 4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile, and another call those of
-            column c + 1. In dropout before a residual add, a call covers columns 16j to 16j + 15 of
-            a row. A thread holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it
+            GPU thread. In attention the elements of a warp that share a call lie in one thread: the
+            accumulator of a tensor core gives a thread the rows r + 8i and the columns c + 8j and
+            c + 1 + 8j, where r and c depend on the thread and i and j count from 0. This holds for
+            a tile of scores and for its transpose, which the backward uses. So a call serves the
+            4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile, and another call those with c + 1 in
+            place of c. In dropout before a residual add, a call covers columns 16j to 16j + 15 of a
+            row. A thread holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it
             uses 8 or 4 of the 16 bytes; other threads repeat the call.
 Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
             0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are

@@ -121,7 +121,7 @@ def linear_cross_entropy(
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
     will pass to the loss. It affects only the rounding: `fused` computes the gradients, times
     loss_scale, together with the loss, so that small ones do not underflow in float16. Without it
-    `fused` takes 1 or, in float16, 1,024, with which gradients beyond 64 overflow.
+    `fused` takes 1. In float16 it takes 1,024, so that gradients beyond 64 overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -224,7 +224,7 @@ def grad_stats(
     scaled_norm: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor,
     max_norm: float, growth_interval: int,
 ) -> Tensor:  # fmt: skip
-    """The rest of `grad_norm`, from the norm of the scaled gradients on."""
+    """The rest of `grad_norm`, given the norm of the scaled gradients."""
     norm = scaled_norm / scale
     not_finite = ~norm.isfinite()
     grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)
@@ -416,7 +416,7 @@ def sample_tokens(
 def inverse_temperature_and_k(
     V: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[float, int]:
-    """1 / temperature, limited to float32, and the k of top-k. Raises as `sample_tokens`."""
+    """1 / temperature (at most MAX_INVERSE) and top_k; 1 and 1 for 0. Raises as `sample_tokens`."""
     if not 1 <= V <= MAX_V:
         raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {V:,}")
     if not 0 <= temperature < math.inf:

@@ -26,12 +26,12 @@ from irongpt_kernels.op_inputs import RING_SIZE, TOP_K, Input, Shape, Sizes, Ten
 class OpSpec:
     """The description of an op.
 
-    inputs(shape): each `Input` by name. size(shape): the shape for a table. outputs: result names.
+    inputs(shape): each `Input` by name. size(shape): the shape as text. outputs: result names.
     kind: "layer" for an op with a gradient, "optimizer", "token" for an op of a decoding step.
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that are updated in place, and so results: `params` means all `*.params`.
+    changes: inputs that `run` updates in place and returns. `params` means all `*.params`.
     functions: those of `Ops` that only this entry describes, by default `name`.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.

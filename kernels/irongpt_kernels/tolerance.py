@@ -48,10 +48,10 @@ class Errors(NamedTuple):
 
 
 def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
-    """A unit in the last place of a value of this magnitude, plus the smallest subnormal number.
+    """One or two units in the last place of this magnitude, plus the smallest subnormal number.
 
-    Eager can be exact by chance (one position, equal rows), but a candidate has to round its result
-    at least once. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
+    Eager can be exact by chance, for example at T = 1, but a candidate has to round its result at
+    least once. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
     """
     info = torch.finfo(dtype)
     return info.eps * magnitude + info.smallest_normal * info.eps

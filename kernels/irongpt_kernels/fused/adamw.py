@@ -50,7 +50,7 @@ def _store(address, offsets, x, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _correction(t, log_beta):
-    """1 - beta^t for t > 0, near 0 by the series of expm1, since a subtraction loses digits."""
+    """1 - beta^t for t > 0. If small, from the series of expm1: a subtraction would lose digits."""
     x = t * log_beta  # never positive
     series = 1.0 + x * (1.0 / 10)
     for i in tl.static_range(9, 1, -1):
@@ -61,15 +61,15 @@ def _correction(t, log_beta):
 @triton.jit
 def _adamw_kernel(
     grads, weights, low_precision_params, exp_avgs, exp_avg_sqs, firsts, sizes, decays,
-    steps_ptr, lr_ptr, stats_ptr, beta1, one_minus_beta1, log1, beta2, one_minus_beta2, log2, eps,
+    steps_ptr, lr_ptr, stats_ptr,
+    beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps,
     N: tl.constexpr, N_16BIT: tl.constexpr, N_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
     weights: the parameters (Triton does not accept an argument named params). firsts: the id of the
-    first program of each tensor. sizes: the number of elements of each tensor. log1: log(beta1),
-    likewise for beta2. steps_ptr points to the number of steps of the first tensor, and stats_ptr
-    to the result of `grad_norm`.
+    first program of each tensor. sizes: the number of elements of each tensor. steps_ptr points to
+    the number of steps of the first tensor, and stats_ptr to the result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)
@@ -102,8 +102,8 @@ def _adamw_kernel(
         v = beta2 * load(v_at, offsets, mask, tl.float32) + one_minus_beta2 * (g * g)
         p = load(p_at, offsets, mask, tl.float32)
         p -= lr * decay * p
-        denominator = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(_correction(t, log2))) + eps
-        p -= tl.div_rn(tl.div_rn(lr, _correction(t, log1)) * m, denominator)
+        denominator = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(_correction(t, log_beta2))) + eps
+        p -= tl.div_rn(tl.div_rn(lr, _correction(t, log_beta1)) * m, denominator)
         _store(m_at, offsets, m, mask, tl.float32)
         _store(v_at, offsets, v, mask, tl.float32)
         _store(p_at, offsets, p, mask, tl.float32)

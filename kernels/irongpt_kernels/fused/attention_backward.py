@@ -10,15 +10,15 @@ With P, keep, m and l as in `attention`, the backward computes for each row
 where delta, one number per row, is sum_j Z_j dZ_j. That sum equals dot(dO, O), so the kernel takes
 it from the outputs; only in float32 a pass over the keys corrects it (see Precision).
 
-At short contexts in 16 bits `attention_head_backward` can replace these kernels: by default on
-sm_90, for D up to 64.
+At short contexts in 16 bits `attention_head_backward` can replace these kernels; by default it does
+so only on sm_90 (see `attention_tiles.default_head_options`).
 
 Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a program for each query
             tile and computes delta and dQ; the second has one for each key tile and computes dK and
             dV. No two programs add to the same gradient, so every run gives the same bits. Both
             kernels recompute P = 2^(S - m) / l, where S and m carry the factor log2(e), and the
-            dropout mask. The two kernels therefore compute seven matmuls, where one kernel that
-            adds dQ by atomics computes five.
+            dropout mask. The two kernels therefore compute seven matmuls (in float32 nine), where
+            one kernel that adds dQ by atomics computes five.
 Diagonal    As in the forward, tiles that the diagonal crosses have a separate, masked loop.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
             The second kernel reads q, k, v and dout again, which makes 12 B H T D. Each tile of
@@ -29,7 +29,7 @@ Precision   Accumulators and dS are in float32; Z and dS are rounded to the inpu
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
             underflow in float16. With x = dZ keep / (1 - p), dS = P (x - sum P x), so that
             |dS| <= (max x - min x) / 4 over the row: it overflows in float16 no earlier than x.
-            Each row of dS sums to 0. If one key has nearly all of the weight, each dS is a
+            Each row of dS sums to 0. If one key has nearly all of the weight, its dS is a
             difference of nearly equal numbers, and the different rounding of dot(dO, O) and dZ
             becomes visible in float32. So in float32 a first pass over the keys computes the sum of
             dS and adds it to delta. Row 0 sees only one key, so its dS is set to exactly 0.

@@ -13,8 +13,8 @@ Diagonal    With SPLIT (T > BLOCK_M / 2 >= 16 num_warps) there are two loops:
             all queries with the first half of the keys, then the second half of the queries with
             the second half of the keys, which no other query sees. So 3/4 of the scores are
             computed. Without SPLIT one loop computes all of them. Every tile is masked.
-Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements, where the pair
-            moves 12, and m and log2(l). The second half of q and dout is read again, from cache.
+Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements (the pair moves
+            12), and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
             log2, which saves a multiplication per element. 1 / (1 - p) and Z are <= 256.

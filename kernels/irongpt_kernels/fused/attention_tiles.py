@@ -101,8 +101,8 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     each warp reads the complete right operand of every matmul. (On sm_90 an asynchronous matmul,
     wgmma, reads it once for four warps.) By the cost model of `aot.tiles`, these reads take longer
     at 256 positions than the DRAM traffic of the pair, so the pair is the default on sm_80. On
-    sm_90 it is the default for D above 64, and above 128 positions if D <= 32, where dK and dV
-    cannot use wgmma. On sm_75 the 64 KB of shared memory hold too little of a head.
+    sm_90 the pair is the default for D above 64, and above 128 positions if D <= 32, where dK and
+    dV cannot use wgmma. On sm_75 the 64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None

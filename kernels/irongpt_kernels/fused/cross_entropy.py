@@ -13,10 +13,11 @@ Traffic     The forward reads x: MV elements. The backward reads x and writes dx
 Parallelism In the forward a program handles BLOCK_M rows and loops over V in blocks of BLOCK_N; the
             sum is rescaled whenever m grows. The program stores the sum of its rows' losses and the
             number of rows that are not ignored; one program of a second kernel then adds these
-            partial results in order. The backward needs no reduction and has one program per tile.
+            partial results in a fixed order. The backward needs no reduction and has one program
+            per tile.
 Precision   float32 between load and store. m and rest are stored separately, because a float32
-            m + log(sum) would limit the precision of p to the last digit of m. For a confident row
-            (p_t near 1) a sum without the true class gives the loss as log1p(rest) and p_t - 1 as
+            m + log(sum) would limit the precision of p to the last digit of m. As rest leaves out
+            the true class, a confident row (p_t near 1) has the loss log1p(rest), and p_t - 1 is
             -rest / (rest + exp(x_t - m)), both without cancellation.
 Limits      On the CPU a target outside [0, V) that is not ignore_index raises ValueError. On a GPU
             that check would make the host wait; the loss and the gradient of that row become NaN

@@ -27,7 +27,7 @@ from torch import Tensor
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-TILE = 16_384  # elements of a tile of keys: 64 per thread
+TILE = 16_384  # elements of a tile of keys in 16 bits, 64 per thread; float32 has half
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from irongpt_kernels import eager
 from irongpt_kernels.fused.gelu import gelu as gelu_op
-from irongpt_kernels.fused.gelu import logistic
+from irongpt_kernels.fused.gelu import gelu_factors
 from irongpt_kernels.fused.layer_norm import layer_norm
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
@@ -77,7 +77,7 @@ def _fwd_kernel(
         if GELU:
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-            s, _, _ = logistic(y)
+            s, _, _ = gelu_factors(y)
             y = y * s
         if residual_ptr is not None:
             y += tl.load(residual_ptr + at * residual_stride + n, mask=n < N).to(tl.float32)
@@ -109,7 +109,7 @@ def decode_linear_fwd(
 
 
 def _launch_options(N: int, K: int) -> dict[str, int]:
-    """Tiles small enough that the weight of a small model occupies all SMs of a large GPU."""
+    """Small tiles, so that even the weight of a small model occupies many SMs."""
     BLOCK_K = launch.block(K)
     BLOCK_N = 8 if N >= 1024 and BLOCK_K <= 1024 else 4
     if launch.INTERPRETED:  # its time grows with the number of programs

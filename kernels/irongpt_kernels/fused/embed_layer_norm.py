@@ -14,9 +14,9 @@ Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; th
 Parallelism The forward is that of `layer_norm`. For dwte a program searches a part of the ids for
             one token, and adds BLOCK_N columns of the rows of g that belong to it, so that a
             frequent token has several programs. `column_sums` adds their partial sums and, in the
-            same launch, the rows of g for dwpe. The search compares V M ids, so for a vocabulary
-            larger than MAX_V PyTorch's kernels compute both gradients: dwte by sorting the ids, in
-            about 8 launches.
+            same launch, the rows of g for dwpe. The search compares V M ids for each block of
+            columns, so for a vocabulary larger than MAX_V PyTorch's kernels compute both gradients:
+            dwte by sorting the ids, in about 8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from x after it is rounded to its dtype.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would
@@ -37,7 +37,7 @@ from irongpt_kernels.fused.norm_parameters import column_sums, norm_gradients
 from irongpt_kernels.runtime import checks, launch
 from irongpt_kernels.runtime.custom_op import custom_op
 
-MAX_V = 512  # tokens; with more, a sort costs less than V M comparisons
+MAX_V = 512  # tokens; with more, a sort costs less than the search
 PART = 1024  # ids that a program of the backward searches; more if the parts would exceed MAX_PARTS
 MAX_PARTS = 64
 BLOCK_M = 16  # ids that a program of the backward loads at a time

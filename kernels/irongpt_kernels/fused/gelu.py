@@ -13,9 +13,9 @@ Parallelism One program per tile, except in a backward with dbias: there P progr
             of each block of columns, each accumulates dbias in registers, and the (P, N) partial
             sums are added afterwards.
 Precision   float32 between load and store. s is computed from exp(-|2u|), which cannot overflow,
-            and s (1 - s) without a subtraction, so that both keep all digits for large negative z,
-            where 1 + tanh u loses them.
-Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+            and s (1 - s) without a subtraction, so that for large negative z neither loses digits
+            by cancellation, as 1 + tanh u would.
+Limits      x and dy are used as matrices with any strides; a tensor whose leading dimensions do
             not collapse to one stride is copied first.
 Spec        irongpt_kernels/eager.py::gelu
 """
@@ -36,8 +36,8 @@ PROGRAMS_PER_SM = 8  # of a backward with dbias; fewer programs mean fewer parti
 
 
 @triton.jit
-def logistic(z):
-    """Returns s = logistic(2u), s (1 - s) and 2 du/dz."""
+def gelu_factors(z):
+    """Returns s, s (1 - s) and 2 du/dz for z, as in the module's docstring."""
     # For |z| > 30, s is 0 or 1 in float32, and z^3 could overflow. tl.where keeps a NaN.
     z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))
     u2 = 1.5957691216057308 * z * (1.0 + 0.044715 * z * z)  # 2 sqrt(2/pi)
@@ -60,7 +60,7 @@ def _fwd_kernel(
     z = z.to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    s, _, _ = logistic(z)
+    s, _, _ = gelu_factors(z)
     tl.store(y_ptr + rows * N + cols, z * s, mask=mask)
 
 
@@ -83,7 +83,7 @@ def _bwd_kernel(
         if bias_ptr is not None:
             z += bias
         dy = tl.load(dy_ptr + rows * dy_strides[0] + cols * dy_strides[1], mask=mask, other=0.0)
-        s, slope, du2 = logistic(z)
+        s, slope, du2 = gelu_factors(z)
         dx = dy.to(tl.float32) * (s + z * slope * du2)
         tl.store(dx_ptr + rows * N + cols, dx, mask=mask)
         dbias += dx

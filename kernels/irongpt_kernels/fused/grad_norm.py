@@ -13,8 +13,8 @@ Traffic     reads every gradient: 2 or 4 bytes per weight. sum_shards reads thos
 Parallelism A program handles BLOCK elements of one tensor. The addresses of all tensors are kernel
             arguments, so no table is copied to the device, and the tensors may lie anywhere. A
             program selects its tensor by its program id. Every program stores a partial sum, and
-            one program of a second kernel adds those in order. This takes two launches for up to 48
-            tensors, and one more for shards.
+            one program of a second kernel adds those in a fixed order. This takes two launches for
+            up to 48 tensors, and one more for shards.
 Precision   float32. The square of a gradient above 1.8e19 overflows to infinity and sets found_inf.
 Limits      Gradients are float32 or of one 16-bit dtype. They are copied unless they are contiguous
             and their address is a multiple of 16, which PyTorch's allocator ensures. Shards are
@@ -57,10 +57,10 @@ def load_gradient(
     address, offsets, mask, is_16bit,
     SOME_16BIT: tl.constexpr, SOME_FLOAT32: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Returns a gradient in float32. is_16bit: whether it has `dtype`, else float32. The loads of
-    the other kind are masked off, so each element is read once.
+    """Returns a gradient in float32. is_16bit: whether its dtype is `dtype`, otherwise float32. The
+    loads of the other kind are masked off, so each element is read once.
 
-    SOME_16BIT, SOME_FLOAT32: the launch has gradients of `dtype`, of float32.
+    SOME_16BIT, SOME_FLOAT32: whether the launch has any gradient of `dtype`, and any of float32.
     """
     g = tl.zeros(offsets.shape, tl.float32)
     if SOME_FLOAT32:
@@ -142,8 +142,9 @@ def programs(tensors: list[Tensor]) -> list[int]:
 
 
 def launches(counts: list[int]) -> Iterator[tuple[slice, tuple[int, ...], int]]:
-    """Splits tensors into launches of at most MAX_TENSORS. Yields, for each launch, its tensors,
-    the first program of each tensor, and the number of programs. counts: that of each tensor."""
+    """Splits tensors into launches of at most MAX_TENSORS. Yields, for each launch, the
+    slice of its tensors, the first program of each, and the number of programs. counts: the number
+    of programs of each tensor."""
     for i in range(0, len(counts), MAX_TENSORS):
         part = slice(i, i + MAX_TENSORS)
         *firsts, count = itertools.accumulate(counts[part], initial=0)

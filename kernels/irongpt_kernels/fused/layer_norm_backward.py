@@ -126,8 +126,8 @@ def forward_options(N: int, itemsize: int, device: torch.device) -> dict[str, in
 
 
 def backward_options(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Launch options, and the warps per SM, by default WARPS_PER_SM or those of one program: these
-    hide the memory latency, and more would only write more partial sums."""
+    """Launch options, and the warps per SM: by default WARPS_PER_SM, but at least those of one
+    program. So many hide the memory latency; more would only write more partial sums."""
     measured = launch_table.options("norm backward", N, itemsize, device, {})
     options = dict(warps_per_sm=WARPS_PER_SM) | launch_options(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])

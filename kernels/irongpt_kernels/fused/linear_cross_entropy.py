@@ -20,7 +20,7 @@ Traffic     The kernel reads z and overwrites it with dz: 2MV elements. Separate
             rounded to the dtype of x, and the chunks are summed in float32.
 Parallelism A program handles BLOCK_M rows, which stay in registers between the sums and the
             gradient. It stores the sum of its rows' losses, and one program of a second kernel adds
-            these partial sums in order.
+            these partial sums in a fixed order.
 Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
             the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
             it is rounded to the dtype of z; otherwise a float16 dz below 3e-8 would become 0.

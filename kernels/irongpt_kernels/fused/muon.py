@@ -13,7 +13,8 @@ Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentu
 Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. A program selects
             its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
             the first kernel loop over several blocks, so that each matrix has at most PARTS partial
-            sums of squares. Every program of the second kernel adds those of its matrix in order.
+            sums of squares. Every program of the second kernel adds those of its matrix in a fixed
+            order.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Parameters are contiguous float32, copies contiguous and of one dtype, at addresses
             that are multiples of 16, as PyTorch allocates them. momentum is contiguous float32.

@@ -21,7 +21,7 @@ Precision   float32 between load and store. For the backward x is saved and not 
             computed from it had up to 46 times the error of eager. If one column has nearly all the
             weight, dy - delta cancels, so the rounding error of delta is estimated and subtracted
             too.
-Limits      x and dy are used as matrices with any two strides; a tensor whose leading dimensions do
+Limits      x and dy are used as matrices with any strides; a tensor whose leading dimensions do
             not collapse to one stride is copied first. A row without a finite visible score is
             NaN, as in PyTorch.
 Spec        irongpt_kernels/eager.py::softmax
@@ -196,8 +196,8 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def _online_options() -> dict[str, int]:
-    """Launch options of the online kernels, without fused multiply-adds: m is the largest of the
-    rounded products scale * x, so there scale * x - m is exactly 0 only if the product is rounded
+    """Launch options of the online kernels, without fused multiply-adds: m is the largest rounded
+    product scale * x. In its column scale * x - m is exactly 0 only if the product is rounded
     before the subtraction."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 

@@ -55,7 +55,7 @@ def head_dimension(name: str, t: Tensor) -> None:
 
 
 def shape(wanted: Sequence[int | str], **tensors: Tensor | None) -> None:
-    """Raises ValueError unless each tensor has the shape, or is None. A string is any size."""
+    """Raises ValueError unless each tensor has the shape, or is None. A name fits any size."""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -85,11 +85,11 @@ def rows(**tensors: Tensor) -> None:
 
 
 def memory(
-    of: torch.dtype, size: Sequence[int | str], device: torch.device, **tensors: Tensor
+    wanted: torch.dtype, size: Sequence[int | str], device: torch.device, **tensors: Tensor
 ) -> None:
-    """For kernels that use no strides. Raises TypeError unless all are tensors of the dtype `of`,
+    """For kernels that use no strides. Raises TypeError unless all have the dtype `wanted`,
     ValueError unless they are contiguous, of shape `size` and on `device`."""
-    dtype((of,), **tensors)
+    dtype((wanted,), **tensors)
     shape(size, **tensors)
     for name, t in tensors.items():
         if t.device != device:
@@ -129,7 +129,7 @@ def gradients(grads: list[Tensor], sizes: Sequence[Sequence[int]], device: torch
     if len({g.dtype for g in grads} - {torch.float32}) > 1:
         raise TypeError("gradients must be float32, or float32 and one 16-bit dtype")
     if [g.shape for g in grads] != list(sizes):
-        raise ValueError(f"grads must have the shapes of the weights, {len(sizes)} tensors")
+        raise ValueError(f"grads must have the shapes of the {len(sizes)} weights")
 
 
 def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:

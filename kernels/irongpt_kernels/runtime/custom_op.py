@@ -20,8 +20,8 @@ def custom_op(
 ) -> Function:  # fmt: skip
     """Registers the function as the op `irongpt::name` and returns a function that calls it.
 
-    The function launches its kernels on the device of the first tensor among its arguments. That
-    function raises NotImplementedError if an argument has a forward-mode tangent; PyTorch would
+    The kernels launch on the device of the first tensor among the arguments. The returned function
+    raises NotImplementedError if an argument has a forward-mode tangent; PyTorch would
     silently use a derivative of 0.
 
     fake: returns uninitialized results for the same arguments, which shows torch.compile their

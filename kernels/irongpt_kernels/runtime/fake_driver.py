@@ -16,7 +16,7 @@ def gpu(arch: int, device: int, max_shared: int = 0, stock: bool = False) -> Ite
     """A context in which Triton sees a GPU of this architecture, for sm_75 with the hook of
     `turing`.
 
-    device: a number that no GPU has, so that Triton keeps its compiled kernels separate.
+    device: a number that no GPU has, so that Triton keeps the kernels for it separate.
     max_shared: the limit of shared memory per program, in bytes. stock: without the hook.
     """
     properties = dict(max_shared_mem=max_shared)

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import torch
 
 Options = dict[str, int]
-Key = tuple[str, int, int]  # kernel; head dimension, else columns; bytes of an element
+Key = tuple[str, int, int]  # kernel; columns, or D for attention; bytes of an element
 Table = dict[Key, Options]
 Default = TypeVar("Default", bound=Options | None)
 
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps")
-# One "attention head" kernel per context, rounded up to a power of two: a tile has all queries.
+# The key of "attention head" has the context, rounded up to a power of two: a tile has all queries.
 HEADS = tuple(f"attention head {context}" for context in (16, 32, 64, 128, 256))
 # The options of each kernel. "attention query" computes dQ, "attention key" dK and dV, and
-# "attention head" all three. "norm forward" is that of dropout_add_layer_norm, "norm backward" also
-# that of layer_norm. maxnreg limits the registers per thread; without it ptxas decides.
+# "attention head" all three. "norm forward" is that of dropout_add_layer_norm, "norm backward" that
+# of all layer norms. maxnreg limits the registers per thread; without it ptxas decides.
 OPTION_NAMES = {
     "attention forward": (*TILE, "num_stages", "maxnreg"),
     "attention query": (*TILE, "num_stages", "maxnreg"),
@@ -112,5 +112,5 @@ def table_of(entries: Any) -> Table:
             table[key] = dict(entry["options"])
             _check(key, table[key])
     except (KeyError, TypeError) as e:
-        raise ValueError(f"an entry lacks or misspells {e}") from e
+        raise ValueError(f"an entry needs kernel, size, itemsize and options: {e!r}") from e
     return table

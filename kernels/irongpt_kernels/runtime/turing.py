@@ -107,7 +107,7 @@ def _ieee(dot: re.Match[str]) -> str:
 
 
 def _other_dots(ttir: str) -> str:
-    """The operand dtypes of dots that run on the tensor cores of sm_80 but not of sm_75."""
+    """The operand dtypes of dots that this hook does not lower to tensor cores."""
     found = {f"{a} x {b}" for a, b in _DOT.findall(ttir)} - {"f16 x f16", "f32 x f32"}
     found |= {"dot_scaled"} if "tt.dot_scaled" in ttir else set()
     return ", ".join(sorted(found))
@@ -289,7 +289,7 @@ def check_tensor_cores() -> None:
             good = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32" in small_dot_ptx()
         except Exception as e:
             uninstall()
-            raise RuntimeError(_unfit("does not compile a small kernel that uses them")) from e
+            raise RuntimeError(_unfit("does not compile a small test kernel")) from e
     if not good:
         uninstall()
         raise RuntimeError(_unfit("compiles a dot of fp16 to unexpected PTX"))
