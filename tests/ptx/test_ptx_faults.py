@@ -154,6 +154,8 @@ def test_arguments_have_to_fit_the_parameters() -> None:
         execute(program("", 2), (1, 1, 1), [("i32", 1)], 0, Options(), Report())
     with pytest.raises(TypeError, match="for i32"):
         execute(program("", 1), (1, 1, 1), [("i32", torch.zeros(1))], 0, Options(), Report())
+    with pytest.raises(OverflowError):
+        execute(program("", 1), (1, 1, 1), [("i64", 2**63)], 0, Options(), Report())
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -20,7 +20,7 @@ from irongpt_kernels.ptx.instructions import Instructions
 from irongpt_kernels.ptx.operands import Unsupported
 from irongpt_kernels.ptx.parse import Instruction, Location, Program
 
-_DTYPES = {"pred": np.bool_, "b16": arith.u2, "b32": arith.u4, "b64": arith.u8}
+_DTYPES = {1: np.bool_, 16: arith.u2, 32: arith.u4, 64: arith.u8}  # by bits
 
 
 class Code:

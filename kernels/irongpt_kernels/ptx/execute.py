@@ -119,7 +119,8 @@ def _pack(program: Program, arguments: list[Argument]) -> bytes:
             raw = struct.pack("<f" if size == 4 else "<d", x)
         else:
             number = int(x.data_ptr() if isinstance(x, torch.Tensor) else x)
-            raw = number.to_bytes(size, "little", signed=number < 0)
+            signed = kind[0] == "i" and kind != "i1"  # the PTX declares it as unsigned
+            raw = number.to_bytes(size, "little", signed=signed)  # OverflowError if it is too large
         out[offset : offset + size] = raw
     return bytes(out)
 

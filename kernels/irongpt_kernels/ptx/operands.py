@@ -8,7 +8,6 @@ import numpy as np
 from irongpt_kernels.ptx import arithmetic
 from irongpt_kernels.ptx.parse import Instruction, Program
 
-WIDTH = {"b16": 16, "b32": 32, "b64": 64}
 NUMPY = {  # names of dtypes in `arithmetic`, by form and bits
     "u": {8: "u1", 16: "u2", 32: "u4", 64: "u8"},
     "s": {8: "i1", 16: "i2", 32: "i4", 64: "i8"},
@@ -106,15 +105,15 @@ class Operands:
 
     def read(self, reg: str, form: str) -> str:
         """A register in its declared width."""
-        kind = self.program.regs[reg]
+        bits = self.program.regs[reg]
         if reg not in self.forms:
             self.loaded.add(reg)
-            home = "b" if kind == "pred" else "u"
+            home = "b" if bits == 1 else "u"
             self.put(f"{self.local(reg, home)} = R[{self.ids[reg]}]")
             self.forms[reg] = {home}
         have = self.forms[reg]
         if form not in have:
-            dtype = NUMPY[form][WIDTH[kind]]
+            dtype = NUMPY[form][bits]
             self.put(f"{self.local(reg, form)} = {self.local(reg, max(have))}.view({dtype})")
             have.add(form)
         return self.local(reg, form)
@@ -129,10 +128,10 @@ class Operands:
             raw = np.array(n, dtype=self.names[unsigned])
             self.names[name] = raw.view(self.names[NUMPY[form][bits]])[()]
             return name
-        kind = self.program.regs[a]
-        if kind == "pred":
+        have = self.program.regs[a]
+        if have == 1:
             return self.read(a, "b")
-        if WIDTH[kind] == bits:
+        if have == bits:
             return self.read(a, form)
         return self._as(f"{self.read(a, 'u')}.astype({NUMPY['u'][bits]})", form, bits)
 
@@ -178,7 +177,7 @@ class Operands:
         base, offset = found.group(1), int(found.group(2) or "0", 0)
         if not self.is_register(base):
             return f"S.const({self.number(base, 64) + offset}, i8)"
-        wide = self.program.regs[base] == "b64"
+        wide = self.program.regs[base] == 64
         x = self.read(base, "s") if wide else f"{self.read(base, 'u')}.astype(i8)"
         return f"{x} + {offset}" if offset else x
 
@@ -186,17 +185,17 @@ class Operands:
 
     def home(self, reg: str) -> str:
         """The array of a register that the block has written, as R holds it."""
-        have, kind = self.forms[reg], self.program.regs[reg]
-        form = "b" if kind == "pred" else "u"
+        have, bits = self.forms[reg], self.program.regs[reg]
+        form = "b" if bits == 1 else "u"
         if form in have:
             return self.local(reg, form)
-        return f"{self.local(reg, max(have))}.view({NUMPY['u'][WIDTH[kind]]})"
+        return f"{self.local(reg, max(have))}.view({NUMPY['u'][bits]})"
 
     def set(self, reg: str, expression: str, form: str, ins: Instruction) -> None:
         """Assigns a value of the register's width, where the instruction's guard is true."""
         if reg == "_":
             return
-        if self.program.regs[reg] == "pred":
+        if self.program.regs[reg] == 1:
             form = "b"
         if ins.pred is not None:
             p, old = self.guard(ins), self.read(reg, form)
@@ -209,7 +208,7 @@ class Operands:
         """Assigns an integer of `bits` bits to a register of any width. form s extends the sign."""
         if reg == "_":
             return
-        have = WIDTH[self.program.regs[reg]]
+        have = self.program.regs[reg]
         if have != bits:
             expression = f"({expression}).astype({NUMPY[form][have]})"
         self.set(reg, expression, form, ins)

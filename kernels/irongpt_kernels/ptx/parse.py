@@ -48,13 +48,13 @@ class Instruction:
 
 @dataclass
 class Program:
-    """One kernel. Registers have the type pred, b16, b32 or b64, whatever they were declared as."""
+    """One kernel. regs: the bits of each register, 1 for a predicate."""
 
     name: str
     threads: int = 0  # those of a CTA
     params: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset, type
     param_bytes: int = 0
-    regs: dict[str, str] = field(default_factory=dict)
+    regs: dict[str, int] = field(default_factory=dict)
     blocks: list[list[Instruction]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # label: index of a block
 
@@ -144,9 +144,8 @@ def _declare(p: Program, text: str) -> None:
     """A `.reg` statement: single names, or %r<9> for %r0 to %r8."""
     found = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S)
     assert found, text
-    kind = found.group(1)
-    kind = kind if kind == "pred" else f"b{8 * SIZES[kind]}"
+    bits = 1 if found.group(1) == "pred" else 8 * SIZES[found.group(1)]
     for one in found.group(2).split(","):
         many = re.match(r"(.*)<(\d+)>", one.strip())
         names = [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [one]
-        p.regs.update((name.strip(), kind) for name in names)
+        p.regs.update((name.strip(), bits) for name in names)
