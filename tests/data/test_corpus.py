@@ -205,3 +205,11 @@ def test_python_code_is_the_standard_library_alone(
     assert lines == ["files     python-code: 4 files, 0.0 MB; left out: 1 not UTF-8"]
     monkeypatch.setattr(os, "__file__", str(folder / "python.zip" / "os.py"))
     refused("python-code", "has no source of the standard library", "--data FILE")
+
+
+def test_a_text_is_cut_after_nine_tenths_of_its_characters() -> None:
+    text = "def f(x):\n    return 'é😀'\n\n\n" * 40
+    Path("file.txt").write_text(text, encoding="utf-8")
+    found = load("file.txt", say=Lines())
+    cut = int(0.9 * len(text))
+    assert [part.decode() for part in found.train + found.val] == [text[:cut], text[cut:]]
