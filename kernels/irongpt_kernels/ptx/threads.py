@@ -20,22 +20,20 @@ NO_NAN = 0x7FFF  # as an infinity: no 15 bits are above it, so words of 16 bits 
 
 @dataclass
 class Report:
-    """The errors of all launches: how many of each kind there were, and a few examples of each."""
+    """The errors of all launches: how many of each kind there were, and the first of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     launches: int = 0
     instructions: int = 0  # executed, one for each warp
 
     def add(self, kind: str, count: int, example: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + count
-        kept = self.examples.setdefault(kind, [])
-        if len(kept) < 6 and example not in kept:
-            kept.append(example)
+        self.examples.setdefault(kind, example)
 
     def lines(self) -> list[str]:
-        """A line for each kind, with one example."""
-        return [f"{kind}, {n} times: {self.examples[kind][0]}" for kind, n in self.counts.items()]
+        """A line for each kind, with its example."""
+        return [f"{kind}, {n} times: {self.examples[kind]}" for kind, n in self.counts.items()]
 
 
 @dataclass
