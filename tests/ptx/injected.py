@@ -33,7 +33,6 @@ from tests.ptx import cases
 from tests.ptx.cases import Case
 
 ALL = (75, 80, 90)
-Change = Callable[[str], str]
 
 
 def case(op: str, dtype: str = "float16", **sizes: int) -> Case:
@@ -113,7 +112,7 @@ BUGS = [
 QUICK = "hook: b0|head: wgmma|wgmma is|cp.async is|mask: row|a parameter|a barrier"
 
 
-def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) -> list[str]:
+def found(case: Case, arch: int, kernel: str, change: Callable[[str], str]) -> list[str]:
     """The problems of a case whose kernel is changed. Raises LookupError if it stays the same."""
     changed = False
     pair = kernel in ("_bwd_dq_kernel", "_bwd_dkdv_kernel")
@@ -126,7 +125,7 @@ def found(case: Case, arch: int, kernel: str, change: Change, **options: Any) ->
         return new
 
     with patch.object(attention_tiles, "MAX_HEAD_CONTEXT", longest):
-        problems = cases.execute(case, arch, change=mutate, **options).problems
+        problems = cases.execute(case, arch, change=mutate).problems
     if not changed:
         raise LookupError(f"{kernel} of {case.name} has no place for this bug on sm_{arch}")
     return problems
