@@ -181,8 +181,8 @@ def new_folder(path: Path, kind: str, fill: Callable[[Path], None]) -> None:
             sync_folder(temporary)
             if inside:
                 for file in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
-                    os.rename(file, path / file.name)
-                    moved.append(path / file.name)
+                    moved.append(path / file.name)  # first: a signal may come while it is renamed
+                    os.rename(file, moved[-1])
                 temporary.rmdir()
             else:
                 os.rename(temporary, path)

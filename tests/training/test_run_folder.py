@@ -75,6 +75,19 @@ def test_a_default_folder_that_another_process_takes_first(cli, tmp_path, monkey
     other[0].release()
 
 
+def test_a_signal_while_a_file_is_moved_into_an_empty_folder_leaves_it_empty(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def stopped(*names: Path) -> None:
+        rename(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        files.new_folder(tmp_path, "run", lambda folder: (folder / "last").mkdir())
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_that_becomes_read_only_is_one_line(cli, tmp_path, monkeypatch):
     def refuse(method):
         def refused(self, *args, **kwargs):
