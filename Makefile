@@ -88,7 +88,7 @@ bench-train: .venv/dev ## time training steps (NANOGPT=folder: nanoGPT's too), g
 bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=folder of nanoGPT
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
 
-gpu: .venv/dev ## run the full GPU suite (about 40 minutes on a T4 the first time, estimated)
+gpu: .venv/dev ## run the full GPU suite (at most 40 minutes)
 	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 report: .venv/run ## write a report of the newest benchmark result; ARGS=file for another

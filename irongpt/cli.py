@@ -222,7 +222,9 @@ def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", metavar="TEXT", help="text to continue [the start of a document or line]"
+        "--prompt",
+        metavar="TEXT",
+        help="text to continue [<|endoftext|> or, for a model of a single text, a line break]",
     )
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)

@@ -99,7 +99,7 @@ class TrainConfig:
         "training steps; unless given, training with BPE also ends after 20 epochs, with code and "
         "nano-code after 3",
     )
-    batch_size: int = option("recipe", "sequences per forward pass, in all shards together")
+    batch_size: int = option("recipe", "sequences per forward pass, summed over the shards")
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
     decay: str = option(
