@@ -225,7 +225,8 @@ def test_a_missing_compiler_is_one_line(monkeypatch) -> None:
         ops._build_launcher("use --ops builtin")
 
 
-def test_an_unknown_emulation_is_a_mistake(cli, monkeypatch) -> None:
+def test_mistakes(cli, monkeypatch) -> None:
+    assert_mistake(cli("doctor", "--json", "no/report.json"), "its folder does not exist")
     monkeypatch.setenv("IRONGPT_EMULATE", "sm_80")
     assert_mistake(cli("doctor"), "IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'")
 
