@@ -59,7 +59,8 @@ def generate(
         for piece in stream(tokenizer, chain(ids[-1:], row), skip):
             text = piece or text
             sys.stdout.write(show(piece))
-            sys.stdout.flush()
+            if config.samples == 1:
+                sys.stdout.flush()
             count += 1
         total += min(count, config.tokens)  # one more piece may end a character
     if terminal and not text.endswith("\n"):

@@ -6,11 +6,13 @@ import os
 import pty
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, Cli, assert_mistake
 
 from irongpt.cli import main
+from irongpt.generation import command
 
 
 def test_stdout_has_the_prompt_and_its_continuation_and_nothing_else(cli: Cli, run):
@@ -37,6 +39,26 @@ def test_several_samples_are_several_texts(cli, run):
     assert result.err.startswith("irongpt: 180 tokens")
     assert cli("generate", run, "--tokens", 0, "--samples", 2).out == "\n---\n"
     assert_mistake(cli("generate", run, "--samples", 0), "--samples must be from 1 to 10,000")
+
+
+def test_a_single_text_is_printed_token_by_token_and_several_at_once(cli, run, monkeypatch):
+    printed, generated, flush = [], command.generate_batch, Mock()
+
+    def watched(*args):
+        for step in generated(*args):
+            printed.append(len(sys.stdout.getvalue()))
+            yield step
+
+    monkeypatch.setattr(command, "generate_batch", watched)
+    monkeypatch.setattr(sys.stdout, "flush", flush)
+    flags = ["generate", run, "--prompt", "all", "--tokens", 40]
+    cli(*flags)
+    assert printed == [*range(3, 43)]
+    assert flush.call_count >= 40
+    flush.reset_mock()
+    cli(*flags, "--samples", 3)
+    assert printed[40:] == [0] * 40
+    assert flush.call_count < 40
 
 
 def test_greedy_and_top_k_one_agree(cli, run):

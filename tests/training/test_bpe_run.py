@@ -20,6 +20,7 @@ from irongpt.config import PRESETS, SampleConfig
 from irongpt.data import corpus, tokens
 from irongpt.data.batches import every_target
 from irongpt.data.tokenizer import END
+from irongpt.generation import command
 from irongpt.generation.sample import heal, start_ids, trained_model
 from irongpt.training.start import new_setup
 from irongpt.training.trainer import Trainer
@@ -138,6 +139,13 @@ def test_patience_ends_a_run_for_good_also_after_a_resume_between_two_evaluation
     assert again.code == 0
     assert "a larger --patience continues it" in again.out
     assert history(code / "new") == run
+
+
+def test_half_of_a_character_at_the_end_is_shown_and_counts_once(cli: Cli, code: Path, monkeypatch):
+    monkeypatch.setattr(command, "generate_batch", lambda *_: [[0xE6]])
+    result = cli("generate", "run", "--prompt", "def ", "--tokens", 1)
+    assert result.out.endswith("\ufffd")
+    assert result.err.startswith("irongpt: 1 tokens")
 
 
 @pytest.mark.parametrize("prompt", ["def <", "def ", "é", "漢字 😀\x00", "    return"])
