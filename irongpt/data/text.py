@@ -161,7 +161,7 @@ def unpacked(raw: bytes, name: str, limit: int) -> Utf8:
     except EOFError as e:
         raise NotTextError(f"{name} is compressed (gzip), and its end is missing", "damaged") from e
     except (OSError, zlib.error) as e:
-        if not str(e).startswith("Not a gzipped file"):  # as `raw` starts: a later member is none
+        if not str(e).startswith("Not a gzipped file"):  # other bytes after the last member
             raise NotTextError(f"{name} is compressed (gzip), and damaged: {e}", "damaged") from e
     return result
 
