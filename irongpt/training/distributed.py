@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irongpt.errors import DivergenceError, UserError, out_of_memory
+from irongpt.errors import DivergenceError, UserError, one_line, out_of_memory
 
 HEARTBEAT = 1.0  # seconds between two heartbeats of a process
 HEARTBEAT_TIMEOUT = 20.0  # seconds without one, after which a process is considered dead
@@ -112,7 +112,10 @@ class Torchrun(World):
         self.rank, self.size, self.local_rank = map(_variable, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         limit = datetime.timedelta(seconds=START_TIMEOUT)
         # Two connections: when the main thread waits for the store, the heartbeats go on.
-        store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
+        try:
+            store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
+        except (ValueError, dist.DistError) as e:  # for one, no MASTER_ADDR
+            raise UserError(f"cannot connect the processes: {one_line(e)}; use torchrun") from e
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
         self.last, self.ended = ENDED, threading.Event()
@@ -167,7 +170,7 @@ class Torchrun(World):
     def check_device(self, device: torch.device) -> None:
         if device.type != "cuda":
             return
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        count = _variable("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
         if count > (gpus := torch.cuda.device_count()):
             raise UserError(
                 f"{count} processes, but {gpus} GPUs: two processes cannot share one; "

@@ -196,7 +196,29 @@ def test_two_processes_on_one_gpu_are_one_line(
     assert_refused(cli, message, "train", *FLAGS, "--device", device)
 
 
-def test_a_wrong_environment_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    assert_mistake(cli("train", *FLAGS), "WORLD_SIZE is set, but RANK is not a number")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", None, "WORLD_SIZE is set, but RANK is not a number: use torchrun"),
+        ("LOCAL_RANK", "one", "WORLD_SIZE is set, but LOCAL_RANK is not a number: use torchrun"),
+        ("MASTER_ADDR", None, "cannot connect the processes: ValueError: "),
+    ],
+)
+def test_a_wrong_environment_is_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, message: str
+) -> None:
+    numbers = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="1")
+    for known, number in (numbers | {"MASTER_ADDR": "127.0.0.1", name: value or ""}).items():
+        monkeypatch.setenv(known, number)
+    if value is None:
+        monkeypatch.delenv(name)
+    assert_mistake(cli("train", *FLAGS), message)
+
+
+def test_a_wrong_number_of_processes_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, count=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    monkeypatch.setattr(Two, "check_device", Torchrun.check_device, raising=False)
+    monkeypatch.setattr(distributed, "join", Two)
+    message = "WORLD_SIZE is set, but LOCAL_WORLD_SIZE is not a number: use torchrun"
+    assert_refused(cli, message, "train", *FLAGS, "--device", "cuda")
