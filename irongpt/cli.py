@@ -179,19 +179,19 @@ def _train_flags(train: Parser) -> None:
     help = (
         "text to train on: war-and-peace, python-docs, python-code, python-packages, a text file, "
         "a folder of code, or - for standard input; repeat the flag to join several "
-        "[war-and-peace; with code: python-packages; with nano-code: python-code]"
+        "[war-and-peace; preset code: python-packages; nano-code: python-code]"
     )
     run.add_argument("--data", metavar="TEXT", action="append", help=help)
     help = (
-        "validation text, as --data except for '-' [the last tenth of a text; of several files "
-        "about a tenth, chosen by a hash of their paths]"
+        "validation text: as --data, but not '-' [the last tenth of a single text; of several "
+        "files about a tenth of the files, chosen by a hash of their paths]"
     )
     run.add_argument("--val", metavar="TEXT", help=help)
     help = "glob pattern of files to read from a folder, such as '*.js'; can be repeated ['*.py']"
     run.add_argument("--include", metavar="PATTERN", action="append", help=help)
     _text_flags(run, "--data")
     help = "tokens of a BPE vocabulary, rounded up to a multiple of 64 "
-    help += "[best 1024; code and nano-code 4096; others 4096, and 8192 from 30 MB of text on]"
+    help += "[best 1024, code and nano-code 4096; others 4096 below 30 MB of text, else 8192]"
     run.add_argument("--vocab-size", metavar="N", type=int, help=help)
     folder = run.add_mutually_exclusive_group()
     help = "folder of the new run [runs/TEXT-PRESET; if it exists, runs/TEXT-PRESET-2, ...]"
@@ -221,7 +221,7 @@ def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
 def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
-    help = "text to continue [<|endoftext|>, or a line break if the model has a single text]"
+    help = "text to continue [<|endoftext|>, or a line break after training on a single text]"
     prompt.add_argument("--prompt", metavar="TEXT", help=help)
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)

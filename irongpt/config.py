@@ -96,10 +96,12 @@ class TrainConfig:
 
     iters: int = option(
         "recipe",
-        "training steps; unless given, training with BPE also ends after 20 epochs, with code and "
-        "nano-code after 3",
+        "training steps. Without this flag, training with BPE also stops after 20 epochs (presets "
+        "code and nano-code: after 3)",
     )
-    batch_size: int = option("recipe", "sequences per forward pass, summed over the shards")
+    batch_size: int = option(
+        "recipe", "sequences per forward pass, of all shards together (see --shards)"
+    )
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")
     decay: str = option(
@@ -117,9 +119,9 @@ class TrainConfig:
     )
     shards: int = option(
         "recipe",
-        "shards into which the batch of a step is split; the weights are bit-identical on any "
-        "number of GPUs that divides N, except with dropout and --ops builtin; by default the "
-        "number of processes that torchrun starts",
+        "split each batch into N shards. The weights are bit-identical on any number of GPUs that "
+        "divides N (unless dropout is used with --ops builtin). Under torchrun the default is the "
+        "number of processes",
         1,
     )
     target_loss: float | None = option("run", "stop when the validation loss is at most X", None)

@@ -12,9 +12,11 @@ zeroes depends only on dropout_p, the seed and their position (see `dropout`), s
 `fused` drop the same ones. Dropout in `builtin` uses PyTorch's global generator, not the seed.
 
 Sizes: B batch, H heads, T positions, D head dimension, C width, N features, M rows, V vocabulary.
-In a decoding step N is the length of the cache (decode_attention) or of the ring buffer
-(embed_tokens, sample_tokens), or the number of output features of a linear layer, which has K
-input features (norm_linear, linear_add).
+In the ops of a decoding step N has other meanings:
+
+    decode_attention               the length of the cache of keys and values
+    embed_tokens, sample_tokens    the number of tokens that the buffer of a sequence can hold
+    norm_linear, linear_add        the output features of a linear layer; K: its input features
 """
 
 from typing import Protocol

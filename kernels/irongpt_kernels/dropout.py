@@ -2,22 +2,23 @@
 Counter-based dropout masks: pure functions of (p, seed, position), independent of the tiling.
 
 A mask bit comes from Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, the counter is the position.
-Nothing is stored between forward and backward: both compute the bits they need.
+SC 2011), a keyed bijection of a 128-bit counter: the key is the seed, and the counter is the
+position of a group of 16 elements. Nothing is stored between forward and backward: both compute the
+bits they need.
 
 Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70 integer
-            instructions and give 128 bits. One byte decides one element, so one call can
-            serve 16 elements, or 8 in attention if a warp holds only 16 rows of a tile. On a T4 a
-            call for each element would take longer than the attention's memory traffic.
+            instructions and give 128 bits. One byte decides one element, so one call can serve 16
+            elements. On a T4 a call for each element would take longer than the attention's memory
+            traffic.
 Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
-            GPU thread. In attention the elements of a warp that share a call lie in one thread: the
-            accumulator of a tensor core gives a thread the rows r + 8i and the columns c + 8j and
-            c + 1 + 8j, where r and c depend on the thread and i and j count from 0. This holds for
-            a tile of scores and for its transpose, which the backward uses. So a call serves the
-            4 x 4 elements (r + 8i, c + 8j) of a 32 x 32 tile, and another call those with c + 1 in
-            place of c. In dropout before a residual add, a call covers columns 16j to 16j + 15 of a
-            row. A thread holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it
-            uses 8 or 4 of the 16 bytes; other threads repeat the call.
+            GPU thread. In attention a call serves the 4 x 4 elements (r + 8i, s + 8j) of a 32 x 32
+            tile, with i and j from 0 to 3, because one thread holds them: of an accumulator of a
+            tensor core it has the rows r, r + 8, ... and the columns s, s + 1, s + 8, s + 9, ...
+            The same holds for the transposed tile, which the backward uses. If a warp has only 16
+            rows of a tile, it uses 8 of the 16 bytes. In dropout before a residual add, a call
+            covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of 16-bit
+            tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat the
+            call.
 Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
             0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are
             scaled by the reciprocal of the rounded keep rate, so that the expectation is exact.

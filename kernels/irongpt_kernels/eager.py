@@ -114,14 +114,14 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *,
     classes: int | None = None, loss_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`cross_entropy` of the logits x weight^T: a model's head and its loss.
+    """`cross_entropy` of the logits `x weight^T`: the head of a model and its loss.
 
     x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
     classes: the number of classes, by default V; the rows of the weight after them are padding,
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
     will pass to the loss. It affects only the rounding: `fused` computes the gradients, times
-    loss_scale, together with the loss, so that small ones do not underflow in float16. Without it
-    `fused` takes 1. In float16 it takes 1,024, so that gradients beyond 64 overflow.
+    loss_scale, together with the loss, so that small ones do not underflow in float16. Without
+    loss_scale `fused` takes 1, or 1,024 in float16, where gradients beyond 64 then overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -175,11 +175,11 @@ def embed_layer_norm(
 
 
 def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list[Tensor]:
-    """Prepares the parameters of layer norms for the layer-norm ops of the same module.
+    """Prepares the parameters of layer norms for the layer-norm ops of this implementation.
 
     params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype:
     that of the norms' results. This version returns the parameters unchanged. `fused` returns
-    views of them, so that in the backward one kernel can sum the gradients of all of them.
+    views of them, so that one kernel can finish the gradients of all parameters.
     """
     return list(params)
 
@@ -197,7 +197,7 @@ def grad_norm(
     to clip to. growth_interval: the scale doubles after this many finite steps in a row and halves
     after one that is not finite, within 1 to 2^24 (Micikevicius et al. 2018). With 0 it never
     changes. scale, growth_tracker and state_steps are updated in place.
-    Returns a (3,) float32 tensor, `GradStats`.
+    Returns a (3,) float32 tensor: norm, grad_scale and found_inf, see `GradStats`.
     """
     total = torch.stack([_wide(g).square().sum() for g in grads]).sum()
     return grad_stats(total.sqrt(), scale, growth_tracker, state_steps, max_norm, growth_interval)
@@ -207,9 +207,9 @@ def sum_shards(
     shards: Tensor, scale: Tensor, growth_tracker: Tensor, state_steps: Tensor, *,
     max_norm: float, growth_interval: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The sum of the gradients of a step's shards, and `grad_norm` of it.
+    """The sum of the gradients of a batch that was cut into shards, and `grad_norm` of it.
 
-    shards: (S, n) of any dtype: a row per shard, with all n gradient elements. The rows are
+    shards: (S, n) of any dtype: row s is the gradient of all n weights from shard s. The rows are
     added in their order, in float32, so that every process that has all rows gets the same bits.
     Returns the sum, (n,) float32, and `GradStats`; the other arguments are those of `grad_norm`.
     """
@@ -247,7 +247,7 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019) in place. Nothing changes if found_inf is set in `stats`.
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: in the params' shapes, of any dtype.
-    low_precision_params: 16-bit copies of the first params, rounded after the update.
+    low_precision_params: 16-bit copies of as many of the first params, rounded after the update.
     state_steps: (n,) float32, counting this step. lr: 0-d float32. stats: the result of
     `grad_norm`. weight_decays: one per parameter.
     """
@@ -341,7 +341,7 @@ def embed_tokens(tokens: Tensor, counts: Tensor, wte: Tensor, wpe: Tensor) -> Te
     """The sum of the embeddings of each sequence's last token and of its position.
 
     tokens: (B, N) int64, a ring buffer: the last of n tokens is in column (n - 1) mod N. counts:
-    (B, 2 or more) int64: n, the last token's position, and unused columns. wte: (V, C). wpe:
+    (B, 2 or more) int64: column 0 is n, column 1 the position of the last token. wte: (V, C). wpe:
     (context, C). A negative id counts as 0: `sample_tokens` writes -1 if a logit is not finite. For
     an id of V or more, or a position outside the context, `fused` gives NaN. Returns (B, C) in the
     dtype of wte.
@@ -380,7 +380,7 @@ def sample_tokens(
     """Samples the next token of each sequence, stores it in `tokens` and increments `counts`.
 
     logits: (B, V). tokens: (B, N) int64, a ring buffer: token number n is stored in column n mod N.
-    counts: int64, B rows; column 0 is n, every column is incremented.
+    counts: int64, B rows: column 0 is n, the number of tokens so far; all columns are incremented.
 
     Logits are divided by temperature; at 0 the most likely token is taken. top_k keeps the k most
     likely tokens. top_p (nucleus sampling, Holtzman et al. 2020) then keeps the smallest set of
@@ -416,7 +416,7 @@ def sample_tokens(
 def inverse_temperature_and_k(
     V: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[float, int]:
-    """1 / temperature (at most MAX_INVERSE) and top_k; 1 and 1 for 0. Raises as `sample_tokens`."""
+    """(1 / temperature, top_k); (1, 1) for temperature 0. Raises the errors of `sample_tokens`."""
     if not 1 <= V <= MAX_V:
         raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {V:,}")
     if not 0 <= temperature < math.inf:

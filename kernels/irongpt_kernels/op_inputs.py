@@ -72,13 +72,16 @@ def block_matrices(C: int) -> list[tuple[int, int]]:
 class Input:
     """A tensor that an op takes.
 
-    role: decides the dtype, see `dtypes`.
+    role: what the tensor is, which decides its dtype: "compute" (input or result of a matmul),
+        "stream" (the residual stream), "weight", "update" (the result of Muon's iteration) or
+        "integer".
     optional: absent in a model of the presets, such as a bias.
     copy_of: the name of the input of which this one is a 16-bit copy; in float32 there is no copy.
 
     The values are one of these: normal with `mean` and standard deviation `std`; the constant
-    `fill`; values(x), where x is standard normal, or uninitialized for integers; integers in
-    [0, below), which may also be IGNORED if they are `ignorable`.
+    `fill`; integers in [0, below), and some IGNORED if they are `ignorable`; or values(x), a
+    function of a standard normal tensor (for integers, of a tensor that only gives the shape and
+    the device).
     """
 
     size: tuple[int, ...]
@@ -94,8 +97,8 @@ class Input:
 
 
 def dtypes(compute: torch.dtype, **roles: torch.dtype) -> Dtypes:
-    """The dtype by role in training under autocast, where the residual stream and the weights are
-    float32; `update` is the result of Muon's iteration. roles: dtypes that replace these."""
+    """The dtype of each `Input.role` in training under autocast, where the residual stream and the
+    weights are float32. roles: dtypes that replace these."""
     wide = torch.float32
     integer = dict(integer=torch.int64)
     return dict(compute=compute, stream=wide, weight=wide, update=compute) | integer | roles

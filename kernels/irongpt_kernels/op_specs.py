@@ -1,12 +1,12 @@
-"""One entry (`OpSpec`) per op: its inputs at a shape, its call, outputs, least bytes and FLOPs.
+"""One entry (`OpSpec`) per op: inputs at a shape, call, outputs, least bytes and FLOPs.
 
 `irongpt compare`, the benchmarks, `aot` and the tests iterate over `SPECS`: for them a new op needs
 only an entry here. Other shapes in `aot.shapes` and tiles for `irongpt tune` are optional.
 
 The entry `adamw` calls grad_norm and adamw for all weights of a model. `muon` calls grad_norm,
-muon_momentum and muon_update for the blocks' matrices, without the iteration between the last two.
-`sum_shards` replaces grad_norm if a step is cut into shards.
-The ops of a decoding step work on one token for each of B sequences, near the end of the context.
+muon_momentum and muon_update for the blocks' matrices, without the matmuls between the last two,
+which make the update orthogonal. `sum_shards` replaces grad_norm if a step is cut into shards. The
+ops of a decoding step work on one token for each of B sequences, near the end of the context.
 """
 
 import math
@@ -31,11 +31,11 @@ class OpSpec:
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that `run` updates in place and returns. `params` means all `*.params`.
-    functions: those of `Ops` that only this entry describes, by default `name`.
+    changes: inputs that `run` updates in place and returns; `params` also means all `NAME.params`.
+    functions: those of `Ops` that only this entry describes, by default the one called `name`.
     call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
-    full_rows: the op at vocabulary size: softmax of V unmasked columns; norm_linear to V logits.
+    full_rows: another entry of the op, with rows of V elements: softmax without a mask, the head.
     """
 
     name: str

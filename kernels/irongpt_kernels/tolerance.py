@@ -51,14 +51,14 @@ def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
     """One or two units in the last place of this magnitude, plus the smallest subnormal number.
 
     Eager can be exact by chance, for example at T = 1, but a candidate has to round its result at
-    least once. eps is 2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16.
+    least once. A unit is 2^-23 of the magnitude in float32, 2^-10 in float16, 2^-7 in bfloat16.
     """
     info = torch.finfo(dtype)
     return info.eps * magnitude + info.smallest_normal * info.eps
 
 
 def errors(factor: int, candidate: Tensor, eager: Tensor, oracle: Tensor) -> dict[str, Errors]:
-    """The errors for each norm; an element whose oracle is not finite counts as 0.
+    """The errors in each norm. Elements whose oracle is not finite are left out.
 
     factor: OUTPUTS or GRADIENTS. The tensors have the same shape and are not empty.
     """

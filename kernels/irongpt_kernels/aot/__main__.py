@@ -3,22 +3,22 @@ Compiles every kernel as its launcher launches it, without a GPU, and reports th
 
     python -m irongpt_kernels.aot --arch sm_75 [--json] [--dump DIR] [--only attention] [--stock]
 
-The ops are called on small CPU tensors. Each launch compiles its kernel as on a GPU, for the
-dtypes, constants and alignment of the arguments and the default tiles. It does not run the kernel,
-so the ops return uninitialized tensors.
+The ops are called on CPU tensors. Each launch compiles its kernel as on a GPU: for the default
+tiles, and for the dtypes, constants and alignment of the arguments. It does not run the kernel, so
+the ops return uninitialized tensors.
 
 | column | |
 |---|---|
 | regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
-| HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions in the innermost loop with most arithmetic; in all of a kernel without loops |
-| MB, GFLOP | least traffic and FLOPs of the op's forward or backward (from `op_specs`), not of |
-| | the kernel alone, for the iron model's batch: 16,384 rows, for attention 64 x 6 heads of 256 |
-| | positions. A kernel whose name lacks "fwd" is listed with those of the backward |
-| clk, by | for kernels with a matmul: `sass.clocks` of that loop, and the busiest unit |
-| el/call | for attention with dropout: a lower bound of the elements that one Philox call serves, |
-| | the smaller one of the masked and the unmasked loop |
+| HMMA, FFMA, | tensor-core, scalar multiply-add, special-function and local-memory instructions |
+| MUFU, local | in the innermost loop with most arithmetic (without a loop: in the whole kernel) |
+| MB, GFLOP | least traffic and FLOPs (from `op_specs`) of the op's whole backward, or forward if |
+| | the kernel's name has "fwd", for the batch of the preset iron: 16,384 rows, or 64 x 6 heads |
+| | of 256 positions. Ops of a decoding step: for one sequence, linear layers for the weight only |
+| clk, by | kernels with a matmul: `sass.clocks` of that loop, and the unit that limits it |
+| el/call | attention with dropout: how many elements, at least, share a call of the random |
+| | generator (see `dropout`), in that of attention's two loops where they are fewer |
 """
 
 import argparse
@@ -55,7 +55,8 @@ def compiling(arch: int, done: Any, failed: Any, stock: bool = False) -> Iterato
     """A context in which a launch compiles for `arch` and runs nothing.
 
     done(function, compiled kernel) or failed(function, exception) is called for each launch.
-    stock: without `turing`. It is not thread-safe, because it replaces Triton's launch function.
+    stock: compile as an unmodified Triton does, without the hook of `runtime.turing`. The context
+    is not thread-safe, because it replaces Triton's launch function.
     """
     original = JITFunction.run
 
@@ -79,8 +80,8 @@ def report(
     arch: int, cases: list[shapes.Case], stock: bool = False, dump: Path | None = None,
     quick: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every kernel that the cases launch: "kernels" has a dict of facts for each, "failed" a line
-    for each that does not compile, "warnings" the warnings about tensor cores.
+    """Compiles every kernel that the cases launch. Returns "kernels", a dict of facts for each;
+    "failed", a line for each that does not compile; and "warnings" about tensor cores.
 
     quick: do not disassemble kernels that have no matmul and no local memory. Disassembling takes
     most of the time if the kernel is in Triton's cache.

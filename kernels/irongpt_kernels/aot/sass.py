@@ -2,9 +2,10 @@
 Reads registers, spills, instructions and innermost loops from a cubin, and estimates how many warps
 an SM holds and how long its units are busy. The disassembler comes with Triton. No GPU is needed.
 
-Occupancy and the rates are facts of the hardware (CUDA Programming Guide, arithmetic instructions;
-for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019, and
-instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers).
+Occupancy and the rates are published or were measured by others (CUDA Programming Guide, arithmetic
+instructions; for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking",
+2019, and instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers). On
+sm_90 the rate of HMMA is unknown, and that of HGMMA is taken.
 """
 
 import hashlib
@@ -107,8 +108,9 @@ def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops with the most HMMA, or without HMMA the most FFMA, in order of address. A
-    kernel without a loop gives all of its instructions."""
+    """Of the innermost loops those with the largest number of HMMA (if no loop has any: of FFMA),
+    in order of address: several if the number is equal. A kernel without a loop gives all of its
+    instructions."""
 
     def work(loop: list[Instruction]) -> tuple[int, int]:
         n = count(loop)
@@ -120,8 +122,9 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
-    """A lower bound of the number of elements of a thread that one call of Philox4x32-7 serves: a
-    call has 14 wide multiplies, but some of those in the loop compute addresses instead."""
+    """How many elements of a thread share a call of Philox4x32-7, at least. A call has 14 wide
+    multiplies, so the loop has at most 1 / 14 as many calls as wide multiplies, of which some
+    compute addresses."""
     wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
     return 14 * elements / wide if wide else 0.0
 

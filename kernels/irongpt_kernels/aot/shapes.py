@@ -1,6 +1,6 @@
 """The shapes at which `aot` compiles the ops: those that decide tiles, warps and specializations.
 
-An op without shapes in this file is compiled at those of the iron model.
+An op without shapes in this file is compiled at those of the preset iron of the GPT.
 """
 
 import itertools
@@ -29,8 +29,8 @@ WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in 
 
 
 def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
-    """The dtypes by role. Ops with a gradient are compiled with weights of the compute dtype, and
-    layer_norm also with rows of that dtype."""
+    """The dtype of each `Input.role`, as in `op_inputs.dtypes`, except that the weights of ops with
+    a gradient, and the rows of layer_norm, have the compute dtype."""
     compute = DTYPES[dtype]
     roles = dict(weight=compute) if spec.differentiable else {}
     roles |= dict(stream=compute) if spec.name == "layer_norm" else {}
@@ -67,7 +67,7 @@ class Case:
         return f"{self.label} {self.dtype}"
 
     def wanted(self) -> dict[str, op_inputs.Input]:
-        """The inputs, with the optional ones."""
+        """The inputs, with the optional ones that are not `omitted`."""
         return {
             n: replace(x, size=self.sizes.get(n, x.size), optional=False)
             for n, x in self.spec.inputs(self.at).items()
@@ -75,7 +75,7 @@ class Case:
         }
 
     def inputs(self) -> Tensors:
-        """Tensors of zeros."""
+        """Tensors of zeros, or of valid indices."""
         kinds, made = dtypes(self.spec, self.dtype), dict[str, Tensor]()
         for name, one in self.wanted().items():
             made[name] = torch.zeros(one.size, dtype=kinds[one.role])
@@ -92,7 +92,7 @@ class Case:
         upstream: Callable[[int, Tensor], Tensor] = lambda i, x: torch.ones_like(x),
         seed: int = 1,
     ) -> Tensors:
-        """Outputs by name or number, and the gradients of the inputs as `d x`."""
+        """Outputs by name or number, and the gradient of each input under the name "d NAME"."""
         options = self.spec.options(self.at, self.p, seed) | self.options
 
         def call(x: Tensors) -> tuple[Tensor, ...]:
@@ -118,8 +118,8 @@ def every(arch: int) -> list[Case]:
 
 def representative(arch: int) -> list[Case]:
     """The cases that a test can afford: each kernel in one dtype at least, attention at several
-    head dimensions. On sm_75 padded heads too, and float32 attention at D = 16 and 128 only,
-    because LLVM takes long to compile scalar dots."""
+    head dimensions, with some that are padded in registers. Float32 attention is compiled at few of
+    them: on sm_75 LLVM takes long to compile its scalar dots."""
     attention = {  # sm_80 and sm_90 have the same float32 tiles: each compiles another D
         75: ["D=(32|48|80|96) p=0.2 T=256 float16", "D=(32|64) p=0.0 T=256 float16",
              "D=64 p=0.2 T=250 float16", "D=(16|128) p=0.2 T=256 float32"],
@@ -145,7 +145,8 @@ def _cases(dtype: str) -> Iterator[Case]:
 
 
 def _rows(N: int) -> dict[str, Shape]:
-    """A (ROWS, N) matrix of rows or logits; costs are those of iron's number of rows."""
+    """Shapes of an op on a (ROWS, N) matrix. Its cost is reported for as many rows as iron's batch
+    has."""
     return dict(at=RowShape(V=N, M=ROWS, N=N), costs=RowShape(V=N, M=IRON.rows, N=N))
 
 

@@ -2,11 +2,10 @@
 
 A module has the kernels of one op or of related ops, and a docstring with formulas, memory traffic
 and limits. Every op raises TypeError for an argument of an unsupported type or dtype (floating
-tensors are float32, float16 or bfloat16), and ValueError for a shape, a device, a number or a pair
-of dtypes that does not fit.
-No op has a second or a forward-mode derivative: asking for one raises an error. There are no
-atomics, so every run gives the same bits.
-exponential, philox and attention_tiles are helpers. Importing this package imports Triton.
+tensors are float32, float16 or bfloat16), and ValueError for a shape, a device, a number or a
+combination of dtypes that does not fit. No op has a second or a forward-mode derivative: asking for
+one raises an error. There are no atomics, so every run gives the same bits. exponential, philox and
+attention_tiles are helpers. Importing this package imports Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw

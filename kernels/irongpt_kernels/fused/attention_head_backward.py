@@ -9,15 +9,17 @@ Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its h
             loops over tiles of keys: each adds its part to dQ, and its rows of dK and dV are then
             complete. Scores, weights and dropout masks are computed once. The pair of kernels of
             `attention_backward` computes them twice.
-Diagonal    With SPLIT (T > BLOCK_M / 2 >= 16 num_warps) there are two loops:
-            all queries with the first half of the keys, then the second half of the queries with
-            the second half of the keys, which no other query sees. So 3/4 of the scores are
-            computed. Without SPLIT one loop computes all of them. Every tile is masked.
+Diagonal    With SPLIT there are two loops. The first has all queries and the first half of the
+            keys. The second has the second half of the queries and of the keys: no other query sees
+            those keys. So 3/4 of the scores are computed. SPLIT needs more than BLOCK_M / 2
+            positions, and a half must give each warp at least 16 rows. Without SPLIT one loop
+            computes all scores. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements (the pair moves
             12), and m and log2(l). The second half of q and dout is read again, from cache.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
-            log2, which saves a multiplication per element. 1 / (1 - p) and Z are <= 256.
+            log2, which saves a multiplication per element. Z cannot overflow in float16: it is at
+            most 1 / (1 - p) <= 256.
 Limits      float16 and bfloat16. A program holds BLOCK_M >= T rows of q, dout and dQ, which have to
             fit its registers and shared memory: see `attention_tiles.head_options`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
@@ -102,7 +104,8 @@ def _gradients_of_keys(
 ):  # fmt: skip
     """Stores dK and dV of a tile of keys, and returns dQ / scale with its contribution.
 
-    Rows beyond T have dout = 0 and delta_factor = 0, and contribute nothing.
+    delta_factor: -(1 - p) delta of each row. Rows beyond T have dout = 0 and delta_factor = 0, and
+    contribute nothing.
     """
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]

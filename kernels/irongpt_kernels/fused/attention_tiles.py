@@ -97,12 +97,13 @@ def _fits(T: int, D: int, itemsize: int) -> bool:
 def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_table.Options | None:
     """Default launch options per architecture; None if the pair of kernels is the default.
 
-    They are chosen as in `default_tiles`. On sm_80 the single kernel is limited by shared memory:
-    each warp reads the complete right operand of every matmul. (On sm_90 an asynchronous matmul,
-    wgmma, reads it once for four warps.) By the cost model of `aot.tiles`, these reads take longer
-    at 256 positions than the DRAM traffic of the pair, so the pair is the default on sm_80. On
-    sm_90 the pair is the default for D above 64, and above 128 positions if D <= 32, where dK and
-    dV cannot use wgmma. On sm_75 the 64 KB of shared memory hold too little of a head.
+    They are chosen as in `default_tiles`. On sm_80 the reads of shared memory limit the single
+    kernel: each warp reads the complete right operand of every matmul. By the cost model of
+    `aot.tiles`, these reads take longer at 256 positions than the DRAM traffic of the pair, so the
+    pair is the default on sm_80. On sm_90 an asynchronous matmul, wgmma, reads that operand once
+    for four warps, and the single kernel is the default with two exceptions: D above 64, and D of
+    at most 32 at more than 128 positions (with D <= 32, dK and dV cannot use wgmma). On sm_75 the
+    64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -129,11 +130,11 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
     The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
     bottleneck is shared memory, and a warp of 32 rows reads each key half as often as two warps of
     16. From sm_80 on the bottleneck at short contexts is DRAM, or on sm_90 the ALU work of dropout
-    masks. So tiles of 128 rows, which read keys less often, are not used: at T = 256 they compute a
-    fifth more scores, because more of their area is masked.
+    masks. There it gains nothing to read keys less often with tiles of 128 rows, and at T = 256
+    these compute a fifth more scores, because more of their area is masked.
 
-    maxnreg: the limit of registers per thread. It is set if an SM then holds 12 warps instead of
-    8, or if ptxas would otherwise spill registers to fit even more warps.
+    maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
+    8, and where ptxas would otherwise choose fewer registers, to hold still more warps, and spill.
     """
     if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

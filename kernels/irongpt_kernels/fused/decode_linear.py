@@ -5,10 +5,10 @@
 
     x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Forward, per row:   Two intermediate results are rounded to the dtype of the weight: that of the
-                    layer norm, and that of the matmul, which is summed in float32 (the bias is
-                    added before that rounding, or after it for GELU). GELU and the residual sum are
-                    computed in float32. A model under autocast rounds at the same places, but it
+Forward, per row:   The results of the layer norm and of the matmul are rounded to the dtype of the
+weight. The matmul is summed in float32. The bias is added before the result is rounded, with GELU
+after it. GELU and the residual sum are computed in float32. A model under autocast rounds at the
+same places, but it
                     also writes the intermediate results to memory.
 
 Traffic     reads the weight once, N K elements, which takes nearly all of the time. Every program

@@ -2,9 +2,9 @@
 
     sum, norm = dropout_add_layer_norm(branch, residual, weight, bias, dropout_p=p, seed=seed)
 
-Forward, per row:   keep = 0 for a dropped element and 1 / (1 - p) for the others, where `dropout`
+Forward, per row:   factor = 0 for a dropped element, 1 / (1 - p) for the others, where `dropout`
                     gives the mask and rounds p to a multiple of 1/256
-                    sum = residual + keep branch        norm = layer_norm(sum), see `layer_norm`
+                    sum = residual + factor branch      norm = layer_norm(sum), see `layer_norm`
 Backward            see `layer_norm_backward`
 
 Traffic     The forward reads branch and residual and writes sum and norm: 4MN elements. The
@@ -15,7 +15,7 @@ Traffic     The forward reads branch and residual and writes sum and norm: 4MN e
 Parallelism as in `layer_norm`: complete rows in registers.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and norm in a
             16-bit dtype, residual and sum in float32), arithmetic is in float32. The norm is
-            computed from the sum after it is rounded to its dtype, because the backward reads that.
+            computed from the rounded sum, because that is what the backward reads.
 Limits      as in `layer_norm`: N <= 8192; tensors without contiguous rows are copied.
 Spec        irongpt_kernels/eager.py::dropout_add_layer_norm
 """

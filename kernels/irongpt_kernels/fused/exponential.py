@@ -3,7 +3,9 @@
 `tl.exp(x)` is compiled to 2^(x log2 e). The rounding error of the product x log2 e grows with |x|,
 and so does the relative error of the result. In a softmax of few elements such errors do not
 average out, and they would exceed our tolerance. Here x = n ln 2 + r with |r| <= 0.35, and
-e^x = 2^n 2^(r log2 e), so that only the small r is multiplied. n LN2_HIGH is exact for |n| < 512.
+e^x = 2^n 2^(r log2 e), so that only the small r is multiplied. ln 2 is the sum of LN2_HIGH, of 15
+bits, and LN2_LOW. So n LN2_HIGH is exact for |n| < 512, and r = x - n LN2_HIGH - n LN2_LOW is
+accurate.
 """
 
 import triton

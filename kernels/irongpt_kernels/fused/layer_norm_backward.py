@@ -1,21 +1,21 @@
 """Backward of `layer_norm`, `dropout_add_layer_norm` and `embed_layer_norm`, by one kernel.
 
-    sum = residual + keep branch      keep: 0 or 1 / (1 - p), the factor of `dropout_add_layer_norm`
+    sum = residual + factor branch    factor: see `dropout_add_layer_norm`
     xhat = (sum - mean) rstd          norm = xhat weight + bias
 
 Backward, per row:  g = dnorm weight is the gradient with respect to xhat. Because mean and rstd
                     depend on the whole row, two projections are subtracted:
                     dresidual = dsum + rstd (g - sum(g) / N - xhat sum(g xhat) / N)
-                    dbranch = keep dresidual
+                    dbranch = factor dresidual
           columns:  dweight = sum(dnorm xhat)      dbias = sum(dnorm), both over the rows
 
 For `layer_norm`, x takes the place of the sum, dsum is absent, and dresidual is dx.
 
 Traffic     reads dsum, dnorm and the sum, writes dresidual and dbranch: 5MN elements, and 3MN for
             `layer_norm`. xhat is recomputed from mean and rstd, the mask from the seed.
-Parallelism P programs loop over the blocks of rows; each SM has WARPS_PER_SM warps by default, or
-            one program if that has more. Each keeps its own dweight and dbias; `norm_parameters`
-            adds these (P, N) partial sums, of all norms at once.
+Parallelism P programs share the blocks of rows. By default each SM has as many programs as make
+            WARPS_PER_SM warps, but at least one. Each program keeps its own dweight and dbias;
+            `norm_parameters` can add these (P, N) partial sums of all norms at once.
 Precision   float32 between load and store; xhat is centred as in the forward.
 Limits      those of `layer_norm`.
 Spec        the gradients of irongpt_kernels/eager.py::layer_norm, dropout_add_layer_norm
@@ -127,7 +127,8 @@ def forward_options(N: int, itemsize: int, device: torch.device) -> dict[str, in
 
 def backward_options(N: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], int]:
     """Launch options, and the warps per SM: by default WARPS_PER_SM, but at least those of one
-    program. So many hide the memory latency; more would only write more partial sums."""
+    program. That number of warps hides the memory latency; more would only write more partial
+    sums."""
     measured = launch_table.options("norm backward", N, itemsize, device, {})
     options = dict(warps_per_sm=WARPS_PER_SM) | launch_options(N, measured)
     return options, max(options.pop("warps_per_sm"), options["num_warps"])
@@ -148,9 +149,10 @@ def layer_norm_bwd(
     """Returns dbranch in `branch_dtype`, dresidual like total, contiguous; the partial sums of
     dweight and dbias, (P, N) float32.
 
-    total: the sum, or the x of `layer_norm`. weight: (N,), or P equal rows of it. dsum, dnorm: None
-    for a gradient of 0. P: the number of programs. wanted: whether to compute dbranch, dresidual,
-    dweight and dbias; one that is not wanted is returned empty.
+    total: the sum, or the x of `layer_norm`. weight: (N,), or the (P, N) view of it that
+    `norm_parameters` makes. dsum, dnorm: None for a gradient of 0. P: the number of programs.
+    wanted: whether to compute dbranch, dresidual, dweight and dbias; one that is not wanted is
+    returned empty.
     """
     dsum_rows, dnorm_rows = (
         None if d is None else launch.contiguous_rows(d) for d in (dsum, dnorm)
@@ -175,7 +177,8 @@ def layer_norm_bwd(
 
 
 def one_row(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as a contiguous (N,) tensor. It is given as (N,), or as P equal rows of it."""
+    """A parameter as a contiguous (N,) tensor. It is given as (N,), or as the (P, N) view that
+    `norm_parameters` makes."""
     if parameter is None:
         return None
     return (parameter[0] if parameter.dim() == 2 else parameter).contiguous()

@@ -18,18 +18,18 @@ Traffic     The kernel reads z and overwrites it with dz: 2MV elements. Separate
             backward dx and dw are kept, (M + V) C elements. If the logits of all rows take more
             than LOGITS_BYTES, the rows are processed in chunks. The dw of each chunk is
             rounded to the dtype of x, and the chunks are summed in float32.
-Parallelism A program handles BLOCK_M rows, which stay in registers between the sums and the
-            gradient. It stores the sum of its rows' losses, and one program of a second kernel adds
-            these partial sums in a fixed order.
+Parallelism A program handles BLOCK_M rows. Rows of up to MAX_BLOCK stay in registers between the
+            sums and the gradient. It stores the sum of its rows' losses, and one program of a
+            second kernel adds these partial sums in a fixed order.
 Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
             the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
             it is rounded to the dtype of z; otherwise a float16 dz below 3e-8 would become 0.
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
             tensors have one dtype; under autocast they are cast to its dtype, as for a linear
             layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
-            would make the host wait, and the loss and the gradients become NaN instead. dx and dw
-            are kept times s (by default FLOAT16_SCALE in float16): there an element beyond
-            +-65,504 / s becomes infinite, where `eager` may be finite.
+            would make the host wait, and the loss and the gradients become NaN instead. The stored
+            dx and dw contain the factor s, by default 1 and in float16 FLOAT16_SCALE. So in float16
+            an element beyond +-65,504 / s becomes infinite, where `eager` may be finite.
 Spec        irongpt_kernels/eager.py::linear_cross_entropy
 """
 

@@ -115,9 +115,9 @@ def norm_gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients with respect to branch, residual, weight and bias; None for those not wanted.
 
-    saved: total, weight, mean and rstd. They and the other arguments are those of `layer_norm_bwd`,
-    but weight is (N,), or a view of `norm_parameters`; the gradients of weight and bias have its
-    shape, and are float32.
+    saved: total, weight, mean and rstd. Arguments and results are those of `layer_norm_bwd`, but
+    the gradients of weight and bias have the shape of weight: (N,), or (P, N) partial sums if it is
+    a view.
     """
     total, weight, mean, rstd = saved
     if dnorm is None:  # the sum does not depend on the parameters

@@ -64,8 +64,8 @@ _ERRORS = {"ex2": (2, 0.0), "div": (2, 0.0), "sqrt": (0, 2.0**-23), "rsqrt": (0,
 
 
 def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
-    """The float64 y as float32. Its error is a hash of the seed, at most `noise` times the bound of
-    the PTX ISA. ex2 of an integer is exact, as it is on GPUs."""
+    """The float64 y as float32, with a pseudorandom error of at most `noise` times the bound of the
+    PTX ISA, which the seed determines. ex2 of an integer is exact, as it is on GPUs."""
     if not noise:
         return y.astype(f4)
     h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)
@@ -91,8 +91,8 @@ def minf(a: Array, b: Array) -> Array:
 
 
 def to_int(x: Array, dtype: Any) -> Array:
-    """Whole float to integer, clamped. NaN becomes 0; if the source or the result has 64 bits, it
-    becomes the number with only the top bit set."""
+    """A float without a fraction as an integer, clamped to the range of the dtype. NaN becomes 0;
+    if the source or the result has 64 bits, it becomes the number with only the top bit set."""
     info, y = np.iinfo(dtype), x.astype(f8)
     nan, big, small = np.isnan(y), y >= float(info.max), y <= float(info.min)
     out = np.where(nan | big | small, 0, y).astype(dtype)
@@ -113,7 +113,7 @@ def div(a: Array, b: Array) -> Array:
 
 
 def rem(a: Array, b: Array) -> Array:
-    """The remainder, with the sign of a. It is a for a division by zero."""
+    """The remainder, with the sign of a. If b is 0, it is `a`."""
     zero = b == 0
     return np.where(zero, a, np.fmod(a, np.where(zero, 1, b))).astype(a.dtype)
 
@@ -154,8 +154,9 @@ def accumulate_exact(C: Array, A: Array, B: Array) -> Array:
 def accumulate_like_hardware(block: int, extra_bits: int) -> Callable[[Array, Array, Array], Array]:
     """Matmuls as measured on tensor cores (Fasi, Higham, Mikaitis, Pranesh 2021).
 
-    Products are exact. `block` of them and the accumulator are aligned to the largest exponent with
-    `extra_bits` beyond float32's, truncated there and added; the sum is truncated to float32.
+    Products are exact. A step adds `block` of them to the accumulator: all are first cut off at
+    `extra_bits` below the last bit that a float32 with their largest exponent has, and the sum is
+    truncated to float32.
     """
 
     def accumulate(C: Array, A: Array, B: Array) -> Array:

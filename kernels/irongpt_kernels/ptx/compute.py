@@ -137,8 +137,8 @@ class Arithmetic(Operands):
     op_mad = op_mul
 
     def op_approximate(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """ex2, sqrt, rsqrt, div: exact with rn, else approximate: the true value, rounded, unless
-        there is noise."""
+        """ex2, sqrt, rsqrt and div. With the suffix rn the result is correctly rounded. Without it
+        PTX allows an error, which `approximate` adds if there is noise."""
         operands = self.operands(mods, a[1:], *self.typed(mods[-1]))
         function = _FUNCTIONS[ins.name]
         if "rn" in mods:

@@ -4,7 +4,7 @@ Global memory is the memory of the process, at absolute addresses. These errors 
 
 - an access that is out of bounds or misaligned
 - a race: two CTAs, or two warps of a CTA without a barrier between, access one address, and one of
-  them writes
+  them writes (but warps may store the same value to shared memory)
 - a read of shared memory that was never written
 - an access to bytes that an asynchronous copy still fills, or a store to bytes that a wgmma reads
 - lanes of one instruction that store different values to one address
@@ -34,9 +34,10 @@ MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 
 def _same(x: Array, y: Array, infinity: int) -> Array:
-    """Whether words are equal, where any two NaN are equal too. A word can be one float32, or one
-    or two floats of the 16-bit dtype that has this infinity. On a GPU all NaN that arithmetic makes
-    have the same bits; in NumPy those of a sum may depend on the order of the operands."""
+    """Whether words are equal, where any two NaN are equal too. A word is one float32, or one or
+    two 16-bit floats; `infinity`, the bits of their infinity, tells which kind. On a GPU all NaN
+    that arithmetic makes have the same bits; in NumPy those of a sum may depend on the order of the
+    operands."""
     same, size = x == y, x.dtype.itemsize
     if same.all() or size not in (2, 4):
         return same
@@ -243,8 +244,9 @@ class Memory(Threads):
     def _matrices(
         self, address: Array, count: int, threads: Array, at: Site, rows: Array | None = None
     ) -> Array | None:
-        """Indices in shared[2] of `count` 8 x 8 matrices a warp: (warps, count, 8, 8). Lanes 8 i to
-        8 i + 7 have the addresses of the rows of matrix i.
+        """Where the elements of `count` 8 x 8 matrices per warp are in shared memory, as indices of
+        2-byte words: (warps, count, 8, 8). Lanes 8 i to 8 i + 7 have the addresses of the rows of
+        matrix i.
 
         rows: (addresses, 8) words to store there; None for a load.
         """
@@ -258,7 +260,7 @@ class Memory(Threads):
         return (flat.reshape(-1, count, 8) // 2)[..., None] + np.arange(8)
 
     def ldmatrix(self, address: Array, count: int, transposed: bool, at: Site) -> list[Array]:
-        """Lane t gets elements 2 (t % 4) and the next of row t // 4 of each matrix."""
+        """From row t // 4 of each matrix, lane t gets the elements 2 (t % 4) and 2 (t % 4) + 1."""
         threads = self.whole_warps(at)
         index = self._matrices(address, count, threads, at)
         if index is None:

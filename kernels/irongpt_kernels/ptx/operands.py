@@ -88,7 +88,7 @@ class Operands:
         return [x.strip() for x in a[1:-1].split(",")] if a.startswith("{") else [a]
 
     def packed(self, words: list[str], bits: int) -> str:
-        """Words in one of `bits` bits, the first one in the lowest."""
+        """Packs words into one of `bits` bits, the first into the lowest bits."""
         if len(words) == 1:
             return words[0]
         each, t = bits // len(words), NUMPY["u"][bits]

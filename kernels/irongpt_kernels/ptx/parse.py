@@ -92,7 +92,8 @@ def parse(ptx: str) -> Program:
 
 
 def _statements(body: str, first_line: int) -> Iterator[tuple[str, int, str]]:
-    """(text, line, Python line) of each statement or label, without comments."""
+    """(text, line of the PTX, line of the kernel's Python source) of each statement or label,
+    without comments."""
     where, pending, start = "", "", 0
     for n, raw in enumerate(body.split("\n"), first_line):
         if ".loc" in raw:

@@ -38,7 +38,8 @@ class Regions:
         self.reading_warps = np.zeros(end, dtype=u4)
 
     def locate(self, address: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each access lies in one span, and the indices (n, k) of the k cells it covers."""
+        """Whether each of n accesses lies within one piece of legal memory, and the indices of the
+        cells that it covers, (n, cells)."""
         k = np.searchsorted(self.starts, address, side="right") - 1
         offset = address - self.starts[k]
         inside = (k >= 0) & (offset >= 0) & (offset + width <= self.sizes[k])
@@ -47,7 +48,7 @@ class Regions:
 
 
 def _spans(tensors: list[Tensor]) -> list[Span]:
-    """Every storage, by address."""
+    """The storages by address; of a large one, the pieces that the views cover."""
     found: dict[int, np.ndarray] = {}
     pieces: list[tuple[int, int]] = []
     for t in tensors:

@@ -26,7 +26,8 @@ class Batch(Memory):
     def mma(
         self, dtype: str, a: list[Array], b: list[Array], c: list[Array], at: Site
     ) -> list[Array]:
-        """m16n8k8 or m16n8k16. A register of a or b holds two 16-bit values, one of c a float32."""
+        """m16n8k8 or m16n8k16. A register of a or b holds two 16-bit values, a register of c one
+        float32."""
         threads = self.whole_warps(at)
         pairs = [self._pairs(x, threads, dtype) for x in b]
         B = np.concatenate(pairs, 2)  # (warps, 8, k), by columns of B
@@ -53,7 +54,8 @@ class Batch(Memory):
         return [self.spread(D[:, :, row, column].reshape(-1), threads) for row, column in places]
 
     def _rows(self, a: list[Array], threads: Array, dtype: str) -> Array:
-        """(warps, 16, k): even registers hold the rows g, odd ones the rows g + 8."""
+        """(warps, 16, k). Lane 4 g + t holds parts of row g in even registers, and of row g + 8 in
+        odd ones."""
         pairs = [self._pairs(x, threads, dtype) for x in a]
         return np.concatenate([np.concatenate(pairs[i::2], 2) for i in (0, 1)], 1)
 
@@ -76,7 +78,8 @@ class Batch(Memory):
         at: Site,
     ) -> list[Array]:
         """m64n{n}k16. a: a descriptor or four registers, b: a descriptor. keep: whether c is
-        added. transposed: whether m or n, not k, runs along the rows in shared memory."""
+        added. transposed: for a and for b, whether k runs across the rows in shared memory, not
+        along them."""
         threads = self.whole_warps(at)
         groups = len(threads) // 128
         if isinstance(a, list):
@@ -90,10 +93,11 @@ class Batch(Memory):
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
+        lead, stride: two distances in bytes, from the descriptor.
         k_major: each row has 16 to 128 contiguous bytes along k; if only 16, `lead` is the distance
-        to the next 8 values of k. 8 rows are a pattern, and `stride` is the distance in bytes from
-        one pattern to the next. Otherwise 64, 32, 16 or 8 values along m or n are contiguous;
-        `stride` is the distance to the next 8 values of k, and `lead` to the next of m or n.
+        to the next 8 values of k. `stride` is the distance from 8 rows to the next 8.
+        Not k_major: 64, 32, 16 or 8 values along m or n are contiguous; `stride` is the distance to
+        the next 8 values of k, and `lead` to the next group along m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

@@ -55,7 +55,8 @@ def head_dimension(name: str, t: Tensor) -> None:
 
 
 def shape(wanted: Sequence[int | str], **tensors: Tensor | None) -> None:
-    """Raises ValueError unless each tensor has the shape, or is None. A name fits any size."""
+    """Raises ValueError unless each tensor has the shape, or is None. A string in `wanted`, such as
+    "B", fits any size."""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -67,7 +68,8 @@ def shape(wanted: Sequence[int | str], **tensors: Tensor | None) -> None:
 
 def ids(below: int, ignored: int | None = None, **tensor: Tensor) -> None:
     """Raises ValueError for an id outside [0, below) that is not `ignored`, but not on a GPU, where
-    the host would have to wait. tensor: the ids, as name=value."""
+    the host would have to wait. tensor: a single keyword argument: the ids, by their name for the
+    message."""
     ((name, t),) = tensor.items()
     if t.device.type == "cpu":
         bad, allowed = (t < 0) | (t >= below), f"[0, {below})"
@@ -144,7 +146,8 @@ def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
 
 def seed_of(seed: "int | Tensor", **tensor: Tensor) -> None:
     """ValueError: a seed beyond 64 bits or on another device than `tensor`. TypeError: a seed of
-    another type. tensor: one argument of the op, as name=value."""
+    another type. tensor: a single keyword argument: one of the op's tensors, by its name for the
+    message."""
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must fit into a signed 64-bit integer, got {seed}")

@@ -46,8 +46,8 @@ _tables: dict[torch.device, Table] = {}
 def use(device: torch.device, table: Table) -> None:
     """Later launches on the device use the options in the table; an empty one restores defaults.
 
-    Raises ValueError for an unknown kernel or option, for a value out of range, and for a GPU
-    without its index, by which launches look up their options.
+    Raises ValueError for an unknown kernel or option, for a value out of range, and for the device
+    `cuda` without an index, because launches look up the options of cuda:0, cuda:1, ...
     """
     if device.type == "cuda" and device.index is None:
         raise ValueError(f"the device needs an index, such as cuda:0, got {device}")

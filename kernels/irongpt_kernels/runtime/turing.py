@@ -1,8 +1,9 @@
 """Tensor cores on Turing (sm_75: T4, RTX 20xx) with an unmodified Triton.
 
 Since Triton 3.3, `tl.dot` below compute capability 8.0 is compiled to scalar FMAs
-(triton-lang/triton#5066, #10918): an eighth of a T4's speed at best, and tiles made for tensor
-cores spill. Turing's tensor cores still have mma.m16n8k8. A hook of Triton's compiler reaches it:
+(triton-lang/triton#5066, #10918). Their peak rate on a T4 is an eighth of that of its tensor cores,
+and tiles made for tensor cores spill. Turing's tensor cores still have mma.m16n8k8. A hook of
+Triton's compiler reaches it:
 
     1. TTGIR is made as for sm_80, where Triton chooses the layouts of mma.sync, with one pipeline
        stage (more would use cp.async, which sm_75 lacks);
@@ -27,17 +28,19 @@ Correctness
     So (a0, a1), b0 are complete k8 fragments of columns 0 to 7 of A and rows 0 to 7 of B, and
     (a2, a3), b1 are those of 8 to 15; the sum over k splits into these two parts. No lane needs
     data of another. Only the rounding inside an accumulation can differ: 8 + 8 terms instead of 16.
-    The first instruction writes d before the second reads a2, a3, b1. Triton gives d the registers
-    of c, and c, a and b, the inputs of one instruction, have different registers. So d overlaps
-    none of a2, a3, b1. If it did, the instruction would be left unchanged, and the kernel would be
-    compiled as in stock Triton, with a RuntimeWarning, because its PTX has what sm_75 lacks.
+    The first instruction writes d before the second reads a2, a3, b1. Triton gives d the same
+    registers as c. The inputs of an instruction, c, a and b, have different registers. So d
+    overlaps none of a2, a3, b1. If it did, the instruction would be left unchanged. The PTX would
+    then have an instruction that sm_75 lacks, and the kernel would be compiled as in stock Triton,
+    with a RuntimeWarning.
 
 Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their float32 dots remain
             IEEE FMAs, as in stock Triton. Some kernels cannot be lowered this way: those with other
             dots that sm_80 gives to tensor cores, with async copies in the source, or with an
             instruction that sm_75 lacks. They compile as in stock Triton, with one RuntimeWarning.
-Cache       From Triton 3.7 on, the hook is called without arguments for a part of the cache key. In
-            Triton 3.6, KEY is added to the hash of the sm_75 backend, which every key contains.
+Cache       KEY, the version of this hook, is a part of Triton's cache keys. Triton 3.7 and newer
+            call the hook without arguments to get it. For Triton 3.6 it is added to the hash of the
+            sm_75 backend, which is a part of every key.
 Other hooks If another hook was installed before, it is called first, and its changes to the stages
             remain in effect, because this hook only replaces methods of the backend object of the
             current compilation. If another hook replaces this one, the next launch wraps it.
@@ -107,7 +110,7 @@ def _ieee(dot: re.Match[str]) -> str:
 
 
 def _other_dots(ttir: str) -> str:
-    """The operand dtypes of dots that this hook does not lower to tensor cores."""
+    """The operand dtypes of dots with which a kernel cannot be lowered as described above."""
     found = {f"{a} x {b}" for a, b in _DOT.findall(ttir)} - {"f16 x f16", "f32 x f32"}
     found |= {"dot_scaled"} if "tt.dot_scaled" in ttir else set()
     return ", ".join(sorted(found))
@@ -214,7 +217,8 @@ class Hook:
 
 
 def install() -> None:
-    """Makes kernels that are compiled for sm_75 use its tensor cores. Every launch there calls it.
+    """Makes kernels that are compiled for sm_75 use its tensor cores. Every launch on an sm_75 GPU
+    calls this function.
 
     Raises RuntimeError if this version of Triton has no hook or compiles a dot to other PTX.
     """
