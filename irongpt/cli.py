@@ -357,7 +357,8 @@ def show_command(flags: Flags) -> int:
 def _checkpoint(flags: Flags) -> str:
     """The checkpoint that the flags name, else `best`, or `last` if there is no `best` yet."""
     run, name = flags["run"], flags.pop("checkpoint", None)
-    if name is None and os.path.isdir(run / "last") and not os.path.exists(run / "best"):
+    best = run / "best", run / ".best.old"  # one of them also while a save replaces `best`
+    if name is None and os.path.isdir(run / "last") and not any(map(os.path.exists, best)):
         say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
         return "last"
     return name or "best"

@@ -18,7 +18,6 @@ from typing import Any
 from safetensors.torch import save as to_bytes
 
 from irongpt import __version__
-from irongpt.config import check
 from irongpt.data.tokenizer import END, CharTokenizer, Tokenizer
 from irongpt.device import DTYPES
 from irongpt.files import check_free, damaged, new_folder, write
@@ -42,7 +41,6 @@ class Trained:
 def load(path: Path, which: str, dtype: str = "float32") -> Trained:
     """The checkpoint `best` or `last` of the run at `path`. Raises UserError."""
     run = open_run(path)
-    check((path / which).is_dir(), f"{path} has no checkpoint {which}: train it first")
     weights, _, tokenizer, state = load_checkpoint(run, which)
     try:
         tensors = to_gpt2(weights, run.config.model, DTYPES[dtype])

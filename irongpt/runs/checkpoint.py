@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from irongpt import files
+from irongpt.config import check
 from irongpt.files import write
 
 FILES = ("model.safetensors", "optimizer.safetensors", "tokenizer.json")
@@ -59,11 +60,12 @@ def save(
 def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]]:
     """The model, optimizer, tokenizer and state that were saved, on the CPU.
 
-    Raises UserError if a file is missing, truncated or changed.
+    Raises UserError if the checkpoint or a file of it is missing, truncated or changed.
     """
     old = _backup(folder)
     if not folder.is_dir() and old.is_dir():
         folder = old  # killed between the two renames of `_replace`
+    check(folder.is_dir(), f"{folder.parent} has no checkpoint {folder.name}: train it first")
     state = files.unsealed(files.read(folder / "state.json"), folder / "state.json")
     contents = {name: files.read(folder / name) for name in FILES}
     digests = state.get("files")

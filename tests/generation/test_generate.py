@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -90,6 +91,18 @@ def test_best_and_last_are_two_checkpoints(cli, run, tmp_path):
     (tmp_path / run / "best/model.safetensors").unlink()
     assert cli("generate", run, "--tokens", 5).code == 2
     assert cli("generate", run, "--checkpoint", "last", "--tokens", 5).code == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_best_is_found_if_its_save_was_killed_between_two_renames(cli, run, tmp_path, command):
+    args = ["--tokens", 5] if command == "generate" else ["new"]
+    (tmp_path / run / "best").rename(tmp_path / run / ".best.old")
+    (tmp_path / run / "last/state.json").unlink()  # so that it cannot be used instead
+    result = cli(command, run, *args)
+    assert (result.code, "not been evaluated" in result.err) == (0, False), result.err
+    shutil.rmtree(tmp_path / run / ".best.old")
+    result = cli("generate", run, "--checkpoint", "best")
+    assert_mistake(result, "has no checkpoint best: train it first")
 
 
 @pytest.fixture
