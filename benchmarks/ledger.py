@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import result_file
 from benchmarks.presets import model_of
-from benchmarks.roofline import group_bytes
-from irongpt.config import OPTIMIZERS, PRESETS, TrainConfig
+from benchmarks.roofline import matmul_shapes, step_bytes
+from irongpt.config import OPTIMIZERS, PRESETS, GPTConfig, TrainConfig
 from irongpt.device import DTYPES
 from irongpt.model import GPT
 from irongpt.training.distributed import World
@@ -59,7 +59,7 @@ READ_TWICE = {  # arguments that both kernels of an operation read
 GROUPS = {  # parts of an operation's name; the first group that matches counts
     "attention": ("attention",),
     "norms": ("layer_norm", "norm_parameters"),
-    "optimizer": ("adamw", "grad_norm", "sum_shards", "muon"),
+    "optimizer": ("optimizer", "adamw", "grad_norm", "sum_shards", "muon"),
     "gelu": ("gelu", "tanh", "pow"),
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "gather", "scatter"),
     "batch, embedding": ("embedding", "index"),
@@ -228,6 +228,17 @@ def step(
     return ledger, trainer
 
 
+def least_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> Counter[str]:
+    """The least bytes of a step by group, with the matmuls, but without those of Muon."""
+    shapes = matmul_shapes(config, train.batch_size)
+    # Forward, gradient of the input and gradient of the weight each move all three matrices.
+    matmuls = 3 * itemsize * sum(n * (M * K + K * N + M * N) for _, n, M, K, N in shapes)
+    least = Counter(matmuls=matmuls)
+    for op, moved in step_bytes(config, train, itemsize).items():
+        least[group_of(op)] += moved
+    return least
+
+
 def show(name: str, ledger: Ledger, least: dict[str, int]) -> None:
     """Prints a line for each group, the one that moves most first."""
     print(f"\n{name}: computed, not measured")
@@ -263,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         arch = int(args.arch.removeprefix("sm_"))
         ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, arch, **recipe)
         own = replace(trainer.config, batch_size=trainer.config.batch_size // args.gpus, shards=1)
-        least = group_bytes(trainer.model.config, own, dtype.itemsize)
+        least = least_bytes(trainer.model.config, own, dtype.itemsize)
         show(f"{name}, {args.dtype}", ledger, least)
         if world:
             print(f"exchange: {world.bytes / 1e6:.1f} MB from the other GPUs, and as much to them")

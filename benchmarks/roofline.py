@@ -161,27 +161,3 @@ def two_t4_step(preset: str = "iron") -> tuple[float, float]:
     least += (2 + 4) * gradients / T4["copy_bytes_per_s"]
     slow, fast = (gradients / rate for rate in T4_EXCHANGE)
     return least + fast, least + slow
-
-
-def group_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> dict[str, int]:
-    """Least bytes of a step by the groups of `benchmarks.ledger`, the matmuls included.
-
-    Less than `step_bytes`: each operand counts once, and the statistics of the rows and the first
-    norm do not count, as if they were part of other kernels. Muon's iteration does not count. The
-    residual stream is float32, all other tensors have `itemsize`.
-    """
-    L, B, V = config.n_layer, train.batch_size, config.vocab_size
-    rows = B * config.context
-    elements = rows * config.n_embd
-    shapes = matmul_shapes(config, B)
-    # Forward, gradient of the input and gradient of the weight each move all three matrices.
-    matmuls = 3 * sum(count * (M * K + K * N + M * N) for _, count, M, K, N in shapes)
-    return {
-        "matmuls": matmuls * itemsize,
-        "attention": L * (4 + 8) * elements * itemsize,
-        "norms": 2 * L * elements * ((2 + 2) * itemsize + (2 + 3) * 4),
-        "gelu": L * op_bytes("gelu", config, B, itemsize),
-        "loss": 2 * rows * V * itemsize,
-        "batch, embedding": 2 * elements * 4,
-        "optimizer": optimizer_bytes(config, train.optimizer, itemsize),
-    }

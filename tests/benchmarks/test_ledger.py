@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from benchmarks import ledger, roofline
-from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB, GPTConfig, TrainConfig
+from benchmarks import ledger
+from irongpt.config import PRESETS, WAR_AND_PEACE_VOCAB
 
 A, B = 4 * 6, 6 * 5
 # PyTorch ops by which an op validates its integers on a CPU.
@@ -158,12 +158,14 @@ def test_the_attention_of_sm_90_has_one_backward_kernel_in_16_bits(iron: ledger.
     assert full.launches["attention"] == iron.launches["attention"]
 
 
-def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(iron: ledger.Ledger) -> None:
-    config = GPTConfig(WAR_AND_PEACE_VOCAB, **PRESETS["iron"].model)
-    least = roofline.group_bytes(config, TrainConfig(**PRESETS["iron"].train), 2)
-    assert least["matmuls"] == iron.bytes["matmuls"]
-    assert all(n <= 1.001 * iron.bytes[group] for group, n in least.items())
-    assert sum(least.values()) > 0.9 * sum(iron.bytes.values())
+@pytest.mark.parametrize("preset", ["iron", "code"])
+def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(preset: str) -> None:
+    book, trainer = ledger.step(fused, torch.float16, preset)
+    least = ledger.least_bytes(trainer.model.config, trainer.config, 2)
+    assert least["matmuls"] == book.bytes["matmuls"]
+    assert all(n <= 1.001 * book.bytes[group] for group, n in least.items())
+    without = [sum(moved.values()) - moved["optimizer"] for moved in (least, book.bytes)]
+    assert without[0] > 0.9 * without[1]  # Muon's iteration has no least bytes
 
 
 def test_the_command_prints_that_its_figures_are_computed(
