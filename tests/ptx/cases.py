@@ -16,7 +16,7 @@ import torch
 from irongpt_kernels import eager, op_inputs, tolerance
 from irongpt_kernels.aot import shapes, tiles
 from irongpt_kernels.op_inputs import RowShape, Tensors
-from irongpt_kernels.op_specs import LAYERS, SPECS
+from irongpt_kernels.op_specs import LAYERS, SPECS, TOKEN
 from irongpt_kernels.ptx.driver import emulating
 from irongpt_kernels.runtime import launch_table
 from torch import Tensor
@@ -150,6 +150,20 @@ def sample(dtype: str, arch: int) -> Iterator[Case]:
             yield Case(spec, "few weights", dtype, few, p, dict(growth_interval=4))
         else:
             yield Case(spec, spec.size(at), dtype, at, p)
+
+
+LENGTHS = {  # a row of few elements, a partial tile, and a long row
+    "of 3 columns": RowShape(1, 2, 3, 16, V=3, M=1, N=3),
+    "of 19 columns": RowShape(1, 2, 19, 16, V=19, M=20, N=19),
+    "of 1000 columns": RowShape(1, 2, 90, 16, V=1000, M=4, N=1000),
+}
+
+
+def lengths(dtype: str, arch: int) -> Iterator[Case]:
+    """Short and long rows, in which errors of approximate instructions add up differently."""
+    for label, at in LENGTHS.items():
+        for spec in (*LAYERS, *TOKEN):
+            yield Case(spec, label, dtype, at, 1.0 if spec.name == "sample_tokens" else DROPOUT_P)
 
 
 # Of the shapes of `aot`, those at which a kernel executes other code; ops that are not named have
@@ -289,4 +303,5 @@ def tuned(dtype: str, arch: int) -> Iterator[Case]:
             yield Case(spec, label, dtype, at, DROPOUT_P, table={key: options})
 
 
-SETS = dict(sample=sample, table=table, every=every, edges=edges, strides=strides, tuned=tuned)
+SETS = dict(sample=sample, lengths=lengths, table=table, every=every)
+SETS |= dict(edges=edges, strides=strides, tuned=tuned)
