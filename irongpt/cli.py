@@ -221,7 +221,7 @@ def _text_flags(parser: argparse._ActionsContainer, what: str) -> None:
 def _generate_flags(generate: Parser) -> None:
     generate.add_argument("run", metavar="RUN", type=user_path, help="folder of the run")
     prompt = generate.add_mutually_exclusive_group()
-    help = "text to continue [<|endoftext|>, or a line break after training on a single text]"
+    help = "text to continue [<|endoftext|>; a line break if the run was trained on a single text]"
     prompt.add_argument("--prompt", metavar="TEXT", help=help)
     help = "file with the text to continue, or - for standard input; a last line break is removed"
     prompt.add_argument("--prompt-file", metavar="FILE", help=help)

@@ -258,7 +258,7 @@ PRESETS = {
         train=dict(iters=600, **FEW_STEPS),
     ),
     "best": Preset(  # nine epochs of a book: dropout and decay limit overfitting
-        "iron's model with BPE, the fewest bits per byte after 10 M training tokens, for a GPU",
+        "iron's model with BPE, the best recipe known for 10 M training tokens, for a GPU",
         model=IRON | dict(dropout=0.1),
         train=FEW_STEPS
         | dict(iters=2441, lr=4e-3, weight_decay=0.3, eval_every=250, tokenizer="bpe"),

@@ -28,7 +28,8 @@ def causal_attention(
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
-    """The same scores with a positive scale, which PyTorch's attention requires."""
+    """A query and a positive scale that give the same scores: PyTorch's attention requires scale >
+    0."""
     if scale is None or scale > 0:
         return q, scale
     return (-q, -scale) if scale else (q * 0, 1.0)

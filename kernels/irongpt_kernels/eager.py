@@ -118,10 +118,11 @@ def linear_cross_entropy(
 
     x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
     classes: the number of classes, by default V; the rows of the weight after them are padding,
-    whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that `backward`
-    will pass to the loss. It affects only the rounding: `fused` computes the gradients, times
-    loss_scale, together with the loss, so that small ones do not underflow in float16. Without
-    loss_scale `fused` takes 1, or 1,024 in float16, where gradients beyond 64 then overflow.
+    whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that the loss is
+    expected to get. It is only a hint: `fused` computes the gradients in the forward, and
+    multiplies them by it there, so that small ones do not underflow in float16; the backward
+    corrects them for another upstream gradient. Without it `fused` takes 1, in float16 1,024:
+    gradients above 65,504 / 1,024 = 64 then overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -178,8 +179,9 @@ def norm_parameters(params: list[Tensor], rows: int, dtype: torch.dtype) -> list
     """Prepares the parameters of layer norms for the layer-norm ops of this implementation.
 
     params: weights and biases, (N,) each. rows: the number of rows of the norms' inputs. dtype:
-    that of the norms' results. This version returns the parameters unchanged. `fused` returns
-    views of them, so that one kernel can finish the gradients of all parameters.
+    that of the norms' results. This version returns the parameters unchanged. `fused` returns views
+    whose gradients are partial sums, so that one kernel can add those of all parameters (see
+    `fused.norm_parameters`).
     """
     return list(params)
 
@@ -211,7 +213,7 @@ def sum_shards(
 
     shards: (S, n) of any dtype: row s is the gradient of all n weights from shard s. The rows are
     added in their order, in float32, so that every process that has all rows gets the same bits.
-    Returns the sum, (n,) float32, and `GradStats`; the other arguments are those of `grad_norm`.
+    Returns the sum, (n,) float32, and the result of `grad_norm`, whose arguments are the others.
     """
     total = _wide(shards[0]).clone()
     for shard in shards[1:]:
@@ -247,9 +249,9 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019) in place. Nothing changes if found_inf is set in `stats`.
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: in the params' shapes, of any dtype.
-    low_precision_params: 16-bit copies of as many of the first params, rounded after the update.
-    state_steps: (n,) float32, counting this step. lr: 0-d float32. stats: the result of
-    `grad_norm`. weight_decays: one per parameter.
+    low_precision_params: 16-bit copies of the first len(low_precision_params) params, rounded after
+    the update. state_steps: (n,) float32, the number of steps of each parameter, with this one. lr:
+    0-d float32. stats: the result of `grad_norm`. weight_decays: one per parameter.
     """
     _, grad_scale, found_inf = GradStats(*stats)
     skip = found_inf > 0

@@ -1,4 +1,4 @@
-"""The least that ops need, see `Cost`. Short formulas are in `op_specs`.
+"""The least that ops need, see `Cost`. Costs with a short formula are written in `op_specs` itself.
 
 item, stream: bytes of an element of the compute dtype and of the residual stream.
 """

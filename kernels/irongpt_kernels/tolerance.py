@@ -48,10 +48,10 @@ class Errors(NamedTuple):
 
 
 def rounding_error(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
-    """One or two units in the last place of this magnitude, plus the smallest subnormal number.
+    """eps times the magnitude, plus the smallest subnormal number.
 
     Eager can be exact by chance, for example at T = 1, but a candidate has to round its result at
-    least once. A unit is 2^-23 of the magnitude in float32, 2^-10 in float16, 2^-7 in bfloat16.
+    least once. eps is 2^-23 in float32, 2^-10 in float16, 2^-7 in bfloat16.
     """
     info = torch.finfo(dtype)
     return info.eps * magnitude + info.smallest_normal * info.eps

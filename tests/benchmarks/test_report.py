@@ -289,10 +289,10 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     ]
     shown = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| (\d+) MB \|", docs)
     assert [list(cells) for cells in shown] == wanted
-    to_end = r"([\d.]+) s to ([\d.]+) \(its end\)"
+    to_end = r"([\d.]+) after ([\d.]+) s, when it ends"
     nanogpt, target, nano = wanted
-    shown = re.findall(rf"([\d.]+) s to 1.80, {to_end}; .* {to_end}", readme)
-    assert shown == [(target[0], *nano[:2], *nanogpt[:2])]
+    shown = re.findall(rf"1.80 after ([\d.]+) s, and {to_end}; .* {to_end}", readme)
+    assert shown == [(target[0], *nano[1::-1], *nanogpt[1::-1])]
     assert f"({section['rows'][2].seconds:.0f} s on a 2-core AMD EPYC)" in readme
     step = section["iron_step"]
     sequences, ratio = step["batch"], step["irongpt_over_nanogpt"]

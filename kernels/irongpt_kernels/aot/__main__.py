@@ -11,14 +11,15 @@ the ops return uninitialized tensors.
 |---|---|
 | regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
-| HMMA, FFMA, | tensor-core, scalar multiply-add, special-function and local-memory instructions |
-| MUFU, local | in the innermost loop with most arithmetic (without a loop: in the whole kernel) |
-| MB, GFLOP | least traffic and FLOPs (from `op_specs`) of the op's whole backward, or forward if |
-| | the kernel's name has "fwd", for the batch of the preset iron: 16,384 rows, or 64 x 6 heads |
-| | of 256 positions. Ops of a decoding step: for one sequence, linear layers for the weight only |
-| clk, by | kernels with a matmul: `sass.clocks` of that loop, and the unit that limits it |
-| el/call | attention with dropout: how many elements, at least, share a call of the random |
-| | generator (see `dropout`), in that of attention's two loops where they are fewer |
+| HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
+| | instructions of the innermost loop with most arithmetic (without a loop: of the whole kernel) |
+| MB, GFLOP | least traffic and FLOPs (from `op_specs`) of all kernels of the op's forward, if the |
+| | kernel's name has "fwd", or of its backward. The batch is that of the preset iron: 16,384 |
+| | rows, or 64 x 6 heads of 256 positions. For ops of a decoding step it is one sequence, and |
+| | of their linear layers only the bytes of the weight are counted |
+| clk, by | kernels with a matmul: `sass.clocks` of the loop above, and the unit that limits it |
+| el/call | attention with dropout: the least number of elements that share a call of the random |
+| | generator (see `dropout`). Of attention's two loops the smaller number is shown |
 """
 
 import argparse

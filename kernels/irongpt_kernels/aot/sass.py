@@ -5,7 +5,7 @@ an SM holds and how long its units are busy. The disassembler comes with Triton.
 Occupancy and the rates are published or were measured by others (CUDA Programming Guide, arithmetic
 instructions; for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking",
 2019, and instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers). On
-sm_90 the rate of HMMA is unknown, and that of HGMMA is taken.
+sm_90 the rate of HMMA is not published; it is taken to be that of HGMMA (wgmma), which is too high.
 """
 
 import hashlib
@@ -108,8 +108,8 @@ def inner_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """Of the innermost loops those with the largest number of HMMA (if no loop has any: of FFMA),
-    in order of address: several if the number is equal. A kernel without a loop gives all of its
+    """The innermost loops that have the most HMMA, or the most FFMA if no loop has HMMA. Loops with
+    equal numbers are all returned, in order of address. A kernel without a loop gives all of its
     instructions."""
 
     def work(loop: list[Instruction]) -> tuple[int, int]:
@@ -122,9 +122,9 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
-    """How many elements of a thread share a call of Philox4x32-7, at least. A call has 14 wide
-    multiplies, so the loop has at most 1 / 14 as many calls as wide multiplies, of which some
-    compute addresses."""
+    """A lower bound on how many of a thread's elements share a call of Philox4x32-7. Each call has
+    14 wide multiplies. Others compute addresses, so the number of wide multiplies / 14 is an upper
+    bound on the calls."""
     wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
     return 14 * elements / wide if wide else 0.0
 
@@ -153,7 +153,8 @@ def clocks(loop: Iterable[Instruction], warps: int, arch: int = 75) -> dict[str,
     """The clocks for which one pass of a program through a loop keeps each unit of an SM busy.
 
     The units work in parallel, so the busiest one gives a lower bound. Latency, bank conflicts and
-    dependences are ignored, and an access to global memory costs only its issue.
+    dependences are ignored, and an access to global memory costs only the clocks in which it is
+    issued.
     """
     sm = SMS[arch]
     busy = dict(tensor=0.0, shared=0.0, special=0.0, alu=0.0, fma=0.0, issue=0.0)

@@ -1,4 +1,5 @@
-"""The shapes at which `aot` compiles the ops: those that decide tiles, warps and specializations.
+"""The shapes at which `aot` compiles the ops: at least one for each choice of tiles and warps, and
+for each specialization.
 
 An op without shapes in this file is compiled at those of the preset iron of the GPT.
 """
@@ -29,8 +30,8 @@ WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in 
 
 
 def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
-    """The dtype of each `Input.role`, as in `op_inputs.dtypes`, except that the weights of ops with
-    a gradient, and the rows of layer_norm, have the compute dtype."""
+    """As `op_inputs.dtypes`, with two exceptions: in ops with a gradient weights have the compute
+    dtype, and in layer_norm also its input x."""
     compute = DTYPES[dtype]
     roles = dict(weight=compute) if spec.differentiable else {}
     roles |= dict(stream=compute) if spec.name == "layer_norm" else {}
@@ -92,7 +93,8 @@ class Case:
         upstream: Callable[[int, Tensor], Tensor] = lambda i, x: torch.ones_like(x),
         seed: int = 1,
     ) -> Tensors:
-        """Outputs by name or number, and the gradient of each input under the name "d NAME"."""
+        """Outputs by name or number, and the gradient of each floating input, if the op has one,
+        under the name "d NAME"."""
         options = self.spec.options(self.at, self.p, seed) | self.options
 
         def call(x: Tensors) -> tuple[Tensor, ...]:

@@ -4,18 +4,19 @@ Compiles candidate tiles of the attention kernels, without a GPU, and sorts them
     python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
 
 A candidate is a tile of BLOCK_M queries by BLOCK_N keys and a number of warps, each with 16 or 32
-rows of the scores. Tiles whose values cannot fit the 255 registers of a thread are left out. In the
-kernel with one program per head, a tile has BLOCK_N keys and all queries. From sm_80 on a candidate
-has one or two pipeline stages; with two, the next tile is copied while the current one is computed.
-Each candidate is compiled, and `sass.clocks` estimates the clocks of its inner loop on the units of
-an SM. Candidates that spill or do not fit come last; before them come those that leave an SM fewer
-than 8 warps, too few to keep it busy. The others are sorted by clocks.
+rows of the scores. Tiles whose values cannot fit the 255 registers of a thread are left out. The
+kernel with one program per head is different: a tile has BLOCK_N keys and all queries. From sm_80
+on a candidate also has one or two pipeline stages (with two, the next tile is copied while the
+current one is computed), and some have a limit of registers per thread. Each candidate is compiled,
+and `sass.clocks` estimates the clocks of its inner loop on the units of an SM. Candidates that
+spill or do not fit come last; before them come those that leave an SM fewer than 8 warps, too few
+to keep it busy. The others are sorted by clocks.
 
 On sm_75 these are the clocks per query-key pair. From sm_80 on they are the clocks for one head of
 256 positions: each tile that intersects the lower triangle counts completely, although a part of it
-may be masked. From sm_80 on the clocks are the largest of three: those of the busiest unit of an
-SM, of the SM's share of the L2 traffic (keys and values are read once per query tile, or queries
-once per key tile), and of its share of the DRAM traffic (the same for all tiles).
+may be masked. This number is the largest of three: the clocks of the busiest unit of an SM, the
+clocks of the L2 traffic (keys and values are read once per query tile; in the kernel "key", queries
+and dout once per key tile), and the clocks of the DRAM traffic, which is the same for all tiles.
 
 Like `sass.clocks`, the model ignores latency, bank conflicts and dependences. The rates of L2, and
 of HMMA on sm_90, are guesses. Tiles within a fifth of each other may be in another order on a GPU,
@@ -79,8 +80,8 @@ class Tile(NamedTuple):
 
 
 def tiles(kernel: str, BLOCK_D: int, arch: int = turing.ARCH, itemsize: int = 2) -> list[Tile]:
-    """The candidates. A warp has rows of the scores. The kernel "key" computes them transposed: its
-    rows are keys."""
+    """The candidates. The rows of the scores are divided among the warps. The kernel "key" (dK, dV)
+    computes scores transposed, so its rows are keys."""
     if kernel == "head":
         fits = arch >= 80 and itemsize == 2 and BLOCK_D <= 64
         sizes = itertools.product((16, 32, 64), (4, 8), (1, 2)) if fits else ()
@@ -130,8 +131,9 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
 
 
 def visited_tiles(tile: Tile, T: int) -> int:
-    """The number of tiles of scores that the programs of one head visit in the kernels forward,
-    query and key: those that intersect the lower triangle. T is a multiple of both sides."""
+    """In the kernels "forward", "query" and "key": the number of tiles of scores that the programs
+    of one head visit, which are those that intersect the lower triangle. T is a multiple of both
+    sides."""
     return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 
@@ -148,8 +150,9 @@ def clocks_per_head(
 ) -> dict[str, float]:
     """Clocks by unit for a head of CONTEXT positions, from those of one pass of each inner loop.
 
-    loops: in the order of the kernel's code. A masked loop of a single pass is not a loop in the
-    compiled code; its pass then counts as an unmasked one. size: bytes of an element.
+    loops: in the order of the kernel's code. The compiler unrolls a masked loop that has a single
+    pass, and `loops` lacks it; the clocks of an unmasked pass are then used for it. size: bytes of
+    an element.
     """
     T = shapes.CONTEXT
     n = visited_tiles(tile, T)

@@ -50,7 +50,8 @@ def _store(address, offsets, x, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _correction(t, log_beta):
-    """1 - beta^t for t > 0. If small, from the series of expm1: a subtraction would lose digits."""
+    """1 - beta^t for t > 0. If beta^t > 0.6 it is computed by the series of expm1, because the
+    subtraction would lose digits."""
     x = t * log_beta  # never positive
     series = 1.0 + x * (1.0 / 10)
     for i in tl.static_range(9, 1, -1):

@@ -19,17 +19,19 @@ Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal cro
 Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l), 8 bytes per row. k
             and v are read once per query tile, mostly from L2: neighbouring programs share a head.
 Parallelism one program per head and query tile; the longest rows of a head come first.
-Precision   Scores, softmax and accumulators are in float32; P is rounded to the input dtype for its
-            matmul with v. S, a product with the scale, is rounded before m is subtracted, and the
-            two must not become a fused multiply-add: S - m of the largest score has to be exactly
-            0, or a row of huge scores overflows. m and log2(l) are stored separately: if m is
-            large, their rounded sum loses digits of log2(l), and all P of the row are wrong by the
-            same factor. In float32 the backward therefore subtracts first m and then log2(l) from
-            S. For 16-bit inputs, whose own rounding is far coarser, it subtracts the rounded sum
-            (`attention_tiles.load_stats`).
+Precision   Scores, softmax and accumulators are in float32; P, before its division by l, is rounded
+            to the input dtype for its matmul with v. The multiplication by the scale and the
+            subtraction of m must not become a fused multiply-add. m is the largest rounded product;
+            subtracted from a product that is not rounded, it would leave a difference that is not 0
+            for the largest score and, in a row of huge scores, large enough to overflow. m and
+            log2(l) are stored separately: if m is large, their rounded sum loses digits of log2(l),
+            and all P of the row are wrong by the same factor. In float32 the backward therefore
+            subtracts first m and then log2(l) from S. For 16-bit inputs, whose own rounding is far
+            coarser, it subtracts the rounded sum (`attention_tiles.load_stats`).
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
-            its backward writes the three gradients into one tensor. With separate q, k and v,
-            autograd stacks the gradients, which moves 6 B H T D elements more.
+            its backward writes the three gradients into one tensor. If a model instead splits qkv
+            and passes q, k and v separately, autograd stacks their gradients again, which moves 6 B
+            H T D elements more.
 Limits      D is a multiple of 16 from 16 to 128; 48, 80, 96 and 112 are padded in registers.
 Spec        irongpt_kernels/eager.py::causal_attention
 """

@@ -18,8 +18,8 @@ Algorithm   Dao, "FlashAttention-2" (2023), with two kernels: the first has a pr
             dV. No two programs add to the same gradient, so every run gives the same bits. Both
             kernels recompute the dropout mask, dZ, and P = 2^(S - m) / l, where S and m carry the
             factor log2(e). With S and dZ twice, the two kernels compute seven matmuls, where one
-            kernel that adds dQ by atomics computes five. In float32 the first computes them once
-            more (see Precision): nine.
+            kernel that adds dQ by atomics computes five. In float32 the kernel of dQ computes S and
+            dZ once more (see Precision), which makes nine.
 Diagonal    As in the forward, tiles that the diagonal crosses have a separate, masked loop.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, and m and log2(l).
             The second kernel reads q, k, v and dout again, which makes 12 B H T D. Each tile of
@@ -28,13 +28,14 @@ Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, 
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
-            underflow in float16. dS overflows in float16 no earlier than x = dZ keep / (1 - p):
-            dS_j = P_j (x_j - sum_i P_i x_i), whose sum contains P_j x_j, so |dS_j| <= P_j (1 - P_j)
-            (max x - min x), and P_j (1 - P_j) <= 1/4. Each row of dS should sum to 0. If one key
-            has nearly all of the weight, its dS is a difference of nearly equal numbers, and the
-            different rounding of dot(dO, O) and dZ becomes visible in float32. So in float32 a
-            first pass over the keys computes the sum of dS, which is the error of delta, and adds
-            it to delta. Row 0 sees only one key, so its dS is set to exactly 0.
+            underflow in float16. dS overflows in float16 no earlier than x = dZ keep / (1 - p),
+            because dS_j = P_j (x_j - sum_i P_i x_i) = P_j sum_i P_i (x_j - x_i), where the sum is
+            over i != j. So |dS_j| <= P_j (1 - P_j) 2 max|x| <= max|x| / 2. Each row of dS should
+            sum to 0. If one key has nearly all of the weight, its dS is a difference of nearly
+            equal numbers, and the different rounding of dot(dO, O) and dZ becomes visible in
+            float32. The sum of dS, sum_j P_j (x_j - delta), is the error of delta. So in float32 a
+            first pass over the keys computes it and adds it to delta. Row 0 sees only one key, so
+            its dS is set to exactly 0.
 Limits      those of `attention`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """

@@ -100,10 +100,10 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     They are chosen as in `default_tiles`. On sm_80 the reads of shared memory limit the single
     kernel: each warp reads the complete right operand of every matmul. By the cost model of
     `aot.tiles`, these reads take longer at 256 positions than the DRAM traffic of the pair, so the
-    pair is the default on sm_80. On sm_90 an asynchronous matmul, wgmma, reads that operand once
-    for four warps, and the single kernel is the default with two exceptions: D above 64, and D of
-    at most 32 at more than 128 positions (with D <= 32, dK and dV cannot use wgmma). On sm_75 the
-    64 KB of shared memory hold too little of a head.
+    pair is the default on sm_80. On sm_90 wgmma, an asynchronous matmul, reads that operand once
+    for four warps. There the single kernel is the default, with two exceptions: D above 64, and D
+    up to 32 at more than 128 positions, where a tile has 32 keys, too few for a wgmma that computes
+    dK or dV. On sm_75 the 64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -130,11 +130,12 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
     The criteria are, in this order: no spills, at least 8 warps per SM, fewest clocks. On sm_75 the
     bottleneck is shared memory, and a warp of 32 rows reads each key half as often as two warps of
     16. From sm_80 on the bottleneck at short contexts is DRAM, or on sm_90 the ALU work of dropout
-    masks. There it gains nothing to read keys less often with tiles of 128 rows, and at T = 256
-    these compute a fifth more scores, because more of their area is masked.
+    masks. So from sm_80 on, tiles of 128 rows, which read the keys less often, gain nothing. At T =
+    256 they compute a fifth more scores, because a larger part of them is masked.
 
-    maxnreg: the limit of registers per thread. It is set where an SM then holds 12 warps instead of
-    8, and where ptxas would otherwise choose fewer registers, to hold still more warps, and spill.
+    maxnreg: the limit of registers per thread. ptxas then uses up to that number, whatever it would
+    choose. It is set in two cases: where ptxas would choose more, so that an SM holds 12 warps and
+    not 8; and where it would choose fewer, so that even more warps fit, and spill.
     """
     if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

@@ -13,8 +13,8 @@ Parallelism one program per head. It starts its online softmax from the new key 
             registers, so it never reads a cache row that it has just written. A tile of keys is as
             large as registers allow; in 16 bits one tile has all keys of the default context, so
             the program waits for memory only once.
-Precision   Dot products, softmax and sums are in float32. Exponentials have base e: there are few
-            of them, and base 2 would need one more rounding per score.
+Precision   Dot products, softmax and sums are in float32. Exponentials have base e: there are too
+            few of them for base 2 to save time.
 Limits      D is a multiple of 16 from 16 to 128. No gradient. Cache rows after `position` are not
             read. A position outside the cache writes nothing, since a kernel cannot raise.
 Spec        irongpt_kernels/eager.py::decode_attention

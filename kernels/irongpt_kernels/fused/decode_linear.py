@@ -5,11 +5,13 @@
 
     x: (M, K) with few rows    weight: (N, K)    residual, result: (M, N)
 
-Forward, per row:   The results of the layer norm and of the matmul are rounded to the dtype of the
-weight. The matmul is summed in float32. The bias is added before the result is rounded, with GELU
-after it. GELU and the residual sum are computed in float32. A model under autocast rounds at the
-same places, but it
-                    also writes the intermediate results to memory.
+Forward, per row:   1. the layer norm, rounded to the dtype of the weight
+                    2. the matmul, summed in float32
+                    3. the bias is added, and the sum rounded to the dtype of the weight; with
+                       GELU it is rounded first, and bias and GELU are then in float32
+                    4. the residual is added in float32
+                    A model under autocast rounds at the same places, but it also writes the
+                    intermediate results to memory.
 
 Traffic     reads the weight once, N K elements, which takes nearly all of the time. Every program
             computes the layer norm of all rows again, while its part of the weight is being loaded.

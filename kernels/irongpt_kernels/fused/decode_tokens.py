@@ -11,10 +11,11 @@ Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z))
             Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by
             token id). The kernel finds it without sorting, as a threshold t and a count n: it keeps
             all tokens with a logit above t, and the first n of those equal to t. 32 bisection steps
-            find t; each counts the tokens with a logit of at least t, or sums their masses. The
-            sampled token is the first at which the running sum of kept masses, in order of token
-            id, exceeds u times their total. u is uniform in [0, 1) with 53 bits, by Philox from the
-            seed, the sequence and the number of its tokens.
+            find t. Each tries a value: it counts the tokens whose logit is at least that (for
+            top-k), or sums their masses (for top-p). The sampled token is the first at which the
+            running sum of kept masses, in order of token id, exceeds u times their total. u is
+            uniform in [0, 1) with 53 bits, by Philox from the seed, the sequence and the number of
+            its tokens.
 Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.
 Parallelism one program per sequence. Without top-k and top-p it passes over its row three times.
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
@@ -133,7 +134,8 @@ def _sample_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """inverse: 1 / temperature. top_k: the number of tokens to keep. top_p: in units of 2^-53.
-    K: the number of columns of counts. GREEDY, TOP_K, TOP_P: whether that limit applies."""
+    K: the number of columns of counts. GREEDY: take the most likely token. TOP_K, TOP_P: whether
+    top_k and top_p apply."""
     sequence = tl.program_id(0).to(tl.int64)
     row, stride = logits_ptr + sequence * logits_strides[0], logits_strides[1]
     number = tl.load(counts_ptr + sequence * counts_stride)

@@ -41,8 +41,8 @@ SUMS = 1024  # partial sums that the second kernel reads at a time
 
 @triton.jit
 def select_address(pointers, i: tl.constexpr, mine, address):
-    """A step of a search: the address of tensor i, as an integer, if it is this program's (`mine`),
-    else the `address` found so far."""
+    """One step of a loop in which a program finds its tensor: the address of tensor i, as an
+    integer, if `mine`, else `address`, the result of the steps before."""
     return tl.where(mine, pointers[i].to(tl.int64), address)
 
 
@@ -58,9 +58,9 @@ def load_gradient(
     address, offsets, mask, is_16bit,
     SOME_16BIT: tl.constexpr, SOME_FLOAT32: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Returns a gradient in float32. is_16bit: whether its dtype is `dtype`, otherwise float32. A
-    launch with gradients of both dtypes issues a load for each, and masks off the one of the wrong
-    dtype, so each element is read once.
+    """Returns a gradient in float32. is_16bit: true if its dtype is `dtype`, false if it is
+    float32. A launch with gradients of both dtypes issues a load for each, and masks off the one of
+    the wrong dtype, so each element is read once.
 
     SOME_16BIT, SOME_FLOAT32: whether the launch has any gradient of `dtype`, and any of float32.
     """

@@ -114,8 +114,8 @@ _op = custom_op(
 
 
 def check_shapes(weight: Tensor, bias: Tensor | None, **tensor: Tensor) -> None:
-    """Raises ValueError for shapes that the ops with a layer norm do not support. tensor: a single
-    keyword argument: the tensor whose rows are normalized, by its name for the message."""
+    """Raises ValueError for shapes that the ops with a layer norm do not support. tensor: one
+    keyword argument, NAME=tensor, whose rows are normalized; messages use NAME."""
     checks.rows(**tensor)
     (name, N) = next((name, x.shape[-1]) for name, x in tensor.items())
     if N > MAX_N:

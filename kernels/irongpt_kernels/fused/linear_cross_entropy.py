@@ -74,7 +74,8 @@ def _row_kernel(
     UNIT: tl.constexpr, GRADIENT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """z: contiguous rows of V = units * UNIT columns, which shows the compiler their alignment.
+    """z: contiguous rows of V columns. V is passed as units * UNIT, so that the compiler sees the
+    alignment of the rows.
 
     n: float, the number of rows that the loss is the mean of.
     """

@@ -10,11 +10,11 @@
 Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
             writes m, then reads both again for y, which needs the norm, and writes y: 18.
             muon_update reads u and p and writes p and the copy: 12. PyTorch's ops would move 92.
-Parallelism The grid has two dimensions, blocks of BLOCK elements and matrices. A program selects
-            its matrix from addresses that are kernel arguments, as in `grad_norm`. The programs of
-            the first kernel loop over several blocks, so that each matrix has at most PARTS partial
-            sums of squares. Every program of the second kernel adds those of its matrix in a fixed
-            order.
+Parallelism The first dimension of the grid is the blocks of BLOCK elements, the second the
+            matrices. A program selects its matrix from addresses that are kernel arguments, as in
+            `grad_norm`. muon_momentum has two kernels. In the first a program loops over several
+            blocks, so that each matrix has at most PARTS partial sums of squares. Every program of
+            the second adds those of its matrix in a fixed order.
 Precision   float32, except y and u, which have the dtype of the matmuls.
 Limits      Parameters are contiguous float32, copies contiguous and of one dtype, at addresses
             that are multiples of 16, as PyTorch allocates them. momentum is contiguous float32.

@@ -64,8 +64,8 @@ _ERRORS = {"ex2": (2, 0.0), "div": (2, 0.0), "sqrt": (0, 2.0**-23), "rsqrt": (0,
 
 
 def approximate(name: str, x: Array, y: Array, seed: Array, noise: float) -> Array:
-    """The float64 y as float32, with a pseudorandom error of at most `noise` times the bound of the
-    PTX ISA, which the seed determines. ex2 of an integer is exact, as it is on GPUs."""
+    """The float64 y as float32, with a pseudorandom error, determined by the seed, of at most
+    `noise` times the bound of the PTX ISA. ex2 of an integer is exact, as it is on GPUs."""
     if not noise:
         return y.astype(f4)
     h = seed.astype(u8) * u8(0x9E3779B97F4A7C15)
@@ -130,8 +130,8 @@ def shift(x: Array, n: Array, left: bool) -> Array:
 
 
 def prmt(a: Array, b: Array, selector: Any) -> Array:
-    """Four of the eight bytes of b:a, chosen by the nibbles of the selector. Bit 3 of a nibble
-    selects the sign of the byte, in all bits."""
+    """Four of the eight bytes of b:a, chosen by the nibbles of the selector. If bit 3 of a nibble
+    is set, all 8 bits are the sign of the byte."""
     both = a.astype(u8) | (b.astype(u8) << u8(32))
     selector = np.asarray(selector, dtype=u4)
     out = np.zeros_like(a)
@@ -154,9 +154,9 @@ def accumulate_exact(C: Array, A: Array, B: Array) -> Array:
 def accumulate_like_hardware(block: int, extra_bits: int) -> Callable[[Array, Array, Array], Array]:
     """Matmuls as measured on tensor cores (Fasi, Higham, Mikaitis, Pranesh 2021).
 
-    Products are exact. A step adds `block` of them to the accumulator: all are first cut off at
-    `extra_bits` below the last bit that a float32 with their largest exponent has, and the sum is
-    truncated to float32.
+    Products are exact. A step adds `block` of them to the accumulator. First each of these terms is
+    truncated to a fixed point: the last bit of a float32 that has their largest exponent, and
+    `extra_bits` bits more. The sum is truncated to float32.
     """
 
     def accumulate(C: Array, A: Array, B: Array) -> Array:

@@ -1,9 +1,9 @@
 """A `Program`'s basic blocks as Python functions over NumPy arrays.
 
-Between blocks the value of a register is an array in the list R. Within a block local variables
-hold it, up to three views of the same array: as unsigned (u), signed (s) and floating-point (f)
-numbers. A predicate has a single view, of booleans (b). At its end, under the mask of its threads,
-a block writes back to R only the registers that some block reads before it writes them.
+Between blocks the value of a register is an array in the list R. Within a block the value is in
+local variables, up to three views of one array: as unsigned (u), signed (s) and floating-point (f)
+numbers. A predicate has a single view, of booleans (b). When a block ends, it stores registers in
+R for the threads in its mask, but only registers that some block reads before writing them.
 
 The function of a block takes (S, R, m): S is the batch of CTAs, R the registers, and m the mask of
 the threads that run the block (None: all). It returns the next block: its number (-1 at the end of
@@ -25,8 +25,8 @@ _DTYPES = {1: np.bool_, 16: arith.u2, 32: arith.u4, 64: arith.u8}  # by bits
 
 class Code:
     """The functions of a program's blocks. dtypes: of each register that R has to hold. barriers:
-    the location of the barrier, by the number of the block that it ends. granule: see
-    `Operands`."""
+    for each block that ends with a barrier, by its number, the location of the barrier. granule:
+    see `Operands`."""
 
     def __init__(self, program: Program) -> None:
         self.program = program

@@ -179,7 +179,8 @@ class Arithmetic(Operands):
     # Comparison and conversion --------------------------------------------------------------------
 
     def op_setp(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """With f16x2 there is a result for each half; else a second result is the negated first."""
+        """setp writes one or two predicates. With f16x2 they are the results of the two halves;
+        else the second is the negation of the first."""
         compare, *more, dtype = mods
         if dtype in _HALVES:
             self.require(not more, ins)

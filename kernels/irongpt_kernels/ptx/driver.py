@@ -11,8 +11,8 @@ of it (`blocks`, `instructions`, `compute`), and runs the CTAs of the grid, some
 CUDA's terms, and runs one Triton program.
 
 kernels/README.md says what is executed and checked, how the arithmetic follows PTX, and what is not
-covered. A GPU can give other bits for two reasons: ptxas may fuse a mul and an add, which PTX
-permits, and about one fma in 2^29 of the emulator is off by an ulp.
+covered. Besides, ptxas may fuse a mul and an add, and about one fma in 2^29 of the emulator is off
+by an ulp, so a GPU can give other bits.
 """
 
 import contextlib

@@ -70,8 +70,8 @@ class Instructions(Arithmetic):
         self.put(f"S.st({self._space(ins, mods, a[0], bits // 8)}, [{words}], {tail})")
 
     def _space(self, ins: Instruction, mods: Mods, a: str, size: int) -> str:
-        """A space of memory and an address in it, as arguments of a call. size: bytes of an
-        element."""
+        """The text of two arguments of a call: the space of memory, and the address in it. size:
+        bytes of an element."""
         space = mods[0].removesuffix("::cta")
         self.require(space in self.granule, ins)
         self.granule[space] = min(self.granule[space], size)

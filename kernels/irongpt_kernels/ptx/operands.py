@@ -32,8 +32,8 @@ class Operands:
     """Generates the Python lines of a program, block by block.
 
     names: the global names that the lines may use: functions of `arithmetic`, constants, locations.
-    loaded: registers that a block reads before it writes them. granule: by space, a number of bytes
-    that divides every access.
+    form: the view of a register, u, s, f or b (see `blocks`). loaded: registers that a block reads
+    before it writes them. granule: by space, a number of bytes that divides every access.
     """
 
     def __init__(self, program: Program) -> None:
@@ -184,7 +184,7 @@ class Operands:
     # Writing ------------------------------------------------------------------------------------
 
     def home(self, reg: str) -> str:
-        """The array of a register that the block has written, as R holds it."""
+        """The value of a register that the block has written, in the form in which R holds it."""
         have, bits = self.forms[reg], self.program.regs[reg]
         form = "b" if bits == 1 else "u"
         if form in have:

@@ -93,11 +93,11 @@ class Batch(Memory):
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
-        lead, stride: two distances in bytes, from the descriptor.
-        k_major: each row has 16 to 128 contiguous bytes along k; if only 16, `lead` is the distance
-        to the next 8 values of k. `stride` is the distance from 8 rows to the next 8.
-        Not k_major: 64, 32, 16 or 8 values along m or n are contiguous; `stride` is the distance to
-        the next 8 values of k, and `lead` to the next group along m or n.
+        The descriptor contains two distances in bytes, `lead` and `stride`. k_major: each row has
+        16 to 128 contiguous bytes along k; if only 16, `lead` is the distance to the next 8 values
+        of k. `stride` is the distance from 8 rows to the next 8. Not k_major: 64, 32, 16 or 8
+        values along m or n are contiguous; `stride` is the distance to the next 8 values of k, and
+        `lead` to the next group along m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

@@ -68,8 +68,7 @@ def shape(wanted: Sequence[int | str], **tensors: Tensor | None) -> None:
 
 def ids(below: int, ignored: int | None = None, **tensor: Tensor) -> None:
     """Raises ValueError for an id outside [0, below) that is not `ignored`, but not on a GPU, where
-    the host would have to wait. tensor: a single keyword argument: the ids, by their name for the
-    message."""
+    the host would have to wait. tensor: one keyword argument, NAME=ids; messages use NAME."""
     ((name, t),) = tensor.items()
     if t.device.type == "cpu":
         bad, allowed = (t < 0) | (t >= below), f"[0, {below})"
@@ -146,8 +145,7 @@ def dropout(p: float, seed: "int | Tensor | None", **tensor: Tensor) -> None:
 
 def seed_of(seed: "int | Tensor", **tensor: Tensor) -> None:
     """ValueError: a seed beyond 64 bits or on another device than `tensor`. TypeError: a seed of
-    another type. tensor: a single keyword argument: one of the op's tensors, by its name for the
-    message."""
+    another type. tensor: one keyword argument, NAME=a tensor of the op; messages use NAME."""
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must fit into a signed 64-bit integer, got {seed}")

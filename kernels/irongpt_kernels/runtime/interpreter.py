@@ -2,7 +2,7 @@
 
 A GPU adds up a float32 dot product along its inner dimension in one fixed order. The interpreter
 leaves the order to NumPy's BLAS, and some BLAS libraries sum in another order if an operand is
-transposed. The attention kernels compute scores twice, the second time transposed, and rely on
+transposed. The attention kernels compute scores several times, some of them transposed, and rely on
 equal bits if scores are large. Here a matmul is summed in float64 and then rounded to float32,
 which hides the order in all but very rare cases. Matmuls of bfloat16 are left to Triton.
 """

@@ -41,9 +41,10 @@ Scope       Only kernels for sm_75 with a dot of fp16 by fp16 are changed. Their
 Cache       KEY, the version of this hook, is a part of Triton's cache keys. Triton 3.7 and newer
             call the hook without arguments to get it. For Triton 3.6 it is added to the hash of the
             sm_75 backend, which is a part of every key.
-Other hooks If another hook was installed before, it is called first, and its changes to the stages
-            remain in effect, because this hook only replaces methods of the backend object of the
-            current compilation. If another hook replaces this one, the next launch wraps it.
+Other hooks A hook that was installed before is called first. It may change the stages of the
+            compilation. This hook does not change them: it replaces methods of the backend that
+            they call, so both take effect. If another hook replaces this one, the next launch wraps
+            it.
 Threads     State belongs to one compilation; installing takes a lock.
 """
 
