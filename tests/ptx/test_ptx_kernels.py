@@ -44,3 +44,18 @@ def test_every_op_executed_as_compiled_for_a_t4_and_injected_bugs_that_are_found
     for arch in ARCHS:
         assert len(re.findall(rf"^{arch} ", found, re.MULTILINE)) >= 4
     assert re.search(r"^14 named bugs, 0 not found$", found, re.MULTILINE), found
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_emulating_restores_the_folder_of_the_cache(monkeypatch) -> None:
+    """Otherwise each block would use a folder in that of the block before it."""
+    from irongpt_kernels.ptx.driver import emulating
+    from irongpt_kernels.runtime import launch
+    from triton import knobs
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    before = knobs.cache.dir, dict(os.environ)
+    for _ in range(2):
+        with emulating(80):
+            assert knobs.cache.dir == os.path.join(before[0], "ptx")
+        assert (knobs.cache.dir, dict(os.environ)) == before

@@ -76,13 +76,14 @@ def emulating(arch: int, **options: Any) -> Iterator[Report]:
     _active.append((Options(arch, **options), report))
     try:
         with (
+            knobs.cache.scope(),  # restores TRITON_CACHE_DIR too, which `dir` sets
             fake_driver.gpu(arch, _DEVICES + arch, emulate.SHARED[arch]),
-            patch.object(knobs.cache, "dir", folder),
             patch.object(CUDABackend, "make_cubin", lambda *_: b""),  # nothing reads it
             patch.object(CompiledKernel, "_init_handles", init),
             patch.object(launch, "EXECUTED_PTX_ARCH", arch),
             patch.object(launch, "num_sms", lambda device: _SMS),
         ):
+            knobs.cache.dir = folder
             yield report
     finally:
         _active.pop()
