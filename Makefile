@@ -85,8 +85,12 @@ bench-train: .venv/dev ## time training steps (NANOGPT=folder: nanoGPT's too), g
 	run $(BIN)/python -m benchmarks.train_runs --section target; \
 	exit $$failed
 
+# ARGS go to both commands (--out, --result, --commit). On a CPU a step of 64 sequences takes half a
+# minute.
 bench-nano: .venv/dev ## time preset nano against nanoGPT's CPU recipe; NANOGPT=folder of nanoGPT
 	$(BIN)/python -m benchmarks.vs_nanogpt --nanogpt "$(NANOGPT)" $(ARGS)
+	$(BIN)/python -m benchmarks.training --preset iron --batch-size 4 --device cpu \
+		--variants builtin nanoGPT --nanogpt "$(NANOGPT)" $(ARGS)
 
 gpu: .venv/dev ## run the full GPU suite (at most 40 minutes)
 	$(BIN)/python -m benchmarks.suite $(ARGS)

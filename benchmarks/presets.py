@@ -24,8 +24,12 @@ def model_of(preset: str) -> GPTConfig:
     return GPTConfig(vocab_size=vocab_size, **PRESETS[preset].model)
 
 
-def random_setting(preset: str) -> Setting:
-    """The preset with random tokens, because the speed of a step does not depend on the text."""
+def random_setting(preset: str, batch_size: int | None = None) -> Setting:
+    """The preset with random tokens, because the speed of a step does not depend on the text.
+
+    batch_size: sequences per step; None is the preset's.
+    """
     model = model_of(preset)
     ids = torch.randint(model.vocab_size, (N_IDS,), generator=torch.Generator().manual_seed(1))
-    return Setting(model, TrainConfig(**PRESETS[preset].train), Tokens.of(ids))
+    recipe = PRESETS[preset].train | ({"batch_size": batch_size} if batch_size else {})
+    return Setting(model, TrainConfig(**recipe), Tokens.of(ids))

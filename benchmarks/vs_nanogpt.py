@@ -1,4 +1,4 @@
-"""Times the nano preset and a step of iron against nanoGPT on a CPU, with nanoGPT's CPU recipe.
+"""Times the nano preset against nanoGPT's CPU recipe.
 
     git clone https://github.com/karpathy/nanoGPT
     make bench-nano NANOGPT=nanoGPT
@@ -11,9 +11,9 @@ training, the rest is for validation. Their seconds are wall time from start to 
     to 1.80     irongpt train --preset nano --target-loss 1.80
     nano        irongpt train --preset nano
 
-Then the training steps of our iron model and of nanoGPT's model of the same shape are timed,
-interleaved. Each program evaluates its own validation loss: nanoGPT on 20 random batches of 12
-sequences of 64 characters, ours on fixed sequences of nano's context.
+Each program evaluates its own validation loss: nanoGPT on 20 random batches of 12 sequences of 64
+characters, ours on fixed sequences of nano's context. `make bench-nano` then times training steps
+of iron and of nanoGPT's model of the same shape, by `benchmarks.training`.
 """
 
 import json
@@ -25,22 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from irongpt_kernels import builtin
 
 from benchmarks.measure import environment, result_file
 from benchmarks.measure.rows import NanoRow
-from benchmarks.presets import model_of
-from benchmarks.training.variants import nanogpt_model
-from irongpt import timing
 from irongpt.data import corpus
 from irongpt.data.batches import Tokens
 from irongpt.data.tokenizer import CharTokenizer
-from irongpt.model import GPT
 
 # config/train_shakespeare_char.py, with what nanoGPT's README says to set on a CPU.
 RECIPE = (
@@ -49,7 +42,6 @@ RECIPE = (
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
     "--dropout=0.0"
 ).split()
-IRON_BATCH = 4  # sequences per step: a full batch of 64 takes half a minute on a CPU
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         result_file.Section("nano", device, args) as section,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        section.put(nanogpt=environment.git_commit(checkout), rows=[], iron_step=None)
+        section.put(nanogpt=environment.git_commit(checkout), rows=[])
         folder = Path(scratch)
         for measure in (
             lambda: nanogpt(folder, checkout, text.text),
@@ -77,8 +69,6 @@ def main(argv: list[str] | None = None) -> None:
             row = measure()
             section.put(rows=[*section.values["rows"], row])
             print(json.dumps(row.to_json()), flush=True)
-        section.put(iron_step=iron_step(checkout))
-        print(json.dumps(section.values["iron_step"]))
 
 
 def nanogpt(scratch: Path, checkout: Path, text: str) -> NanoRow:
@@ -125,37 +115,6 @@ def run(name: str, command: list[str], folder: Path) -> tuple[str, NanoRow]:
         sys.exit(f"{' '.join(command)} failed:\n{out}")
     megabytes = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     return out, NanoRow(name=name, seconds=seconds, peak_rss_mb=round(megabytes, 1))
-
-
-def iron_step(checkout: Path) -> dict[str, Any]:
-    """Times a step of the iron model in float32 with dropout, and of nanoGPT's: milliseconds."""
-    config = model_of("iron")
-    ours, theirs = GPT(config, builtin), nanogpt_model(checkout, config)
-    x = torch.randint(config.vocab_size, (IRON_BATCH, config.context))
-
-    def step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> timing.Call:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-
-        def call(i: int) -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        return call
-
-    calls = {
-        "irongpt": step(ours, lambda: ours.loss(x, x, seed=1)),
-        "nanogpt": step(theirs, lambda: theirs(x, x)[1]),
-    }
-    medians = {}
-    for name, t in timing.measure(calls, 1, torch.device("cpu"), rounds=10).items():
-        assert isinstance(t, timing.Timing), t
-        medians[name] = t.median
-    return {
-        "batch": IRON_BATCH,
-        **{f"{name}_ms": round(1e3 * s, 1) for name, s in medians.items()},
-        "irongpt_over_nanogpt": round(medians["irongpt"] / medians["nanogpt"], 3),
-    }
 
 
 if __name__ == "__main__":

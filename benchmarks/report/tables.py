@@ -271,16 +271,18 @@ def runs(section: Values) -> str:
 
 def nano(section: Values) -> str:
     """The part of the page about nanoGPT's recipe on a CPU."""
-    step = section["iron_step"] or dict.fromkeys(("batch", "irongpt_ms", "nanogpt_ms"), "?")
     rows = [
         [r.name, f"{r.seconds:.1f}", f"{r.validation_loss:.3f}", f"{r.peak_rss_mb:.0f}"]
         for r in section["rows"]
     ]
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
-    return f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}\n\n" + (
-        f"A step of the iron model, {step['batch']} sequences: {step['irongpt_ms']} ms, nanoGPT's "
-        f"{step['nanogpt_ms']} ms."
-    )
+    page = f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}"
+    if step := section.get("iron_step"):  # older files have it here, newer ones in "train"
+        page += (
+            f"\n\nA step of the iron model, {step['batch']} sequences: {step['irongpt_ms']} ms, "
+        )
+        page += f"nanoGPT's {step['nanogpt_ms']} ms."
+    return page
 
 
 def stages(section: Values) -> str:

@@ -84,8 +84,10 @@ def make(
 
 def main(argv: list[str] | None = None) -> None:
     parser = result_file.parser("benchmarks.training", __doc__)
-    help = "model and batch size [iron on a GPU, else nano]"
+    help = "model and recipe [iron on a GPU, else nano]"
     parser.add_argument("--preset", choices=list(PRESETS), help=help)
+    help = "sequences per step [the preset's]"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=help)
     help = "time only these, such as builtin 'fused as trained' 'nanoGPT compiled' [all]"
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=help)
     parser.add_argument("--steps", type=int, help="steps per round [10, 2 on a CPU]")
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
     args, device = result_file.parsed(parser, argv)
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
-    setting = random_setting(preset)
+    setting = random_setting(preset, args.batch_size)
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
     here = device.type == "cuda", args.nanogpt is not None
     wanted = names(*here, args.variants)

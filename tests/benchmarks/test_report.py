@@ -297,6 +297,7 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     step = section["iron_step"]
     sequences, ratio = step["batch"], step["irongpt_over_nanogpt"]
     assert f"with {sequences} sequences takes {ratio:.2f} times as long" in docs
+    assert f"{sequences} sequences: {step['irongpt_ms']} ms, nanoGPT's" in tables.nano(section)
 
 
 def test_rows_survive_a_file_and_ignore_unknown_fields(tmp_path: Path) -> None:
