@@ -131,9 +131,13 @@ def test_two_ctas_on_one_address() -> None:
 def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
     wide = torch.zeros(32, 4, dtype=I32)
     assert report("ld.global.b32 %r20, [%rd20];", wide[:16]).counts == {}
-    assert report("ld.global.b32 %r20, [%rd20];", wide[:, :2]).counts == {"out of bounds": 32}
+    found = report("ld.global.b32 %r20, [%rd20];", wide[:, :2])
+    assert found.counts == {"out of bounds": 32}
+    assert found.examples["out of bounds"].endswith("between the elements of a view")
     last = "ld.global.b32 %r20, [%rd0+-4];"  # the element before the view, in its storage
-    assert set(report(last, wide.view(-1)[4:]).counts) == {"out of bounds"}
+    found = report(last, wide.view(-1)[4:])
+    assert set(found.counts) == {"out of bounds"}
+    assert found.examples["out of bounds"].endswith("in global memory")
 
 
 def test_memory_that_is_stored_over_while_wgmma_reads_it() -> None:
@@ -159,9 +163,8 @@ def test_arguments_have_to_fit_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_views_of_large_tensors_are_listed_once(monkeypatch, order: int) -> None:
+def test_views_that_overlap_are_one_piece(order: int) -> None:
     """Also of a row that is expanded, and where a view begins within another one."""
-    monkeypatch.setattr(regions, "LARGE", 0)
     x = torch.zeros(8, 4)
     views = [x[0].expand(1000, 4), x[:1], x[:6], x[4:5]][::order]
     found = regions.Regions(views, 4)

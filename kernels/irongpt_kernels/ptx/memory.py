@@ -80,11 +80,13 @@ class Memory(Threads):
     ) -> tuple[Array, Array]:
         """Checks an access. Returns the threads that may go on, and their places in MEMORY."""
         inside, cells = self.regions.locate(address, width)
+        if not inside.all():
+            gap = ~inside & self.regions.spanned(address, width)
+            self.report_error("out of bounds", gap, threads, at, "between the elements of a view")
+            address, cells, threads, inside = (x[~gap] for x in (address, cells, threads, inside))
         good = self._good(inside, address, width, threads, at, "global memory")
         if not good.all():
             address, cells, threads = address[good], cells[good], threads[good]
-        gap = ~self.regions.legal[cells].all(1)
-        self.report_error("out of bounds", gap, threads, at, "between the elements of a view")
         if len(threads):
             self._cta_races(cells, threads, at, store)
             self._warp_races(cells, threads, at, store)
