@@ -1,6 +1,7 @@
-"""Every op with a gradient with each of its options and each of its paths, from the op table."""
+"""Every op with each of its options and each of its paths, from the op table."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -9,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 from irongpt_kernels import eager, op_inputs
-from irongpt_kernels.op_inputs import RowShape, Shape, Tensors
-from irongpt_kernels.op_specs import SPECS, OpSpec
+from irongpt_kernels.op_inputs import RowShape
+from irongpt_kernels.op_specs import OPTIMIZERS, SPECS, TOKEN, OpSpec
 from numerics import DEVICE, OPS, Inputs, inputs_of, values
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_map_only
 
 ROWS = RowShape(B=1, H=1, T=9, D=16, V=17, M=20, N=19)  # sizes that no tile divides
 SHORT = RowShape(B=2, H=1, T=7, V=7, M=6)  # for blocks of 4 columns
+ONE_TOKEN = RowShape(B=3, H=2, T=34, D=48, V=11, N=37)  # two tiles of keys
+# Weights begin at multiples of 16 bytes, and are matrices of one block and of more.
+WEIGHTS = replace(ROWS, N=24, V=56, L=1)
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,19 @@ class Case:
     shape: RowShape = ROWS
     lead: tuple[int, ...] = (4, 5)  # the dimensions that make up M
 
-    def inputs(
-        self,
-        dtype: torch.dtype = torch.float32,
-        shape: Shape | None = None,
-        lead: tuple[int, ...] | None = None,
-        **roles: torch.dtype,
-    ) -> Inputs:
-        """q, k and v are views of one projection."""
+    @property
+    def spec(self) -> OpSpec:
+        return SPECS[self.op]
+
+    def inputs(self, dtype: torch.dtype = torch.float32, **roles: torch.dtype) -> Inputs:
+        """All inputs, also optional ones. q, k and v are views of one projection."""
+        if not self.spec.differentiable:
+            table = self.spec.inputs(self.shape)
+            wanted = {n: replace(x, optional=False) for n, x in table.items()}
+            return op_inputs.random_inputs(wanted, op_inputs.dtypes(dtype), torch.device(DEVICE))
         name = "causal_attention_packed" if self.op == "causal_attention" else self.op
-        causal, lead = self.options.get("causal", False), self.lead if lead is None else lead
-        found = inputs_of(name, dtype, shape or self.shape, lead, causal=causal, **roles)
+        causal = self.options.get("causal", False)
+        found = inputs_of(name, dtype, self.shape, self.lead, causal=causal, **roles)
         found = {n: x.to(DEVICE) for n, x in found.items()}
         if self.op == "causal_attention":
             return dict(zip("qkv", found["qkv"].permute(2, 0, 3, 1, 4), strict=True))
@@ -55,17 +61,27 @@ class Case:
             yield
 
     def outputs(self, ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The outputs. An op without a gradient gets copies of the inputs, and after its outputs
+        come those that it changes in place."""
+        if not self.spec.differentiable:
+            options = {} if self.spec.call else self.spec.options(self.shape, 0.8, op_inputs.SEED)
+            copies = copy.deepcopy(inputs)  # with their strides
+            return self.spec.run(ops, self.shape, copies, **options | self.options)
         torch.manual_seed(0)  # builtin's dropout uses PyTorch's generator
         out = getattr(ops, self.op)(**inputs, **self.options)
         return out if isinstance(out, tuple) else (out,)
 
     def upstream(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        if not self.spec.differentiable:
+            return ()
         with torch.no_grad():
             outputs = self.outputs(eager, inputs)
         return tuple(values(*y.shape, dtype=y.dtype, seed=80 + i) for i, y in enumerate(outputs))
 
     def results(self, ops: Any, inputs: Inputs, upstream: tuple[Tensor, ...]) -> list[Tensor]:
-        """Outputs, and the gradients of the floating inputs."""
+        """Outputs, and the gradients of the floating inputs if the op has any."""
+        if not self.spec.differentiable:
+            return [*self.outputs(ops, inputs)]
         leaves = leaves_of(inputs)
         outputs = self.outputs(ops, leaves)
         return [*outputs, *self.gradients(leaves, outputs, upstream)]
@@ -100,33 +116,18 @@ CASES = {
 }
 # Each op once, with its options.
 OP_CASES = {case.op: case for case in CASES.values() if not case.constants}
+WITHOUT_GRADIENT = {
+    **{spec.name: Case(spec.name, shape=ONE_TOKEN) for spec in TOKEN},
+    **{spec.name: Case(spec.name, shape=WEIGHTS) for spec in OPTIMIZERS},
+    "linear": Case("norm_linear", dict(gelu=False), shape=ONE_TOKEN),
+    "sample_tokens of a few": Case("sample_tokens", dict(top_k=5, top_p=0.7), shape=ONE_TOKEN),
+    "muon": Case("muon", shape=replace(WEIGHTS, L=2)),  # in groups of two matrices
+    "sum_shards": Case("sum_shards", shape=replace(WEIGHTS, N=19)),
+}
 
 
 def leaves_of(inputs: Inputs) -> Inputs:
     return {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
-
-
-def spec_run(
-    spec: OpSpec,
-    ops: Any,
-    shape: Shape,
-    x: Tensors,
-    place: Callable[[Tensor], Tensor] = torch.clone,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    """The outputs of an op without a gradient, and what it changes of copies of its inputs, which
-    `place` makes of those with more than one dimension."""
-    if spec.call is None:
-        options = spec.options(shape, 0.8, op_inputs.SEED) | options
-    wide = {n: t.dim() > 1 and t.is_floating_point() for n, t in x.items()}
-    x = {n: place(t) if wide[n] else t.clone() for n, t in x.items()}
-    return spec.run(ops, shape, x, **options)
-
-
-def spec_inputs(name: str, shape: Shape, dtype: torch.dtype) -> Tensors:
-    """Inputs of an op without a gradient, with the optional ones."""
-    inputs = {n: replace(x, optional=False) for n, x in SPECS[name].inputs(shape).items()}
-    return op_inputs.random_inputs(inputs, op_inputs.dtypes(dtype), torch.device(DEVICE))
 
 
 class Calls(TorchDispatchMode):
