@@ -315,29 +315,3 @@ def test_packed_copies_nothing_between_the_projections() -> None:
     assert not any(node for node, _ in others)
     (dqkv,) = torch.autograd.grad(out.sum(), qkv)
     assert dqkv.is_contiguous()
-
-
-GOOD, PACKED = torch.zeros(2, 3, 8, 16), torch.zeros(2, 8, 3, 4, 16)
-
-
-@pytest.mark.parametrize(
-    ("message", "changed"),
-    [
-        ("v must have the dtype of q, torch.float32, got torch.float16", dict(v=GOOD.half())),
-        ("D, the last dimension of q, must be 16, 32, ... or 128, got 40",
-         dict.fromkeys("qkv", torch.zeros(1, 1, 4, 40))),
-        ("got 144", dict.fromkeys("qkv", torch.zeros(1, 1, 4, 144))),
-        ("got 0", dict.fromkeys("qkv", torch.zeros(1, 1, 4, 0))),
-        ("scale must be finite, got inf", dict(scale=float("inf"))),
-        (r"qkv must have shape \(B, T, 3, H, D\), got \(2, 8, 2, 4, 16\)",
-         dict(qkv=PACKED[:, :, :2])),
-        ("D, the last dimension of qkv, .* got 40", dict(qkv=torch.zeros(2, 8, 3, 4, 40))),
-        ("scale must be finite, got nan", dict(qkv=PACKED, scale=float("nan"))),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_named(message: str, changed: dict) -> None:
-    op = attention.causal_attention_packed
-    if "qkv" not in changed:
-        op, changed = attention.causal_attention, dict(q=GOOD, k=GOOD, v=GOOD) | changed
-    with pytest.raises(ValueError, match=message):
-        op(**changed)

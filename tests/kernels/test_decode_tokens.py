@@ -224,13 +224,6 @@ def test_what_is_outside_the_tables_gives_nan() -> None:
     assert torch.equal(found[7], wte[0] + wpe[3])
 
 
-def test_embed_tokens_needs_two_columns_of_counts() -> None:
-    table, one = values(4, 16), torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
-    message = r"^counts must have at least 2 columns, got shape \(1, 1\)$"
-    with pytest.raises(ValueError, match=message):
-        fused.embed_tokens(one, one, table, table)
-
-
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -260,18 +253,3 @@ def test_bad_seeds_and_vocabularies_are_refused(ops) -> None:
     for V, got in ((0, "0"), ((1 << 22) + 1, "4,194,305")):
         with pytest.raises(ValueError, match=f"^logits must have 1 to .* columns, got {got}$"):
             sampled(ops, torch.zeros(1, 1).expand(1, V) if V else torch.zeros(1, 0))
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        (dict(logits=torch.zeros(3, 5)), ValueError, r"logits must have shape \(2, V\)"),
-        (dict(tokens=torch.zeros(4, 2).long().t()), TypeError, "tokens must have contiguous rows"),
-        (dict(counts=torch.zeros(3, 2).long()), ValueError, r"counts must have shape \(2, columns"),
-    ],
-)
-def test_bad_arguments_are_named(changed: dict, error: type, message: str) -> None:
-    tokens, counts = torch.zeros(2, 4).long(), torch.zeros(2, 2).long()
-    given = dict(logits=torch.zeros(2, 5), tokens=tokens, counts=counts, seed=1)
-    with pytest.raises(error, match=message):
-        fused.sample_tokens(**given | changed)

@@ -96,16 +96,3 @@ def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
     x = (torch.arange(200.0) / 2).to(DEVICE)
     dy = 1 + values(200, dtype=torch.float32)
     assert_op(kernel, "softmax", dict(x=x), (dy,))
-
-
-@pytest.mark.parametrize(
-    ("x", "options", "error", "message"),
-    [
-        (torch.zeros(3), {"causal": True}, ValueError, r"\(..., T, T\), got shape \(3,\)"),
-        (torch.zeros(3, 4), {"causal": True}, ValueError, r"\(..., T, T\), got shape \(3, 4\)"),
-        (torch.zeros(3), {"scale": "a"}, TypeError, "scale must be a number, got 'a'"),
-    ],
-)
-def test_bad_arguments_are_named(x, options: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        kernel.softmax(x, **options)
