@@ -5,11 +5,11 @@
     python -m tests.mutants.run --check                  only checks that every bug can be injected
 
 The bugs are of kinds that other kernels have had: one-line changes of a text that occurs exactly
-once in its file. A bug is caught if a test fails, or if Python crashes after memory was corrupted.
-The kernel's own test files run first; if they pass, the op's tests in test_op_contract.py and
-test_sanitizer.py follow. A module whose tests fail without a bug is reported as RED, and skipped.
-The command prints a row per bug and how many were caught. Its exit code is 1 if fewer than 95 %
-were.
+once in its file, in which {{a -> b}} marks that b replaces a. A bug is caught if a test fails, or
+if Python crashes after memory was corrupted. The kernel's own test files run first; if they pass,
+the op's tests in test_op_contract.py and test_sanitizer.py follow. A module whose tests fail
+without a bug is reported as RED, and skipped. The command prints a row per bug and how many were
+caught. Its exit code is 1 if fewer than 95 % were.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> int:
         for bug in wanted:
             name = f"{module}: {bug[0]}"
             start = time.perf_counter()
-            verdict = _verdict(module, bug[1], bug[2], args.seconds)
+            verdict = _verdict(module, *texts(bug[1]), args.seconds)
             caught += verdict.startswith("caught")
             total += 1
             print(f"{name:68} {time.perf_counter() - start:4.0f} s  {verdict}", flush=True)
@@ -95,8 +95,16 @@ def problems() -> list[str]:
     for module, bugs in BUGS.items():
         found += [f"no {file}" for file in _files(module) if not (REPOSITORY / file).exists()]
         text = (REPOSITORY / f"kernels/irongpt_kernels/fused/{module}.py").read_text()
-        found += [f"{module}: {n}" for n, old, new in bugs if text.count(old) != 1 or old == new]
+        for name, change in bugs:
+            old, new = texts(change)
+            found += [f"{module}: {name}"] if text.count(old) != 1 or old == new else []
     return found
+
+
+def texts(change: str) -> tuple[str, str]:
+    """The text without the bug and with it: of each {{a -> b}} the a, and the b."""
+    old, new = (re.sub(r"{{(.*?) -> (.*?)}}", rf"\{i}", change, flags=re.DOTALL) for i in (1, 2))
+    return old, new
 
 
 def _files(module: str) -> list[str]:
