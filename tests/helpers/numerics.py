@@ -78,7 +78,7 @@ def run(
     if not upstream:
         return outputs, ()
     wanted = [x for x in leaves.values() if x.requires_grad]
-    pairs = [(x, g.clone()) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
+    pairs = [(x, g) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
     gradients = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs])
     return tuple(x.detach() for x in outputs), gradients
 
