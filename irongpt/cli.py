@@ -136,7 +136,7 @@ def build_parser() -> Parser:
     add.add_argument("run", metavar="RUN", type=user_path, help="folder of the new run")
 
     more = "A text that is longer than the context is read in overlapping windows."
-    help = "write an HTML page that shows how likely the model finds each token of a text"
+    help = "write an HTML page with the probability that the model gives to each token of a text"
     _show_flags(command("show", show_command, help, more))
 
     more = "The exit code is 1 if a check fails. "

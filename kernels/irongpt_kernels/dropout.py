@@ -12,13 +12,14 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             traffic.
 Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
             GPU thread. In attention a call serves 4 x 4 elements of a 32 x 32 tile: every eighth
-            row and every eighth column from some element on. One thread holds all 16, because of a
-            tensor core's accumulator it has every eighth row and, of each 8 columns, two neighbours
-            (for which it makes two calls). The same holds for the transposed tile, which the
-            backward uses. If a warp has only 16 rows of a tile, it uses 8 of the 16 bytes. In
-            dropout before a residual add, a call covers columns 16j to 16j + 15 of a row. A thread
-            holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it uses 8 or 4 of
-            the 16 bytes; other threads repeat the call.
+            row and every eighth column from some element on. With 16-bit inputs one thread holds
+            all 16: it has every eighth row of a tensor core's accumulator and, of each 8 columns,
+            two neighbours, which belong to two calls. The same holds for the transposed tile, which
+            the backward uses. If a warp has only 16 rows of a tile, it uses 8 of the 16 bytes. In
+            float32, without tensor cores, a thread uses fewer. In dropout before a residual add, a
+            call covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of
+            16-bit tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat
+            the call.
 Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
             0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are
             scaled by the reciprocal of the rounded keep rate, so that the expectation is exact.

@@ -121,8 +121,8 @@ def linear_cross_entropy(
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that the loss is
     expected to get. It is only a hint: `fused` computes the gradients in the forward, and
     multiplies them by it there, so that small ones do not underflow in float16; the backward
-    corrects them for another upstream gradient. Without it `fused` takes 1, in float16 1,024:
-    gradients above 65,504 / 1,024 = 64 then overflow.
+    corrects them for another upstream gradient. If it is None, `fused` uses 1, or 1,024 for float16
+    inputs; with 1,024 gradients above 65,504 / 1,024 = 64 overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -213,7 +213,8 @@ def sum_shards(
 
     shards: (S, n) of any dtype: row s is the gradient of all n weights from shard s. The rows are
     added in their order, in float32, so that every process that has all rows gets the same bits.
-    Returns the sum, (n,) float32, and the result of `grad_norm`, whose arguments are the others.
+    Returns the sum, (n,) float32, and its `grad_norm`. The other arguments are those of
+    `grad_norm`.
     """
     total = _wide(shards[0]).clone()
     for shard in shards[1:]:
@@ -250,8 +251,9 @@ def adamw(
 
     params, exp_avgs, exp_avg_sqs: contiguous float32. grads: in the params' shapes, of any dtype.
     low_precision_params: 16-bit copies of the first len(low_precision_params) params, rounded after
-    the update. state_steps: (n,) float32, the number of steps of each parameter, with this one. lr:
-    0-d float32. stats: the result of `grad_norm`. weight_decays: one per parameter.
+    the update. state_steps: (n,) float32, the number of steps of each parameter, including the
+    current step. lr: 0-d float32. stats: the result of `grad_norm`. weight_decays: one per
+    parameter.
     """
     _, grad_scale, found_inf = GradStats(*stats)
     skip = found_inf > 0
@@ -390,10 +392,9 @@ def sample_tokens(
     equal logits those with the smallest token ids are kept. The mass of a kept token is the integer
     part of 2^40 exp((logit - max logit) / temperature): sums of integers do not depend on the
     order. The sampled token is the first one, in order of token id, at which the running sum of
-    masses exceeds `uniform` times their total. So it depends only on (logits, seed, sequence, n).
-    The token is -1 if a logit is not finite.
-    ValueError: temperature is below 0 or not finite, top_k below 1, top_p outside (0, 1], or V
-    outside [1, MAX_V].
+    masses exceeds `uniform` times their total. So, with the same options, it depends only on
+    (logits, seed, sequence, n). The token is -1 if a logit is not finite. ValueError: temperature
+    is below 0 or not finite, top_k below 1, top_p outside (0, 1], or V outside [1, MAX_V].
     """
     checks.seed_of(seed, logits=logits)
     V = logits.shape[1]
@@ -436,8 +437,8 @@ def inverse_temperature_and_k(
 def uniform(seed: int | Tensor, number: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) with 53 bits, one for each of B sequences.
 
-    number: (B,) int64, that of the token to sample. `dropout.philox` gets the counter (low and high
-    32 bits of number, sequence index, 2).
+    number: (B,) int64, how many tokens a sequence has before the one to sample. `dropout.philox`
+    gets the counter (low and high 32 bits of number, sequence index, 2).
     """
     sequence = torch.arange(len(number), device=number.device)
     m32 = 0xFFFFFFFF

@@ -31,11 +31,11 @@ class OpSpec:
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that `run` updates in place and returns. `params` means matrices.params too.
+    changes: inputs that `run` updates in place and returns. `params`: also those of each group.
     functions: those of `Ops` that only this entry describes, by default the one called `name`.
-    call(ops, shape, inputs, **options): runs an entry that is more than one call of `name`.
+    call(ops, shape, inputs, **options): runs the entry; by default the function `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
-    full_rows: an entry of the op with rows of V elements: softmax unmasked, the output layer.
+    full_rows: an entry of the same op with rows of V elements, as in the output layer.
     """
 
     name: str

@@ -83,6 +83,7 @@ def test_warps_of_an_sm(arch: int, registers: int, shared: int, warps: int, want
         (80, "HMMA.16816.F32.BF16", "tensor", 2),  # 4,096 of 2,048 FLOPs a clock
         (90, "HGMMA.64x32x16.F32.BF16", "tensor", 4),  # a quarter of 65,536 of 4,096
         (80, "LDSM.16.M88.4", "shared", 4),  # 512 of 128 bytes a clock
+        (90, "STSM.16.M88.4", "shared", 4),
         (80, "FFMA", "fma", 0.5),
         (90, "FFMA", "fma", 0.25),
         (90, "IMAD.MOV.U32", "fma", 0.5),

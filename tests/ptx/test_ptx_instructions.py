@@ -240,7 +240,12 @@ def test_a_parameter_at_an_address_in_a_register(bits: int, register: str) -> No
 
 @pytest.mark.parametrize(
     "op",
-    ["brev.b32 %r20, %r0;", "add.sat.s32 %r20, %r0, 1;", "atom.global.add.u32 %r1, [%rd0], 1;"],
+    [
+        "brev.b32 %r20, %r0;",
+        "add.sat.s32 %r20, %r0, 1;",
+        "atom.global.add.u32 %r1, [%rd0], 1;",
+        "setp.lt.f16 %p20|%p21, %rs0, %rs1;",  # has one result
+    ],
 )
 def test_an_unknown_instruction_is_not_skipped(op: str) -> None:
     with pytest.raises(Unsupported):

@@ -13,13 +13,13 @@ the ops return uninitialized tensors.
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
 | | instructions of the innermost loop with most arithmetic (without a loop: of the whole kernel) |
-| MB, GFLOP | least traffic and FLOPs (from `op_specs`) of all kernels of the op's forward, if the |
-| | kernel's name has "fwd", or of its backward. The batch is that of the preset iron: 16,384 |
-| | rows, or 64 x 6 heads of 256 positions. For ops of a decoding step it is one sequence, and |
-| | of their linear layers only the bytes of the weight are counted |
+| MB, GFLOP | least traffic and FLOPs (from `op_specs`), not of this kernel alone, but of the op's |
+| | complete forward (kernels with "fwd" in their name) or complete backward (all others). The |
+| | batch is that of the preset iron: 16,384 rows, or 64 x 6 heads of 256 positions. For ops of a |
+| | decoding step the batch is one sequence; linear layers count only the bytes of the weight |
 | clk, by | kernels with a matmul: `sass.clocks` of the loop above, and the unit that limits it |
-| el/call | attention with dropout: the least number of elements that share a call of the random |
-| | generator (see `dropout`). Of attention's two loops the smaller number is shown |
+| el/call | attention with dropout: a lower bound on how many elements share a call of the random |
+| | generator (see `dropout`); the smaller one of the two loops |
 """
 
 import argparse

@@ -7,9 +7,9 @@ TENSOR_CORES, SCALAR = "tensor cores", "scalar FMA"
 
 
 def matmuls(arch: int) -> dict[str, str]:
-    """dtype -> TENSOR_CORES or SCALAR, as the instructions of a small kernel show, which is
-    compiled for `arch` in the way in which this package compiles its kernels. No GPU is needed;
-    Triton's interpreter must be off.
+    """dtype -> TENSOR_CORES or SCALAR, read from the instructions of a small kernel. It is compiled
+    for `arch` as this package compiles its own kernels. No GPU is needed; Triton's interpreter must
+    be off.
 
     Raises RuntimeError if this Triton cannot reach the tensor cores of sm_75.
     """

@@ -123,8 +123,8 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
     """A lower bound on how many of a thread's elements share a call of Philox4x32-7. Each call has
-    14 wide multiplies. Others compute addresses, so the number of wide multiplies / 14 is an upper
-    bound on the calls."""
+    14 wide multiplies. The loop may have more of them, for addresses, so their number / 14 is an
+    upper bound on the calls."""
     wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
     return 14 * elements / wide if wide else 0.0
 
@@ -188,7 +188,7 @@ def _flops(name: str) -> int:
 
 def _shared_bytes(name: str) -> int:
     """Bytes that a shared-memory instruction of one warp moves."""
-    if name.startswith("LDSM"):
+    if name.startswith(("LDSM", "STSM")):
         matrices = re.search(r"\.(\d)$", name)  # LDSM.16.M88.4, or LDSM.16.M88 for one
         return 128 * int(matrices[1] if matrices else 1)
     bits = [int(x) for x in name.split(".") if x in ("64", "128")]

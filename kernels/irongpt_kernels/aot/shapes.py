@@ -30,8 +30,8 @@ WIDTHS = [16, 32, 64, 128, 256, 384, 768, 1024, 2048, 4096, 8192]  # of rows in 
 
 
 def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
-    """As `op_inputs.dtypes`, with two exceptions: in ops with a gradient weights have the compute
-    dtype, and in layer_norm also its input x."""
+    """As `op_inputs.dtypes`, with two exceptions: weights have the compute dtype in ops that have a
+    gradient, and so has the input x of layer_norm."""
     compute = DTYPES[dtype]
     roles = dict(weight=compute) if spec.differentiable else {}
     roles |= dict(stream=compute) if spec.name == "layer_norm" else {}
@@ -43,9 +43,9 @@ class Case:
     """A call of an op, forward and backward.
 
     label: how a report names the shape. p: dropout, or the temperature of sample_tokens. omitted:
-    names of optional inputs that are left out. sizes: sizes of inputs that differ from those of the
-    shape. costs: the shape whose cost is reported, if it is another one. bytes: the least bytes, if
-    they do not follow from the shape.
+    names of optional inputs that are left out. sizes: by input, a size that replaces the one that
+    follows from `at`. costs: the shape whose cost is reported, if it is another one. bytes: the
+    least bytes, if they do not follow from the shape.
     """
 
     spec: OpSpec

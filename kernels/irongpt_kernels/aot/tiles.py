@@ -14,9 +14,9 @@ to keep it busy. The others are sorted by clocks.
 
 On sm_75 these are the clocks per query-key pair. From sm_80 on they are the clocks for one head of
 256 positions: each tile that intersects the lower triangle counts completely, although a part of it
-may be masked. This number is the largest of three: the clocks of the busiest unit of an SM, the
-clocks of the L2 traffic (keys and values are read once per query tile; in the kernel "key", queries
-and dout once per key tile), and the clocks of the DRAM traffic, which is the same for all tiles.
+may be masked. The clocks for a head are the largest of three: those of the busiest unit of an SM,
+of the L2 traffic, and of the DRAM traffic, which is the same for all tiles. Keys and values are
+read from L2 once per query tile (in the kernel of dK and dV: queries and dout once per key tile).
 
 Like `sass.clocks`, the model ignores latency, bank conflicts and dependences. The rates of L2, and
 of HMMA on sm_90, are guesses. Tiles within a fifth of each other may be in another order on a GPU,

@@ -7,8 +7,9 @@
 
 Forward, per row:   1. the layer norm, rounded to the dtype of the weight
                     2. the matmul, summed in float32
-                    3. the bias is added, and the sum rounded to the dtype of the weight; with
-                       GELU it is rounded first, and bias and GELU are then in float32
+                    3. without GELU, the bias is added, and the sum is rounded to the dtype of the
+                       weight; with GELU, the result of the matmul is rounded to that dtype, and
+                       bias and GELU are then applied in float32
                     4. the residual is added in float32
                     A model under autocast rounds at the same places, but it also writes the
                     intermediate results to memory.

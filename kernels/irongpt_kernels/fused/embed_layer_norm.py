@@ -9,15 +9,16 @@ Backward    `layer_norm_backward` gives dweight, dbias and g = dx + the gradient
             dwte[v] = sum of g[b, t] where idx[b, t] = v        dwpe[t] = sum of g[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and
-            wpe come from L2. The backward reads dx, dnorm and x and writes g, the total gradient
-            with respect to x, 4MC; it reads g twice more, for dwte and dwpe.
+            wpe come from L2. The backward reads x and dx and dnorm, the gradients of both results,
+            and writes g: 4MC elements. g is then read twice, for dwte and for dwpe.
 Parallelism The forward is that of `layer_norm`. For dwte the ids are cut into parts, and there is a
             program for each combination of a token of the vocabulary, a part, and a block of
-            BLOCK_N columns: it searches its part for its token, and adds its columns of the rows of
-            g found there. So several programs share the rows of a frequent token. `column_sums`
-            adds their partial sums and, in the same launch, the rows of g for dwpe. The search
-            compares V M ids for each block of columns, so for a vocabulary larger than MAX_V
-            PyTorch's kernels compute both gradients: dwte by sorting the ids, in about 8 launches.
+            BLOCK_N columns: it searches its part of the ids for its token, and sums its columns of
+            g over the rows that match. So several programs share the rows of a frequent token.
+            `column_sums` adds their partial sums and, in the same launch, the rows of g for dwpe.
+            The search compares V M ids for each block of columns, so for a vocabulary larger than
+            MAX_V PyTorch's kernels compute both gradients: dwte by sorting the ids, in about 8
+            launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from the rounded x, because that is what the backward reads.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would

@@ -3,7 +3,7 @@
     sum = residual + factor branch    factor: see `dropout_add_layer_norm`
     xhat = (sum - mean) rstd          norm = xhat weight + bias
 
-Backward, per row:  g = dnorm weight is the gradient with respect to xhat. Because mean and rstd
+Backward, per row:  Let g = dnorm weight, the gradient with respect to xhat. Because mean and rstd
                     depend on the whole row, two projections are subtracted:
                     dresidual = dsum + rstd (g - sum(g) / N - xhat sum(g xhat) / N)
                     dbranch = factor dresidual

@@ -24,12 +24,12 @@ Parallelism A program handles BLOCK_M rows. Rows of up to MAX_BLOCK stay in regi
 Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
             the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
             it is rounded to the dtype of z; otherwise a float16 dz below 3e-8 would become 0.
-Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. Both
-            tensors have one dtype; under autocast they are cast to its dtype, as for a linear
-            layer. On the CPU a target outside [0, classes) raises ValueError; on a GPU that check
-            would make the host wait, and the loss and the gradients become NaN instead. The stored
-            dx and dw contain the factor s, by default 1 and in float16 FLOAT16_SCALE. So in float16
-            an element beyond +-65,504 / s becomes infinite, where `eager` may be finite.
+Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. x and w
+            have one dtype; autocast casts both, as for a linear layer. On the CPU a target outside
+            [0, classes) raises ValueError; on a GPU that check would make the host wait, and the
+            loss and the gradients that the target affects become NaN instead. The stored dx and dw
+            contain the factor s, by default 1 and in float16 FLOAT16_SCALE. So in float16 an
+            element beyond +-65,504 / s becomes infinite, where `eager` may be finite.
 Spec        irongpt_kernels/eager.py::linear_cross_entropy
 """
 
@@ -238,7 +238,7 @@ def linear_cross_entropy(
     classes: int | None = None, loss_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `eager.linear_cross_entropy`. If `backward` gets the tensor `loss_scale` itself, it
-    launches nothing. Any other gradient of the loss costs a pass over the gradients."""
+    launches nothing. For any other upstream gradient it reads and rescales dx and dweight."""
     integers, optional = dict(targets=targets), dict(loss_scale=loss_scale)
     checks.tensors(x=x, weight=weight, integers=integers, optional=optional)
     checks.shape("MC", x=x)

@@ -197,8 +197,8 @@ def softmax_bwd(dy: Tensor, x: Tensor, scale: float, causal: bool) -> Tensor:
 
 def _online_options() -> dict[str, int]:
     """Launch options of the online kernels, without fused multiply-adds: m is the largest rounded
-    product scale * x. In its column scale * x - m is exactly 0 only if the product is rounded
-    before the subtraction."""
+    product scale * x. At the column of the maximum, scale * x - m is exactly 0 only if the product
+    is rounded before the subtraction."""
     return dict(BLOCK_N=ONLINE_BLOCK, num_warps=launch.warps(ONLINE_BLOCK), enable_fp_fusion=False)
 
 

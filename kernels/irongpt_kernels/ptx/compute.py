@@ -105,7 +105,8 @@ class Arithmetic(Operands):
         self.set(reg, f"ftz({expression})" if "ftz" in mods else expression, form, ins)
 
     def halves(self, ins: Instruction, mods: Mods, a: Args, expression: str) -> None:
-        """16-bit floats, one or two in a register: in float64, rounded once."""
+        """Emits an instruction on 16-bit floats, one or two in a register: it computes in float64
+        and rounds once."""
         self.require(not {*mods[:-1]} - {"rn", "NaN"}, ins)
         _, narrow, count = _HALVES[mods[-1]]
         parts = []
@@ -179,8 +180,8 @@ class Arithmetic(Operands):
     # Comparison and conversion --------------------------------------------------------------------
 
     def op_setp(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """setp writes one or two predicates. With f16x2 they are the results of the two halves;
-        else the second is the negation of the first."""
+        """setp writes one or two predicates. With f16x2 and bf16x2 they are the results of the two
+        halves; with other types the second is the negation of the first."""
         compare, *more, dtype = mods
         if dtype in _HALVES:
             self.require(not more, ins)
@@ -193,6 +194,7 @@ class Arithmetic(Operands):
             table = _COMPARE_FLOATS if form == "f" else _COMPARE
             found = [self.temporary(table[compare].format(x=x, y=y))]
             found.append(f"~{found[0]}")
+        self.require(len(a[0].split("|")) <= len(found), ins)
         for reg, expression in zip(a[0].split("|"), found, strict=False):
             self.set(reg, expression, "b", ins)
 

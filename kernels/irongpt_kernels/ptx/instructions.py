@@ -1,7 +1,8 @@
 """PTX instructions that move data, use memory, or need a whole warp. See `compute` for the others.
 
 Cache hints and memory fences have no effect here, because a store is visible to all threads
-immediately. Every other instruction is executed.
+immediately. All other instructions of our kernels are executed; an unknown one raises
+`Unsupported`.
 """
 
 import re

@@ -36,8 +36,8 @@ class Batch(Memory):
     def _accumulate(
         self, c: list[Array], A: Array, B: Array, threads: Array, keep: Array | None = None
     ) -> list[Array]:
-        """c + A B^T, or A B^T in groups for which keep is false. A: (groups, m, k), m rows of a
-        group's warps; B: (groups, n, k)."""
+        """c + A B^T, without c where keep is false. A group is the warps of one instruction: one
+        for mma, four for wgmma. A: (groups, m, k), B: (groups, n, k)."""
         groups, rows, n = len(A), A.shape[1] // 16, B.shape[1]
         C = np.empty((groups, rows, 16, n), dtype=f4)
         places = [
@@ -93,11 +93,11 @@ class Batch(Memory):
     def _tiles(self, d: Array, rows: int, k_major: bool, threads: Array, at: Site) -> Array:
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
-        The descriptor contains two distances in bytes, `lead` and `stride`. k_major: each row has
-        16 to 128 contiguous bytes along k; if only 16, `lead` is the distance to the next 8 values
-        of k. `stride` is the distance from 8 rows to the next 8. Not k_major: 64, 32, 16 or 8
-        values along m or n are contiguous; `stride` is the distance to the next 8 values of k, and
-        `lead` to the next group along m or n.
+        The descriptor contains two distances in bytes, `lead` and `stride`.
+        k_major: each row has 16 to 128 contiguous bytes along k. With 16, which are 8 of the 16
+            values, `lead` is the distance to the other 8. `stride` is that from 8 rows to the next.
+        not k_major: 64, 32, 16 or 8 values along m or n are contiguous. `stride` is the distance
+            to the next 8 values of k, and `lead` that to the next group along m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

@@ -43,8 +43,8 @@ Cache       KEY, the version of this hook, is a part of Triton's cache keys. Tri
             sm_75 backend, which is a part of every key.
 Other hooks A hook that was installed before is called first. It may change the stages of the
             compilation. This hook does not change them: it replaces methods of the backend that
-            they call, so both take effect. If another hook replaces this one, the next launch wraps
-            it.
+            they call, so both take effect. If another hook later replaces this one, the next launch
+            installs this hook again, around the other.
 Threads     State belongs to one compilation; installing takes a lock.
 """
 
@@ -101,7 +101,7 @@ def _two_k8(mma: re.Match[str]) -> str:
 
 
 def split_mma(ptx: str) -> str:
-    """Replaces every mma.m16n8k16 of fp16 in the PTX by two mma.m16n8k8."""
+    """Replaces every mma.m16n8k16 of fp16 that `_two_k8` can split by two mma.m16n8k8."""
     return _MMA.sub(_two_k8, ptx)
 
 
