@@ -120,6 +120,10 @@ class Torchrun(World):
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
         self.last, self.ended = ENDED, threading.Event()
         self.timeout = HEARTBEAT_TIMEOUT
+        self.watch = dist.PrefixStore(f"irongpt-alive-{attempt}", watch)
+        self.watch.set(str(self.rank), "0")
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             torch.cuda.set_device(self.local_rank % gpus)
@@ -130,9 +134,6 @@ class Torchrun(World):
             world_size=self.size,
             timeout=datetime.timedelta(days=7),
         )
-        self.watch = dist.PrefixStore(f"irongpt-alive-{attempt}", watch)
-        self.watcher = threading.Thread(target=self._watch, daemon=True)
-        self.watcher.start()
 
     def all_gather(self, rows: Tensor) -> None:
         flat = rows.view(torch.uint8).view(-1)  # as bytes, because gloo has no bfloat16
@@ -218,7 +219,8 @@ class Torchrun(World):
                         counts[rank], seen[rank] = count, now
                 for failed in (c for c in counts.values() if c.startswith(FAILED)):
                     os._exit(int(failed.removeprefix(FAILED)))  # the first has reported why
-                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > self.timeout]
+                limits = {r: self.timeout if c else START_TIMEOUT for r, c in counts.items()}
+                late = [r for r in counts if counts[r] != ENDED and now - seen[r] > limits[r]]
                 if late:
                     self._end(late, min(set(counts) - set(late)))
             self.watch.set(str(self.rank), self.last)

@@ -76,7 +76,7 @@ class Worker:
         code, ended = 0, self.pipe.poll(SECONDS)
         try:
             code = self.pipe.recv() if ended else 0
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             code = int(self.process.exitcode or 0)
         out, err = (p.read_bytes().decode("utf-8", "surrogateescape") for p in self.streams)

@@ -98,6 +98,29 @@ def test_a_process_that_hangs_or_has_failed_ends_the_others_within_a_minute(
     assert HEARTBEAT_TIMEOUT + 10 * HEARTBEAT < 60
 
 
+def dies_at_the_start(rank: int, folder: Path) -> int:
+    distributed.HEARTBEAT_TIMEOUT = 1.0
+    if rank == 1:
+        dist.init_process_group = lambda *args, **options: os._exit(3)
+    return command(rank, folder, SHARDED)
+
+
+def test_a_process_that_dies_while_the_processes_connect_ends_the_others(folder: Path) -> None:
+    assert launch(2, dies_at_the_start, folder) == [1, 3]
+    assert shown(folder, 0).splitlines()[-1] == DIED
+
+
+def test_a_process_that_has_not_begun_has_more_time(
+    watch: Torchrun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threading.Timer(0.5, watch.ended.set).start()
+    watch._watch()
+    monkeypatch.setattr(distributed, "START_TIMEOUT", 0.1)
+    watch.ended.clear()
+    with pytest.raises(SystemExit):
+        watch._watch()
+
+
 def test_a_process_that_has_ended_well_is_not_dead(watch: Torchrun) -> None:
     watch.watch.set("1", ENDED)
     threading.Timer(0.3, watch.ended.set).start()
