@@ -96,8 +96,8 @@ class TrainConfig:
 
     iters: int = option(
         "recipe",
-        "training steps. Without this flag, a run with BPE stops after these steps or after 20 "
-        "epochs (presets code and nano-code: 3), whichever comes first",
+        "training steps. Without this flag, a run with BPE stops earlier if it has had 20 epochs "
+        "(presets code and nano-code: 3)",
     )
     batch_size: int = option(
         "recipe", "sequences per forward pass, of all shards together (see --shards)"
