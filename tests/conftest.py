@@ -162,13 +162,15 @@ def assert_mistake(result: Result, message: str) -> None:
 
 def assert_refused(cli: Cli, message: str, *args: object) -> None:
     """A mistake that changes nothing in the working directory."""
-    before = tree(Path())
+    before = contents(Path())
     assert_mistake(cli(*args), message)
-    assert tree(Path()) == before
+    assert contents(Path()) == before
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file, and None for every folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def write_text(path: Path) -> None:

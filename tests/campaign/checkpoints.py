@@ -17,10 +17,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from conftest import contents
 from torch import Tensor
 
 from irongpt import files
-from tests.campaign.process import TINY, Commands, Ended, Worker, assert_mistake, contents, fill
+from tests.campaign.process import TINY, Commands, Ended, Worker, assert_mistake, fill
 
 GENERATE = ("generate", "run", "--tokens", "8", "--device", "cpu")
 PLAIN, LONGER = ("train", "--resume", "run"), ("train", "--resume", "run", "--iters", "10")

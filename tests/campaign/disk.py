@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from conftest import contents
 from run_helpers import assert_same, state
 
 from irongpt import files
@@ -31,7 +32,6 @@ from tests.campaign.process import (
     Worker,
     assert_mistake,
     command,
-    contents,
     fill,
 )
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from conftest import contents
 
 from irongpt.config import GPTConfig, SampleConfig, TrainConfig, flag
 from irongpt.data import text as texts
-from tests.campaign.process import TINY, Commands, Worker, assert_mistake, contents, fill
+from tests.campaign.process import TINY, Commands, Worker, assert_mistake, fill
 
 Make = Callable[[random.Random], bytes]
 NEW = [*TINY, "--out", "new"]

@@ -147,12 +147,6 @@ class Commands:
         write_text(self.folder / "text.txt")
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file, and None for every folder."""
-    paths = sorted(folder.rglob("*"))
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
-
-
 def fill(folder: Path, files: dict[str, Any]) -> None:
     """Makes the folder again, with these files. A value may be a function that makes one."""
     shutil.rmtree(folder, ignore_errors=True)
