@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from irongpt_kernels import fused
-from numerics import DEVICE, UPDATES, small_inputs
+from numerics import DEVICE, OPS, UPDATES, inputs_of
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
@@ -85,12 +85,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         yield inside.count
 
 
-@pytest.mark.parametrize("name", [n for n in small_inputs() if n != "softmax"])
+@pytest.mark.parametrize("name", [n for n in OPS if n != "softmax"])
 def test_our_ops_launch_as_many_kernels_as_the_ledger_counts(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without biases, like the iron model."""
-    inputs = {n: x for n, x in small_inputs(torch.float32)[name].items() if n != "bias"}
+    inputs = {n: x for n, x in inputs_of(name, torch.float32).items() if n != "bias"}
     inputs = {n: x.to(DEVICE) for n, x in inputs.items()}
     if "attention" in name:
         inputs = {n: torch.nn.functional.pad(x, (0, 11)) for n, x in inputs.items()}

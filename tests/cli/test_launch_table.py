@@ -12,7 +12,7 @@ from fake_gpu import reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
 from irongpt_kernels.fused import attention_tiles, layer_norm_backward
 from irongpt_kernels.runtime import emulate, launch, launch_table
-from numerics import assert_op, small_inputs
+from numerics import assert_op, inputs_of
 
 from irongpt import doctor, ops
 from irongpt import launch_cache as cache
@@ -205,7 +205,7 @@ ROWS = {
 @pytest.mark.parametrize("kernel", list(ROWS))
 def test_row_kernels_use_other_tiles_and_are_correct(kernel: str, monkeypatch) -> None:
     op, options = ROWS[kernel]
-    inputs = small_inputs(torch.float32)[op]
+    inputs = inputs_of(op, torch.float32)
     key = kernel, next(iter(inputs.values())).shape[-1], 4
     look = Mock(wraps=launch_table.options)
     monkeypatch.setattr(launch_table, "options", look)

@@ -151,11 +151,6 @@ def inputs_of(
     return {name: made(i, x) for i, (name, x) in enumerate(inputs.items())}
 
 
-def small_inputs(dtype: torch.dtype = torch.float64) -> dict[str, Inputs]:
-    """Small inputs of every op with a gradient."""
-    return {name: inputs_of(name, dtype) for name in OPS}
-
-
 OPS = [spec.name for spec in LAYERS]
 FUNCTIONS = [name for spec in SPECS.values() for name in spec.names]  # all of `Ops`
 UPDATES = [name for spec in OPTIMIZERS for name in spec.names]  # they have no gradient

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from irongpt_kernels import builtin, eager
-from numerics import OPS, Inputs, assert_exact, assert_op, randn, run, small_inputs
+from numerics import OPS, Inputs, assert_exact, assert_op, inputs_of, randn, run
 from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -168,7 +168,7 @@ def test_cross_entropy_refuses_a_target_outside_the_vocabulary(module, target: i
 @both
 @pytest.mark.parametrize("name", OPS)
 def test_results_come_in_the_dtype_of_the_first_argument(name, module, dtype) -> None:
-    outputs, _ = run(getattr(module, name), small_inputs(dtype)[name])
+    outputs, _ = run(getattr(module, name), inputs_of(name, dtype))
     wanted = torch.float32 if "cross_entropy" in name else dtype
     assert [x.dtype for x in outputs] == [wanted] * len(outputs)
 
@@ -176,10 +176,10 @@ def test_results_come_in_the_dtype_of_the_first_argument(name, module, dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES[2:])
 @both
 def test_a_half_branch_joins_a_float32_stream(module, dtype: torch.dtype) -> None:
-    inputs = small_inputs(torch.float32)["dropout_add_layer_norm"]
+    inputs = inputs_of("dropout_add_layer_norm", torch.float32)
     total, normed = module.dropout_add_layer_norm(inputs.pop("branch").to(dtype), **inputs)
     assert (total.dtype, normed.dtype) == (torch.float32, dtype)
-    norm = small_inputs(torch.float32)["layer_norm"]
+    norm = inputs_of("layer_norm", torch.float32)
     assert module.layer_norm(norm.pop("x").to(dtype), **norm).dtype == dtype
 
 

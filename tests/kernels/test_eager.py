@@ -7,16 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from irongpt_kernels import dropout, eager
-from numerics import (
-    EXACT,
-    OPS,
-    OUTPUTS,
-    assert_exact,
-    assert_rule,
-    randn,
-    run,
-    small_inputs,
-)
+from numerics import EXACT, OPS, OUTPUTS, assert_exact, assert_rule, inputs_of, randn, run
 from torch import Tensor
 
 
@@ -76,7 +67,7 @@ def test_dropout_add_layer_norm_is_its_three_steps(p: float) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_are_the_finite_differences(name: str) -> None:
-    inputs = small_inputs()[name]
+    inputs = inputs_of(name, torch.float64)
     options = {"dropout_p": 0.4, "seed": 3} if "dropout" in name or "attention" in name else {}
     leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs.values()]
     assert torch.autograd.gradcheck(

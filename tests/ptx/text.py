@@ -43,15 +43,13 @@ def run(
     return report
 
 
-def compute(
-    op: str, result: torch.dtype, *operands: Tensor, setup: str = "", noise: float = 0.0
-) -> Tensor:
+def compute(op: str, result: torch.dtype, *operands: Tensor, noise: float = 0.0) -> Tensor:
     """What an instruction computes, a value for each of 32 lanes.
 
     op: with $d for the result's register and $a, $b, $c for those of the operands.
     """
     out = torch.zeros(32, dtype=result)
-    registers, lines = {2: "%rs", 4: "%r", 8: "%rd"}, [setup]
+    registers, lines = {2: "%rs", 4: "%r", 8: "%rd"}, list[str]()
     for i, x in enumerate([*operands, out]):
         register, place = f"{registers[x.itemsize]}{20 + i}", f"[%rd{10 + i}]"
         lines.append(f"mul.wide.u32 %rd9, %r0, {x.itemsize}; add.s64 %rd{10 + i}, %rd{i}, %rd9;")
