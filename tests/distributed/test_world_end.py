@@ -64,7 +64,8 @@ def test_the_graph_is_gone_before_the_processes_part(
 
     def captured(self: TrainingLoop) -> int | None:
         error = RuntimeError("not permitted") if way == "broken capture" else None
-        self.trainer.run_step = CpuGraph(self.trainer, error, world.events)
+        step = self.trainer._run_step
+        self.trainer.run_step = CpuGraph(step, "step", error, world.events, agree=world.all_true)
         return fit(self)
 
     def filled(self: Trainer) -> None:

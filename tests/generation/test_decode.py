@@ -1,23 +1,21 @@
 """Decoding with a cache against the full forward pass, and as a CUDA graph would replay it."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from cpu_graph import CpuGraph
 from irongpt_kernels import builtin, eager, fused
 from model_helpers import CONFIG, build, tokens
 from numerics import DEVICE, OUTPUTS, assert_exact, assert_rule, each_dtype
 from sanitizer import sanitize
 from test_gpu import nothing_waits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ledger import traffic
+from benchmarks.ledger import Ledger
 from irongpt import device as devices
 from irongpt.config import SampleConfig
-from irongpt.cuda_graph import Graph
 from irongpt.generation import decode, sample
 from irongpt.generation.decode import Decoder
 
@@ -70,24 +68,15 @@ def test_fused_logits_are_within_tolerance(dtype: torch.dtype, B: int) -> None:
     assert_rule(OUTPUTS, *logits, oracle)
 
 
-class Double(Graph):
-    """A graph without a GPU: a replay runs the step while the host's count is hidden."""
+class Graphed(Decoder):
+    """Decodes with a stand-in for the graph."""
 
-    replays = 0
+    events: ClassVar[list[str]] = []
 
-    def _run_on_side_stream(self) -> None:
-        return self.step()
-
-    def _capture(self) -> None:
-        self.graph = SimpleNamespace(replay=self._replay)
-
-    def _replay(self) -> None:
-        Double.replays += 1
-        decoder: Any = self._step().__self__
-        sampled, decoder.sampled = decoder.sampled, None
-        with nothing_waits():
-            self.step()
-        decoder.sampled = sampled
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options = dict(events=self.events, warmup=decode.WARMUP)
+        self.graph = CpuGraph(self.step, "sampled", **options)
 
 
 @both_ops
@@ -98,32 +87,12 @@ def test_replays_generate_the_tokens_of_steps(ops, dtype: torch.dtype, monkeypat
     for config in (SampleConfig(tokens=40, top_k=20, top_p=0.9), replace(GREEDY, tokens=26)):
         plain = list(sample.generate_batch(model, prompts, config, dtype))
         with monkeypatch.context() as patch:
-
-            class Graphed(Decoder):
-                def __init__(self, *args: Any) -> None:
-                    super().__init__(*args)
-                    self.graph = Double(self.step, self.tokens.device, decode.WARMUP)
-
             patch.setattr(sample, "Decoder", Graphed)
-            Double.replays = 0
+            Graphed.events.clear()
             patch.setitem(sample.READ_EVERY, "cpu", 32)
             graphed = list(sample.generate_batch(model, prompts, config, dtype))
-        assert Double.replays == config.tokens - decode.WARMUP
+        assert Graphed.events.count("replay") == config.tokens - decode.WARMUP
         assert graphed == plain
-
-
-class _Kernels(TorchDispatchMode):
-    """Lists the calls that launch a kernel, except those of our own ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        if not func.name().startswith("irongpt") and traffic(func, args, kwargs or {}, out):
-            self.calls.append(func.name())
-        return out
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts launches of the interpreter")
@@ -132,10 +101,9 @@ def test_a_token_of_six_layers_is_33_kernels() -> None:
     with torch.inference_mode():
         decoder = Decoder(build(config, fused).eval(), 1, SampleConfig(), torch.float16)
         decoder.prefill([[1]], [0])
-        with sanitize() as launched, _Kernels() as pytorch:
+        with sanitize() as launched, Ledger() as book:
             decoder.step()
-    assert pytorch.calls == []
-    assert len(launched) == 33
+    assert len(launched) == sum(book.launches.values()) == 33  # and none of PyTorch's
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ def test_replays_are_the_steps_bitwise(dtype: torch.dtype, optimizer: str) -> No
         ops=eager, dtype=dtype, dropout=0.2, optimizer=optimizer, grad_accum=2, decay="cosine"
     )
     plain, graphed = trainer(**options), trainer(**options)
-    graphed.run_step = CpuGraph(graphed)
+    graphed.run_step = CpuGraph(graphed._run_step, "step")
     found = []
     for t in (plain, graphed):
         rows = train(t, WARMUP + 2)
@@ -51,7 +51,7 @@ def test_a_cpu_has_no_graph() -> None:
 def test_a_run_whose_capture_fails_goes_on_launching(error, said, capsys) -> None:
     options = dict(ops=eager, dropout=0.2)
     plain, graphed = trainer(**options), trainer(**options)
-    graphed.run_step, failures = CpuGraph(graphed, error), Graph.failures
+    graphed.run_step, failures = CpuGraph(graphed._run_step, "step", error), Graph.failures
     assert torch.equal(train(plain, WARMUP + 4), train(graphed, WARMUP + 4))
     assert Graph.failures == failures + 1
     assert_same_params(plain, graphed)
