@@ -53,6 +53,7 @@ class _NothingWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         waiting = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.lift_fresh)
+        waiting += (aten.item, aten.is_nonzero)  # as PyTorch calls the first in inference mode
         if func.overloadpacket in waiting:
             raise _Waited(func)
         return func(*args, **kwargs or {})
@@ -71,11 +72,14 @@ def nothing_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_wait_is_caught() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_wait_is_caught(inference: bool) -> None:
     x = torch.ones(3, device=DEVICE)
-    with nothing_waits():
+    with torch.inference_mode(inference), nothing_waits():
         x += 1
-        for wait in (x.sum().item, x.nonzero, lambda: torch.tensor(0.0, device=DEVICE)):
+        total = x.sum()
+        waits = (total.item, total.__bool__, x.nonzero, lambda: torch.tensor(0.0, device=DEVICE))
+        for wait in waits:
             with pytest.raises((RuntimeError, _Waited)):
                 wait()
     assert x.sum().item() == 6
