@@ -40,7 +40,7 @@ FUNCTIONS = {  # kernel: the op that launches it, and the function that is timed
     **dict.fromkeys(
         launch_table.HEADS, ("causal_attention_packed", "attention_head_backward._bwd_head_kernel")
     ),
-    "norm forward": ("dropout_add_layer_norm", "dropout_add_layer_norm._fwd_kernel"),
+    "norm forward": ("dropout_add_layer_norm", "layer_norm._fwd_kernel"),
     "norm backward": ("dropout_add_layer_norm", "layer_norm_backward._bwd_kernel"),
     "gelu forward": ("gelu", "gelu._fwd_kernel"),
     "gelu backward": ("gelu", "gelu._bwd_kernel"),

@@ -9,6 +9,11 @@ LAYER_NORM: list[Bug] = [
     ("eps forgotten", "centred, axis=1) / N{{ + eps -> }})"),
     ("bias read past the end", "bias_ptr + cols{{, mask=cols < N, other=0.0 -> }}"),
     ("rstd written past the end", "rstd_ptr + rows, rstd{{, mask=rows < M -> }})"),
+    ("norm of the unrounded sum", "x {{= (x + branch).to(sum_ptr.dtype.element_ty) -> += branch}}"),
+    ("branch at the residual's stride", "rows[:, None] * {{branch_stride -> residual_stride}}"),
+    ("rows in int32", "tl.program_id(0){{.to(tl.int64) -> }}"),
+    ("sum rounded twice", "x + branch){{.to -> .to(tl.float16).to}}("),
+    ("gradient of dropout's rate", "wanted, seed, {{ctx.dropout_p -> 0.0}})"),
 ]  # fmt: skip
 
 LAYER_NORM_BACKWARD: list[Bug] = [
@@ -45,15 +50,6 @@ LAYER_NORM_BACKWARD: list[Bug] = [
      "            tl.store(dresidual_ptr + offsets, dx, mask=valid)\n"
      "        if dbranch_ptr is not None:\n{{            if seed_ptr is not None:\n"
      "                dx *= keep_factor(seed_ptr, rows, cols, threshold, scale)\n -> }}"),
-]  # fmt: skip
-
-DROPOUT_ADD_LAYER_NORM: list[Bug] = [
-    ("norm of the unrounded sum",
-     "store_norm(\n        {{total.to(tl.float32) -> residual + branch}},"),
-    ("residual at the branch's stride", "rows[:, None] * {{residual_stride -> branch_stride}}"),
-    ("rows in int32", "tl.program_id(0){{.to(tl.int64) -> }}"),
-    ("sum rounded twice", "residual + branch){{.to -> .to(tl.float16).to}}("),
-    ("gradient of dropout's rate", "wanted, seed, {{ctx.dropout_p -> 0.0}})"),
 ]  # fmt: skip
 
 NORM_PARAMETERS: list[Bug] = [

@@ -40,7 +40,6 @@ TESTS = {
     "attention_backward": ("attention", "causal_attention"),
     "attention_head_backward": ("attention attention_head", "causal_attention"),
     "layer_norm_backward": ("layer_norm", "layer_norm"),
-    "dropout_add_layer_norm": ("layer_norm", "dropout_add_layer_norm"),
     "norm_parameters": ("norm_parameters embed_layer_norm", "layer_norm"),
     "linear_cross_entropy": ("cross_entropy", "linear_cross_entropy"),
     "decode_linear": ("decode_linear", "linear"),

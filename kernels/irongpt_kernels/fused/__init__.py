@@ -14,11 +14,10 @@ from irongpt_kernels.fused.cross_entropy import cross_entropy
 from irongpt_kernels.fused.decode_attention import decode_attention
 from irongpt_kernels.fused.decode_linear import linear_add, norm_linear
 from irongpt_kernels.fused.decode_tokens import embed_tokens, sample_tokens
-from irongpt_kernels.fused.dropout_add_layer_norm import dropout_add_layer_norm
 from irongpt_kernels.fused.embed_layer_norm import embed_layer_norm
 from irongpt_kernels.fused.gelu import gelu
 from irongpt_kernels.fused.grad_norm import grad_norm, sum_shards
-from irongpt_kernels.fused.layer_norm import layer_norm
+from irongpt_kernels.fused.layer_norm import dropout_add_layer_norm, layer_norm
 from irongpt_kernels.fused.linear_cross_entropy import linear_cross_entropy
 from irongpt_kernels.fused.muon import muon_momentum, muon_update
 from irongpt_kernels.fused.norm_parameters import norm_parameters

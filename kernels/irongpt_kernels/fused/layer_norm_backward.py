@@ -1,6 +1,6 @@
 """Backward of `layer_norm`, `dropout_add_layer_norm` and `embed_layer_norm`, by one kernel.
 
-    sum = residual + factor branch    factor: see `dropout_add_layer_norm`
+    sum = residual + factor branch    factor: keep in `layer_norm`
     xhat = (sum - mean) rstd          norm = xhat weight + bias
 
 Backward, per row:  Let g = dnorm weight, the gradient with respect to xhat. Because mean and rstd
