@@ -10,11 +10,13 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             instructions and give 128 bits. One byte decides one element, so one call can serve 16
             elements. On a T4 a call for each element would take longer than the attention's memory
             traffic.
-Layout      A kernel applies the formula to each element, and the compiler merges equal calls of a
-            GPU thread. In attention a call serves 4 x 4 elements of a 32 x 32 tile: every eighth
-            row and every eighth column from some element on. With 16-bit inputs one thread holds
-            all 16: it has every eighth row of a tensor core's accumulator and, of each 8 columns,
-            two neighbours, which belong to two calls. The same holds for the transposed tile, which
+Layout      A kernel computes the counter of each element as in the table below. Elements with the
+            same counter need one call of Philox only, and the compiler merges the equal calls of a
+            GPU thread. In attention a call serves 4 x 4 elements of a 32 x 32 tile: rows r, r + 8,
+            r + 16 and r + 24 and columns c, c + 8, c + 16 and c + 24, for r and c from 0 to 7. With
+            16-bit inputs a thread holds all elements of two calls: of a tensor core's accumulator
+            it has every eighth row and, of each 8 columns, two neighbours. The left ones belong to
+            one call and the right ones to the other. The same holds for the transposed tile, which
             the backward uses. If a warp has only 16 rows of a tile, it uses 8 of the 16 bytes. In
             float32, without tensor cores, a thread uses fewer. In dropout before a residual add, a
             call covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of

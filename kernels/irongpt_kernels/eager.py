@@ -122,7 +122,7 @@ def linear_cross_entropy(
     expected to get. It is only a hint: `fused` computes the gradients in the forward, and
     multiplies them by it there, so that small ones do not underflow in float16; the backward
     corrects them for another upstream gradient. If it is None, `fused` uses 1, or 1,024 for float16
-    inputs; with 1,024 gradients above 65,504 / 1,024 = 64 overflow.
+    inputs. A scale of 1,024 makes gradients above 65,504 / 1,024 = 64 overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 
@@ -419,7 +419,8 @@ def sample_tokens(
 def inverse_temperature_and_k(
     V: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[float, int]:
-    """(1 / temperature, top_k); (1, 1) for temperature 0. Raises the errors of `sample_tokens`."""
+    """(1 / temperature, top_k) within their limits; (1, 1) for temperature 0. Raises as
+    `sample_tokens`."""
     if not 1 <= V <= MAX_V:
         raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {V:,}")
     if not 0 <= temperature < math.inf:

@@ -14,12 +14,14 @@ the ops return uninitialized tensors.
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
 | | instructions of the innermost loop with most arithmetic (without a loop: of the whole kernel) |
 | MB, GFLOP | least traffic and FLOPs (from `op_specs`), not of this kernel alone, but of the op's |
-| | complete forward (kernels with "fwd" in their name) or complete backward (all others). The |
-| | batch is that of the preset iron: 16,384 rows, or 64 x 6 heads of 256 positions. For ops of a |
-| | decoding step the batch is one sequence; linear layers count only the bytes of the weight |
-| clk, by | kernels with a matmul: `sass.clocks` of the loop above, and the unit that limits it |
+| | complete forward (kernels with "fwd" in their name) or complete backward (all others; an op |
+| | without a backward: of the op). Both are for the batch of the GPT's preset iron (16,384 rows, |
+| | or 64 x 6 heads of 256 positions), whatever shape the kernel is compiled at. Ops of a |
+| | decoding step: for one sequence; their linear layers count only the bytes of the weight |
+| clk, by | kernels with a matmul: `sass.clocks` of the loop whose instructions are counted, and |
+| | the unit that is busy longest |
 | el/call | attention with dropout: a lower bound on how many elements share a call of the random |
-| | generator (see `dropout`); the smaller one of the two loops |
+| | generator (see `dropout`); if several loops are counted, the smallest of their bounds |
 """
 
 import argparse

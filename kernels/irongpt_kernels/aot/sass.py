@@ -2,10 +2,11 @@
 Reads registers, spills, instructions and innermost loops from a cubin, and estimates how many warps
 an SM holds and how long its units are busy. The disassembler comes with Triton. No GPU is needed.
 
-Occupancy and the rates are published or were measured by others (CUDA Programming Guide, arithmetic
-instructions; for sm_75 Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking",
-2019, and instruction tables of TU102; tensor cores of sm_80 and sm_90: NVIDIA's white papers). On
-sm_90 the rate of HMMA is not published; it is taken to be that of HGMMA (wgmma), which is too high.
+The limits of an SM (warps, registers, shared memory) and the rates of its units are published or
+were measured by others (CUDA Programming Guide, arithmetic instructions; for sm_75 Jia et al.,
+"Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019, and instruction tables of TU102;
+tensor cores of sm_80 and sm_90: NVIDIA's white papers). On sm_90 the rate of HMMA is not published;
+it is taken to be that of HGMMA (wgmma), which is too high.
 """
 
 import hashlib

@@ -42,10 +42,10 @@ def dtypes(spec: OpSpec, dtype: str) -> op_inputs.Dtypes:
 class Case:
     """A call of an op, forward and backward.
 
-    label: how a report names the shape. p: dropout, or the temperature of sample_tokens. omitted:
-    names of optional inputs that are left out. sizes: by input, a size that replaces the one that
-    follows from `at`. costs: the shape whose cost is reported, if it is another one. bytes: the
-    least bytes, if they do not follow from the shape.
+    label: how a report names the shape. at: the model and its batch. p: dropout, or the temperature
+    of sample_tokens. omitted: names of optional inputs that are left out. sizes: for some inputs,
+    by name, a size in place of the one that follows from `at`. costs: the shape whose cost is
+    reported, if it is another one. bytes: the least bytes, if they do not follow from the shape.
     """
 
     spec: OpSpec

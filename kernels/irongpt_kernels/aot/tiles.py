@@ -19,8 +19,8 @@ of the L2 traffic, and of the DRAM traffic, which is the same for all tiles. Key
 read from L2 once per query tile (in the kernel of dK and dV: queries and dout once per key tile).
 
 Like `sass.clocks`, the model ignores latency, bank conflicts and dependences. The rates of L2, and
-of HMMA on sm_90, are guesses. Tiles within a fifth of each other may be in another order on a GPU,
-which `irongpt tune` measures.
+of HMMA on sm_90, are guesses. If the clocks of two tiles differ by less than a fifth, their order
+on a GPU may be another; `irongpt tune` measures them.
 """
 
 import argparse

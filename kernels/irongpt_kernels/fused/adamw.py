@@ -3,7 +3,7 @@
     g = g / grad_scale                     grad_scale and found_inf come from `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
     p = p - lr decay p
-    p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    p = p - lr (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to the dtype of the copy
 
 t is the number of steps, including this one.
@@ -69,8 +69,8 @@ def _adamw_kernel(
     """Of N tensors the first N_16BIT have 16-bit gradients, and the first N_COPIES have copies.
 
     weights: the parameters (Triton does not accept an argument named params). firsts: the id of the
-    first program of each tensor. sizes: the number of elements of each tensor. steps_ptr points to
-    the number of steps of the first tensor, and stats_ptr to the result of `grad_norm`.
+    first program of each tensor. sizes: the number of elements of each tensor. steps_ptr: N numbers
+    of steps. stats_ptr: the result of `grad_norm`.
     """
     program = tl.program_id(0)
     first, size, decay = 0, tl.cast(sizes[0], tl.int64), tl.cast(decays[0], tl.float32)

@@ -28,15 +28,15 @@ Traffic     reads q, k, v, out, dout and writes dq, dk, dv: 8 B H T D elements, 
 Parallelism one program per head and query tile, then one per head and key tile.
 Precision   Accumulators and dS are in float32; Z and dS are rounded to the input dtype for their
             matmuls. dS is rounded before it is multiplied by the scale, so that small values do not
-            underflow in float16. Let x = dZ keep / (1 - p), which `eager` has in float16. Then
-            delta = sum_i P_i x_i, and because the P_i sum to 1, dS_j = P_j (x_j - delta) = P_j
-            sum_{i != j} P_i (x_j - x_i). So |dS_j| <= P_j (1 - P_j) 2 max|x| <= max|x| / 2: dS does
-            not overflow in float16 unless x does. Each row of dS should sum to 0. If one key has
-            nearly all of the weight, its dS is a difference of nearly equal numbers, and the
-            different rounding of dot(dO, O) and dZ becomes visible in float32. The computed sum is
-            sum_j P_j x_j - delta, the error of delta. So in float32 a first pass over the keys
-            computes it and adds it to delta. Row 0 sees only one key, so its dS is set to exactly
-            0.
+            underflow in float16. Let x = dZ keep / (1 - p). Then delta = sum_i P_i x_i, and because
+            the P_i sum to 1, dS_j = P_j (x_j - delta) = P_j sum_{i != j} P_i (x_j - x_i). So |dS_j|
+            <= P_j (1 - P_j) 2 max|x| <= max|x| / 2: dS overflows in float16 only if x does, and
+            then `eager`, which stores x in float16, overflows as well. Each row of dS should sum to
+            0. If one key has nearly all of the weight, its dS is a difference of nearly equal
+            numbers, and the different rounding of dot(dO, O) and dZ becomes visible in float32.
+            Because the P_j sum to 1, the computed row sums to sum_j P_j x_j - delta instead, the
+            error of delta. So in float32 a first pass over the keys computes this sum and adds it
+            to delta. Row 0 sees only one key, so its dS is set to exactly 0.
 Limits      those of `attention`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """

@@ -101,10 +101,12 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     kernel: each warp reads the complete right operand of every matmul. By the cost model of
     `aot.tiles`, these reads take longer at 256 positions than the DRAM traffic of the pair, so the
     pair is the default on sm_80. On sm_90 wgmma, an asynchronous matmul, reads that operand once
-    for four warps. There the single kernel is the default, with two exceptions: D above 64, and D
-    up to 32 at more than 128 positions. A wgmma needs 64 rows. For dK and dV the rows are the keys
-    of a tile, 32 there, or for larger D the padded head dimension of the transposed result. On
-    sm_75 the 64 KB of shared memory hold too little of a head.
+    for four warps. There the single kernel is the default where it fits, with two exceptions. D
+    above 64 is one, because at 256 positions it does not fit. D up to 32 at more than 128 positions
+    is the other. A wgmma needs 64 rows, and the matmuls of dK and dV have a row for each key of a
+    tile, of which there are 32. If D is padded to 64, the kernel computes their transposes, whose
+    rows are the 64 columns; with smaller D it cannot. On sm_75 the 64 KB of shared memory hold too
+    little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -134,10 +136,10 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
     masks. So from sm_80 on, tiles of 128 rows, which read the keys less often, gain nothing. At T =
     256 they compute a fifth more scores, because a larger part of them is masked.
 
-    maxnreg: the limit of registers per thread. ptxas then uses up to that number, whatever it would
-    choose. It is set in two cases. Where ptxas would choose more registers, the limit lets an SM
-    hold 12 warps instead of 8. Where it would choose fewer, to fit more warps, and spill, the limit
-    makes it use more.
+    maxnreg: the limit of registers per thread. It replaces ptxas's own choice, in both directions.
+    It is set in two cases. Where ptxas would choose more registers, the limit lets an SM hold 12
+    warps instead of 8. Where it would choose fewer, to fit more warps, and spill, the limit makes
+    it use more.
     """
     if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

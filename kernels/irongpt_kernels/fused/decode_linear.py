@@ -44,8 +44,9 @@ MAX_M, MAX_K = 4, 4096
 
 @triton.jit
 def _norm(x, weight_ptr, bias_ptr, k, K, eps):
-    """The layer norm of one row, (BLOCK_K,). The functions of `layer_norm` take a matrix, and for a
-    matrix of one row Triton 3.9 lets every thread compute the whole sum from shared memory."""
+    """The layer norm of one row, (BLOCK_K,). It does not call the functions of `layer_norm`: they
+    take a matrix, and for a matrix of one row Triton 3.9 generates slow code, in which every thread
+    computes the whole sum."""
     x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
     x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)  # the rounding error of the mean
     x *= tl.rsqrt(tl.sum(x * x, 0) / K + eps)

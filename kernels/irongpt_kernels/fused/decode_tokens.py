@@ -19,8 +19,8 @@ Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z))
 Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.
 Parallelism one program per sequence. Without top-k and top-p it passes over its row three times.
 Precision   Exponentials are in float32. Masses are integers, so their sum does not depend on the
-            order. A temperature below 1 / (3 x 10^38) is replaced by that number, which already
-            leaves all mass to the tokens with the largest logit.
+            order. A temperature above 0 and below 1 / (3 x 10^38) is replaced by that number, which
+            already leaves all mass to the tokens with the largest logit.
 Limits      V is at most 2^22, so that the sum of masses fits into 63 bits. x is NaN if a token
             is V or above or a position is outside [0, context): an error would make the host wait.
             No gradient.

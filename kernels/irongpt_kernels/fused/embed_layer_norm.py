@@ -5,7 +5,8 @@
     wte: (V, C)    wpe: (T, C)    idx: (B, T) int64    weight, bias: (C,)    x, norm: (B, T, C)
 
 Forward     x[b, t] = wte[idx[b, t]] + wpe[t]           norm = layer_norm(x), see `layer_norm`
-Backward    `layer_norm_backward` gives dweight, dbias and g = dx + the gradient through the norm
+Backward    dx and dnorm are the gradients of the two results. `layer_norm_backward` gives dweight,
+            dbias and the gradient of the sum, g = dx + the gradient through the norm.
             dwte[v] = sum of g[b, t] where idx[b, t] = v        dwpe[t] = sum of g[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and

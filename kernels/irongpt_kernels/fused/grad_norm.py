@@ -41,8 +41,9 @@ SUMS = 1024  # partial sums that the second kernel reads at a time
 
 @triton.jit
 def select_address(pointers, i: tl.constexpr, mine, address):
-    """One step of a loop in which a program finds its tensor: the address of tensor i, as an
-    integer, if `mine`, else `address`, the result of the steps before."""
+    """One step of a loop in which a program finds the address of its tensor, as an integer. mine:
+    whether tensor i begins at this program or before it. Returns the address of tensor i if so,
+    else `address`, the result of the previous step."""
     return tl.where(mine, pointers[i].to(tl.int64), address)
 
 

@@ -9,8 +9,9 @@ Kernel, per row:    m = max(z)      rest = sum over v != t of exp(z_v - m)
                     dz_v = exp(z_v - m) s / (M total)         dz_t = -rest s / (M total)
 Gradients:          dx = dz w      dw = dz^T x, by cuBLAS
 
-s is `loss_scale`, the gradient that the loss is expected to get. The forward computes all of this.
-The backward only multiplies dx and dw by dloss / s, and launches nothing if dloss is the tensor s.
+s is `loss_scale`, the gradient that the loss is expected to get. The forward computes all of this
+(without gradients, if none is wanted). The backward only multiplies dx and dw by dloss / s, and
+launches nothing if dloss is the tensor s.
 
 Traffic     The kernel reads z and overwrites it with dz: 2MV elements. Separate kernels for forward
             and backward would move 3MV. Rows longer than MAX_BLOCK are read twice, the

@@ -154,9 +154,9 @@ def accumulate_exact(C: Array, A: Array, B: Array) -> Array:
 def accumulate_like_hardware(block: int, extra_bits: int) -> Callable[[Array, Array, Array], Array]:
     """Matmuls as measured on tensor cores (Fasi, Higham, Mikaitis, Pranesh 2021).
 
-    Products are exact. A step adds `block` of them to the accumulator. First all terms, with the
-    accumulator, are truncated to a common last bit: that of a float32 with the largest exponent
-    among them, or `extra_bits` bits below it. The sum is truncated to float32.
+    Products are exact. A step adds `block` of them to the accumulator. First the products and the
+    accumulator are truncated at the same bit. It lies `extra_bits` bits below the last bit of a
+    float32 with the largest of their exponents. The sum is truncated to float32.
     """
 
     def accumulate(C: Array, A: Array, B: Array) -> Array:

@@ -32,9 +32,9 @@ class Options:
     """How to execute.
 
     order: how the warps of a CTA run between two barriers: all at once ("lockstep"), or one after
-        another ("ascending", "descending"). A kernel without barriers always runs in lockstep. For
-        it the order changes no result, because data that one warp passes to another is a race, and
-        is reported.
+        another ("ascending", "descending"). A kernel without barriers always runs in lockstep.
+        Without barriers the order cannot change a result: if a warp read what another wrote, that
+        would be a race, which is reported.
     mma: "exact" rounds the sums of an instruction once; "hardware" truncates them as tensor cores
     do. noise: the errors of approximate instructions, from 0 (none) to 1 (the bounds of the PTX
     ISA). change: a function of the kernel's name and its PTX that returns the PTX to execute. Tests

@@ -51,8 +51,8 @@ def _same(x: Array, y: Array, infinity: int) -> Array:
 
 
 class Memory(Threads):
-    """Some CTAs with their memory. `wrote` and `read` are bit masks for each granule of shared
-    memory: bit w is that of warp w."""
+    """Some CTAs with their memory. Shared memory is divided into granules, the smallest pieces that
+    the kernel accesses. `wrote` and `read` have a bit mask for each: bit w is that of warp w."""
 
     def __init__(self, launch: Launch, ctas: list[tuple[int, int, int]]) -> None:
         super().__init__(launch, ctas)

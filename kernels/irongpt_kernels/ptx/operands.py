@@ -33,7 +33,8 @@ class Operands:
 
     names: the global names that the lines may use: functions of `arithmetic`, constants, locations.
     form: the view of a register, u, s, f or b (see `blocks`). loaded: registers that a block reads
-    before it writes them. granule: by space, a number of bytes that divides every access.
+    before it writes them. granule: for each space of memory, a number of bytes that divides the
+    size of every access to it.
     """
 
     def __init__(self, program: Program) -> None:

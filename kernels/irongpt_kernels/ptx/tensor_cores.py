@@ -94,8 +94,9 @@ class Batch(Memory):
         """(groups, rows, 16) 16-bit values that a descriptor names for each group of four warps.
 
         The descriptor contains two distances in bytes, `lead` and `stride`.
-        k_major: each row has 16 to 128 contiguous bytes along k. With 16, which are 8 of the 16
-            values, `lead` is the distance to the other 8. `stride` is that from 8 rows to the next.
+        k_major: each row has 16 to 128 contiguous bytes along k. If these are only 16 bytes, they
+            are k = 0 to 7, and `lead` is the distance to k = 8 to 15. `stride` is the distance from
+            each group of 8 rows to the next group.
         not k_major: 64, 32, 16 or 8 values along m or n are contiguous. `stride` is the distance
             to the next 8 values of k, and `lead` that to the next group along m or n.
         """
