@@ -100,15 +100,17 @@ def real_plots() -> None:
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys, request) -> Cli:
-    """The command line in an empty folder that has a text.txt of 6,000 characters."""
+    """The command line, in a folder that has only a text.txt of 6,000 characters. It has to end
+    with the exit code `code`."""
     monkeypatch.chdir(tmp_path)
     make_quick(monkeypatch, plots="real_plots" in request.fixturenames)
     write_text(tmp_path / "text.txt")
 
-    def run(*args: object) -> Result:
+    def run(*args: object, code: int = 0) -> Result:
         capsys.readouterr()
-        code = main([str(arg) for arg in args])
-        return Result(code, *capsys.readouterr())
+        result = Result(main([str(arg) for arg in args]), *capsys.readouterr())
+        assert result.code == code, result.err or result.out
+        return result
 
     return run
 
@@ -152,18 +154,19 @@ def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))
 
 
-def assert_mistake(result: Result, message: str) -> None:
-    assert result.code == 2
+def assert_mistake(cli: Cli, message: str, *args: object) -> Result:
+    result = cli(*args, code=2)
     assert message in result.err
     assert result.err.startswith("irongpt: error: ")
     assert result.err.count("\n") == 1
     assert len(result.err) <= 400
+    return result
 
 
 def assert_refused(cli: Cli, message: str, *args: object) -> None:
     """A mistake that changes nothing in the working directory."""
     before = contents(Path())
-    assert_mistake(cli(*args), message)
+    assert_mistake(cli, message, *args)
     assert contents(Path()) == before
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from conftest import contents
+from conftest import Result, contents
 from torch import Tensor
 
 from irongpt import files
-from tests.campaign.process import TINY, Commands, Ended, Worker, assert_mistake, fill
+from tests.campaign.process import TINY, Commands, Worker, assert_mistake, fill
 
 GENERATE = ("generate", "run", "--tokens", "8", "--device", "cpu")
 PLAIN, LONGER = ("train", "--resume", "run"), ("train", "--resume", "run", "--iters", "10")
@@ -240,7 +240,7 @@ class Case(Commands):
         self.expected = {args: self.results(args, self.run) for args in (GENERATE, PLAIN, LONGER)}
         assert all(ended.code == 0 for ended, _ in self.expected.values())
 
-    def results(self, args: tuple[str, ...], run: Files) -> tuple[Ended, Any]:
+    def results(self, args: tuple[str, ...], run: Files) -> tuple[Result, Any]:
         """The end of a command with this run, and what must not depend on how it was read."""
         fill(self.folder / "run", run)
         ended = self.worker(*args)

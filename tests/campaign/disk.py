@@ -19,21 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from conftest import contents
+from conftest import Result, contents
 from run_helpers import assert_same, state
 
 from irongpt import files
 from irongpt.runs import lock, run_folder
-from tests.campaign.process import (
-    FORK,
-    TINY,
-    Commands,
-    Ended,
-    Worker,
-    assert_mistake,
-    command,
-    fill,
-)
+from tests.campaign.process import FORK, TINY, Commands, Worker, assert_mistake, command, fill
 
 NEW, RESUMED = ("train", *TINY, "--out", "run"), ("train", "--resume", "run", "--iters", "8")
 FAULTS = {"full": errno.ENOSPC, "no inode": errno.ENOSPC, "read-only": errno.EROFS,
@@ -188,7 +179,7 @@ class Case(Commands):
                 self.unmount()
         return f"{fault}: {outcome}"
 
-    def check(self, ended: Ended, fault: str) -> str:
+    def check(self, ended: Result, fault: str) -> str:
         """What a run may say and leave behind when the disk has a fault."""
         if fault == "slow":
             assert ended.code in (0, 143, -signal.SIGTERM), ended

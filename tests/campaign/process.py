@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_quick, write_text
+from conftest import Result, make_quick, write_text
 
 from irongpt.cli import main
 
@@ -32,14 +32,6 @@ TINY = (
 ).split()
 PRELOADED = """irongpt.training.command irongpt.generation.command torch._inductor tqdm
 matplotlib.backends.backend_agg PIL.PngImagePlugin"""
-
-
-class Ended(NamedTuple):
-    """A command that has ended. code: minus the signal, if one has ended its process."""
-
-    code: int
-    out: str
-    err: str
 
 
 class Worker:
@@ -71,8 +63,9 @@ class Worker:
     def start(self, *args: object) -> None:
         self.pipe.send([str(arg) for arg in args])
 
-    def end(self) -> Ended:
-        """Waits for the command. A traceback and a hang are faults."""
+    def end(self) -> Result:
+        """Waits for the command. A traceback and a hang are faults. A signal that has ended its
+        process is a negative code."""
         code, ended = 0, self.pipe.poll(SECONDS)
         try:
             code = self.pipe.recv() if ended else 0
@@ -82,9 +75,9 @@ class Worker:
         out, err = (p.read_bytes().decode("utf-8", "surrogateescape") for p in self.streams)
         assert ended, f"it does not end:\n{err[-2000:]}"
         assert code != BROKEN, f"it raised\n{err[-3000:]}"
-        return Ended(code, out, err)
+        return Result(code, out, err)
 
-    def __call__(self, *args: object) -> Ended:
+    def __call__(self, *args: object) -> Result:
         """Runs the command, whose process has to survive it."""
         self.start(*args)
         ended = self.end()
@@ -92,7 +85,7 @@ class Worker:
         return ended
 
 
-def command(folder: Path, *args: object, **options: Any) -> Ended:
+def command(folder: Path, *args: object, **options: Any) -> Result:
     """The command in a separate process."""
     with Worker(folder, **options) as worker:
         return worker(*args)
@@ -127,7 +120,7 @@ def _serve(pipe: Any, folder: Path, before: Any, memory: int, streams: Any, more
         pipe.send(code)
 
 
-def assert_mistake(ended: Ended) -> None:
+def assert_mistake(ended: Result) -> None:
     """A mistake of the user: the exit code is 2, and one line says what is wrong."""
     lines = [
         x for x in ended.err.splitlines() if not x.startswith("irongpt: ") or "error" in x[:16]

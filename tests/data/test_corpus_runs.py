@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from book_server import Lines, refused
-from conftest import TINY, Cli, assert_mistake, assert_refused
+from conftest import TINY, Cli, Result, assert_mistake, assert_refused
 
 from irongpt.config import DataConfig
 from irongpt.data.corpus import load
@@ -39,7 +39,7 @@ def test_a_run_on_a_folder_is_resumed_by_its_name_alone(
 ) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     texts = ["--data", "code", "--data", "latin.txt", "--encoding", "latin-1"]
-    assert cli("train", *FLAGS, *texts, "--include", "*.py", "--out", "run").code == 0
+    cli("train", *FLAGS, *texts, "--include", "*.py", "--out", "run")
     data = open_run(tmp_path / "run").config.data
     sources = (str(tmp_path / "code"), str(tmp_path / "latin.txt"))
     assert data == DataConfig(sources, ("*.py",), "latin-1", "strict")
@@ -47,15 +47,15 @@ def test_a_run_on_a_folder_is_resumed_by_its_name_alone(
     assert len(files) == 31
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert cli("train", "--resume", "../run", "--iters", 3).code == 0
+    cli("train", "--resume", "../run", "--iters", 3)
     assert open_run(tmp_path / "run").config.data == data
-    result = cli("train", "--resume", "../run", "--encoding", "cp1251")
-    assert_mistake(result, "not the text that ../run is trained on: 1 changed (latin)")
+    message = "not the text that ../run is trained on: 1 changed (latin)"
+    assert_mistake(cli, message, "train", "--resume", "../run", "--encoding", "cp1251")
 
 
 def test_a_resumed_run_names_the_files_that_differ(cli: Cli, folder: Path) -> None:
     code = folder / "code"
-    assert cli("train", *FLAGS, "--data", "code", "--out", "run").code == 0
+    cli("train", *FLAGS, "--data", "code", "--out", "run")
     (code / "3.py").write_text("changed\n")
     (code / "x.py").write_text("new\n")
     for i in range(10, 15):
@@ -64,7 +64,7 @@ def test_a_resumed_run_names_the_files_that_differ(cli: Cli, folder: Path) -> No
     message = f"is not the text that run is trained on: {differ}: give that text"
     assert_refused(cli, message, "train", "--resume", "run", "--iters", 3)
     (folder / "run/files.json").write_bytes(b"{}")
-    assert_mistake(cli("train", "--resume", "run"), "run/files.json is damaged")
+    assert_mistake(cli, "run/files.json is damaged", "train", "--resume", "run")
 
 
 def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: str) -> None:
@@ -74,31 +74,31 @@ def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: s
     values = json.loads(config.read_text())
     values.pop("sha256")
     config.write_bytes(sealed({**values, "data": str(tmp_path / "text.txt")}))
-    assert cli("train", "--resume", run, "--iters", 31).code == 0
+    cli("train", "--resume", run, "--iters", 31)
     assert json.loads(config.read_text())["data"]["sources"] == [str(tmp_path / "text.txt")]
     (tmp_path / "other.txt").write_text("another text " * 50)
-    result = cli("train", "--resume", run, "--data", "other.txt")
-    assert_mistake(result, "not among the 16 of the vocabulary")
+    message = "not among the 16 of the vocabulary"
+    assert_mistake(cli, message, "train", "--resume", run, "--data", "other.txt")
     good = dataclasses.asdict(DataConfig(("text.txt",)))
     changes = ({"x": 1}, {"sources": []}, {"sources": "ab"}, {"sources": [1]}, {"include": 3})
     changes += ({"encoding": 1}, {"encoding": 0}, {"val": False})
     for data in (1, [], {}, *(good | change for change in changes)):
         config.write_bytes(sealed({**values, "data": data}))
-        assert_mistake(cli("train", "--resume", run), "does not describe a run")
+        assert_mistake(cli, "does not describe a run", "train", "--resume", run)
 
 
 def test_a_run_from_standard_input_asks_for_its_text(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(*args: object) -> object:
+    def train(*args: object, code: int = 0) -> Result:
         content = io.BytesIO((tmp_path / "text.txt").read_bytes())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
-        return cli("train", *args)
+        return cli("train", *args, code=code)
 
-    assert train(*FLAGS, "--data", "-", "--out", "run").code == 0
-    assert_mistake(train("--resume", "run"), "from the standard input: give that text with --data")
+    train(*FLAGS, "--data", "-", "--out", "run")
+    assert_mistake(train, "from the standard input: give that text with --data", "--resume", "run")
     for data in ("-", "text.txt"):
-        assert train("--resume", "run", "--data", data).code == 0
+        train("--resume", "run", "--data", data)
     assert open_run(tmp_path / "run").config.data.sources == (str(tmp_path / "text.txt"),)
 
 
@@ -145,7 +145,6 @@ def test_a_run_is_validated_on_it_and_resumed(
     (folder / "text.txt").write_text(" ".join(words))
     text = ["--data", "text.txt", "--val", "val.txt"]
     result = cli("train", *FLAGS, *text, "--tokenizer", kind, *size, "--out", "run")
-    assert result.code == 0, result.err
     n_bytes = len(VAL.replace("\r", "").encode())
     [line] = [line for line in result.out.splitlines() if line.startswith("val text")]
     assert line.startswith(f"val text  val.txt: {n_bytes:,} bytes; ")
@@ -156,14 +155,12 @@ def test_a_run_is_validated_on_it_and_resumed(
     assert open_run(folder / "run").config.data.val == str(folder / "val.txt")
     monkeypatch.chdir(folder / "code")
     again = cli("train", "--resume", "../run", "--iters", 3)
-    assert again.code == 0, again.err
     assert f"val text  {folder / 'val.txt'}: {n_bytes:,} bytes" in again.out
     monkeypatch.chdir(folder)
     (folder / "val.txt").write_text("happy families are alike: naïve\n" * 30)
     message = "is not the text that run is trained on: 1 changed (val/val)"
-    assert_mistake(cli("train", "--resume", "run", "--iters", 4), message)
+    assert_mistake(cli, message, "train", "--resume", "run", "--iters", 4)
     other = cli("train", "--resume", "run", "--iters", 4, "--val", "val.txt")
-    assert other.code == 0, other.err
     assert "val.txt is not the text that run was trained on: the run continues" in other.out
 
 
@@ -172,10 +169,9 @@ def test_a_run_on_one_text_may_get_its_own_validation_text(cli: Cli, run: str):
     Path("words.txt").write_text(Path("text.txt").read_text()[:225])
     words = ["--val", "words.txt"]
     result = cli("train", "--resume", run, "--iters", 32, *words)
-    assert result.code == 0, result.err
     assert "val text  words.txt: 225 bytes; 225 tokens" in result.out
     message = "made for a single text and this one has several documents, or the reverse: start a"
-    assert_mistake(cli("train", "--resume", run, "--data", "code"), message)
+    assert_mistake(cli, message, "train", "--resume", run, "--data", "code")
     text = load("text.txt", say=print)
     with pytest.raises(UserError, match=message):
         encode(text, CharTokenizer.from_text([text.text], documents=True))

@@ -65,7 +65,7 @@ def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
     monkeypatch.setitem(PRESETS["nano"].train, "sample_tokens", 4)
     monkeypatch.setattr(Trainer, "_fill_inputs", Trainer._fill_inputs)  # restored at the end
     send(27, TERM)
-    assert cli(*RESUME).code == 128 + TERM
+    cli(*RESUME, code=128 + TERM)
     assert state(folder / "run")["step"] == 28
 
     assert launch(2, command, folder, RESUME) == [0, 0]
@@ -235,7 +235,7 @@ def test_a_wrong_environment_is_one_line(
         monkeypatch.setenv(known, number)
     if value is None:
         monkeypatch.delenv(name)
-    assert_mistake(cli("train", *FLAGS), message)
+    assert_mistake(cli, message, "train", *FLAGS)
 
 
 def test_a_wrong_number_of_processes_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,8 +175,7 @@ def test_names_that_are_not_utf_8_get_question_marks(cli, tmp_path, run) -> None
     name = os.fsdecode(b"caf\xe9")
     os.rename(run, name)
     change(data=name)(tmp_path / name / "config.json")
-    result = cli("export", name, "new")
-    assert result.code == 0, result.err
+    cli("export", name, "new")
     card = (tmp_path / "new/README.md").read_text()
     assert "\n# caf?\n" in card
     assert "| Text | caf? " in card
@@ -190,8 +189,7 @@ def test_an_empty_folder_is_filled_and_not_replaced(cli, tmp_path, monkeypatch, 
     before = (tmp_path / "new").stat().st_ino
     if folder == ".":
         monkeypatch.chdir("new")
-    result = cli("export", tmp_path / run, folder)
-    assert result.code == 0, result.err
+    cli("export", tmp_path / run, folder)
     assert (tmp_path / "new").stat().st_ino == before
     assert {p.name for p in (tmp_path / "new").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -202,7 +200,6 @@ def test_an_empty_folder_is_filled_and_not_replaced(cli, tmp_path, monkeypatch, 
 def test_a_run_without_an_evaluation(cli, tmp_path, run) -> None:
     shutil.rmtree("run/best")
     result = cli("export", run, "new")
-    assert result.code == 0, result.err
     assert "using its last checkpoint" in result.err
     step = checkpoint.load(tmp_path / "run/last")[3]["step"]
     assert f"step {step} of" in (tmp_path / "new/README.md").read_text()

@@ -37,7 +37,6 @@ def data_of(page: Path) -> dict:
 
 def test_the_numbers_are_those_of_the_model(cli, tmp_path, run) -> None:
     result = cli("show", run, "--text", TEXT, "--out", "page.html")
-    assert result.code == 0, result.err
     data = data_of(tmp_path / "page.html")
     model, tokenizer = trained_model(tmp_path / run, "best", "eager", "cpu")
     ids = tokenizer.encode("\n" + TEXT)
@@ -121,7 +120,7 @@ def test_a_mistake_writes_nothing(cli, tmp_path, run, args, message) -> None:
 
 
 def test_without_a_text_the_newest_sample_is_shown(cli, tmp_path, run) -> None:
-    assert cli("show", run).code == 0
+    cli("show", run)
     record = json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
     data = data_of(tmp_path / run / "show.html")
     assert "".join(data["names"][str(i)] for i in data["ids"]) == record["sample"]
@@ -173,7 +172,7 @@ def run_browser(browser: str, page: Path, profile: Path, *flags: str) -> str:
 
 def test_the_page_in_a_browser(cli, tmp_path, run, browser) -> None:
     page = tmp_path / "page.html"
-    assert cli("show", run, "--text", TEXT, "--out", page).code == 0
+    cli("show", run, "--text", TEXT, "--out", page)
     data = data_of(page)
     assert re.findall(r"(?:src|href|url)[=(]\"?([^\" )]*)", page.read_text()) == ["data:,"]
     page.write_text(page.read_text().replace("</html>", SCRIPT + "</html>"))

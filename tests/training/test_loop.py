@@ -135,8 +135,7 @@ def test_only_consecutive_steps_without_finite_gradients_end_a_run(training):
 
 
 def test_divergence_is_reported_even_if_an_evaluation_meets_it_first(cli: Cli):
-    result = cli("train", *TINY, "--iters", 60, "--lr", 1e30, "--decay", "constant")
-    assert result.code == 1
+    result = cli("train", *TINY, "--iters", 60, "--lr", 1e30, "--decay", "constant", code=1)
     assert "the first non-finite tensor: the " in result.err
 
 
@@ -258,7 +257,7 @@ def test_best_has_the_average_of_the_weights_and_last_the_weights(training) -> N
 
 def test_a_target_loss_leaves_only_a_result_of_the_best_model(cli: Cli, tmp_path) -> None:
     result = tmp_path / "run/result.json"
-    assert cli("train", *TINY, "--out", "run").code == 0
+    cli("train", *TINY, "--out", "run")
     before = result.read_text()
     assert "result    best/" in cli("train", "--resume", "run", "--target-loss", "9").out
     assert result.read_text() == before

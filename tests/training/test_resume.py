@@ -108,7 +108,7 @@ def test_ten_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterr
         assert process.exitcode == -signal.SIGKILL
         steps.append(state(run)["step"] if (run / "config.json").exists() else None)
     assert len(set(steps)) > 3, "most kills fell before the first checkpoint"
-    assert cli("train", "--resume", "run").code == 0
+    cli("train", "--resume", "run")
     assert_same(run, uninterrupted(ops))
     assert not list(run.glob(".*"))
 
@@ -132,7 +132,7 @@ def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, ops, numbe
         steps.append(state(run)["step"])
     assert steps == sorted(steps)
     assert len(set(steps)) >= 3
-    assert cli("train", "--resume", "run").code == 0
+    cli("train", "--resume", "run")
     assert_same(run, uninterrupted(ops))
 
 
@@ -157,12 +157,12 @@ def test_ops_and_graph_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
         return recipe.ops, recipe.graph
 
     constant = [*SHORT, "--decay", "constant"]
-    assert cli("train", *constant, "--out", "same").code == 0
-    assert cli("train", *constant, "--iters", 4, "--out", "changed").code == 0
+    cli("train", *constant, "--out", "same")
+    cli("train", *constant, "--iters", 4, "--out", "changed")
     assert settings() == ("builtin", True)
     change = "--ops eager --no-graph --iters 8".split()
-    assert cli("train", "--resume", "changed", *change).code == 0
-    assert cli("train", "--resume", "changed", "--iters", 12).code == 0
+    cli("train", "--resume", "changed", *change)
+    cli("train", "--resume", "changed", "--iters", 12)
     assert settings() == ("eager", False)
     changed, same = (history(tmp_path / name)[-1] for name in ("changed", "same"))
     assert changed["step"] == same["step"] == 12
@@ -171,6 +171,6 @@ def test_ops_and_graph_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
 
 def test_how_often_a_run_is_evaluated_changes_no_weight(cli: Cli, tmp_path):
     flags = [*SHORT, "--dropout", "0.1"]
-    assert cli("train", *flags, "--out", "a").code == 0
-    assert cli("train", *flags, "--eval-every", "5", "--out", "b").code == 0
+    cli("train", *flags, "--out", "a")
+    cli("train", *flags, "--eval-every", "5", "--out", "b")
     assert_same_tensors(tmp_path / "a/last", tmp_path / "b/last")

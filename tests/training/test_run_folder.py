@@ -36,12 +36,12 @@ def test_folders_that_a_run_may_have(cli, tmp_path, monkeypatch, out):
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
     flags = [text if flag == "text.txt" else flag for flag in QUICK]
-    assert cli("train", *flags, "--out", out).code == 0
+    cli("train", *flags, "--out", out)
     folder = Path(out).expanduser()
     assert {p.name for p in folder.iterdir()} - {"lost+found"} == {
         "config.json", "metrics.jsonl", "last", "best", "loss.png", "result.json",
     }  # fmt: skip
-    assert "--resume" in cli("train", *QUICK, "--out", out).err
+    assert_mistake(cli, "--resume", "train", *QUICK, "--out", out)
     assert not (tmp_path / "~").exists()
 
 
@@ -69,7 +69,7 @@ def test_a_default_folder_that_another_process_takes_first(cli, tmp_path, monkey
         claim(self)
 
     monkeypatch.setattr(RunFolder, "claim", slow)
-    assert cli("train", *QUICK).code == 0
+    cli("train", *QUICK)
     assert {p.name for p in (tmp_path / "runs/text-nano").iterdir()} == {".lock"}
     assert (tmp_path / "runs/text-nano-2/config.json").exists()
     other[0].release()
@@ -99,7 +99,7 @@ def test_a_folder_that_becomes_read_only_is_one_line(cli, tmp_path, monkeypatch)
 
     for name in ("mkdir", "unlink"):
         monkeypatch.setattr(Path, name, refuse(getattr(Path, name)))
-    assert_mistake(cli("train", *QUICK, "--out", "run"), "Read-only file system")
+    assert_mistake(cli, "Read-only file system", "train", *QUICK, "--out", "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -110,14 +110,14 @@ def test_a_second_process_is_told_which_one_trains_the_run(cli, tmp_path, run):
     while not (tmp_path / run / ".lock").exists() and process.poll() is None:
         time.sleep(0.01)
     before = history(tmp_path / run)
-    result = cli("train", "--resume", run, "--iters", 40)
-    assert_mistake(result, f"run is trained by process {process.pid} on ")
+    message = f"run is trained by process {process.pid} on "
+    result = assert_mistake(cli, message, "train", "--resume", run, "--iters", 40)
     assert " since 20" in result.err
     assert history(tmp_path / run) == before
     process.kill()
     process.wait()
     assert (tmp_path / run / ".lock").exists()
-    assert cli("train", "--resume", run, "--iters", 40).code == 0  # the lock of a dead process
+    cli("train", "--resume", run, "--iters", 40)  # the lock of a dead process
     assert not (tmp_path / run / ".lock").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_folder_that_vanished_is_named(cli, tmp_path, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", vanish)
-    assert_mistake(cli("train", *QUICK, "--out", "run"), "the folder run is gone")
+    assert_mistake(cli, "the folder run is gone", "train", *QUICK, "--out", "run")
 
 
 @pytest.mark.parametrize("full", ["run", "cache", "neither"])
@@ -233,8 +233,8 @@ def test_the_field_and_the_version_of_another_config_are_named(cli, tmp_path, pa
     if part == "data":  # in the fixture's config.json it is a string
         values[part] |= {"sources": ["text.txt"]}
     change(**values)(tmp_path / run / "config.json")
-    result = cli("generate", run)
-    assert_mistake(result, f"fields of its {kind} are unknown: ['label_smoothing']")
+    message = f"fields of its {kind} are unknown: ['label_smoothing']"
+    result = assert_mistake(cli, message, "generate", run)
     assert "IronGPT 9.0.0" in result.err
 
 
@@ -258,7 +258,7 @@ def test_a_run_continues_with_another_text_and_chooses_best_again(
     if killed:
         with monkeypatch.context() as patch:
             patch.setattr(TrainingLoop, "fit", Mock(side_effect=KeyboardInterrupt))
-            assert cli(*command).code == 130
+            cli(*command, code=130)
         command = command[:-2]
     out = cli(*command).out
     warning = "is not the text that run was trained on: the run continues with it"

@@ -37,10 +37,9 @@ def expected(run: Path) -> dict[str, list]:
 
 def test_the_curves_are_those_of_the_metrics_and_resume_continues_them(cli, tmp_path) -> None:
     run = tmp_path / "run"
-    first = cli("train", *TINY, "--out", run, "--iters", 20, "--eval-every", 20, "--tensorboard")
-    assert first.code == 0, first.err
+    cli("train", *TINY, "--out", run, "--iters", 20, "--eval-every", 20, "--tensorboard")
     assert curves(run) == expected(run)
-    assert cli("train", "--resume", run, "--iters", 40).code == 0  # the flag is remembered
+    cli("train", "--resume", run, "--iters", 40)  # the flag is remembered
     found = curves(run)
     assert found == expected(run)
     assert [step for step, _ in found["loss/training"]] == [10, 20, 30, 40]
@@ -50,7 +49,7 @@ def test_the_curves_are_those_of_the_metrics_and_resume_continues_them(cli, tmp_
 
 def test_a_run_without_events_gets_all_of_them_later(cli, tmp_path, run) -> None:
     assert not list((tmp_path / run).glob("events*"))
-    assert cli("train", "--resume", run, "--iters", 40, "--tensorboard").code == 0
+    cli("train", "--resume", run, "--iters", 40, "--tensorboard")
     assert curves(tmp_path / run) == expected(tmp_path / run)
 
 
@@ -68,5 +67,4 @@ def test_events_that_cannot_be_written_do_not_end_the_training(cli, tmp_path, mo
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     result = cli("train", *TINY, "--out", "run", "--tensorboard")
-    assert result.code == 0
     assert result.out.count("warning   TensorBoard's event file failed, training continues") == 1
