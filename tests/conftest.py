@@ -140,14 +140,14 @@ def trained_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(cli: Cli, trained_run: Path, tmp_path: Path) -> str:
+def run(cli, trained_run, tmp_path) -> str:
     """A copy of the trained run, in the folder of `cli`."""
     copy_run(trained_run, tmp_path / "run", str(tmp_path / "text.txt"))
     return "run"
 
 
 @pytest.fixture
-def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def h200(tmp_path, monkeypatch) -> SimpleNamespace:
     """Fakes an H200, and an empty folder for measured options, which are used."""
     monkeypatch.setenv("IRONGPT_DATA", str(tmp_path / "cache"))
     monkeypatch.delenv("IRONGPT_TUNED")

@@ -7,12 +7,11 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 from irongpt_kernels import Ops, builtin, eager, fused
 from numerics import DEVICE, HALVES, each_dtype
 from op_cases import OP_CASES, Case
@@ -113,7 +112,7 @@ def test_two_trainings_give_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype)[6:])
 def test_a_resumed_fused_run_has_the_bits_of_an_uninterrupted_one(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    cli, tmp_path, monkeypatch, dtype: torch.dtype
 ) -> None:
     for name in ("safetensors", "matplotlib", "tqdm"):  # a run needs them, a kernel does not
         pytest.importorskip(name)

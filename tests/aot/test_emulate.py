@@ -1,7 +1,6 @@
 """IRONGPT_EMULATE=sm_75: the target that Triton sees and the code that its loader gets, without a
 GPU."""
 
-from pathlib import Path
 from unittest.mock import MagicMock, Mock, call
 
 import pytest
@@ -56,7 +55,7 @@ for device, emulated in enumerate(("", "sm_75")):
 """
 
 
-def test_the_driver_gets_ptx_and_the_shared_memory_of_a_t4_under_emulation(tmp_path: Path) -> None:
+def test_the_driver_gets_ptx_and_the_shared_memory_of_a_t4_under_emulation(tmp_path) -> None:
     script = tmp_path / "script.py"  # a file, since Triton reads the source
     script.write_text(LAUNCH)
     done = compiling(script)
@@ -70,12 +69,12 @@ def test_the_driver_gets_ptx_and_the_shared_memory_of_a_t4_under_emulation(tmp_p
 
 
 @pytest.fixture
-def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+def h200(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv(emulate.VARIABLE, "sm_75")
 
 
-def test_the_package_treats_the_gpu_as_a_t4(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_treats_the_gpu_as_a_t4(h200, monkeypatch) -> None:
     assert launch.architecture(GPU) == 75
     assert launch.num_sms(GPU) == 40
     dtype, why = devices.precision("auto", GPU)
@@ -89,7 +88,7 @@ def test_the_package_treats_the_gpu_as_a_t4(h200, monkeypatch: pytest.MonkeyPatc
     assert ops.notes("fused", GPU) == []
 
 
-def test_launches_query_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_query_torch_once(h200, monkeypatch) -> None:
     monkeypatch.delenv(emulate.VARIABLE)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     capability = Mock(return_value=(9, 0))
@@ -101,13 +100,13 @@ def test_launches_query_torch_once(h200, monkeypatch: pytest.MonkeyPatch) -> Non
     assert capability.call_args_list == [call(GPU), call(torch.device("cuda", 1))]
 
 
-def test_no_other_gpu_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_gpu_can_be_emulated(monkeypatch) -> None:
     monkeypatch.setenv(emulate.VARIABLE, "sm_80")
     with pytest.raises(ValueError, match="IRONGPT_EMULATE must be sm_75 or unset, got 'sm_80'"):
         emulate.enabled()
 
 
-def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_goes_to_the_device_of_the_tensors(monkeypatch) -> None:
     device = MagicMock()
     monkeypatch.setattr(torch.cuda, "device", device)
     with launch.device_context(torch.device("cuda", 1)), launch.device_context(torch.device("cpu")):

@@ -31,7 +31,7 @@ class Clock:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def gpu(monkeypatch) -> Clock:
     """CUDA's events and graphs on such a clock."""
     clock = Clock()
 
@@ -83,7 +83,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("busy", [1e-6, 3e-5, 4e-3, 0.1])
-def test_a_sample_is_the_time_of_the_device(gpu: Clock, busy: float) -> None:
+def test_a_sample_is_the_time_of_the_device(gpu, busy: float) -> None:
     """It contains neither the launch latency nor the time of the host."""
     found = timing.measure({"": lambda i: gpu.queue(busy)}, 3, CUDA, rounds=4)[""]
     assert found.graph
@@ -93,7 +93,7 @@ def test_a_sample_is_the_time_of_the_device(gpu: Clock, busy: float) -> None:
     assert all(wait > 50 * Clock.LAUNCH for wait in gpu.waits)
 
 
-def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
+def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu) -> None:
     work = timing.Work(lambda i: gpu.queue(1e-5))
     made = timing.Replay(work, 4)
     assert made.n * made.repeats * 1e-5 == pytest.approx(timing.SAMPLE, rel=0.2)
@@ -104,7 +104,7 @@ def test_a_sample_takes_5_ms_unless_that_is_too_many_calls(gpu: Clock) -> None:
     assert timing.Replay(timing.Work(lambda i: gpu.queue(1.0)), 2).repeats == 1
 
 
-def test_a_graph_uses_all_copies_and_keeps_their_outputs(gpu: Clock) -> None:
+def test_a_graph_uses_all_copies_and_keeps_their_outputs(gpu) -> None:
     class Output:
         pass
 
@@ -127,7 +127,7 @@ def test_a_graph_uses_all_copies_and_keeps_their_outputs(gpu: Clock) -> None:
     assert most == 4  # that of each copy, and the new one
 
 
-def test_the_forward_of_a_backward_is_captured_too(gpu: Clock) -> None:
+def test_the_forward_of_a_backward_is_captured_too(gpu) -> None:
     """A backward in a graph starts from a forward in a graph; one outside from one outside."""
     seen: list[tuple[bool, bool]] = []
 
@@ -140,9 +140,7 @@ def test_the_forward_of_a_backward_is_captured_too(gpu: Clock) -> None:
     assert set(seen) == {(False, False), (True, True)}
 
 
-def test_a_call_that_waits_for_the_device_is_not_captured(
-    gpu: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_that_waits_for_the_device_is_not_captured(gpu, monkeypatch) -> None:
     mode: list[object] = [0]
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda m: mode.__setitem__(0, m))
 
@@ -159,9 +157,7 @@ def test_a_call_that_waits_for_the_device_is_not_captured(
     assert mode == [0]
 
 
-def test_a_failed_capture_is_recovered_from_and_has_a_reason(
-    gpu: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_capture_is_recovered_from_and_has_a_reason(gpu, monkeypatch) -> None:
     recovered: list[object] = []
     monkeypatch.setattr(cuda_graph, "recover", lambda pool, state: recovered.append(pool))
 

@@ -10,9 +10,7 @@ PACKAGES = ("ops", "report", "suite", "training")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_help_says_how_to_call_it_and_what_each_option_is(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_help_says_how_to_call_it_and_what_each_option_is(name: str, monkeypatch) -> None:
     module = importlib.import_module(f"benchmarks.{name}{'.__main__' * (name in PACKAGES)}")
     parsers: list[argparse.ArgumentParser] = []
 

@@ -86,9 +86,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("name", [n for n in OPS if n != "softmax"])
-def test_our_ops_launch_as_many_kernels_as_the_ledger_counts(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_ops_launch_as_many_kernels_as_the_ledger_counts(name: str, monkeypatch) -> None:
     """Without biases, like the iron model."""
     inputs = {n: x for n, x in inputs_of(name, torch.float32).items() if n != "bias"}
     inputs = {n: x.to(DEVICE) for n, x in inputs.items()}
@@ -106,9 +104,7 @@ def test_our_ops_launch_as_many_kernels_as_the_ledger_counts(
     assert len(counted) == OWN.get(name, 2)
 
 
-def test_the_optimizer_launches_as_many_kernels_as_the_ledger_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_optimizer_launches_as_many_kernels_as_the_ledger_counts(monkeypatch) -> None:
     lists = [[torch.ones(5, device=DEVICE) for _ in range(3)] for _ in range(4)]
     scalars = [torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
     steps = torch.zeros(3, device=DEVICE)
@@ -149,7 +145,7 @@ def test_a_fused_step_does_not_grow(
     assert trainer.model.config.vocab_size == (4096 if preset == "code" else WAR_AND_PEACE_VOCAB)
 
 
-def test_the_attention_of_sm_90_has_one_backward_kernel_in_16_bits(iron: ledger.Ledger) -> None:
+def test_the_attention_of_sm_90_has_one_backward_kernel_in_16_bits(iron) -> None:
     hopper, trainer = ledger.step(fused, torch.float16, arch=90)
     layers = trainer.model.config.n_layer
     assert iron.launches["attention"] - hopper.launches["attention"] == layers
@@ -168,9 +164,7 @@ def test_the_lower_bound_is_below_the_bytes_that_a_step_moves(preset: str) -> No
     assert without[0] > 0.9 * without[1]  # Muon's iteration has no least bytes
 
 
-def test_the_command_prints_that_its_figures_are_computed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_that_its_figures_are_computed(capsys, monkeypatch) -> None:
     monkeypatch.setitem(PRESETS["nano"].model, "n_layer", 1)
     options = "--preset nano --dtype float32 --optimizer adamw"
     ledger.main(options.split())

@@ -92,7 +92,7 @@ def python(cell: dict) -> str:
     return "\n".join(lines)
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path) -> None:
     parameters, *cells = code_cells()
     assert parameters["metadata"]["tags"] == ["parameters"]
     stages = "tests compare kernels train decode runs"  # a cell runs doctor; gpu is as tests
@@ -116,9 +116,7 @@ def cell_with(text: str) -> str:
     return next(source for source in map(python, code_cells()) if text in source)
 
 
-def test_an_uploaded_zip_is_unpacked_and_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_uploaded_zip_is_unpacked_and_found(tmp_path, monkeypatch) -> None:
     with zipfile.ZipFile(tmp_path / "up.zip", "w") as file:
         file.writestr("irongpt-main/benchmarks/suite/__init__.py", "")
     monkeypatch.chdir(tmp_path)
@@ -129,7 +127,7 @@ def test_an_uploaded_zip_is_unpacked_and_found(
     assert os.environ["MPLBACKEND"] == "agg"
 
 
-def test_pip_keeps_the_torch_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_keeps_the_torch_that_is_there(tmp_path, monkeypatch) -> None:
     values = {"Path": Path}
     exec(cell_with("tempfile"), values)
     assert f"torch=={version('torch')}\n" in values["KEEP"].read_text()
@@ -137,7 +135,7 @@ def test_pip_keeps_the_torch_that_is_there(tmp_path: Path, monkeypatch: pytest.M
     assert "--constraint {KEEP}" in line
 
 
-def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="does not find the GPU of this machine"):
         exec(cell_with("HAD_GPU and"), {"HAD_GPU": True, "os": os})
@@ -152,7 +150,7 @@ def test_the_notebook_stops_if_the_gpu_is_gone_after_pip(monkeypatch: pytest.Mon
     ],
 )
 def test_iron_uses_two_gpus_only_if_they_pay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, trained: str
+    tmp_path, monkeypatch, said: str, trained: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     (tmp_path / "gpus.json").write_text(json.dumps({"facts": {"scaling": said}}))

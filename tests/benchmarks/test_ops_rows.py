@@ -93,9 +93,7 @@ def injected(
 
 
 @pytest.mark.parametrize("mistake", [dict(wrong=1.01), dict(slope=1.01), dict(wrong=math.nan)])
-def test_a_failed_accuracy_check_has_no_time(
-    monkeypatch: pytest.MonkeyPatch, mistake: dict[str, float]
-) -> None:
+def test_a_failed_accuracy_check_has_no_time(monkeypatch, mistake: dict[str, float]) -> None:
     injected(monkeypatch, "gelu", **mistake)
     *timed, row = measured("gelu", ("eager", "builtin"))
     assert [r.provider for r in timed if r.timed] == ["eager"] * 3
@@ -106,9 +104,7 @@ def test_a_failed_accuracy_check_has_no_time(
     json.dumps(result_file.finite(row.to_json()), allow_nan=False)
 
 
-def test_a_baseline_with_a_small_error_has_its_time_and_its_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_baseline_with_a_small_error_has_its_time_and_its_error(monkeypatch) -> None:
     """To leave out a faster one would flatter us; our own kernels have no such allowance."""
     injected(monkeypatch, "gelu", wrong=1 + 2e-6)
     rows = measured("gelu", ("builtin",))
@@ -135,9 +131,7 @@ def test_the_kernels_are_within_tolerance_with_their_dropout(op: str, dtype: tor
         assert row.seconds > 0
 
 
-def test_a_provider_that_fails_has_a_reason_and_the_others_have_times(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_provider_that_fails_has_a_reason_and_the_others_have_times(monkeypatch) -> None:
     def failing(x: torch.Tensor) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -179,9 +173,7 @@ def test_a_sweep_that_is_not_compiled_has_the_reason() -> None:
     assert "not compiled in this sweep" in row.skipped_reason
 
 
-def test_the_model_shape_has_both_16_bit_dtypes_and_dropout_on_and_off(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_model_shape_has_both_16_bit_dtypes_and_dropout_on_and_off(monkeypatch) -> None:
     """As `iron` and `fast` train. With --quick only as iron trains on this GPU."""
     picked = SimpleNamespace(dtype=torch.bfloat16)
     monkeypatch.setattr(kernels.devices, "precision", lambda name, device: picked)
@@ -226,7 +218,7 @@ def test_every_op_is_swept_over_its_rows_and_columns() -> None:
     assert {c.shape.B * c.shape.T for c in over_T if c.op in LAYERS} == {16384}
 
 
-def test_missing_providers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_providers_are_named(monkeypatch) -> None:
     from irongpt_kernels.runtime import launch
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -260,9 +252,7 @@ def changed_by_eager(one: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("op", NO_GRADIENT)
-def test_an_output_that_is_not_written_exceeds_the_tolerance(
-    op: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_is_not_written_exceeds_the_tolerance(op: str, monkeypatch) -> None:
     """Each of the inputs that eager changes (weights, moments, 16-bit copies, steps, caches,
     tokens, counts) is left as it was, and each output that is no input is wrong."""
     one, right = case(op, torch.float16), OpSpec.run

@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def _not_interpreted(monkeypatch) -> None:
     """The tests run in the interpreter, which the name of a result file would contain."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_the_name_of_a_file_has_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_name_of_a_file_has_its_kind(monkeypatch, tmp_path) -> None:
     args = options(tmp_path)
     assert result_file.path(args, CPU, name="-gpu").name.endswith("-abc-gpu.json")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -102,7 +102,7 @@ def options(folder: Path, **more: object) -> argparse.Namespace:
     return argparse.Namespace(out=folder, result=None, commit="abc", **more)
 
 
-def test_several_commands_fill_a_file_and_repeated_ones_another(tmp_path: Path, capsys) -> None:
+def test_several_commands_fill_a_file_and_repeated_ones_another(tmp_path, capsys) -> None:
     files = []
     for i, end in enumerate((".json", "-2.json", "-3.json")):
         for name in ("kernels", "train"):
@@ -127,7 +127,7 @@ def test_several_commands_fill_a_file_and_repeated_ones_another(tmp_path: Path, 
 
 
 def test_results_before_an_error_are_kept_and_the_gpu_is_no_longer_watched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tmp_path, monkeypatch, capsys
 ) -> None:
     state = dict(sm_mhz=345, watt=73.0, celsius=None, throttled_by=None)
     monkeypatch.setattr(environment, "state", lambda device: state)
@@ -149,7 +149,7 @@ def test_results_before_an_error_are_kept_and_the_gpu_is_no_longer_watched(
     assert capsys.readouterr().out == ""
 
 
-def test_another_file_is_no_result(tmp_path: Path) -> None:
+def test_another_file_is_no_result(tmp_path) -> None:
     for text in ('{"rows": []}', '{"format": 1}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match="not a result file of format 2"):
@@ -202,9 +202,7 @@ def test_memory_and_whole_trainings_are_compared() -> None:
     assert "MiB" not in same
 
 
-def test_the_newest_file_is_that_of_the_latest_date_inside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_file_is_that_of_the_latest_date_inside(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(result_file, "FOLDER", tmp_path)
     for name, date in (("b", "2026-11-25T10:00:00+00:00"), ("a", "2026-11-24")):
         file = tmp_path / "card" / f"{name}.json"  # the older one is written last
@@ -228,7 +226,7 @@ def test_the_state_of_the_card_is_shown_for_every_section(section: str) -> None:
     ]
 
 
-def test_a_section_that_broke_off_is_reported(tmp_path: Path) -> None:
+def test_a_section_that_broke_off_is_reported(tmp_path) -> None:
     """The page has the other sections."""
     begun = dict(environment=dict(name="T4"), state=dict(seconds=1.0), ended_by="RuntimeError: a|b")
     values = {"kernels": begun | dict(rows=[], missing={}), "train": begun, "decode": begun}
@@ -261,9 +259,7 @@ def test_a_time_of_a_provider_that_exceeds_the_tolerance_is_marked() -> None:
 
 
 @pytest.mark.parametrize("options", [["none.json"], ["--compare", "none.json", "none.json"]])
-def test_a_file_that_is_no_result_ends_the_report_with_one_line(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_no_result_ends_the_report_with_one_line(options: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         report.main(options)
     assert "report: error: [Errno 2] No such file" in capsys.readouterr().err
@@ -300,7 +296,7 @@ def test_the_pages_have_the_numbers_of_their_files() -> None:
     assert f"{sequences} sequences: {step['irongpt_ms']} ms, nanoGPT's" in tables.nano(section)
 
 
-def test_rows_survive_a_file_and_ignore_unknown_fields(tmp_path: Path) -> None:
+def test_rows_survive_a_file_and_ignore_unknown_fields(tmp_path) -> None:
     (row,) = rows_of({"fused": 1.0}, backend="flash")[2:]
     decoded = DecodeRow(ops="fused", way="cached", batch=1, seconds=2e-6, iqr=1e-7)
     for name, one in {"kernels": row, "decode": decoded}.items():

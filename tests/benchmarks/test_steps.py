@@ -71,7 +71,7 @@ def measured(folder: Path, made: dict[str, Any], seconds: float = 60.0) -> dict[
     return {r.variant: r for r in rows}
 
 
-def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path) -> None:
+def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path) -> None:
     sizes = dict(a=1, b=1, c=1, huge=3, d=1)
     rows = measured(tmp_path, {name: dict(size=size) for name, size in sizes.items()})
     assert rows.pop("huge").skipped_reason == "out of memory"
@@ -79,7 +79,7 @@ def test_variants_that_do_not_fit_together_are_measured_in_groups(tmp_path: Path
     assert all(r.samples == 4 and r.kernels == 5 for r in rows.values())
 
 
-def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path: Path) -> None:
+def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path) -> None:
     rows = measured(tmp_path, {"a": {}, "b": dict(fails=3)})
     assert rows["a"].samples == 4
     assert rows["b"].samples == 2
@@ -87,7 +87,7 @@ def test_a_variant_that_fails_keeps_its_samples_and_the_others_continue(tmp_path
     assert math.isnan(rows["b"].iqr)  # two samples have none
 
 
-def test_no_round_begins_after_the_time_limit(tmp_path: Path) -> None:
+def test_no_round_begins_after_the_time_limit(tmp_path) -> None:
     rows = measured(tmp_path, {"a": dict(seconds=0.5), "b": {}}, seconds=0.6)
     assert rows["a"].samples < 4
     assert "was over" in rows["b"].skipped_reason
@@ -160,7 +160,7 @@ def test_ours_is_compared_with_the_best_that_are_launched_so_then_compiled_then_
 
 
 @pytest.mark.parametrize("name", ["fused compild", "nanoGPT"])
-def test_an_unknown_variant_is_a_mistake(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_variant_is_a_mistake(name: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train.main(["--device", "cpu", "--variants", "builtin", name])
     assert f"no variant here is {name}; there are builtin, naive," in capsys.readouterr().err
@@ -181,9 +181,7 @@ def test_kernels_and_launches_of_a_step_are_counted() -> None:
     assert launched < launches / 4
 
 
-def test_a_compiled_model_is_trained_as_the_trainer_calls_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_compiled_model_is_trained_as_the_trainer_calls_it(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda loss, **options: loss)
     compiled = variants.trained(SETTING, builtin, torch.float32, CPU, mode="default")
     plain = variants.trained(SETTING, builtin, torch.float32, CPU)

@@ -29,7 +29,7 @@ CODE = {
 
 
 @pytest.fixture
-def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def env(tmp_path, monkeypatch) -> dict[str, str]:
     """The environment in which `python -m child` runs a piece of CODE."""
     code = f"import sys\nexec({CODE!r}[sys.argv[1]])\n"
     (tmp_path / "child.py").write_text(code)
@@ -47,9 +47,7 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ("deaf", "timed out", "begun"),
     ],
 )
-def test_a_subprocess_ends_in_time(
-    code: str, status: str, says: str, env: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_subprocess_ends_in_time(code: str, status: str, says: str, env, tmp_path) -> None:
     """Even one that ignores interrupts and has a subprocess which keeps the output open."""
     limit = 2.0 if status == "timed out" else 60.0
     done = suite.run(["child", code], env, limit, tmp_path / "log")
@@ -62,9 +60,7 @@ def arguments(tmp_path: Path, *stages: str) -> list[str]:
     return ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc", "--only", *stages]
 
 
-def test_a_failed_stage_does_not_stop_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_stage_does_not_stop_the_next(tmp_path, monkeypatch, capsys) -> None:
     def stage(self: suite.Suite, name: str, limit: float) -> suite.Done:
         if name == "train":
             result_file.save(self.file, "train", {"state": {}, "ended_by": "KeyboardInterrupt: "})
@@ -81,7 +77,7 @@ def test_a_failed_stage_does_not_stop_the_next(
     assert re.search(r"decode +ok +1.0  hello", capsys.readouterr().out)
 
 
-def test_no_stage_starts_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_stage_starts_without_time(tmp_path, monkeypatch) -> None:
     limits = []
 
     def stage(self: suite.Suite, name: str, limit: float) -> suite.Done:
@@ -95,9 +91,7 @@ def test_no_stage_starts_without_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert limits == [pytest.approx(1.5, abs=0.1)]  # of 1.5 s, 0.9 are left: less than a second
 
 
-def test_the_counts_of_test_files_are_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_counts_of_test_files_are_added(tmp_path, monkeypatch) -> None:
     lines = {
         "test_a.py": ("failed", ["FAILED x - y", "3 failed, 12 passed, 1 skipped in 4.20s"]),
         "test_b.py": ("ok", ["28 passed, 2 xfailed in 62.10s (0:01:02)"]),
@@ -150,7 +144,7 @@ def test_a_cpu_takes_a_step_of_each_of_the_ops() -> None:
     ("gib", "cpus", "processes"), [(15, 2, 1), (15, 16, 1), (24, 16, 3), (80, 6, 3), (140, 64, 8)]
 )
 def test_test_files_share_the_memory_of_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: int, cpus: int, processes: int
+    tmp_path, monkeypatch, gib: int, cpus: int, processes: int
 ) -> None:
     args = dict(device="cpu", result=tmp_path / "r.json", data=None, commit=None, only=None)
     one = suite.Suite(argparse.Namespace(**args))
@@ -175,7 +169,7 @@ def test_test_files_share_the_memory_of_the_gpu(
     ],
 )
 def test_a_stage_that_is_cut_says_what_it_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saves: dict | None, says: str
+    tmp_path, monkeypatch, name: str, saves: dict | None, says: str
 ) -> None:
     def run(words: list[object], *_: object) -> suite.Done:
         at = words[words.index("--json") + 1] if "--json" in words else None

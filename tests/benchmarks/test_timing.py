@@ -49,7 +49,7 @@ def test_providers_that_do_not_fit_together_are_measured_in_groups() -> None:
     assert all(len(t.samples) == 2 for t in found.values())
 
 
-def test_memory_is_freed_after_a_failure_and_a_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_after_a_failure_and_a_group_alone(monkeypatch) -> None:
     """It would take memory from those that are ready, which they would allocate again in a sample,
     and the time of a garbage collection for each of hundreds of candidates."""
     free = Mock()
@@ -61,7 +61,7 @@ def test_memory_is_freed_after_a_failure_and_a_group_alone(monkeypatch: pytest.M
     assert free.call_count == 3
 
 
-def test_copies_of_the_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_the_inputs_exceed_the_cache(monkeypatch) -> None:
     properties = SimpleNamespace(L2_cache_size=60 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = torch.device("cuda")

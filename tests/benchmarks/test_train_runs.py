@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def result(tmp_path_factory) -> Path:
     """A result file with every section, for a model of a few thousand weights."""
     file = tmp_path_factory.mktemp("results") / "result.json"
     options = ["--device", "cpu", "--result", str(file), "--commit", "abc"]
@@ -49,7 +49,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_every_section_is_complete_and_in_the_report(result: Path) -> None:
+def test_every_section_is_complete_and_in_the_report(result) -> None:
     values = result_file.load(result)
     text = (report.write(result) / "report.md").read_text()
     assert "commit `abc`" in text
@@ -68,7 +68,7 @@ def test_every_section_is_complete_and_in_the_report(result: Path) -> None:
     assert len(values["kernels"]["rows"]) == count - len(cases.AS_EAGER)
 
 
-def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
+def test_a_step_is_measured_and_shown_in_the_table(result) -> None:
     section = result_file.load(result)["train"]
     assert {r.variant for r in section["rows"]} == {"builtin", "naive", "eager"}
     shown = tables.train(section)
@@ -81,7 +81,7 @@ def test_a_step_is_measured_and_shown_in_the_table(result: Path) -> None:
     assert 0 < alone["seconds"] < alone["lower_bound_seconds"]
 
 
-def test_generation_is_measured(result: Path) -> None:
+def test_generation_is_measured(result) -> None:
     rows = result_file.load(result)["decode"]["rows"]
     assert [(r.way, r.batch) for r in rows] == [("no cache", 1), ("cached", 1), ("batched", 8)]
     assert all(r.tokens == 16 for r in rows)
@@ -93,9 +93,7 @@ def small_model() -> GPT:
     return GPT(shape, builtin)
 
 
-def test_generation_whose_graph_failed_has_no_time(
-    small_model: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_whose_graph_failed_has_no_time(small_model, monkeypatch) -> None:
     def launched_one_by_one(*args: object) -> Iterator[list[int]]:
         monkeypatch.setattr(Graph, "failures", Graph.failures + 1)
         yield [0]
@@ -106,9 +104,7 @@ def test_generation_whose_graph_failed_has_no_time(
     assert cached.skipped_reason == batched.skipped_reason == why
 
 
-def test_the_other_ways_to_generate_are_measured_when_one_fails(
-    small_model: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_ways_to_generate_are_measured_when_one_fails(small_model, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("no such kernel")
 
@@ -124,7 +120,7 @@ def test_the_other_ways_to_generate_are_measured_when_one_fails(
     assert all(r.ops in decode.line(r) for r in section["rows"])
 
 
-def test_complete_trainings(result: Path) -> None:
+def test_complete_trainings(result) -> None:
     values = result_file.load(result)
     builtin, eager = values["runs"]["rows"]
     assert builtin.steps == eager.steps == 20
@@ -150,9 +146,7 @@ def test_complete_trainings(result: Path) -> None:
         ("--iters 1", "--iters must be above 1, the warm-up steps, got 1"),
     ],
 )
-def test_a_mistake_is_one_line(
-    options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_mistake_is_one_line(options: str, message: str, capsys, tmp_path) -> None:
     file = tmp_path / "result.json"
     with pytest.raises(SystemExit, match="2"):
         train_runs.main([*options.split(), "--device", "cpu", "--result", str(file)])
@@ -160,9 +154,7 @@ def test_a_mistake_is_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_section_of_nano_against_nanogpt_has_its_commit_and_date(tmp_path, monkeypatch) -> None:
     (tmp_path / "train.py").touch()
     row = NanoRow(name="nanoGPT", seconds=128.3, validation_loss=1.7243, peak_rss_mb=453.2)
     for name in ("nanogpt", "irongpt"):
@@ -212,9 +204,7 @@ def test_the_docs_have_the_computed_lower_bound() -> None:
     assert f"| iron | {iron} ms |\n| fast | {fast} ms |" in text
 
 
-def test_pytest_benchmark_reports_the_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pytest_benchmark_reports_the_samples(tmp_path, monkeypatch, capsys) -> None:
     """Like `make bench`, for one op."""
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)  # pytest-benchmark does not measure under xdist
@@ -235,9 +225,7 @@ def test_pytest_benchmark_reports_the_samples(
         assert b["stats"]["rounds"] == len(row.sample_seconds)
 
 
-def test_bench_measures_nothing_more_after_its_minutes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_measures_nothing_more_after_its_minutes(tmp_path, monkeypatch) -> None:
     """A case that has begun keeps its rows; the next one is skipped."""
     from benchmarks import conftest as bench
 
@@ -258,9 +246,7 @@ def test_bench_measures_nothing_more_after_its_minutes(
     assert session.section.values["rows"] == [row]
 
 
-def test_a_benchmark_says_in_one_line_that_torch_finds_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_benchmark_says_in_one_line_that_torch_finds_no_gpu(monkeypatch, capsys) -> None:
     monkeypatch.setattr("irongpt.device.why_gpu_not_found", lambda: "update the driver")
     with pytest.raises(SystemExit) as ended:
         result_file.pick("auto")

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 from fake_gpu import reset_launch_tables  # noqa: F401
 from irongpt_kernels import fused
 from irongpt_kernels.fused import attention_tiles, layer_norm_backward
@@ -25,7 +25,7 @@ ENTRY: dict[str, Any] = dict(kernel="attention forward", size=64, itemsize=2, op
 
 
 @pytest.fixture(autouse=True)
-def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def _compiled(monkeypatch) -> None:
     """Options as for compiled kernels: the interpreter has smaller tiles."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
 
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_ignored_in_one_line(h200, damage) -> None:
     assert forward_tile() == default
 
 
-def test_irongpt_tuned_off_ignores_the_file(h200, monkeypatch, cli: Cli) -> None:
+def test_irongpt_tuned_off_ignores_the_file(h200, monkeypatch, cli) -> None:
     cache.save(GPU, [ENTRY])
     monkeypatch.setenv(cache.VARIABLE, "off")
     assert cache.load(GPU) == ([], "")
@@ -215,7 +215,7 @@ def test_row_kernels_use_other_tiles_and_are_correct(kernel: str, monkeypatch) -
     assert key in [call.args[:3] for call in look.call_args_list]
 
 
-def test_a_resume_with_other_tiles_warns(cli: Cli, monkeypatch) -> None:
+def test_a_resume_with_other_tiles_warns(cli, monkeypatch) -> None:
     from irongpt.training import loop
 
     flags = [*TINY, "--iters", "4", "--eval-every", "2"]

@@ -50,7 +50,7 @@ Measured = Callable[..., list[Row]]
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+def measured(monkeypatch) -> Measured:
     """Measures candidates. costs(options, sample) gives the seconds, to which noise is added. The
     op is eager's, which launches no kernel, unless another is given."""
 
@@ -86,7 +86,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     return rows
 
 
-def test_the_fastest_is_kept(measured: Measured) -> None:
+def test_the_fastest_is_kept(measured) -> None:
     rows = measured(by_tile(SLOW, M1=SLOW, M2=FAST, M4=7e-6, other=0))
     assert tuning.winner(rows).options == FOUND[1]
     lines = tuning.table(work(), rows).splitlines()
@@ -97,13 +97,13 @@ def test_the_fastest_is_kept(measured: Measured) -> None:
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.01])
-def test_a_small_gain_is_not_kept(measured: Measured, gain: float) -> None:
+def test_a_small_gain_is_not_kept(measured, gain: float) -> None:
     rows = measured(by_tile(SLOW, other=SLOW * (1 - gain)))
     assert tuning.winner(rows) is None
     assert "saved" not in tuning.table(work(), rows)
 
 
-def test_luck_in_the_first_round_is_not_enough(measured: Measured) -> None:
+def test_luck_in_the_first_round_is_not_enough(measured) -> None:
     rows = measured(lambda o, i: FAST if o == FOUND[0] and i <= 6 * 4 else SLOW)
     assert tuning.winner(rows) is None
     assert statistics.median(rows[1].samples) == pytest.approx(SLOW, rel=1e-3)
@@ -116,13 +116,13 @@ def test_noise_hides_a_gain() -> None:
     assert not beats((1, 9, 5, 9, 1, 5, 5, 9), (2, 9, 6, 9, 1, 6, 6, 9))
 
 
-def test_a_candidate_that_spills_is_rejected_but_not_the_default(measured: Measured) -> None:
+def test_a_candidate_that_spills_is_rejected_but_not_the_default(measured) -> None:
     rows = measured(by_tile(SLOW, other=FAST), lambda o: 8 if o in (None, FOUND[1]) else 0)
     assert [row.rejected for row in rows] == ["", "", "spills 8 bytes", ""]
     assert "spills 8 bytes" in tuning.table(work(), rows).splitlines()[-1]
 
 
-def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured: Measured) -> None:
+def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured) -> None:
     def gelu(x: torch.Tensor) -> torch.Tensor:
         if in_use() == FOUND[0]:
             raise ValueError("out of\nresources")
@@ -135,12 +135,12 @@ def test_a_candidate_that_is_wrong_or_cannot_run_is_rejected(measured: Measured)
     assert [len(row.samples) > 0 for row in rows] == [True, False, False, True]
 
 
-def test_the_default_has_to_run(measured: Measured) -> None:
+def test_the_default_has_to_run(measured) -> None:
     with pytest.raises(UserError, match="gelu forward with the default tiles: RuntimeError: no"):
         measured(by_tile(1.0, other=1.0), gelu=Mock(side_effect=RuntimeError("no")))
 
 
-def test_entries_of_other_kernels_stay(measured: Measured) -> None:
+def test_entries_of_other_kernels_stay(measured) -> None:
     other = dict(kernel="gelu forward", size=512, itemsize=2, options=FOUND[0])
     old = dict(kernel="gelu forward", size=128, itemsize=4, options=FOUND[0])
     assert tuning.updated([other, old], work(), measured(by_tile(SLOW, other=SLOW))) == [other]

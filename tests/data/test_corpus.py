@@ -17,7 +17,7 @@ END = "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -35,7 +35,7 @@ def text_of(raw: bytes, *notes: str) -> str:
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_the_locale_does_not_change_the_text(folder: Path, locale: str) -> None:
+def test_the_locale_does_not_change_the_text(folder, locale: str) -> None:
     Path("file.txt").write_bytes(TEXT.encode())
     code = (
         "import locale, sys; from irongpt.data import corpus; "
@@ -80,7 +80,7 @@ def test_a_missing_file_is_rejected_with_a_list_of_the_built_in_texts(data: str)
     assert len(refused([data, "python-docs"], repr(data), *BUILT_IN)) < 200
 
 
-def test_a_file_that_cannot_be_read_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_rejected(monkeypatch) -> None:
     Path("file").touch()
     refused("file/text", "cannot read 'file/text': ")
     refused("x" * 5000, "cannot read ")
@@ -134,13 +134,13 @@ def test_a_text_keeps_its_white_space_and_a_single_marker_cuts_nothing(text: str
         ("a" * 100, "a" * 64),
     ],
 )
-def test_the_name_of_a_corpus_is_valid_as_a_folder(folder: Path, path: str, name: str) -> None:
+def test_the_name_of_a_corpus_is_valid_as_a_folder(folder, path: str, name: str) -> None:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_bytes(b"text")
     assert load(path, say=Lines()) == Corpus(name, (b"tex",), (b"t",))
 
 
-def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch) -> None:
     monkeypatch.setattr(corpus, "war_and_peace", lambda say: b"book")
     monkeypatch.setattr(corpus, "packages", lambda say: [("os.py", Path(os.__file__))])
     for name in BUILT_IN:
@@ -150,7 +150,7 @@ def test_a_file_of_a_built_in_name_needs_a_path(monkeypatch: pytest.MonkeyPatch)
     assert load("war-and-peace", say=Lines()).text == "book"
 
 
-def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_docs_is_the_topics_of_the_manual_in_order(monkeypatch) -> None:
     docs = load("python-docs", say=Lines())
     assert docs.name == "python-docs"
     assert len(docs.text) > 300_000
@@ -176,9 +176,7 @@ def test_python_code_is_large_and_split_by_file() -> None:
     assert load("python-code", say=Lines(), sha256=new.sha256) == new != old
 
 
-def test_python_code_is_the_standard_library_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_code_is_the_standard_library_alone(folder, monkeypatch) -> None:
     files = {
         "ast.py": b"ast\r\n",
         "json/__init__.py": b"json\n",

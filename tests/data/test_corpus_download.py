@@ -37,12 +37,12 @@ def unpinned(url: str) -> Source:
 
 
 @pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def sources(monkeypatch) -> Callable[..., None]:
     return lambda *new: monkeypatch.setattr(download, "SOURCES", new)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sources: Callable[..., None]) -> Path:
+def cache(monkeypatch, tmp_path, sources) -> Path:
     """A cache folder that does not exist yet, and no source that can be reached."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
@@ -56,7 +56,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_the_book_is_downloaded_once_and_stored(
-    server: str, cache: Path, sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server, cache, sources, monkeypatch, tmp_path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # it needs no such folder
     sources(pinned(f"{server}/good"))
@@ -91,7 +91,7 @@ def test_the_book_is_downloaded_once_and_stored(
     ],
 )
 def test_a_failed_download_stores_nothing_and_reports_the_reason(
-    server: str, cache: Path, sources, monkeypatch: pytest.MonkeyPatch, kind, way: str, reason: str
+    server, cache, sources, monkeypatch, kind, way: str, reason: str
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(download, "MAX_DOWNLOAD", 100_000)
@@ -105,9 +105,7 @@ def test_a_failed_download_stores_nothing_and_reports_the_reason(
     assert not files_in(cache)
 
 
-def test_without_a_network_both_sources_and_reasons_are_named(
-    cache: Path, sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_both_sources_and_reasons_are_named(cache, sources, monkeypatch) -> None:
     def no_name(*args: object, **kwargs: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
@@ -123,7 +121,7 @@ def test_without_a_network_both_sources_and_reasons_are_named(
     assert not files_in(cache)
 
 
-def test_the_second_source_is_used_when_the_first_fails(server: str, cache: Path, sources) -> None:
+def test_the_second_source_is_used_when_the_first_fails(server, cache, sources) -> None:
     sources(pinned(f"{server}/wrong"), unpinned(f"{server}/good"))
     lines = Lines()
     assert load("war-and-peace", say=lines).text == TEXT
@@ -135,7 +133,7 @@ def test_the_second_source_is_used_when_the_first_fails(server: str, cache: Path
 
 @pytest.mark.parametrize("stored", [b"", BOOK[:-1], BOOK + b"\n", BOOK.replace(b"Anna", b"Anne")])
 def test_a_wrong_file_in_the_cache_is_reported_and_replaced(
-    server: str, cache: Path, sources, stored: bytes
+    server, cache, sources, stored: bytes
 ) -> None:
     cache.mkdir(parents=True)
     (cache / "first.txt").write_bytes(stored)
@@ -149,9 +147,7 @@ def test_a_wrong_file_in_the_cache_is_reported_and_replaced(
 
 
 @pytest.mark.parametrize("obstacle", ["file in place of the folder", "folder in place of the file"])
-def test_a_cache_that_cannot_be_written_is_reported(
-    server: str, cache: Path, sources, obstacle: str
-) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(server, cache, sources, obstacle: str) -> None:
     if obstacle.startswith("file"):
         cache.parent.write_text("here already")
     else:
@@ -164,9 +160,7 @@ def test_a_cache_that_cannot_be_written_is_reported(
     assert files_in(cache) == before
 
 
-def test_a_server_name_that_is_never_resolved_ends_at_the_deadline(
-    sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_name_that_is_never_resolved_ends_at_the_deadline(sources, monkeypatch) -> None:
     """No timeout of a socket covers this wait."""
     monkeypatch.setattr(download, "DEADLINE_S", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(3))
@@ -175,9 +169,7 @@ def test_a_server_name_that_is_never_resolved_ends_at_the_deadline(
 
 
 @pytest.mark.parametrize("name", ["urllib.request.urlopen", "os.fsync"])
-def test_an_interrupt_leaves_nothing(
-    server: str, cache: Path, sources, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_interrupt_leaves_nothing(server, cache, sources, monkeypatch, name: str) -> None:
     """During the download, and while the file is flushed, before it has its name."""
     sources(pinned(f"{server}/good"))
     seen = []
@@ -194,7 +186,7 @@ def test_an_interrupt_leaves_nothing(
 
 
 def test_the_cache_folder_follows_the_system_and_the_environment(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+    monkeypatch, cache, tmp_path
 ) -> None:
     assert download.cache_folder() == cache
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
@@ -212,7 +204,7 @@ def test_the_cache_folder_follows_the_system_and_the_environment(
 
 
 @pytest.mark.skipif(not REAL_FILE.is_file(), reason=f"IRONGPT_DATA has no {REAL_FILE.name}")
-def test_the_real_book(monkeypatch: pytest.MonkeyPatch, sources) -> None:
+def test_the_real_book(monkeypatch, sources) -> None:
     monkeypatch.setattr(download, "_download", lambda url: pytest.fail("the file is not used"))
     monkeypatch.setenv("IRONGPT_DATA", str(REAL_FILE.parent))
     sources(*REAL_SOURCES)

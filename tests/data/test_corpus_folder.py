@@ -23,7 +23,7 @@ PATHS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), 
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -57,9 +57,7 @@ def test_the_files_of_a_folder_are_documents_in_order_of_their_paths() -> None:
     assert load("./code/", say=Lines()) == load(str(Path("code").resolve()), say=Lines()) == corpus
 
 
-def test_files_that_are_no_text_of_ones_own_are_left_out_and_counted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_are_no_text_of_ones_own_are_left_out_and_counted(folder, monkeypatch) -> None:
     write("code", source(5))
     write("code", {"same.py": "print(3)\n", "same-too.py": "print(3)\r\n"})
     write("code", {"binary.py": b"\0\1", "latin.py": b"# M\xfcnchen\n", "empty.py": " \n"})
@@ -104,7 +102,7 @@ def test_a_file_stays_on_its_side_when_others_are_added(paths: list[str], new: l
         assert val_files([*{*paths, *new}]) & {*paths} == natural
 
 
-def test_the_digest_depends_on_every_file_and_the_split_and_on_nothing_else(folder: Path) -> None:
+def test_the_digest_depends_on_every_file_and_the_split_and_on_nothing_else(folder) -> None:
     write("a", source(30))
     write("b/a", dict(reversed(source(30).items())))
     digest = load("a", say=Lines()).sha256
@@ -143,7 +141,7 @@ def test_include_selects_files_by_name_or_path(include: list[str], found: list[s
         assert [*corpus.files] == found
 
 
-def test_a_folder_without_text_is_refused(folder: Path) -> None:
+def test_a_folder_without_text_is_refused(folder) -> None:
     write("code", {"a.js": "a", "b.js": "b", "c.md": "c", ".x/d.py": "d"})
     refused("code", "'code' has no file *.py: --include '*.js' finds 2, '*.md' finds 1")
     refused("code", "no file *.rs or *.go: --include", include=[".rs", "*.go"])
@@ -155,7 +153,7 @@ def test_a_folder_without_text_is_refused(folder: Path) -> None:
     refused("file.txt", "--include is for folders", include=["*.js"])
 
 
-def test_a_folder_with_the_run_itself_is_refused(folder: Path) -> None:
+def test_a_folder_with_the_run_itself_is_refused(folder) -> None:
     write("code", source(3))
     os.symlink("code", "link")
     for run in ("code/runs/a", "code", "link/run"):
@@ -201,9 +199,7 @@ def test_the_name_of_many_sources_is_short() -> None:
     assert len(corpus.train) == len(corpus.val) == len(corpus.files) == 9
 
 
-def test_built_in_texts_are_utf_8_whatever_encoding_is_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_built_in_texts_are_utf_8_whatever_encoding_is_given(monkeypatch) -> None:
     monkeypatch.setattr("pydoc_data.topics.topics", {"a": "“docs”"})
     write("", {"ru.txt": "Все счастливые".encode("cp1251")})
     corpus = load(["python-docs", "ru.txt"], say=Lines(), encoding="cp1251")
@@ -211,7 +207,7 @@ def test_built_in_texts_are_utf_8_whatever_encoding_is_given(
     assert corpus.name == "python-docs+ru"
 
 
-def test_home_is_expanded_and_gzip_unpacked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_home_is_expanded_and_gzip_unpacked(monkeypatch, folder) -> None:
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.setenv("USERPROFILE", str(folder / "home"))
     write("home", {"book.txt.gz": gzip.compress("naïve Prince\r\n".encode())})
@@ -220,7 +216,7 @@ def test_home_is_expanded_and_gzip_unpacked(monkeypatch: pytest.MonkeyPatch, fol
     refused("~/none.txt", "no file '~/none.txt'")
 
 
-def test_standard_input_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_a_text(monkeypatch) -> None:
     for raw in ("naïve\r\n".encode("utf-16"), gzip.compress("naïve\n".encode())):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
         corpus = load("-", say=Lines())
@@ -235,16 +231,14 @@ def test_standard_input_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         refused("-", "the standard input is closed")
 
 
-def test_a_text_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_over_the_limit_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(folder_module, "MAX_BYTES", 100)
     write("", {"a.txt": "a" * 60, "b.txt": "b" * 60, "c.txt.gz": gzip.compress(b"c" * 200)})
     refused(["a.txt", "b.txt"], "the text up to 'b.txt' is larger than")
     refused("c.txt.gz", "'c.txt.gz' is larger than", "use a part of it")
 
 
-def test_python_packages_are_the_larger_packages_without_tests(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
+def test_python_packages_are_the_larger_packages_without_tests(monkeypatch, folder) -> None:
     big = {f"big/{i}.py": f"# {i}\n" + "x = 1\n" * 2000 for i in range(100)}
     tests = {"big/tests/test_a.py": "no\n", "big/test_b.py": "no\n", "big/conftest.py": "no\n"}
     write("site", big | tests | {"big/__init__.py": "\n", "small/__init__.py": "s = 1\n"})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from book_server import Lines, refused
-from conftest import TINY, Cli, Result, assert_mistake, assert_refused
+from conftest import TINY, Result, assert_mistake, assert_refused
 
 from irongpt.config import DataConfig
 from irongpt.data.corpus import load
@@ -24,7 +24,7 @@ VAL = "alike families, happy: naïve\r\n" * 20
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, with code/ and val.txt."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").mkdir()
@@ -34,9 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_run_on_a_folder_is_resumed_by_its_name_alone(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_folder_is_resumed_by_its_name_alone(cli, tmp_path, monkeypatch) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     texts = ["--data", "code", "--data", "latin.txt", "--encoding", "latin-1"]
     cli("train", *FLAGS, *texts, "--include", "*.py", "--out", "run")
@@ -53,7 +51,7 @@ def test_a_run_on_a_folder_is_resumed_by_its_name_alone(
     assert_mistake(cli, message, "train", "--resume", "../run", "--encoding", "cp1251")
 
 
-def test_a_resumed_run_names_the_files_that_differ(cli: Cli, folder: Path) -> None:
+def test_a_resumed_run_names_the_files_that_differ(cli, folder) -> None:
     code = folder / "code"
     cli("train", *FLAGS, "--data", "code", "--out", "run")
     (code / "3.py").write_text("changed\n")
@@ -67,7 +65,7 @@ def test_a_resumed_run_names_the_files_that_differ(cli: Cli, folder: Path) -> No
     assert_mistake(cli, "run/files.json is damaged", "train", "--resume", "run")
 
 
-def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: str) -> None:
+def test_a_run_of_one_text_has_no_list_of_files(cli, tmp_path, run) -> None:
     """And its config.json may name the text as earlier versions did."""
     assert not (tmp_path / run / "files.json").exists()
     config = tmp_path / run / "config.json"
@@ -87,9 +85,7 @@ def test_a_run_of_one_text_has_no_list_of_files(cli: Cli, tmp_path: Path, run: s
         assert_mistake(cli, "does not describe a run", "train", "--resume", run)
 
 
-def test_a_run_from_standard_input_asks_for_its_text(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_standard_input_asks_for_its_text(cli, tmp_path, monkeypatch) -> None:
     def train(*args: object, code: int = 0) -> Result:
         content = io.BytesIO((tmp_path / "text.txt").read_bytes())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
@@ -123,7 +119,7 @@ def test_files_of_the_data_with_the_same_text_are_left_out() -> None:
     refused("val.txt", "all text of --data is in --val too", val="val.txt")
 
 
-def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None:
+def test_a_wrong_text_is_refused_as_that_of_data(cli, folder) -> None:
     (folder / "short.txt").write_text("abc")
     for val, message in (
         ("none.txt", "no file 'none.txt'"),
@@ -137,9 +133,7 @@ def test_a_wrong_text_is_refused_as_that_of_data(cli: Cli, folder: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_a_run_is_validated_on_it_and_resumed(
-    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_run_is_validated_on_it_and_resumed(cli, folder, monkeypatch, kind: str) -> None:
     size = ["--vocab-size", 320] if kind == "bpe" else []
     words = ("".join(chr(97 + i * k % 26) for k in range(2, 9)) for i in range(300))
     (folder / "text.txt").write_text(" ".join(words))
@@ -164,7 +158,7 @@ def test_a_run_is_validated_on_it_and_resumed(
     assert "val.txt is not the text that run was trained on: the run continues" in other.out
 
 
-def test_a_run_on_one_text_may_get_its_own_validation_text(cli: Cli, run: str):
+def test_a_run_on_one_text_may_get_its_own_validation_text(cli, run):
     """But its vocabulary has no sign for the start of a document, which several need."""
     Path("words.txt").write_text(Path("text.txt").read_text()[:225])
     words = ["--val", "words.txt"]

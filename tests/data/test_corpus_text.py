@@ -116,7 +116,7 @@ def test_any_bytes_are_text_or_refused_in_one_line(raw: bytes, errors: str) -> N
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_a_wrong_byte_is_named_with_its_position_and_line(
-    monkeypatch: pytest.MonkeyPatch, line_end: str, chunk: int
+    monkeypatch, line_end: str, chunk: int
 ) -> None:
     monkeypatch.setattr(text_module, "CHUNK", chunk)
     before = GERMAN.replace("\n", line_end).encode()
@@ -205,9 +205,7 @@ def test_a_damaged_or_huge_gzip_file_is_refused_or_cut_early() -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompt.txt", "-"])
-def test_a_prompt_is_read_like_a_training_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, kind: str
-) -> None:
+def test_a_prompt_is_read_like_a_training_text(tmp_path, monkeypatch, capsys, kind: str) -> None:
     def prompt(raw: bytes, **options: str) -> str:
         Path("prompt.txt").write_bytes(raw)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))

@@ -44,7 +44,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("cores", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGKILL)]
 )
-def test_a_signal_while_the_text_is_tokenized(tmp_path: Path, cores: int, number: int) -> None:
+def test_a_signal_while_the_text_is_tokenized(tmp_path, cores: int, number: int) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "text.txt").write_text("all happy families are alike\n" * 500)
     flags = [*TINY, "--tokenizer", "bpe", "--vocab-size", "320", "--out", "new/run"]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 from cpu_graph import CpuGraph
 
 from irongpt.cuda_graph import WARMUP
@@ -55,9 +55,7 @@ WAYS = {  # exit code, and the last events
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_graph_is_gone_before_the_processes_part(
-    way: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_graph_is_gone_before_the_processes_part(way: str, cli, monkeypatch) -> None:
     world = Recorded(agrees=way != "broken capture elsewhere")
     monkeypatch.setattr(distributed, "join", lambda: world)
     fit, fill = TrainingLoop.fit, Trainer._fill_inputs
@@ -92,7 +90,7 @@ def test_the_graph_is_gone_before_the_processes_part(
         assert world.events[WARMUP + 1] == "the graph is gone"
 
 
-def test_a_world_parts_after_all_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_parts_after_all_are_done(monkeypatch) -> None:
     """What `close` does: garbage, which may hold a graph, then the others, then the group."""
     events: list[str] = []
     world = Torchrun.__new__(Torchrun)

@@ -64,7 +64,7 @@ def alone(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=two_gpus)])
-def test_a_world_with_nccl_trains_in_a_graph_to_the_bits_of_one(size: int, tmp_path: Path) -> None:
+def test_a_world_with_nccl_trains_in_a_graph_to_the_bits_of_one(size: int, tmp_path) -> None:
     assert launch(size, compute, tmp_path) == [0] * size
     assert launch(1, alone, tmp_path) == [0]
     adamw, muon = torch.load(tmp_path / "alone.pt")
@@ -76,7 +76,7 @@ def test_a_world_with_nccl_trains_in_a_graph_to_the_bits_of_one(size: int, tmp_p
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=two_gpus)])
 def test_a_run_with_nccl_stops_at_a_signal_and_resumes_to_the_same_bits(
-    size: int, tmp_path: Path
+    size: int, tmp_path
 ) -> None:
     from run_helpers import assert_same  # needs safetensors
 

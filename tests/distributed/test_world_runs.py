@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Cli, assert_mistake, assert_refused, write_text
+from conftest import assert_mistake, assert_refused, write_text
 from fake_gpu import fake_gpu
 from processes import FLAGS, KILL, TERM, command, launch, send, shown
 from run_helpers import assert_same, state
@@ -33,13 +33,13 @@ DIED = "irongpt: error: process 1 of 2 has died: the others end; continue with -
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     write_text(tmp_path / "text.txt")
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory) -> Path:
     """The run of one process that computes both shards."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     write_text(folder / "text.txt")
@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
-    cli: Cli, folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    cli, folder, uninterrupted, monkeypatch
 ) -> None:
     """A signal to one process, the death of one, and a signal to the only one end the first three
     parts."""
@@ -77,7 +77,7 @@ def test_a_run_in_two_one_and_two_processes_is_the_run_of_one(
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
+def watch(monkeypatch) -> Torchrun:
     """The first of two processes, which hangs in an exchange. The second writes to its store."""
     monkeypatch.setattr(distributed, "HEARTBEAT", 0.01)
     monkeypatch.setattr(os, "_exit", sys.exit)
@@ -89,7 +89,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
 
 @pytest.mark.parametrize(("last", "code", "line"), [("7", 1, f"{DIED}\n"), (f"{FAILED}2", 2, "")])
 def test_a_process_that_hangs_or_has_failed_ends_the_others_within_a_minute(
-    watch: Torchrun, capsys, last: str, code: int, line: str
+    watch, capsys, last: str, code: int, line: str
 ) -> None:
     watch.watch.set("1", last)
     with pytest.raises(SystemExit) as ended:
@@ -105,14 +105,12 @@ def dies_at_the_start(rank: int, folder: Path) -> int:
     return command(rank, folder, SHARDED)
 
 
-def test_a_process_that_dies_while_the_processes_connect_ends_the_others(folder: Path) -> None:
+def test_a_process_that_dies_while_the_processes_connect_ends_the_others(folder) -> None:
     assert launch(2, dies_at_the_start, folder) == [1, 3]
     assert shown(folder, 0).splitlines()[-1] == DIED
 
 
-def test_a_process_that_has_not_begun_has_more_time(
-    watch: Torchrun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_has_not_begun_has_more_time(watch, monkeypatch) -> None:
     threading.Timer(0.5, watch.ended.set).start()
     watch._watch()
     monkeypatch.setattr(distributed, "START_TIMEOUT", 0.1)
@@ -121,7 +119,7 @@ def test_a_process_that_has_not_begun_has_more_time(
         watch._watch()
 
 
-def test_a_process_that_has_ended_well_is_not_dead(watch: Torchrun) -> None:
+def test_a_process_that_has_ended_well_is_not_dead(watch) -> None:
     watch.watch.set("1", ENDED)
     threading.Timer(0.3, watch.ended.set).start()
     watch._watch()
@@ -148,7 +146,7 @@ def _handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_torchrun_restarts_a_run_that_has_died(folder: Path, uninterrupted: Path) -> None:
+def test_torchrun_restarts_a_run_that_has_died(folder, uninterrupted) -> None:
     """As `torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m irongpt train --resume`."""
     from processes import server
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -173,7 +171,7 @@ def test_torchrun_restarts_a_run_that_has_died(folder: Path, uninterrupted: Path
     ("own", "differ"),
     [("--iters 7", "--iters: 36 and 7; use the same for all"), ("--data other.txt", "text: ")],
 )
-def test_what_differs_between_processes_is_one_line(folder: Path, own: str, differ: str) -> None:
+def test_what_differs_between_processes_is_one_line(folder, own: str, differ: str) -> None:
     (folder / "other.txt").write_text((folder / "text.txt").read_text()[::-1])
     assert launch(2, command, folder, ["train", *FLAGS], None, {1: own.split()}) == [2, 2]
     (line,) = (shown(folder, 0) + shown(folder, 1)).splitlines()
@@ -195,9 +193,7 @@ class Two(World):
         (["--data", "-"], "several processes cannot read standard input"),
     ],
 )
-def test_a_wrong_world_is_one_line(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
-) -> None:
+def test_a_wrong_world_is_one_line(cli, monkeypatch, flags: list[str], message: str) -> None:
     monkeypatch.setattr(distributed, "join", Two)
     assert_refused(cli, message, "train", *FLAGS, *flags)
 
@@ -209,9 +205,7 @@ def test_a_wrong_world_is_one_line(
         ("cuda:1", "--device cuda:1: torchrun gives each process its own GPU; leave the flag out"),
     ],
 )
-def test_two_processes_on_one_gpu_are_one_line(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, device: str, message: str
-) -> None:
+def test_two_processes_on_one_gpu_are_one_line(cli, monkeypatch, device: str, message: str) -> None:
     fake_gpu(monkeypatch, count=1 if device == "cuda" else 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(Two, "check_device", Torchrun.check_device, raising=False)
@@ -228,7 +222,7 @@ def test_two_processes_on_one_gpu_are_one_line(
     ],
 )
 def test_a_wrong_environment_is_one_line(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, message: str
+    cli, monkeypatch, name: str, value: str | None, message: str
 ) -> None:
     numbers = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_PORT="1")
     for known, number in (numbers | {"MASTER_ADDR": "127.0.0.1", name: value or ""}).items():
@@ -238,7 +232,7 @@ def test_a_wrong_environment_is_one_line(
     assert_mistake(cli, message, "train", *FLAGS)
 
 
-def test_a_wrong_number_of_processes_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_number_of_processes_is_one_line(cli, monkeypatch) -> None:
     fake_gpu(monkeypatch, count=2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
     monkeypatch.setattr(Two, "check_device", Torchrun.check_device, raising=False)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli
 from fake_gpu import fake_gpu
 from irongpt_kernels import builtin
 from processes import launch, shown, tiny
@@ -56,7 +55,7 @@ def measured(rank: int, folder: Path) -> int:
         return code or benchmark.main(options.split())
 
 
-def test_two_processes_measure_and_the_first_reports(tmp_path: Path) -> None:
+def test_two_processes_measure_and_the_first_reports(tmp_path) -> None:
     assert launch(2, measured, tmp_path) == [0, 0]
     assert shown(tmp_path, 1) == ""
     sentence = json.loads((tmp_path / "doctor.json").read_bytes())["facts"]["scaling"]
@@ -73,7 +72,7 @@ def test_two_processes_measure_and_the_first_reports(tmp_path: Path) -> None:
     assert section["sentence"].startswith("2 processes ")
 
 
-def test_the_benchmark_needs_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_needs_torchrun(capsys) -> None:
     from benchmarks import scaling as benchmark
 
     assert benchmark.main(["--device", "cpu"]) == 2
@@ -107,15 +106,13 @@ class Child:
 
 
 @pytest.fixture
-def child(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
+def child(monkeypatch) -> type[Child]:
     monkeypatch.setattr(subprocess, "Popen", Child)
     monkeypatch.setattr(Child, "writes", None)
     return Child
 
 
-def test_a_machine_with_two_gpus_is_measured_by_torchrun(
-    child: type[Child], cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_with_two_gpus_is_measured_by_torchrun(child, cli, monkeypatch) -> None:
     fake_gpu(monkeypatch, count=2)
     monkeypatch.setattr(doctor, "examine", lambda device: doctor.Report())
     child.writes = {"facts": {"scaling": "2 GPUs are worth using: as given"}}
@@ -128,7 +125,7 @@ def test_a_machine_with_two_gpus_is_measured_by_torchrun(
 
 
 @pytest.mark.parametrize("writes", [None, {"facts": {}}, 5])
-def test_gpus_that_cannot_be_measured_are_reported(child: type[Child], writes: object) -> None:
+def test_gpus_that_cannot_be_measured_are_reported(child, writes: object) -> None:
     child.writes = writes
     assert scaling.by_torchrun(2).endswith(
         "torchrun --nproc-per-node 2 -m irongpt doctor does, or prints why not"
@@ -137,9 +134,7 @@ def test_gpus_that_cannot_be_measured_are_reported(child: type[Child], writes: o
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-def test_the_ledger_counts_the_bytes_of_the_exchange(
-    gpus: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ledger_counts_the_bytes_of_the_exchange(gpus: int, monkeypatch) -> None:
     """float16 gradients of every weight, each tensor padded to 16 bytes, and four numbers."""
     monkeypatch.setitem(PRESETS["iron"].model, "n_layer", 1)
     world = ledger.Exchanges(gpus)

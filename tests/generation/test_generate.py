@@ -10,13 +10,13 @@ import sys
 from unittest.mock import Mock
 
 import pytest
-from conftest import TINY, Cli, assert_mistake
+from conftest import TINY, assert_mistake
 
 from irongpt.cli import main
 from irongpt.generation import command
 
 
-def test_stdout_has_the_prompt_and_its_continuation_and_nothing_else(cli: Cli, run):
+def test_stdout_has_the_prompt_and_its_continuation_and_nothing_else(cli, run):
     result = cli("generate", run, "--prompt", "all happy", "--tokens", 50)
     assert result.out.startswith("all happy")
     assert len(result.out) == len("all happy") + 50

@@ -5,7 +5,6 @@ this file in another process, where Triton compiles and does not interpret.
 
 import contextlib
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +37,7 @@ MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _new_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _new_cache(tmp_path_factory) -> None:
     """What is in a cache compiles no more, and warns no more."""
     knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
     turing.install()
@@ -165,7 +164,7 @@ def test_install_again_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("hooked_first", [True, False])
-def test_the_cache_keeps_both_kinds_apart(tmp_path: Path, hooked_first: bool) -> None:
+def test_the_cache_keeps_both_kinds_apart(tmp_path, hooked_first: bool) -> None:
     """One folder, with and without the hook, in either order, and for other GPUs the same entry."""
     kernels = {}
     with patch.object(knobs.cache, "dir", str(tmp_path)):
@@ -176,7 +175,7 @@ def test_the_cache_keeps_both_kinds_apart(tmp_path: Path, hooked_first: bool) ->
     assert kernels[True].hash != kernels[False].hash
 
 
-def test_threads(tmp_path: Path) -> None:
+def test_threads(tmp_path) -> None:
     """GPUs of two kinds, kernels that are served and others, all at a time."""
     plans = [
         dict(arch=arch, N=N, types=types)
@@ -266,9 +265,7 @@ def test_spills_are_seen() -> None:
     called.assert_not_called()  # the text is kept
 
 
-def test_compiled_kernels_are_printed_and_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiled_kernels_are_printed_and_written(tmp_path, capsys) -> None:
     assert aot.main(["--only", "embed_tokens C=384", "--dump", str(tmp_path)]) == 0
     files = [*tmp_path.iterdir()]
     title, _, heading, *rows = capsys.readouterr().out.splitlines()

@@ -154,7 +154,7 @@ def test_the_scale_doubles_and_halves_within_its_bounds(ops) -> None:
     assert after(inf, 0) == 2**24  # without loss scaling
 
 
-def test_more_weights_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_weights_than_a_launch_takes(monkeypatch) -> None:
     whole, parts = (State(torch.float16, True) for _ in range(2))
     rows = [whole.step(fused, whole.grads(0))]
     monkeypatch.setattr(norm_kernel, "MAX_TENSORS", 3)

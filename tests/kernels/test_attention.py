@@ -34,7 +34,7 @@ each_backward = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def tiling(monkeypatch: pytest.MonkeyPatch):
+def tiling(monkeypatch):
     """Sets the tiles of the three kernels."""
 
     def set_tiles(name: str) -> None:
@@ -50,7 +50,7 @@ def tiling(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def select_head(monkeypatch: pytest.MonkeyPatch):
+def select_head(monkeypatch):
     """Selects the single kernel, and its tiles. A T4 has the pair of kernels."""
 
     def select(options: dict[str, int]) -> None:
@@ -62,7 +62,7 @@ def select_head(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def backward(request, monkeypatch: pytest.MonkeyPatch, select_head) -> str:
+def backward(request, monkeypatch, select_head) -> str:
     if request.param == "head":
         select_head(HEAD_TILINGS["16 keys, split"])
     else:

@@ -12,7 +12,7 @@ OPTIONS = dict(BLOCK_N=32, num_warps=4, num_stages=1)
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(monkeypatch) -> list[str]:
     """The names of the backward's functions, in the order of their calls."""
     called: list[str] = []
 
@@ -31,7 +31,7 @@ def gradient(T: int = 33, D: int = 64, dtype: torch.dtype = torch.float16) -> No
     attention.causal_attention(x, x, x).sum().backward()
 
 
-def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches) -> None:
+def test_where_the_kernel_is_selected(monkeypatch, launches) -> None:
     """By a launch table's entry on any GPU, if a head fits."""
     gradient()
     device = torch.zeros(1, device=DEVICE).device
@@ -56,7 +56,7 @@ def test_where_the_kernel_is_selected(monkeypatch: pytest.MonkeyPatch, launches)
     assert launches == ["pair"] * 2
 
 
-def test_a_measured_tile_is_used_at_its_context_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_tile_is_used_at_its_context_only(monkeypatch) -> None:
     """The best tile of 64 positions spills at 256, where the default at D = 32 is the pair."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     fake_gpu(monkeypatch, "NVIDIA H200", (9, 0))

@@ -98,7 +98,7 @@ def check_rows(
 @each_dtype
 @pytest.mark.parametrize("scale", [1, 20], ids=["untrained", "confident"])
 @pytest.mark.parametrize("M", [1, 7, 19])
-def test_cross_entropy(M: int, scale: int, dtype: torch.dtype, path: None) -> None:
+def test_cross_entropy(M: int, scale: int, dtype: torch.dtype, path) -> None:
     targets = torch.arange(M) * 3 % 50
     targets[1::7] = -100
     check(values(M, 50, dtype=dtype) * scale, targets)
@@ -125,7 +125,7 @@ def test_the_upstream_gradient_counts(upstream: float, dtype: torch.dtype) -> No
 
 @each_dtype
 @each_kernel
-def test_extreme_logits(rows: Kernel, dtype: torch.dtype, path: None) -> None:
+def test_extreme_logits(rows: Kernel, dtype: torch.dtype, path) -> None:
     """To the edge of the dtype, and -inf: in front, behind, in whole blocks, all but the target."""
     top, V = 65504.0 if dtype == torch.float16 else 1e30, 37
     x, targets = (
@@ -167,7 +167,7 @@ def test_a_confident_row_keeps_its_loss_and_gradient(rows, doubt: float, dtype, 
 @each_kernel
 @pytest.mark.parametrize("target", [-1, 37, 2**32 + 1, 10**12, -(2**60)])
 def test_on_a_gpu_a_target_that_is_no_class_makes_the_loss_nan(
-    rows: Kernel, target: int, path: None, monkeypatch: pytest.MonkeyPatch
+    rows: Kernel, target: int, path, monkeypatch
 ) -> None:
     monkeypatch.setattr(checks, "ids", lambda *_, **__: None)
     x, targets = values(3, 37, dtype=torch.float32), torch.tensor([1, target, 2], device=DEVICE)
@@ -179,7 +179,7 @@ def test_on_a_gpu_a_target_that_is_no_class_makes_the_loss_nan(
 
 @each_dtype
 @pytest.mark.parametrize("bad", [INF, -INF, math.nan])
-def test_an_ignored_row_does_not_matter(bad: float, dtype: torch.dtype, path: None) -> None:
+def test_an_ignored_row_does_not_matter(bad: float, dtype: torch.dtype, path) -> None:
     x, targets = values(6, 37, dtype=dtype), torch.tensor([3, -100, 0, 36, -100, 8], device=DEVICE)
     x[1], x[4, ::2] = bad, bad
     counted = targets != -100
@@ -222,7 +222,7 @@ def test_a_target_outside_the_vocabulary_is_named(target: int) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("M", [1, 7, 19])
-def test_linear_cross_entropy(M: int, dtype: torch.dtype, path: None) -> None:
+def test_linear_cross_entropy(M: int, dtype: torch.dtype, path) -> None:
     check_linear(layer(M, 50, dtype))
     check_linear(layer(M, 56, dtype, torch.arange(M) * 3 % 51), classes=51)
 
@@ -250,7 +250,7 @@ def test_eager_is_the_cross_entropy_of_a_linear_layer() -> None:
 
 
 @each_dtype
-def test_padding_has_a_gradient_of_0_and_no_probability(dtype: torch.dtype, path: None) -> None:
+def test_padding_has_a_gradient_of_0_and_no_probability(dtype: torch.dtype, path) -> None:
     z, targets = values(7, 56, dtype=dtype), torch.arange(7, device=DEVICE)
     z[:, 51:] = torch.tensor([INF, -INF, math.nan, 100.0, 0.0], device=DEVICE)
     assert (check_rows(of_a_linear_layer, z, targets, 1.0, 51)[:, 51:] == 0).all()
@@ -260,9 +260,7 @@ def test_padding_has_a_gradient_of_0_and_no_probability(dtype: torch.dtype, path
     assert dz[3, :51].isnan().all()
 
 
-def test_the_loss_scale_itself_costs_nothing_in_the_backward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_loss_scale_itself_costs_nothing_in_the_backward(monkeypatch) -> None:
     """And with it the gradients of confident rows do not underflow in float16."""
     eye = torch.eye(16, dtype=torch.float16, device=DEVICE)
     inputs = dict(x=16 * eye, weight=eye, targets=torch.arange(16, device=DEVICE))
@@ -309,7 +307,7 @@ def test_a_loss_scale_that_changes_before_the_backward_is_rejected() -> None:
 
 @each_dtype
 def test_more_logits_than_fit_are_computed_in_chunks_of_rows(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, monkeypatch
 ) -> None:
     inputs = layer(300, 24, dtype)
     whole = run(linear.linear_cross_entropy, inputs, (torch.tensor(1.0, device=DEVICE),))

@@ -26,7 +26,7 @@ def test_widths(N: int, dtype) -> None:
 
 @pytest.mark.parametrize("what", ["several parts", "one token", "more tokens than rows", "sorted"])
 @each_dtype
-def test_rows_of_a_token_are_added(what: str, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_token_are_added(what: str, dtype, monkeypatch) -> None:
     """A part is a multiple of 16 rows, of which the last one is not complete."""
     monkeypatch.setattr(module, "PART", 32)
     x = inputs(dtype, V=90 if what == "more tokens than rows" else 5, B=5, T=19)
@@ -51,7 +51,7 @@ def test_an_absent_token_has_a_gradient_of_0_and_others_that_of_their_rows() -> 
 
 
 @each_dtype
-def test_a_large_vocabulary_takes_pytorchs_gradient(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_takes_pytorchs_gradient(dtype, monkeypatch) -> None:
     x = inputs(dtype)
     upstream = tuple(randn(3, 7, 19, dtype=dtype, seed=i).to(DEVICE) for i in (1, 2))
     results = []

@@ -110,7 +110,7 @@ def test_an_overflow_changes_nothing(ops: ModuleType, bad: float) -> None:
     assert not any(map(torch.equal, state.tensors(), before))
 
 
-def test_more_matrices_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_matrices_than_a_launch_takes(monkeypatch) -> None:
     assert 2 * grad_norm.BLOCK < 40 * 110 <= 3 * grad_norm.BLOCK
     whole, parts = (State((5, 40, 110), torch.float16, True) for _ in range(2))
     whole.update(fused, whole.ahead(fused, whole.grads(0)))

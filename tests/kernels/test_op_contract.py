@@ -53,7 +53,7 @@ each_module = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(request) -> Iterator[Case]:
     with request.param.path():
         yield request.param
 
@@ -67,7 +67,7 @@ def assert_same(ops: Any, a: Any, b: Any) -> None:
 
 @each_op
 @pytest.mark.parametrize("part", ["all", "first", "last"])
-def test_custom_ops_pass_opcheck(case: Case, part: str) -> None:
+def test_custom_ops_pass_opcheck(case, part: str) -> None:
     """The op and its backward: with every gradient, and with those of one input and one output."""
     inputs = leaves_of(case.inputs())
     floats = [n for n, x in inputs.items() if x.is_floating_point()]
@@ -97,7 +97,7 @@ def test_ops_without_a_gradient_pass_opcheck_and_give_the_same_bits_again(case: 
 
 
 @each_op
-def test_an_op_compiles_without_a_graph_break(case: Case) -> None:
+def test_an_op_compiles_without_a_graph_break(case) -> None:
     inputs = case.inputs()
     upstream = case.upstream(inputs)
     compiled = torch.compile(getattr(fused, case.op), fullgraph=True, backend="aot_eager")
@@ -107,7 +107,7 @@ def test_an_op_compiles_without_a_graph_break(case: Case) -> None:
 
 @each_op
 @each_module
-def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(case: Case, ops, dtype) -> None:
+def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(case, ops, dtype) -> None:
     """Attention on two tiles of queries."""
     leaves = leaves_of(replace(case, shape=replace(ROWS, T=37)).inputs(dtype))
     upstream = case.upstream(leaves)
@@ -124,7 +124,7 @@ def test_two_runs_give_the_same_bits_and_leave_inputs_unchanged(case: Case, ops,
 
 
 @each_op
-def test_a_second_derivative_raises(case: Case) -> None:
+def test_a_second_derivative_raises(case) -> None:
     leaves = leaves_of(case.inputs())
     first, *_ = (x for x in leaves.values() if x.requires_grad)
     loss = sum(y.sum() for y in case.outputs(fused, leaves))
@@ -137,7 +137,7 @@ def test_a_second_derivative_raises(case: Case) -> None:
 @each_op
 @each_dtype
 @pytest.mark.parametrize("enabled", [False, True], ids=["no autocast", "autocast"])
-def test_dtypes_are_those_of_eager(case: Case, dtype, enabled: bool) -> None:
+def test_dtypes_are_those_of_eager(case, dtype, enabled: bool) -> None:
     """For every dtype of the residual stream and of weights."""
     kinds = [case.inputs(dtype, stream=s, weight=w) for s in DTYPES for w in DTYPES]
     for inputs in {tuple(x.dtype for x in inputs.values()): inputs for inputs in kinds}.values():
@@ -162,7 +162,7 @@ def test_dtypes_are_those_of_eager(case: Case, dtype, enabled: bool) -> None:
     + [pytest.param(WITHOUT_GRADIENT[s.name], fused, torch.float16, id=s.name) for s in TOKEN],
     indirect=["case"],
 )
-def test_the_layout_of_inputs_and_gradients_changes_no_bit(case: Case, ops, dtype) -> None:
+def test_the_layout_of_inputs_and_gradients_changes_no_bit(case, ops, dtype) -> None:
     """Each tensor has another layout than the others, and every layout in its turn."""
     H = 2 if "attention" in case.op else 1
     case = replace(case, shape=replace(case.shape, B=2, H=H, T=5))
@@ -210,7 +210,7 @@ def assert_within_tolerance(case: Case, inputs: Any, upstream: Any, found: Any) 
 
 @each_row_op
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3, 2, 2)], ids=str)
-def test_any_rank_gives_the_bits_of_its_rows(case: Case, lead: tuple[int, ...]) -> None:
+def test_any_rank_gives_the_bits_of_its_rows(case, lead: tuple[int, ...]) -> None:
     M = math.prod(lead)
     inputs = replace(case, shape=replace(ROWS, M=M), lead=lead).inputs()
     if case.op == "softmax":
@@ -256,7 +256,7 @@ def test_empty_inputs(name: str, sizes: dict[str, int], lead: tuple[int, ...]) -
 
 @each_op
 @pytest.mark.parametrize("ops", [eager, builtin, fused], ids=["eager", "builtin", "fused"])
-def test_frozen_inputs_get_no_gradient_and_the_others_theirs(case: Case, ops) -> None:
+def test_frozen_inputs_get_no_gradient_and_the_others_theirs(case, ops) -> None:
     """For every set of them. Without any gradient nothing is recorded."""
     dtype = torch.float32 if ops is fused else torch.float64
     inputs = case.inputs(dtype)
@@ -284,7 +284,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_theirs(case: Case, ops) ->
 
 @each_path
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
-def test_an_element_that_is_not_finite_has_eagers_effect(case: Case, bad: float) -> None:
+def test_an_element_that_is_not_finite_has_eagers_effect(case, bad: float) -> None:
     """The same elements of the result are NaN or infinite, and those that keep their bits in eager
     do so here. Attention has to be not finite where eager is not, and of a causal softmax the
     positions that a row sees are compared."""
@@ -320,7 +320,7 @@ def test_an_element_that_is_not_finite_has_eagers_effect(case: Case, bad: float)
 
 @each_dropout_op
 @pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
-def test_a_seed_is_a_number_or_a_tensor_that_changes_in_place(case: Case, ops) -> None:
+def test_a_seed_is_a_number_or_a_tensor_that_changes_in_place(case, ops) -> None:
     inputs = case.inputs()
 
     def outputs(p: float, seed: int | Tensor | None) -> tuple[Tensor, ...]:
@@ -338,7 +338,7 @@ def test_a_seed_is_a_number_or_a_tensor_that_changes_in_place(case: Case, ops) -
 
 
 @each_dropout_op
-def test_a_seed_that_changes_between_forward_and_backward_is_rejected(case: Case) -> None:
+def test_a_seed_that_changes_between_forward_and_backward_is_rejected(case) -> None:
     seed = torch.tensor(3, device=DEVICE)
     given = replace(case, options=dict(dropout_p=0.3, seed=seed))
     outputs = given.outputs(fused, leaves_of(case.inputs()))

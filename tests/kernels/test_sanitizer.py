@@ -153,7 +153,7 @@ KERNELS = dict(adamw=3, muon=14, sum_shards=3)
 
 
 @pytest.fixture
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(request) -> Iterator[Case]:
     with request.param.path():
         yield request.param
 
@@ -182,9 +182,7 @@ def assert_launched(case: Case, kernels: list[str]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "orders"), [(F32, (0, 1)), (F16, (1,))], ids=["float32", "float16"]
 )
-def test_an_op_runs_clean_in_any_order(
-    case: Case, dtype: torch.dtype, orders: tuple[int, ...]
-) -> None:
+def test_an_op_runs_clean_in_any_order(case, dtype: torch.dtype, orders: tuple[int, ...]) -> None:
     inputs = _sized(case).inputs(dtype)
     upstream = case.upstream(inputs)
     plain = case.results(fused, inputs, upstream)
@@ -197,7 +195,7 @@ def test_an_op_runs_clean_in_any_order(
 
 
 @each_case
-def test_an_op_runs_clean_on_its_smallest_input(case: Case) -> None:
+def test_an_op_runs_clean_on_its_smallest_input(case) -> None:
     one = RowShape(B=1, H=1, T=1, D=16, V=2, M=1, N=1)
     inputs = replace(case, shape=one, lead=(1, 1)).inputs()
     if "targets" in inputs:
@@ -255,9 +253,7 @@ def _addresses(case: Case, inputs: Inputs, spread: Callable[[Tensor], Tensor]) -
 
 @of_no_values
 @pytest.mark.parametrize("name", CHECKED)
-def test_an_op_addresses_more_than_2_to_the_31_elements(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_op_addresses_more_than_2_to_the_31_elements(name: str, monkeypatch) -> None:
     case = CHECKED[name]
     long = dict(MAX_BLOCK=0) if "online" in name else {}
     long |= dict(LOGITS_BYTES=1 << 40) if case.op == "linear_cross_entropy" else {}
@@ -270,7 +266,7 @@ def test_an_op_addresses_more_than_2_to_the_31_elements(
 @of_no_values
 @each_case
 @pytest.mark.parametrize("last", [1, 2**33], ids=["rows far apart", "all far apart"])
-def test_an_op_addresses_strides_beyond_2_to_the_31(case: Case, last: int) -> None:
+def test_an_op_addresses_strides_beyond_2_to_the_31(case, last: int) -> None:
     inputs = {n: x.to("meta") for n, x in _sized(case).inputs(F16).items()}
     _addresses(case, inputs, lambda x: _far_apart(x, last) if x.dim() else x)
 

@@ -24,14 +24,14 @@ def path(request, monkeypatch) -> str:
 @each_dtype
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("scale", [1.0, 0.125, 30.0, -0.7, 0.0])
-def test_softmax(path: str, scale: float, causal: bool, dtype: torch.dtype) -> None:
+def test_softmax(path, scale: float, causal: bool, dtype: torch.dtype) -> None:
     inputs = dict(x=values(2, 1, 7, 7, dtype=dtype) * 4)
     assert_op(kernel, "softmax", inputs, scale=scale, causal=causal)
 
 
 @each_dtype
 @pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 33, 127, 129])
-def test_any_length(N: int, path: str, dtype: torch.dtype) -> None:
+def test_any_length(N: int, path, dtype: torch.dtype) -> None:
     assert_op(kernel, "softmax", dict(x=values(2, N, dtype=dtype) * 3))
     if N < 32:
         assert_op(kernel, "softmax", dict(x=values(N, N, dtype=dtype) * 3), causal=True)
@@ -45,7 +45,7 @@ def test_long_rows(past: int, dtype: torch.dtype) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_extreme_rows(path: str, causal: bool, dtype: torch.dtype) -> None:
+def test_extreme_rows(path, causal: bool, dtype: torch.dtype) -> None:
     """To the edge of the dtype, and -inf: in front, behind, in whole blocks, all but one."""
     top = 65504.0 if dtype == torch.float16 else 1e30
     N = 25
@@ -60,7 +60,7 @@ def test_extreme_rows(path: str, causal: bool, dtype: torch.dtype) -> None:
     assert_op(kernel, "softmax", dict(x=x), causal=causal)
 
 
-def test_a_row_of_minus_infinity_is_nan_and_no_other(path: str) -> None:
+def test_a_row_of_minus_infinity_is_nan_and_no_other(path) -> None:
     x = values(3, 37, dtype=torch.float32)
     x[1] = -INF
     y = kernel.softmax(x)
@@ -68,7 +68,7 @@ def test_a_row_of_minus_infinity_is_nan_and_no_other(path: str) -> None:
     assert y[::2].isfinite().all()
 
 
-def test_the_future_of_a_causal_row_does_not_matter(path: str) -> None:
+def test_the_future_of_a_causal_row_does_not_matter(path) -> None:
     x, dy = values(1, 21, 21, dtype=torch.float32), values(1, 21, 21, dtype=torch.float32, seed=1)
     past = torch.ones(21, 21, device=DEVICE).tril().bool()
     wanted = run(kernel.softmax, dict(x=x), (dy,), causal=True)
@@ -82,7 +82,7 @@ def test_the_future_of_a_causal_row_does_not_matter(path: str) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.25])
 @pytest.mark.parametrize("logit", [2.0, 8.0, 14.0, 20.0])
 @each_dtype
-def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, path: str) -> None:
+def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, path) -> None:
     """dy - delta cancels: 1 - p of its size is left. In float16 most of y has few digits or none.
 
     Errors of equal weights do not average out.
@@ -92,7 +92,7 @@ def test_a_confident_row_keeps_its_gradient(dtype, logit: float, noise: float, p
     assert_op(kernel, "softmax", dict(x=x))
 
 
-def test_a_row_that_climbs_is_rescaled_at_every_step(path: str) -> None:
+def test_a_row_that_climbs_is_rescaled_at_every_step(path) -> None:
     x = (torch.arange(200.0) / 2).to(DEVICE)
     dy = 1 + values(200, dtype=torch.float32)
     assert_op(kernel, "softmax", dict(x=x), (dy,))

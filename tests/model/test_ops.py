@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 from irongpt_kernels import builtin, eager, fused
 from irongpt_kernels.runtime import launch
 from numerics import DEVICE
@@ -33,7 +33,7 @@ def _no_samples(monkeypatch):
 
 
 @pytest.mark.usefixtures("_no_samples")
-def test_fused_trains_like_eager_and_warns_where_it_is_slow(cli: Cli, tmp_path):
+def test_fused_trains_like_eager_and_warns_where_it_is_slow(cli, tmp_path):
     flags = [*HEAD_OF_16, "--iters", "3", "--eval-every", "3", "--dropout", "0.1"]
     cli("train", *flags, "--ops", "eager", "--out", "eager")
     result = cli("train", *flags, "--fused", "--out", "fused")
@@ -44,7 +44,7 @@ def test_fused_trains_like_eager_and_warns_where_it_is_slow(cli: Cli, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_samples")
-def test_a_run_changes_its_ops_and_generates_with_any(cli: Cli, tmp_path):
+def test_a_run_changes_its_ops_and_generates_with_any(cli, tmp_path):
     flags = [*HEAD_OF_16, "--iters", "2", "--eval-every", "2"]
     cli("train", *flags, "--ops", "eager", "--out", "run")
     cli("train", "--resume", "run", "--iters", 3, "--fused")

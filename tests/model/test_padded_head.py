@@ -2,13 +2,12 @@
 
 import importlib
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 from irongpt_kernels import builtin, eager
 from model_helpers import CONFIG, build, tokens
 from numerics import DEVICE, GRADIENTS, OUTPUTS, assert_exact, assert_rule
@@ -24,7 +23,7 @@ V = CONFIG.vocab_size  # 65
 
 
 @pytest.fixture
-def padded(monkeypatch: pytest.MonkeyPatch) -> None:
+def padded(monkeypatch) -> None:
     """Pads on the CPU too."""
     monkeypatch.setattr(models, "PADDED_ON", ("cpu", "cuda"))
 
@@ -44,9 +43,7 @@ def loss_and_gradients(model: GPT) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["eager", "builtin", "fused"])
-def test_loss_and_gradients_are_those_without_padding(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradients_are_those_without_padding(name: str, monkeypatch) -> None:
     if name == "fused":
         pytest.importorskip("triton")
     ops, config = importlib.import_module(f"irongpt_kernels.{name}"), replace(CONFIG, n_layer=1)
@@ -99,9 +96,7 @@ def test_a_large_logit_is_not_hidden_by_the_padding() -> None:
 
 
 @pytest.mark.usefixtures("padded")
-def test_files_and_texts_have_no_padding(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_texts_have_no_padding(cli, tmp_path, monkeypatch) -> None:
     steps = Mock(side_effect=eager.linear_cross_entropy)
     monkeypatch.setattr(builtin, "linear_cross_entropy", steps)
     text = tmp_path / "text.txt"

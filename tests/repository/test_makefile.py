@@ -22,7 +22,7 @@ for word in "$@"; do echo "  $word" >> calls; done
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     """A checkout with a .venv."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "make_venv.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -45,7 +45,7 @@ def make(folder: Path, *words: str, failing: str = "") -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("failing", ["", "benchmarks.training", "benchmarks.decode"])
-def test_bench_train_runs_all_three_even_if_one_fails(folder: Path, failing: str) -> None:
+def test_bench_train_runs_all_three_even_if_one_fails(folder, failing: str) -> None:
     done = make(folder, "bench-train", 'ARGS=--out "a b"', "NANOGPT=nano gpt", failing=failing)
     calls = (folder / "calls").read_text()
     modules = [line for line in calls.splitlines() if not line.startswith("  ")]
@@ -56,19 +56,19 @@ def test_bench_train_runs_all_three_even_if_one_fails(folder: Path, failing: str
     assert (done.returncode == 0) == (failing == "")
 
 
-def test_targets_take_their_options(folder: Path) -> None:
+def test_targets_take_their_options(folder) -> None:
     for target, options in (("bench", "--no-sweeps"), ("gpu", "--only doctor"), ("report", "FILE")):
         assert make(folder, target, f"ARGS={options}").returncode == 0
         calls = (folder / "calls").read_text()
         assert calls.endswith("".join(f"  {word}\n" for word in options.split()))
 
 
-def test_the_gpu_suite_gets_what_its_tests_need(folder: Path) -> None:
+def test_the_gpu_suite_gets_what_its_tests_need(folder) -> None:
     (folder / ".venv" / "dev").unlink()  # as `make train` leaves it
     assert "setting up .venv for the tests" in make(folder, "gpu").stdout
 
 
-def test_make_alone_prints_every_target_and_runs_nothing(folder: Path) -> None:
+def test_make_alone_prints_every_target_and_runs_nothing(folder) -> None:
     done = make(folder)
     targets = re.search(r"\.PHONY: (.*?)\n\n", (ROOT / "Makefile").read_text(), flags=re.DOTALL)
     assert targets
@@ -78,7 +78,7 @@ def test_make_alone_prints_every_target_and_runs_nothing(folder: Path) -> None:
     assert not (folder / "calls").exists()
 
 
-def test_generate_takes_the_newest_run_or_the_one_named(folder: Path) -> None:
+def test_generate_takes_the_newest_run_or_the_one_named(folder) -> None:
     assert "make train" in make(folder, "generate").stderr
     for age, run in ((2, "old"), (1, "new")):
         (folder / "runs" / run).mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_generate_takes_the_newest_run_or_the_one_named(folder: Path) -> None:
     ]
 
 
-def test_the_pages_name_no_other_target(folder: Path) -> None:
+def test_the_pages_name_no_other_target(folder) -> None:
     help_text = make(folder).stdout
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")]:
         named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), flags=re.MULTILINE))
@@ -127,7 +127,7 @@ def venv_made(
     ],
 )
 def test_the_driver_decides_which_torch_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None, own: bool, torch: list[str]
+    tmp_path, monkeypatch, driver: str | None, own: bool, torch: list[str]
 ) -> None:
     monkeypatch.setattr("irongpt.driver.version", lambda: driver)
     code, words = venv_made(tmp_path, monkeypatch, own)
@@ -138,9 +138,7 @@ def test_the_driver_decides_which_torch_is_installed(
     assert "regex==2026.11.15" in lines
 
 
-def test_a_python_without_ensurepip_needs_its_own_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_python_without_ensurepip_needs_its_own_torch(tmp_path, monkeypatch) -> None:
     """Then its pip is used, too."""
     code, words = venv_made(tmp_path, monkeypatch, hidden="ensurepip")
     assert re.fullmatch(r"error: this Python has no ensurepip: apt install python3.*-venv.*", code)
@@ -150,9 +148,7 @@ def test_a_python_without_ensurepip_needs_its_own_torch(
     assert words[3:5] == ["--system-site-packages", "--without-pip"]
 
 
-def test_an_environment_that_is_there_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_is_there_is_kept(tmp_path, monkeypatch) -> None:
     pip = tmp_path / ".venv" / "bin" / "pip"
     pip.parent.mkdir(parents=True)
     pip.touch()
@@ -161,7 +157,7 @@ def test_an_environment_that_is_there_is_kept(
     assert pip.exists()
 
 
-def test_make_sets_up_the_environment_that_the_driver_needs(folder: Path) -> None:
+def test_make_sets_up_the_environment_that_the_driver_needs(folder) -> None:
     """With a stand-in for nvidia-smi, and for the python that would install."""
     (folder / ".venv" / "run").unlink()
     (folder / ".venv" / "constraints.txt").touch()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Cli, copy_run, train_in
+from conftest import TINY, copy_run, train_in
 from run_helpers import assert_same, assert_same_tensors, history
 
 from irongpt.cli import main
@@ -52,7 +52,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
+def code(cli, trained, tmp_path) -> Path:
     """A copy of the run and its code in the folder of `cli`."""
     shutil.copytree(trained / "code", tmp_path / "code")
     data = json.loads((trained / "run/config.json").read_text())["data"]
@@ -61,7 +61,7 @@ def code(cli: Cli, trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli: Cli, code: Path):
+def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli, code):
     out = cli("train", *BPE, "--out", "other").out
     assert "tokenizer 320 BPE tokens" in out
     assert "bytes per token" in out
@@ -70,7 +70,7 @@ def test_the_run_names_its_tokens_epochs_and_bits_per_byte(cli: Cli, code: Path)
     assert_same(code / "run", code / "other")
 
 
-def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
+def test_result_is_the_loss_of_best_over_every_validation_token(code):
     run = code / "run"
     values = json.loads((run / "result.json").read_text())
     model, tokenizer = trained_model(run, "best", "builtin", "cpu")
@@ -90,7 +90,7 @@ def test_result_is_the_loss_of_best_over_every_validation_token(code: Path):
 
 
 @pytest.mark.parametrize("ops", ["builtin", "eager"])
-def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
+def test_a_stopped_run_resumes_bit_for_bit(cli, code, ops: str):
     train = ["train", *BPE, "--ops", ops, "--decay", "constant"]
     cli(*train, "--out", "whole")
     cli(*train, "--iters", 17, "--out", "cut")
@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_bit_for_bit(cli: Cli, code: Path, ops: str):
     assert results[0] == results[1]
 
 
-def test_a_run_on_documents_by_characters(cli: Cli, code: Path):
+def test_a_run_on_documents_by_characters(cli, code):
     flags = [flag for flag in BPE if flag not in ("--tokenizer", "bpe", "--vocab-size", "320")]
     cli("train", *flags, "--out", "chars")
     values = json.loads((code / "chars/result.json").read_text())
@@ -112,7 +112,7 @@ def test_a_run_on_documents_by_characters(cli: Cli, code: Path):
     cli("generate", "chars", "--tokens", 30)
 
 
-def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
+def test_steps_follow_from_the_corpus(cli, code, monkeypatch):
     """BPE shortens a text, so the preset's steps would be too many epochs."""
     without = [f for i, f in enumerate(BPE) if f != "--iters" and BPE[i - 1] != "--iters"]
     monkeypatch.setitem(PRESETS["nano"].train, "iters", 10**6)
@@ -125,7 +125,7 @@ def test_steps_follow_from_the_corpus(cli: Cli, code: Path, monkeypatch):
 
 
 def test_patience_ends_a_run_for_good_also_after_a_resume_between_two_evaluations(
-    cli: Cli, code: Path, monkeypatch
+    cli, code, monkeypatch
 ):
     """The best evaluation is at step 15, and the three after it are at 20, 30 and 40."""
     monkeypatch.setattr(Trainer, "evaluate", lambda self, *_: abs(15.0 - self.step))
@@ -140,7 +140,7 @@ def test_patience_ends_a_run_for_good_also_after_a_resume_between_two_evaluation
     assert history(code / "new") == run
 
 
-def test_half_of_a_character_at_the_end_is_shown_and_counts_once(cli: Cli, code: Path, monkeypatch):
+def test_half_of_a_character_at_the_end_is_shown_and_counts_once(cli, code, monkeypatch):
     monkeypatch.setattr(command, "generate_batch", lambda *_: [[0xE6]])
     result = cli("generate", "run", "--prompt", "def ", "--tokens", 1)
     assert result.out.endswith("\ufffd")
@@ -148,15 +148,13 @@ def test_half_of_a_character_at_the_end_is_shown_and_counts_once(cli: Cli, code:
 
 
 @pytest.mark.parametrize("prompt", ["def <", "def ", "é", "漢字 😀\x00", "    return"])
-def test_a_prompt_may_be_any_text(cli: Cli, code: Path, prompt: str):
+def test_a_prompt_may_be_any_text(cli, code, prompt: str):
     result = cli("generate", "run", "--prompt", prompt, "--tokens", 40)
     assert result.out.startswith(prompt)
     assert result.err.startswith("irongpt: 40 tokens")
 
 
-def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(
-    cli: Cli, code: Path, monkeypatch
-):
+def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(cli, code, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     prompt = os.fsdecode(b"a\xff")  # as in sys.argv
@@ -164,7 +162,7 @@ def test_bytes_of_a_prompt_that_are_not_utf8_are_written_as_they_came(
     assert written.getvalue().startswith(b"a\xff")
 
 
-def test_the_last_token_of_a_prompt_may_become_longer(code: Path):
+def test_the_last_token_of_a_prompt_may_become_longer(code):
     """A prompt that ends in a space goes on with " name", which is one token of the text."""
     model, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
     config = SampleConfig(samples=64, seed=3)
@@ -181,9 +179,7 @@ def test_the_last_token_of_a_prompt_may_become_longer(code: Path):
     assert first == second
 
 
-def test_generation_starts_with_a_document_and_stops_at_its_end_if_asked(
-    cli: Cli, code: Path, monkeypatch
-):
+def test_generation_starts_with_a_document_and_stops_at_its_end_if_asked(cli, code, monkeypatch):
     _, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
     assert start_ids(tokenizer, documents=True) == [tokenizer.end]
     newline = tokenizer.encode("\n").tolist()
@@ -212,7 +208,7 @@ def test_code_presets_train_on_code_by_bpe():
         assert new_setup({"preset": name, "device": "cpu", "tokenizer": "char"}).vocab_size is None
 
 
-def test_a_prompt_of_one_token_may_become_longer_too(code: Path):
+def test_a_prompt_of_one_token_may_become_longer_too(code):
     model, tokenizer = trained_model(code / "run", "best", "builtin", "cpu")
     config = SampleConfig(samples=64, seed=3)
     ids = tokenizer.encode("d").tolist()
@@ -224,9 +220,7 @@ def test_a_prompt_of_one_token_may_become_longer_too(code: Path):
     assert all(token.startswith(b"d") for token in tokens)
 
 
-def test_a_signal_in_the_evaluation_of_best_leaves_it_to_the_next_process(
-    cli: Cli, code: Path, monkeypatch
-):
+def test_a_signal_in_the_evaluation_of_best_leaves_it_to_the_next_process(cli, code, monkeypatch):
     """The run is saved; a resumed one evaluates, and gives the result of an uninterrupted one."""
     expected = json.loads((code / "run/result.json").read_text())
     (code / "run/result.json").unlink()

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, Cli
+from conftest import TINY
 
 from irongpt.cli import build_parser
 from irongpt.config import PRESETS, SampleConfig, from_json
@@ -28,7 +28,7 @@ from irongpt.training.trainer import Trainer
 
 
 @pytest.fixture
-def training(cli: Cli) -> loop.TrainingLoop:
+def training(cli) -> loop.TrainingLoop:
     """A run of 30 steps with an evaluation every 10, before its first step."""
     return start()
 
@@ -134,7 +134,7 @@ def test_only_consecutive_steps_without_finite_gradients_end_a_run(training):
         record([bad])
 
 
-def test_divergence_is_reported_even_if_an_evaluation_meets_it_first(cli: Cli):
+def test_divergence_is_reported_even_if_an_evaluation_meets_it_first(cli):
     result = cli("train", *TINY, "--iters", 60, "--lr", 1e30, "--decay", "constant", code=1)
     assert "the first non-finite tensor: the " in result.err
 
@@ -225,7 +225,7 @@ def test_the_target_loss_is_looked_for_between_evaluations(
     assert (training.run.path / "result.json").exists() == (steps[-1] == 30)
 
 
-def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli: Cli, monkeypatch):
+def test_a_run_that_a_signal_ends_while_it_looked_for_the_target_looks_again(cli, monkeypatch):
     training = start("--eval-every", 30, "--target-loss", 9.0)
 
     def evaluate(self: Trainer, should_continue: Callable[[], bool], limit: float) -> None:
@@ -255,7 +255,7 @@ def test_best_has_the_average_of_the_weights_and_last_the_weights(training) -> N
         assert not torch.equal(weights[name], average[name])
 
 
-def test_a_target_loss_leaves_only_a_result_of_the_best_model(cli: Cli, tmp_path) -> None:
+def test_a_target_loss_leaves_only_a_result_of_the_best_model(cli, tmp_path) -> None:
     result = tmp_path / "run/result.json"
     cli("train", *TINY, "--out", "run")
     before = result.read_text()

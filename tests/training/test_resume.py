@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Cli, write_text
+from conftest import TINY, write_text
 from processes import command, forks
 from run_helpers import assert_same, assert_same_tensors, history, state
 
@@ -91,7 +91,7 @@ def has_begun(run: Path) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("ops", ["builtin", "eager"])
-def test_ten_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterrupted, ops):
+def test_ten_kills_at_random_moments_change_nothing(cli, tmp_path, uninterrupted, ops):
     """SIGKILL in the setup, and in steps, evaluations and saves after 0 to 3 new records."""
     run, rng = tmp_path / "run", random.Random(2026)
     steps = []
@@ -117,7 +117,7 @@ def test_ten_kills_at_random_moments_change_nothing(cli: Cli, tmp_path, uninterr
     ("ops", "number"),
     [("builtin", signal.SIGINT), ("eager", signal.SIGTERM), ("builtin", signal.SIGHUP)],
 )
-def test_a_signal_saves_and_leaves(cli: Cli, tmp_path, uninterrupted, ops, number):
+def test_a_signal_saves_and_leaves(cli, tmp_path, uninterrupted, ops, number):
     """Five times in a row, at random moments between two records or evaluations."""
     run, rng = tmp_path / "run", random.Random(int(number))
     steps = []
@@ -149,7 +149,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
     assert state(tmp_path / "run")["step"] == 0
 
 
-def test_ops_and_graph_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
+def test_ops_and_graph_can_change_when_a_run_is_resumed(cli, tmp_path):
     """Without dropout builtin and eager differ by rounding alone."""
 
     def settings() -> tuple[str, bool]:
@@ -169,7 +169,7 @@ def test_ops_and_graph_can_change_when_a_run_is_resumed(cli: Cli, tmp_path):
     assert changed["val_loss"] == pytest.approx(same["val_loss"], rel=1e-5)
 
 
-def test_how_often_a_run_is_evaluated_changes_no_weight(cli: Cli, tmp_path):
+def test_how_often_a_run_is_evaluated_changes_no_weight(cli, tmp_path):
     flags = [*SHORT, "--dropout", "0.1"]
     cli("train", *flags, "--out", "a")
     cli("train", *flags, "--eval-every", "5", "--out", "b")

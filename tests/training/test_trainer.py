@@ -68,7 +68,7 @@ def test_sixteen_bit_training_follows_float32(dtype):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("grad_accum", [1, 3])
 def test_low_precision_params_give_the_bits_of_autocast(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, optimizer: str, grad_accum: int
+    monkeypatch, dtype: torch.dtype, optimizer: str, grad_accum: int
 ) -> None:
     """Autocast casts every weight at its use, and its gradient back to float32."""
     options = dict(ops=eager, dtype=dtype, dropout=0.2, optimizer=optimizer, grad_accum=grad_accum)
