@@ -119,10 +119,10 @@ def linear_cross_entropy(
     x: (M, C). weight: (V, C). targets: (M,) int64 in [0, classes); every target counts.
     classes: the number of classes, by default V; the rows of the weight after them are padding,
     whose probability and gradient are 0. loss_scale: 0-d, the upstream gradient that the loss is
-    expected to get. It is only a hint: `fused` computes the gradients in the forward, and
-    multiplies them by it there, so that small ones do not underflow in float16; the backward
-    corrects them for another upstream gradient. If it is None, `fused` uses 1, or 1,024 for float16
-    inputs. A scale of 1,024 makes gradients above 65,504 / 1,024 = 64 overflow.
+    expected to get. It is only a hint. `fused` computes the gradients in the forward, already
+    multiplied by loss_scale, so that small ones do not underflow in float16. If the upstream
+    gradient is another, the backward rescales them. If loss_scale is None, `fused` uses 1, or 1,024
+    for float16 inputs. A scale of 1,024 makes gradients above 65,504 / 1,024 = 64 overflow.
     """
     return cross_entropy(padded_logits(x, weight, classes), targets)
 

@@ -79,9 +79,9 @@ class Input:
     copy_of: the name of the input of which this one is a 16-bit copy; in float32 there is no copy.
 
     The values are one of these: normal with `mean` and standard deviation `std`; the constant
-    `fill`; integers in [0, below), and some IGNORED if they are `ignorable`; or values(x), a
-    function of a standard normal tensor (for integers, of a tensor that only gives the shape and
-    the device).
+    `fill`; integers in [0, below), of which `indices` can make some IGNORED if they are
+    `ignorable`; or values(x), a function of a standard normal tensor (for integers, of a tensor
+    that only gives the shape and the device).
     """
 
     size: tuple[int, ...]

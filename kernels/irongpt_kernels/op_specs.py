@@ -31,8 +31,8 @@ class OpSpec:
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that `run` updates in place and returns; `params`: also `matrices.params` etc.
-    functions: those of `Ops` that only this entry describes, by default the one called `name`.
+    changes: inputs that `run` updates in place; params means matrices.params and rest.params too.
+    functions: the functions of `Ops` that this entry describes, by default only `name`.
     call(ops, shape, inputs, **options): runs the entry; by default the function `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.
     full_rows: an entry of the same op with rows of V elements, as in the output layer.

@@ -12,16 +12,16 @@ the ops return uninitialized tensors.
 | regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions of the innermost loop with most arithmetic (without a loop: of the whole kernel) |
-| MB, GFLOP | least traffic and FLOPs (from `op_specs`), not of this kernel alone, but of the op's |
-| | complete forward (kernels with "fwd" in their name) or complete backward (all others; an op |
-| | without a backward: of the op). Both are for the batch of the GPT's preset iron (16,384 rows, |
-| | or 64 x 6 heads of 256 positions), whatever shape the kernel is compiled at. Ops of a |
-| | decoding step: for one sequence; their linear layers count only the bytes of the weight |
+| | instructions of the innermost loop with most HMMA, or FFMA (without a loop: of the kernel) |
+| MB, GFLOP | least traffic and FLOPs of the op (from `op_specs`), not of this kernel alone. If |
+| | the kernel's name has "fwd", they are those of the complete forward, else of the complete |
+| | backward, or of the whole op if it has no backward. The batch is that of the GPT's preset |
+| | iron (16,384 rows, or 64 x 6 heads of 256 positions), whatever shape the kernel is compiled |
+| | at. Ops of a decoding step: for one sequence; linear layers count the bytes of the weight |
 | clk, by | kernels with a matmul: `sass.clocks` of the loop whose instructions are counted, and |
 | | the unit that is busy longest |
 | el/call | attention with dropout: a lower bound on how many elements share a call of the random |
-| | generator (see `dropout`); if several loops are counted, the smallest of their bounds |
+| | generator (see `dropout`); if several loops have most HMMA, the smallest of their bounds |
 """
 
 import argparse
@@ -86,8 +86,8 @@ def report(
     """Compiles every kernel that the cases launch. Returns "kernels", a dict of facts for each;
     "failed", a line for each that does not compile; and "warnings" about tensor cores.
 
-    quick: do not disassemble kernels that have no matmul and no local memory. Disassembling takes
-    most of the time if the kernel is in Triton's cache.
+    quick: do not disassemble kernels that have no matmul and no local memory. It takes longer than
+    all else if the kernel is in Triton's cache and its disassembly is not.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     failed: dict[str, None] = {}

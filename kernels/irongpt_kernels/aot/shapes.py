@@ -233,6 +233,7 @@ def _shapes(op: str, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def _linear(K: int, N: int, dtype: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """A weight of N x K elements. sizes: those of further inputs."""
+    """The sizes and the least bytes of a `Case` with an (N, K) weight. sizes: those of further
+    inputs."""
     sizes = sizes | dict(x=(SEQUENCES, K), weight=(N, K))
     return dict(sizes=sizes, bytes=N * K * DTYPES[dtype].itemsize)

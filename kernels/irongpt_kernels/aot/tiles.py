@@ -4,13 +4,13 @@ Compiles candidate tiles of the attention kernels, without a GPU, and sorts them
     python -m irongpt_kernels.aot.tiles [--arch sm_90] [--d 64 128] [--p 0.2] [--dtype X] [--json]
 
 A candidate is a tile of BLOCK_M queries by BLOCK_N keys and a number of warps, each with 16 or 32
-rows of the scores. Tiles whose values cannot fit the 255 registers of a thread are left out. The
-kernel with one program per head is different: a tile has BLOCK_N keys and all queries. From sm_80
-on a candidate also has one or two pipeline stages (with two, the next tile is copied while the
-current one is computed), and some have a limit of registers per thread. Each candidate is compiled,
-and `sass.clocks` estimates the clocks of its inner loop on the units of an SM. Candidates that
-spill or do not fit come last; before them come those that leave an SM fewer than 8 warps, too few
-to keep it busy. The others are sorted by clocks.
+rows of the scores. Tiles whose values cannot fit the 255 registers of a thread are left out. In the
+kernel with one program per head (`attention_head_backward`) a tile has BLOCK_N keys and all
+queries. From sm_80 on a candidate also has one or two pipeline stages (with two, the next tile is
+copied while the current one is computed), and some have a limit of registers per thread. Each
+candidate is compiled, and `sass.clocks` estimates the clocks of its inner loop on the units of an
+SM. First come the candidates that let an SM hold at least 8 warps, sorted by clocks; then those
+with fewer warps, which cannot keep an SM busy; last those that spill or do not fit an SM.
 
 On sm_75 these are the clocks per query-key pair. From sm_80 on they are the clocks for one head of
 256 positions: each tile that intersects the lower triangle counts completely, although a part of it
@@ -132,8 +132,8 @@ def launches(key: launch_table.Key, arch: int) -> list[launch_table.Options]:
 
 def visited_tiles(tile: Tile, T: int) -> int:
     """In the kernels "forward", "query" and "key": the number of tiles of scores that the programs
-    of one head visit, which are those that intersect the lower triangle. T is a multiple of both
-    sides."""
+    of one head visit, which are those that intersect the lower triangle. T is a multiple of BLOCK_M
+    and of BLOCK_N."""
     return sum(-(-(m + tile.BLOCK_M) // tile.BLOCK_N) for m in range(0, T, tile.BLOCK_M))
 
 

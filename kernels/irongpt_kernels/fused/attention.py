@@ -21,13 +21,14 @@ Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l),
 Parallelism one program per head and query tile; the longest rows of a head come first.
 Precision   Scores, softmax and accumulators are in float32; P, before its division by l, is rounded
             to the input dtype for its matmul with v. The multiplication by the scale and the
-            subtraction of m must not become a fused multiply-add. m is the largest rounded product.
-            If the product were not rounded, S - m of the largest score would be its rounding error
-            and not 0. In a row of huge scores this error is so large that 2^(S - m) overflows. m
-            and log2(l) are stored separately: if m is large, their rounded sum loses digits of
-            log2(l), and all P of the row are wrong by the same factor. In float32 the backward
-            therefore subtracts first m and then log2(l) from S. For 16-bit inputs, whose own
-            rounding is far coarser, it subtracts the rounded sum (`attention_tiles.load_stats`).
+            subtraction of m must not become a fused multiply-add. m is the largest product after
+            rounding. A fused multiply-add would not round the product in S - m, so for the largest
+            score S - m would be a rounding error and not 0. In a row of huge scores this error is
+            so large that 2^(S - m) overflows. m and log2(l) are stored separately: if m is large,
+            their rounded sum loses digits of log2(l), and all P of the row are wrong by the same
+            factor. In float32 the backward therefore subtracts first m and then log2(l) from S. For
+            16-bit inputs, whose own rounding is far coarser, it subtracts the rounded sum
+            (`attention_tiles.load_stats`).
 Packed      `causal_attention_packed` runs the same kernels on views of qkv, (B, T, 3, H, D), and
             its backward writes the three gradients into one tensor. If a model instead splits qkv
             and passes q, k and v separately, autograd stacks their gradients again, which moves 6 B

@@ -12,8 +12,8 @@ Algorithm   A program keeps Q, dO and the accumulator of dQ of all rows of its h
 Diagonal    With SPLIT there are two loops. The first has all queries and the first half of the
             keys. The second has the second half of the queries and of the keys: no other query sees
             those keys. So 3/4 of the scores are computed. BLOCK_M is T, rounded up to a power of
-            two. SPLIT is used if T is above BLOCK_M / 2 and a half has at least 16 rows per warp.
-            Without SPLIT one loop computes all scores. Every tile is masked.
+            two, and at least 16 rows per warp. SPLIT is used if half of BLOCK_M still has 16 rows
+            per warp. Without SPLIT one loop computes all scores. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements (the pair moves
             12), and m and log2(l). With SPLIT the second loop loads its half of q and dout again,
             from cache; dQ is halved in registers.
@@ -105,8 +105,9 @@ def _gradients_of_keys(
 ):  # fmt: skip
     """Stores dK and dV of a tile of keys, and returns dQ / scale with its contribution.
 
-    delta_factor: -(1 - p) delta of each row. Here 2^(S - m) is P / (1 - p), so the product of both
-    is -P delta. Rows beyond T have dout = 0 and delta_factor = 0, and contribute nothing.
+    delta_factor: -(1 - p) delta of each row. m: here m + log2(l) + log2(1 - p), so that 2^(S - m)
+    is P / (1 - p), and times delta_factor it is -P delta. Rows beyond T have dout = 0 and
+    delta_factor = 0, and contribute nothing.
     """
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     cols = (start_n + tl.arange(0, BLOCK_N))[None, :]

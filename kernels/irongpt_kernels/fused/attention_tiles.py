@@ -101,12 +101,12 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     kernel: each warp reads the complete right operand of every matmul. By the cost model of
     `aot.tiles`, these reads take longer at 256 positions than the DRAM traffic of the pair, so the
     pair is the default on sm_80. On sm_90 wgmma, an asynchronous matmul, reads that operand once
-    for four warps. There the single kernel is the default where it fits, with two exceptions. D
-    above 64 is one, because at 256 positions it does not fit. D up to 32 at more than 128 positions
-    is the other. A wgmma needs 64 rows, and the matmuls of dK and dV have a row for each key of a
-    tile, of which there are 32. If D is padded to 64, the kernel computes their transposes, whose
-    rows are the 64 columns; with smaller D it cannot. On sm_75 the 64 KB of shared memory hold too
-    little of a head.
+    for four warps. There the single kernel is the default for D up to 64 (a larger D fits only up
+    to 128 positions, and always takes the pair), except for D up to 32 at more than 128 positions.
+    A wgmma needs 64 rows. The rows of the matmuls of dK and dV are the keys of a tile, and above
+    128 positions a tile has only 32. For D from 48 to 64 the kernel computes dK^T and dV^T instead,
+    whose rows are the head dimension, padded to 64. With smaller D these have too few rows as well.
+    On sm_75 the 64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None

@@ -11,9 +11,10 @@ Sampling    z = (logit - max logit) / temperature      mass = floor(2^40 exp(z))
             Top-k and top-p keep a prefix of the tokens sorted by descending logit (equal ones by
             token id). The kernel finds it without sorting, as a threshold t and a count n: it keeps
             all tokens with a logit above t, and the first n of those equal to t. 32 bisection steps
-            find t. Each tries a value: it counts the tokens whose logit is at least that (for
-            top-k), or sums their masses (for top-p). The sampled token is the first at which the
-            running sum of kept masses, in order of token id, exceeds u times their total. u is
+            find t exactly, because a float32 is compared as a 32-bit integer of the same order
+            (`_key`). Each step tries a value: it counts the tokens whose logit is at least that
+            (for top-k), or sums their masses (for top-p). The sampled token is the first at which
+            the running sum of kept masses, in order of token id, exceeds u times their total. u is
             uniform in [0, 1) with 53 bits, by Philox from the seed, the sequence and the number of
             its tokens.
 Traffic     Each pass reads a row of logits. Passes after the first find it in a cache.

@@ -5,8 +5,8 @@
     wte: (V, C)    wpe: (T, C)    idx: (B, T) int64    weight, bias: (C,)    x, norm: (B, T, C)
 
 Forward     x[b, t] = wte[idx[b, t]] + wpe[t]           norm = layer_norm(x), see `layer_norm`
-Backward    dx and dnorm are the gradients of the two results. `layer_norm_backward` gives dweight,
-            dbias and the gradient of the sum, g = dx + the gradient through the norm.
+Backward    dx and dnorm are the upstream gradients. `layer_norm_backward` gives dweight, dbias and
+            g = dx + the gradient through the norm, the complete gradient with respect to x.
             dwte[v] = sum of g[b, t] where idx[b, t] = v        dwpe[t] = sum of g[b, t] over b
 
 Traffic     The forward writes x and norm: 2MC elements for the M = B T rows; the rows of wte and
@@ -17,9 +17,9 @@ Parallelism The forward is that of `layer_norm`. For dwte the ids are cut into p
             BLOCK_N columns: it searches its part of the ids for its token, and sums its columns of
             g over the rows that match. So several programs share the rows of a frequent token.
             `column_sums` adds their partial sums and, in the same launch, the rows of g for dwpe.
-            The search compares V M ids for each block of columns, so for a vocabulary larger than
-            MAX_V PyTorch's kernels compute both gradients: dwte by sorting the ids, in about 8
-            launches.
+            The search makes V M comparisons for each block of columns. So if V exceeds MAX_V, dwte
+            and dwpe are computed by PyTorch's kernels instead; that of dwte sorts the ids, in about
+            8 launches.
 Precision   Loads and stores are in the dtypes of the tensors, arithmetic is in float32. The norm is
             computed from the rounded x, because that is what the backward reads.
 Limits      C <= 8192. On the CPU an id outside [0, V) raises ValueError; on a GPU that check would

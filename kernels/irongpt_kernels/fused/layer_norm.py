@@ -6,9 +6,9 @@
 `dropout_add_layer_norm` is residual + dropout + layer norm in one pass: the step between two
 branches of a pre-norm block. `layer_norm` is the same without a branch: x is the residual.
 
-Forward, per row:   keep = 0 for a dropped element and 1 / (1 - p) for the others, where `dropout`
+Forward, per row:   factor = 0 for a dropped element, 1 / (1 - p) for the others, where `dropout`
                     gives the mask and rounds p to a multiple of 1/256
-                    x = residual + keep branch, the sum
+                    x = residual + factor * branch, the sum
                     mean = sum(x) / N       rstd = 1 / sqrt(sum((x - mean)^2) / N + eps)
                     xhat = (x - mean) rstd              y = xhat weight + bias
 Backward            all gradients in one pass over the rows: see `layer_norm_backward`

@@ -1,12 +1,12 @@
 """Backward of `layer_norm`, `dropout_add_layer_norm` and `embed_layer_norm`, by one kernel.
 
-    sum = residual + factor branch    factor: keep in `layer_norm`
+    sum = residual + factor * branch  factor: of the dropout, 0 or 1 / (1 - p)
     xhat = (sum - mean) rstd          norm = xhat weight + bias
 
 Backward, per row:  Let g = dnorm weight, the gradient with respect to xhat. Because mean and rstd
                     depend on the whole row, two projections are subtracted:
                     dresidual = dsum + rstd (g - sum(g) / N - xhat sum(g xhat) / N)
-                    dbranch = factor dresidual
+                    dbranch = factor * dresidual
           columns:  dweight = sum(dnorm xhat)      dbias = sum(dnorm), both over the rows
 
 For `layer_norm`, x takes the place of the sum, dsum is absent, and dresidual is dx.

@@ -20,11 +20,12 @@ Traffic     The kernel reads z and overwrites it with dz: 2MV elements. Separate
             than LOGITS_BYTES, the rows are processed in chunks. The dw of each chunk is
             rounded to the dtype of x, and the chunks are summed in float32.
 Parallelism A program handles BLOCK_M rows. Rows of up to MAX_BLOCK stay in registers between the
-            sums and the gradient. It stores the sum of its rows' losses, and one program of a
-            second kernel adds these partial sums in a fixed order.
-Precision   float32 between load and store, with the sums of `cross_entropy`, so that the loss and
-            the gradient of a confident row (p_t near 1) stay accurate. dz is multiplied by s before
-            it is rounded to the dtype of z; otherwise a float16 dz below 3e-8 would become 0.
+            sums and the gradient. The program stores the sum of its rows' losses, and one program
+            of a second kernel adds these partial sums in a fixed order.
+Precision   float32 between load and store. As in `cross_entropy`, rest leaves out the true class,
+            so that the loss and the gradient of a confident row (p_t near 1) stay accurate. dz is
+            multiplied by s before it is rounded to the dtype of z; otherwise a float16 dz below
+            3e-8 would become 0.
 Limits      Columns from `classes` on are padding: their logits are not used, their dz is 0. x and w
             have one dtype; autocast casts both, as for a linear layer. On the CPU a target outside
             [0, classes) raises ValueError; on a GPU that check would make the host wait, and the

@@ -10,7 +10,7 @@
 Traffic     With 16-bit gradients and matmuls, in bytes per weight: muon_momentum reads g and m and
             writes m, then reads both again for y, which needs the norm, and writes y: 18.
             muon_update reads u and p and writes p and the copy: 12. PyTorch's ops would move 92.
-Parallelism The first dimension of the grid is the blocks of BLOCK elements, the second the
+Parallelism The first dimension of the grid is over blocks of BLOCK elements, the second over
             matrices. A program selects its matrix from addresses that are kernel arguments, as in
             `grad_norm`. muon_momentum has two kernels. In the first a program loops over several
             blocks, so that each matrix has at most PARTS partial sums of squares. Every program of

@@ -1,6 +1,6 @@
 """Gradients of the parameters of all layer norms, by one kernel at the end of the backward pass.
 
-    norm_parameters([w, ...])   views of the parameters as P equal rows, (P, N)
+    norm_parameters([w, ...])   each parameter, (N,), expanded to a view of P equal rows, (P, N)
     backward                    dw = the sum of the P rows of the view's gradient
 
 The backward of a norm runs P programs (see `layer_norm_backward`), and each sums the gradient of a

@@ -91,8 +91,9 @@ def minf(a: Array, b: Array) -> Array:
 
 
 def to_int(x: Array, dtype: Any) -> Array:
-    """A float without a fraction as an integer, clamped to the range of the dtype. NaN becomes 0;
-    if the source or the result has 64 bits, it becomes the number with only the top bit set."""
+    """A float, already rounded to a whole number, as an integer, clamped to the range of the dtype.
+    NaN becomes 0; if the source or the result has 64 bits, it becomes the number with only the top
+    bit set."""
     info, y = np.iinfo(dtype), x.astype(f8)
     nan, big, small = np.isnan(y), y >= float(info.max), y <= float(info.min)
     out = np.where(nan | big | small, 0, y).astype(dtype)

@@ -124,7 +124,8 @@ class Arithmetic(Operands):
     # Arithmetic ---------------------------------------------------------------------------------
 
     def op_mul(self, ins: Instruction, mods: Mods, a: Args) -> None:
-        """A product of integers: all of it or its upper half, plus a[3] if given."""
+        """mul and mad, wide and hi, of integers: the complete product or its upper half, plus the
+        addend of mad."""
         form, bits = self.typed(mods[-1])
         self.require(bits < 64 and mods[0] in ("wide", "hi"), ins)
         t = NUMPY[form][2 * bits]

@@ -2,7 +2,8 @@
 
 The fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16", "... mma.m16n8k8" and
 "Register Fragments and Shared Memory Matrix Layouts" of wgmma. Results of a wgmma are visible at
-once. So a read before the wait is not caught; a store over its operands is.
+once. So a read of the result before the wait is not caught. A store to the operands before the wait
+is caught.
 """
 
 from typing import Any
@@ -97,8 +98,9 @@ class Batch(Memory):
         k_major: each row has 16 to 128 contiguous bytes along k. If these are only 16 bytes, they
             are k = 0 to 7, and `lead` is the distance to k = 8 to 15. `stride` is the distance from
             each group of 8 rows to the next group.
-        not k_major: 64, 32, 16 or 8 values along m or n are contiguous. `stride` is the distance
-            to the next 8 values of k, and `lead` that to the next group along m or n.
+        not k_major: groups of 64, 32, 16 or 8 values along m or n are contiguous, and those of 8
+            consecutive k follow each other. `stride` is the distance to the next 8 values of k, and
+            `lead` that to the next group along m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

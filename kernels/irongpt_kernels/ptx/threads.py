@@ -54,8 +54,8 @@ class Launch:
 
 
 class Pending:
-    """Asynchronous operations in flight (cp.async by warp, wgmma by four warps): `open` ones, and
-    the committed groups in order."""
+    """Asynchronous operations in flight (cp.async by warp, wgmma by four warps): those not yet
+    committed (`open`), and the committed groups, the oldest first."""
 
     def __init__(self, count: int) -> None:
         self.open: list[list[Any]] = [[] for _ in range(count)]

@@ -102,8 +102,8 @@ def memory(
 def addresses(
     dtype: torch.dtype, sizes: Sequence[Sequence[int]], device: torch.device, **lists: list[Tensor]
 ) -> None:
-    """`memory` for lists of tensors, of which a kernel gets the addresses. Raises ValueError too
-    unless these are multiples of 16, and unless each list has the shapes `sizes`."""
+    """Checks lists of tensors as `memory` does, for kernels that get addresses. Raises ValueError
+    also if an address is not a multiple of 16, or a list does not have the shapes `sizes`."""
     for name, tensors in lists.items():
         if len(tensors) != len(sizes):
             raise ValueError(f"{name} must have {len(sizes)} tensors, got {len(tensors)}")

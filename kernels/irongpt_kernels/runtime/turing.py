@@ -202,8 +202,9 @@ class Hook:
         self.before = before
 
     def __call__(self, *args: Any) -> tuple[str, str] | None:
-        """Without arguments it returns parts of the keys of the disk and the memory cache. With
-        (backend, stages, options, language, capability) it changes how one kernel is compiled.
+        """Without arguments it returns two strings, which Triton adds to the keys of its disk cache
+        and of its memory cache. With (backend, stages, options, language, capability) it changes
+        how one kernel is compiled.
         """
         if not args:
             key, hashed = self.before() if self.before else ("", "")
