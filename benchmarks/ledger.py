@@ -239,12 +239,15 @@ def least_bytes(config: GPTConfig, train: TrainConfig, itemsize: int) -> Counter
     return least
 
 
-def show(name: str, ledger: Ledger, least: dict[str, int]) -> None:
-    """Prints a line for each group, the one that moves most first."""
+def show(name: str, ledger: Ledger, least: dict[str, int], groups: bool) -> None:
+    """Prints a line for each group, the one that moves most first.
+
+    groups: print also the least bytes of each, which belong to the groups of fused ops.
+    """
     print(f"\n{name}: computed, not measured")
     print(f"{'':18}{'launches':>9}{'MB':>10}{'least MB':>10}")
     for group in sorted(ledger.bytes, key=lambda g: -ledger.bytes[g]):
-        known = f"{least[group] / 1e6:10.1f}" if group in least else ""
+        known = f"{least[group] / 1e6:10.1f}" if groups and group in least else ""
         print(f"{group:18}{ledger.launches[group]:9}{ledger.bytes[group] / 1e6:10.1f}{known}")
     launches, moved = sum(ledger.launches.values()), sum(ledger.bytes.values())
     print(f"{'total':18}{launches:9}{moved / 1e6:10.1f}{sum(least.values()) / 1e6:10.1f}")
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         ledger, trainer = step(ops, dtype, args.preset, args.vocab_size, world, arch, **recipe)
         own = replace(trainer.config, batch_size=trainer.config.batch_size // args.gpus, shards=1)
         least = least_bytes(trainer.model.config, own, dtype.itemsize)
-        show(f"{name}, {args.dtype}", ledger, least)
+        show(f"{name}, {args.dtype}", ledger, least, name == "fused")
         if world:
             print(f"exchange: {world.bytes / 1e6:.1f} MB from the other GPUs, and as much to them")
 

@@ -31,5 +31,5 @@ def random_setting(preset: str, batch_size: int | None = None) -> Setting:
     """
     model = model_of(preset)
     ids = torch.randint(model.vocab_size, (N_IDS,), generator=torch.Generator().manual_seed(1))
-    recipe = PRESETS[preset].train | ({"batch_size": batch_size} if batch_size else {})
+    recipe = PRESETS[preset].train | ({} if batch_size is None else {"batch_size": batch_size})
     return Setting(model, TrainConfig(**recipe), Tokens.of(ids))

@@ -38,6 +38,7 @@ from benchmarks.training.variants import Variant, nanogpt, trained
 from irongpt import device as devices
 from irongpt import ops
 from irongpt.config import PRESETS
+from irongpt.errors import UserError
 
 BUDGET = {"cuda": 1200.0, "cpu": 110.0}  # seconds for all variants
 SLOW = "max-autotune"  # compiles for minutes, so these variants come last
@@ -99,7 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     devices.reserve_workspace()  # must precede the first matmul, for the variants as trained
     args, device = result_file.parsed(parser, argv)
     preset = args.preset or ("iron" if device.type == "cuda" else "nano")
-    setting = random_setting(preset, args.batch_size)
+    try:
+        setting = random_setting(preset, args.batch_size)
+    except UserError as e:
+        parser.error(str(e))
     dtypes = list(dict.fromkeys([devices.precision("auto", device).dtype, torch.float32]))
     here = device.type == "cuda", args.nanogpt is not None
     wanted = names(*here, args.variants)

@@ -65,7 +65,7 @@ def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]
     old = _backup(folder)
     if not folder.is_dir() and old.is_dir():
         folder = old  # killed between the two renames of `_replace`
-    check(folder.is_dir(), f"{folder.parent} has no checkpoint {folder.name}: train it first")
+    check(folder.is_dir(), f"{folder.parent} has no checkpoint {folder.name}: start a new run")
     state = files.unsealed(files.read(folder / "state.json"), folder / "state.json")
     contents = {name: files.read(folder / name) for name in FILES}
     digests = state.get("files")

@@ -114,26 +114,33 @@ class Torchrun(World):
         # Two connections: when the main thread waits for the store, the heartbeats go on.
         try:
             store, watch = (next(rendezvous("env://", timeout=limit))[0] for _ in range(2))
-        except (ValueError, dist.DistError) as e:  # for one, no MASTER_ADDR
+        except ValueError as e:  # for one, no MASTER_ADDR
             raise UserError(f"cannot connect the processes: {one_line(e)}; use torchrun") from e
+        except dist.DistError as e:
+            raise UserError(f"cannot connect the processes: {one_line(e)}") from e
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"irongpt-{attempt}", store)
         self.last, self.ended = ENDED, threading.Event()
         self.timeout = HEARTBEAT_TIMEOUT
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus:
+            torch.cuda.set_device(self.local_rank % gpus)
         self.watch = dist.PrefixStore(f"irongpt-alive-{attempt}", watch)
         self.watch.set(str(self.rank), "0")
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if gpus:
-            torch.cuda.set_device(self.local_rank % gpus)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=dist.PrefixStore("group", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=datetime.timedelta(days=7),
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(days=7),
+            )
+        except RuntimeError as e:
+            self.report_dead_process()
+            self.fail(2)
+            raise UserError(f"cannot connect the processes: {one_line(e)}") from e
 
     def all_gather(self, rows: Tensor) -> None:
         flat = rows.view(torch.uint8).view(-1)  # as bytes, because gloo has no bfloat16
@@ -222,14 +229,14 @@ class Torchrun(World):
                 limits = {r: self.timeout if c else START_TIMEOUT for r, c in counts.items()}
                 late = [r for r in counts if counts[r] != ENDED and now - seen[r] > limits[r]]
                 if late:
-                    self._end(late, min(set(counts) - set(late)))
+                    how = "has died" if counts[late[0]] else "has not started"
+                    self._end(f"{late[0]} of {self.size} {how}", min(set(counts) - set(late)))
             self.watch.set(str(self.rank), self.last)
 
-    def _end(self, late: list[int], reporter: int) -> None:
+    def _end(self, what: str, reporter: int) -> None:
         if self.rank == reporter:
             print(
-                f"irongpt: error: process {late[0]} of {self.size} has died: the others end; "
-                "continue with --resume",
+                f"irongpt: error: process {what}: the others end; continue with --resume",
                 file=sys.stderr,
                 flush=True,
             )

@@ -28,8 +28,8 @@ def causal_attention(
 
 
 def _positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
-    """A query and a positive scale that give the same scores: PyTorch's attention requires scale >
-    0."""
+    """A query and a positive scale that give the same scores, since PyTorch takes no other
+    scale."""
     if scale is None or scale > 0:
         return q, scale
     return (-q, -scale) if scale else (q * 0, 1.0)

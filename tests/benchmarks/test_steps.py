@@ -166,6 +166,12 @@ def test_an_unknown_variant_is_a_mistake(name: str, capsys) -> None:
     assert f"no variant here is {name}; there are builtin, naive," in capsys.readouterr().err
 
 
+def test_a_batch_of_no_sequences_is_a_mistake(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--device", "cpu", "--batch-size", "0"])
+    assert capsys.readouterr().err.endswith("error: --batch-size must be at least 1\n")
+
+
 @pytest.mark.gpu
 def test_kernels_and_launches_of_a_step_are_counted() -> None:
     """A CUDA graph has as many kernels as a plain step, and fewer launches."""

@@ -98,25 +98,43 @@ def test_a_process_that_hangs_or_has_failed_ends_the_others_within_a_minute(
     assert HEARTBEAT_TIMEOUT + 10 * HEARTBEAT < 60
 
 
-def dies_at_the_start(rank: int, folder: Path) -> int:
+def fails_to_connect(rank: int, folder: Path, dies: bool, refused: bool) -> int:
+    """dies: process 1 ends while process 0 connects. refused: process 0 gets an error then."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("connection refused")
+
     distributed.HEARTBEAT_TIMEOUT = 1.0
-    if rank == 1:
+    if rank == 1 and dies:
         dist.init_process_group = lambda *args, **options: os._exit(3)
+    if rank == 0 and refused:
+        dist.init_process_group = refuse
     return command(rank, folder, SHARDED)
 
 
-def test_a_process_that_dies_while_the_processes_connect_ends_the_others(folder) -> None:
-    assert launch(2, dies_at_the_start, folder) == [1, 3]
-    assert shown(folder, 0).splitlines()[-1] == DIED
+@pytest.mark.parametrize(
+    ("dies", "refused", "codes", "line"),
+    [
+        (True, False, [1, 3], DIED),
+        (True, True, [1, 3], DIED),
+        (False, True, [2, 2], "cannot connect the processes: RuntimeError: connection refused"),
+    ],
+)
+def test_an_error_while_the_processes_connect_ends_all(
+    folder, dies: bool, refused: bool, codes: list[int], line: str
+) -> None:
+    assert launch(2, fails_to_connect, folder, dies, refused) == codes
+    assert shown(folder, 0).splitlines()[-1].endswith(line)
 
 
-def test_a_process_that_has_not_begun_has_more_time(watch, monkeypatch) -> None:
+def test_a_process_that_has_not_begun_has_more_time(watch, monkeypatch, capsys) -> None:
     threading.Timer(0.5, watch.ended.set).start()
     watch._watch()
     monkeypatch.setattr(distributed, "START_TIMEOUT", 0.1)
     watch.ended.clear()
     with pytest.raises(SystemExit):
         watch._watch()
+    assert capsys.readouterr().err.startswith("irongpt: error: process 1 of 2 has not started: ")
 
 
 def test_a_process_that_has_ended_well_is_not_dead(watch) -> None:

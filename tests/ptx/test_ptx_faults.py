@@ -163,7 +163,7 @@ def test_arguments_have_to_fit_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_views_that_overlap_are_one_piece(order: int) -> None:
+def test_views_that_overlap_or_touch_are_one_piece(order: int) -> None:
     """Also of a row that is expanded, and where a view begins within another one."""
     x = torch.zeros(8, 4)
     views = [x[0].expand(1000, 4), x[:1], x[:6], x[4:5]][::order]
@@ -173,4 +173,6 @@ def test_views_that_overlap_are_one_piece(order: int) -> None:
     inside, _ = found.locate(x.data_ptr() + offsets, 4)
     assert inside.tolist() == [True, True, True, False, False]
     apart = regions.Regions([x[:, :2], x[1:2]][::order], 4)
-    assert apart.sizes.tolist() == [8, 16] + [8] * 6
+    assert apart.sizes.tolist() == [8, 24] + [8] * 5  # rows 1 and 2 touch
+    inside, _ = apart.locate(x.data_ptr() + np.array([4, 28]), 8)
+    assert inside.tolist() == [False, True]

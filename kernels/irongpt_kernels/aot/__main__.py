@@ -20,8 +20,8 @@ the ops return uninitialized tensors.
 | | at. Ops of a decoding step: for one sequence; linear layers count the bytes of the weight |
 | clk, by | kernels with a matmul: `sass.clocks` of the loop whose instructions are counted, and |
 | | the unit that is busy longest |
-| el/call | attention with dropout: a lower bound on how many elements share a call of the random |
-| | generator (see `dropout`); if several loops have most HMMA, the smallest of their bounds |
+| el/call | attention with dropout: `sass.elements_per_call`, an estimate of how many elements |
+| | share a call of the random generator; if several loops have most HMMA, the smallest |
 """
 
 import argparse

@@ -123,9 +123,9 @@ def hot_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 
 
 def elements_per_call(loop: Iterable[Instruction], elements: int) -> float:
-    """A lower bound on how many of a thread's elements share a call of Philox4x32-7. Each call has
-    14 wide multiplies. The loop may have more of them, for addresses, so their number / 14 is an
-    upper bound on the calls."""
+    """An estimate of how many of a thread's elements share a call of Philox4x32-7, which has 14
+    wide multiplies. It is too high if the compiler moves some of them out of the loop, and too low
+    if the loop has others, for addresses."""
     wide = sum(x.name.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32")) for x in loop)
     return 14 * elements / wide if wide else 0.0
 

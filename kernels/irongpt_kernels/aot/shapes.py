@@ -120,8 +120,8 @@ def every(arch: int) -> list[Case]:
 
 def representative(arch: int) -> list[Case]:
     """The cases that a test can afford: each kernel in one dtype at least, attention at several
-    head dimensions, with some that are padded in registers. Float32 attention is compiled at few of
-    them: on sm_75 LLVM takes long to compile its scalar dots."""
+    head dimensions, on sm_75 and sm_80 with some that are padded in registers. Float32 attention
+    has few of them: LLVM takes long to compile its scalar dots."""
     attention = {  # sm_80 and sm_90 have the same float32 tiles: each compiles another D
         75: ["D=(32|48|80|96) p=0.2 T=256 float16", "D=(32|64) p=0.0 T=256 float16",
              "D=64 p=0.2 T=250 float16", "D=(16|128) p=0.2 T=256 float32"],

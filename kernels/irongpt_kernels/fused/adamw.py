@@ -3,7 +3,7 @@
     g = g / grad_scale                     grad_scale and found_inf come from `grad_norm`
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
     p = p - lr decay p
-    p = p - lr (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    p = p - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     copy = p, rounded to the dtype of the copy
 
 t is the number of steps, including this one.
@@ -50,8 +50,8 @@ def _store(address, offsets, x, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _correction(t, log_beta):
-    """1 - beta^t for t > 0. If beta^t > 0.6 it is computed by the series of expm1, because the
-    subtraction would lose digits."""
+    """1 - beta^t for t > 0, by the series of expm1 where beta^t is large and the subtraction would
+    lose digits."""
     x = t * log_beta  # never positive
     series = 1.0 + x * (1.0 / 10)
     for i in tl.static_range(9, 1, -1):

@@ -122,8 +122,11 @@ def layer_norm_fwd(
     branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None,
     seed: Tensor | None, dropout_p: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns sum in the dtype of residual, empty without a branch; y in `dtype`, contiguous; mean
-    and rstd, float32, in the leading shape of residual. seed: None if dropout_p is 0."""
+    """Returns sum, y, mean and rstd. seed: None if dropout_p is 0.
+
+    sum: in the dtype of residual, empty without a branch. y: in `dtype`, contiguous. mean, rstd:
+    float32, in the leading shape of residual.
+    """
     rows = launch.contiguous_rows(residual)
     M, N = rows.shape
     total, y, mean, rstd = _empty_outputs(branch, residual, dtype)

@@ -1,10 +1,10 @@
 """The dropout masks of `dropout` for Triton kernels: same seed and position, same bits.
 
 The formulas are written for each element. Of the 16 elements that share a call of the generator, a
-thread holds 16 in 16-bit attention (8 if its warp has only 16 rows), and 8 or 4 in `row_keep` (see
-Layout in `dropout`). The compiler merges the calls of a thread if it sees that their counters are
-equal; `attention_keep` makes that visible by broadcasting one counter to all of them. `python -m
-irongpt_kernels.aot` shows how many elements a call then serves.
+thread mostly holds 8 in 16-bit attention, and 8 or 4 in `row_keep` (see Layout in `dropout`). The
+compiler merges the calls of a thread if it sees that their counters are equal; `attention_keep`
+makes that visible by broadcasting one counter to all of them. `python -m irongpt_kernels.aot` shows
+how many elements a call then serves.
 """
 
 import triton

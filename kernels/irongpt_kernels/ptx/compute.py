@@ -182,7 +182,7 @@ class Arithmetic(Operands):
 
     def op_setp(self, ins: Instruction, mods: Mods, a: Args) -> None:
         """setp writes one or two predicates. With f16x2 and bf16x2 they are the results of the two
-        halves; with other types the second is the negation of the first."""
+        halves; with f16 and bf16 there is one. Else the second is the negation of the first."""
         compare, *more, dtype = mods
         if dtype in _HALVES:
             self.require(not more, ins)
@@ -195,8 +195,9 @@ class Arithmetic(Operands):
             table = _COMPARE_FLOATS if form == "f" else _COMPARE
             found = [self.temporary(table[compare].format(x=x, y=y))]
             found.append(f"~{found[0]}")
-        self.require(len(a[0].split("|")) <= len(found), ins)
-        for reg, expression in zip(a[0].split("|"), found, strict=False):
+        results = a[0].split("|")
+        self.require(len(results) == len(found) or dtype not in _HALVES, ins)
+        for reg, expression in zip(results, found, strict=False):
             self.set(reg, expression, "b", ins)
 
     def op_cvt(self, ins: Instruction, mods: Mods, a: Args) -> None:

@@ -36,8 +36,9 @@ class Options:
         Without barriers the order cannot change a result: if a warp read what another wrote, that
         would be a race, which is reported.
     mma: "exact" rounds the sums of an instruction once; "hardware" truncates them as tensor cores
-    do. noise: the errors of approximate instructions, from 0 (none) to 1 (the bounds of the PTX
-    ISA). change: a function of the kernel's name and its PTX that returns the PTX to execute. Tests
+        do.
+    noise: the errors of approximate instructions, from 0 (none) to 1 (the bounds of the PTX ISA).
+    change: a function of the kernel's name and its PTX that returns the PTX to execute. Tests
         inject bugs with it.
     """
 

@@ -59,9 +59,9 @@ def _pieces(t: Tensor) -> tuple[Array, Array]:
 
 
 def _union(pieces: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """The addresses and sizes of the pieces, in order. Those that overlap become one."""
+    """The addresses and sizes of the pieces, in order. Those that overlap or touch become one."""
     starts, ends = (np.concatenate(x) for x in zip(*pieces, strict=True))
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    first = np.append(True, starts[1:] >= ends[:-1])
+    first = np.append(True, starts[1:] > ends[:-1])
     return starts[first], ends[np.append(first[1:], True)] - starts[first]

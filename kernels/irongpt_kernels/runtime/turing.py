@@ -219,10 +219,10 @@ class Hook:
 
 
 def install() -> None:
-    """Makes kernels that are compiled for sm_75 use its tensor cores. Every launch on an sm_75 GPU
-    calls this function.
+    """Makes kernels that are compiled for sm_75 use its tensor cores.
 
-    Raises RuntimeError if this version of Triton has no hook or compiles a dot to other PTX.
+    Every launch on an sm_75 GPU calls this function. Raises RuntimeError if this version of Triton
+    has no hook or compiles a dot to other PTX.
     """
     if _tensor_cores_checked and isinstance(knobs.runtime.add_stages_inspection_hook, Hook):
         return
