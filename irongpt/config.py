@@ -100,7 +100,7 @@ class TrainConfig:
         "(presets code and nano-code: 3)",
     )
     batch_size: int = option(
-        "recipe", "sequences per batch, of which a step has --grad-accum; see also --shards"
+        "recipe", "sequences per batch; a step takes --grad-accum batches; see also --shards"
     )
     lr: float = option("recipe", "peak learning rate of AdamW and of Muon")
     warmup: int = option("recipe", "steps of linear warmup of the learning rate")

@@ -419,7 +419,7 @@ def sample_tokens(
 def inverse_temperature_and_k(
     V: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[float, int]:
-    """(1 / temperature, top_k) within their limits; (1, 1) for a temperature of 0."""
+    """(1 / temperature, at most MAX_INVERSE; top_k, at most V). Temperature 0: (1, 1)."""
     if not 1 <= V <= MAX_V:
         raise ValueError(f"logits must have 1 to {MAX_V:,} columns, got {V:,}")
     if not 0 <= temperature < math.inf:

@@ -31,7 +31,7 @@ class OpSpec:
     cost(shape, itemsize, stream_itemsize, backward): the least bytes and FLOPs. The itemsizes are
         those of the compute dtype and of the residual stream.
     options(shape, p, seed): arguments that are not tensors; p is dropout, or the temperature.
-    changes: inputs that `run` updates in place; params means matrices.params and rest.params too.
+    changes: inputs that `run` updates in place, by the last part of their names, after the dot.
     functions: the functions of `Ops` that this entry describes, by default only `name`.
     call(ops, shape, inputs, **options): runs the entry; by default the function `name`.
     scores: whether the op has a T x T matrix per head. sweeps: sizes that the benchmarks vary.

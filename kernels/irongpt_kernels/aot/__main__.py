@@ -12,12 +12,14 @@ the ops return uninitialized tensors.
 | regs, spill | registers per thread; bytes per thread in local memory, where registers spill to |
 | shared, w/SM | bytes of shared memory per program; warps that an SM holds at a time |
 | HMMA, FFMA, MUFU, local | tensor-core, scalar multiply-add, special-function and local-memory |
-| | instructions of the innermost loop with most HMMA, or FFMA (without a loop: of the kernel) |
+| | instructions of one innermost loop: that with the most HMMA, or if none has HMMA, the most |
+| | FFMA (without a loop: of the kernel). local: the most of any such loop |
 | MB, GFLOP | least traffic and FLOPs of the op (from `op_specs`), not of this kernel alone. If |
 | | the kernel's name has "fwd", they are those of the complete forward, else of the complete |
 | | backward, or of the whole op if it has no backward. The batch is that of the GPT's preset |
 | | iron (16,384 rows, or 64 x 6 heads of 256 positions), whatever shape the kernel is compiled |
-| | at. Ops of a decoding step: for one sequence; linear layers count the bytes of the weight |
+| | at. For ops of a decoding step the batch is one sequence; for their linear layers only the |
+| | bytes of the weight count, and GFLOP is 0 |
 | clk, by | kernels with a matmul: `sass.clocks` of the loop whose instructions are counted, and |
 | | the unit that is busy longest |
 | el/call | attention with dropout: `sass.elements_per_call`, an estimate of how many elements |
@@ -86,8 +88,8 @@ def report(
     """Compiles every kernel that the cases launch. Returns "kernels", a dict of facts for each;
     "failed", a line for each that does not compile; and "warnings" about tensor cores.
 
-    quick: do not disassemble kernels that have no matmul and no local memory. It takes longer than
-    all else if the kernel is in Triton's cache and its disassembly is not.
+    quick: do not disassemble kernels that have no matmul and no local memory. Disassembling takes
+    longer than all else if the kernel is in Triton's cache and its SASS is not.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     failed: dict[str, None] = {}

@@ -6,17 +6,19 @@ Compiles candidate tiles of the attention kernels, without a GPU, and sorts them
 A candidate is a tile of BLOCK_M queries by BLOCK_N keys and a number of warps, each with 16 or 32
 rows of the scores. Tiles whose values cannot fit the 255 registers of a thread are left out. In the
 kernel with one program per head (`attention_head_backward`) a tile has BLOCK_N keys and all
-queries. From sm_80 on a candidate also has one or two pipeline stages (with two, the next tile is
-copied while the current one is computed), and some have a limit of registers per thread. Each
-candidate is compiled, and `sass.clocks` estimates the clocks of its inner loop on the units of an
-SM. First come the candidates that let an SM hold at least 8 warps, sorted by clocks; then those
-with fewer warps, which cannot keep an SM busy; last those that spill or do not fit an SM.
+queries, with 32 or 64 rows per warp. From sm_80 on a candidate also has one or two pipeline stages
+(with two, the next tile is copied while the current one is computed), and some have a limit of
+registers per thread. Each candidate is compiled, and `sass.clocks` estimates the clocks of its
+inner loop on the units of an SM. First come the candidates that let an SM hold at least 8 warps,
+sorted by clocks; then those with fewer warps, which cannot keep an SM busy; last those that spill
+or do not fit an SM.
 
-On sm_75 these are the clocks per query-key pair. From sm_80 on they are the clocks for one head of
-256 positions: each tile that intersects the lower triangle counts completely, although a part of it
-may be masked. The clocks for a head are the largest of three: those of the busiest unit of an SM,
-of the L2 traffic, and of the DRAM traffic, which is the same for all tiles. Keys and values are
-read from L2 once per query tile (in the kernel of dK and dV: queries and dout once per key tile).
+The clocks by which candidates are sorted are, on sm_75, those per query-key pair. From sm_80 on
+they are the clocks for one head of 256 positions: each tile that intersects the lower triangle
+counts completely, although a part of it may be masked. The clocks for a head are the largest of
+three: those of the busiest unit of an SM, of the L2 traffic, and of the DRAM traffic, which is the
+same for all tiles. Keys and values are read from L2 once per query tile (in the kernel of dK and
+dV: queries and dout once per key tile).
 
 Like `sass.clocks`, the model ignores latency, bank conflicts and dependences. The rates of L2, and
 of HMMA on sm_90, are guesses. If the clocks of two tiles differ by less than a fifth, their order

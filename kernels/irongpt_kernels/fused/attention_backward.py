@@ -34,10 +34,9 @@ Precision   Accumulators and dS are in float32; Z and dS are rounded to the inpu
             then `eager`, which stores x in float16, overflows as well. Each row of dS should sum to
             0. If one key has nearly all of the weight, its dS is a difference of nearly equal
             numbers, and the different rounding of dot(dO, O) and dZ becomes visible in float32.
-            The row as computed sums to sum_j P_j x_j - delta instead of 0 (the P_j sum to 1), and
-            this difference is the error of delta. So in float32 a first pass over the keys computes
-            the sum of the row and adds it to delta. Row 0 sees only one key, so its dS is set to
-            exactly 0.
+            The exact delta is sum_j P_j x_j and the P_j sum to 1, so the sum of a row of dS is the
+            error of the computed delta. So in float32 a first pass over the keys computes the sum
+            of the row and adds it to delta. Row 0 sees only one key, so its dS is set to exactly 0.
 Limits      those of `attention`.
 Spec        the gradient of irongpt_kernels/eager.py::causal_attention
 """

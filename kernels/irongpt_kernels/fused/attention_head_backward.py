@@ -16,7 +16,7 @@ Diagonal    With SPLIT there are two loops. The first has all queries and the fi
             per warp. Without SPLIT one loop computes all scores. Every tile is masked.
 Traffic     reads q, k, v, out, dout and writes dq, dk, dv once: 8 B H T D elements (the pair moves
             12), and m and log2(l). With SPLIT the second loop loads its half of q and dout again,
-            from cache; dQ is halved in registers.
+            from cache; dQ is split into its upper and lower rows in registers.
 Parallelism one program per head.
 Precision   As in `attention_backward`. The factor 1 / (1 - p) is added to the exponent of P as its
             log2, which saves a multiplication per element. Z cannot overflow in float16: it is at

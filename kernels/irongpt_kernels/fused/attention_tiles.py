@@ -101,12 +101,12 @@ def default_head_options(arch: int, T: int, D: int, itemsize: int) -> launch_tab
     kernel: each warp reads the complete right operand of every matmul. By the cost model of
     `aot.tiles`, these reads take longer at 256 positions than the DRAM traffic of the pair, so the
     pair is the default on sm_80. On sm_90 wgmma, an asynchronous matmul, reads that operand once
-    for four warps. There the single kernel is the default for D up to 64 (a larger D fits only up
-    to 128 positions, and always takes the pair), except for D up to 32 at more than 128 positions.
-    A wgmma needs 64 rows. The rows of the matmuls of dK and dV are the keys of a tile, and above
-    128 positions a tile has only 32. For D from 48 to 64 the kernel computes dK^T and dV^T instead,
-    whose rows are the head dimension, padded to 64. With smaller D these have too few rows as well.
-    On sm_75 the 64 KB of shared memory hold too little of a head.
+    for four warps. There the single kernel is the default in 16 bits, for D = 48 and 64 up to 256
+    positions, and for D = 16 and 32 up to 128. All other sizes take the pair. A wgmma needs 64
+    rows. The rows of the matmuls of dK and dV are the keys of a tile, and above 128 positions a
+    tile has only 32. For D = 48 and 64 the kernel computes dK^T and dV^T instead, whose rows are
+    the head dimension, padded to 64. With smaller D these have too few rows as well. On sm_75 the
+    64 KB of shared memory hold too little of a head.
     """
     if arch != 90 or D > 64 or (T > 128 and launch.block(D) < 64) or not _fits(T, D, itemsize):
         return None
@@ -138,8 +138,8 @@ def default_tiles(kernel: str, arch: int, BLOCK_D: int, itemsize: int) -> dict[s
 
     maxnreg: the limit of registers per thread. It replaces ptxas's own choice, in both directions.
     It is set in two cases. Where ptxas would choose more registers, the limit lets an SM hold 12
-    warps instead of 8. Where it would choose fewer, to fit more warps, and spill, the limit makes
-    it use more.
+    warps instead of 8. Where it would choose fewer so that more warps fit, and would spill for
+    that, the value lets it use more.
     """
     if itemsize == 4 and BLOCK_D > 64:  # scalar float32 matmuls, whose operands fill the registers
         forward = (32, 16, 4 if arch < 80 else 8)

@@ -15,10 +15,11 @@ Parallelism In the forward a program handles BLOCK_M rows and loops over V in bl
             number of rows that are not ignored; one program of a second kernel then adds these
             partial results in a fixed order. The backward needs no reduction and has one program
             per tile.
-Precision   float32 between load and store. m and rest are stored separately, because m + log(total)
-            in one float32 has an error of up to an ulp of m, which becomes the relative error of p.
-            rest leaves out the true class. In a confident row (p_t near 1) x_t is the maximum m, so
-            the loss is log1p(rest), and p_t - 1 is -rest / (rest + 1): neither has a cancellation.
+Precision   float32 between load and store. m and rest are stored separately, because their
+            combination m + log(rest + exp(x_t - m)) in one float32 has an error of up to an ulp of
+            m, which becomes the relative error of p. rest leaves out the true class. In a confident
+            row (p_t near 1) x_t is the maximum m, so the loss is log1p(rest), and p_t - 1 is -rest
+            / (rest + 1): neither has a cancellation.
 Limits      On the CPU a target outside [0, V) that is not ignore_index raises ValueError. On a GPU
             that check would make the host wait; the loss and the gradient of that row become NaN
             instead. To avoid waiting, the kernels also read dloss and n through pointers.

@@ -82,7 +82,7 @@ _backward_op = custom_op(
 
 
 def _sums(partial: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`column_sums` of the gradients that there are."""
+    """`column_sums` of the gradients that are not None; None for the others."""
     sums = iter(_backward_op([m for m in partial if m is not None]))
     return [None if m is None else next(sums) for m in partial]
 

@@ -156,8 +156,8 @@ def accumulate_like_hardware(block: int, extra_bits: int) -> Callable[[Array, Ar
     """Matmuls as measured on tensor cores (Fasi, Higham, Mikaitis, Pranesh 2021).
 
     Products are exact. A step adds `block` of them to the accumulator. First the products and the
-    accumulator are truncated at the same bit. It lies `extra_bits` bits below the last bit of a
-    float32 with the largest of their exponents. The sum is truncated to float32.
+    accumulator are truncated at the same bit. If e is the largest of their exponents, this bit has
+    the value 2^(e - 23 - extra_bits). The sum is truncated to float32.
     """
 
     def accumulate(C: Array, A: Array, B: Array) -> Array:

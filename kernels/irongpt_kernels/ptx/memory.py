@@ -35,9 +35,9 @@ MEMORY = {size: np.asarray(_Raw(size)) for size in UINT}
 
 def _same(x: Array, y: Array, infinity: int) -> Array:
     """Whether words are equal, where any two NaN are equal too. A word is one float32, or one or
-    two 16-bit floats. infinity: its bits in the 16-bit dtype; larger bit patterns are NaN. On a GPU
-    all NaN that arithmetic makes have the same bits; in NumPy those of a sum may depend on the
-    order of the operands."""
+    two 16-bit floats. infinity: the bits of infinity in the 16-bit dtype; in that dtype larger bit
+    patterns are NaN. On a GPU all NaN that arithmetic makes have the same bits; in NumPy those of a
+    sum may depend on the order of the operands."""
     same, size = x == y, x.dtype.itemsize
     if same.all() or size not in (2, 4):
         return same

@@ -79,8 +79,8 @@ class Batch(Memory):
         at: Site,
     ) -> list[Array]:
         """m64n{n}k16. a: a descriptor or four registers, b: a descriptor. keep: whether c is
-        added. transposed: for a and for b, whether k runs across the rows in shared memory, not
-        along them."""
+        added. transposed: for a and for b, whether the contiguous values in shared memory lie along
+        m or n, not along k."""
         threads = self.whole_warps(at)
         groups = len(threads) // 128
         if isinstance(a, list):
@@ -98,9 +98,9 @@ class Batch(Memory):
         k_major: each row has 16 to 128 contiguous bytes along k. If these are only 16 bytes, they
             are k = 0 to 7, and `lead` is the distance to k = 8 to 15. `stride` is the distance from
             each group of 8 rows to the next group.
-        not k_major: groups of 64, 32, 16 or 8 values along m or n are contiguous, and those of 8
-            consecutive k follow each other. `stride` is the distance to the next 8 values of k, and
-            `lead` that to the next group along m or n.
+        not k_major: for one k, a group of 64, 32, 16 or 8 values along m or n is contiguous. The
+            groups of 8 consecutive k lie directly one after the other. `stride` is the distance to
+            the next 8 values of k, and `lead` that to the next group along m or n.
         """
         tiles = np.zeros((len(threads) // 128, rows, 16), dtype=u2)
         row, k = np.arange(rows)[:, None], np.arange(16)[None, :]

@@ -42,9 +42,9 @@ Cache       KEY, the version of this hook, is a part of Triton's cache keys. Tri
             call the hook without arguments to get it. For Triton 3.6 it is added to the hash of the
             sm_75 backend, which is a part of every key.
 Other hooks A hook that was installed before is called first. It may change the stages of the
-            compilation. This hook does not change them: it replaces methods of the backend that
-            they call, so both take effect. If another hook later replaces this one, the next launch
-            installs this hook again, around the other.
+            compilation. This hook leaves the stages alone, and replaces methods of the backend that
+            the stages call. So both hooks take effect. If another hook later replaces this one, the
+            next launch installs this hook again, around the other.
 Threads     State belongs to one compilation; installing takes a lock.
 """
 
