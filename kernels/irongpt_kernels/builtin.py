@@ -1,7 +1,7 @@
 """Every op with PyTorch's own functions where it has them: the model's default, and our baseline.
 
-The contract is that of `eager`, unless a docstring says otherwise, except for dropout: PyTorch's
-global generator decides which elements are dropped, and the seed is ignored.
+The contract is that of `eager`, unless a docstring says otherwise. Dropout always differs:
+PyTorch's global generator decides which elements are dropped, and the seed is ignored.
 """
 
 import torch

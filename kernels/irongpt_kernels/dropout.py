@@ -12,15 +12,16 @@ Cost        7 rounds, the fewest that pass BigCrush in that paper, take about 70
             traffic.
 Layout      A kernel computes the counter of each element as in the table below. Elements with the
             same counter need one call of Philox only, and the compiler merges the equal calls of a
-            GPU thread. In attention a call serves 4 x 4 elements of a 32 x 32 tile: rows r, r + 8,
-            r + 16 and r + 24 and columns c, c + 8, c + 16 and c + 24, for r and c from 0 to 7. A
-            thread of a tensor core's accumulator has, of each 8 columns, two neighbours, which
-            belong to two calls. If two warps share the 32 rows, as in most tiles, a thread uses 8
-            of the 16 bytes of a call, and another thread repeats the call. The same holds for the
-            transposed tile, which the backward uses. In float32, without tensor cores, a thread
-            uses fewer. In dropout before a residual add, a call covers columns 16j to 16j + 15 of a
-            row. A thread holds 8 neighbouring columns of 16-bit tensors, or 4 of float32, so it
-            uses 8 or 4 of the 16 bytes; other threads repeat the call.
+            GPU thread. In attention a 32 x 32 tile needs 64 calls, one for each r and c from 0 to
+            7. The call (r, c) serves the 4 x 4 elements in rows r, r + 8, r + 16, r + 24 and
+            columns c, c + 8, c + 16, c + 24. A thread of a tensor core's accumulator has, of each 8
+            columns, two neighbours, which belong to two calls. If two warps share the 32 rows, as
+            in most tiles, a thread uses 8 of the 16 bytes of a call, and another thread repeats the
+            call. The same holds for the transposed tile, which the backward uses. In float32,
+            without tensor cores, a thread uses fewer. In dropout before a residual add, a call
+            covers columns 16j to 16j + 15 of a row. A thread holds 8 neighbouring columns of 16-bit
+            tensors, or 4 of float32, so it uses 8 or 4 of the 16 bytes; other threads repeat the
+            call.
 Rate        A byte gives probabilities in steps of 1/256, so p is rounded: 0.2 becomes 51/256 =
             0.1992, and a p above 0 becomes at least 1/256 and at most 255/256. Kept elements are
             scaled by the reciprocal of the rounded keep rate, so that the expectation is exact.

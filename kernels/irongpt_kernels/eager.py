@@ -392,9 +392,10 @@ def sample_tokens(
     equal logits those with the smallest token ids are kept. The mass of a kept token is the integer
     part of 2^40 exp((logit - max logit) / temperature): sums of integers do not depend on the
     order. The sampled token is the first one, in order of token id, at which the running sum of
-    masses exceeds `uniform` times their total. So, with the same options, it depends only on
-    (logits, seed, sequence, n). The token is -1 if a logit is not finite. ValueError: temperature
-    is below 0 or not finite, top_k below 1, top_p outside (0, 1], or V outside [1, MAX_V].
+    masses exceeds `uniform` times their total. So, with the same options, it depends only on its
+    logits, the seed, the sequence's index in the batch, and n. The token is -1 if a logit is not
+    finite. ValueError: temperature is below 0 or not finite, top_k below 1, top_p outside (0, 1],
+    or V outside [1, MAX_V].
     """
     checks.seed_of(seed, logits=logits)
     V = logits.shape[1]

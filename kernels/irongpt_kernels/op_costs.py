@@ -18,9 +18,9 @@ class Cost(NamedTuple):
 
 
 def attention_cost(s: Shape, item: int, stream: int, backward: bool) -> Cost:
-    """The forward moves q, k, v, out and the statistics; the backward these, dout, dq, dk and dv.
-    The forward has two matmuls (scores, output), the backward five (scores, dZ, dV, dQ, dK), each
-    over the T (T + 1) / 2 pairs that the causal mask leaves."""
+    """The forward moves q, k, v, out and the statistics. The backward moves all of these, and dout,
+    dq, dk and dv. The forward has two matmuls (scores, output), the backward five (scores, dZ, dV,
+    dQ, dK), each over the T (T + 1) / 2 pairs that the causal mask leaves."""
     rows, tensors, matmuls = s.B * s.H * s.T, 8 if backward else 4, 5 if backward else 2
     return Cost(rows * (tensors * s.D * item + 8), matmuls * rows * (s.T + 1) * s.D)
 

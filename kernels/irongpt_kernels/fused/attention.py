@@ -16,8 +16,9 @@ Algorithm   Online softmax (Milakov and Gimelshein 2018; Dao, "FlashAttention-2"
 Backward    see `attention_backward`. It recomputes P from m and log2(l).
 Diagonal    Tiles left of the diagonal need no mask. Tiles that the diagonal crosses are handled by
             a second, masked loop. Tiles right of the diagonal are never read.
-Traffic     reads q, k, v and writes out, 4 B H T D elements, and m and log2(l), 8 bytes per row. k
-            and v are read once per query tile, mostly from L2: neighbouring programs share a head.
+Traffic     reads q, k and v and writes `out`: 4 B H T D elements together. It also writes m and
+            log2(l), 8 bytes per row. k and v are read once per query tile, mostly from L2:
+            neighbouring programs share a head.
 Parallelism one program per head and query tile; the longest rows of a head come first.
 Precision   Scores, softmax and accumulators are in float32; P, before its division by l, is rounded
             to the input dtype for its matmul with v. The multiplication by the scale and the

@@ -283,7 +283,8 @@ class Memory(Threads):
     def cp_async(
         self, to: Array, source: Array, size: int, source_bytes: Array | None, at: Site
     ) -> None:
-        """From global to shared memory. The bytes arrive when the group is waited for."""
+        """From global to shared memory. The bytes arrive when its commit group (see `Pending`) is
+        waited for."""
         threads = self.active(at)
         if not len(threads):
             return
