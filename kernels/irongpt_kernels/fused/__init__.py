@@ -1,11 +1,12 @@
 """Every op as a Triton kernel, with the contract and the dropout masks of `eager`.
 
 A module has the kernels of one op or of related ops, and a docstring with formulas, memory traffic
-and limits. Every op raises TypeError or ValueError for arguments that it does not support, before
-it computes anything. Floating tensors are float32, float16 or bfloat16. No op has a second or a
-forward-mode derivative: asking for one raises an error. There are no atomics, so every run gives
-the same bits. exponential, philox and attention_tiles are helpers. Importing this package imports
-Triton.
+and limits. Every op raises TypeError or ValueError for types, dtypes, shapes, devices and numbers
+that it does not support. On a GPU it does not read the values of ids and positions: the limits say
+what happens if one is out of range. Floating tensors are float32, float16 or bfloat16. No op has a
+second or a forward-mode derivative: asking for one raises an error. There are no atomics, so every
+run gives the same bits. exponential, philox and attention_tiles are helpers. Importing this package
+imports Triton.
 """
 
 from irongpt_kernels.fused.adamw import adamw
