@@ -28,7 +28,7 @@ from irongpt.console import output, read_standard_input, say_on_stderr
 from irongpt.data.folder import Reader
 from irongpt.data.text import ERRORS, without_license
 from irongpt.errors import DivergenceError, UserError, out_of_memory, short_reason, shortened
-from irongpt.files import FULL, write_error_reason
+from irongpt.files import FULL, backup, write_error_reason
 
 GROUPS = {  # of the flags in `irongpt train --help`
     "run": "the preset, the text and the folder",
@@ -357,7 +357,7 @@ def show_command(flags: Flags) -> int:
 def _checkpoint(flags: Flags) -> str:
     """The checkpoint that the flags name, else `best`, or `last` if there is no `best` yet."""
     run, name = flags["run"], flags.pop("checkpoint", None)
-    best = run / "best", run / ".best.old"  # one of them also while a save replaces `best`
+    best = run / "best", backup(run / "best")
     if name is None and os.path.isdir(run / "last") and not any(map(os.path.exists, best)):
         say_on_stderr("the run has not been evaluated yet: using its last checkpoint")
         return "last"

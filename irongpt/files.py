@@ -213,6 +213,11 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def backup(folder: Path) -> Path:
+    """The name of the old contents while a save replaces a folder, where `exchange` is missing."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swaps two folders atomically (renameat2). Returns False if that is not supported."""
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None

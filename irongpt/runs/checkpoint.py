@@ -62,10 +62,13 @@ def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]
 
     Raises UserError if the checkpoint or a file of it is missing, truncated or changed.
     """
-    old = _backup(folder)
+    old = files.backup(folder)
     if not folder.is_dir() and old.is_dir():
         folder = old  # killed between the two renames of `_replace`
-    check(folder.is_dir(), f"{folder.parent} has no checkpoint {folder.name}: start a new run")
+    check(
+        folder.is_dir(),
+        f"{folder.parent} has no checkpoint {folder.name}: train it first, or start a new run",
+    )
     state = files.unsealed(files.read(folder / "state.json"), folder / "state.json")
     contents = {name: files.read(folder / name) for name in FILES}
     digests = state.get("files")
@@ -84,17 +87,13 @@ def _portable(tensors: Tensors) -> Tensors:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def _backup(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
 def _replace(new: Path, folder: Path) -> None:
     """Replaces `folder` by `new` and deletes the old contents.
 
     On Linux the two swap names in one system call. Where that is not supported (other systems,
     some network drives) the old folder is renamed first, and `load` finds it under that name.
     """
-    old = _backup(folder)
+    old = files.backup(folder)
     if folder.exists() and not files.exchange(new, folder):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)

@@ -100,7 +100,7 @@ def test_best_is_found_if_its_save_was_killed_between_two_renames(cli, run, tmp_
     result = cli(command, run, *args)
     assert "not been evaluated" not in result.err
     shutil.rmtree(tmp_path / run / ".best.old")
-    message = "has no checkpoint best: start a new run"
+    message = "has no checkpoint best: train it first"
     assert_mistake(cli, message, "generate", run, "--checkpoint", "best")
 
 
