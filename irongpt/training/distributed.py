@@ -229,17 +229,16 @@ class Torchrun(World):
                 limits = {r: self.timeout if c else START_TIMEOUT for r, c in counts.items()}
                 late = [r for r in counts if counts[r] != ENDED and now - seen[r] > limits[r]]
                 if late:
-                    how = "has died" if counts[late[0]] else "has not started"
-                    self._end(f"{late[0]} of {self.size} {how}", min(set(counts) - set(late)))
+                    died = bool(counts[late[0]])
+                    self._end(late[0], died, min(set(counts) - set(late)))
             self.watch.set(str(self.rank), self.last)
 
-    def _end(self, what: str, reporter: int) -> None:
+    def _end(self, rank: int, died: bool, reporter: int) -> None:
         if self.rank == reporter:
-            print(
-                f"irongpt: error: process {what}: the others end; continue with --resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            how = "has died" if died else f"has not started within {START_TIMEOUT:.0f} s"
+            advice = "; continue with --resume" if died else ""
+            what = f"process {rank} of {self.size} {how}: the others end{advice}"
+            print(f"irongpt: error: {what}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def report_dead_process(self) -> None:

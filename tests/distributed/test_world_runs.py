@@ -134,7 +134,8 @@ def test_a_process_that_has_not_begun_has_more_time(watch, monkeypatch, capsys) 
     watch.ended.clear()
     with pytest.raises(SystemExit):
         watch._watch()
-    assert capsys.readouterr().err.startswith("irongpt: error: process 1 of 2 has not started: ")
+    message = "irongpt: error: process 1 of 2 has not started within 0 s: the others end\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_process_that_has_ended_well_is_not_dead(watch) -> None:
