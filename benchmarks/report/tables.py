@@ -278,10 +278,8 @@ def nano(section: Values) -> str:
     text = table(["run", "seconds", "validation loss", "MB at the peak"], rows)
     page = f"nanoGPT at {section.get('nanogpt', 'an unknown commit')}.\n\n{text}"
     if step := section.get("iron_step"):  # older files have it here, newer ones in "train"
-        page += (
-            f"\n\nA step of the iron model, {step['batch']} sequences: {step['irongpt_ms']} ms, "
-        )
-        page += f"nanoGPT's {step['nanogpt_ms']} ms."
+        page += f"\n\nA step of the iron model, {step['batch']} sequences: "
+        page += f"{step['irongpt_ms']} ms, nanoGPT's {step['nanogpt_ms']} ms."
     return page
 
 

@@ -394,8 +394,9 @@ def sample_tokens(
     order. The sampled token is the first one, in order of token id, at which the running sum of
     masses exceeds `uniform` times their total. So, with the same options, it depends only on its
     logits, the seed, the sequence's index in the batch, and n. The token is -1 if a logit is not
-    finite. ValueError: temperature is below 0 or not finite, top_k below 1, top_p outside (0, 1],
-    or V outside [1, MAX_V].
+    finite.
+    ValueError: temperature is below 0 or not finite, top_k below 1, top_p outside (0, 1], or V
+    outside [1, MAX_V].
     """
     checks.seed_of(seed, logits=logits)
     V = logits.shape[1]

@@ -25,8 +25,8 @@ Parallelism A program holds complete rows in registers, several if rows are shor
             512 elements are held by one warp, so their sums need no barrier.
 Precision   Loads and stores are in the dtypes of the tensors (in training, branch and y in a 16-bit
             dtype, residual and sum in float32), arithmetic is in float32. y is computed from the
-            sum after it is rounded to its dtype, because the backward reads that. The variance is
-            computed from centred values. Forward and backward subtract the mean, and then the mean
+            rounded sum, because that is what the backward reads. The variance is computed from
+            centred values. Forward and backward subtract the mean, and then the mean
             of the centred row, which is the rounding error of the first mean. So rows whose mean is
             large compared with their standard deviation lose no digits.
 Limits      N <= 8192, because a row is one block. Inputs and gradients may have any strides, but
